@@ -1,0 +1,36 @@
+# `make demo` and `make test` set up .venv once; `touch constraints.txt` makes them do it again.
+PYTHON ?= python3
+BIN := .venv/bin
+# --no-build-isolation builds with the pinned setuptools of the environment itself
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint clean
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shira needs Python 3.11 or newer, found " + sys.version)'
+	$(PYTHON) -m venv .venv
+	@echo "installing pinned dependencies into .venv (about two minutes the first time) ..."
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: .venv/ready ## train, save, switch and fuse two adapters on a real model (about five minutes)
+	$(BIN)/shira demo
+
+test: .venv/ready lint ## lint, types and tests, on tiny models and briefly on the real one
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/ready ## the tests that take minutes: the whole demo
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove the environment and what was built
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

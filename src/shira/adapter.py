@@ -1,0 +1,165 @@
+"""What an adapter is: for each adapted tensor a few positions and the values that belong there.
+
+Data only; no model, no file. Whatever holds a `SparseTensor` may rely on it: it is validated once, when it is made.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .errors import AdapterError
+
+__all__ = ["Adapter", "Kind", "SparseTensor", "fingerprint", "index_dtype"]
+
+Kind = Literal["overwrite", "delta"]
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype of positions in a tensor of `numel` entries: int32 below 2³¹ entries, int64 from there on."""
+    return torch.int32 if numel < 2**31 else torch.int64
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTensor:
+    """A few entries of one tensor.
+
+    shape: of the whole tensor.
+    indices: [nnz], flat positions in C order, strictly increasing; int32 below 2³¹ entries, int64 from there on
+        (either is accepted and brought to that).
+    values: [nnz], floating point, finite.
+    kind: "overwrite", the values are the tensor's new entries; or "delta", they are added to its old ones.
+
+    Raises AdapterError if any of this does not hold.
+    """
+
+    shape: tuple[int, ...]
+    indices: Tensor
+    values: Tensor
+    kind: Kind = "overwrite"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise AdapterError(f"kind must be 'overwrite' or 'delta', found {self.kind!r}")
+        if not all(isinstance(side, int) and side >= 0 for side in self.shape):
+            raise AdapterError(f"shape must hold whole numbers from 0 on, found {self.shape!r}")
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.indices.dtype not in (torch.int32, torch.int64):
+            raise AdapterError(f"indices must be int32 or int64, found {_plain(self.indices.dtype)}")
+        if self.values.dtype not in FLOAT_DTYPES:
+            raise AdapterError(f"values must be floating point, found {_plain(self.values.dtype)}")
+        if self.indices.ndim != 1 or self.values.shape != self.indices.shape:
+            raise AdapterError(
+                "indices and values must be 1-D and of one length, found shapes "
+                f"{list(self.indices.shape)} and {list(self.values.shape)}"
+            )
+        if self.indices.device != self.values.device:
+            raise AdapterError(f"indices are on {self.indices.device}, values on {self.values.device}")
+        self._check_positions()
+        if not bool(torch.isfinite(self.values).all()):
+            where = int(torch.isfinite(self.values).logical_not().nonzero()[0])
+            raise AdapterError(f"values must be finite, found {float(self.values[where])} as value {where}")
+        object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)))
+
+    def _check_positions(self) -> None:
+        if self.nnz == 0:
+            return
+        first, last = int(self.indices[0]), int(self.indices[-1])
+        rising = self.indices[1:] > self.indices[:-1]
+        if not bool(rising.all()):
+            where = int(rising.logical_not().nonzero()[0])
+            here, then = int(self.indices[where]), int(self.indices[where + 1])
+            fault = "twice the position" if here == then else f"position {then} after"
+            raise AdapterError(f"indices must be sorted and unique, found {fault} {here} (index {where + 1})")
+        if first < 0 or last >= self.numel:
+            wrong = first if first < 0 else last
+            raise AdapterError(f"indices must be from 0 to {self.numel - 1} (shape {list(self.shape)}), found {wrong}")
+
+    @property
+    def numel(self) -> int:
+        """Entries of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def nnz(self) -> int:
+        """Entries that the adapter holds."""
+        return self.indices.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of positions and values in memory."""
+        return self.indices.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A sparse high rank adapter (SHiRA, arXiv 2406.13175): a name and a `SparseTensor` for each adapted tensor.
+
+    tensors: checkpoint name -> SparseTensor.
+    metadata: what can be written as JSON; by convention `name`, `mask`, `base`, `training`, `license`, and
+        `fingerprints` (tensor name -> `fingerprint` of the base values under it).
+
+        adapter = shira.load("poet.safetensors")
+        adapter.nnz, adapter.density, adapter.tensors["model.layers.0.mlp.up_proj.weight"].values
+    """
+
+    tensors: dict[str, SparseTensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nnz(self) -> int:
+        """Entries that the adapter holds, in all tensors."""
+        return sum(t.nnz for t in self.tensors.values())
+
+    @property
+    def density(self) -> float:
+        """Share of the adapted tensors' entries that the adapter holds, 0 to 1."""
+        return self.nnz / max(1, sum(t.numel for t in self.tensors.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of positions and values in memory."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def name(self) -> str:
+        """Its name, '' if it has none."""
+        return str(self.metadata.get("name") or "")
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Tensor name -> fingerprint of the base values under it; empty if unknown."""
+        known: dict[str, str] = self.metadata.get("fingerprints") or {}
+        return known
+
+    @property
+    def fingerprint(self) -> str | None:
+        """One fingerprint of all base values that the adapter is for; None if unknown."""
+        lines = "".join(f"{name} {value}\n" for name, value in sorted(self.fingerprints.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()[:32] if lines else None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file (docs/format.md), all or nothing: see `shira.format.save`."""
+        from .format import save
+
+        save(self, path)
+
+
+def fingerprint(values: Tensor) -> str:
+    """A fingerprint of base values: SHA-256 over them as little-endian float32, the first 128 bits in hex.
+
+    Taken in float32, it is the same for a bfloat16 checkpoint loaded as bfloat16 and as float32.
+    """
+    data = values.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
+    return hashlib.sha256(data.data).hexdigest()[:32]
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,35 @@
+"""The `shira` command. Each subcommand is a few lines over the library; what fails ends in one line and exit code 1."""
+
+import sys
+
+import typer
+
+from ..errors import ShiraError
+from . import demo, evaluate, fuse, inspect, train
+from .output import errors
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="shira",
+    help="Sparse High Rank Adapters: train 1-2 % of a model's own weights, switch in milliseconds.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("fuse")(fuse.fuse)
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 if what was asked failed, 2 if it was asked wrongly."""
+    try:
+        app()
+    except (ShiraError, OSError) as error:
+        errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

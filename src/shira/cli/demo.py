@@ -1,0 +1,158 @@
+"""shira demo: two adapters on a real model, trained, saved, switched and fused in a few minutes."""
+
+import dataclasses
+import hashlib
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import nn
+
+from ..data.models import SMOLLM2, model_path
+from ..data.tasks import TASKS
+from ..errors import ShiraError
+from ..evaluation import accuracy
+from ..format import load
+from ..recipes import Recipe, save_recipe, train_adapter
+from ..switching import Selection, Switcher
+from .output import bytes_text, console, print_json, progress, waiting
+
+__all__ = ["demo"]
+
+PAIR = ("spam", "questions")
+RECIPE = Recipe(density=0.02, lr=2e-3, steps=40, schedule="linear", warmup=0.1, license="Apache-2.0")
+SWITCHES = 9  # how often each switch is timed; the median is shown
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Where the adapters are saved.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(help="Training steps for each adapter.", min=1)] = RECIPE.steps,
+    examples: Annotated[int, typer.Option(help="Held-out examples for each task.", min=1, max=300)] = 300,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Train two adapters on SmolLM2-135M-Instruct, then switch one live model among them, both at once, and back.
+
+    Example: shira demo --output /tmp/shira-demo
+    """
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    from ..integrations.transformers import load_model, load_tokenizer
+
+    with waiting("fetching model and data"):
+        model_path(SMOLLM2)
+        held_out = {task: TASKS[task].test()[:examples] for task in PAIR}
+    model, tokenizer = load_model(SMOLLM2), load_tokenizer(SMOLLM2)
+    before = digest(model)
+    files = {task: folder / f"{task}.safetensors" for task in PAIR}
+    for task, file in files.items():
+        recipe = dataclasses.replace(RECIPE, data=task, steps=steps)
+        with progress(f"training on {task}", steps) as update:
+            adapter = train_adapter(recipe, model, tokenizer, on_step=lambda step, loss: update(step, f"loss {loss:.3f}"))  # noqa: B023
+        adapter.save(file)
+        save_recipe(recipe, file.with_suffix(".yaml"))
+    if digest(model) != before:
+        raise ShiraError("training left the base changed: this is a bug in shira, please report it")
+
+    switcher = Switcher(model)
+    for task, file in files.items():
+        switcher.add(task, file)
+    states: list[tuple[str, Selection]] = [("base", None), *((task, task) for task in PAIR)]
+    states += [(" + ".join(PAIR), dict.fromkeys(PAIR, 1.0)), ("base again", None)]
+    rows: list[dict[str, Any]] = []
+    with progress("measuring accuracy", len(states) * len(PAIR) * examples) as update:
+        done = 0
+        for label, selection in states:
+            row: dict[str, Any] = {"active": label, "switch_ms": switch_milliseconds(switcher, selection)}
+            row["changed"] = changed_entries(model, switcher, selection)
+            for task in PAIR:
+                row[task] = accuracy(
+                    model,
+                    tokenizer,
+                    held_out[task],
+                    on_progress=lambda n: update(done + n, label),  # noqa: B023
+                )
+                done += examples
+            rows.append(row)
+    restored = digest(model) == before
+    for row in rows:
+        if row["active"] in files:
+            file = files[row["active"]]
+            row["file_bytes"] = file.stat().st_size
+            row["lora_bytes"] = 4 * load(file).nnz  # PEFT keeps and saves its parameters in float32
+    report(rows, restored, time.perf_counter() - started, examples, as_json)
+    if not restored:
+        raise typer.Exit(1)
+
+
+def switch_milliseconds(switcher: Switcher, selection: Selection) -> float:
+    """The median time of switching to a selection: from the base, or, for the base, from the adapters active now. Leaves
+    the selection active."""
+    other = None if selection is not None else (switcher.active or None)
+    times = []
+    for _ in range(SWITCHES):
+        switcher.use(other)
+        start = time.perf_counter()
+        switcher.use(selection)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def changed_entries(model: nn.Module, switcher: Switcher, selection: Selection) -> int:
+    """How many of the model's weights differ from the base's, counted on the live model. Leaves the selection active."""
+    switcher.use(selection)
+    now = {name: p.detach().clone() for name, p in model.named_parameters()}
+    switcher.use(None)
+    changed = sum(int((now[name] != p).sum()) for name, p in model.named_parameters())
+    switcher.use(selection)
+    return changed
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over the bits of all parameters."""
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sha.update(name.encode())
+        sha.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def report(rows: Sequence[dict[str, Any]], restored: bool, seconds: float, examples: int, as_json: bool) -> None:
+    """The one table, and what to read from it."""
+    base, both = rows[0], rows[len(PAIR) + 1]
+    gains = {task: (row[task] - base[task], both[task] - base[task]) for task, row in zip(PAIR, rows[1:], strict=False)}
+    if as_json:
+        print_json({"rows": list(rows), "restored": restored, "seconds": seconds, "examples": examples})
+        return
+    table = Table(title=f"{SMOLLM2}, one live model, {examples} held-out examples a task", title_justify="left")
+    table.add_column("active")
+    for column in (*(f"{task} %" for task in PAIR), "switch ms", "weights changed", "file", "LoRA of as many"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["active"],
+            *(f"{100 * row[task]:.1f}" for task in PAIR),
+            f"{row['switch_ms']:.1f}",
+            f"{row['changed']:,}",
+            bytes_text(row["file_bytes"]) if "file_bytes" in row else "",
+            bytes_text(row["lora_bytes"]) if "lora_bytes" in row else "",
+        )
+    console.print(table)
+    for task, (alone, fused) in gains.items():
+        kept = f"{fused / alone:.0%} of it" if alone > 0 else "nothing to keep"
+        console.print(f"{task}: {100 * alone:+.1f} points alone, {100 * fused:+.1f} fused with the other ({kept})")
+    console.print(f"base restored bit for bit: {'yes' if restored else 'NO, this is a bug'} (SHA-256 over all weights)")
+    console.print(f"{seconds:.0f} s in all, peak memory {peak_memory_gb():.1f} GB")
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process has held, in GB."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

@@ -1,0 +1,85 @@
+"""shira inspect: what is in a file."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..adapter import Adapter
+from ..format import load
+from .output import bytes_text, console, print_json
+
+__all__ = ["describe", "inspect"]
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A shira adapter.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
+) -> None:
+    """Show what an adapter's file holds, after checking all of it.
+
+    Example: shira inspect spam.safetensors --tensors
+    """
+    adapter = load(file)
+    facts = describe(adapter, file)
+    if as_json:
+        print_json(facts)
+        return
+    table = Table("what", "value", title=str(file), show_header=False, title_justify="left")
+    settings = ", ".join(f"{key} {value}" for key, value in facts["mask"].items()) if facts["mask"] else "not recorded"
+    base = ", ".join(map(str, facts["base"].values())) if facts["base"] else "not recorded"
+    rows = {
+        "name": facts["name"] or "-",
+        "tensors": str(len(facts["tensors"])),
+        "entries": f"{facts['nnz']:,}",
+        "density": f"{facts['density']:.3%} of the adapted tensors",
+        "kind": ", ".join(facts["kinds"]),
+        "values": ", ".join(facts["dtypes"]),
+        "size": f"{bytes_text(facts['bytes'])}, {facts['bytes'] / max(1, facts['nnz']):.2f} bytes an entry",
+        "mask": settings,
+        "base": base,
+        "fingerprint": facts["fingerprint"] or "not recorded",
+        "training": ", ".join(f"{k} {v}" for k, v in facts["training"].items()) if facts["training"] else "not recorded",
+        "license": facts["license"] or "not recorded",
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    if facts["fused"]:
+        table.add_row("fused", ", ".join(f"{k} × {v}" for k, v in facts["fused"]["strengths"].items()))
+    console.print(table)
+    if tensors:
+        listing = Table("tensor", "shape", "entries", "density", "kind", "values")
+        for name, entry in facts["tensors"].items():
+            shape = " × ".join(map(str, entry["shape"]))
+            listing.add_row(name, shape, f"{entry['nnz']:,}", f"{entry['density']:.3%}", entry["kind"], entry["dtype"])
+        console.print(listing)
+
+
+def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
+    """All that is known of an adapter, as JSON would hold it."""
+    tensors = {
+        name: {
+            "shape": list(tensor.shape),
+            "nnz": tensor.nnz,
+            "density": tensor.nnz / max(1, tensor.numel),
+            "kind": tensor.kind,
+            "dtype": str(tensor.values.dtype).removeprefix("torch."),
+            "fingerprint": adapter.fingerprints.get(name),
+        }
+        for name, tensor in adapter.tensors.items()
+    }
+    known = adapter.metadata
+    return {
+        "file": str(file),
+        "name": adapter.name,
+        "nnz": adapter.nnz,
+        "density": adapter.density,
+        "bytes": file.stat().st_size,
+        "kinds": sorted({t.kind for t in adapter.tensors.values()}),
+        "dtypes": sorted({str(entry["dtype"]) for entry in tensors.values()}),
+        **{key: known.get(key) for key in ("mask", "base", "training", "license", "fused")},
+        "fingerprint": adapter.fingerprint,
+        "tensors": tensors,
+    }

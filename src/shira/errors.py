@@ -1,0 +1,82 @@
+"""Every error that shira raises on purpose.
+
+ShiraError
+├── AdapterError        positions and values that cannot be an adapter
+│   └── FormatError     a file that is not a readable shira adapter
+├── BaseMismatch        an adapter that does not belong to this model
+├── TargetError         target names that match nothing that can be trained
+├── MaskError           a mask or budget that cannot be had
+├── TuningError         a tuner asked for something out of turn, or a training run that went wrong
+├── SwitchError         an unknown, duplicate or busy adapter in a switcher
+├── DataError           training, calibration or evaluation data, or a recipe, that cannot be used
+└── MissingExtra        an optional dependency that is not installed
+
+Failures of the operating system (a full disk, a missing folder) stay OSError.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterError",
+    "BaseMismatch",
+    "DataError",
+    "FormatError",
+    "MaskError",
+    "MissingExtra",
+    "ShiraError",
+    "SwitchError",
+    "TargetError",
+    "TuningError",
+    "did_you_mean",
+]
+
+
+class ShiraError(Exception):
+    """The root: catch this to catch everything that shira raises on purpose."""
+
+
+class AdapterError(ShiraError):
+    """Positions and values that cannot be an adapter."""
+
+
+class FormatError(AdapterError):
+    """A file that is not a readable shira adapter."""
+
+
+class BaseMismatch(ShiraError):
+    """An adapter that does not belong to this model."""
+
+
+class TargetError(ShiraError):
+    """Target names that match nothing that can be trained."""
+
+
+class MaskError(ShiraError):
+    """A mask or budget that cannot be had."""
+
+
+class TuningError(ShiraError):
+    """A tuner asked for something out of turn, or a training run that went wrong."""
+
+
+class SwitchError(ShiraError):
+    """An unknown, duplicate or busy adapter in a switcher."""
+
+
+class DataError(ShiraError):
+    """Training, calibration or evaluation data, or a recipe, that cannot be used."""
+
+
+class MissingExtra(ShiraError):
+    """An optional dependency that is not installed."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'did you mean x or y?' for the known words nearest to a mistyped one, else 'known: x, y, …'."""
+    choices = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    shown = ", ".join(repr(c) for c in choices[:12]) or "none"
+    return f"known: {shown}{', …' if len(choices) > 12 else ''}"

@@ -1,0 +1,83 @@
+"""Accuracy on multiple choice: the answer is the choice to which the model gives the highest probability."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data.tasks import Example
+from .errors import DataError
+from .integrations.transformers import few_logits, left_padded
+
+__all__ = ["accuracy", "choice_scores"]
+
+
+def accuracy(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Share of examples whose most probable choice is the right one, 0 to 1.
+
+    on_progress is called with the number of examples done. Raises DataError if an example has no choices, or there are
+    no examples.
+    """
+    if not examples:
+        raise DataError("no example to evaluate on")
+    if any(len(example.choices) < 2 or not 0 <= example.label < len(example.choices) for example in examples):
+        raise DataError("evaluation needs examples with 'choices' and 'label'")
+    # texts of like length side by side: less padding
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    right = done = 0
+    for start in range(0, len(order), batch_size):
+        batch = [examples[i] for i in order[start : start + batch_size]]
+        for example, scores in zip(batch, choice_scores(model, tokenizer, batch), strict=True):
+            right += int(max(range(len(scores)), key=scores.__getitem__) == example.label)
+        done += len(batch)
+        on_progress(done)
+    return right / len(examples)
+
+
+def choice_scores(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:
+    """The log-probability of each choice after its prompt: the sum over the choice's tokens, one list an example.
+
+    A prompt whose choices are all single tokens is run once; else once a choice.
+    """
+    rows: list[tuple[list[int], list[int]]] = []  # (prompt tokens, answer tokens)
+    shares: list[tuple[list[int], list[list[int]]]] = []  # for each example: its rows, its choices' tokens
+    for example in examples:
+        prompt = tokenizer(example.prompt)["input_ids"]
+        choices = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in example.choices]
+        if all(len(choice) == 1 for choice in choices):
+            shares.append(([len(rows)], choices))
+            rows.append((prompt, choices[0]))
+        else:
+            shares.append((list(range(len(rows), len(rows) + len(choices))), choices))
+            rows += [(prompt, choice) for choice in choices]
+    logprobs = _answer_logprobs(model, tokenizer, rows)
+    scores = []
+    for numbers, choices in shares:
+        if len(numbers) == 1:
+            scores.append([float(logprobs[numbers[0]][0, choice[0]]) for choice in choices])
+        else:
+            scores.append(
+                [
+                    float(sum(logprobs[number][i, token] for i, token in enumerate(choice)))
+                    for number, choice in zip(numbers, choices, strict=True)
+                ]
+            )
+    return scores
+
+
+def _answer_logprobs(model: nn.Module, tokenizer: Any, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+    """For each (prompt, answer) the log-probabilities [len(answer), vocabulary] at the places of the answer's tokens."""
+    device = next(model.parameters()).device
+    kept = max(len(answer) for _, answer in rows)
+    inputs = left_padded([prompt + answer[:-1] for prompt, answer in rows], tokenizer.pad_token_id or 0)
+    with torch.no_grad(), few_logits(model):
+        logits = model(**{k: v.to(device) for k, v in inputs.items()}, logits_to_keep=kept, use_cache=False).logits
+    return [logits[row, kept - len(answer) :].float().log_softmax(-1) for row, (_, answer) in enumerate(rows)]

@@ -1,0 +1,143 @@
+"""The file: one safetensors file an adapter. docs/format.md is its specification.
+
+Nothing in a file is believed until it is checked, and a file appears under its name whole or not at all.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from .adapter import Adapter, SparseTensor
+from .errors import AdapterError, FormatError
+
+__all__ = ["FORMAT_VERSION", "load", "save"]
+
+FORMAT_VERSION = 1
+ENCODING = "plain"
+
+Path_ = str | os.PathLike[str]
+
+
+def save(adapter: Adapter, path: Path_) -> None:
+    """Write an adapter to one safetensors file: to a temporary file beside it, flushed, then renamed.
+
+    Raises AdapterError if the metadata cannot be written as JSON; OSError (a full disk, a missing folder) with any
+    file already under that name unchanged.
+    """
+    path = Path(path)
+    flat: dict[str, Tensor] = {}
+    described: dict[str, dict[str, Any]] = {}
+    for name, tensor in sorted(adapter.tensors.items()):
+        described[name] = {"shape": list(tensor.shape), "kind": tensor.kind}
+        flat[f"{name}.indices"] = tensor.indices.detach().cpu().contiguous()
+        flat[f"{name}.values"] = tensor.values.detach().cpu().contiguous()
+    try:
+        header = {
+            "format": "shira",
+            "format_version": str(FORMAT_VERSION),
+            "encoding": ENCODING,
+            "tensors": json.dumps(described),
+            "metadata": json.dumps(adapter.metadata, allow_nan=False),
+        }
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
+    _write_whole(path, safetensors.torch.save(flat, header))
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot save to {path} ({error.strerror}); nothing was written there, any older file is intact"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load(path: Path_) -> Adapter:
+    """Read an adapter and check all of it.
+
+    Raises FormatError, which names the file, the tensor, what was expected and what was found; OSError if there is no
+    such file or it may not be read.
+
+        adapter = shira.load("poet.safetensors")
+    """
+    path = Path(path)
+    with open(path, "rb"):  # a missing or forbidden file is an OSError, not a format error
+        pass
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            described = _read_header(path, header)
+            stored = set(file.keys())
+            expected = {f"{name}.{part}" for name in described for part in ("indices", "values")}
+            if stored != expected:
+                missing, extra = sorted(expected - stored), sorted(stored - expected)
+                raise FormatError(f"{path}: tensors missing: {missing or 'none'}; not described: {extra or 'none'}")
+            tensors = {
+                name: _sparse_tensor(path, name, entry, file.get_tensor(f"{name}.indices"), file.get_tensor(f"{name}.values"))
+                for name, entry in described.items()
+            }
+    except safetensors.SafetensorError as error:
+        raise FormatError(f"{path} is not a whole safetensors file: {error}; get it again") from error
+    return Adapter(tensors, _json_object(path, header, "metadata"))
+
+
+def _read_header(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    """The description of each tensor, once format, version and encoding are known to be ours."""
+    if header.get("format") != "shira":
+        raise FormatError(f"{path} is not a shira adapter: metadata 'format' is {header.get('format')!r}, expected 'shira'")
+    if header.get("format_version") != str(FORMAT_VERSION):
+        raise FormatError(
+            f"{path}: format version {header.get('format_version')!r} is unknown, this release reads version "
+            f"{FORMAT_VERSION}; upgrade shira-adapters"
+        )
+    if header.get("encoding") != ENCODING:
+        raise FormatError(
+            f"{path}: encoding {header.get('encoding')!r} is unknown, this release reads {ENCODING!r}; upgrade shira-adapters"
+        )
+    return _json_object(path, header, "tensors")
+
+
+def _json_object(path: Path, header: dict[str, str], key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(header.get(key, ""))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: metadata {key!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: metadata {key!r} must be a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _sparse_tensor(path: Path, name: str, entry: Any, indices: Tensor, values: Tensor) -> SparseTensor:
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not isinstance(shape, list) or not all(type(side) is int for side in shape):
+        raise FormatError(f"{path}: tensor '{name}': shape must be a list of whole numbers, found {shape!r}")
+    try:
+        tensor = SparseTensor(tuple(shape), indices, values, entry.get("kind"))
+    except AdapterError as error:
+        raise FormatError(f"{path}: tensor '{name}': {error}") from error
+    if indices.dtype != tensor.indices.dtype:
+        expected, found = (str(dtype).removeprefix("torch.") for dtype in (tensor.indices.dtype, indices.dtype))
+        raise FormatError(f"{path}: tensor '{name}': indices of {tensor.numel} entries must be {expected}, found {found}")
+    return tensor

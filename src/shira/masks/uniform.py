@@ -1,0 +1,55 @@
+"""Rand: positions drawn uniformly, without replacement, from a seed alone."""
+
+import torch
+from torch import Tensor
+
+from ..errors import MaskError
+
+__all__ = ["rand"]
+
+ROUNDS = 6
+
+
+def rand(weight: Tensor, k: int, seed: int = 0) -> Tensor:
+    """k positions drawn uniformly without replacement (SHiRA §3.1, B.2, arXiv 2406.13175).
+
+    The paper draws each entry by itself (Bernoulli); given its count that is this draw, and the budget is kept exactly.
+    Position i is the image of i under a keyed permutation of the entries (a Feistel network that walks its cycle back
+    into range), so time and memory grow with k and not with the tensor, and only integer arithmetic is used: the same
+    seed gives the same positions on every machine and in every release of torch.
+
+    weight: any shape; only its shape matters. Returns int64 [k], sorted, flat in C order.
+    Raises MaskError if k exceeds the number of entries.
+    """
+    numel = weight.numel()
+    if not 0 <= k <= numel:
+        raise MaskError(f"{k} positions asked of {numel} entries")
+    half = max(1, ((max(1, numel - 1)).bit_length() + 1) // 2)
+    keys = _mix(torch.arange(1, ROUNDS + 1) * 0x632BE59BD9B4E019 + seed)
+    drawn = _permute(torch.arange(k), half, keys)
+    outside = (drawn >= numel).nonzero().view(-1)
+    while outside.numel():
+        drawn[outside] = _permute(drawn[outside], half, keys)
+        outside = outside[drawn[outside] >= numel]
+    return drawn.sort().values.to(weight.device)
+
+
+def _permute(position: Tensor, half: int, keys: Tensor) -> Tensor:
+    """A keyed permutation of 0 … 2^(2·half) - 1."""
+    low = (1 << half) - 1
+    left, right = position >> half, position & low
+    for key in keys:
+        left, right = right, left ^ (_mix(right + key) & low)
+    return (left << half) | right
+
+
+def _mix(word: Tensor) -> Tensor:
+    """Scramble 64-bit words: the finalizer of SplitMix64 (Steele et al., 2014), on wrapping int64."""
+    word = (word ^ _shift(word, 30)) * -0x40A7B892E31B1A47
+    word = (word ^ _shift(word, 27)) * -0x6B2FB644ECCEEE15
+    return word ^ _shift(word, 31)
+
+
+def _shift(word: Tensor, bits: int) -> Tensor:
+    """Logical shift right of int64 words."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,327 @@
+"""Training: `attach` makes a few entries of a model's own weights trainable; any loop or trainer does the rest.
+
+Both ways of the paper (§3.3):
+
+"values" (Appendix E, the default). The chosen entries, as float32 masters, are the only parameters. While attached, the
+adapted linear layers compute with their weight as it is, into which changed masters are written before the forward
+pass; in the backward pass the weight's gradient is formed one layer at a time and only its sample survives.
+
+"hook" (Appendix D, "any trainer"). The weights are the parameters; a hook clears their gradients off the mask. It needs
+a copy of the base, full-size gradients and full-size optimizer state: it is here to be read, and to check the other.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import kernels, masks
+from . import targets as target_names
+from .adapter import Adapter, SparseTensor, fingerprint
+from .calibration import LossFn, stream_gradients
+from .errors import AdapterError, TuningError
+from .masks import Mask
+
+__all__ = ["Tuner", "attach"]
+
+VALUES = "shira_values"  # the name under which a module holds its masters while a tuner is attached
+
+
+def attach(
+    model: nn.Module,
+    *,
+    mask: str | Mask = "wm",
+    density: float | None = None,
+    rank: int | None = None,
+    targets: str | Iterable[str] = "all-linear",
+    calibration: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    method: Literal["values", "hook"] = "values",
+) -> "Tuner":
+    """Make a few entries of the model's linear weights trainable, and nothing else.
+
+    mask: a name from `shira.masks.available()` or a function of that form.
+    density: share of each target's entries, above 0 and at most 1 (0.01 if neither it nor rank is given).
+    rank: gives each target the rank·(out + in) entries of a LoRA of that rank instead.
+    targets: a list of module names or suffixes, "all-linear", "attention", "mlp", or a regular expression.
+    calibration: batches for masks that need gradients; loss_fn(model, batch), by default `model(**batch).loss`.
+    seed: with each tensor's name it seeds the mask.
+    method: "values" or "hook", see the module's docstring.
+
+    Raises TargetError, MaskError or TuningError before anything in the model has changed.
+
+        tuner = shira.attach(model, mask="snip", density=0.01, calibration=batches)
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
+    """
+    if method not in ("values", "hook"):
+        raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
+    if density is None and rank is None:
+        density = 0.01
+    chosen = target_names.resolve(model, targets)
+    for target in chosen:
+        if any(VALUES in module._parameters for module in target.modules):
+            raise TuningError(f"a tuner is attached already, to '{target.name}'; call its detach() first")
+    budgets = {t.name: masks.budget(tuple(t.weight.shape), density=density, rank=rank) for t in chosen}
+    label, function = masks.resolve(mask)
+    weights = {t.name: t.weight for t in chosen}
+    indices: dict[str, Tensor] = {}
+
+    def choose(name: str, gradient: Tensor | None) -> None:
+        indices[name] = masks.select(function, name, weights[name], budgets[name], gradient=gradient, seed=seed)
+
+    if "gradient" in masks.needs(function) and calibration is not None:
+        stream_gradients(model, weights, calibration, choose, loss_fn)
+    else:
+        for name in weights:
+            choose(name, None)
+    settings: dict[str, Any] = {"name": label, "density": density, "rank": rank, "seed": seed}
+    settings["targets"] = targets if isinstance(targets, str) else list(targets)
+    record = {key: value for key, value in settings.items() if value is not None}
+    return Tuner(model, chosen, indices, record, method)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One weight in training."""
+
+    name: str
+    weight: nn.Parameter
+    indices: Tensor  # [k], on the weight's device
+    base: Tensor  # [k], the weight's dtype: the entries before training
+    parameter: nn.Parameter  # float32 masters [k], or the weight itself
+    trained: Callable[[], Tensor]  # the entries after training [k], the weight's dtype
+    undo: list[Callable[[], Any]] = field(default_factory=list)
+
+
+class Tuner:
+    """A model in training, from `attach` to `detach`. Also a context manager that detaches at its end."""
+
+    def __init__(
+        self, model: nn.Module, chosen: list[target_names.Target], indices: dict[str, Tensor], mask: dict[str, Any], method: str
+    ) -> None:
+        self._mask = mask
+        self._base = _describe_base(model, chosen)
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._attached = True
+        model.requires_grad_(False)
+        self._undo = _let_checkpoints_see_gradients(model)
+        self._entries: list[_Entry] = []
+        install = _install_values if method == "values" else _install_hook
+        try:
+            for target in chosen:
+                self._entries.append(install(target, indices[target.name]))
+        except BaseException:
+            self.detach()
+            raise
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer trains: one float32 tensor [k] a target (or, with the hook, the weights)."""
+        return [entry.parameter for entry in self._entries]
+
+    @property
+    def nnz(self) -> int:
+        """How many entries of the model train."""
+        return sum(entry.indices.numel() for entry in self._entries)
+
+    def adapter(
+        self, name: str | None = None, *, training: dict[str, Any] | None = None, license: str | None = None
+    ) -> Adapter:
+        """What was trained so far, as an overwrite adapter in the weights' dtype; before or after `detach`.
+
+        training: a summary for the file, anything that can be written as JSON.
+        Raises TuningError if a trained value is not finite.
+        """
+        tensors, prints = {}, {}
+        for entry in self._entries:
+            try:
+                tensors[entry.name] = SparseTensor(
+                    tuple(entry.weight.shape), entry.indices.cpu(), entry.trained().detach().cpu().clone()
+                )
+            except AdapterError as error:
+                raise TuningError(f"training of '{entry.name}' went wrong: {error}; try a lower learning rate") from error
+            prints[entry.name] = fingerprint(entry.base)
+        metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
+        metadata["fingerprints"] = prints
+        return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
+
+    def detach(self) -> None:
+        """Give the model back its base weights, bit for bit, and its `requires_grad` flags. Doing it twice is harmless."""
+        if not self._attached:
+            return
+        self._attached = False
+        for entry in self._entries:
+            snapshot = entry.trained().detach().clone()
+            entry.trained = lambda snapshot=snapshot: snapshot  # type: ignore[misc]
+            for undo in entry.undo:
+                undo()
+        self._undo()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+
+class _Masters:
+    """Float32 masters of one weight's entries, and whether the weight has them.
+
+    Two signs that it may not: the masters' version counter, which every optimizer of plain torch operators moves, and a
+    backward pass that has given them a gradient, for those that do not move it (AdamW with fused=True, Trainer's choice).
+    """
+
+    def __init__(self, weight: nn.Parameter, indices: Tensor) -> None:
+        self.weight, self.indices = weight, indices
+        self.base = kernels.gather(weight, indices)
+        self.values = nn.Parameter(self.base.to(torch.float32, copy=True))
+        self.written = self.values._version
+        self.may_have_stepped = False
+
+    def rounded(self) -> Tensor:
+        return self.values.detach().to(self.weight.dtype)
+
+    def write(self) -> None:
+        """Bring the weight up to date if the masters have changed, or may have."""
+        self.follow_weight()
+        changed = self.values._version != self.written
+        if changed or self.may_have_stepped:
+            # known to have changed: autograd shall complain of a backward pass through the weight as it was; if not, most
+            # likely the same values are written again, of which it need not know
+            weight = self.weight if changed else self.weight.data
+            kernels.overwrite_([kernels.Write(weight, self.indices, self.rounded())])
+            self.written = self.values._version
+            self.may_have_stepped = self.values.grad is not None
+
+    def restore(self) -> None:
+        self.follow_weight()
+        kernels.overwrite_([kernels.Write(self.weight, self.indices, self.base)])
+
+    def follow_weight(self) -> None:
+        """The masters move with the model, being its parameters; positions and base values must be told."""
+        if self.indices.device != self.weight.device:
+            self.indices, self.base = self.indices.to(self.weight.device), self.base.to(self.weight.device)
+
+
+def _install_values(target: target_names.Target, indices: Tensor) -> _Entry:
+    """The sparse-values way: masters on the modules, which compute with `_SparseLinear` until the tuner is detached."""
+    masters = _Masters(target.weight, indices)
+    entry = _Entry(target.name, target.weight, indices, masters.base, masters.values, masters.rounded)
+    for module in target.modules:
+        usual = module.__dict__.get("forward")
+        module.register_parameter(VALUES, masters.values)
+        module.forward = functools.partial(_forward, module, masters)  # type: ignore[method-assign]
+        entry.undo.append(functools.partial(_uninstall, module, usual))
+    entry.undo.append(masters.restore)
+    return entry
+
+
+def _uninstall(module: nn.Module, usual: Callable[..., Tensor] | None) -> None:
+    del module._parameters[VALUES]
+    del module.forward
+    if usual is not None:
+        module.forward = usual
+
+
+def _forward(module: nn.Linear, masters: _Masters, input: Tensor) -> Tensor:
+    masters.write()
+    output: Tensor = _SparseLinear.apply(input, module.weight, module.bias, masters.values, masters)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _SparseLinear(torch.autograd.Function):
+    """A linear layer whose weight has a gradient at a few positions only (Appendix E)."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, masters: _Masters) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.masters = masters
+        return nn.functional.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        grad_input = grad_values = None
+        if ctx.needs_input_grad[0]:  # under autocast grad_output has another dtype than input and weight
+            grad_input = (grad_output @ weight.to(grad_output.dtype)).to(input.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_values = kernels.sampled_gradient(
+                grad_output.reshape(-1, grad_output.shape[-1]),
+                input.reshape(-1, input.shape[-1]).to(grad_output.dtype),
+                ctx.masters.indices,
+            )
+            ctx.masters.may_have_stepped = True
+        return grad_input, None, None, grad_values, None
+
+
+def _install_hook(target: target_names.Target, indices: Tensor) -> _Entry:
+    """The gradient-hook way: the weight trains, its gradient is cleared off the mask."""
+    weight, full_base = target.weight, target.weight.detach().clone()
+    seen = [weight._version]
+
+    def clear_off_mask(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            kept = kernels.gather(parameter.grad, indices)
+            parameter.grad.zero_()
+            kernels.overwrite_([kernels.Write(parameter.grad, indices, kept)])
+
+    def keep_off_mask(*_: Any) -> None:
+        """Weight decay shrinks entries that have no gradient, too: put those back."""
+        if weight._version != seen[0]:
+            kept = kernels.gather(weight, indices)
+            with torch.no_grad():
+                weight.copy_(full_base)
+            kernels.overwrite_([kernels.Write(weight, indices, kept)])
+            seen[0] = weight._version
+
+    def restore() -> None:
+        with torch.no_grad():
+            weight.copy_(full_base)
+        weight.grad = None
+
+    weight.requires_grad_(True)
+    entry = _Entry(
+        target.name, weight, indices, kernels.gather(weight, indices), weight, lambda: kernels.gather(weight, indices)
+    )
+    entry.undo.append(weight.register_post_accumulate_grad_hook(clear_off_mask).remove)
+    for module in target.modules:
+        entry.undo.append(module.register_forward_pre_hook(keep_off_mask).remove)
+    entry.undo.append(restore)
+    return entry
+
+
+def _let_checkpoints_see_gradients(model: nn.Module) -> Callable[[], Any]:
+    """Reentrant gradient checkpointing drops every gradient of a block none of whose inputs needs one; the embeddings
+    are frozen, so make their output need one while checkpointing is on."""
+    get_input = getattr(model, "get_input_embeddings", None)
+    embedding = None
+    with contextlib.suppress(NotImplementedError):
+        embedding = get_input() if callable(get_input) else None
+    if not isinstance(embedding, nn.Module):
+        return lambda: None
+
+    def need_gradient(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        wanted = isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad
+        if wanted and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            output.requires_grad_(True)
+
+    return embedding.register_forward_hook(need_gradient).remove
+
+
+def _describe_base(model: nn.Module, chosen: list[target_names.Target]) -> dict[str, Any]:
+    """What is known of the base model: its id (of a local folder just the name) and the dtype of the adapted weights."""
+    identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+    if Path(identity).exists():
+        identity = Path(identity).resolve().name
+    dtypes = sorted({str(target.weight.dtype).removeprefix("torch.") for target in chosen})
+    return {"id": identity, "dtype": dtypes[0] if len(dtypes) == 1 else dtypes}

@@ -1,0 +1,79 @@
+"""Tiny random models, and how to compare bits."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shira
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor: unlike torch.equal on floats, they tell -0.0 from 0.0 and NaN from another NaN."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).clone()
+
+
+def all_bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: bits(parameter) for name, parameter in model.named_parameters()}
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    """Two linear layers whose sides are multiples of nothing."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(13, 11), nn.ReLU(), nn.Linear(11, 5)).to(dtype)
+
+
+def mlp_batches(count: int = 3, size: int = 7, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 13, generator=generator), torch.randint(5, (size,), generator=generator)) for _ in range(count)]
+
+
+def mlp_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(inputs.to(next(model.parameters()).dtype)).float(), labels)
+
+
+def random_adapter(model: nn.Module, seed: int, density: float = 0.3, kind: str = "overwrite") -> shira.Adapter:
+    """An adapter of random positions and values for every matrix of a model, fingerprints included."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, prints = {}, {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            chosen = (torch.rand(parameter.numel(), generator=generator) < density).nonzero().view(-1)
+            values = torch.randn(chosen.numel(), generator=generator).to(parameter.dtype)
+            tensors[name] = shira.SparseTensor(tuple(parameter.shape), chosen, values, kind)
+            prints[name] = shira.adapter.fingerprint(parameter.detach().view(-1)[chosen])
+    return shira.Adapter(tensors, {"name": f"random{seed}", "fingerprints": prints})
+
+
+@pytest.fixture
+def tiny_llama():
+    """A Llama of two layers with tied embeddings, random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def llama_batches(count: int = 3, seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(1, 97, (3, 9), generator=generator) for _ in range(count)]
+    return [{"input_ids": i, "labels": i} for i in ids]

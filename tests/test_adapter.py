@@ -1,0 +1,67 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import bits
+from shira import Adapter, AdapterError, SparseTensor
+from shira.adapter import fingerprint, index_dtype
+
+
+def test_small_tensors_have_int32_positions_and_large_ones_int64():
+    small = SparseTensor((3, 4), torch.tensor([0, 11]), torch.ones(2))
+    large = SparseTensor((2**16, 2**15), torch.tensor([2**31 - 1], dtype=torch.int64), torch.ones(1))
+    assert small.indices.dtype == torch.int32
+    assert large.indices.dtype == torch.int64
+    assert index_dtype(2**31 - 1) == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"indices": torch.tensor([3, 1])}, r"sorted.*position 1 after 3"),
+        ({"indices": torch.tensor([3, 3])}, r"unique.*twice the position 3"),
+        ({"indices": torch.tensor([-1, 1])}, r"from 0 to 11.*-1"),
+        ({"indices": torch.tensor([1, 12])}, r"from 0 to 11.*12"),
+        ({"indices": torch.tensor([1.0, 2.0])}, r"int32 or int64, found float32"),
+        ({"indices": torch.tensor([1])}, r"one length"),
+        ({"indices": torch.tensor([[1, 2]])}, r"1-D"),
+        ({"values": torch.tensor([1, 2])}, r"floating point, found int64"),
+        ({"values": torch.tensor([1.0, float("nan")])}, r"finite, found nan as value 1"),
+        ({"values": torch.tensor([float("-inf"), 1.0])}, r"finite, found -inf as value 0"),
+        ({"shape": (3, -4)}, r"shape"),
+        ({"shape": (3, 4.0)}, r"shape"),
+        ({"kind": "add"}, r"'overwrite' or 'delta', found 'add'"),
+    ],
+)
+def test_what_cannot_be_an_adapter_is_refused(changes, words):
+    good = {"shape": (3, 4), "indices": torch.tensor([1, 2]), "values": torch.ones(2), "kind": "overwrite"}
+    SparseTensor(**good)
+    with pytest.raises(AdapterError, match=words):
+        SparseTensor(**good | changes)
+
+
+def test_empty_tensors_are_fine():
+    empty = SparseTensor((0, 4), torch.empty(0, dtype=torch.int64), torch.empty(0))
+    adapter = Adapter({"w": empty})
+    assert (adapter.nnz, adapter.density, adapter.nbytes, adapter.fingerprint) == (0, 0.0, 0, None)
+
+
+def test_totals():
+    one = SparseTensor((4, 5), torch.tensor([1, 2]), torch.ones(2, dtype=torch.bfloat16))
+    two = SparseTensor((5,), torch.tensor([4]), torch.ones(1))
+    adapter = Adapter({"a": one, "b": two}, {"name": "x"})
+    assert (adapter.nnz, adapter.density, adapter.nbytes, adapter.name) == (3, 3 / 25, 2 * (4 + 2) + 8, "x")
+
+
+@given(st.lists(st.floats(width=16, allow_nan=False), max_size=20))
+def test_a_fingerprint_is_of_the_values_and_not_of_their_dtype(numbers):
+    half = torch.tensor(numbers, dtype=torch.bfloat16)
+    assert fingerprint(half) == fingerprint(half.float())
+    assert fingerprint(half) == fingerprint(torch.stack([half, half], 1)[:, 0])  # memory layout does not matter
+
+
+def test_a_fingerprint_tells_bits_apart():
+    zero = torch.zeros(3)
+    assert fingerprint(zero) != fingerprint(-zero)
+    assert not torch.equal(bits(zero), bits(-zero))

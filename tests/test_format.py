@@ -1,0 +1,175 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shira
+from conftest import bits, mlp, random_adapter
+from shira import Adapter, FormatError, SparseTensor
+
+
+def write(path, tensors=None, header=None):
+    """A file by hand: good but for what is given."""
+    good = {"w.indices": torch.tensor([1, 5], dtype=torch.int32), "w.values": torch.ones(2)}
+    plain = {
+        "format": "shira",
+        "format_version": "1",
+        "encoding": "plain",
+        "tensors": json.dumps({"w": {"shape": [3, 4], "kind": "overwrite"}}),
+        "metadata": "{}",
+    }
+    chosen = {k: v for k, v in (good | (tensors or {})).items() if v is not None}
+    safetensors.torch.save_file(chosen, path, {k: v for k, v in (plain | (header or {})).items() if v is not None})
+    return path
+
+
+def test_the_file_by_hand_is_good(tmp_path):
+    adapter = shira.load(write(tmp_path / "a.safetensors"))
+    assert adapter.tensors["w"].shape == (3, 4)
+    assert adapter.tensors["w"].indices.tolist() == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "words"),
+    [
+        ({"w.indices": torch.tensor([5, 1], dtype=torch.int32)}, {}, r"'w'.*sorted"),
+        ({"w.indices": torch.tensor([5, 5], dtype=torch.int32)}, {}, r"'w'.*unique"),
+        ({"w.indices": torch.tensor([1, 12], dtype=torch.int32)}, {}, r"'w'.*0 to 11.*12"),
+        ({"w.indices": torch.tensor([-1, 2], dtype=torch.int32)}, {}, r"'w'.*0 to 11"),
+        ({"w.indices": torch.tensor([1, 5])}, {}, r"'w'.*must be int32, found int64"),
+        ({"w.indices": torch.tensor([1.0, 5.0])}, {}, r"'w'.*int32 or int64, found float32"),
+        ({"w.values": torch.tensor([1, 5])}, {}, r"'w'.*floating point"),
+        ({"w.values": torch.tensor([1.0, float("nan")])}, {}, r"'w'.*finite, found nan"),
+        ({"w.values": torch.ones(3)}, {}, r"'w'.*one length"),
+        ({"w.values": None}, {}, r"missing: \['w.values'\]"),
+        ({"v.values": torch.ones(1)}, {}, r"not described: \['v.values'\]"),
+        ({}, {"format": None}, r"not a shira adapter"),
+        ({}, {"format": "pt"}, r"not a shira adapter"),
+        ({}, {"format_version": "2"}, r"format version '2'.*upgrade"),
+        ({}, {"encoding": "zip"}, r"encoding 'zip'"),
+        ({}, {"tensors": "{"}, r"'tensors' is not JSON"),
+        ({}, {"tensors": "[" * 100_000}, r"'tensors' is not JSON"),
+        ({}, {"tensors": "[]"}, r"must be a JSON object"),
+        ({}, {"metadata": None}, r"'metadata' is not JSON"),
+        ({}, {"tensors": json.dumps({"w": 3})}, r"'w'.*shape"),
+        ({}, {"tensors": json.dumps({"w": {"shape": [3, "4"], "kind": "delta"}})}, r"'w'.*shape"),
+        ({}, {"tensors": json.dumps({"w": {"shape": [3, True], "kind": "delta"}})}, r"'w'.*shape"),
+        ({}, {"tensors": json.dumps({"w": {"shape": [3, -4], "kind": "delta"}})}, r"'w'.*shape"),
+        ({}, {"tensors": json.dumps({"w": {"shape": [1, 4], "kind": "delta"}})}, r"'w'.*0 to 3"),
+        ({}, {"tensors": json.dumps({"w": {"shape": [2**20, 2**20], "kind": "delta"}})}, r"'w'.*must be int64"),
+        ({}, {"tensors": json.dumps({"w": {"shape": [3, 4]}})}, r"'w'.*kind"),
+        ({}, {"tensors": json.dumps({"w": {"shape": [3, 4], "kind": ["delta"]}})}, r"'w'.*kind"),
+    ],
+)
+def test_a_hostile_file_is_refused_with_its_name_and_reason(tmp_path, tensors, header, words):
+    path = write(tmp_path / "evil.safetensors", tensors, header)
+    with pytest.raises(FormatError, match=rf"(?s)evil\.safetensors.*{words}"):
+        shira.load(path)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_truncated_or_flipped_file_is_refused_or_still_valid(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damage")
+    content = bytearray(write(folder / "good.safetensors").read_bytes())
+    if data.draw(st.booleans(), label="truncate"):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (folder / "bad.safetensors").write_bytes(bytes(content))
+    try:
+        adapter = shira.load(folder / "bad.safetensors")
+    except FormatError:
+        return
+    for tensor in adapter.tensors.values():  # a flipped value or position may leave a file that is valid: then all of it is
+        SparseTensor(tensor.shape, tensor.indices, tensor.values, tensor.kind)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    kind=st.sampled_from(["overwrite", "delta"]),
+    data=st.data(),
+)
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path_factory, shape, dtype, kind, data):
+    numel = shape[0] * shape[1]
+    positions = sorted(data.draw(st.sets(st.integers(0, numel - 1))))
+    numbers = data.draw(
+        st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=len(positions), max_size=len(positions))
+    )
+    values = torch.tensor(numbers, dtype=dtype)
+    metadata = data.draw(st.dictionaries(st.text(), st.one_of(st.none(), st.integers(), st.text(), st.lists(st.booleans()))))
+    saved = Adapter({"ä.weight": SparseTensor(shape, torch.tensor(positions, dtype=torch.int64), values, kind)}, metadata)
+    path = tmp_path_factory.mktemp("round") / "a.safetensors"
+    saved.save(path)
+    loaded = shira.load(path)
+    one, other = saved.tensors["ä.weight"], loaded.tensors["ä.weight"]
+    assert loaded.metadata == saved.metadata
+    assert (one.shape, one.kind, one.values.dtype) == (other.shape, other.kind, other.values.dtype)
+    assert torch.equal(one.indices, other.indices)
+    assert torch.equal(bits(one.values), bits(other.values))
+
+
+def test_positions_beyond_two_to_the_31_round_trip(tmp_path):
+    where = torch.tensor([0, 2**31, 2**33 - 1])
+    Adapter({"big": SparseTensor((2**20, 2**13), where, torch.ones(3))}).save(tmp_path / "big.safetensors")
+    tensor = shira.load(tmp_path / "big.safetensors").tensors["big"]
+    assert tensor.indices.dtype == torch.int64
+    assert torch.equal(tensor.indices, where)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        shira.load(tmp_path / "none.safetensors")
+
+
+def test_metadata_that_is_no_json_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(shira.AdapterError, match="metadata"):
+        Adapter({}, {"x": object()}).save(tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A limit on the file size makes the write fail half way, as a full disk does."""
+    path = tmp_path / "a.safetensors"
+    random_adapter(mlp(), seed=1).save(path)
+    before = path.read_bytes()
+    code = textwrap.dedent(
+        f"""
+        import resource, signal, torch, shira
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        big = shira.SparseTensor((1000, 1000), torch.arange(100_000), torch.ones(100_000))
+        try:
+            shira.Adapter({{"w": big}}).save({str(path)!r})
+        except OSError as error:
+            print(error.errno, error)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(errno.EFBIG))
+    assert "any older file is intact" in done.stdout
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_saving_into_a_missing_folder_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing was written"):
+        random_adapter(mlp(), seed=1).save(tmp_path / "none" / "a.safetensors")
+
+
+def test_the_file_is_plain_safetensors(tmp_path):
+    """Any safetensors reader gets positions and values without us."""
+    adapter = random_adapter(mlp(torch.bfloat16), seed=1)
+    adapter.save(tmp_path / "a.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert set(tensors) == {"0.weight.indices", "0.weight.values", "2.weight.indices", "2.weight.values"}
+    assert torch.equal(tensors["0.weight.indices"], adapter.tensors["0.weight"].indices)

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shira
+from conftest import all_bits, bits, mlp, random_adapter, same_bits
+from shira import AdapterError, BaseMismatch, SparseTensor, Switcher
+
+STRENGTHS = st.sampled_from([1.0, 0.5, -0.25, 2.0])
+
+
+@given(alpha=STRENGTHS, beta=STRENGTHS, gamma=STRENGTHS, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_fused_adapter_is_what_the_switcher_makes(alpha, beta, gamma, dtype):
+    model = mlp(dtype)
+    parts = {
+        name: (random_adapter(model, seed), strength)
+        for name, seed, strength in (("a", 1, alpha), ("b", 2, beta), ("c", 3, gamma))
+    }
+    fused = shira.fuse(parts, base=model)
+    switcher = Switcher(model)
+    for name, (adapter, _) in parts.items():
+        switcher.add(name, adapter)
+    switcher.add("fused", fused)
+    switcher.use({name: strength for name, (_, strength) in parts.items()})
+    live = all_bits(model)
+    switcher.use("fused")
+    assert same_bits(live, all_bits(model))
+
+
+def test_fusing_files_gives_a_file_that_switches_and_fuses_again(tmp_path):
+    model = mlp()
+    for name, seed in (("a", 1), ("b", 2)):
+        random_adapter(model, seed).save(tmp_path / f"{name}.safetensors")
+    both = shira.fuse({tmp_path / "a.safetensors": 1.0, tmp_path / "b.safetensors": 0.7}, base=model)
+    both.save(tmp_path / "both.safetensors")
+    again = shira.fuse({tmp_path / "both.safetensors": 1.0}, base=model)
+    for name, tensor in shira.load(tmp_path / "both.safetensors").tensors.items():
+        assert torch.equal(bits(tensor.values), bits(again.tensors[name].values))
+    assert both.name == "random1+random2"
+    assert both.metadata["fused"] == {"method": "sum", "strengths": {"a.safetensors": 1.0, "b.safetensors": 0.7}}
+    assert both.nnz < sum(shira.load(tmp_path / f"{n}.safetensors").nnz for n in "ab")
+
+
+def test_an_entry_that_one_adapter_touches_at_strength_one_keeps_its_bits():
+    """0.1 + (0.3 - 0.1) is not 0.3 in float32."""
+    base = {"w": torch.full((2, 2), 0.1)}
+    one = shira.Adapter({"w": SparseTensor((2, 2), torch.tensor([0]), torch.tensor([0.3]))})
+    other = shira.Adapter({"w": SparseTensor((2, 2), torch.tensor([3]), torch.tensor([0.7]))})
+    fused = shira.fuse({"one": (one, 1.0), "other": (other, 1.0)}, base=base)
+    assert torch.equal(bits(fused.tensors["w"].values), bits(torch.tensor([0.3, 0.7])))
+
+
+def test_deltas_fuse_without_a_base():
+    parts = {
+        "x": (shira.Adapter({"w": SparseTensor((4,), torch.tensor([0, 2]), torch.tensor([1.0, 2.0]), "delta")}), 2.0),
+        "y": (shira.Adapter({"w": SparseTensor((4,), torch.tensor([2, 3]), torch.tensor([5.0, 7.0]), "delta")}), -1.0),
+    }
+    fused = shira.fuse(parts)
+    assert fused.tensors["w"].kind == "delta"
+    assert fused.tensors["w"].indices.tolist() == [0, 2, 3]
+    assert fused.tensors["w"].values.tolist() == [2.0, -1.0, -7.0]
+    base = {"w": torch.tensor([1.0, 1.0, 1.0, 1.0])}
+    assert shira.fuse(parts, base=base).tensors["w"].values.tolist() == [3.0, 0.0, -6.0]
+
+
+def test_what_cannot_be_fused():
+    model, other = mlp(seed=0), mlp(seed=1)
+    adapter = random_adapter(model, 1)
+    with pytest.raises(AdapterError, match="nothing to fuse"):
+        shira.fuse({}, base=model)
+    with pytest.raises(AdapterError, match="unknown fusion method 'sun'; did you mean 'sum'"):
+        shira.fuse({"a": (adapter, 1.0)}, base=model, method="sun")
+    with pytest.raises(AdapterError, match="pass base="):
+        shira.fuse({"a": (adapter, 1.0)})
+    with pytest.raises(AdapterError, match="finite number"):
+        shira.fuse({"a": (adapter, float("nan"))}, base=model)
+    with pytest.raises(BaseMismatch, match="a does not belong to this model"):
+        shira.fuse({"a": (adapter, 1.0)}, base=other)
+    with pytest.raises(BaseMismatch, match="no tensor '0.weight'"):
+        shira.fuse({"a": (adapter, 1.0)}, base={"v": torch.ones(2)})
+    narrow = shira.Adapter({"w": SparseTensor((4,), torch.tensor([0]), torch.ones(1), "delta")})
+    wide = shira.Adapter({"w": SparseTensor((5,), torch.tensor([0]), torch.ones(1), "delta")})
+    with pytest.raises(AdapterError, match="'w' has different shapes"):
+        shira.fuse({"n": (narrow, 1.0), "w": (wide, 1.0)})

@@ -1,0 +1,69 @@
+"""Every backend against the specification, on the same cases."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import bits
+from shira import kernels
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ODD = torch.tensor([float("nan"), float("inf"), -0.0, 0.0, 1.5, -2.25])
+
+
+@given(
+    shape=st.sampled_from([(7, 5), (1, 1), (64, 33), (13,), (3, 5, 7)]),
+    dtype=st.sampled_from(DTYPES),
+    index=st.sampled_from([torch.int32, torch.int64]),
+    density=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    seed=st.integers(0, 999),
+)
+def test_gather_and_overwrite_move_bits(shape, dtype, index, density, seed):
+    generator = torch.Generator().manual_seed(seed)
+    numel = torch.Size(shape).numel()
+    pick = torch.randint(len(ODD), (2, numel), generator=generator)
+    base, new = ODD[pick[0]].to(dtype).view(shape), ODD[pick[1]].to(dtype)
+    indices = (torch.rand(numel, generator=generator) < density).nonzero().view(-1).to(index)
+    results = []
+    for name in kernels.BACKENDS:
+        weight = base.clone()
+        with kernels.backend(name):
+            old = kernels.gather(weight, indices)
+            kernels.overwrite_([kernels.Write(weight, indices, new[indices.long()])])
+            written = bits(weight)
+            kernels.overwrite_([kernels.Write(weight, indices, old)])
+        assert torch.equal(bits(weight), bits(base))
+        results.append((bits(old), written))
+    for old, written in results[1:]:
+        assert torch.equal(old, results[0][0])
+        assert torch.equal(written, results[0][1])
+    expected = base.clone().view(-1)
+    expected[indices.long()] = new[indices.long()]
+    assert torch.equal(results[0][1], bits(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (33, 20, 65), (0, 4, 4)])
+def test_the_sampled_gradient_is_the_dense_one_at_the_positions(dtype, shape):
+    tokens, outs, ins = shape
+    torch.manual_seed(0)
+    grad_output, input = torch.randn(tokens, outs).to(dtype), torch.randn(tokens, ins).to(dtype)
+    exact = (grad_output.double().T @ input.double()).view(-1)
+    for count in {0, 1, outs * ins}:
+        indices = torch.randperm(outs * ins)[:count].sort().values
+        for name in kernels.BACKENDS:
+            with kernels.backend(name):
+                sampled = kernels.sampled_gradient(grad_output, input, indices)
+            assert sampled.dtype == torch.float32
+            torch.testing.assert_close(
+                sampled.double(), exact[indices], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+            )
+
+
+def test_writing_does_not_move_a_weight():
+    weight = torch.zeros(4, 4)
+    where = weight.data_ptr()
+    kernels.overwrite_([kernels.Write(weight, torch.tensor([3]), torch.ones(1))])
+    assert weight.data_ptr() == where
+    assert weight.view(-1)[3] == 1
