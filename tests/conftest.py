@@ -6,9 +6,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none ma
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 import shira
+
+settings.register_profile("shira", deadline=None)  # machines are shared: no example is timed
+settings.load_profile("shira")
 
 
 def bits(tensor: Tensor) -> Tensor:

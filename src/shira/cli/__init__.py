@@ -28,7 +28,7 @@ app.command("fuse")(fuse.fuse)
 def main() -> None:
     """Run the command line: exit code 0, 1 if what was asked failed, 2 if it was asked wrongly."""
     try:
-        app()
+        app(prog_name="shira")
     except (ShiraError, OSError) as error:
         errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)

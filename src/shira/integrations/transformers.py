@@ -100,7 +100,9 @@ def collate(rows: Sequence[Row], pad: int = 0) -> dict[str, Any]:
     batch: dict[str, Any] = left_padded([row["input_ids"] for row in rows], pad)
     counted = max(sum(label != IGNORED for label in row["labels"]) for row in rows)
     kept = min(counted + 1, batch["input_ids"].shape[1])
-    batch["labels"] = torch.tensor([([IGNORED] * kept + row["labels"])[len(row["labels"]) :] for row in rows])
+    # a row's first token has nothing before it to be predicted from, but padding
+    labels = [[IGNORED] * kept + [IGNORED, *row["labels"][1:]] for row in rows]
+    batch["labels"] = torch.tensor([row[len(row) - kept :] for row in labels])
     return batch | {"logits_to_keep": kept}
 
 

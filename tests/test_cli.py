@@ -1,0 +1,174 @@
+import json
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+
+import shira
+from conftest import all_bits
+from shira import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run_(line):
+        monkeypatch.setattr(sys, "argv", ["shira", *shlex.split(line)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run_
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tiny_llama):
+    """A working folder with a tiny model, its tokenizer of single letters, and data."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<s>", "<unk>", *(chr(code) for code in range(33, 126)), " "]
+    plain = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<s>", unk_token="<unk>")
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{a}+{b}=", "choices": ["x", "y"], "label": (a + b) % 2} for a in range(6) for b in range(6)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "text.jsonl").write_text('{"text": "abcabcabc"}\n{"prompt": "ab", "completion": "cab"}\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TRAIN = "train model --steps 4 --batch-size 4 --targets all-linear --density 0.05"
+
+
+def test_train_inspect_eval_fuse(run, folder):
+    for data, mask in (("sums", "snip"), ("text", "struct --density 0.2")):
+        code, out, err = run(f"{TRAIN} --data {data}.jsonl --mask {mask} -o {data}.safetensors --license MIT")
+        assert code == 0, err
+        assert f"{data}.safetensors" in out and "100%" not in out
+        assert "4/4" in err
+    adapter = shira.load("sums.safetensors")
+    assert adapter.metadata["mask"]["name"] == "snip"
+    assert adapter.metadata["base"] == {"id": "model", "dtype": "float32"}
+    assert adapter.metadata["training"]["steps"] == 4
+    assert adapter.metadata["training"]["data"] == "sums.jsonl"
+
+    code, out, _ = run("inspect sums.safetensors --tensors")
+    assert code == 0
+    for word in ("sums", "14", "overwrite", "snip", "model", adapter.fingerprint, "MIT", "layers.0.mlp"):
+        assert word in out
+    code, out, _ = run("inspect sums.safetensors --json")
+    facts = json.loads(out)
+    assert facts["nnz"] == adapter.nnz
+    assert facts["tensors"]["model.layers.0.mlp.up_proj.weight"]["shape"] == [40, 24]
+
+    code, out, _ = run("eval model --data sums.jsonl -a sums.safetensors -a text.safetensors=0.5 --json")
+    result = json.loads(out)
+    assert [row["active"] for row in result["accuracy"]] == ["base", "sums.safetensors + text.safetensors=0.5"]
+    assert result["examples"] == {"sums.jsonl": 36}
+    code, out, _ = run("eval model --data sums.jsonl --limit 5")
+    assert code == 0 and "sums.jsonl (5)" in out
+
+    code, out, _ = run("fuse sums.safetensors text.safetensors=0.5 --base model -o both.safetensors --name both")
+    assert code == 0
+    both = shira.load("both.safetensors")
+    assert both.name == "both"
+    assert both.metadata["fused"]["strengths"] == {"sums.safetensors": 1.0, "text.safetensors": 0.5}
+    code, out, _ = run("inspect both.safetensors")
+    assert "text.safetensors × 0.5" in out
+
+
+def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
+    assert run(f"{TRAIN} --data sums.jsonl --mask rand -o one.safetensors --seed 3")[0] == 0
+    assert run("train --config one.yaml -o two.safetensors")[0] == 0
+    one, two = shira.load("one.safetensors"), shira.load("two.safetensors")
+    assert one.metadata == two.metadata
+    assert all(torch.equal(t.values, two.tensors[name].values) for name, t in one.tensors.items())
+    assert run("train --config one.yaml --seed 4 -o three.safetensors")[0] == 0
+    assert shira.load("three.safetensors").metadata["mask"]["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("inspect none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
+        ("inspect sums.jsonl", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
+        ("train model --data nowhere.jsonl", 1, "DataError: 'nowhere.jsonl' is neither a file nor a built-in task"),
+        ("train model", 1, "DataError: no data to train on"),
+        ("train nomodel --data sums.jsonl", 1, "DataError: cannot load 'nomodel'"),
+        ("train model --data sums.jsonl --mask snap", 1, "MaskError: unknown mask 'snap'; did you mean 'snip'"),
+        ("train model --data sums.jsonl --targets q_prj", 1, "TargetError: .*did you mean 'q_proj'"),
+        ("train model --data sums.jsonl --density 2", 1, "MaskError: density must be above 0 and at most 1"),
+        ("train model --data sums.jsonl -o no/where.safetensors", 1, "FileNotFoundError: there is no folder no"),
+        ("train model --data sums.jsonl --config none.yaml", 1, "FileNotFoundError: .*none.yaml"),
+        ("eval model --data text.jsonl", 1, "DataError: .*'choices' and 'label'"),
+        ("eval model --data sums.jsonl -a a.safetensors=x", 1, "DataError: .*strength after '=' must be a number, found 'x'"),
+        ("fuse a.safetensors a.safetensors=2", 1, "DataError: one adapter is given twice"),
+        ("fuse", 2, "Missing argument"),
+        ("train model --steps many", 2, "valid integer"),
+        ("nothing", 2, "No such command"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(run, folder, line, code, words):
+    before = sorted(path.name for path in folder.iterdir())
+    found, out, err = run(line)
+    assert found == code
+    assert re.search(words, re.sub(r"[│\s]+", " ", err))
+    assert "Traceback" not in err + out
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_an_adapter_of_another_model_is_refused(run, folder, tiny_llama):
+    assert run(f"{TRAIN} --data sums.jsonl -o a.safetensors")[0] == 0
+    with torch.no_grad():
+        tiny_llama.model.layers[0].mlp.up_proj.weight.mul_(2)
+    tiny_llama.save_pretrained(folder / "model")
+    for line in ("eval model --data sums.jsonl -a a.safetensors", "fuse a.safetensors --base model"):
+        code, _, err = run(line)
+        assert code == 1
+        assert re.search("BaseMismatch: '?a.safetensors'? does not belong to this model", err)
+
+
+@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse"])
+def test_help_shows_an_example(run, command):
+    code, out, _ = run(f"{command} --help")
+    assert code == 0
+    assert f"shira {command} " in out.replace("\n", " ") if command else "demo" in out
+    assert not command or "Example:" in out
+
+
+def test_a_missing_extra_is_named(run, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = run("train model --data sums.jsonl")
+    assert code == 1
+    assert "MissingExtra" in err and "pip install 'shira-adapters[train]'" in err
+
+
+def test_the_demos_measurements(tiny_llama):
+    from conftest import random_adapter
+    from shira.cli.demo import changed_entries, digest
+
+    before, bits_before = digest(tiny_llama), all_bits(tiny_llama)
+    adapter = random_adapter(tiny_llama, 1, density=0.1)
+    switcher = shira.Switcher(tiny_llama)
+    switcher.add("a", adapter)
+    assert changed_entries(tiny_llama, switcher, None) == 0
+    assert changed_entries(tiny_llama, switcher, "a") == adapter.nnz
+    assert switcher.active == {"a": 1.0}
+    assert digest(tiny_llama) != before
+    switcher.use(None)
+    assert digest(tiny_llama) == before
+    with torch.no_grad():  # the digest sees a sign of zero
+        tiny_llama.model.norm.weight[0] = 0.0
+        zero = digest(tiny_llama)
+        tiny_llama.model.norm.weight[0] = -0.0
+    assert digest(tiny_llama) != zero
+    assert bits_before

@@ -1,0 +1,74 @@
+"""The real model: SmolLM2-135M-Instruct, fetched once into the user cache."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import shira
+from conftest import all_bits, same_bits
+from shira.integrations.transformers import load_model, load_tokenizer
+
+pytestmark = pytest.mark.real
+
+
+def demo(folder, *options):
+    command = [sys.executable, "-m", "shira.cli", "demo", "--json", "--output", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_demo_in_small(tmp_path):
+    result = demo(tmp_path, "--steps", "2", "--examples", "12")
+    assert result["restored"] is True
+    base, spam, questions, both, again = result["rows"]
+    assert base["changed"] == again["changed"] == 0
+    assert min(spam["changed"], questions["changed"], both["changed"]) > 0
+    assert {key: value for key, value in base.items() if key != "switch_ms"} == {
+        key: value for key, value in again.items() if key != "switch_ms"
+    } | {"active": "base"}
+    assert spam["file_bytes"] == (tmp_path / "spam.safetensors").stat().st_size
+    assert (tmp_path / "questions.yaml").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    """What the demo is meant to show: 10 points on each task, 80 % of them after fusion, within its time and memory."""
+    result = demo(tmp_path)
+    assert result["restored"] is True
+    assert result["examples"] >= 200
+    for alone, fused in result["gains"].values():
+        assert alone >= 0.10
+        assert fused >= 0.8 * alone
+    assert result["seconds"] < 360
+    assert result["peak_memory_gb"] < 4
+
+
+def test_it_is_the_real_model_and_comes_back(tmp_path):
+    model, tokenizer = load_model("SmolLM2-135M-Instruct"), load_tokenizer("SmolLM2-135M-Instruct")
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    before = all_bits(model)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+    def answer():
+        with torch.no_grad():
+            return tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :])
+
+    assert "Paris" in answer()
+    switcher = shira.Switcher(model)
+    for name, scale in (("a", 1.5), ("b", -0.5)):
+        with shira.attach(model, mask="wm", density=0.01) as tuner:
+            with torch.no_grad():
+                for parameter in tuner.parameters():
+                    parameter.mul_(scale)
+            tuner.adapter(name).save(tmp_path / f"{name}.safetensors")
+        switcher.add(name, tmp_path / f"{name}.safetensors")
+    switcher.use({"a": 1.0, "b": 0.5})
+    assert "Paris" not in answer()
+    switcher.use(None)
+    assert same_bits(before, all_bits(model))
+    assert "Paris" in answer()
