@@ -7,6 +7,7 @@ stash), and whatever it does starts from there: base values are never computed, 
 import contextlib
 import functools
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,16 +19,21 @@ from .adapter import Adapter, SparseTensor
 from .errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
 from .format import load
 from .fusion import check_base, check_strengths, weighted_sum
+from .kernels import Plan, Write
 
 __all__ = ["Switcher"]
 
 Selection = str | Mapping[str, float] | None
+Key = tuple[tuple[str, float], ...]  # what is active: names in order, with strengths
 
 
 class Switcher:
     """Switches a model among adapters, and sums of them, in place (SHiRA §3.2 and Appendix I, arXiv 2406.13175).
 
     It owns the adapted entries: nobody else may change them, and no forward pass may run, while it switches.
+
+    ready: how many selections (an adapter, or a sum) are held ready to switch to, positions, values and room for the
+        stash in memory; the one used longest ago goes first. An adapter added as a file is otherwise left on disk.
 
         switcher = shira.Switcher(model)
         switcher.add("poet", "poet.safetensors")
@@ -36,16 +42,20 @@ class Switcher:
         switcher.use(None)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, ready: int = 8) -> None:
+        if ready < 1:
+            raise SwitchError(f"ready must be at least 1, found {ready}")
         self._weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self._adapters: dict[str, dict[str, SparseTensor]] = {}
+        self._sources: dict[str, _Source] = {}
+        self._ready: OrderedDict[Key, Plan] = OrderedDict()
+        self._capacity = ready
         self._active: dict[str, float] = {}
-        self._stash: dict[int, kernels.Write] = {}  # id of a weight -> what lay under the active entries
+        self._plan = Plan.of([])  # what is written over the base, with what lay there
 
     @property
     def names(self) -> list[str]:
         """The adapters that can be used."""
-        return list(self._adapters)
+        return list(self._sources)
 
     @property
     def active(self) -> dict[str, float]:
@@ -55,35 +65,27 @@ class Switcher:
     def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
         """Register an adapter, or a file of one, under a name, after checking that it belongs to this model.
 
+        A file is read again when it is used after others have taken its place, so it must stay where it is.
+
         Raises SwitchError if the name is taken; FormatError or OSError for the file; BaseMismatch if a tensor is missing,
         has another shape or, for an overwrite adapter, other base values. The model is not written to.
         """
         if not isinstance(name, str) or not name:
             raise SwitchError(f"a name must be a string that is not empty, found {name!r}")
-        if name in self._adapters:
+        if name in self._sources:
             raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
-        label = repr(name) if isinstance(adapter, Adapter) else str(Path(adapter))
-        adapter = adapter if isinstance(adapter, Adapter) else load(adapter)
-        check_base(label, adapter, self._weights, self._base_at)
-        tensors: dict[str, SparseTensor] = {}
-        owners: dict[int, str] = {}
-        for tensor_name, tensor in adapter.tensors.items():
-            weight = self._weights[tensor_name]
-            other = owners.setdefault(id(weight), tensor_name)
-            if other == tensor_name:
-                tensors[tensor_name] = _on(weight, tensor_name, tensor)
-            elif not _same(tensor, adapter.tensors[other]):
-                raise BaseMismatch(
-                    f"{label}: '{tensor_name}' and '{other}' are one tied tensor here, but differ in the adapter"
-                )
-        self._adapters[name] = tensors
+        source = _Source(adapter)
+        self._checked(name, source)
+        self._sources[name] = source
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Raises SwitchError if it is unknown or active."""
         self._known(name)
         if name in self._active:
             raise SwitchError(f"adapter {name!r} is active; switch to another or to None first")
-        del self._adapters[name]
+        del self._sources[name]
+        for key in [key for key in self._ready if name in dict(key)]:
+            del self._ready[key]
 
     def use(self, selection: Selection) -> None:
         """Activate one adapter, several with strengths (the paper's α), or None: the base, bit for bit.
@@ -92,23 +94,36 @@ class Switcher:
         adapter alone touches at strength 1 gets its value bit for bit.
 
         Raises SwitchError for an unknown name, AdapterError for a strength that is no finite number or a sum that
-        overflows: then nothing has changed. After any other exception, half way, the base is active.
+        overflows, and what `add` raises if a file has changed: then nothing has changed here. After any other exception,
+        half way, the base is active.
         """
         wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)
         for name in wanted:
             self._known(name)
         strengths = {name: strength for name, strength in check_strengths(wanted).items() if strength != 0}
-        plan = self._plan(strengths)
-        stash = [kernels.Write(w.weight, w.indices, self._base_at(w.weight, w.indices)) for w in plan]
+        if strengths == self._active:
+            return
+        plan = self._prepare(tuple(sorted(strengths.items())))
         try:
-            kernels.overwrite_(self._stash.values())
-            self._stash.update({id(write.weight): write for write in stash})
-            kernels.overwrite_(plan)
+            same_positions = plan.over(self._plan)
+            if same_positions is not None:
+                self._plan = same_positions
+                kernels.write_(same_positions)
+            else:
+                self._restore()
+                self._plan = plan
+                kernels.swap_(plan)
         except BaseException:
-            kernels.overwrite_(self._stash.values())
-            self._stash, self._active = {}, {}
+            self._restore()
+            self._active = {}
             raise
-        self._stash, self._active = {id(write.weight): write for write in stash}, strengths
+        self._active = strengths
+
+    def _restore(self) -> None:
+        """The base, bit for bit."""
+        kernels.restore_(self._plan)
+        self._plan.begun[0] = 0
+        self._plan = Plan.of([])
 
     @contextlib.contextmanager
     def using(self, selection: Selection) -> Iterator[None]:
@@ -121,44 +136,99 @@ class Switcher:
             self.use(before)
 
     def _known(self, name: str) -> None:
-        if name not in self._adapters:
-            raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._adapters)}")
+        if name not in self._sources:
+            raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
-    def _plan(self, strengths: Mapping[str, float]) -> list[kernels.Write]:
-        """What to write over the base, every value computed and checked."""
-        parts: dict[int, list[tuple[SparseTensor, float]]] = {}
-        names: dict[int, str] = {}
-        for adapter_name in sorted(strengths):
-            for tensor_name, tensor in self._adapters[adapter_name].items():
-                key = id(self._weights[tensor_name])
-                names.setdefault(key, tensor_name)
-                parts.setdefault(key, []).append((tensor, strengths[adapter_name]))
-        plan = []
-        for key, of_weight in parts.items():
-            weight = self._weights[names[key]]
-            tensor, strength = of_weight[0]
-            if len(of_weight) == 1 and strength == 1 and tensor.kind == "overwrite":
-                indices, values = tensor.indices, tensor.values
-            else:
-                indices, values, _ = weighted_sum(of_weight, functools.partial(self._base_at, weight))
-                if not bool(torch.isfinite(values).all()):
-                    raise AdapterError(
-                        f"'{names[key]}' would overflow {weight.dtype} at strengths {dict(strengths)}; use smaller ones"
-                    )
-            plan.append(kernels.Write(weight, indices, values))
+    def _prepare(self, key: Key) -> Plan:
+        """What to write over the base, every value computed and checked; made once, kept while it is among the latest."""
+        if key in self._ready:
+            self._ready.move_to_end(key)
+            return self._ready[key]
+        by_weight: dict[int, tuple[str, list[tuple[SparseTensor, float]]]] = {}
+        for adapter_name, strength in key:
+            for tensor_name, tensor in self._checked(adapter_name, self._sources[adapter_name]).items():
+                weight = self._weights[tensor_name]
+                by_weight.setdefault(id(weight), (tensor_name, []))[1].append((tensor, strength))
+        plan = Plan.of([self._write(name, parts) for name, parts in by_weight.values()])
+        if key:  # the base needs no room
+            self._ready[key] = plan
+            if len(self._ready) > self._capacity:
+                self._ready.popitem(last=False)
         return plan
+
+    def _write(self, name: str, parts: list[tuple[SparseTensor, float]]) -> Write:
+        """What becomes of one tensor."""
+        weight = self._weights[name]
+        tensor, strength = parts[0]
+        if len(parts) == 1 and strength == 1 and tensor.kind == "overwrite":
+            return Write(weight, self._shared(weight, tensor.indices), tensor.values)
+        indices, values, _ = weighted_sum(parts, functools.partial(self._base_at, weight))
+        if not bool(torch.isfinite(values).all()):
+            raise AdapterError(f"'{name}' would overflow {weight.dtype} at these strengths; use smaller ones")
+        return Write(weight, self._shared(weight, indices.to(tensor.indices.dtype)), values)
+
+    def _shared(self, weight: Tensor, indices: Tensor) -> Tensor:
+        """These positions, or the very tensor of a plan that is ready and has the same ones: adapters of one mask then hold
+        them once, and switch among each other in one pass."""
+        for plan in self._ready.values():
+            for part in plan.parts:
+                if part.weight is weight and part.indices.numel() == indices.numel() and torch.equal(part.indices, indices):
+                    return part.indices
+        return indices
+
+    def _checked(self, name: str, source: "_Source") -> dict[str, SparseTensor]:
+        """An adapter's tensors, ready to be written to this model: on its devices, overwrites in its dtypes, one for each
+        tied weight. The base is compared when the content is new."""
+        adapter, is_new = source.read()
+        label = source.label(name)
+        if is_new:
+            check_base(label, adapter, self._weights, self._base_at)
+        tensors: dict[str, SparseTensor] = {}
+        owners: dict[int, str] = {}
+        for tensor_name, tensor in adapter.tensors.items():
+            weight = self._weights[tensor_name]
+            other = owners.setdefault(id(weight), tensor_name)
+            if other == tensor_name:
+                tensors[tensor_name] = _on(weight, tensor_name, tensor)
+            elif not _same(tensor, adapter.tensors[other]):
+                raise BaseMismatch(f"{label}: '{tensor_name}' and '{other}' are one tied tensor here, two in the adapter")
+        source.is_checked()
+        return tensors
 
     def _base_at(self, weight: Tensor, indices: Tensor) -> Tensor:
         """Base values at positions [k] of a weight: the live ones, or the stashed ones under active entries."""
         indices = indices.to(weight.device)
         values = kernels.gather(weight, indices)
-        stashed = self._stash.get(id(weight))
-        if stashed is not None and stashed.indices.numel():
-            place = torch.searchsorted(stashed.indices, indices.to(stashed.indices.dtype))
-            place.clamp_(max=stashed.indices.numel() - 1)
-            hit = stashed.indices[place] == indices
-            values[hit] = stashed.values[place[hit]]
+        for part, stash in zip(self._plan.parts, self._plan.stash, strict=True):
+            if part.weight is weight and part.indices.numel():
+                place = torch.searchsorted(part.indices, indices.to(part.indices.dtype))
+                place.clamp_(max=part.indices.numel() - 1)
+                hit = part.indices[place] == indices
+                values[hit] = stash[place[hit]]
         return values
+
+
+class _Source:
+    """Where an adapter comes from: memory, or a file, which is read again when it is needed again."""
+
+    def __init__(self, adapter: Adapter | str | os.PathLike[str]) -> None:
+        self._content = adapter if isinstance(adapter, Adapter) else Path(adapter)
+        self._found: tuple[int, ...] = ()  # the file's state when it was last read
+        self._checked: tuple[int, ...] | None = None  # and when it was last found to belong to the model
+
+    def label(self, name: str) -> str:
+        return repr(name) if isinstance(self._content, Adapter) else str(self._content)
+
+    def read(self) -> tuple[Adapter, bool]:
+        """The adapter, and whether it is another than the one that was checked."""
+        if isinstance(self._content, Adapter):
+            return self._content, self._checked is None
+        status = self._content.stat()
+        self._found = (status.st_ino, status.st_size, status.st_mtime_ns)
+        return load(self._content), self._found != self._checked
+
+    def is_checked(self) -> None:
+        self._checked = self._found
 
 
 def _on(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:

@@ -198,13 +198,13 @@ class _Masters:
             # known to have changed: autograd shall complain of a backward pass through the weight as it was; if not, most
             # likely the same values are written again, of which it need not know
             weight = self.weight if changed else self.weight.data
-            kernels.overwrite_([kernels.Write(weight, self.indices, self.rounded())])
+            kernels.overwrite_(weight, self.indices, self.rounded())
             self.written = self.values._version
             self.may_have_stepped = self.values.grad is not None
 
     def restore(self) -> None:
         self.follow_weight()
-        kernels.overwrite_([kernels.Write(self.weight, self.indices, self.base)])
+        kernels.overwrite_(self.weight, self.indices, self.base)
 
     def follow_weight(self) -> None:
         """The masters move with the model, being its parameters; positions and base values must be told."""
@@ -273,7 +273,7 @@ def _install_hook(target: target_names.Target, indices: Tensor) -> _Entry:
         if parameter.grad is not None:
             kept = kernels.gather(parameter.grad, indices)
             parameter.grad.zero_()
-            kernels.overwrite_([kernels.Write(parameter.grad, indices, kept)])
+            kernels.overwrite_(parameter.grad, indices, kept)
 
     def keep_off_mask(*_: Any) -> None:
         """Weight decay shrinks entries that have no gradient, too: put those back."""
@@ -281,7 +281,7 @@ def _install_hook(target: target_names.Target, indices: Tensor) -> _Entry:
             kept = kernels.gather(weight, indices)
             with torch.no_grad():
                 weight.copy_(full_base)
-            kernels.overwrite_([kernels.Write(weight, indices, kept)])
+            kernels.overwrite_(weight, indices, kept)
             seen[0] = weight._version
 
     def restore() -> None:

@@ -1,36 +1,30 @@
 """What touches weights, behind one dispatch: `reference` says what is right, the others say it faster.
 
-Switching works on a plan, a flat list of `Write`s over all tensors of a model, so that a device may do it all in one
-launch. `backend("reference")` forces a backend inside a `with`; the tests run every backend on the same cases.
+Switching works on a `Plan`, a flat list of writes over all tensors of a model, so that one launch does it all.
+`backend("reference")` forces a backend inside a `with`; the tests run every backend on the same cases.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from . import cpu, reference
+from . import native, reference, torch_ops
+from .plan import Plan, Write
 
-__all__ = ["Write", "backend", "gather", "overwrite_", "sampled_gradient"]
+__all__ = ["BACKENDS", "Plan", "Write", "backend", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+BACKENDS: dict[str, Any] = {"reference": reference, "torch": torch_ops}
+if native.available():
+    BACKENDS["native"] = native
 _forced: ContextVar[str | None] = ContextVar("shira_backend", default=None)
-
-
-class Write(NamedTuple):
-    """One tensor's part of a plan."""
-
-    weight: Tensor  # any shape, contiguous
-    indices: Tensor  # [k], on the weight's device
-    values: Tensor  # [k], the weight's dtype and device
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend by name: "reference" or "cpu"."""
+    """Force a backend by name: "reference", "torch", or "native" (tensors on the CPU only) where it was built."""
     token = _forced.set(name)
     try:
         yield
@@ -38,23 +32,38 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _implementation() -> ModuleType:
-    return BACKENDS[_forced.get() or "cpu"]
+def _for(*tensors: Tensor) -> Any:
+    forced = _forced.get()
+    return BACKENDS[forced] if forced else native if native.available(*tensors) else torch_ops
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
     """The entries of `weight` at `indices` [k], as a new tensor [k]."""
-    values: Tensor = _implementation().gather(weight, indices)
+    values: Tensor = _for(weight, indices).gather(weight, indices)
     return values
 
 
-def overwrite_(plan: Iterable[Write]) -> None:
-    """Write every part of a plan in place, bit for bit, in its order."""
-    for write in plan:
-        _implementation().overwrite_(*write)
+def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Set the entries of `weight` at `indices` [k] to `values` [k] of its dtype, bit for bit, in place."""
+    _for(weight, indices, values).overwrite_(weight, indices, values)
+
+
+def write_(plan: Plan) -> None:
+    """Write a plan's values at its positions, bit for bit, in place; its stash stays as it is."""
+    _for(*(part.weight for part in plan.parts)).write_(plan)
+
+
+def swap_(plan: Plan) -> None:
+    """Keep what lies under a plan in its stash, and write it."""
+    _for(*(part.weight for part in plan.parts)).swap_(plan)
+
+
+def restore_(plan: Plan) -> None:
+    """Put back what a plan's stash holds, as far as it was begun."""
+    _for(*(part.weight for part in plan.parts)).restore_(plan)
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """(grad_outputᵀ · input) at flat positions; grad_output [tokens, out], input [tokens, in]; float32 [k]."""
-    gradient: Tensor = _implementation().sampled_gradient(grad_output, input, indices)
+    gradient: Tensor = _for(grad_output, input, indices).sampled_gradient(grad_output, input, indices)
     return gradient

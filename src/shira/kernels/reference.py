@@ -6,7 +6,9 @@ Positions are flat, C order, sorted and unique, int32 or int64. Weights may have
 import torch
 from torch import Tensor
 
-__all__ = ["gather", "overwrite_", "sampled_gradient"]
+from .plan import Plan
+
+__all__ = ["gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -18,6 +20,26 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """Set the entries of `weight` at `indices` [k] to `values` [k] of the weight's dtype, bit for bit, in place."""
     with torch.no_grad():
         weight.view(-1)[indices.long()] = values
+
+
+def write_(plan: Plan) -> None:
+    """Write the plan's values at its positions, bit for bit, in place; its stash stays as it is."""
+    for part in plan.parts:
+        overwrite_(*part)
+
+
+def swap_(plan: Plan) -> None:
+    """Keep what lies under each part in the plan's stash, then write the part."""
+    for number, (part, stash) in enumerate(zip(plan.parts, plan.stash, strict=True), start=1):
+        stash.copy_(gather(part.weight, part.indices))
+        plan.begun[0] = number
+        overwrite_(*part)
+
+
+def restore_(plan: Plan) -> None:
+    """Put back what the stash holds of the parts that were begun."""
+    for part, stash in list(zip(plan.parts, plan.stash, strict=True))[: int(plan.begun[0])]:
+        overwrite_(part.weight, part.indices, stash)
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

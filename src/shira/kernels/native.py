@@ -1,0 +1,97 @@
+"""The kernels in C (native.c), for the CPU: one call for a whole plan, on torch's number of threads.
+
+Sparse positions miss every cache and no hardware prefetcher sees them coming; the loop fetches them ahead. And it can
+not be interrupted, so keeping and writing may share one pass. Where the extension was not built, `_native` is None and
+torch's operators serve.
+"""
+
+import importlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import torch_ops
+from .plan import Plan, Write
+
+try:
+    _native: Any = importlib.import_module("._native", __package__)
+except ImportError:
+    _native = None
+
+__all__ = ["available", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+
+PART = np.dtype(  # as in native.c
+    [("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("count", "i8"), ("entry", "i4"), ("index", "i4")]
+)
+
+
+def available(*tensors: Tensor) -> bool:
+    """Whether these tensors can be handed to the extension."""
+    return _native is not None and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def gather(weight: Tensor, indices: Tensor) -> Tensor:
+    """See `reference.gather`."""
+    values = torch.empty(indices.numel(), dtype=weight.dtype)
+    table = _table([Write(weight, indices, values)])
+    table["stash"], table["values"] = table["values"], 0
+    _native.swap(table.ctypes.data, 1, 0, torch.get_num_threads())
+    return values
+
+
+def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
+    """See `reference.overwrite_`."""
+    table = _table([Write(weight, indices, values)])
+    _native.swap(table.ctypes.data, 1, 0, torch.get_num_threads())
+    torch.autograd.graph.increment_version(weight)
+
+
+def write_(plan: Plan) -> None:
+    """See `reference.write_`."""
+    table = _plan_table(plan).copy()
+    table["stash"] = 0
+    _run(plan, table, len(table), begun=False)
+
+
+def swap_(plan: Plan) -> None:
+    """See `reference.swap_`: keeping and writing in one pass."""
+    table = _plan_table(plan)
+    _run(plan, table, len(table), begun=True)
+
+
+def restore_(plan: Plan) -> None:
+    """See `reference.restore_`."""
+    table = _plan_table(plan).copy()
+    table["values"], table["stash"] = table["stash"], 0
+    _run(plan, table, int(plan.begun[0]), begun=False)
+
+
+sampled_gradient = torch_ops.sampled_gradient
+
+
+def _run(plan: Plan, table: "np.ndarray[Any, Any]", parts: int, begun: bool) -> None:
+    """Write, and move the version counters: the weights change behind torch's back, and autograd must know."""
+    _native.swap(table.ctypes.data, parts, plan.begun.ctypes.data if begun else 0, torch.get_num_threads())
+    torch.autograd.graph.increment_version([part.weight for part in plan.parts[:parts]])
+
+
+def _plan_table(plan: Plan) -> "np.ndarray[Any, Any]":
+    """The plan's table, made once; a weight that has moved since gets its new address."""
+    if plan.table is None:
+        plan.table = _table(plan.parts, plan.stash)
+    plan.table["weight"] = [part.weight.data_ptr() for part in plan.parts]
+    return plan.table
+
+
+def _table(parts: "tuple[Write, ...] | list[Write]", stash: tuple[Tensor, ...] = ()) -> "np.ndarray[Any, Any]":
+    table = np.zeros(len(parts), dtype=PART)
+    for field in ("weight", "indices", "values"):
+        table[field] = [getattr(part, field).data_ptr() for part in parts]
+    table["count"] = [part.indices.numel() for part in parts]
+    table["entry"] = [part.weight.itemsize for part in parts]
+    table["index"] = [part.indices.itemsize for part in parts]
+    if stash:
+        table["stash"] = [kept.data_ptr() for kept in stash]
+    return table

@@ -1,0 +1,68 @@
+"""What a switch writes, over all tensors of a model, as one flat list: one launch can do it all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Plan", "Write"]
+
+
+class Write(NamedTuple):
+    """One tensor's part of a plan."""
+
+    weight: Tensor  # any shape, contiguous
+    indices: Tensor  # [k], int32 or int64, on the weight's device
+    values: Tensor  # [k], the weight's dtype and device
+
+
+@dataclass(eq=False)
+class Plan:
+    """Writes, and room for what lies under them.
+
+    stash: for each part [k], what was there, once `begun` says so.
+    begun: int64 [1], the number of leading parts whose stash holds what was there and whose weight may have been written.
+        A kernel moves it before it writes, so that after an interruption at any point it is known what to put back.
+    """
+
+    parts: tuple[Write, ...]
+    stash: tuple[Tensor, ...]
+    begun: np.ndarray[tuple[int], np.dtype[np.int64]]
+    table: np.ndarray[tuple[int], np.dtype[np.void]] | None = None  # of native.py
+
+    @classmethod
+    def of(cls, parts: Sequence[Write]) -> "Plan":
+        """A plan of these writes, its stash in one piece for each dtype and device."""
+        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+        for part in parts:
+            key = (part.values.dtype, part.values.device)
+            sizes[key] = sizes.get(key, 0) + part.values.numel()
+        room = {(dtype, device): torch.empty(size, dtype=dtype, device=device) for (dtype, device), size in sizes.items()}
+        stash = []
+        for part in parts:
+            key = (part.values.dtype, part.values.device)
+            stash.append(room[key][: part.values.numel()])
+            room[key] = room[key][part.values.numel() :]
+        return cls(tuple(parts), tuple(stash), np.zeros(1, dtype=np.int64))
+
+    @property
+    def nnz(self) -> int:
+        """Entries that it writes."""
+        return sum(part.indices.numel() for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its positions, values and stash."""
+        return sum(part.indices.nbytes + 2 * part.values.nbytes for part in self.parts)
+
+    def over(self, other: "Plan") -> "Plan | None":
+        """This plan with the stash of another that is active, if both write the very same positions (the same tensors in
+        memory), so that it can be written over it; else None."""
+        same = len(self.parts) == len(other.parts) and all(
+            mine.weight is theirs.weight and mine.indices is theirs.indices
+            for mine, theirs in zip(self.parts, other.parts, strict=False)
+        )
+        return Plan(self.parts, other.stash, other.begun) if same else None
