@@ -127,6 +127,34 @@ def test_the_native_kernel_is_built_here():
     assert "native" in kernels.BACKENDS
 
 
+@pytest.mark.skipif("native" not in kernels.BACKENDS, reason="the native kernel was not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 90, 50), (17, 700, 650), (300, 130, 640), (519, 640, 131)])
+def test_the_sampled_product_where_it_is_chosen_and_where_not(monkeypatch, dtype, index, tokens, rows, columns):
+    """Tokens and positions that fill no block, no tile and no group of four; against float64."""
+    torch.manual_seed(0)
+    wide = torch.randn(tokens, 2 * rows).to(dtype)
+    grad_output, input = wide[:, ::2], torch.randn(tokens, columns).to(dtype)
+    exact = (grad_output.double().T @ input.double()).view(-1)
+    for density in (0.0, 0.003, 0.05):
+        indices = (torch.rand(rows * columns) < density).nonzero().view(-1).to(index)
+        for wins in (True, False):
+            monkeypatch.setattr(kernels.native, "sampling_wins", lambda *sizes, wins=wins: wins)
+            with kernels.backend("native"):
+                sampled = kernels.sampled_gradient(grad_output, input, indices)
+            tolerance = 1e-5 if wins or dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(sampled.double(), exact[indices], rtol=tolerance, atol=tolerance * tokens**0.5)
+
+
+def test_large_sparse_matrices_are_sampled_and_small_ones_are_not():
+    wins = kernels.native.sampling_wins
+    assert wins(torch.float32, 4096, 4096, 167_772) and wins(torch.bfloat16, 4096, 4096, 167_772)
+    assert not wins(torch.float32, 192, 576, 12_288)
+    assert not wins(torch.float32, 4096, 4096, 4096 * 4096)
+    assert not wins(torch.float16, 4096, 4096, 167_772)  # the kernel has no such type
+
+
 def test_writing_does_not_move_a_weight():
     weight = torch.zeros(4, 4)
     where = weight.data_ptr()

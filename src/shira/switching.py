@@ -234,6 +234,8 @@ class _Source:
 def _on(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:
     """A sparse tensor ready to be written: on the weight's device, overwrites in its dtype."""
     dtype = weight.dtype if tensor.kind == "overwrite" else tensor.values.dtype
+    if (tensor.values.device, tensor.values.dtype) == (weight.device, dtype):
+        return tensor
     try:
         return SparseTensor(tensor.shape, tensor.indices.to(weight.device), tensor.values.to(weight.device, dtype), tensor.kind)
     except AdapterError as error:
