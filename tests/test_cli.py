@@ -137,7 +137,7 @@ def test_an_adapter_of_another_model_is_refused(run, folder, tiny_llama):
         assert re.search("BaseMismatch: '?a.safetensors'? does not belong to this model", err)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse", "bench"])
 def test_help_shows_an_example(run, command):
     code, out, _ = run(f"{command} --help")
     assert code == 0
@@ -172,3 +172,24 @@ def test_the_demos_measurements(tiny_llama):
         tiny_llama.model.norm.weight[0] = -0.0
     assert digest(tiny_llama) != zero
     assert bits_before
+
+
+@pytest.mark.parametrize("what", ["switch", "scale", "files", "load"])
+def test_the_benchmarks_run_in_small(run, tmp_path, what):
+    """Whether they run, not what they measure."""
+    plot = f" --plot {tmp_path}/plot.png" if what == "switch" else ""
+    code, out, err = run(f"bench {what} --quick{plot}")
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert rows and all(row["machine"]["torch"] == torch.__version__ for row in rows)
+    assert not plot or (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks the old way
+def test_the_training_benchmark_runs_in_small(run):
+    code, out, err = run("bench train --quick")
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert {"frozen", "shira wm", "PEFT LoRA", "PEFT SHiRA"} <= rows[0]["ms"].keys()
+    assert len({rows[0]["parameters"][name] for name in ("shira wm", "PEFT LoRA", "PEFT SHiRA")}) == 1

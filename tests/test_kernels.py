@@ -150,9 +150,60 @@ def test_the_sampled_product_where_it_is_chosen_and_where_not(monkeypatch, dtype
 def test_large_sparse_matrices_are_sampled_and_small_ones_are_not():
     wins = kernels.native.sampling_wins
     assert wins(torch.float32, 4096, 4096, 167_772) and wins(torch.bfloat16, 4096, 4096, 167_772)
-    assert not wins(torch.float32, 192, 576, 12_288)
+    assert not wins(torch.float32, 64, 576, 4_000)
     assert not wins(torch.float32, 4096, 4096, 4096 * 4096)
     assert not wins(torch.float16, 4096, 4096, 167_772)  # the kernel has no such type
+
+
+def boolean(shape, kind):
+    """Masks of the kinds that `find_pattern` tells apart."""
+    chosen = torch.zeros(shape, dtype=torch.bool)
+    rows, columns = shape
+    if "rows" in kind:
+        chosen[::7] = True
+    if "columns" in kind:
+        chosen[:, ::5] = True
+    if "diagonal" in kind:
+        chosen.diagonal().fill_(True)
+    if "random" in kind:
+        chosen |= torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.03
+    if "one row" in kind:
+        chosen[rows // 2] = True
+    return chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(33, 20), (20, 33), (40, 40), (1, 9), (9, 1)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "rows",
+        "columns",
+        "rows diagonal",
+        "columns diagonal",
+        "diagonal",
+        "random",
+        "rows random",
+        "one row random",
+        "rows columns",
+    ],
+)
+def test_patterns_give_the_gradient_of_the_reference(shape, kind, dtype):
+    rows, columns = shape
+    indices = boolean(shape, kind).view(-1).nonzero().view(-1)
+    pattern = kernels.find_pattern(indices, rows, columns)
+    if "random" not in kind and kind != "diagonal" and min(shape) > 1 and kind != "rows columns":
+        assert pattern is not None and pattern.direction == kind.split()[0]
+    if pattern is None:
+        return
+    torch.manual_seed(0)
+    grad_output, input = torch.randn(17, rows).to(dtype), torch.randn(17, columns).to(dtype)
+    kept = input[:, pattern.lines] if pattern.keeps_columns_only else input
+    exact = (grad_output.double().T @ input.double()).view(-1)[indices]
+    found = pattern.to(torch.device("cpu")).gradient(grad_output, kept)
+    assert found.dtype == torch.float32
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance * 4)
 
 
 def test_writing_does_not_move_a_weight():

@@ -57,7 +57,7 @@ def test_rand_is_uniform():
     weight, draws = torch.empty(5, 10), 20_000
     counts, pairs = torch.zeros(50), 0
     for seed in range(draws):
-        drawn = masks.rand(weight, 5, masks._seed(seed, "w"))
+        drawn = masks.rand(weight, 5, masks.seed_of(seed, "w"))
         counts[drawn] += 1
         pairs += int(((drawn[1:] - drawn[:-1]) == 1).sum())
     expected = draws * 5 / 50

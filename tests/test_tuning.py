@@ -129,6 +129,35 @@ def test_the_gradient_is_the_dense_one_at_the_positions(tiny_llama):
             torch.testing.assert_close(parameter.grad, exact, rtol=1e-4, atol=1e-7)
 
 
+def columns_only(weight, k):
+    """Whole columns and nothing else."""
+    chosen = torch.zeros(weight.shape, dtype=torch.bool)
+    chosen[:, :: -(-weight.numel() // k)] = True
+    return chosen
+
+
+def test_a_column_mask_keeps_only_its_columns_of_the_input():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(60, 50))
+    input = torch.randn(4, 7, 60)
+    dense = copy.deepcopy(layer)
+    dense(input).square().sum().backward()
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with shira.attach(layer, mask=columns_only, density=0.1) as tuner:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = layer(input)
+        output.square().sum().backward()
+        (values,), (tensor,) = tuner.parameters(), tuner.adapter().tensors.values()
+        torch.testing.assert_close(values.grad, dense[0].weight.grad.view(-1)[tensor.indices.long()], rtol=1e-4, atol=1e-4)
+    assert 4 * 7 * 6 in saved
+    assert input.numel() not in saved
+
+
 def test_masters_are_float32_on_a_bfloat16_model():
     """Steps too small for bfloat16 add up in the masters."""
     model = mlp(torch.bfloat16)

@@ -14,13 +14,14 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from . import encoding, masks
 from .adapter import Adapter, SparseTensor
 from .errors import AdapterError, FormatError
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
 
-FORMAT_VERSION = 1
-ENCODING = "plain"
+FORMAT_VERSION = 2
+READABLE = {("1", "plain"), ("2", "gap")}  # (format version, encoding)
 
 Path_ = str | os.PathLike[str]
 
@@ -35,20 +36,37 @@ def save(adapter: Adapter, path: Path_) -> None:
     flat: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, tensor in sorted(adapter.tensors.items()):
-        described[name] = {"shape": list(tensor.shape), "kind": tensor.kind}
-        flat[f"{name}.indices"] = tensor.indices.detach().cpu().contiguous()
+        indices = tensor.indices.detach().cpu().contiguous()
+        stored = encoding.encode(indices, tensor.shape, _rules(adapter, name, tensor))
+        described[name] = {"shape": list(tensor.shape), "kind": tensor.kind, "positions": stored.positions}
+        if stored.array is not None:
+            flat[f"{name}.indices"] = stored.array
         flat[f"{name}.values"] = tensor.values.detach().cpu().contiguous()
     try:
         header = {
             "format": "shira",
             "format_version": str(FORMAT_VERSION),
-            "encoding": ENCODING,
+            "encoding": "gap",
             "tensors": json.dumps(described),
             "metadata": json.dumps(adapter.metadata, allow_nan=False),
         }
     except (TypeError, ValueError) as error:
         raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
     _write_whole(path, safetensors.torch.save(flat, header))
+
+
+def _rules(adapter: Adapter, name: str, tensor: SparseTensor) -> list[dict[str, Any]]:
+    """Rules that may draw this tensor's positions again, by what the metadata says of its mask; tried before they are used."""
+    mask = adapter.metadata.get("mask") or {}
+    if mask.get("name") == "rand" and isinstance(mask.get("seed"), int):
+        return [{"mask": "rand", "seed": masks.seed_of(mask["seed"], name)}]
+    if mask.get("name") == "struct" and len(tensor.shape) == 2 and tensor.nnz:
+        return [
+            {"mask": "struct", "direction": direction, "frequency": frequency}
+            for direction in ("rows", "columns")
+            for frequency in masks.frequencies(tensor.shape[0], tensor.shape[1], direction, tensor.nnz)
+        ]
+    return []
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -90,14 +108,16 @@ def load(path: Path_) -> Adapter:
             header = file.metadata() or {}
             described = _read_header(path, header)
             stored = set(file.keys())
-            expected = {f"{name}.{part}" for name in described for part in ("indices", "values")}
+            entries = {name: _entry(path, name, entry).get("positions", "plain") for name, entry in described.items()}
+            with_array = {name for name, positions in entries.items() if isinstance(positions, str)}
+            expected = {f"{name}.values" for name in described} | {f"{name}.indices" for name in with_array}
             if stored != expected:
                 missing, extra = sorted(expected - stored), sorted(stored - expected)
                 raise FormatError(f"{path}: tensors missing: {missing or 'none'}; not described: {extra or 'none'}")
-            tensors = {
-                name: _sparse_tensor(path, name, entry, file.get_tensor(f"{name}.indices"), file.get_tensor(f"{name}.values"))
-                for name, entry in described.items()
-            }
+            tensors = {}
+            for name, entry in described.items():
+                array = file.get_tensor(f"{name}.indices") if name in with_array else None
+                tensors[name] = _sparse_tensor(path, name, entry, array, file.get_tensor(f"{name}.values"))
     except safetensors.SafetensorError as error:
         raise FormatError(f"{path} is not a whole safetensors file: {error}; get it again") from error
     return Adapter(tensors, _json_object(path, header, "metadata"))
@@ -107,14 +127,11 @@ def _read_header(path: Path, header: dict[str, str]) -> dict[str, Any]:
     """The description of each tensor, once format, version and encoding are known to be ours."""
     if header.get("format") != "shira":
         raise FormatError(f"{path} is not a shira adapter: metadata 'format' is {header.get('format')!r}, expected 'shira'")
-    if header.get("format_version") != str(FORMAT_VERSION):
+    version, encoded = header.get("format_version"), header.get("encoding")
+    if (version, encoded) not in READABLE:
         raise FormatError(
-            f"{path}: format version {header.get('format_version')!r} is unknown, this release reads version "
-            f"{FORMAT_VERSION}; upgrade shira-adapters"
-        )
-    if header.get("encoding") != ENCODING:
-        raise FormatError(
-            f"{path}: encoding {header.get('encoding')!r} is unknown, this release reads {ENCODING!r}; upgrade shira-adapters"
+            f"{path}: format version {version!r} with encoding {encoded!r} is unknown, this release reads "
+            f"{' and '.join(f'{v} with {e!r}' for v, e in sorted(READABLE))}; upgrade shira-adapters"
         )
     return _json_object(path, header, "tensors")
 
@@ -129,15 +146,21 @@ def _json_object(path: Path, header: dict[str, str], key: str) -> dict[str, Any]
     return value
 
 
-def _sparse_tensor(path: Path, name: str, entry: Any, indices: Tensor, values: Tensor) -> SparseTensor:
+def _entry(path: Path, name: str, entry: Any) -> dict[str, Any]:
+    """The description of one tensor, its form checked."""
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    if not isinstance(shape, list) or not all(type(side) is int for side in shape):
+    if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
         raise FormatError(f"{path}: tensor '{name}': shape must be a list of whole numbers, found {shape!r}")
+    if not isinstance(entry.get("positions", "plain"), str | dict):
+        raise FormatError(f"{path}: tensor '{name}': positions must be a word or a rule, found {entry['positions']!r}")
+    checked: dict[str, Any] = entry
+    return checked
+
+
+def _sparse_tensor(path: Path, name: str, entry: dict[str, Any], array: Tensor | None, values: Tensor) -> SparseTensor:
+    shape = tuple(entry["shape"])
     try:
-        tensor = SparseTensor(tuple(shape), indices, values, entry.get("kind"))
+        indices = encoding.decode(encoding.Stored(entry.get("positions", "plain"), array), shape, values.numel())
+        return SparseTensor(shape, indices, values, entry.get("kind"))  # type: ignore[arg-type]  # which checks it
     except AdapterError as error:
         raise FormatError(f"{path}: tensor '{name}': {error}") from error
-    if indices.dtype != tensor.indices.dtype:
-        expected, found = (str(dtype).removeprefix("torch.") for dtype in (tensor.indices.dtype, indices.dtype))
-        raise FormatError(f"{path}: tensor '{name}': indices of {tensor.numel} entries must be {expected}, found {found}")
-    return tensor

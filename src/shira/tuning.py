@@ -183,6 +183,7 @@ class _Masters:
     def __init__(self, weight: nn.Parameter, indices: Tensor) -> None:
         self.weight, self.indices = weight, indices
         self.base = kernels.gather(weight, indices)
+        self.pattern = kernels.find_pattern(indices, *weight.shape)
         self.values = nn.Parameter(self.base.to(torch.float32, copy=True))
         self.written = self.values._version
         self.may_have_stepped = False
@@ -202,6 +203,18 @@ class _Masters:
             self.written = self.values._version
             self.may_have_stepped = self.values.grad is not None
 
+    def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
+        """The masters' gradient [k] from the output's [tokens, out] and what `keep` kept [tokens, …]."""
+        if self.pattern is not None:
+            return self.pattern.gradient(grad_output, kept)
+        return kernels.sampled_gradient(grad_output, kept, self.indices)
+
+    def keep(self, input: Tensor) -> Tensor:
+        """What the backward pass needs of a layer's input [..., in]."""
+        if self.pattern is not None and self.pattern.keeps_columns_only:
+            return input.index_select(-1, self.pattern.lines)
+        return input
+
     def restore(self) -> None:
         self.follow_weight()
         kernels.overwrite_(self.weight, self.indices, self.base)
@@ -210,6 +223,7 @@ class _Masters:
         """The masters move with the model, being its parameters; positions and base values must be told."""
         if self.indices.device != self.weight.device:
             self.indices, self.base = self.indices.to(self.weight.device), self.base.to(self.weight.device)
+            self.pattern = self.pattern and self.pattern.to(self.weight.device)
 
 
 def _install_values(target: target_names.Target, indices: Tensor) -> _Entry:
@@ -243,22 +257,20 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, masters: _Masters) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.masters = masters
+        ctx.save_for_backward(masters.keep(input) if ctx.needs_input_grad[3] else None, weight)
+        ctx.masters, ctx.input_dtype = masters, input.dtype
         return nn.functional.linear(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        kept, weight = ctx.saved_tensors
         grad_input = grad_values = None
         if ctx.needs_input_grad[0]:  # under autocast grad_output has another dtype than input and weight
-            grad_input = (grad_output @ weight.to(grad_output.dtype)).to(input.dtype)
+            grad_input = (grad_output @ weight.to(grad_output.dtype)).to(ctx.input_dtype)
         if ctx.needs_input_grad[3]:
-            grad_values = kernels.sampled_gradient(
-                grad_output.reshape(-1, grad_output.shape[-1]),
-                input.reshape(-1, input.shape[-1]).to(grad_output.dtype),
-                ctx.masters.indices,
+            grad_values = ctx.masters.gradient(
+                grad_output.reshape(-1, grad_output.shape[-1]), kept.reshape(-1, kept.shape[-1]).to(grad_output.dtype)
             )
             ctx.masters.may_have_stepped = True
         return grad_input, None, None, grad_values, None

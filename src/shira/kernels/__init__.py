@@ -12,9 +12,23 @@ from typing import Any
 from torch import Tensor
 
 from . import native, reference, torch_ops
+from .pattern import Pattern, find_pattern
 from .plan import Plan, Write
 
-__all__ = ["BACKENDS", "Plan", "Write", "backend", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = [
+    "BACKENDS",
+    "Pattern",
+    "Plan",
+    "Write",
+    "backend",
+    "find_pattern",
+    "gather",
+    "overwrite_",
+    "restore_",
+    "sampled_gradient",
+    "swap_",
+    "write_",
+]
 
 BACKENDS: dict[str, Any] = {"reference": reference, "torch": torch_ops}
 if native.available():

@@ -5,6 +5,7 @@
  *
  * sampled: dot products of rows, one for each position of a mask: the weight gradient where it is wanted.
  */
+#define _GNU_SOURCE /* RTLD_DEFAULT */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
@@ -12,6 +13,7 @@
 #include <string.h>
 
 #ifndef _WIN32
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -78,27 +80,56 @@ typedef struct {
     int64_t begin, end;
 } Share;
 
+/* A job and what to do with each share of it. */
+typedef struct {
+    void *(*work)(void *);
+    const void *job;
+    int64_t total;
+} Team;
+
+/* Where torch's own threads can be had (GNU OpenMP, which it loads for all to see), they do the work: threads of ours would
+ * have to wait for them, since they spin for a while after whatever torch did last. */
+static void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*gomp_thread)(void), (*gomp_threads)(void);
+
+static void team_share(void *argument) {
+    const Team *team = (const Team *)argument;
+    const int64_t thread = gomp_thread(), threads = gomp_threads(); /* may be fewer than were asked for */
+    Share share = {team->job, team->total * thread / threads, team->total * (thread + 1) / threads};
+    team->work(&share);
+}
+
 /* Run `work` on equal shares of `total`, one a thread, each of at least `enough`. */
 static void in_parallel(void *(*work)(void *), const void *job, int64_t total, long threads, int64_t enough) {
     if (threads > total / enough) threads = (long)(total / enough);
     if (threads > MAX_THREADS) threads = MAX_THREADS;
-    if (threads < 1) threads = 1;
+    Share all = {job, 0, total};
+    if (threads <= 1) {
+        work(&all);
+        return;
+    }
+    if (gomp_parallel) {
+        Team team = {work, job, total};
+        gomp_parallel(team_share, &team, (unsigned)threads, 0);
+        return;
+    }
+#ifdef _WIN32
+    work(&all);
+#else
     Share shares[MAX_THREADS];
+    pthread_t workers[MAX_THREADS];
+    int started[MAX_THREADS] = {0};
     for (long t = 0; t < threads; t++) {
         const Share share = {job, total * t / threads, total * (t + 1) / threads};
         shares[t] = share;
+        started[t] = t > 0 && pthread_create(&workers[t], NULL, work, &shares[t]) == 0;
     }
-#ifndef _WIN32
-    pthread_t workers[MAX_THREADS];
-    int started[MAX_THREADS] = {0};
-    for (long t = 1; t < threads; t++) started[t] = pthread_create(&workers[t], NULL, work, &shares[t]) == 0;
-    work(&shares[0]);
-    for (long t = 1; t < threads; t++) {
+    for (long t = 0; t < threads; t++) {
+        if (!started[t]) work(&shares[t]);
+    }
+    for (long t = 0; t < threads; t++) {
         if (started[t]) pthread_join(workers[t], NULL);
-        else work(&shares[t]);
     }
-#else
-    for (long t = 0; t < threads; t++) work(&shares[t]);
 #endif
 }
 
@@ -274,4 +305,11 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native(void) {
+#ifdef __linux__
+    *(void **)&gomp_thread = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+    *(void **)&gomp_threads = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
+    if (gomp_thread && gomp_threads) *(void **)&gomp_parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+#endif
+    return PyModule_Create(&module);
+}

@@ -26,19 +26,23 @@ from torch import Tensor
 from ..errors import MaskError, did_you_mean
 from .gradient import grad, snip
 from .magnitude import wm
-from .structured import struct
+from .structured import frequencies, lines, struct
 from .topk import top_k
-from .uniform import rand
+from .uniform import draw, rand
 
 __all__ = [
     "Mask",
     "MaskInfo",
     "available",
     "budget",
+    "draw",
+    "frequencies",
     "grad",
+    "lines",
     "needs",
     "rand",
     "resolve",
+    "seed_of",
     "select",
     "snip",
     "struct",
@@ -121,7 +125,7 @@ def select(mask: str | Mask, name: str, weight: Tensor, k: int, *, gradient: Ten
     wanted = needs(function)
     if "gradient" in wanted and gradient is None:
         raise MaskError(f"mask {label!r} needs gradients: pass calibration=, an iterable of batches")
-    inputs: dict[str, Any] = {"weight": weight, "k": k, "gradient": gradient, "seed": _seed(seed, name)}
+    inputs: dict[str, Any] = {"weight": weight, "k": k, "gradient": gradient, "seed": seed_of(seed, name)}
     try:
         with torch.no_grad():
             return _positions(function(**{key: inputs[key] for key in wanted}), weight, k)
@@ -150,6 +154,6 @@ def _positions(answer: Any, weight: Tensor, k: int) -> Tensor:
     return indices
 
 
-def _seed(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
     """A seed from 0 to 2⁶³ - 1 for one tensor."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8], "big") >> 1

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from ..errors import MaskError
 
-__all__ = ["struct"]
+__all__ = ["frequencies", "lines", "struct"]
+
+Direction = Literal["rows", "columns"]
 
 
-def struct(weight: Tensor, k: int, direction: Literal["rows", "columns"] = "rows") -> Tensor:
+def struct(weight: Tensor, k: int, direction: Direction = "rows") -> Tensor:
     """Positions of every f-th row (or column) and of the diagonal (SHiRA §3.1, B.1, arXiv 2406.13175).
 
     The rows alone are of rank at most their number; the diagonal makes the update of high rank. f is the smallest
@@ -24,31 +26,47 @@ def struct(weight: Tensor, k: int, direction: Literal["rows", "columns"] = "rows
     if direction not in ("rows", "columns"):
         raise MaskError(f"direction must be 'rows' or 'columns', found {direction!r}")
     rows, columns = weight.shape
-    lines, length = (rows, columns) if direction == "rows" else (columns, rows)
-    diagonal = min(rows, columns)
-    smallest = diagonal + length - 1
+    smallest = _count(rows, columns, max(rows, columns), direction)
     if k < smallest:
         raise MaskError(
             f"struct needs the diagonal and one of the {direction}, {smallest} of {rows} x {columns} entries, but the "
             f"budget is {k}; use a density of at least {smallest / weight.numel():.4f}"
         )
-    pattern = torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
-    frequency = _smallest_frequency(lines, length, diagonal, k)
+    frequency = _smallest_frequency(rows, columns, direction, k)
+    return lines(rows, columns, frequency, direction, _count(rows, columns, frequency, direction)).to(weight.device)
+
+
+def lines(rows: int, columns: int, frequency: int, direction: Direction, count: int) -> Tensor:
+    """Positions of rows (or columns) 0, frequency, 2·frequency, … and of the diagonal of a matrix.
+
+    Returns int64 [count], sorted. Raises MaskError, before it takes memory, if they are not `count`.
+    """
+    if _count(rows, columns, frequency, direction) != count:
+        raise MaskError(f"{direction} {frequency} apart in {rows} x {columns} are not {count} positions")
     if direction == "rows":
-        pattern[::frequency] = True
+        whole = (torch.arange(0, rows, frequency)[:, None] * columns + torch.arange(columns)).view(-1)
     else:
-        pattern[:, ::frequency] = True
-    pattern.diagonal().fill_(True)
-    return pattern.view(-1).nonzero().view(-1)
+        whole = (torch.arange(rows)[:, None] * columns + torch.arange(0, columns, frequency)).view(-1)
+    diagonal = torch.arange(min(rows, columns))
+    return torch.cat([whole, diagonal[diagonal % frequency != 0] * (columns + 1)]).sort().values
 
 
-def _smallest_frequency(lines: int, length: int, diagonal: int, k: int) -> int:
-    """The smallest f for which every f-th line and the diagonal hold at most k entries."""
-    if lines * length <= k:
-        return 1
-    for frequency in range(max(1, lines * length // (2 * k)), lines + 1):
-        taken = -(-lines // frequency)
-        crossings = -(-diagonal // frequency)
-        if taken * length + diagonal - crossings <= k:
-            return frequency
-    return lines
+def frequencies(rows: int, columns: int, direction: Direction, count: int) -> list[int]:
+    """The distances at which rows (or columns), with the diagonal, are `count` positions."""
+    across = rows if direction == "rows" else columns
+    return [f for f in range(1, across + 1) if _count(rows, columns, f, direction) == count]
+
+
+def _count(rows: int, columns: int, frequency: int, direction: Direction) -> int:
+    """How many entries every f-th row (or column) and the diagonal hold."""
+    across, length = (rows, columns) if direction == "rows" else (columns, rows)
+    diagonal = min(rows, columns)
+    return -(-across // frequency) * length + diagonal - -(-diagonal // frequency)
+
+
+def _smallest_frequency(rows: int, columns: int, direction: Direction, k: int) -> int:
+    """The smallest f whose pattern holds at most k entries."""
+    frequency = max(1, -(-rows * columns // k))  # the lines alone hold at least entries / f
+    while _count(rows, columns, frequency, direction) > k:
+        frequency += 1
+    return frequency

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..errors import MaskError
 
-__all__ = ["rand"]
+__all__ = ["draw", "rand"]
 
 ROUNDS = 6
 
@@ -21,7 +21,11 @@ def rand(weight: Tensor, k: int, seed: int = 0) -> Tensor:
     weight: any shape; only its shape matters. Returns int64 [k], sorted, flat in C order.
     Raises MaskError if k exceeds the number of entries.
     """
-    numel = weight.numel()
+    return draw(weight.numel(), k, seed).to(weight.device)
+
+
+def draw(numel: int, k: int, seed: int) -> Tensor:
+    """The positions of `rand` in a tensor of `numel` entries, int64 [k]."""
     if not 0 <= k <= numel:
         raise MaskError(f"{k} positions asked of {numel} entries")
     half = max(1, ((max(1, numel - 1)).bit_length() + 1) // 2)
@@ -31,7 +35,7 @@ def rand(weight: Tensor, k: int, seed: int = 0) -> Tensor:
     while outside.numel():
         drawn[outside] = _permute(drawn[outside], half, keys)
         outside = outside[drawn[outside] >= numel]
-    return drawn.sort().values.to(weight.device)
+    return drawn.sort().values
 
 
 def _permute(position: Tensor, half: int, keys: Tensor) -> Tensor:

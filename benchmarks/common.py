@@ -1,0 +1,101 @@
+"""What all benchmarks share: alternating runs, one JSON line a setup, a table and a plot at the end."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import shira
+
+__all__ = ["TARGETS", "alternate", "machine", "report", "show"]
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's, Table 9
+
+
+def alternate(
+    runs: dict[str, Callable[[], Any]], repeats: int, *, between: Callable[[str], Any] = lambda name: None, warmup: int = 1
+) -> dict[str, float]:
+    """The median seconds of each run: all of them in turn, again and again, so that a slow spell of the machine meets all.
+
+    between(name) is called before each run, untimed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(warmup + repeats):
+        for name, run in runs.items():
+            between(name)
+            start = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - start
+            if repeat >= warmup:
+                times[name].append(seconds)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "shira": shira.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def report(bench: str, **figures: Any) -> dict[str, Any]:
+    """Print one setup as one JSON line, and return it."""
+    row = {"bench": bench, **figures}
+    print(json.dumps(row | {"machine": machine()}), flush=True)
+    return row
+
+
+def show(title: str, rows: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str], plot: Path | None) -> None:
+    """A table of each setup's milliseconds and what they are over the first column's; and a plot of the same."""
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    table = Table("setup", *names, title=f"{title}: ms (ratio to a row's first)")
+    for row in rows:
+        first = next(iter(row["ms"].values()))
+        cells = [f"{row['ms'][n]:.2f} ({row['ms'][n] / first:.2f})" if n in row["ms"] else "" for n in names]
+        table.add_row(label(row), *cells)
+    Console(width=max(100, 22 + 18 * len(names))).print(table)
+    if plot is not None:
+        _plot(title, rows, label, plot)
+
+
+def _plot(title: str, rows: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = sum(len(row["ms"]) for row in rows)
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.2 * (bars + len(rows))), layout="constrained")
+    place, ticks = 0.0, []
+    for row in rows:
+        ticks.append((place + (len(row["ms"]) - 1) / 2, label(row)))
+        for name, length in row["ms"].items():
+            axes.barh(place, length, 0.85, color="tab:orange" if name.startswith("shira") else "tab:gray")
+            axes.text(length, place, f" {name}, {length:.3g}", va="center", fontsize=8)
+            place += 1
+        place += 1.5
+    axes.set_yticks([middle for middle, _ in ticks], [text for _, text in ticks])
+    shortest = min(length for row in rows for length in row["ms"].values())
+    axes.set(xscale="log", xlabel="milliseconds (log scale)", title=title, xlim=(shortest / 2, None))
+    axes.invert_yaxis()
+    axes.margins(x=0.35, y=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    print(f"plot: {path}")

@@ -1,0 +1,131 @@
+"""Positions in few bytes: from strictly increasing integers to what a file holds, and back. docs/format.md specifies it.
+
+At 1 % random positions the entropy is 8.08 bits a position; gaps in bytes take 8.67. A mask that a rule can draw again,
+Rand from its seed, Struct from its distance, takes no bytes at all.
+"""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import masks
+from .adapter import index_dtype
+from .errors import AdapterError, MaskError
+
+__all__ = ["Stored", "decode", "encode"]
+
+UNITS = {torch.uint8: 255, torch.uint16: 65535}  # the largest unit: add it and go on
+LONGEST = 2**62  # entries of a tensor: sums of positions stay within int64
+
+
+class Stored(NamedTuple):
+    """Positions as a file holds them: an array, or a rule and no array."""
+
+    positions: str | dict[str, Any]  # "plain", "gap", or a rule
+    array: Tensor | None
+
+
+def encode(indices: Tensor, shape: tuple[int, ...], rules: list[dict[str, Any]]) -> Stored:
+    """Positions [n] in the fewest bytes: by the first rule that draws just these, else as gaps, else as they are."""
+    for rule in rules:
+        drawn = _draw(rule, shape, indices.numel())
+        if drawn is not None and torch.equal(drawn, indices.long()):
+            return Stored(rule | {"crc32": _checksum(indices)}, None)
+    plain = indices.to(index_dtype(torch.Size(shape).numel()))
+    gaps = np.diff(indices.numpy().astype(np.int64, copy=False), prepend=-1) - 1
+    sizes = {dtype: dtype.itemsize * (len(gaps) + int((gaps // largest).sum())) for dtype, largest in UNITS.items()}
+    best = min(sizes, key=sizes.__getitem__)
+    return Stored("gap", _gap_units(gaps, best)) if sizes[best] < plain.nbytes else Stored("plain", plain)
+
+
+def decode(stored: Stored, shape: tuple[int, ...], count: int) -> Tensor:
+    """The `count` positions that a file means, strictly increasing if they come from gaps or a rule.
+
+    Raises AdapterError if there are not `count` of them, or they cannot be what was written.
+    """
+    positions, array = stored
+    if isinstance(positions, Mapping):
+        if array is not None:
+            raise AdapterError("positions are given by a rule and by an array; expected one of them")
+        return _from_rule(dict(positions), shape, count)
+    if array is None:
+        raise AdapterError(f"positions {positions!r} need an array of indices, found none")
+    if positions == "plain":
+        if array.dtype != index_dtype(_numel(shape)):
+            expected, found = (str(dtype).removeprefix("torch.") for dtype in (index_dtype(_numel(shape)), array.dtype))
+            raise AdapterError(f"indices of {_numel(shape)} entries must be {expected}, found {found}")
+        return array
+    if positions == "gap":
+        return _from_gaps(array, _numel(shape), count)
+    raise AdapterError(f"positions must be 'plain', 'gap' or a rule, found {positions!r}")
+
+
+def _gap_units(gaps: "np.ndarray[Any, Any]", dtype: torch.dtype) -> Tensor:
+    """A gap g as ⌊g / M⌋ units of value M and one of value g mod M, M being the largest unit."""
+    largest = UNITS[dtype]
+    ends = np.cumsum(gaps // largest + 1)
+    units = np.full(int(ends[-1]) if len(ends) else 0, largest, dtype=np.uint8 if dtype == torch.uint8 else np.uint16)
+    units[ends - 1] = gaps % largest
+    return torch.from_numpy(units)
+
+
+def _from_gaps(array: Tensor, numel: int, count: int) -> Tensor:
+    if array.dtype not in UNITS or array.ndim != 1:
+        raise AdapterError(f"gaps must be uint8 or uint16 and 1-D, found {array.dtype} {list(array.shape)}")
+    largest = UNITS[array.dtype]
+    units = array.numpy()
+    last = units != largest  # of its gap
+    found = int(np.count_nonzero(last))
+    if found != count or (len(units) and not last[-1]):
+        raise AdapterError(f"gaps must end and give one position for each of {count} values, found {found}")
+    end = int(units.sum(dtype=np.int64)) + found
+    if end > numel:
+        raise AdapterError(f"indices must be from 0 to {numel - 1}, the gaps lead to {end - 1}")
+    steps = units + last  # fits: the largest unit is never the last of its gap
+    sums = np.cumsum(steps, dtype=np.int32 if numel < 2**31 else np.int64)
+    positions = sums if found == len(units) else sums[last]
+    positions -= 1
+    return torch.from_numpy(positions)
+
+
+def _from_rule(rule: dict[str, Any], shape: tuple[int, ...], count: int) -> Tensor:
+    checksum = rule.pop("crc32", None)
+    drawn = _draw(rule, shape, count)
+    if drawn is None or drawn.numel() != count:
+        raise AdapterError(f"the rule {rule} does not give one position for each of {count} values in shape {list(shape)}")
+    drawn = drawn.to(index_dtype(_numel(shape)))
+    if _checksum(drawn) != checksum:
+        raise AdapterError(f"the rule {rule} gives other positions than were written (checksum)")
+    return drawn
+
+
+def _draw(rule: Mapping[str, Any], shape: tuple[int, ...], count: int) -> Tensor | None:
+    """The positions of a rule, int64; None if it is no rule, or cannot give `count`. Takes no more memory than they."""
+    try:
+        match rule:
+            case {"mask": "rand", "seed": int(seed), **rest} if not rest and 0 <= seed < 2**63 and count <= _numel(shape):
+                return masks.draw(_numel(shape), count, seed)
+            case {"mask": "struct", "direction": "rows" | "columns" as direction, "frequency": int(frequency), **rest}:
+                if not rest and len(shape) == 2 and frequency > 0:
+                    return masks.lines(shape[0], shape[1], frequency, direction, count)
+    except MaskError:
+        return None
+    return None
+
+
+def _checksum(indices: Tensor) -> int:
+    """CRC-32 of the positions as little-endian int64."""
+    return zlib.crc32(indices.numpy().astype("<i8").data)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    numel = 1
+    for side in shape:
+        numel *= side
+    if numel > LONGEST:
+        raise AdapterError(f"shape {list(shape)} has more than 2^62 entries")
+    return numel
