@@ -55,8 +55,8 @@ def measure(shapes: list[tuple[int, int]], dtype: torch.dtype, repeats: int, *, 
     switcher.add("a2", adapter_for(weights, 3, indices_of=a))
     states: dict[str, str | None] = {}
 
-    def use(before: str | None, after: str | None) -> Any:
-        name = f"shira {before or 'base'} to {after or 'base'}"
+    def use(before: str | None, after: Any) -> Any:
+        name = f"shira {before or 'base'} to {'a + b/2' if isinstance(after, dict) else after or 'base'}"
         states[name] = before
         return name, lambda: switcher.use(after)
 
@@ -75,9 +75,13 @@ def measure(shapes: list[tuple[int, int]], dtype: torch.dtype, repeats: int, *, 
             left, right = factors[tuple(weight.shape)]
             weight.copy_(weight + left @ right)
 
+    touched = sum(int((a.tensors[n].indices.long() * w.itemsize // 64).unique().numel()) for n, w in weights.items())
+    same_lines = torch.zeros(touched * 8, dtype=torch.int64)  # as many cache lines of 64 bytes, side by side
+
     runs = {
         "index_copy_": each(lambda flat, where, values: flat.index_copy_(0, where, values)),
-        **dict([use(None, "a"), use("a", "b"), use("a", "a2"), use("a", None)]),
+        "same cache lines": same_lines.bitwise_not_,
+        **dict([use(None, "a"), use("a", "b"), use("a", "a2"), use("a", None), use(None, {"a": 1.0, "b": 0.5})]),
         "LoRA in place": lora_in_place,
         "LoRA W + AB": lora_as_in_paper,
     }

@@ -186,7 +186,8 @@ def test_the_benchmarks_run_in_small(run, tmp_path, what):
 
 
 @pytest.mark.real
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks the old way
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_the_training_benchmark_runs_in_small(run):
     code, out, err = run("bench train --quick")
     assert code == 0, err

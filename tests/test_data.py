@@ -148,7 +148,7 @@ def test_a_batch_with_few_logits_has_the_loss_of_the_whole(lengths):
     for prompt, completion in lengths:
         ids = torch.randint(1, 97, (prompt + completion,), generator=generator).tolist()
         rows.append({"input_ids": ids, "labels": [hf.IGNORED] * prompt + ids[prompt:]})
-    batch = hf.collate(rows)
+    batch = hf.collate(rows, model)
     assert batch["logits_to_keep"] <= max(completion for _, completion in lengths) + 1
     total = count = 0
     for row in rows:
@@ -159,6 +159,11 @@ def test_a_batch_with_few_logits_has_the_loss_of_the_whole(lengths):
     if count:
         with hf.few_logits(model):
             torch.testing.assert_close(model(**batch).loss.double(), (total / count).double(), rtol=1e-4, atol=1e-5)
+        with pytest.MonkeyPatch.context() as patch:  # a model that cannot leave logits out
+            patch.setattr(hf, "takes", lambda model, argument: argument != "logits_to_keep")
+            whole = hf.collate(rows, model)
+        assert whole["labels"].shape == whole["input_ids"].shape
+        torch.testing.assert_close(model(**whole).loss.double(), (total / count).double(), rtol=1e-4, atol=1e-5)
 
 
 def test_choice_scores_agree_with_plain_log_probabilities(tiny_llama):

@@ -402,3 +402,19 @@ def test_adapters_of_one_mask_switch_in_one_pass(monkeypatch):
     switcher.use("one")
     switcher.use(None)
     assert same_bits(before, all_bits(model))
+
+
+def test_what_is_ready_takes_eight_bytes_an_entry_in_bfloat16(tmp_path):
+    """Position, value, and room for what lies under it; an adapter that is a file and not ready takes nothing."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+    for name, seed in (("a", 1), ("b", 2)):
+        random_adapter(model, seed).save(tmp_path / name)
+    switcher = Switcher(model, ready=1)
+    for name in "ab":
+        switcher.add(name, tmp_path / name)
+    assert not switcher._ready
+    switcher.use("a")
+    switcher.use("b")
+    (plan,) = switcher._ready.values()
+    assert plan.nbytes == 8 * plan.nnz
+    assert all(not isinstance(source._content, shira.Adapter) for source in switcher._sources.values())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .data.tasks import Example
 from .errors import DataError
-from .integrations.transformers import few_logits, left_padded
+from .integrations.transformers import few_logits, left_padded, takes
 
 __all__ = ["accuracy", "choice_scores"]
 
@@ -78,6 +78,8 @@ def _answer_logprobs(model: nn.Module, tokenizer: Any, rows: Sequence[tuple[list
     device = next(model.parameters()).device
     kept = max(len(answer) for _, answer in rows)
     inputs = left_padded([prompt + answer[:-1] for prompt, answer in rows], tokenizer.pad_token_id or 0)
+    arguments: dict[str, Any] = {key: value.to(device) for key, value in inputs.items()}
+    arguments = arguments | {"logits_to_keep": kept, "use_cache": False}
     with torch.no_grad(), few_logits(model):
-        logits = model(**{k: v.to(device) for k, v in inputs.items()}, logits_to_keep=kept, use_cache=False).logits
-    return [logits[row, kept - len(answer) :].float().log_softmax(-1) for row, (_, answer) in enumerate(rows)]
+        logits = model(**{key: value for key, value in arguments.items() if takes(model, key)}).logits
+    return [logits[row, -len(answer) :].float().log_softmax(-1) for row, (_, answer) in enumerate(rows)]

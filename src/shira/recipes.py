@@ -123,7 +123,7 @@ def train_adapter(
         density=recipe.density,
         rank=recipe.rank,
         targets=recipe.targets,
-        calibration=hf.batches(rows[: recipe.calibration], recipe.batch_size, pad),
+        calibration=hf.batches(rows[: recipe.calibration], model, recipe.batch_size, pad),
         seed=recipe.seed,
         method=recipe.method,  # type: ignore[arg-type]  # attach checks it
     )

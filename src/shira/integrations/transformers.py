@@ -1,6 +1,7 @@
 """Transformers: models and tokenizers, batches out of examples, and training with its Trainer."""
 
 import contextlib
+import inspect
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -94,16 +95,25 @@ def left_padded(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def collate(rows: Sequence[Row], pad: int = 0) -> dict[str, Any]:
-    """One batch. Logits and labels only from the place before the first completion on: most of a small model's step
-    would go into logits over the prompts, which the loss does not count."""
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether a model's forward names an argument; what it takes as **kwargs it may well ignore."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def collate(rows: Sequence[Row], model: nn.Module, pad: int = 0) -> dict[str, Any]:
+    """One batch for a model. Logits and labels only from the place before the first completion on, if the model can: most
+    of a small model's step would go into logits over the prompts, which the loss does not count."""
     batch: dict[str, Any] = left_padded([row["input_ids"] for row in rows], pad)
-    counted = max(sum(label != IGNORED for label in row["labels"]) for row in rows)
-    kept = min(counted + 1, batch["input_ids"].shape[1])
+    kept = batch["input_ids"].shape[1]
+    if takes(model, "logits_to_keep"):
+        kept = min(kept, max(sum(label != IGNORED for label in row["labels"]) for row in rows) + 1)
+        batch["logits_to_keep"] = kept
+    if not takes(model, "position_ids"):
+        del batch["position_ids"]
     # a row's first token has nothing before it to be predicted from, but padding
     labels = [[IGNORED] * kept + [IGNORED, *row["labels"][1:]] for row in rows]
     batch["labels"] = torch.tensor([row[len(row) - kept :] for row in labels])
-    return batch | {"logits_to_keep": kept}
+    return batch
 
 
 @contextlib.contextmanager
@@ -122,9 +132,9 @@ def few_logits(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def batches(rows: Sequence[Row], size: int, pad: int = 0) -> list[dict[str, Any]]:
-    """All rows in their order, as batches of `size`; what calibration takes."""
-    return [collate(rows[start : start + size], pad) for start in range(0, len(rows), size)]
+def batches(rows: Sequence[Row], model: nn.Module, size: int, pad: int = 0) -> list[dict[str, Any]]:
+    """All rows in their order, as batches of `size` for a model; what calibration takes."""
+    return [collate(rows[start : start + size], model, pad) for start in range(0, len(rows), size)]
 
 
 def train(
@@ -184,7 +194,7 @@ def train(
             model=model,
             args=arguments,
             train_dataset=list(rows),
-            data_collator=lambda chosen: collate(chosen, pad),
+            data_collator=lambda chosen: collate(chosen, model, pad),
             callbacks=[Watch()],
         )
         if on_step is not None:
