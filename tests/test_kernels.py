@@ -122,6 +122,36 @@ def test_a_plan_follows_weights_that_move():
     assert weight.tolist() == [2, 1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("weight", "indices", "values"),
+    [
+        (torch.zeros(4), torch.tensor([4]), torch.ones(1)),
+        (torch.zeros(4), torch.tensor([-1]), torch.ones(1)),
+        (torch.zeros(4, 4).T[:2], torch.tensor([1]), torch.ones(1)),
+        (torch.zeros(4), torch.tensor([1, 2, 3])[::2], torch.ones(2)),
+        (torch.zeros(4), torch.tensor([1]), torch.ones(1).double()),
+        (torch.zeros(4), torch.tensor([1]), torch.ones(2)),
+        (torch.zeros(4), torch.tensor([1.0]), torch.ones(1)),
+    ],
+)
+def test_the_native_kernel_never_writes_where_it_must_not(weight, indices, values):
+    before = bits(weight)
+    with kernels.backend("native"), pytest.raises(IndexError):
+        kernels.overwrite_(weight, indices, values)
+    with kernels.backend("native"), pytest.raises(IndexError):
+        kernels.swap_(kernels.Plan.of([kernels.Write(weight, indices, values)]))
+    assert torch.equal(bits(weight), before)
+
+
+def test_a_plan_whose_weight_shrank_is_refused():
+    weight = torch.nn.Parameter(torch.zeros(40))
+    plan = kernels.Plan.of([kernels.Write(weight, torch.tensor([39]), torch.ones(1))])
+    kernels.swap_(plan)
+    weight.data = torch.zeros(4)
+    with kernels.backend("native"), pytest.raises(IndexError, match="39 in a tensor of 4 entries"):
+        kernels.restore_(plan)
+
+
 def test_the_native_kernel_is_built_here():
     """Without a compiler torch's operators serve; but then this machine's figures are not what the docs say."""
     assert "native" in kernels.BACKENDS

@@ -66,7 +66,8 @@ class SparseTensor:
         if not bool(torch.isfinite(self.values).all()):
             where = int(torch.isfinite(self.values).logical_not().nonzero()[0])
             raise AdapterError(f"values must be finite, found {float(self.values[where])} as value {where}")
-        object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)))
+        object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)).contiguous())
+        object.__setattr__(self, "values", self.values.contiguous())
 
     def _check_positions(self) -> None:
         if self.nnz == 0:

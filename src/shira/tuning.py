@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels, masks
 from . import targets as target_names
-from .adapter import Adapter, SparseTensor, fingerprint
+from .adapter import Adapter, SparseTensor, fingerprint, index_dtype
 from .calibration import LossFn, stream_gradients
 from .errors import AdapterError, TuningError
 from .masks import Mask
@@ -75,7 +75,8 @@ def attach(
     indices: dict[str, Tensor] = {}
 
     def choose(name: str, gradient: Tensor | None) -> None:
-        indices[name] = masks.select(function, name, weights[name], budgets[name], gradient=gradient, seed=seed)
+        positions = masks.select(function, name, weights[name], budgets[name], gradient=gradient, seed=seed)
+        indices[name] = positions.to(index_dtype(weights[name].numel()))
 
     if "gradient" in masks.needs(function) and calibration is not None:
         stream_gradients(model, weights, calibration, choose, loss_fn)

@@ -126,13 +126,23 @@ def _run(plan: Plan, table: "np.ndarray[Any, Any]", parts: int, begun: bool) -> 
 
 def _plan_table(plan: Plan) -> "np.ndarray[Any, Any]":
     """The plan's table, made once; a weight that has moved since gets its new address."""
-    if plan.table is None:
+    if plan.table is None or plan.table["weight"].tolist() != [part.weight.data_ptr() for part in plan.parts]:
         plan.table = _table(plan.parts, plan.stash)
-    plan.table["weight"] = [part.weight.data_ptr() for part in plan.parts]
     return plan.table
 
 
 def _table(parts: "tuple[Write, ...] | list[Write]", stash: tuple[Tensor, ...] = ()) -> "np.ndarray[Any, Any]":
+    """Addresses and sizes. What C would not notice, and memory would pay for, is checked here: layout, dtypes, range.
+
+    Raises IndexError.
+    """
+    for weight, indices, values in parts:
+        plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
+        fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
+        if not (plain and fits):
+            raise IndexError(f"cannot write {values.dtype} {list(values.shape)} into {weight.dtype} {list(weight.shape)}")
+        if indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < weight.numel():  # they are sorted
+            raise IndexError(f"positions {int(indices[0])} to {int(indices[-1])} in a tensor of {weight.numel()} entries")
     table = np.zeros(len(parts), dtype=PART)
     for field in ("weight", "indices", "values"):
         table[field] = [getattr(part, field).data_ptr() for part in parts]
