@@ -19,6 +19,28 @@ def test_top_k_is_exact_and_prefers_the_first_among_equals(scores, data):
         assert found == expected
 
 
+@given(
+    numel=st.integers(1, 4000),
+    levels=st.integers(1, 50),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 99),
+    sample=st.sampled_from([1, 7, 64]),
+)
+def test_top_k_by_a_guess_is_as_exact(numel, levels, share, seed, sample):
+    """Scores with many ties, some of them sorted so that a sample misleads."""
+    scores = torch.randint(levels, (numel,), generator=torch.Generator().manual_seed(seed)).float()
+    if seed % 3 == 0:
+        scores = scores.sort().values
+    if seed % 5 == 0:
+        scores[:: max(1, numel // sample)] = levels + 1  # just what the sample sees
+    k = int(share * numel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks.topk, "SAMPLE", sample)
+        found = masks.top_k(scores, k)
+    expected = scores.sort(descending=True, stable=True).indices[:k].sort().values
+    assert torch.equal(found, expected)
+
+
 def test_top_k_refuses_nan_and_too_large_a_k():
     with pytest.raises(MaskError, match="NaN"):
         masks.top_k(torch.tensor([1.0, float("nan")]), 1)
