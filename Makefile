@@ -18,7 +18,7 @@ help: ## show this
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-demo: .venv/ready ## train, save, switch and fuse two adapters on a real model (about five minutes)
+demo: .venv/ready ## train, save, switch and fuse two adapters on a real model (a few minutes)
 	$(BIN)/shira demo
 
 test: .venv/ready lint ## lint, types and tests, on tiny models and briefly on the real one

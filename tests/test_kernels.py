@@ -157,7 +157,6 @@ def test_the_native_kernel_is_built_here():
     assert "native" in kernels.BACKENDS
 
 
-@pytest.mark.skipif("native" not in kernels.BACKENDS, reason="the native kernel was not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 90, 50), (17, 700, 650), (300, 130, 640), (519, 640, 131)])

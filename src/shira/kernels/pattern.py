@@ -16,12 +16,13 @@ class Pattern:
 
     lines: int64 [l], the whole rows, or the whole columns; empty if there are none.
     in_lines: bool [k], which positions are theirs.
-    rest_rows, rest_columns: int64 [d], the coordinates of all others, in their order; on_diagonal: whether they agree.
+    rest: int64 [d], which positions are not; rest_rows, rest_columns: their coordinates; on_diagonal: whether these agree.
     """
 
     direction: Literal["rows", "columns"]
     lines: Tensor
     in_lines: Tensor
+    rest: Tensor
     rest_rows: Tensor
     rest_columns: Tensor
     on_diagonal: bool
@@ -44,9 +45,8 @@ class Pattern:
         if not self.rest_rows.numel():
             return product.reshape(-1).float()
         gradient = torch.empty(self.in_lines.numel(), dtype=torch.float32, device=input.device)
-        gradient[self.in_lines] = product.reshape(-1).float()
-        gradient[~self.in_lines] = self._rest(grad_output, input)
-        return gradient
+        gradient.masked_scatter_(self.in_lines, product.float())
+        return gradient.index_copy_(0, self.rest, self._rest(grad_output, input))
 
     def _rest(self, grad_output: Tensor, input: Tensor) -> Tensor:
         if self.on_diagonal:  # views of both, no copy
@@ -58,9 +58,9 @@ class Pattern:
 
     def to(self, device: torch.device) -> "Pattern":
         """The same on another device."""
-        lines, in_lines = self.lines.to(device), self.in_lines.to(device)
+        lines, in_lines, rest = self.lines.to(device), self.in_lines.to(device), self.rest.to(device)
         rest_rows, rest_columns = self.rest_rows.to(device), self.rest_columns.to(device)
-        return Pattern(self.direction, lines, in_lines, rest_rows, rest_columns, self.on_diagonal)
+        return Pattern(self.direction, lines, in_lines, rest, rest_rows, rest_columns, self.on_diagonal)
 
 
 def find_pattern(indices: Tensor, rows: int, columns: int) -> Pattern | None:
@@ -73,7 +73,10 @@ def find_pattern(indices: Tensor, rows: int, columns: int) -> Pattern | None:
         in_lines = whole[own]
         others = indices.numel() - lines.numel() * length
         if lines.numel() and others <= min(max(rows, columns), indices.numel() // 2):
-            rest_rows, rest_columns = row[~in_lines], column[~in_lines]
+            rest = in_lines.logical_not().nonzero().view(-1)
+            rest_rows, rest_columns = row[rest], column[rest]
             on_diagonal = torch.equal(rest_rows, rest_columns)
-            return Pattern("rows" if direction == "rows" else "columns", lines, in_lines, rest_rows, rest_columns, on_diagonal)
+            return Pattern(
+                "rows" if direction == "rows" else "columns", lines, in_lines, rest, rest_rows, rest_columns, on_diagonal
+            )
     return None
