@@ -87,6 +87,9 @@ def test_train_inspect_eval_fuse(run, folder):
 
 
 def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
+    assert run(f"{TRAIN} --data sums.jsonl --mask wm -o wm.safetensors")[0] == 0
+    assert run(f"{TRAIN} --data text.jsonl --mask wm -o wm2.safetensors --like wm.safetensors")[0] == 0
+    assert (folder / "wm2.safetensors").stat().st_size < (folder / "wm.safetensors").stat().st_size
     assert run(f"{TRAIN} --data sums.jsonl --mask rand -o one.safetensors --seed 3")[0] == 0
     assert run("train --config one.yaml -o two.safetensors")[0] == 0
     one, two = shira.load("one.safetensors"), shira.load("two.safetensors")

@@ -285,3 +285,62 @@ def test_gaps_round_trip(positions, shape):
     decoded = encoding.decode(stored, shape, len(positions))
     assert torch.equal(decoded.long(), indices)
     assert decoded.dtype == shira.adapter.index_dtype(shape[0] * shape[1])
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two adapters of one mask; the second leaves its positions to the first."""
+    model = mlp(torch.bfloat16)
+    first = random_adapter(model, 1)
+    second = Adapter({name: SparseTensor(t.shape, t.indices, t.values + 1) for name, t in first.tensors.items()}, {"name": "2"})
+    first.save(tmp_path / "first.safetensors")
+    second.save(tmp_path / "second.safetensors", like=tmp_path / "first.safetensors")
+    return tmp_path, first, second
+
+
+def test_a_set_of_adapters_of_one_mask_holds_its_positions_once(pair):
+    folder, first, second = pair
+    assert not [name for name in safetensors.torch.load_file(folder / "second.safetensors") if name.endswith(".indices")]
+    loaded = shira.load(folder / "second.safetensors")
+    for name, tensor in second.tensors.items():
+        assert torch.equal(loaded.tensors[name].indices, tensor.indices)
+        assert torch.equal(bits(loaded.tensors[name].values), bits(tensor.values))
+    other = random_adapter(mlp(torch.bfloat16), 9)  # of another mask: written whole
+    other.save(folder / "other.safetensors", like=folder / "first.safetensors")
+    assert all(
+        torch.equal(t.indices, other.tensors[n].indices) for n, t in shira.load(folder / "other.safetensors").tensors.items()
+    )
+
+
+def test_a_set_that_was_torn_apart_is_refused(pair):
+    folder, first, second = pair
+    with pytest.raises(shira.AdapterError, match="takes its positions from a file itself"):
+        second.save(folder / "third.safetensors", like=folder / "second.safetensors")
+    (folder / "sub").mkdir()
+    with pytest.raises(shira.AdapterError, match="in the folder of"):
+        second.save(folder / "sub" / "third.safetensors", like=folder / "first.safetensors")
+    with pytest.raises(shira.AdapterError, match="another file"):
+        second.save(folder / "first.safetensors", like=folder / "first.safetensors")
+    random_adapter(mlp(torch.bfloat16), 9).save(folder / "first.safetensors")
+    with pytest.raises(FormatError, match=r"'0.weight': 'first.safetensors' holds other positions"):
+        shira.load(folder / "second.safetensors")
+    (folder / "first.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"'0.weight': its positions should be in 'first.safetensors' beside it"):
+        shira.load(folder / "second.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "", "..", "evil.safetensors", 7, None])
+def test_positions_are_borrowed_from_the_same_folder_only(tmp_path, name):
+    write(tmp_path / "a.safetensors")
+    tensors, header = rule(mask=None, seed=None, file=name)
+    if name is None:
+        header["tensors"] = header["tensors"].replace('"positions": {', '"positions": {"file": null, ')
+    with pytest.raises(FormatError, match=r"'w'.*another file of its folder"):
+        shira.load(write(tmp_path / "evil.safetensors", tensors, header))
+
+
+def test_files_that_borrow_from_each_other_are_refused(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        write(tmp_path / name, *rule(mask=None, seed=None, file=other))
+    with pytest.raises(FormatError, match="takes its positions from a file itself"):
+        shira.load(tmp_path / "a")

@@ -146,11 +146,14 @@ class Adapter:
         lines = "".join(f"{name} {value}\n" for name, value in sorted(self.fingerprints.items()))
         return hashlib.sha256(lines.encode()).hexdigest()[:32] if lines else None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file (docs/format.md), all or nothing: see `shira.format.save`."""
+    def save(self, path: str | os.PathLike[str], *, like: str | os.PathLike[str] | None = None) -> None:
+        """Write one safetensors file (docs/format.md), all or nothing: see `shira.format.save`.
+
+        like: a file beside it with an adapter of the same mask, whose positions need not be written again.
+        """
         from .format import save
 
-        save(self, path)
+        save(self, path, like=like)
 
 
 def fingerprint(values: Tensor) -> str:

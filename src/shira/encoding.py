@@ -16,7 +16,7 @@ from . import masks
 from .adapter import index_dtype
 from .errors import AdapterError, MaskError
 
-__all__ = ["Stored", "decode", "encode"]
+__all__ = ["Stored", "checksum", "decode", "encode"]
 
 UNITS = {torch.uint8: 255, torch.uint16: 65535}  # the largest unit: add it and go on
 LONGEST = 2**62  # entries of a tensor: sums of positions stay within int64
@@ -34,7 +34,7 @@ def encode(indices: Tensor, shape: tuple[int, ...], rules: list[dict[str, Any]])
     for rule in rules:
         drawn = _draw(rule, shape, indices.numel())
         if drawn is not None and torch.equal(drawn, indices.long()):
-            return Stored(rule | {"crc32": _checksum(indices)}, None)
+            return Stored(rule | {"crc32": checksum(indices)}, None)
     plain = indices.to(index_dtype(torch.Size(shape).numel()))
     gaps = np.diff(indices.numpy().astype(np.int64, copy=False), prepend=-1) - 1
     sizes = {dtype: dtype.itemsize * (len(gaps) + int((gaps // largest).sum())) for dtype, largest in UNITS.items()}
@@ -93,12 +93,12 @@ def _from_gaps(array: Tensor, numel: int, count: int) -> Tensor:
 
 
 def _from_rule(rule: dict[str, Any], shape: tuple[int, ...], count: int) -> Tensor:
-    checksum = rule.pop("crc32", None)
+    written = rule.pop("crc32", None)
     drawn = _draw(rule, shape, count)
     if drawn is None or drawn.numel() != count:
         raise AdapterError(f"the rule {rule} does not give one position for each of {count} values in shape {list(shape)}")
     drawn = drawn.to(index_dtype(_numel(shape)))
-    if _checksum(drawn) != checksum:
+    if checksum(drawn) != written:
         raise AdapterError(f"the rule {rule} gives other positions than were written (checksum)")
     return drawn
 
@@ -117,7 +117,7 @@ def _draw(rule: Mapping[str, Any], shape: tuple[int, ...], count: int) -> Tensor
     return None
 
 
-def _checksum(indices: Tensor) -> int:
+def checksum(indices: Tensor) -> int:
     """CRC-32 of the positions as little-endian int64."""
     return zlib.crc32(indices.numpy().astype("<i8").data)
 

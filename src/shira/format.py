@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from . import encoding, masks
@@ -26,18 +27,23 @@ READABLE = {("1", "plain"), ("2", "gap")}  # (format version, encoding)
 Path_ = str | os.PathLike[str]
 
 
-def save(adapter: Adapter, path: Path_) -> None:
+def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
     """Write an adapter to one safetensors file: to a temporary file beside it, flushed, then renamed.
 
+    like: a file in the same folder that holds an adapter of the same mask; positions that are the same are then not
+        written again, but read from there, so it must stay beside this one.
     Raises AdapterError if the metadata cannot be written as JSON; OSError (a full disk, a missing folder) with any
     file already under that name unchanged.
     """
     path = Path(path)
+    neighbour = _neighbour(path, like) if like is not None else {}
     flat: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, tensor in sorted(adapter.tensors.items()):
         indices = tensor.indices.detach().cpu().contiguous()
         stored = encoding.encode(indices, tensor.shape, _rules(adapter, name, tensor))
+        if stored.array is not None and name in neighbour and torch.equal(neighbour[name].indices, indices):
+            stored = encoding.Stored({"file": Path(like or "").name, "crc32": encoding.checksum(indices)}, None)
         described[name] = {"shape": list(tensor.shape), "kind": tensor.kind, "positions": stored.positions}
         if stored.array is not None:
             flat[f"{name}.indices"] = stored.array
@@ -53,6 +59,18 @@ def save(adapter: Adapter, path: Path_) -> None:
     except (TypeError, ValueError) as error:
         raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
     _write_whole(path, safetensors.torch.save(flat, header))
+
+
+def _neighbour(path: Path, like: Path_) -> dict[str, SparseTensor]:
+    """The tensors of a file beside this one, that holds its positions itself."""
+    like = Path(like)
+    if like.resolve().parent != path.resolve().parent or like.resolve() == path.resolve():
+        raise AdapterError(f"{like} must be another file in the folder of {path}, to be found again")
+    with safetensors.safe_open(like, framework="pt") as file:
+        described = _read_header(like, file.metadata() or {})
+    if any(_names_a_file(_entry(like, name, entry)) for name, entry in described.items()):
+        raise AdapterError(f"{like} takes its positions from a file itself; name that one")
+    return load(like).tensors
 
 
 def _rules(adapter: Adapter, name: str, tensor: SparseTensor) -> list[dict[str, Any]]:
@@ -114,9 +132,10 @@ def load(path: Path_) -> Adapter:
             if stored != expected:
                 missing, extra = sorted(expected - stored), sorted(stored - expected)
                 raise FormatError(f"{path}: tensors missing: {missing or 'none'}; not described: {extra or 'none'}")
+            borrowed = _borrowed(path, {name: entry for name, entry in described.items() if _names_a_file(entry)})
             tensors = {}
             for name, entry in described.items():
-                array = file.get_tensor(f"{name}.indices") if name in with_array else None
+                array = file.get_tensor(f"{name}.indices") if name in with_array else borrowed.get(name)
                 tensors[name] = _sparse_tensor(path, name, entry, array, file.get_tensor(f"{name}.values"))
     except safetensors.SafetensorError as error:
         raise FormatError(f"{path} is not a whole safetensors file: {error}; get it again") from error
@@ -157,10 +176,35 @@ def _entry(path: Path, name: str, entry: Any) -> dict[str, Any]:
     return checked
 
 
+def _names_a_file(entry: dict[str, Any]) -> bool:
+    positions = entry.get("positions")
+    return isinstance(positions, dict) and "file" in positions
+
+
+def _borrowed(path: Path, entries: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """Positions that lie in another file of the same folder, which must hold them itself."""
+    found: dict[str, Tensor] = {}
+    files: dict[str, dict[str, SparseTensor]] = {}
+    for name, entry in entries.items():
+        file, expected = entry["positions"]["file"], entry["positions"].get("crc32")
+        if not isinstance(file, str) or file in ("", ".", "..", path.name) or Path(file).name != file:
+            raise FormatError(f"{path}: tensor '{name}': positions must lie in another file of its folder, found {file!r}")
+        try:
+            files.setdefault(file, {}) or files[file].update(_neighbour(path, path.with_name(file)))
+        except (AdapterError, OSError, safetensors.SafetensorError) as error:
+            raise FormatError(f"{path}: tensor '{name}': its positions should be in '{file}' beside it: {error}") from error
+        tensor = files[file].get(name)
+        if tensor is None or list(tensor.shape) != entry["shape"] or encoding.checksum(tensor.indices) != expected:
+            raise FormatError(f"{path}: tensor '{name}': '{file}' holds other positions than when this was written")
+        found[name] = tensor.indices
+    return found
+
+
 def _sparse_tensor(path: Path, name: str, entry: dict[str, Any], array: Tensor | None, values: Tensor) -> SparseTensor:
     shape = tuple(entry["shape"])
     try:
-        indices = encoding.decode(encoding.Stored(entry.get("positions", "plain"), array), shape, values.numel())
+        stored = encoding.Stored("plain" if _names_a_file(entry) else entry.get("positions", "plain"), array)
+        indices = encoding.decode(stored, shape, values.numel())
         return SparseTensor(shape, indices, values, entry.get("kind"))  # type: ignore[arg-type]  # which checks it
     except AdapterError as error:
         raise FormatError(f"{path}: tensor '{name}': {error}") from error

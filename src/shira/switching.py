@@ -113,11 +113,11 @@ class Switcher:
                 self._restore()
                 self._plan = plan
                 kernels.swap_(plan)
+            self._active = strengths
         except BaseException:
             self._restore()
             self._active = {}
             raise
-        self._active = strengths
 
     def _restore(self) -> None:
         """The base, bit for bit."""

@@ -18,6 +18,9 @@ def train(
         str | None, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct.", show_default=False)
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's file.")] = Path("adapter.safetensors"),
+    like: Annotated[
+        Path | None, typer.Option(help="A file beside the output with an adapter of the same mask: share its positions.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML recipe; the options given beside it win.")] = None,
     data: Annotated[
         str | None, typer.Option(help="A JSONL file (text; or prompt, completion), or a built-in task: spam, questions, film.")
@@ -48,7 +51,7 @@ def train(
 
     Example: shira train SmolLM2-135M-Instruct --data spam --steps 40 --density 0.02 -o spam.safetensors
     """
-    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("output", "config") and v is not None}
+    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("output", "like", "config") and v is not None}
     if targets is not None and "," in targets:
         given["targets"] = [part.strip() for part in targets.split(",")]
     recipe = load_recipe(config, given)
@@ -60,7 +63,7 @@ def train(
         loaded, tokenizer = load_model(recipe.model, recipe.dtype), load_tokenizer(recipe.model)
     with progress("training", recipe.steps) as update:
         adapter = train_adapter(recipe, loaded, tokenizer, on_step=lambda step, loss: update(step, f"loss {loss:.3f}"))
-    adapter.save(output)
+    adapter.save(output, like=like)
     recipe_file = output.with_suffix(".yaml")
     save_recipe(recipe, recipe_file)
     console.print(f"{output}: {adapter.nnz:,} entries, {bytes_text(output.stat().st_size)}; the recipe is {recipe_file}")
