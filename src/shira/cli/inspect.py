@@ -28,7 +28,7 @@ def inspect(
         print_json(facts)
         return
     table = Table("what", "value", title=str(file), show_header=False, title_justify="left")
-    settings = ", ".join(f"{key} {value}" for key, value in facts["mask"].items()) if facts["mask"] else "not recorded"
+    settings = _listed(facts["mask"])
     base = ", ".join(map(str, facts["base"].values())) if facts["base"] else "not recorded"
     rows = {
         "name": facts["name"] or "-",
@@ -41,7 +41,7 @@ def inspect(
         "mask": settings,
         "base": base,
         "fingerprint": facts["fingerprint"] or "not recorded",
-        "training": ", ".join(f"{k} {v}" for k, v in facts["training"].items()) if facts["training"] else "not recorded",
+        "training": _listed(facts["training"]),
         "license": facts["license"] or "not recorded",
     }
     for key, value in rows.items():
@@ -55,6 +55,12 @@ def inspect(
             shape = " × ".join(map(str, entry["shape"]))
             listing.add_row(name, shape, f"{entry['nnz']:,}", f"{entry['density']:.3%}", entry["kind"], entry["dtype"])
         console.print(listing)
+
+
+def _listed(settings: dict[str, Any] | None) -> str:
+    """{"name": "wm", "targets": ["q", "k"]} -> 'name wm, targets q k'."""
+    words = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in (settings or {}).items()}
+    return ", ".join(f"{key} {value}" for key, value in words.items()) or "not recorded"
 
 
 def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
