@@ -401,6 +401,22 @@ def test_calibration_on_one_batch_holds_one_gradient_at_a_time():
     assert held == [0] * 5
 
 
+def test_calibration_takes_gradients_that_the_last_batch_does_not_reach():
+    model = mlp()
+    weights = {"0.weight": model[0].weight, "2.weight": model[2].weight}
+    received = {}
+
+    def loss_fn(model, batch):
+        return model(torch.ones(1, 13)).sum() if batch == "both" else model[0](torch.ones(1, 13)).sum()
+
+    stream_gradients(model, weights, ["both", "first"], lambda name, g: received.update({name: g.clone()}), loss_fn)
+    assert received.keys() == weights.keys()
+    dense = mlp()
+    (loss_fn(dense, "both") + loss_fn(dense, "first")).backward()
+    for name, gradient in received.items():
+        torch.testing.assert_close(gradient, dense.get_parameter(name).grad)
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "words"),
     [

@@ -63,6 +63,8 @@ def stream_gradients(
                 if loss.numel() != 1 or not bool(torch.isfinite(loss)):
                     raise MaskError(f"the loss of calibration batch {number} must be one finite number, found {loss.tolist()}")
                 loss.backward()
+        for weight in weights.values():  # one that the last batch did not reach, as an expert may be
+            hand_out(weight)
     if waiting:
         names = sorted(waiting.values())
         raise MaskError(f"{len(names)} tensors got no gradient from the calibration batches, the first is '{names[0]}'")
