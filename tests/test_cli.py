@@ -111,6 +111,8 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
         ("train model --data sums.jsonl --targets q_prj", 1, "TargetError: .*did you mean 'q_proj'"),
         ("train model --data sums.jsonl --density 2", 1, "MaskError: density must be above 0 and at most 1"),
         ("train model --data sums.jsonl -o no/where.safetensors", 1, "FileNotFoundError: there is no folder no"),
+        ("train model --data sums.jsonl --like sums.jsonl", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
+        ("train model --data sums.jsonl --like none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
         ("train model --data sums.jsonl --config none.yaml", 1, "FileNotFoundError: .*none.yaml"),
         ("eval model --data text.jsonl", 1, "DataError: .*'choices' and 'label'"),
         ("eval model --data sums.jsonl -a a.safetensors=x", 1, "DataError: .*strength after '=' must be a number, found 'x'"),

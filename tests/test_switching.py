@@ -1,6 +1,7 @@
 """Whatever is done to a switcher, the base comes back to the bit."""
 
 import contextlib
+import signal
 
 import hypothesis.strategies as st
 import pytest
@@ -418,3 +419,38 @@ def test_what_is_ready_takes_eight_bytes_an_entry_in_bfloat16(tmp_path):
     (plan,) = switcher._ready.values()
     assert plan.nbytes == 8 * plan.nnz
     assert all(not isinstance(source._content, shira.Adapter) for source in switcher._sources.values())
+
+
+def test_an_interrupt_at_any_moment_leaves_what_is_active_exact():
+    """A real signal, while switching with the native kernel: the state is the one before, the one asked for, or the base."""
+    model = mlp()
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapters = {name: random_adapter(model, seed) for name, seed in (("a", 1), ("b", 2))}
+    adapters["c"] = shira.Adapter({n: SparseTensor(t.shape, t.indices, t.values + 1) for n, t in adapters["a"].tensors.items()})
+    switcher = Switcher(model)
+    for name, adapter in adapters.items():
+        switcher.add(name, adapter)
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for number in range(600):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + (number % 100) * 3e-6)
+                switcher.use("abc"[number % 3])
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                interrupted += 1
+            assert same_bits(reference_fusion(base, adapters, switcher.active), all_bits(model))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 50
+    switcher.use(None)
+    assert same_bits({name: bits(tensor) for name, tensor in base.items()}, all_bits(model))

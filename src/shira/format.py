@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from . import encoding, masks
 from .adapter import Adapter, SparseTensor
 from .errors import AdapterError, FormatError
 
-__all__ = ["FORMAT_VERSION", "load", "save"]
+__all__ = ["FORMAT_VERSION", "load", "neighbour", "save"]
 
 FORMAT_VERSION = 2
 READABLE = {("1", "plain"), ("2", "gap")}  # (format version, encoding)
@@ -36,13 +37,13 @@ def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
     file already under that name unchanged.
     """
     path = Path(path)
-    neighbour = _neighbour(path, like) if like is not None else {}
+    beside = neighbour(path, like) if like is not None else {}
     flat: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, tensor in sorted(adapter.tensors.items()):
         indices = tensor.indices.detach().cpu().contiguous()
         stored = encoding.encode(indices, tensor.shape, _rules(adapter, name, tensor))
-        if stored.array is not None and name in neighbour and torch.equal(neighbour[name].indices, indices):
+        if stored.array is not None and name in beside and torch.equal(beside[name].indices, indices):
             stored = encoding.Stored({"file": Path(like or "").name, "crc32": encoding.checksum(indices)}, None)
         described[name] = {"shape": list(tensor.shape), "kind": tensor.kind, "positions": stored.positions}
         if stored.array is not None:
@@ -61,16 +62,31 @@ def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
     _write_whole(path, safetensors.torch.save(flat, header))
 
 
-def _neighbour(path: Path, like: Path_) -> dict[str, SparseTensor]:
-    """The tensors of a file beside this one, that holds its positions itself."""
-    like = Path(like)
+def neighbour(path: Path_, like: Path_) -> dict[str, SparseTensor]:
+    """The tensors of `like`, a file beside `path` that holds its positions itself, so that `save` may leave them to it.
+
+    Raises AdapterError or FormatError if it is no such file; OSError if it cannot be read.
+    """
+    path, like = Path(path), Path(like)
     if like.resolve().parent != path.resolve().parent or like.resolve() == path.resolve():
         raise AdapterError(f"{like} must be another file in the folder of {path}, to be found again")
-    with safetensors.safe_open(like, framework="pt") as file:
+    with _opened(like) as file:
         described = _read_header(like, file.metadata() or {})
     if any(_names_a_file(_entry(like, name, entry)) for name, entry in described.items()):
         raise AdapterError(f"{like} takes its positions from a file itself; name that one")
     return load(like).tensors
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened; what is wrong with it as such is a FormatError, a file that cannot be read an OSError."""
+    with open(path, "rb"):  # safetensors tells a missing file from a broken one less clearly
+        pass
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise FormatError(f"{path} is not a whole safetensors file: {error}; get it again") from error
 
 
 def _rules(adapter: Adapter, name: str, tensor: SparseTensor) -> list[dict[str, Any]]:
@@ -119,26 +135,21 @@ def load(path: Path_) -> Adapter:
         adapter = shira.load("poet.safetensors")
     """
     path = Path(path)
-    with open(path, "rb"):  # a missing or forbidden file is an OSError, not a format error
-        pass
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            described = _read_header(path, header)
-            stored = set(file.keys())
-            entries = {name: _entry(path, name, entry).get("positions", "plain") for name, entry in described.items()}
-            with_array = {name for name, positions in entries.items() if isinstance(positions, str)}
-            expected = {f"{name}.values" for name in described} | {f"{name}.indices" for name in with_array}
-            if stored != expected:
-                missing, extra = sorted(expected - stored), sorted(stored - expected)
-                raise FormatError(f"{path}: tensors missing: {missing or 'none'}; not described: {extra or 'none'}")
-            borrowed = _borrowed(path, {name: entry for name, entry in described.items() if _names_a_file(entry)})
-            tensors = {}
-            for name, entry in described.items():
-                array = file.get_tensor(f"{name}.indices") if name in with_array else borrowed.get(name)
-                tensors[name] = _sparse_tensor(path, name, entry, array, file.get_tensor(f"{name}.values"))
-    except safetensors.SafetensorError as error:
-        raise FormatError(f"{path} is not a whole safetensors file: {error}; get it again") from error
+    with _opened(path) as file:
+        header = file.metadata() or {}
+        described = _read_header(path, header)
+        stored = set(file.keys())
+        entries = {name: _entry(path, name, entry).get("positions", "plain") for name, entry in described.items()}
+        with_array = {name for name, positions in entries.items() if isinstance(positions, str)}
+        expected = {f"{name}.values" for name in described} | {f"{name}.indices" for name in with_array}
+        if stored != expected:
+            missing, extra = sorted(expected - stored), sorted(stored - expected)
+            raise FormatError(f"{path}: tensors missing: {missing or 'none'}; not described: {extra or 'none'}")
+        borrowed = _borrowed(path, {name: entry for name, entry in described.items() if _names_a_file(entry)})
+        tensors = {}
+        for name, entry in described.items():
+            array = file.get_tensor(f"{name}.indices") if name in with_array else borrowed.get(name)
+            tensors[name] = _sparse_tensor(path, name, entry, array, file.get_tensor(f"{name}.values"))
     return Adapter(tensors, _json_object(path, header, "metadata"))
 
 
@@ -190,8 +201,9 @@ def _borrowed(path: Path, entries: dict[str, dict[str, Any]]) -> dict[str, Tenso
         if not isinstance(file, str) or file in ("", ".", "..", path.name) or Path(file).name != file:
             raise FormatError(f"{path}: tensor '{name}': positions must lie in another file of its folder, found {file!r}")
         try:
-            files.setdefault(file, {}) or files[file].update(_neighbour(path, path.with_name(file)))
-        except (AdapterError, OSError, safetensors.SafetensorError) as error:
+            if file not in files:
+                files[file] = neighbour(path, path.with_name(file))
+        except (AdapterError, OSError) as error:
             raise FormatError(f"{path}: tensor '{name}': its positions should be in '{file}' beside it: {error}") from error
         tensor = files[file].get(name)
         if tensor is None or list(tensor.shape) != entry["shape"] or encoding.checksum(tensor.indices) != expected:

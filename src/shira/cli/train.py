@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..format import neighbour
 from ..recipes import load_recipe, save_recipe, train_adapter
 from .output import bytes_text, console, progress, waiting
 
@@ -57,6 +58,8 @@ def train(
     recipe = load_recipe(config, given)
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
+    if like is not None:
+        neighbour(output, like)  # what is wrong with it should be known before training
     from ..integrations.transformers import load_model, load_tokenizer
 
     with waiting("loading the model"):
