@@ -229,10 +229,26 @@ def test_patterns_give_the_gradient_of_the_reference(shape, kind, dtype):
     grad_output, input = torch.randn(17, rows).to(dtype), torch.randn(17, columns).to(dtype)
     kept = input[:, pattern.lines] if pattern.keeps_columns_only else input
     exact = (grad_output.double().T @ input.double()).view(-1)[indices]
-    found = pattern.to(torch.device("cpu")).gradient(grad_output, kept)
-    assert found.dtype == torch.float32
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance * 4)
+    for name in kernels.BACKENDS:
+        with kernels.backend(name):
+            found = pattern.to(torch.device("cpu")).gradient(grad_output, kept)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance * 4)
+
+
+@pytest.mark.parametrize("name", kernels.BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(0, 4, 4), (1, 1, 1), (17, 300, 259), (65, 131, 700)])
+def test_the_gradient_on_the_diagonal(name, dtype, tokens, rows, columns):
+    torch.manual_seed(0)
+    grad_output, input = torch.randn(tokens, 2 * rows).to(dtype)[:, ::2], torch.randn(tokens, columns).to(dtype)
+    exact = (grad_output.double().T @ input.double()).diagonal()
+    with kernels.backend(name):
+        found = kernels.diagonal_gradient(grad_output, input)
+    assert found.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 or (name == "native" and dtype == torch.bfloat16) else 2e-2
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance * 8)
 
 
 def test_writing_does_not_move_a_weight():

@@ -121,9 +121,10 @@ class Switcher:
 
     def _restore(self) -> None:
         """The base, bit for bit."""
-        kernels.restore_(self._plan)
-        self._plan.begun[0] = 0
-        self._plan = Plan.of([])
+        if self._plan.parts:
+            kernels.restore_(self._plan)
+            self._plan.begun[0] = 0
+            self._plan = Plan.of([])
 
     @contextlib.contextmanager
     def using(self, selection: Selection) -> Iterator[None]:

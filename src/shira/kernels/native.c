@@ -1,4 +1,4 @@
-/* The two loops that shira lives by, for the CPU. reference.py says what they must do; native.py calls them.
+/* The loops that shira lives by, for the CPU. reference.py says what they must do; native.py calls them.
  *
  * swap: move entries between weights and the values that wait for them. One pass over the touched cache lines: each is
  * fetched ahead of its use, since sparse positions are too far apart for the hardware to guess.
@@ -18,7 +18,7 @@
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
-#define PREFETCH(address) __builtin_prefetch((address), 1)
+#define PREFETCH(address) __builtin_prefetch((address), 0, 0) /* past the second-level cache: each line is used once */
 #else
 #define PREFETCH(address) ((void)0)
 #endif
@@ -29,7 +29,8 @@
 #define FAST_VERSIONS
 #endif
 
-enum { AHEAD = 32, MAX_THREADS = 64 }; /* positions to fetch ahead: 16 to 48 measure alike */
+enum { AHEAD = 64, MAX_THREADS = 64 }; /* positions to fetch ahead */
+enum { KEEP_AND_WRITE, WRITE, RESTORE }; /* what to do with a part; RESTORE writes what was kept */
 
 /* One tensor's part of a plan; native.py fills an array of these. */
 typedef struct {
@@ -136,6 +137,7 @@ static void in_parallel(void *(*work)(void *), const void *job, int64_t total, l
 typedef struct {
     const Part *parts;
     Py_ssize_t count;
+    int mode;
 } Swap;
 
 static void *swap_share(void *argument) {
@@ -146,7 +148,10 @@ static void *swap_share(void *argument) {
         const int64_t length = job->parts[p].count;
         const int64_t begin = share->begin > before ? share->begin - before : 0;
         const int64_t end = share->end - before < length ? share->end - before : length;
-        if (begin < end) swap_part(&job->parts[p], begin, end);
+        Part part = job->parts[p];
+        if (job->mode == RESTORE) part.values = part.stash;
+        if (job->mode != KEEP_AND_WRITE) part.stash = NULL;
+        if (begin < end) swap_part(&part, begin, end);
         before += length;
     }
     return NULL;
@@ -163,12 +168,13 @@ static int64_t entries_of(const Part *parts, Py_ssize_t count) {
 static PyObject *swap(PyObject *self, PyObject *args) {
     unsigned long long address, begun;
     Py_ssize_t parts;
+    int mode;
     long threads;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KnKl", &address, &parts, &begun, &threads)) return NULL;
+    if (!PyArg_ParseTuple(args, "KniKl", &address, &parts, &mode, &begun, &threads)) return NULL;
     Py_BEGIN_ALLOW_THREADS
     if (begun) *(int64_t *)(uintptr_t)begun = parts;
-    const Swap job = {(const Part *)(uintptr_t)address, parts};
+    const Swap job = {(const Part *)(uintptr_t)address, parts, mode};
     in_parallel(swap_share, &job, entries_of(job.parts, parts), threads, 16384);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
@@ -297,9 +303,56 @@ static PyObject *sampled(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* out[j] += sum over tokens of a[t, j] * b[t, j]: the weight gradient on a diagonal, for columns `first` to `last` - 1. */
+typedef struct {
+    const void *a, *b;
+    float *out;
+    int64_t a_width, b_width, tokens;
+    int entry_bytes;
+} Diagonal;
+
+#define DIAGONAL(NAME, ENTRY, WIDEN)                                                            \
+    FAST_VERSIONS                                                                               \
+    static void NAME(const Diagonal *job, int64_t first, int64_t last) {                        \
+        const int64_t length = last - first;                                                    \
+        float *out = job->out + first;                                                          \
+        for (int64_t t = 0; t < job->tokens; t++) {                                             \
+            const ENTRY *a = (const ENTRY *)job->a + t * job->a_width + first;                  \
+            const ENTRY *b = (const ENTRY *)job->b + t * job->b_width + first;                  \
+            _Pragma("omp simd")                                                                 \
+            for (int64_t j = 0; j < length; j++) out[j] += WIDEN(a[j]) * WIDEN(b[j]);           \
+        }                                                                                       \
+    }
+DIAGONAL(diagonal_float, float, )
+DIAGONAL(diagonal_half, uint16_t, widened)
+
+static void *diagonal_share(void *argument) {
+    const Share *share = (const Share *)argument;
+    const Diagonal *job = (const Diagonal *)share->job;
+    (job->entry_bytes == 2 ? diagonal_half : diagonal_float)(job, share->begin, share->end);
+    return NULL;
+}
+
+static PyObject *diagonal(PyObject *self, PyObject *args) {
+    unsigned long long a, b, out;
+    long long a_width, b_width, tokens, length;
+    int entry_bytes;
+    long threads;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KLKLKLLil", &a, &a_width, &b, &b_width, &out, &tokens, &length, &entry_bytes, &threads))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    const Diagonal job = {(const void *)(uintptr_t)a, (const void *)(uintptr_t)b, (float *)(uintptr_t)out, a_width, b_width, tokens,
+                          entry_bytes};
+    in_parallel(diagonal_share, &job, length, threads, 128);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
-    {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, address of begun, threads)"},
+    {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, address of begun, threads)"},
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
+    {"diagonal", diagonal, METH_VARARGS, "diagonal(a, width, b, width, out, tokens, length, entry bytes, threads)"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Plan:
     parts: tuple[Write, ...]
     stash: tuple[Tensor, ...]
     begun: np.ndarray[tuple[int], np.dtype[np.int64]]
-    table: np.ndarray[tuple[int], np.dtype[np.void]] | None = None  # of native.py
+    compiled: Any = None  # native.py's own form of it
 
     @classmethod
     def of(cls, parts: Sequence[Write]) -> "Plan":

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .plan import Plan
 
-__all__ = ["gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["diagonal_gradient", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -49,3 +49,11 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     Returns float32 [k].
     """
     return (grad_output.T.float() @ input.float()).reshape(-1)[indices.long()]
+
+
+def diagonal_gradient(grad_output: Tensor, input: Tensor) -> Tensor:
+    """The weight gradient of a linear layer on the diagonal, float32 [min(out, in)].
+
+    grad_output: [tokens, out]; input: [tokens, in].
+    """
+    return (grad_output.T.float() @ input.float()).diagonal().clone()
