@@ -38,7 +38,7 @@ RATES = (5e-4, 1e-3, 2e-3)
 SEEDS = (0, 1, 2)
 VALIDATION = 150  # examples of a task's training part that no training sees
 CALIBRATION = 64
-STEPS, BATCH, EXAMPLES = 40, 16, 640
+STEPS, BATCH, EXAMPLES = 30, 16, 480
 PAIRS = list(itertools.combinations(TASKS, 2))
 
 
@@ -159,14 +159,33 @@ def train(setting: Setting, rule: str, rate: float) -> Path:
     if rule == "lora":
         lora(model, rows, options, path)
         return path
-    batches = hf.batches(rows[:CALIBRATION], model, BATCH, pad)
-    mask = RULES[rule](setting)
+    chosen = positions(setting, RULES[rule](setting), rows[:CALIBRATION])
+    names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
     with shira.attach(
-        model, mask=mask, density=DENSITY, targets=TARGETS, calibration=batches, seed=100 * setting.seed + len(setting.task)
+        model, mask=lambda weight, k: chosen[names[weight.data_ptr()]], density=DENSITY, targets=TARGETS
     ) as tuner:
         hf.train(tuner, model, rows, **options)
         tuner.adapter().save(path)
     return path
+
+
+_gradients: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+
+def positions(setting: Setting, mask: str | masks.Mask, rows: list[hf.Row]) -> dict[str, Tensor]:
+    """What a mask chooses of every target; the calibration gradients of the last task and seed are kept for the next rule."""
+    weights = {t.name: t.weight for t in shira.targets.resolve(setting.model, TARGETS)}
+    key = (setting.task, setting.seed)
+    if key not in _gradients:
+        _gradients.clear()
+        found = _gradients[key] = {}
+        batches = hf.batches(rows, setting.model, BATCH, setting.tokenizer.pad_token_id or 0)
+        calibration.stream_gradients(setting.model, weights, batches, found.__setitem__)
+    seed = 100 * setting.seed + list(TASKS).index(setting.task)
+    return {
+        name: masks.select(mask, name, weight, round(DENSITY * weight.numel()), gradient=_gradients[key][name], seed=seed)
+        for name, weight in weights.items()
+    }
 
 
 def lora(model: nn.Module, rows: list[hf.Row], options: dict[str, Any], path: Path) -> None:
@@ -247,7 +266,8 @@ def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS) -> None
             key = {"rule": rule, "adapters": names, "on": on, "seed": seed, "rate": rate, "part": part}  # noqa: B023
             return once(key, lambda: measure(settle(rule, on, seed), files(names, seed, rate), on, part))  # noqa: B023
 
-        rates = {rate: statistics.mean(result((t,), t, 0, rate, "validation") for t in TASKS) for rate in RATES}
+        tried = {task: {rate: result((task,), task, 0, rate, "validation") for rate in RATES} for task in TASKS}
+        rates = {rate: statistics.mean(tried[task][rate] for task in TASKS) for rate in RATES}
         best = max(rates, key=lambda rate: rates[rate])
         for seed in seeds:
             for rate in [best, *(r for r in RATES if seed == 0 and r != best)]:

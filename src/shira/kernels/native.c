@@ -175,7 +175,7 @@ static PyObject *swap(PyObject *self, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     if (begun) *(int64_t *)(uintptr_t)begun = parts;
     const Swap job = {(const Part *)(uintptr_t)address, parts, mode};
-    in_parallel(swap_share, &job, entries_of(job.parts, parts), threads, 16384);
+    in_parallel(swap_share, &job, entries_of(job.parts, parts), threads, 4096);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
