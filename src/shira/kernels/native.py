@@ -7,6 +7,7 @@ torch's operators serve.
 
 import importlib
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,20 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
-from .plan import Plan, Write
+from .plan import Overlap, Plan, Write
 
 try:
     _native: Any = importlib.import_module("._native", __package__)
 except ImportError:
     _native = None
 
-__all__ = ["available", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["available", "gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 PART = np.dtype(  # as in native.c
     [("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("count", "i8"), ("entry", "i4"), ("index", "i4")]
 )
-
+RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8")])
+WINDOW = 2**17
 
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
 DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}
@@ -74,6 +76,29 @@ def restore_(plan: Plan) -> None:
     table = _plan_table(plan).copy()
     table["values"], table["stash"] = table["stash"], 0
     _run(plan, table, int(plan.begun[0]), begun=False)
+
+
+def merge(runs: Sequence[Tensor]) -> Overlap:
+    """See `reference.merge`: a bit for each position of a window at a time, no sorting; first to count, then to write."""
+    runs = [run.contiguous() for run in runs]
+    if len({run.dtype for run in runs}) > 1:
+        runs = [run.long() for run in runs]
+    end = max((int(run[-1]) + 1 for run in runs if run.numel()), default=0)
+    if any(run.numel() and int(run[0]) < 0 for run in runs):
+        raise IndexError("positions below 0")
+    places = [torch.empty(run.numel(), dtype=torch.int64) for run in runs]
+    table = np.zeros(len(runs), dtype=RUN)
+    table["positions"] = [run.data_ptr() for run in runs]
+    table["places"] = [place.data_ptr() for place in places]
+    table["count"] = [run.numel() for run in runs]
+    windows = np.zeros(-(-end // WINDOW), dtype=np.int64)
+    given = (table.ctypes.data, len(runs), windows.ctypes.data, len(windows))
+    _native.merge(*given, 0, 0, runs[0].itemsize, torch.get_num_threads())
+    indices = torch.empty(int(windows.sum()), dtype=runs[0].dtype)
+    counts = torch.empty(indices.numel(), dtype=torch.int32)
+    windows[:] = np.cumsum(windows) - windows
+    _native.merge(*given, indices.data_ptr(), counts.data_ptr(), runs[0].itemsize, torch.get_num_threads())
+    return Overlap(indices, places, counts)
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
