@@ -1,6 +1,7 @@
 """Several adapters into one: on sorted positions, never dense, one tensor at a time."""
 
 import contextlib
+import contextvars
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,8 +50,6 @@ def fuse(
         raise AdapterError("one adapter is given twice" if given else "nothing to fuse: give at least one adapter")
     strengths = check_strengths({label: value[1] if isinstance(value, tuple) else value for label, value in given.items()})
     weights = dict(base.named_parameters(remove_duplicate=False)) if isinstance(base, nn.Module) else base
-    fused: dict[str, SparseTensor] = {}
-    prints: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         parts = {
             label: value[0] if isinstance(value, tuple) else stack.enter_context(opened(label))
@@ -59,22 +58,34 @@ def fuse(
         if weights is None:
             _check_recorded_bases(parts)
         scales = {label: strengths_of(label, strengths[label], part.tensors) for label, part in parts.items()}
-        for name, held in _ahead(_tensor_by_tensor(parts, scales)):
-            scaled = [(tensor, scales[label][name]) for label, tensor in held.items()]
+        wanted: dict[str, dict[str, float]] = {}
+        for label, scale in scales.items():
+            for name, strength in scale.items():
+                if strength != 0:
+                    wanted.setdefault(name, {})[label] = strength
+
+        def fuse_one(name: str) -> tuple[SparseTensor, str | None]:
+            held = {label: parts[label].tensors[name] for label in wanted[name]}
             if weights is None:
-                fused[name] = _fused_deltas(name, scaled, chosen)
-                continue
-            for label, tensor in held.items():
-                _check_form(label, name, tensor, weights)
-            overlap = kernels.merge([tensor.indices for tensor in held.values()])
-            below = kernels.gather(weights[name], overlap.indices.to(weights[name].device)).to(overlap.indices.device)
-            for (label, tensor), place in zip(held.items(), overlap.places, strict=True):
-                if _is_recorded(name, tensor, parts[label]):
-                    _check_values(label, name, parts[label], below[place])
-            indices, values, below = combine(name, scaled, overlap, below, chosen)
-            fused[name] = SparseTensor(scaled[0][0].shape, indices.cpu(), values.cpu())
-            prints[name] = fingerprint(below)
-        return Adapter(fused, _metadata(parts, strengths, chosen, prints))
+                return _fused_deltas(name, held, wanted[name], chosen), None
+            return _fused_over(name, held, wanted[name], parts, weights, chosen)
+
+        fused = dict(zip(sorted(wanted), _side_by_side(fuse_one, sorted(wanted)), strict=True))
+        metadata = _metadata(parts, strengths, chosen, {name: found for name, (_, found) in fused.items() if found})
+        return Adapter({name: tensor for name, (tensor, _) in fused.items()}, metadata)
+
+
+def _side_by_side(work: Callable[[str], Item], names: Sequence[str]) -> Iterator[Item]:
+    """`work` on each name, in as many threads as torch has. A tensor to a thread needs no more from torch's operators than
+    that thread: so much of this is reading, hashing and copying that they would mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            contexts = [contextvars.copy_context() for _ in names]  # which backend is forced
+            yield from pool.map(lambda context, name: context.run(work, name), contexts, names)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def combine(
@@ -85,19 +96,26 @@ def combine(
     method: Method,
     *,
     deltas: bool = False,
+    check: Callable[[int, Tensor], None] = lambda number, base: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """base + what the method makes of the changes α · (value − base), for the tensor of this name.
 
     parts: (SparseTensor, α) in the order of summation. overlap: where their positions meet, n of them. base: [n], the values
-    there. deltas: the parts are deltas, the result is to be one, and the base is zeros.
+    there. deltas: the parts are deltas, the result is to be one, and the base is zeros. check: called with the number of each
+    overwrite and the base values under it, widened.
     Returns indices [at most n], values and base values there, both in the base's dtype.
     """
     wide = base.to(torch.promote_types(base.dtype, torch.float32))
     pieces, exact = [], []
-    for (tensor, strength), place in zip(parts, overlap.places, strict=True):
+    for number, ((tensor, strength), place) in enumerate(zip(parts, overlap.places, strict=True)):
         values = tensor.values if tensor.kind == "delta" else tensor.values.to(base.dtype)
         change = values.to(wide.dtype)
-        change = strength * (change - wide[place] if tensor.kind == "overwrite" else change)
+        if tensor.kind == "overwrite":
+            under = wide.index_select(0, place)
+            check(number, under)
+            change = torch.sub(change, under, out=under)
+        if strength != 1:
+            change = strength * change
         piece, factor = method.thin(Part(name, tensor.indices, values, change, place))
         pieces.append(piece)
         exact.append(strength * factor == 1 and (deltas or tensor.kind == "overwrite"))
@@ -106,7 +124,7 @@ def combine(
         overlap = Overlap(overlap.indices[left.indices], left.places, left.counts)
         base, wide = base[left.indices], wide[left.indices]
     result = (wide + method.combine([piece.change for piece in pieces], overlap)).to(base.dtype)
-    alone = result.clone()
+    alone = torch.empty_like(result) if all(exact) else result.clone()
     for piece, place, is_exact in zip(pieces, overlap.places, exact, strict=True):
         if is_exact:
             kernels.overwrite_(alone, place, piece.values.to(base.dtype))
@@ -122,8 +140,8 @@ def check_base(
     """
     for name, sparse in adapter.tensors.items():
         weight = _check_form(label, name, sparse, tensors)
-        if _is_recorded(name, sparse, adapter):
-            _check_values(label, name, adapter, base_at(weight, sparse.indices))
+        if sparse.kind == "overwrite" and name in adapter.fingerprints:  # a delta may be added to another base
+            _check_values(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
 
 
 def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -141,12 +159,7 @@ def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[st
     return weight
 
 
-def _is_recorded(name: str, sparse: SparseTensor, adapter: Adapter) -> bool:
-    """Whether it is known which base values an overwrite replaces; a delta may be added to others."""
-    return sparse.kind == "overwrite" and name in adapter.fingerprints
-
-
-def _check_values(label: str, name: str, adapter: Adapter, base: Tensor) -> None:
+def _check_values(label: str, name: str, adapter: Adapter, base: Tensor, dtype: torch.dtype) -> None:
     """Compare base values with those that an adapter was trained over."""
     found, expected = fingerprint(base), adapter.fingerprints[name]
     if found != expected:
@@ -154,7 +167,7 @@ def _check_values(label: str, name: str, adapter: Adapter, base: Tensor) -> None
         raise BaseMismatch(
             f"{label} does not belong to this model: the base values under '{name}' have fingerprint {found}, the "
             f"adapter says {expected} (base: {recorded.get('id', 'unknown')}, {recorded.get('dtype', 'unknown')}; this "
-            f"tensor: {str(base.dtype).removeprefix('torch.')}). Load that base, in that dtype"
+            f"tensor: {str(dtype).removeprefix('torch.')}). Load that base, in that dtype"
         )
 
 
@@ -166,12 +179,38 @@ def _check_recorded_bases(parts: Mapping[str, Adapter]) -> None:
         raise BaseMismatch(f"the adapters were trained on different bases ({named}); pass the one to apply them to as base=")
 
 
-def _fused_deltas(name: str, parts: Sequence[tuple[SparseTensor, float]], method: Method) -> SparseTensor:
+def _fused_over(
+    name: str,
+    held: Mapping[str, SparseTensor],
+    scale: Mapping[str, float],
+    adapters: Mapping[str, Adapter],
+    weights: Mapping[str, Tensor],
+    method: Method,
+) -> tuple[SparseTensor, str]:
+    """One tensor's new entries over a base, checked first; and the fingerprint of the base there."""
+    for label, tensor in held.items():
+        _check_form(label, name, tensor, weights)
+    labels = list(held)
+
+    def check(number: int, base: Tensor) -> None:
+        if name in adapters[labels[number]].fingerprints:
+            _check_values(labels[number], name, adapters[labels[number]], base, weights[name].dtype)
+
+    overlap = kernels.merge([tensor.indices for tensor in held.values()])
+    device = overlap.indices.device
+    base = kernels.gather(weights[name], overlap.indices.to(weights[name].device)).to(device)
+    parts = [(tensor, scale[label]) for label, tensor in held.items()]
+    indices, values, base = combine(name, parts, overlap, base, method, check=check)
+    return SparseTensor(tuple(weights[name].shape), indices.cpu(), values.cpu()), fingerprint(base)
+
+
+def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[str, float], method: Method) -> SparseTensor:
     """A delta from deltas, in the dtype that holds all of them."""
-    shapes = {tensor.shape for tensor, _ in parts}
+    parts = [(tensor, scale[label]) for label, tensor in held.items()]
+    shapes = {tensor.shape for tensor in held.values()}
     if len(shapes) > 1:
         raise AdapterError(f"'{name}' has different shapes in the adapters: {sorted(map(list, shapes))}")
-    if any(tensor.kind == "overwrite" for tensor, _ in parts):
+    if any(tensor.kind == "overwrite" for tensor in held.values()):
         raise AdapterError(f"'{name}' holds overwritten values: fusing them needs the base they were trained on, pass base=")
     dtype = parts[0][0].values.dtype
     for tensor, _ in parts:
@@ -198,20 +237,3 @@ def _metadata(
         "fingerprints": prints,
     }
     return {key: value for key, value in metadata.items() if value}
-
-
-def _tensor_by_tensor(
-    parts: Mapping[str, Adapter], scales: Mapping[str, Mapping[str, float]]
-) -> Iterator[tuple[str, dict[str, SparseTensor]]]:
-    """For each tensor in the order of the names: adapter -> its entries there, if its strength there is not 0."""
-    for name in sorted({name for scale in scales.values() for name, strength in scale.items() if strength != 0}):
-        yield name, {label: part.tensors[name] for label, part in parts.items() if scales[label].get(name, 0) != 0}
-
-
-def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; while one is worked on, another thread fetches the next."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .adapter import fingerprint
 from .errors import AdapterError, did_you_mean
-from .kernels import Overlap
+from .kernels import Overlap, overwrite_
 from .masks import seed_of, top_k
 from .masks.uniform import coin
 
@@ -54,8 +54,8 @@ def largest(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
     """The change of the largest magnitude; among equal ones the first."""
     best = changes[0].new_zeros(overlap.indices.numel())
     for change, place in zip(changes, overlap.places, strict=True):
-        held = best[place]
-        best[place] = torch.where(change.abs() > held.abs(), change, held)
+        held = best.index_select(0, place)
+        overwrite_(best, place, torch.where(change.abs() > held.abs(), change, held))
     return best
 
 
@@ -64,7 +64,7 @@ def elect(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
     sign = total(changes, overlap).sign_()
     agreed, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for change, place in zip(changes, overlap.places, strict=True):
-        agrees = change.sign() == sign[place]
+        agrees = change.sign() == sign.index_select(0, place)
         agreed.index_add_(0, place, change * agrees)
         count.index_add_(0, place, agrees.to(sign.dtype))
     return agreed.div_(count.clamp_(min=1)).mul_(sign != 0)

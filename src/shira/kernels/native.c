@@ -302,7 +302,7 @@ static PyObject *sampled(PyObject *self, PyObject *args) {
 /* Sorted positions that are to be merged with others. */
 typedef struct {
     const void *positions; /* [count], int32 or int64, strictly rising */
-    int64_t *places;       /* [count], gets the place of each among the merged ones */
+    int32_t *places;       /* [count], gets the place of each among the merged ones */
     int64_t count;
 } Run;
 
@@ -369,7 +369,7 @@ static inline int ONES(uint64_t word) {
             for (int64_t i = NAME##_from(positions, run.count, start); i < run.count && positions[i] < end; i++) { \
                 const uint32_t at = (uint32_t)(positions[i] - start);                                        \
                 const int32_t place = before[at / 64] + ONES(held[at / 64] & (((uint64_t)1 << at % 64) - 1)); \
-                run.places[i] = offset + place;                                                              \
+                run.places[i] = (int32_t)offset + place;                                                             \
                 touched[place]++;                                                                            \
             }                                                                                                \
         }                                                                                                    \

@@ -86,7 +86,7 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
     end = max((int(run[-1]) + 1 for run in runs if run.numel()), default=0)
     if any(run.numel() and int(run[0]) < 0 for run in runs):
         raise IndexError("positions below 0")
-    places = [torch.empty(run.numel(), dtype=torch.int64) for run in runs]
+    places = [torch.empty(run.numel(), dtype=torch.int32) for run in runs]
     table = np.zeros(len(runs), dtype=RUN)
     table["positions"] = [run.data_ptr() for run in runs]
     table["places"] = [place.data_ptr() for place in places]

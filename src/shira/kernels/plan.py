@@ -15,7 +15,7 @@ class Overlap(NamedTuple):
     """The positions that any of several sparse tensors of one shape holds."""
 
     indices: Tensor  # [n], sorted and unique, in the dtype of theirs
-    places: list[Tensor]  # of each tensor [k], int64: its own positions are indices[places]
+    places: list[Tensor]  # of each tensor [k], int32: its own positions are indices[places]
     counts: Tensor  # [n], int32, how many hold each
 
 

@@ -47,7 +47,7 @@ def restore_(plan: Plan) -> None:
 def merge(runs: Sequence[Tensor]) -> Overlap:
     """The union of several tensors' positions, one or more runs [k] each sorted and unique."""
     indices, counts = torch.unique(torch.cat(list(runs)), return_counts=True)
-    return Overlap(indices, [torch.searchsorted(indices, run) for run in runs], counts.int())
+    return Overlap(indices, [torch.searchsorted(indices, run, out_int32=True) for run in runs], counts.int())
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
