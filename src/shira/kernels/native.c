@@ -301,22 +301,13 @@ static PyObject *sampled(PyObject *self, PyObject *args) {
 
 /* Sorted positions that are to be merged with others. */
 typedef struct {
-    const void *positions; /* [count], int32 or int64, strictly rising */
+    const void *positions; /* [count], int32 or int64, strictly rising, at least 0 */
     int32_t *places;       /* [count], gets the place of each among the merged ones */
-    int64_t count;
+    int64_t count, done;   /* how many; how many lie before the window */
 } Run;
 
-/* A window of positions at a time, one bit each, so that a merge of many runs takes no comparisons and stays in cache. */
+/* A window of positions at a time, one bit each: it stays in cache, and any number of runs merge without a comparison. */
 enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
-
-typedef struct {
-    const Run *runs;
-    Py_ssize_t count;
-    int64_t *windows; /* of each window: how many merged positions it has, in the second pass how many lie before it */
-    void *merged;     /* [all], int32 or int64; NULL: count only */
-    int32_t *touched; /* [all], gets the number of runs that have each */
-    int index_bytes;
-} Merge;
 
 #if defined(__GNUC__) || defined(__clang__)
 #define ONES(word) __builtin_popcountll(word)
@@ -327,84 +318,65 @@ static inline int ONES(uint64_t word) {
     return (int)(((word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
 }
 #endif
+#define BELOW(bit) (((uint64_t)1 << (bit)) - 1)
 
-#define MERGE(NAME, INDEX)                                                                                   \
-    static inline int64_t NAME##_from(const INDEX *positions, int64_t count, int64_t start) {                \
-        int64_t low = 0;                                                                                     \
-        for (int64_t high = count; low < high;) {                                                            \
-            const int64_t middle = (low + high) / 2;                                                         \
-            if (positions[middle] < start) low = middle + 1;                                                 \
-            else high = middle;                                                                              \
-        }                                                                                                    \
-        return low;                                                                                          \
-    }                                                                                                        \
-    FAST_VERSIONS                                                                                            \
-    static void NAME(const Merge *job, int64_t window) {                                                     \
-        const int64_t start = window * WINDOW, end = start + WINDOW;                                         \
-        uint64_t held[WORDS] = {0};                                                                          \
-        int32_t before[WORDS], found = 0;                                                                    \
-        for (Py_ssize_t r = 0; r < job->count; r++) {                                                        \
-            const Run run = job->runs[r];                                                                    \
-            const INDEX *positions = (const INDEX *)run.positions;                                           \
-            for (int64_t i = NAME##_from(positions, run.count, start); i < run.count && positions[i] < end; i++) { \
-                const uint32_t at = (uint32_t)(positions[i] - start);                                        \
-                held[at / 64] |= (uint64_t)1 << at % 64;                                                     \
-            }                                                                                                \
-        }                                                                                                    \
-        for (int w = 0; w < WORDS; w++) before[w] = found, found += ONES(held[w]);                           \
-        if (!job->merged) {                                                                                  \
-            job->windows[window] = found;                                                                    \
-            return;                                                                                          \
-        }                                                                                                    \
-        const int64_t offset = job->windows[window];                                                         \
-        INDEX *merged = (INDEX *)job->merged + offset;                                                       \
-        int32_t *touched = job->touched + offset;                                                            \
-        for (int w = 0; w < WORDS; w++)                                                                      \
-            for (uint64_t bits = held[w]; bits; bits &= bits - 1)                                            \
-                *merged++ = (INDEX)(start + w * 64 + ONES((bits & (0 - bits)) - 1)), *touched++ = 0;         \
-        touched -= found;                                                                                    \
-        for (Py_ssize_t r = 0; r < job->count; r++) {                                                        \
-            const Run run = job->runs[r];                                                                    \
-            const INDEX *positions = (const INDEX *)run.positions;                                           \
-            for (int64_t i = NAME##_from(positions, run.count, start); i < run.count && positions[i] < end; i++) { \
-                const uint32_t at = (uint32_t)(positions[i] - start);                                        \
-                const int32_t place = before[at / 64] + ONES(held[at / 64] & (((uint64_t)1 << at % 64) - 1)); \
-                run.places[i] = (int32_t)offset + place;                                                             \
-                touched[place]++;                                                                            \
-            }                                                                                                \
-        }                                                                                                    \
+/* merged: gets the union; touched: how many runs have each. Returns its size. */
+#define MERGE(NAME, INDEX)                                                                                      \
+    FAST_VERSIONS                                                                                               \
+    static int64_t NAME(Run *runs, Py_ssize_t count, int64_t last, INDEX *merged, int32_t *touched) {           \
+        int64_t found = 0;                                                                                      \
+        for (int64_t start = 0; start < last; start += WINDOW) {                                                \
+            uint64_t held[WORDS] = {0};                                                                         \
+            int32_t before[WORDS];                                                                              \
+            for (Py_ssize_t r = 0; r < count; r++) {                                                            \
+                const INDEX *positions = (const INDEX *)runs[r].positions;                                      \
+                for (int64_t i = runs[r].done; i < runs[r].count && positions[i] - start < WINDOW; i++) {       \
+                    const uint32_t at = (uint32_t)(positions[i] - start);                                       \
+                    held[at / 64] |= (uint64_t)1 << at % 64;                                                    \
+                }                                                                                               \
+            }                                                                                                   \
+            for (int w = 0; w < WORDS; w++) {                                                                   \
+                before[w] = (int32_t)found;                                                                     \
+                for (uint64_t bits = held[w]; bits; bits &= bits - 1, found++)                                  \
+                    merged[found] = (INDEX)(start + w * 64 + ONES((bits & (0 - bits)) - 1)), touched[found] = 0; \
+            }                                                                                                   \
+            for (Py_ssize_t r = 0; r < count; r++) {                                                            \
+                const INDEX *positions = (const INDEX *)runs[r].positions;                                      \
+                int64_t i = runs[r].done;                                                                       \
+                for (; i < runs[r].count && positions[i] - start < WINDOW; i++) {                               \
+                    const uint32_t at = (uint32_t)(positions[i] - start);                                       \
+                    const int32_t place = before[at / 64] + ONES(held[at / 64] & BELOW(at % 64));               \
+                    runs[r].places[i] = place, touched[place]++;                                                \
+                }                                                                                               \
+                runs[r].done = i;                                                                               \
+            }                                                                                                   \
+        }                                                                                                       \
+        return found;                                                                                           \
     }
 MERGE(merge_4, int32_t)
 MERGE(merge_8, int64_t)
 
-static void *merge_share(void *argument) {
-    const Share *share = (const Share *)argument;
-    const Merge *job = (const Merge *)share->job;
-    for (int64_t window = share->begin; window < share->end; window++) (job->index_bytes == 8 ? merge_8 : merge_4)(job, window);
-    return NULL;
-}
-
-/* Called twice: first to count, with no room for the merged positions; then, `windows` turned into offsets, to write them. */
+/* The union of some runs, whose positions are below `last`, with room for all they hold. One thread: several may merge. */
 static PyObject *merge(PyObject *self, PyObject *args) {
-    unsigned long long runs, windows, merged, touched;
+    unsigned long long address, merged, touched;
     Py_ssize_t count;
-    long long total;
+    long long last, found;
     int index_bytes;
-    long threads;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KnKLKKil", &runs, &count, &windows, &total, &merged, &touched, &index_bytes, &threads)) return NULL;
+    if (!PyArg_ParseTuple(args, "KnLKKi", &address, &count, &last, &merged, &touched, &index_bytes)) return NULL;
+    Run *runs = (Run *)(uintptr_t)address;
+    int32_t *counts = (int32_t *)(uintptr_t)touched;
     Py_BEGIN_ALLOW_THREADS
-    const Merge job = {(const Run *)(uintptr_t)runs, count, (int64_t *)(uintptr_t)windows, (void *)(uintptr_t)merged,
-                       (int32_t *)(uintptr_t)touched, index_bytes};
-    in_parallel(merge_share, &job, total, threads, 2);
+    found = index_bytes == 8 ? merge_8(runs, count, last, (int64_t *)(uintptr_t)merged, counts)
+                             : merge_4(runs, count, last, (int32_t *)(uintptr_t)merged, counts);
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return PyLong_FromLongLong(found);
 }
 
 static PyMethodDef methods[] = {
     {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, address of begun, threads)"},
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
-    {"merge", merge, METH_VARARGS, "merge(address of an array of runs, how many, windows, how many, merged, touched, index bytes, threads)"},
+    {"merge", merge, METH_VARARGS, "merge(address of an array of runs, how many, past the last position, merged, touched, index bytes)"},
     {NULL, NULL, 0, NULL},
 };
 

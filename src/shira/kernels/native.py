@@ -27,8 +27,7 @@ __all__ = ["available", "gather", "merge", "overwrite_", "restore_", "sampled_gr
 PART = np.dtype(  # as in native.c
     [("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("count", "i8"), ("entry", "i4"), ("index", "i4")]
 )
-RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8")])
-WINDOW = 2**17
+RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])
 
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
 DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}
@@ -79,11 +78,9 @@ def restore_(plan: Plan) -> None:
 
 
 def merge(runs: Sequence[Tensor]) -> Overlap:
-    """See `reference.merge`: a bit for each position of a window at a time, no sorting; first to count, then to write."""
-    runs = [run.contiguous() for run in runs]
-    if len({run.dtype for run in runs}) > 1:
-        runs = [run.long() for run in runs]
-    end = max((int(run[-1]) + 1 for run in runs if run.numel()), default=0)
+    """See `reference.merge`: a bit for each position of a window at a time, no sorting."""
+    dtype = torch.int32 if all(run.dtype == torch.int32 for run in runs) else torch.int64
+    runs = [run.to(dtype).contiguous() for run in runs]
     if any(run.numel() and int(run[0]) < 0 for run in runs):
         raise IndexError("positions below 0")
     places = [torch.empty(run.numel(), dtype=torch.int32) for run in runs]
@@ -91,14 +88,12 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
     table["positions"] = [run.data_ptr() for run in runs]
     table["places"] = [place.data_ptr() for place in places]
     table["count"] = [run.numel() for run in runs]
-    windows = np.zeros(-(-end // WINDOW), dtype=np.int64)
-    given = (table.ctypes.data, len(runs), windows.ctypes.data, len(windows))
-    _native.merge(*given, 0, 0, runs[0].itemsize, torch.get_num_threads())
-    indices = torch.empty(int(windows.sum()), dtype=runs[0].dtype)
-    counts = torch.empty(indices.numel(), dtype=torch.int32)
-    windows[:] = np.cumsum(windows) - windows
-    _native.merge(*given, indices.data_ptr(), counts.data_ptr(), runs[0].itemsize, torch.get_num_threads())
-    return Overlap(indices, places, counts)
+    end = max((int(run[-1]) + 1 for run in runs if run.numel()), default=0)
+    room = sum(place.numel() for place in places)  # what is not needed of it is never touched
+    indices, counts = torch.empty(room, dtype=dtype), torch.empty(room, dtype=torch.int32)
+    given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
+    found = _native.merge(*given)
+    return Overlap(indices[:found], places, counts[:found])
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
