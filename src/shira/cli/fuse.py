@@ -1,5 +1,6 @@
 """shira fuse: several adapters into one file."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from .. import fusion
 from ..errors import DataError
 from ..format import opened
 from ..methods import resolve
-from ..strengths import check_strengths
+from ..strengths import Strength, check_strengths
 from .output import bytes_text, console, parse_adapter, waiting
 
 __all__ = ["fuse"]
@@ -36,16 +37,18 @@ def fuse(
 
     Example: shira fuse spam.safetensors questions.safetensors=0.5 --base SmolLM2-135M-Instruct -o both.safetensors
     """
-    strengths = dict(parsed := [parse_adapter(text) for text in adapters])
-    if len(strengths) < len(parsed):
+    strengths: dict[str | os.PathLike[str], Strength] = {}
+    for path, strength in map(parse_adapter, adapters):
+        strengths[path] = strength
+    if len(strengths) < len(adapters):
         raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
     given = {"density": density, "drop": drop, "seed": seed}
     options = {key: value for key, value in given.items() if value is not None}
     resolve(method, options)  # what is wrong should be known before a model is loaded
-    check_strengths(strengths)
+    check_strengths({str(path): strength for path, strength in strengths.items()})
     recorded = set()
-    for path in strengths:
-        with opened(path) as adapter:
+    for file in strengths:
+        with opened(file) as adapter:
             recorded.add(str((adapter.metadata.get("base") or {}).get("dtype", "auto")))
     model = None
     if base is not None:

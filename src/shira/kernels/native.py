@@ -89,11 +89,11 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
     table["places"] = [place.data_ptr() for place in places]
     table["count"] = [run.numel() for run in runs]
     end = max((int(run[-1]) + 1 for run in runs if run.numel()), default=0)
-    room = sum(place.numel() for place in places)  # what is not needed of it is never touched
+    room = sum(place.numel() for place in places)
     indices, counts = torch.empty(room, dtype=dtype), torch.empty(room, dtype=torch.int32)
     given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
     found = _native.merge(*given)
-    return Overlap(indices[:found], places, counts[:found])
+    return Overlap(indices[:found].clone(), places, counts[:found])  # positions are kept: without the room
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
