@@ -4,21 +4,27 @@ Switching works on a `Plan`, a flat list of writes over all tensors of a model, 
 `backend("reference")` forces a backend inside a `with`; the tests run every backend on the same cases.
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
 from torch import Tensor
 
-from .dispatch import BACKENDS, backend, backend_for
+from . import native, reference, torch_ops
 from .pattern import Pattern, find_pattern
-from .plan import Plan, Write
+from .plan import Overlap, Plan, Write
 
 __all__ = [
     "BACKENDS",
+    "Overlap",
     "Pattern",
     "Plan",
     "Write",
     "backend",
-    "diagonal_gradient",
     "find_pattern",
     "gather",
+    "merge",
     "overwrite_",
     "restore_",
     "sampled_gradient",
@@ -26,40 +32,60 @@ __all__ = [
     "write_",
 ]
 
+BACKENDS: dict[str, Any] = {"reference": reference, "torch": torch_ops}
+if native.available():
+    BACKENDS["native"] = native
+_forced: ContextVar[str | None] = ContextVar("shira_backend", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend by name: "reference", "torch", or "native" (tensors on the CPU only) where it was built."""
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _for(*tensors: Tensor) -> Any:
+    forced = _forced.get()
+    return BACKENDS[forced] if forced else native if native.available(*tensors) else torch_ops
+
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
     """The entries of `weight` at `indices` [k], as a new tensor [k]."""
-    values: Tensor = backend_for(weight, indices).gather(weight, indices)
+    values: Tensor = _for(weight, indices).gather(weight, indices)
     return values
 
 
 def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """Set the entries of `weight` at `indices` [k] to `values` [k] of its dtype, bit for bit, in place."""
-    backend_for(weight, indices, values).overwrite_(weight, indices, values)
+    _for(weight, indices, values).overwrite_(weight, indices, values)
 
 
 def write_(plan: Plan) -> None:
     """Write a plan's values at its positions, bit for bit, in place; its stash stays as it is."""
-    backend_for(*(part.weight for part in plan.parts)).write_(plan)
+    _for(*(part.weight for part in plan.parts)).write_(plan)
 
 
 def swap_(plan: Plan) -> None:
     """Keep what lies under a plan in its stash, and write it."""
-    backend_for(*(part.weight for part in plan.parts)).swap_(plan)
+    _for(*(part.weight for part in plan.parts)).swap_(plan)
 
 
 def restore_(plan: Plan) -> None:
     """Put back what a plan's stash holds, as far as it was begun."""
-    backend_for(*(part.weight for part in plan.parts)).restore_(plan)
+    _for(*(part.weight for part in plan.parts)).restore_(plan)
+
+
+def merge(runs: Sequence[Tensor]) -> Overlap:
+    """The union of several tensors' positions: `runs`, one or more, each [k], sorted and unique, int32 or int64."""
+    overlap: Overlap = _for(*runs).merge(runs)
+    return overlap
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """(grad_outputᵀ · input) at flat positions; grad_output [tokens, out], input [tokens, in]; float32 [k]."""
-    gradient: Tensor = backend_for(grad_output, input, indices).sampled_gradient(grad_output, input, indices)
-    return gradient
-
-
-def diagonal_gradient(grad_output: Tensor, input: Tensor) -> Tensor:
-    """The diagonal of (grad_outputᵀ · input); grad_output [tokens, out], input [tokens, in]; float32 [min(out, in)]."""
-    gradient: Tensor = backend_for(grad_output, input).diagonal_gradient(grad_output, input)
+    gradient: Tensor = _for(grad_output, input, indices).sampled_gradient(grad_output, input, indices)
     return gradient

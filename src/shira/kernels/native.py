@@ -7,6 +7,7 @@ torch's operators serve.
 
 import importlib
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,18 +15,19 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
-from .plan import Plan, Write
+from .plan import Overlap, Plan, Write
 
 try:
     _native: Any = importlib.import_module("._native", __package__)
 except ImportError:
     _native = None
 
-__all__ = ["available", "diagonal_gradient", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["available", "gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 PART = np.dtype(  # as in native.c
     [("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("count", "i8"), ("entry", "i4"), ("index", "i4")]
 )
+RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])
 
 KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
@@ -71,6 +73,25 @@ def restore_(plan: Plan) -> None:
     _run(plan, RESTORE, int(plan.begun[0]))
 
 
+def merge(runs: Sequence[Tensor]) -> Overlap:
+    """See `reference.merge`: a bit for each position of a window at a time, no sorting."""
+    dtype = torch.int32 if all(run.dtype == torch.int32 for run in runs) else torch.int64
+    runs = [run.to(dtype).contiguous() for run in runs]
+    if any(run.numel() and int(run[0]) < 0 for run in runs):
+        raise IndexError("positions below 0")
+    places = [torch.empty(run.numel(), dtype=torch.int32) for run in runs]
+    table = np.zeros(len(runs), dtype=RUN)
+    table["positions"] = [run.data_ptr() for run in runs]
+    table["places"] = [place.data_ptr() for place in places]
+    table["count"] = [run.numel() for run in runs]
+    end = max((int(run[-1]) + 1 for run in runs if run.numel()), default=0)
+    room = sum(place.numel() for place in places)
+    indices, counts = torch.empty(room, dtype=dtype), torch.empty(room, dtype=torch.int32)
+    given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
+    found = _native.merge(*given)
+    return Overlap(indices[:found].clone(), places, counts[:found])  # positions are kept: without the room
+
+
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """See `reference.sampled_gradient`: dot products at the positions alone, in float32, or, where that is faster, the dense
     product of `torch_ops`. The choice depends on the sizes only, so that a run repeats to the bit."""
@@ -93,27 +114,6 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
         out.data_ptr(),
         scratch.data_ptr(),
         BLOCK,
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def diagonal_gradient(grad_output: Tensor, input: Tensor) -> Tensor:
-    """See `reference.diagonal_gradient`."""
-    if grad_output.dtype not in DENSE_NS or grad_output.dtype != input.dtype:
-        return torch_ops.diagonal_gradient(grad_output, input)
-    grad_output, input = grad_output.contiguous(), input.contiguous()
-    (tokens, rows), columns = grad_output.shape, input.shape[1]
-    out = torch.zeros(min(rows, columns))
-    _native.diagonal(
-        grad_output.data_ptr(),
-        rows,
-        input.data_ptr(),
-        columns,
-        out.data_ptr(),
-        tokens,
-        out.numel(),
-        input.itemsize,
         torch.get_num_threads(),
     )
     return out

@@ -3,12 +3,14 @@
 Positions are flat, C order, sorted and unique, int32 or int64. Weights may have any shape.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .plan import Overlap, Plan
 
-__all__ = ["diagonal_gradient", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -42,6 +44,12 @@ def restore_(plan: Plan) -> None:
         overwrite_(part.weight, part.indices, stash)
 
 
+def merge(runs: Sequence[Tensor]) -> Overlap:
+    """The union of several tensors' positions, one or more runs [k] each sorted and unique."""
+    indices, counts = torch.unique(torch.cat(list(runs)), return_counts=True)
+    return Overlap(indices, [torch.searchsorted(indices, run, out_int32=True) for run in runs], counts.int())
+
+
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """The weight gradient of a linear layer at a few positions: (grad_outputᵀ · input) at `indices`.
 
@@ -49,11 +57,3 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     Returns float32 [k].
     """
     return (grad_output.T.float() @ input.float()).reshape(-1)[indices.long()]
-
-
-def diagonal_gradient(grad_output: Tensor, input: Tensor) -> Tensor:
-    """The weight gradient of a linear layer on the diagonal, float32 [min(out, in)].
-
-    grad_output: [tokens, out]; input: [tokens, in].
-    """
-    return (grad_output.T.float() @ input.float()).diagonal().clone()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .plan import Plan
+from .reference import merge
 
-__all__ = ["diagonal_gradient", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -46,9 +47,3 @@ def restore_(plan: Plan) -> None:
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """See `reference.sampled_gradient`: a dense product in the inputs' own dtype, of which only the sample survives."""
     return (grad_output.T @ input).view(-1).index_select(0, indices).float()
-
-
-def diagonal_gradient(grad_output: Tensor, input: Tensor) -> Tensor:
-    """See `reference.diagonal_gradient`: sums of products, on views of both."""
-    length = min(grad_output.shape[1], input.shape[1])
-    return (grad_output[:, :length] * input[:, :length]).sum(0, dtype=torch.float32)
