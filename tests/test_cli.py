@@ -142,7 +142,7 @@ def test_an_adapter_of_another_model_is_refused(run, folder, tiny_llama):
         assert re.search("BaseMismatch: '?a.safetensors'? does not belong to this model", err)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse", "bench"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse", "extract", "merge", "bench"])
 def test_help_shows_an_example(run, command):
     code, out, _ = run(f"{command} --help")
     assert code == 0
