@@ -58,7 +58,7 @@ def obvious(base, tuned, density, scope):
     dtype=st.sampled_from(DTYPES),
     density=st.sampled_from([0.001, 0.02, 0.1, 0.3, 0.5, 1.0]),
     scope=st.sampled_from(["tensor", "model"]),
-    chunk=st.sampled_from([5, 64, 2**18]),
+    chunk=st.sampled_from([5, 64, 2**16]),
 )
 @settings(max_examples=40)
 def test_it_takes_what_sorting_would_take(seed, dtype, density, scope, chunk):

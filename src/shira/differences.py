@@ -18,7 +18,7 @@ from .errors import CheckpointError
 
 __all__ = ["Cut", "Pair", "Survey", "Watch", "chunks", "cut", "largest", "paired", "square_of", "survey"]
 
-CHUNK = 2**18  # entries looked at together
+CHUNK = 2**16  # entries looked at together: they stay in the processor's cache
 LOW = 15  # lower bits of a rank; the 16 above them are its bin
 BINS = 2**16
 FINITE = 0x7F7FFFFF  # the bits of the largest float32
@@ -45,8 +45,8 @@ class Chunk(NamedTuple):
     """Some consecutive entries of a pair, and a rank for each by which the larger |ΔW| is the higher."""
 
     start: int
-    before: Tensor  # [n]
-    after: Tensor  # [n]
+    before: Tensor  # [n], a copy: a view would keep the whole tensor mapped
+    after: Tensor  # [n], likewise
     change: Tensor  # [n], after - before, float32, of float64 tensors float64; 0 where the bits agree
     rank: Tensor  # int32 [n], 1 + the bits of |change| as float32; 0 where the bits agree
 
@@ -94,13 +94,11 @@ def paired(before: Mapping[str, Tensor], after: Mapping[str, Tensor], chosen: se
     for name in sorted(set(before) | set(after)):
         if name not in before and _twin(name, after, before):
             continue  # a copy of what the base holds once
-        partner = name if name in after or name not in before else _twin(name, before, after)
-        fault = _mismatch(before.get(name), after.get(partner or ""))
-        if fault is None:
-            one = before[name]
-            pairs.append(Pair(name, before, after, str(partner), tuple(one.shape), one.dtype))
+        pair = _pair(name, before, after)
+        if isinstance(pair, Pair):
+            pairs.append(pair)
         elif name in chosen:
-            faults.append(f"'{name}' {fault}")
+            faults.append(f"'{name}' {pair}")
         else:
             aside.append(name)
     if faults:
@@ -117,24 +115,31 @@ def chunks(pair: Pair, watch: Watch) -> Iterator[Chunk]:
     before, after = pair.before[pair.name].detach().reshape(-1), pair.after[pair.name_after].detach().reshape(-1)
     for start in range(0, pair.numel, CHUNK):
         one, other = before[start : start + CHUNK].cpu(), after[start : start + CHUNK].cpu()
-        same = _bits(one) == _bits(other)
-        if not bool(same.all()):
-            if one.dtype not in FLOAT_DTYPES:
-                raise CheckpointError(
-                    f"'{pair.name}' differs and holds {_dtype(one)}: expected float32, bfloat16, float16 or float64; leave it "
-                    "out of targets"
-                )
-            wide = torch.promote_types(one.dtype, torch.float32)
-            change = (other.to(wide) - one.to(wide)).masked_fill_(same, 0)
-            rank = change.float().abs().view(torch.int32)
-            if int(rank.max()) > FINITE:
-                where = int(rank.argmax())
-                raise CheckpointError(
-                    f"'{pair.name}' goes from {float(one[where])} to {float(other[where])} at position {start + where}; "
-                    "expected finite numbers whose difference float32 holds, check the fine-tune"
-                )
-            yield Chunk(start, one, other, change, (rank + 1).masked_fill_(same, 0))
+        if not torch.equal(_bits(one), _bits(other)):
+            yield _chunk(pair, start, one.clone(), other.clone())
         watch.passed(one.numel())
+
+
+def _chunk(pair: Pair, start: int, before: Tensor, after: Tensor) -> Chunk:
+    if pair.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"'{pair.name}' differs and holds {_dtype(before)}: expected float32, bfloat16, float16 or float64; leave it out "
+            "of targets"
+        )
+    same = _bits(before) == _bits(after)
+    wide = torch.promote_types(pair.dtype, torch.float32)
+    change = after.to(wide) - before.to(wide)
+    rank = change.float().abs().view(torch.int32)
+    if int(rank.max()) > FINITE:
+        change.masked_fill_(same, 0)  # inf - inf and NaN - NaN
+        rank = change.float().abs().view(torch.int32)
+    if int(rank.max()) > FINITE:
+        where = int(rank.argmax())
+        raise CheckpointError(
+            f"'{pair.name}' goes from {float(before[where])} to {float(after[where])} at position {start + where}; expected "
+            "finite numbers whose difference float32 holds, check the fine-tune"
+        )
+    return Chunk(start, before, after, change, (rank + 1).masked_fill_(same, 0))
 
 
 def survey(pair: Pair, watch: Watch) -> Survey:
@@ -196,31 +201,37 @@ def _kth(counts: Tensor, k: int) -> tuple[int, int]:
     return counts.numel() - 1 - place, k - above
 
 
-def _mismatch(one: Tensor | None, other: Tensor | None) -> str | None:
-    """Why two tensors cannot be compared, or None."""
-    if one is None or other is None:
+def _pair(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Pair | str:
+    """A tensor in both checkpoints, or why it cannot be compared."""
+    partner = name if name in after or name not in before else _twin(name, before, after)
+    one, other = before.get(name), after.get(partner or "")
+    if one is None or other is None or partner is None:
         return f"is in the {'tuned checkpoint' if one is None else 'base'} only"
     if one.is_meta or other.is_meta:
         return "has no data, it is on the meta device"
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if not _alike(one, other):
         here, there = (f"{_dtype(tensor)} {list(tensor.shape)}" for tensor in (one, other))
         return f"is {here} in the base, {there} in the tuned checkpoint"
-    return None if one.element_size() in BITS else f"holds {_dtype(one)}"
+    if one.element_size() not in BITS:
+        return f"holds {_dtype(one)}"
+    return Pair(name, before, after, partner, tuple(one.shape), one.dtype)
 
 
 def _twin(name: str, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str | None:
     """The name of a tensor of the same bits beside it that exists in the other checkpoint."""
-    tensor = tensors[name]
-    for candidate in tensors:
-        if candidate != name and candidate in others:
-            other = tensors[candidate]
-            if tensor.numel() and _mismatch(tensor, other) is None and _same(tensor.reshape(-1), other.reshape(-1)):
-                return candidate
-    return None
+    candidates = (candidate for candidate in tensors if candidate != name and candidate in others)
+    return next((candidate for candidate in candidates if _same(tensors[name], tensors[candidate])), None)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    starts = range(0, one.numel(), CHUNK)
+    """Whether two tensors that are not empty have the same bits; piece by piece, most differ in the first."""
+    if not _alike(one, other) or not one.numel() or one.is_meta or other.is_meta or one.element_size() not in BITS:
+        return False
+    one, other, starts = one.reshape(-1), other.reshape(-1), range(0, one.numel(), CHUNK)
     return all(torch.equal(_bits(one[at : at + CHUNK]), _bits(other[at : at + CHUNK])) for at in starts)
 
 

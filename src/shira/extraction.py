@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 from . import masks
 from .adapter import Adapter, Kind, SparseTensor, fingerprint, index_dtype
@@ -120,8 +121,7 @@ def _budget(group: Sequence[Survey], density: float) -> int:
 def _take(pair: Pair, level: Cut, kind: Kind, watch: Watch) -> _Taken:
     """What a cut leaves of one tensor; the ties that it takes are taken off the cut."""
     held = pair.dtype if kind == "overwrite" else torch.promote_types(pair.dtype, torch.float32)
-    indices = [torch.empty(0, dtype=index_dtype(pair.numel))]
-    values, below, square = [torch.empty(0, dtype=held)], [torch.empty(0, dtype=pair.dtype)], 0.0
+    indices, values, below, square = bytearray(), bytearray(), bytearray(), 0.0  # many small tensors would scatter the heap
     for chunk in chunks(pair, watch):
         take = chunk.rank > level.rank
         if level.ties:
@@ -129,12 +129,20 @@ def _take(pair: Pair, level: Cut, kind: Kind, watch: Watch) -> _Taken:
             level.ties -= equal.numel()
             take[equal] = True
         where = take.nonzero().view(-1)
-        indices.append((where + chunk.start).to(indices[0].dtype))
-        values.append((chunk.after if kind == "overwrite" else chunk.change)[where])
-        below.append(chunk.before[where])
+        indices += _bytes((where + chunk.start).to(index_dtype(pair.numel)))
+        values += _bytes((chunk.after if kind == "overwrite" else chunk.change)[where])
+        below += _bytes(chunk.before[where])
         square += square_of(chunk.change[where])
-    sparse = SparseTensor(pair.shape, torch.cat(indices), torch.cat(values), kind)
-    return _Taken(sparse, fingerprint(torch.cat(below)), square)
+    positions, held_values = _tensor(indices, index_dtype(pair.numel)), _tensor(values, held)
+    return _Taken(SparseTensor(pair.shape, positions, held_values, kind), fingerprint(_tensor(below, pair.dtype)), square)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data
+
+
+def _tensor(content: bytearray, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
 
 
 def _facts(pairs: Sequence[Pair], surveys: Sequence[Survey], groups: Sequence[Sequence[Survey]]) -> dict[str, Any]:
