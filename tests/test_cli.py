@@ -96,6 +96,26 @@ def test_train_inspect_eval_fuse(run, folder):
     assert thin.nnz < both.nnz
 
 
+def test_extract_and_merge(run, folder, tiny_llama):
+    with torch.no_grad():
+        for parameter in tiny_llama.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape)
+    tiny_llama.save_pretrained(folder / "tuned")
+    code, out, err = run("extract model tuned --density 0.05 -o mine.safetensors --license MIT --tensors")
+    assert code == 0, err
+    assert "suggested" in out and "of ‖ΔW‖" in out and "100/100" in err
+    adapter = shira.load("mine.safetensors")
+    assert (adapter.name, adapter.metadata["license"]) == ("tuned", "MIT")
+    code, out, _ = run("extract model tuned --density 0.05 -o part.safetensors --scope model --targets q_proj,up_proj --json")
+    facts = json.loads(out)
+    assert facts["nnz"] == shira.load("part.safetensors").nnz
+    assert 0 < facts["kept"] < facts["curve"][-1][1] < 1 and facts["left_out"]
+    code, out, err = run("merge model mine.safetensors part.safetensors=0.5 -o merged")
+    assert code == 0, err
+    assert "merged" in out and "100/100" in err
+    assert run("eval merged --data sums.jsonl --limit 5")[0] == 0
+
+
 def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
     assert run(f"{TRAIN} --data sums.jsonl --mask wm -o wm.safetensors")[0] == 0
     assert run(f"{TRAIN} --data text.jsonl --mask wm -o wm2.safetensors --like wm.safetensors")[0] == 0
@@ -136,6 +156,13 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
         ("fuse a.safetensors=nan", 1, "AdapterError: the strength of 'a.safetensors' must be a finite number, found nan"),
         ("fuse 'a.safetensors={1: 2}'", 1, "DataError: .*must be a number or a JSON object"),
         ("fuse", 2, "Missing argument"),
+        ("extract model nowhere", 1, "FileNotFoundError: .*nowhere"),
+        ("extract model model", 1, "CheckpointError: model differs nowhere from model"),
+        ("extract model model --density 2", 1, "MaskError: density must be above 0 and at most 1"),
+        ("extract model model -o no/where.safetensors", 1, "FileNotFoundError: there is no folder no"),
+        ("merge model sums.jsonl -o out", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
+        ("merge model a.safetensors a.safetensors=2 -o out", 1, "DataError: one adapter is given twice"),
+        ("merge model none.safetensors", 2, "Missing option"),
         ("train model --steps many", 2, "valid integer"),
         ("nothing", 2, "No such command"),
     ],
@@ -160,7 +187,7 @@ def test_an_adapter_of_another_model_is_refused(run, folder, tiny_llama):
         assert re.search("BaseMismatch: '?a.safetensors'? does not belong to this model", err)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse", "bench"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse", "extract", "merge", "bench"])
 def test_help_shows_an_example(run, command):
     code, out, _ = run(f"{command} --help")
     assert code == 0

@@ -17,10 +17,11 @@ LAYERS = [
     {"adapter"},
     {"kernels"},
     {"masks", "targets", "calibration"},
-    {"encoding"},
-    {"format", "strengths", "methods"},
+    {"encoding", "checkpoints"},
+    {"format", "differences"},
+    {"strengths", "methods"},
     {"fusion"},
-    {"tuning", "switching"},
+    {"tuning", "switching", "extraction", "merging"},
     {"data"},
     {"integrations"},
     {"evaluation", "recipes"},
@@ -64,9 +65,11 @@ def test_the_exported_names():
         "Switcher",
         "Tuner",
         "attach",
+        "extract",
         "fuse",
         "load",
         "masks",
+        "merge",
     ]
     assert all(hasattr(shira, name) for name in shira.__all__)
 

@@ -5,6 +5,7 @@ from .adapter import Adapter, SparseTensor
 from .errors import (
     AdapterError,
     BaseMismatch,
+    CheckpointError,
     DataError,
     FormatError,
     MaskError,
@@ -14,8 +15,10 @@ from .errors import (
     TargetError,
     TuningError,
 )
+from .extraction import extract
 from .format import load
 from .fusion import fuse
+from .merging import merge
 from .switching import Switcher
 from .tuning import Tuner, attach
 
@@ -23,6 +26,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "BaseMismatch",
+    "CheckpointError",
     "DataError",
     "FormatError",
     "MaskError",
@@ -35,8 +39,10 @@ __all__ = [
     "Tuner",
     "TuningError",
     "attach",
+    "extract",
     "fuse",
     "load",
     "masks",
+    "merge",
 ]
 __version__ = "0.1.0"
