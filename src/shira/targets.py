@@ -1,15 +1,16 @@
 """Which weights of a model an adapter may touch, and what they are called."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from fnmatch import fnmatchcase
+from typing import Any, cast
 
 from torch import nn
 
 from .errors import TargetError, did_you_mean
 
-__all__ = ["KEYWORDS", "Target", "resolve"]
+__all__ = ["KEYWORDS", "Target", "by_pattern", "resolve"]
 
 KEYWORDS = {
     "all-linear": re.compile(r""),
@@ -61,6 +62,31 @@ def resolve(model: nn.Module, targets: str | Iterable[str]) -> list[Target]:
             )
         resolved.setdefault(id(weight), Target(tensor_names[id(weight)], weight, tuple(modules)))
     return list(resolved.values())
+
+
+def by_pattern(names: Iterable[str], patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensor name -> the value of the pattern that means it.
+
+    A pattern means a module's or tensor's whole name or its suffix after a dot, as in `resolve`; *, ? and [] stand for
+    what they do in fnmatch: "down_proj", "layers.0.*", "model.layers.[0-3].mlp.up_proj.weight".
+    Raises TargetError for a pattern that matches nothing, or two that match one tensor.
+    """
+    names = list(names)
+    by_name: dict[str, str] = {}
+    for pattern in patterns:
+        found = [name for name in names if any(_means(pattern, n) for n in (name, name.removesuffix(".weight")))]
+        if not found:
+            modules = _suffixes(name.removesuffix(".weight") for name in names)
+            raise TargetError(f"pattern {pattern!r} matches none of the {len(names)} targets; {did_you_mean(pattern, modules)}")
+        for name in found:
+            if name in by_name:
+                raise TargetError(f"two patterns match '{name}': {by_name[name]!r} and {pattern!r}; make one of them narrower")
+            by_name[name] = pattern
+    return {name: patterns[by_name[name]] for name in names if name in by_name}
+
+
+def _means(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def _by_keyword(model: nn.Module, linears: dict[str, nn.Linear], keyword: str) -> list[str]:

@@ -6,6 +6,7 @@ It says what it needs by the names of its arguments, and is called with just tho
     k           int, the budget: how many entries may train
     gradient    Tensor, of the loss summed over the calibration batches, the weight's shape (makes `calibration` a must)
     seed        int, one for each (seed, tensor name), so that two layers of one shape differ
+    avoid       int64 [any], sorted flat positions that must not train, because other adapters hold them; mostly empty
 
 and returns positions, integers [at most k] in any order, flat in C order; or a boolean tensor of the weight's shape.
 Other arguments need defaults; set them with `functools.partial`:
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MaskError, did_you_mean
+from .budgets import Plan, Pool, budget, plan, share_out, without
 from .gradient import grad, snip
 from .magnitude import wm
 from .structured import frequencies, lines, struct
@@ -31,8 +33,11 @@ from .topk import top_k
 from .uniform import draw, rand
 
 __all__ = [
+    "SCORES",
     "Mask",
     "MaskInfo",
+    "Plan",
+    "Pool",
     "available",
     "budget",
     "draw",
@@ -40,10 +45,14 @@ __all__ = [
     "grad",
     "lines",
     "needs",
+    "plan",
     "rand",
+    "ranked",
     "resolve",
+    "score",
     "seed_of",
     "select",
+    "share_out",
     "snip",
     "struct",
     "top_k",
@@ -52,8 +61,13 @@ __all__ = [
 
 Mask = Callable[..., Tensor]
 
-INPUTS = ("weight", "k", "gradient", "seed")
+INPUTS = ("weight", "k", "gradient", "seed", "avoid")
 CATALOGUE: dict[str, Mask] = {"struct": struct, "rand": rand, "wm": wm, "grad": grad, "snip": snip}
+SCORES: dict[str, Mask] = {
+    "wm": lambda weight: weight.detach().float().abs(),
+    "grad": lambda gradient: gradient.detach().float().abs(),
+    "snip": lambda weight, gradient: (weight.detach().float() * gradient.detach().float()).abs(),
+}
 
 
 class MaskInfo(NamedTuple):
@@ -68,7 +82,9 @@ def available() -> list[MaskInfo]:
     """The catalogue: each mask's name, what it selects with its source, and what it needs beside a budget."""
     return [
         MaskInfo(
-            name, (inspect.getdoc(mask) or "").split("\n\n")[0].replace("\n", " "), tuple(n for n in needs(mask) if n != "k")
+            name,
+            (inspect.getdoc(mask) or "").split("\n\n")[0].replace("\n", " "),
+            tuple(n for n in needs(mask) if n not in ("k", "avoid")),
         )
         for name, mask in CATALOGUE.items()
     ]
@@ -98,42 +114,78 @@ def needs(mask: Mask) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def budget(shape: tuple[int, ...], *, density: float | None = None, rank: int | None = None) -> int:
-    """How many entries of a tensor may train: density · entries, or the rank · (out + in) of a LoRA of that rank.
-
-    Raises MaskError unless exactly one is given, 0 < density ≤ 1, rank ≥ 1, and the rank's count fits the tensor.
-    """
-    if (density is None) == (rank is None):
-        raise MaskError(f"give density or rank, one of them; found density={density}, rank={rank}")
-    numel = torch.Size(shape).numel()
-    if rank is not None:
-        if rank < 1 or len(shape) != 2 or rank * sum(shape) > numel:
-            raise MaskError(f"rank must be from 1 to {numel // max(1, sum(shape))} for shape {list(shape)}, found {rank}")
-        return rank * sum(shape)
-    if not 0 < float(density or 0) <= 1:
-        raise MaskError(f"density must be above 0 and at most 1, found {density}")
-    return max(1, round(float(density or 0) * numel))
+def ranked(mask: str | Mask) -> Mask:
+    """The function whose largest scores a mask selects. Raises MaskError for a mask that ranks no scores."""
+    label, function = resolve(mask)
+    score = _score_of(label, function)
+    if score is None:
+        raise MaskError(
+            f"mask {label!r} ranks no scores, so entries of different tensors cannot be compared; use scope='tensor', or one "
+            f"of {', '.join(SCORES)}"
+        )
+    return score
 
 
-def select(mask: str | Mask, name: str, weight: Tensor, k: int, *, gradient: Tensor | None = None, seed: int = 0) -> Tensor:
+def _score_of(label: str, function: Mask) -> Mask | None:
+    return SCORES.get(label) if CATALOGUE.get(label) is function else None
+
+
+def select(
+    mask: str | Mask,
+    name: str,
+    weight: Tensor,
+    k: int,
+    *,
+    gradient: Tensor | None = None,
+    seed: int = 0,
+    avoid: Tensor | None = None,
+) -> Tensor:
     """Run a mask on one tensor and check what it returns.
 
-    name: the tensor's name; with `seed` it seeds the mask. Returns int64 [at most k], sorted, on the weight's device.
-    Raises MaskError that names the tensor.
+    name: the tensor's name; with `seed` it seeds the mask. avoid: sorted flat positions that must not train; of a mask of
+    the catalogue that ranks scores, theirs then count as absent.
+    Returns int64 [at most k], sorted, on the weight's device. Raises MaskError that names the tensor.
     """
     label, function = resolve(mask)
-    wanted = needs(function)
-    if "gradient" in wanted and gradient is None:
-        raise MaskError(f"mask {label!r} needs gradients: pass calibration=, an iterable of batches")
-    inputs: dict[str, Any] = {"weight": weight, "k": k, "gradient": gradient, "seed": seed_of(seed, name)}
+    taken = _avoid_of(weight, avoid)
+    inputs: dict[str, Any] = {"weight": weight, "k": k, "gradient": gradient, "seed": seed_of(seed, name), "avoid": taken}
     try:
-        with torch.no_grad():
-            return _positions(function(**{key: inputs[key] for key in wanted}), weight, k)
+        scores = _score_of(label, function)
+        if not taken.numel() or "avoid" in needs(function):
+            return _positions(_call(label, function, inputs), weight, k, taken)
+        if scores is None:
+            raise MaskError(
+                "it does not know of positions to avoid: give it an argument `avoid`, the sorted flat positions that must not "
+                "train, and let it return none of them"
+            )
+        return _positions(top_k(without(_call(label, scores, inputs), taken), k), weight, k, taken)
     except MaskError as error:
         raise MaskError(f"mask {label!r} on tensor '{name}': {error}") from error
 
 
-def _positions(answer: Any, weight: Tensor, k: int) -> Tensor:
+def score(mask: str | Mask, name: str, weight: Tensor, *, gradient: Tensor | None = None, seed: int = 0) -> Tensor:
+    """The scores, of the weight's shape, by which a mask ranks a tensor's entries. Raises MaskError if it ranks none."""
+    scores: Tensor = _call(
+        resolve(mask)[0], ranked(mask), {"weight": weight, "gradient": gradient, "seed": seed_of(seed, name)}
+    )
+    return scores
+
+
+def _call(label: str, function: Mask, inputs: dict[str, Any]) -> Any:
+    """Call a mask or a score with the inputs it names."""
+    wanted = needs(function)
+    if "gradient" in wanted and inputs["gradient"] is None:
+        raise MaskError(f"mask {label!r} needs gradients: pass calibration=, an iterable of batches")
+    with torch.no_grad():
+        return function(**{key: inputs[key] for key in wanted})
+
+
+def _avoid_of(weight: Tensor, avoid: Tensor | None) -> Tensor:
+    none = torch.empty(0, dtype=torch.int64)
+    return (none if avoid is None else avoid).to(weight.device, torch.int64)
+
+
+def _positions(answer: Any, weight: Tensor, k: int, avoid: Tensor) -> Tensor:
     """Positions in the one form, int64 and sorted, from a mask's answer."""
     if not isinstance(answer, Tensor) or answer.dtype not in (torch.bool, torch.int32, torch.int64):
         found = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
@@ -151,6 +203,8 @@ def _positions(answer: Any, weight: Tensor, k: int) -> Tensor:
         raise MaskError("it returned a position twice")
     if int(indices[0]) < 0 or int(indices[-1]) >= weight.numel():
         raise MaskError(f"positions must be from 0 to {weight.numel() - 1}, found {int(indices[0])} to {int(indices[-1])}")
+    if avoid.numel() and bool((met := torch.isin(indices, avoid, assume_unique=True)).any()):
+        raise MaskError(f"it returned {int(met.sum())} positions to avoid, the first is {int(indices[met][0])}")
     return indices
 
 

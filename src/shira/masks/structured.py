@@ -12,14 +12,15 @@ __all__ = ["frequencies", "lines", "struct"]
 Direction = Literal["rows", "columns"]
 
 
-def struct(weight: Tensor, k: int, direction: Direction = "rows") -> Tensor:
+def struct(weight: Tensor, k: int, direction: Direction = "rows", avoid: Tensor | None = None) -> Tensor:
     """Positions of every f-th row (or column) and of the diagonal (SHiRA §3.1, B.1, arXiv 2406.13175).
 
     The rows alone are of rank at most their number; the diagonal makes the update of high rank. f is the smallest
     distance that keeps the pattern within k entries, so it holds k entries or somewhat fewer, never more.
 
-    weight: [out, in]; only its shape matters. Returns int64 [at most k], sorted, flat in C order.
-    Raises MaskError if k does not hold the diagonal and one row (or column).
+    weight: [out, in]; only its shape matters. avoid: flat positions to leave out, as those of the diagonal that another
+    struct adapter holds. Returns int64 [at most k], sorted, flat in C order.
+    Raises MaskError if k does not hold the diagonal and one row (or column), or if one of these is to be avoided whole.
     """
     if weight.ndim != 2:
         raise MaskError(f"struct needs a matrix, found shape {list(weight.shape)}")
@@ -33,7 +34,8 @@ def struct(weight: Tensor, k: int, direction: Direction = "rows") -> Tensor:
             f"budget is {k}; use a density of at least {smallest / weight.numel():.4f}"
         )
     frequency = _smallest_frequency(rows, columns, direction, k)
-    return lines(rows, columns, frequency, direction, _count(rows, columns, frequency, direction)).to(weight.device)
+    pattern = lines(rows, columns, frequency, direction, _count(rows, columns, frequency, direction)).to(weight.device)
+    return pattern if avoid is None or avoid.numel() == 0 else _leave_out(pattern, avoid, rows, columns, frequency, direction)
 
 
 def lines(rows: int, columns: int, frequency: int, direction: Direction, count: int) -> Tensor:
@@ -62,6 +64,20 @@ def _count(rows: int, columns: int, frequency: int, direction: Direction) -> int
     across, length = (rows, columns) if direction == "rows" else (columns, rows)
     diagonal = min(rows, columns)
     return -(-across // frequency) * length + diagonal - -(-diagonal // frequency)
+
+
+def _leave_out(pattern: Tensor, avoid: Tensor, rows: int, columns: int, frequency: int, direction: Direction) -> Tensor:
+    """The pattern without positions to avoid. Raises MaskError if they hold a whole line of it."""
+    left = pattern[~torch.isin(pattern, avoid)]
+    across = rows if direction == "rows" else columns
+    held = torch.bincount(left // columns if direction == "rows" else left % columns, minlength=across)
+    empty = (held[::frequency] == 0).nonzero().view(-1)
+    if empty.numel():
+        raise MaskError(
+            f"the adapters to avoid hold {empty.numel()} of its {held[::frequency].numel()} {direction} whole, the first is "
+            f"number {int(empty[0]) * frequency}; give struct other {direction}, or the other direction"
+        )
+    return left
 
 
 def _smallest_frequency(rows: int, columns: int, direction: Direction, k: int) -> int:
