@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 
 from ..errors import MaskError, did_you_mean
-from .gradient import grad, snip
-from .magnitude import wm
+from .gradient import grad, grad_scores, snip, snip_scores
+from .magnitude import wm, wm_scores
 from .structured import frequencies, lines, struct
 from .topk import top_k
 from .uniform import draw, rand
 
 __all__ = [
+    "SCORES",
     "Mask",
     "MaskInfo",
+    "Score",
     "available",
     "budget",
     "draw",
@@ -51,9 +53,15 @@ __all__ = [
 ]
 
 Mask = Callable[..., Tensor]
+Score = Callable[
+    ..., Tensor
+]  # a function of the same inputs but k; float32 of the weight's shape, the larger the sooner it trains
 
 INPUTS = ("weight", "k", "gradient", "seed")
 CATALOGUE: dict[str, Mask] = {"struct": struct, "rand": rand, "wm": wm, "grad": grad, "snip": snip}
+
+
+SCORES: dict[str, Score] = {"wm": wm_scores, "grad": grad_scores, "snip": snip_scores}  # what some masks take the top k of
 
 
 class MaskInfo(NamedTuple):
