@@ -200,3 +200,19 @@ def test_the_catalogue_says_what_each_mask_is_and_needs():
     assert list(catalogue) == ["struct", "rand", "wm", "grad", "snip"]
     assert all("2406.13175" in info.meaning for info in catalogue.values())
     assert catalogue["snip"].needs == ("weight", "gradient")
+
+
+@pytest.mark.parametrize("name", sorted(masks.SCORES))
+def test_a_mask_with_a_score_takes_its_top_k(name):
+    generator = torch.Generator().manual_seed(3)
+    inputs = {"weight": torch.randn(7, 9, generator=generator), "gradient": torch.randn(7, 9, generator=generator)}
+    mask, score = masks.CATALOGUE[name], masks.SCORES[name]
+    scores = score(**{key: inputs[key] for key in masks.needs(score)})
+    assert scores.dtype == torch.float32 and scores.shape == (7, 9)
+    chosen = mask(**{key: inputs[key] for key in masks.needs(mask) if key != "k"}, k=10)
+    assert torch.equal(chosen, masks.top_k(scores, 10))
+
+
+def test_wm_may_take_the_smallest():
+    weight = torch.tensor([[3.0, -1.0], [0.5, -4.0]])
+    assert masks.wm(weight, 2, bottom=True).tolist() == [1, 2]

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ..errors import MaskError, did_you_mean
 from .budgets import Plan, Pool, budget, plan, share_out, without
-from .gradient import grad, snip
-from .magnitude import wm
+from .gradient import grad, grad_scores, snip, snip_scores
+from .magnitude import wm, wm_scores
 from .structured import frequencies, lines, struct
 from .topk import top_k
 from .uniform import draw, rand
@@ -38,6 +38,7 @@ __all__ = [
     "MaskInfo",
     "Plan",
     "Pool",
+    "Score",
     "available",
     "budget",
     "draw",
@@ -60,14 +61,11 @@ __all__ = [
 ]
 
 Mask = Callable[..., Tensor]
+Score = Callable[..., Tensor]  # of the same inputs but k; float32 of the weight's shape, the larger the sooner it trains
 
 INPUTS = ("weight", "k", "gradient", "seed", "avoid")
 CATALOGUE: dict[str, Mask] = {"struct": struct, "rand": rand, "wm": wm, "grad": grad, "snip": snip}
-SCORES: dict[str, Mask] = {
-    "wm": lambda weight: weight.detach().float().abs(),
-    "grad": lambda gradient: gradient.detach().float().abs(),
-    "snip": lambda weight, gradient: (weight.detach().float() * gradient.detach().float()).abs(),
-}
+SCORES: dict[str, Score] = {"wm": wm_scores, "grad": grad_scores, "snip": snip_scores}  # what some masks take the top k of
 
 
 class MaskInfo(NamedTuple):
@@ -114,7 +112,7 @@ def needs(mask: Mask) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def ranked(mask: str | Mask) -> Mask:
+def ranked(mask: str | Mask) -> Score:
     """The function whose largest scores a mask selects. Raises MaskError for a mask that ranks no scores."""
     label, function = resolve(mask)
     score = _score_of(label, function)
@@ -126,7 +124,11 @@ def ranked(mask: str | Mask) -> Mask:
     return score
 
 
-def _score_of(label: str, function: Mask) -> Mask | None:
+def _score_of(label: str, function: Mask) -> Score | None:
+    """The score of a mask of the catalogue, with the same options; None for another's."""
+    if isinstance(function, partial):
+        score = _score_of(label, function.func)
+        return partial(score, *function.args, **function.keywords) if score else None
     return SCORES.get(label) if CATALOGUE.get(label) is function else None
 
 

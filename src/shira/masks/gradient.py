@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .topk import top_k
 
-__all__ = ["grad", "snip"]
+__all__ = ["grad", "grad_scores", "snip", "snip_scores"]
 
 
 def grad(gradient: Tensor, k: int) -> Tensor:
@@ -13,7 +13,12 @@ def grad(gradient: Tensor, k: int) -> Tensor:
     gradient: of the loss summed over the calibration batches, any shape, any floating dtype.
     Returns int64 [k], sorted, flat in C order. Raises MaskError if k exceeds the number of entries.
     """
-    return top_k(gradient.detach().abs(), k)
+    return top_k(grad_scores(gradient), k)
+
+
+def grad_scores(gradient: Tensor) -> Tensor:
+    """|gradient|, float32."""
+    return gradient.detach().abs().float()
 
 
 def snip(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
@@ -22,4 +27,9 @@ def snip(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
     weight, gradient: one shape, any floating dtype; scores are taken in float32.
     Returns int64 [k], sorted, flat in C order. Raises MaskError if k exceeds the number of entries.
     """
-    return top_k((weight.detach().float() * gradient.detach().float()).abs(), k)
+    return top_k(snip_scores(weight, gradient), k)
+
+
+def snip_scores(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|weight · gradient|, float32."""
+    return (weight.detach().float() * gradient.detach().float()).abs_()
