@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import TuningError
 from .masters import Masters, overlap
 
-__all__ = ["check_cap", "move", "states"]
+__all__ = ["check_cap", "movable", "move"]
 
 
 def check_cap(cap: float) -> None:
@@ -23,17 +23,19 @@ def check_cap(cap: float) -> None:
         raise TuningError(f"cap must be a number from 1 on, in budgets: 1 holds the budget, 2 twice that; found {cap!r}")
 
 
-def states(optimizer: torch.optim.Optimizer, masters: Mapping[str, Masters]) -> dict[str, list[Tensor]]:
+def movable(optimizer: torch.optim.Optimizer, masters: Mapping[str, Masters]) -> dict[str, list[Tensor]]:
     """Tensor name -> what the optimizer keeps for each entry of its masters, tensors [k].
 
-    Raises TuningError if the optimizer does not train them, or keeps something that is neither one number an entry nor one
-    for all (as 8-bit optimizers do, whose blocks of entries share a scale).
+    Raises TuningError if masters are not finite, or the optimizer does not train them or keeps something that is neither one
+    number an entry nor one for all (as 8-bit optimizers do, whose blocks of entries share a scale).
     """
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     found: dict[str, list[Tensor]] = {}
     for name, entries in masters.items():
         if id(entries.values) not in trained:
             raise TuningError(f"this optimizer does not train '{name}'; pass the one that was made with tuner.parameters()")
+        if not bool(torch.isfinite(entries.values).all()):
+            raise TuningError(f"training of '{name}' went wrong: values are not finite; try a lower learning rate")
         found[name] = []
         state: Mapping[str, Any] = optimizer.state.get(entries.values, {})
         for key, value in state.items():

@@ -169,7 +169,7 @@ class Tuner:
         if not self._attached or len(masters) < len(self._entries):
             raise TuningError("only an attached tuner with method='values' can be refreshed")
         refresh.check_cap(cap)
-        states = refresh.states(optimizer, masters)
+        states = refresh.movable(optimizer, masters)
         weights = {entry.name: entry.weight for entry in self._entries}
         counts = {entry.name: entry.count for entry in self._entries}
         with _dense(masters.values()):
