@@ -99,6 +99,35 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
     assert shira.load("three.safetensors").metadata["mask"]["seed"] == 4
 
 
+def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, folder):
+    line = TRAIN.replace(" --density 0.05", "") + " --data sums.jsonl --calibration 4"
+    assert run(f"{line} --total 200 -o first.safetensors")[0] == 0
+    options = "--mask snip --total 300 --scope model --floor 0.2 --avoid first.safetensors --refresh-every 2 --refresh-cap 1.5"
+    code, _, err = run(f"{line} {options} -o second.safetensors")
+    assert code == 0, err
+    first, second = shira.load("first.safetensors"), shira.load("second.safetensors")
+    assert (first.nnz, second.metadata["training"]["parameters"]) == (200, 300)
+    assert 300 <= second.nnz <= 450
+    for name, tensor in second.tensors.items():
+        assert not torch.isin(tensor.indices, first.tensors[name].indices).any()
+    mask = second.metadata["mask"]
+    assert (mask["total"], mask["scope"], mask["floor"], mask["avoid"]) == (300, "model", 0.2, ["sums"])
+    assert mask["refresh"] == {"times": 1, "cap": 1.5}
+    (folder / "more.yaml").write_text(
+        (folder / "second.yaml").read_text() + "overrides: {down_proj: 0.1, layers.0.*: {rank: 1}}\n"
+    )
+    code, _, err = run("train --config more.yaml --refresh-every 0 -o third.safetensors")
+    assert code == 1 and "TargetError: two patterns match 'model.layers.0.mlp.down_proj.weight'" in err
+    (folder / "more.yaml").write_text(
+        (folder / "second.yaml").read_text() + "overrides: {down_proj: 0.1, q_proj: {total: 5}}\n"
+    )
+    assert run("train --config more.yaml --refresh-every 0 -o third.safetensors")[0] == 0
+    third = shira.load("third.safetensors")
+    assert third.nnz == 300
+    assert third.tensors["model.layers.1.mlp.down_proj.weight"].nnz == 96
+    assert third.tensors["model.layers.1.self_attn.q_proj.weight"].nnz == 5
+
+
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
@@ -110,6 +139,13 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
         ("train model --data sums.jsonl --mask snap", 1, "MaskError: unknown mask 'snap'; did you mean 'snip'"),
         ("train model --data sums.jsonl --targets q_prj", 1, "TargetError: .*did you mean 'q_proj'"),
         ("train model --data sums.jsonl --density 2", 1, "MaskError: density must be above 0 and at most 1"),
+        (
+            "train model --data sums.jsonl --total 3 --floor 0.5",
+            1,
+            "MaskError: floor=0.5 has a meaning with scope='model' only",
+        ),
+        ("train model --data sums.jsonl --avoid none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
+        ("train model --data sums.jsonl --refresh-every 2 --refresh-cap 0.5", 1, "TuningError: cap must be a number from 1 on"),
         ("train model --data sums.jsonl -o no/where.safetensors", 1, "FileNotFoundError: there is no folder no"),
         ("train model --data sums.jsonl --like sums.jsonl", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
         ("train model --data sums.jsonl --like none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),

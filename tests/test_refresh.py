@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -105,7 +105,7 @@ def test_calibrating_in_between_leaves_random_numbers_and_gradients_alone(tiny_l
                 if refreshes:
                     count = len(seen)
                     assert tuner.refresh(optimizer, calibration=llama_batches(1, seed=2)) == 0
-                    assert len(seen) == 2 * count if count == 14 else len(seen) > count
+                    assert len(seen) == count + 14
                 loss_fn(tiny_llama, batch).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -146,10 +146,15 @@ def test_what_belongs_to_an_entry_moves_with_it(name):
         assert losses[-4:].mean() < losses[:4].mean()
 
 
-@pytest.mark.parametrize("name", ["adamw", "fused", "momentum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(seed=st.integers(0, 999), cap=st.sampled_from([1, 1.0, 1.3, 2.0, 9.0]), steps=st.lists(st.integers(0, 2), max_size=5))
-def test_random_moves_keep_the_cap_and_give_the_base_back(name, dtype, seed, cap, steps):
+@given(
+    name=st.sampled_from(["adamw", "fused", "momentum"]),
+    seed=st.integers(0, 999),
+    cap=st.sampled_from([1, 1.3, 2.0, 9.0]),
+    steps=st.lists(st.integers(0, 2), min_size=1, max_size=4),
+)
+@settings(max_examples=40)
+def test_random_moves_keep_the_cap_and_give_the_base_back(dtype, name, seed, cap, steps):
     """Whatever differs from the base is in the adapter, that never holds more than the cap, and nothing is lost."""
     generator = torch.Generator().manual_seed(seed)
     model, mask = mlp(dtype), Wandering()
@@ -161,26 +166,24 @@ def test_random_moves_keep_the_cap_and_give_the_base_back(name, dtype, seed, cap
         for count in steps:
             if count:
                 train(model, optimizer, count)
-            mask.chosen = {
-                tuple(before[n].shape): torch.randperm(before[n].numel(), generator=generator)[:k] for n, k in counts.items()
-            }
-            held, values = entries(tuner.adapter()), tuner.adapter().tensors
+            for tensor, k in counts.items():
+                mask.chosen[tuple(before[tensor].shape)] = torch.randperm(before[tensor].numel(), generator=generator)[:k]
+            values = tuner.adapter().tensors
             tuner.refresh(optimizer, cap=cap)
             adapter = tuner.adapter()
             for tensor, k in counts.items():
-                now = {i for n, i in entries(adapter) if n == tensor}
-                wanted = set(mask.chosen[tuple(before[tensor].shape)].tolist())
-                assert wanted <= now <= wanted | {i for n, i in held if n == tensor}
-                assert len(now) <= math.floor(cap * k)
-                if cap == 9:
-                    assert now == wanted | {i for n, i in held if n == tensor}
-                old = dict(zip(values[tensor].indices.tolist(), values[tensor].values.float().tolist(), strict=True))
-                live = model.get_parameter(tensor).detach().view(-1)
-                assert torch.equal(bits(live[adapter.tensors[tensor].indices.long()]), bits(adapter.tensors[tensor].values))
-                assert all(float(live[i]) == old.get(i, float(before[tensor].view(-1)[i])) for i in now)
-                assert adapter.fingerprints[tensor] == fingerprint(
-                    before[tensor].view(-1)[adapter.tensors[tensor].indices.long()]
+                now, left, below = adapter.tensors[tensor], values[tensor], before[tensor].view(-1)
+                holds, held_before, wanted = (
+                    set(indices.tolist()) for indices in (now.indices, left.indices, mask.chosen[tuple(before[tensor].shape)])
                 )
+                assert wanted <= holds <= wanted | held_before
+                assert len(holds) <= math.floor(cap * k)
+                assert holds == wanted | held_before or cap < 9
+                live = model.get_parameter(tensor).detach().view(-1)[now.indices.long()]
+                assert torch.equal(bits(live), bits(now.values))
+                old = dict(zip(left.indices.tolist(), left.values.tolist(), strict=True))
+                assert live.tolist() == [old.get(i, below[i].item()) for i in now.indices.tolist()]
+                assert adapter.fingerprints[tensor] == fingerprint(below[now.indices.long()])
             assert changed(model, base) <= entries(adapter)
         adapter = tuner.adapter()
     assert same_bits(base, all_bits(model))
