@@ -171,7 +171,8 @@ def held_of_first(count):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"mask": lambda weight, k: torch.arange(k)}, MaskError, "'0.weight'.*give it an argument `avoid`"),
+        ({"mask": lambda weight, k: torch.arange(k)}, MaskError, "'0.weight'.*cannot leave out.*an argument `avoid`"),
+        ({"mask": "union:of=wm+rand"}, MaskError, "'union' on tensor '0.weight'.*cannot leave out"),
         (
             {"mask": lambda weight, k, avoid: torch.arange(k)},
             MaskError,
