@@ -113,11 +113,12 @@ def test_calibrating_in_between_leaves_random_numbers_and_gradients_alone(tiny_l
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_belongs_to_an_entry_moves_with_it(name):
+def test_what_belongs_to_an_entry_moves_with_it(name, dtype):
     """Masters, moments and gradients: carried on the overlap bit for bit; new entries start at the base and at zero."""
-    model, mask = mlp(), Wandering()
-    base = {name: p.detach().clone().view(-1) for name, p in model.named_parameters()}
+    model, mask = mlp(dtype), Wandering()
+    base = {name: p.detach().float().view(-1) for name, p in model.named_parameters()}
     with attach(model, mask) as tuner:
         optimizer = OPTIMIZERS[name](tuner.parameters())
         train(model, optimizer, 3)
