@@ -33,7 +33,7 @@ class Recipe:
     rank: int | None = None
     targets: str | list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     method: str = "values"
-    calibration: int = 64  # examples, for masks that need gradients
+    calibration: int = 64  # examples, for masks that need gradients or activations
     lr: float = 1e-3
     steps: int = 100
     batch_size: int = 16
@@ -108,11 +108,12 @@ def train_adapter(
     model: nn.Module,
     tokenizer: Any,
     *,
+    on_calibration: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Adapter:
     """Train one adapter as the recipe says. The model comes back as it was, bit for bit, also if anything fails.
 
-    on_step(step, loss) is called after each optimizer step.
+    on_calibration(done, total) is called after each batch of the calibration, on_step(step, loss) after each optimizer step.
     """
     examples: list[Example] = examples_of(recipe.data, "train")[: recipe.limit]
     rows = hf.encode(tokenizer, examples, recipe.max_length)
@@ -124,6 +125,7 @@ def train_adapter(
         rank=recipe.rank,
         targets=recipe.targets,
         calibration=hf.batches(rows[: recipe.calibration], model, recipe.batch_size, pad),
+        progress=on_calibration,
         seed=recipe.seed,
         method=recipe.method,  # type: ignore[arg-type]  # attach checks it
     )

@@ -25,12 +25,13 @@ from torch.autograd.function import once_differentiable
 from . import kernels, masks
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint, index_dtype
-from .calibration import LossFn, stream_gradients
+from .calibration import LEAST_MEMORY, LossFn, Progress, calibrate
 from .errors import AdapterError, TuningError
 from .masks import Mask
 
 __all__ = ["Tuner", "attach"]
 
+TRAINING_BYTES = 16  # of an entry in training: a float32 master, its gradient and AdamW's two moments
 VALUES = "shira_values"  # the name under which a module holds its masters while a tuner is attached
 
 
@@ -43,6 +44,7 @@ def attach(
     targets: str | Iterable[str] = "all-linear",
     calibration: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
+    progress: Progress | None = None,
     seed: int = 0,
     method: Literal["values", "hook"] = "values",
 ) -> "Tuner":
@@ -52,7 +54,9 @@ def attach(
     density: share of each target's entries, above 0 and at most 1 (0.01 if neither it nor rank is given).
     rank: gives each target the rank·(out + in) entries of a LoRA of that rank instead.
     targets: a list of module names or suffixes, "all-linear", "attention", "mlp", or a regular expression.
-    calibration: batches for masks that need gradients; loss_fn(model, batch), by default `model(**batch).loss`.
+    calibration: batches for masks that need gradients or activations, read into a list; several are run more than once
+        where the sums of their gradients would take more memory than training does. The model runs in the mode it is in.
+    loss_fn(model, batch): by default `model(**batch).loss`. progress(done, total): called after each batch of the calibration.
     seed: with each tensor's name it seeds the mask.
     method: "values" or "hook", see the module's docstring.
 
@@ -74,17 +78,22 @@ def attach(
     weights = {t.name: t.weight for t in chosen}
     indices: dict[str, Tensor] = {}
 
-    def choose(name: str, gradient: Tensor | None) -> None:
-        positions = masks.select(function, name, weights[name], budgets[name], gradient=gradient, seed=seed)
+    def choose(name: str, statistics: dict[str, Tensor]) -> None:
+        positions = masks.select(function, name, weights[name], budgets[name], seed=seed, **statistics)
         indices[name] = positions.to(index_dtype(weights[name].numel()))
 
-    if "gradient" in masks.needs(function) and calibration is not None:
-        stream_gradients(model, weights, calibration, choose, loss_fn)
+    calibrated = None
+    wanted = [name for name in masks.needs(function) if name in masks.CALIBRATED]
+    if wanted and calibration is not None:
+        memory = max(LEAST_MEMORY, TRAINING_BYTES * sum(budgets.values()))
+        calibrated = calibrate(
+            model, weights, calibration, choose, statistics=wanted, loss_fn=loss_fn, memory=memory, progress=progress
+        )
     else:
         for name in weights:
-            choose(name, None)
-    settings: dict[str, Any] = {"name": label, "density": density, "rank": rank, "seed": seed}
-    settings["targets"] = targets if isinstance(targets, str) else list(targets)
+            choose(name, {})
+    settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density, "rank": rank}
+    settings |= {"seed": seed, "targets": targets if isinstance(targets, str) else list(targets), "calibration": calibrated}
     record = {key: value for key, value in settings.items() if value is not None}
     return Tuner(model, chosen, indices, record, method)
 

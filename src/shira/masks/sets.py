@@ -20,7 +20,7 @@ __all__ = ["difference", "from_adapter", "intersection", "union"]
 def union(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
     """Positions that any of several masks chooses, each asked for equally many (ours).
 
-    of: names or functions of masks. What is left of the budget is less than their number, if each chooses the top of a score.
+    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
     Returns int64 [at most k], sorted, flat in C order. Raises MaskError if they do not fit together, or one of them does.
     """
     chosen = _each(of, weight, inputs)
@@ -34,7 +34,7 @@ def union(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **i
 def intersection(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
     """Positions that all of several masks choose, each asked for equally many (ours).
 
-    of: names or functions of masks. What is left of the budget is less than their number, if each chooses the top of a score.
+    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
     Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
     """
     chosen = _each(of, weight, inputs)
@@ -49,11 +49,12 @@ def intersection(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip
 
 
 def difference(weight: Tensor, k: int, of: Sequence[str | Mask] = ("snip", "wm"), **inputs: Any) -> Tensor:
-    """Positions of the first mask that no other of several holds with k entries, from its best down (WM-non-overlap of SHiRA, arXiv 2406.13175).
+    """Positions of one mask that no other holds with k entries, from its best down (SHiRA's WM-non-overlap, arXiv 2406.13175).
 
     With one mask twice it is "the next k", as the paper's second non-overlapping WM adapter.
 
-    of: names or functions of masks. Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
+    of: names or functions of masks, the one that chooses first.
+    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
     """
     first, *others = _each(of, weight, inputs)
     taken = _all([choose(k) for choose in others])
