@@ -208,7 +208,7 @@ def test_masks_lists_the_catalogue(run):
     assert [row["name"] for row in rows] == [info.name for info in shira.masks.available()]
     assert rows[-4] == {
         "name": "union",
-        "meaning": "that any of several masks chooses, each asked for equally many",
+        "meaning": "entries that any of several masks chooses, each asked for equally many",
         "source": "ours",
         "needs": ["weight", "gradient"],
         "options": {"of": ["wm", "snip"]},

@@ -20,7 +20,7 @@ def struct(
     offset: int = 0,
     diagonal: bool = True,
 ) -> Tensor:
-    """Positions of every f-th row (or column) and of the diagonal (SHiRA §3.1, B.1, arXiv 2406.13175).
+    """Positions of every f-th row (or column) and the diagonal (SHiRA §3.1, B.1, arXiv 2406.13175).
 
     The rows alone are of rank at most their number; the diagonal makes the update of high rank.
 
