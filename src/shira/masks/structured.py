@@ -54,6 +54,11 @@ def struct(
             f"found {offset}"
         )
     count = _count(rows, columns, frequency, direction, offset, diagonal)
+    if count > k:  # lines beyond the diagonal's end cross it less often
+        raise MaskError(
+            f"struct from offset {offset} needs {count} entries, but the budget is {k}; use a density of at least "
+            f"{count / weight.numel():.6f}"
+        )
     return lines(rows, columns, frequency, direction, count, offset, diagonal).to(weight.device)
 
 
