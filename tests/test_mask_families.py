@@ -21,11 +21,9 @@ def inputs_of(shape, seed, levels=None):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*sides):
-        return (
-            torch.randint(-levels, levels + 1, sides, generator=generator) / 2
-            if levels
-            else torch.randn(sides, generator=generator)
-        )
+        if levels is None:
+            return torch.randn(sides, generator=generator)
+        return torch.randint(-levels, levels + 1, sides, generator=generator) / 2
 
     found = {"weight": draw(*shape), "gradient": draw(*shape), "squared_gradient": draw(*shape) ** 2}
     return found | {"activations": draw(shape[-1]).abs(), "seed": seed}
@@ -79,7 +77,7 @@ def test_lift_ranks_the_best_approximation_of_its_rank(shape):
 
 def test_the_approximation_of_a_flat_spectrum_is_nearly_the_best():
     """A Gaussian matrix is the worst case: within 1 % of the smallest error there is."""
-    weight = torch.randn(150, 200, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(90, 120, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(weight)
     for rank in (5, 20):
         error = (weight - masks.lowrank.best_of_rank(weight, rank, seed=1)).norm()
@@ -94,9 +92,8 @@ def test_block_takes_the_best_blocks_that_fit(shape, seed, levels, size, share):
     for top in range(0, shape[0], size):
         for left in range(0, shape[1], size):
             cells = [(i, j) for i in range(top, min(top + size, shape[0])) for j in range(left, min(left + size, shape[1]))]
-            blocks.append(
-                (sum(float(inputs["gradient"][c].abs()) for c in cells) / len(cells), [i * shape[1] + j for i, j in cells])
-            )
+            mean = sum(float(inputs["gradient"][cell].abs()) for cell in cells) / len(cells)
+            blocks.append((mean, [i * shape[1] + j for i, j in cells]))
     if levels is None:
         scores = sorted(mean for mean, _ in blocks)
         if any(b - a < 1e-5 for a, b in zip(scores, scores[1:], strict=False)):
@@ -130,7 +127,13 @@ def test_nm_takes_the_best_with_at_most_n_of_each_m(shape, seed, levels, m, data
             run(f"nm:by=grad,n={n},m={m}", inputs, len(candidates) + 1)
 
 
-@given(shape=SHAPES, seed=SEEDS, levels=st.sampled_from([None, 2]), share=st.floats(0.01, 1), parts=st.integers(2, 3))
+@given(
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    seed=SEEDS,
+    levels=st.sampled_from([None, 2]),
+    share=st.floats(0.01, 1),
+    parts=st.integers(2, 3),
+)
 def test_sets_of_masks_are_sets(shape, seed, levels, share, parts):
     """Against Python's sets, at every count there is."""
     inputs = inputs_of(shape, seed, levels)
@@ -151,11 +154,11 @@ def test_sets_of_masks_are_sets(shape, seed, levels, share, parts):
         found = run(f"{name}:of={'+'.join(names)}", inputs, k)
         fitting = [function(count) for count in range(numel + 1)]
         largest = max((f for f in fitting if len(f) <= k), key=len)
-        assert set(found.tolist()) == largest if name != "union" or k >= parts else len(found) <= max(k, parts)
+        assert set(found.tolist()) == largest, name
         assert found.tolist() == sorted(found.tolist())
         if name == "difference":
             assert found.numel() == min(k, numel - len(others))
-        elif len(found) < numel and k >= parts:
+        elif len(found) < numel:
             assert k - parts < found.numel() <= k
 
 
@@ -201,7 +204,9 @@ def test_struct_of_one_budget_has_one_frequency_whatever_its_offset(shape, direc
     while True:
         try:
             found = set(masks.struct(weight, k, direction, offset=offset, diagonal=diagonal).tolist())
-        except MaskError:
+        except MaskError as error:
+            if "offset must be" not in str(error):
+                return  # the budget is too small
             break
         assert len(found) <= k
         assert used & found == ({i * (shape[1] + 1) for i in range(min(shape))} if diagonal and offset else set())
@@ -221,9 +226,8 @@ def test_a_file_holds_struct_as_a_rule(options, tmp_path):
     adapter.save(tmp_path / "x.safetensors")
     read = shira.load(tmp_path / "x.safetensors")
     assert torch.equal(bits(read.tensors["0.weight"].indices), bits(adapter.tensors["0.weight"].indices))
-    stored = shira.encoding.encode(
-        adapter.tensors["0.weight"].indices, (50, 60), shira.format._rules(adapter, "0.weight", adapter.tensors["0.weight"])
-    )
+    tensor = adapter.tensors["0.weight"]
+    stored = shira.encoding.encode(tensor.indices, (50, 60), shira.format._rules(adapter, "0.weight", tensor))
     assert stored.array is None and isinstance(stored.positions, dict)
     for wrong in ({"offset": -1}, {"offset": 50}, {"offset": True}, {"diagonal": 0}, {"mood": 1}):
         with pytest.raises(shira.AdapterError, match="does not give|other positions"):
@@ -262,9 +266,7 @@ def test_a_mask_has_exactly_its_budget(shape, seed, levels, share):
 def test_nan_is_refused_and_ties_go_to_the_first():
     inputs = {key: torch.full((6, 6), 2.0) for key in ("weight", "gradient", "squared_gradient")}
     inputs |= {"activations": torch.ones(6), "seed": 1}
-    broken = {
-        key: torch.full_like(value, float("nan")) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
-    }
+    broken = {key: value * float("nan") for key, value in inputs.items() if key != "seed"} | {"seed": 1}
     for mask in (*masks.SCORES, "nm", "block:size=2", "union", "intersection", "difference"):
         if mask not in ("lift", "block:size=2", "difference"):  # a rank-1 approximation is equal but for rounding
             expected = [0, 1, 4, 5] if mask == "nm" else [0, 1, 2, 3]
