@@ -235,3 +235,28 @@ def test_the_training_benchmark_runs_in_small(run):
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert {"frozen", "shira wm", "PEFT LoRA", "PEFT SHiRA"} <= rows[0]["ms"].keys()
     assert len({rows[0]["parameters"][name] for name in ("shira wm", "PEFT LoRA", "PEFT SHiRA")}) == 1
+
+
+def test_masks_lists_the_catalogue(run):
+    code, out, _ = run("masks")
+    assert code == 0 and all(name in out for name in ("struct", "wanda", "activations", "2506.00772"))
+    rows = json.loads(run("masks --json")[1])
+    assert [row["name"] for row in rows] == [info.name for info in shira.masks.available()]
+    assert rows[-4] == {
+        "name": "union",
+        "meaning": "entries that any of several masks chooses, each asked for equally many",
+        "source": "ours",
+        "needs": ["weight", "gradient"],
+        "options": {"of": ["wm", "snip"]},
+    }
+
+
+def test_train_with_options_of_a_mask(run, folder):
+    code, _, err = run(f"{TRAIN} --data sums.jsonl --mask nm:by=snip,n=1,m=8 --calibration 12 -o nm.safetensors")
+    assert code == 0, err
+    assert "calibrating" in err and "3/3" in err and "4/4" in err
+    recorded = shira.load("nm.safetensors").metadata["mask"]
+    assert recorded["options"] == {"by": "snip", "n": 1, "m": 8}
+    assert recorded["calibration"]["batches"] == 3 and recorded["calibration"]["examples"] == 12
+    code, _, err = run(f"{TRAIN} --data sums.jsonl --mask nm:bye=snip")
+    assert code == 1 and "'bye=snip' is no option=value; did you mean 'by'" in err

@@ -39,7 +39,7 @@ class Recipe:
     avoid: list[str] | None = None  # adapter files none of whose entries may train
     targets: str | list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     method: str = "values"
-    calibration: int = 64  # examples, for masks that need gradients
+    calibration: int = 64  # examples, for masks that need gradients or activations
     refresh_every: int = 0  # steps after which the mask is selected anew; 0: never
     refresh_cap: float = 1.0  # entries the adapter may hold then, in budgets
     lr: float = 1e-3
@@ -113,11 +113,12 @@ def train_adapter(
     model: nn.Module,
     tokenizer: Any,
     *,
+    on_calibration: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Adapter:
     """Train one adapter as the recipe says. The model comes back as it was, bit for bit, also if anything fails.
 
-    on_step(step, loss) is called after each optimizer step.
+    on_calibration(done, total) is called after each batch of the calibration, on_step(step, loss) after each optimizer step.
     """
     examples: list[Example] = examples_of(recipe.data, "train")[: recipe.limit]
     rows = hf.encode(tokenizer, examples, recipe.max_length)
@@ -135,6 +136,7 @@ def train_adapter(
         avoid=recipe.avoid or (),
         targets=recipe.targets,
         calibration=calibration,
+        progress=on_calibration,
         seed=recipe.seed,
         method=recipe.method,  # type: ignore[arg-type]  # attach checks it
     )

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from . import masks
 from .adapter import Adapter, index_dtype
-from .calibration import LossFn, stream_gradients
+from .calibration import LEAST_MEMORY, LossFn, Progress, calibrate
 from .errors import BaseMismatch, did_you_mean
 from .format import load
 from .masks import Mask, Plan
 
 __all__ = ["Avoid", "Selector", "count_of", "entries_of"]
 
+TRAINING_BYTES = 16  # of an entry in training: a float32 master, its gradient and AdamW's two moments
 Avoid = Adapter | str | os.PathLike[str]
 Indices = dict[str, Tensor]  # tensor name -> positions [k], sorted
 
@@ -35,38 +36,52 @@ class Selector:
     loss_fn: LossFn | None
 
     def select(
-        self, model: nn.Module, weights: Mapping[str, nn.Parameter], plan: Plan, calibration: Iterable[Any] | None
-    ) -> Indices:
-        """Positions for each weight that gets any, from one pass over the calibration batches (if the mask needs them).
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        plan: Plan,
+        calibration: Iterable[Any] | None,
+        progress: Progress | None = None,
+    ) -> tuple[Indices, dict[str, Any] | None]:
+        """Positions for each weight that gets any, and what was calibrated (None if the mask needs nothing of that kind).
 
-        They lie on the weight's device, in the dtype of positions in it. Raises MaskError, or what the model does.
+        Positions lie on the weight's device, in the dtype of positions in it. Raises MaskError, or what the model does.
         """
         plan = self._settled(weights, plan)
         pool = masks.Pool(plan.shared, plan.floors)
         chosen: Indices = {}
 
-        def receive(name: str, gradient: Tensor | None) -> None:
-            avoid = self.avoided.get(name)
-            if plan.counts.get(name) == 0:
-                return  # its proportion of a small number
-            if name in plan.counts:
-                chosen[name] = masks.select(
-                    self.mask, name, weights[name], plan.counts[name], gradient=gradient, seed=self.seed, avoid=avoid
-                )
-            else:
-                pool.add(name, masks.score(self.mask, name, weights[name], gradient=gradient, seed=self.seed), avoid)
+        def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
+            weight, avoid, count = weights[name], self.avoided.get(name), plan.counts.get(name)
+            if count is None:
+                pool.add(name, masks.score(self.mask, name, weight, seed=self.seed, **statistics), avoid)
+            elif count:  # the proportion of a small number may be none
+                chosen[name] = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
 
-        if "gradient" in masks.needs(masks.resolve(self.mask)[1]) and calibration is not None:
-            stream_gradients(model, weights, calibration, receive, self.loss_fn)
+        calibrated = None
+        wanted = [name for name in masks.needs(masks.resolve(self.mask)[1]) if name in masks.CALIBRATED]
+        if wanted and calibration is not None:
+            memory = max(LEAST_MEMORY, TRAINING_BYTES * (plan.shared + sum(plan.counts.values())))
+            calibrated = calibrate(
+                model,
+                weights,
+                calibration,
+                receive,
+                statistics=wanted,
+                loss_fn=self.loss_fn,
+                memory=memory,
+                progress=progress,
+            )
         else:
             for name in weights:
-                receive(name, None)
+                receive(name, {})
         chosen |= pool.positions()
-        return {
+        placed = {
             name: chosen[name].to(weight.device, index_dtype(weight.numel()))
             for name, weight in weights.items()
             if name in chosen
         }
+        return placed, calibrated
 
     def _settled(self, weights: Mapping[str, nn.Parameter], plan: Plan) -> Plan:
         """The plan, if the mask can rank the entries of all tensors that share a count. `rand` ranks none: uniformly over

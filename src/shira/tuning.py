@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from . import kernels, masks, refresh
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint
-from .calibration import LossFn
+from .calibration import LossFn, Progress
 from .errors import AdapterError, TuningError
 from .masks import Mask
 from .masters import Held, Masters
@@ -50,6 +50,7 @@ def attach(
     avoid: Avoid | Iterable[Avoid] = (),
     calibration: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
+    progress: Progress | None = None,
     seed: int = 0,
     method: Literal["values", "hook"] = "values",
 ) -> "Tuner":
@@ -64,7 +65,9 @@ def attach(
     overrides: name pattern -> a budget of its own, {"down_proj": 0.02, "layers.0.*": {"rank": 4}} (docs/masks/budgets.md).
     targets: a list of module names or suffixes, "all-linear", "attention", "mlp", or a regular expression.
     avoid: adapters, or files of them, none of whose entries may train.
-    calibration: batches for masks that need gradients; loss_fn(model, batch), by default `model(**batch).loss`.
+    calibration: batches for masks that need gradients or activations, read into a list; several are run more than once
+        where the sums of their gradients would take more memory than training does. The model runs in the mode it is in.
+    loss_fn(model, batch): by default `model(**batch).loss`. progress(done, total): called after each batch of the calibration.
     seed: with each tensor's name it seeds the mask.
     method: "values" or "hook", see the module's docstring.
 
@@ -94,11 +97,12 @@ def attach(
         avoided=count_of(avoided),
     )
     selector = Selector(mask, seed, avoided, loss_fn)
-    indices = selector.select(model, weights, plan, calibration)
-    settings: dict[str, Any] = {"name": masks.resolve(mask)[0], "density": density, "rank": rank, "total": total, "seed": seed}
-    settings["targets"] = targets if isinstance(targets, str) else list(targets)
-    settings |= {"scope": scope if scope != "tensor" else None, "floor": floor or None}
-    settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None}
+    indices, calibrated = selector.select(model, weights, plan, calibration, progress)
+    label, function = masks.resolve(mask)
+    settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density, "rank": rank}
+    settings |= {"total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
+    settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed}
+    settings |= {"targets": targets if isinstance(targets, str) else list(targets), "calibration": calibrated}
     record = {key: value for key, value in settings.items() if value is not None}
     return Tuner(model, [target for target in chosen if target.name in indices], indices, record, method, selector)
 
@@ -173,7 +177,7 @@ class Tuner:
         weights = {entry.name: entry.weight for entry in self._entries}
         counts = {entry.name: entry.count for entry in self._entries}
         with _dense(masters.values()):
-            chosen = self._selector.select(self._model, weights, masks.Plan(counts, 0, {}), calibration)
+            chosen, _ = self._selector.select(self._model, weights, masks.Plan(counts, 0, {}), calibration)
         for name, indices in chosen.items():
             if indices.numel() != counts[name]:
                 raise TuningError(

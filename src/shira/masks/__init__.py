@@ -144,4 +144,5 @@ def _info(name: str, mask: Mask) -> MaskInfo:
         for p in inspect.signature(mask).parameters.values()
         if p.name not in wanted and p.default is not p.empty and p.kind is not p.VAR_KEYWORD
     }
+    meaning = meaning.removeprefix("Positions of ")
     return MaskInfo(name, meaning, source, tuple(n for n in wanted if n not in ("k", "avoid")), options)

@@ -16,8 +16,8 @@ __all__ = ["block", "nm"]
 def block(weight: Tensor, k: int, size: int = 16, by: str | Score = "wm", **inputs: Any) -> Tensor:
     """Positions of the size × size blocks with the largest mean score (SMT, arXiv 2405.15525).
 
-    SMT scores by |gradient|: by="grad". Blocks are taken from the best down until the next does not fit: more than k − size² entries, never more than k. Those
-    at the right and lower edge may be smaller. Among equal scores the first blocks win.
+    SMT scores by |gradient|: by="grad". Blocks are taken from the best down until the next does not fit: more than
+    k − size² entries, never more than k. Those at the right and lower edge may be smaller. Among equals the first win.
 
     weight: [out, in]. by: a name from `masks.SCORES` or a function like them, which is given the inputs it names.
     Returns int64 [at most k], sorted, flat in C order. Raises MaskError if the first block exceeds the budget.

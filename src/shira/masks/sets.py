@@ -18,9 +18,9 @@ __all__ = ["difference", "from_adapter", "intersection", "union"]
 
 
 def union(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
-    """Positions that any of several masks chooses, each asked for equally many (ours).
+    """Positions of entries that any of several masks chooses, each asked for equally many (ours).
 
-    of: names or functions of masks. What is left of the budget is less than their number, if each chooses the top of a score.
+    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
     Returns int64 [at most k], sorted, flat in C order. Raises MaskError if they do not fit together, or one of them does.
     """
     chosen = _each(of, weight, inputs)
@@ -28,13 +28,13 @@ def union(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **i
     def joined(count: int) -> Tensor:
         return _all([choose(count) for choose in chosen])
 
-    return _fill(joined, max(1, k // len(chosen)), k, k)
+    return _fill(joined, k // len(chosen), k, k)
 
 
 def intersection(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
-    """Positions that all of several masks choose, each asked for equally many (ours).
+    """Positions of entries that all of several masks choose, each asked for equally many (ours).
 
-    of: names or functions of masks. What is left of the budget is less than their number, if each chooses the top of a score.
+    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
     Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
     """
     chosen = _each(of, weight, inputs)
@@ -49,11 +49,12 @@ def intersection(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip
 
 
 def difference(weight: Tensor, k: int, of: Sequence[str | Mask] = ("snip", "wm"), **inputs: Any) -> Tensor:
-    """Positions of the first mask that no other of several holds with k entries, from its best down (WM-non-overlap of SHiRA, arXiv 2406.13175).
+    """Positions of one mask's best entries that no other mask chooses with k (SHiRA's WM-non-overlap, arXiv 2406.13175).
 
     With one mask twice it is "the next k", as the paper's second non-overlapping WM adapter.
 
-    of: names or functions of masks. Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
+    of: names or functions of masks, the one that chooses first.
+    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
     """
     first, *others = _each(of, weight, inputs)
     taken = _all([choose(k) for choose in others])
@@ -66,7 +67,7 @@ def difference(weight: Tensor, k: int, of: Sequence[str | Mask] = ("snip", "wm")
 
 
 def from_adapter(weight: Tensor, k: int, name: str, adapter: Adapter | None = None) -> Tensor:
-    """Positions that another adapter holds in the tensor of the same name (ours).
+    """Positions of the entries that another adapter holds in the tensor of the same name (ours).
 
     adapter: `functools.partial(masks.from_adapter, adapter=shira.load("poet.safetensors"))`.
     Returns int64 [what it holds], sorted, flat in C order.
@@ -122,7 +123,7 @@ def _fill(at: Callable[[int], Tensor], count: int, limit: int, k: int) -> Tensor
         low, best = high, above
         if best.numel() == k or high == limit:
             return best
-        high = min(2 * high, limit)
+        high = min(max(1, 2 * high), limit)
         above = at(high)
     most, straight = above.numel(), True
     while high - low > 1 and best.numel() < k:

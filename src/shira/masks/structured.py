@@ -21,7 +21,7 @@ def struct(
     diagonal: bool = True,
     avoid: Tensor | None = None,
 ) -> Tensor:
-    """Positions of every f-th row (or column) and of the diagonal (SHiRA §3.1, B.1, arXiv 2406.13175).
+    """Positions of every f-th row (or column) and the diagonal (SHiRA §3.1, B.1, arXiv 2406.13175).
 
     The rows alone are of rank at most their number; the diagonal makes the update of high rank.
 
@@ -56,6 +56,11 @@ def struct(
             f"found {offset}"
         )
     count = _count(rows, columns, frequency, direction, offset, diagonal)
+    if count > k:  # lines beyond the diagonal's end cross it less often
+        raise MaskError(
+            f"struct from offset {offset} needs {count} entries, but the budget is {k}; use a density of at least "
+            f"{count / weight.numel():.6f}"
+        )
     pattern = lines(rows, columns, frequency, direction, count, offset, diagonal).to(weight.device)
     if avoid is None or avoid.numel() == 0:
         return pattern
