@@ -1,6 +1,8 @@
 import functools
 import math
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,3 +264,16 @@ def test_the_adapter_says_how_its_budget_was_shared(tmp_path):
         "overrides": {"2": 0.2},
         "avoid": ["random1"],
     }
+
+
+def test_the_snippets_of_the_page_run(tiny_llama):
+    page = Path(__file__).parents[1] / "docs" / "masks" / "budgets.md"
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(snippets) == 4
+    before, names = all_bits(tiny_llama), {"shira": shira, "torch": torch, "model": tiny_llama, "batches": llama_batches(4)}
+    for snippet in snippets:
+        exec(snippet, names)
+        assert same_bits(before, all_bits(tiny_llama))
+    for name, tensor in names["first"].tensors.items():
+        assert not torch.isin(tensor.indices, names["second"].tensors[name].indices).any()
+    assert names["moved"] > 0
