@@ -142,6 +142,14 @@ def test_entries_in_other_layers_are_no_matter():
     assert entries(trained(model, targets=["0"], avoid=first)) == entries(trained(model, targets=["0"]))
 
 
+def test_a_tied_weight_is_known_by_each_of_its_names():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh(), torch.nn.Linear(5, 5))
+    model[2].weight = model[0].weight
+    full = shira.SparseTensor((5, 5), torch.arange(20), torch.ones(20))
+    with shira.attach(model, density=0.2, avoid=shira.Adapter({"2.weight": full})) as tuner:
+        assert entries(tuner.adapter()) == [("0.weight", i) for i in range(20, 25)]
+
+
 def test_a_total_is_shared_by_what_may_train():
     model = mlp()
     full = shira.SparseTensor((11, 13), torch.arange(140), torch.ones(140))

@@ -97,16 +97,16 @@ class Selector:
 
 
 def entries_of(
-    avoid: Avoid | Iterable[Avoid], tensors: Mapping[str, Tensor], targets: Iterable[str]
+    avoid: Avoid | Iterable[Avoid], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The positions that adapters, or files of them, hold in the targets: tensor name -> int64 [n], sorted, unique; and what
     the adapters are called.
 
-    tensors: all of the model's, by name. Raises BaseMismatch if an adapter names another tensor or shape; FormatError or
+    tensors: all of the model's, by every name they have. Raises BaseMismatch if an adapter names another tensor or shape; FormatError or
     OSError for a file.
     """
     adapters = [avoid] if isinstance(avoid, Adapter | str | os.PathLike) else list(avoid)
-    held: dict[str, list[Tensor]] = {}
+    held: dict[int, list[Tensor]] = {}  # by identity: a tied weight has several names
     labels = []
     for number, given in enumerate(adapters, start=1):
         adapter = given if isinstance(given, Adapter) else load(given)
@@ -119,8 +119,8 @@ def entries_of(
             if tuple(tensors[name].shape) != sparse.shape:
                 found = list(tensors[name].shape)
                 raise BaseMismatch(f"{misfit}: '{name}' has shape {found}, the adapter expects {list(sparse.shape)}")
-            held.setdefault(name, []).append(sparse.indices.cpu().long())
-    return {name: torch.cat(held[name]).unique() for name in targets if name in held}, labels
+            held.setdefault(id(tensors[name]), []).append(sparse.indices.cpu().long())
+    return {name: torch.cat(held[id(weight)]).unique() for name, weight in targets.items() if id(weight) in held}, labels
 
 
 def count_of(positions: Mapping[str, Tensor]) -> dict[str, int]:
