@@ -102,8 +102,8 @@ def entries_of(
     """The positions that adapters, or files of them, hold in the targets: tensor name -> int64 [n], sorted, unique; and what
     the adapters are called.
 
-    tensors: all of the model's, by every name they have. Raises BaseMismatch if an adapter names another tensor or shape; FormatError or
-    OSError for a file.
+    tensors: all of the model's, by every name they have.
+    Raises BaseMismatch if an adapter names another tensor or shape; FormatError or OSError for a file.
     """
     adapters = [avoid] if isinstance(avoid, Adapter | str | os.PathLike) else list(avoid)
     held: dict[int, list[Tensor]] = {}  # by identity: a tied weight has several names
