@@ -129,6 +129,35 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
     assert shira.load("three.safetensors").metadata["mask"]["seed"] == 4
 
 
+def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, folder):
+    line = TRAIN.replace(" --density 0.05", "") + " --data sums.jsonl --calibration 4"
+    assert run(f"{line} --total 200 -o first.safetensors")[0] == 0
+    options = "--mask snip --total 300 --scope model --floor 0.2 --avoid first.safetensors --refresh-every 2 --refresh-cap 1.5"
+    code, _, err = run(f"{line} {options} -o second.safetensors")
+    assert code == 0, err
+    first, second = shira.load("first.safetensors"), shira.load("second.safetensors")
+    assert (first.nnz, second.metadata["training"]["parameters"]) == (200, 300)
+    assert 300 <= second.nnz <= 450
+    for name, tensor in second.tensors.items():
+        assert not torch.isin(tensor.indices, first.tensors[name].indices).any()
+    mask = second.metadata["mask"]
+    assert (mask["total"], mask["scope"], mask["floor"], mask["avoid"]) == (300, "model", 0.2, ["sums"])
+    assert mask["refresh"] == {"times": 1, "cap": 1.5}
+    (folder / "more.yaml").write_text(
+        (folder / "second.yaml").read_text() + "overrides: {down_proj: 0.1, layers.9.*: {rank: 1}}\n"
+    )
+    code, _, err = run("train --config more.yaml --refresh-every 0 -o third.safetensors")
+    assert code == 1 and "TargetError: pattern 'layers.9.*' matches none of" in err
+    (folder / "more.yaml").write_text(
+        (folder / "second.yaml").read_text() + "overrides: {down_proj: 0.1, q_proj: {total: 5}}\n"
+    )
+    assert run("train --config more.yaml --refresh-every 0 -o third.safetensors")[0] == 0
+    third = shira.load("third.safetensors")
+    assert third.nnz == 300
+    assert third.tensors["model.layers.1.mlp.down_proj.weight"].nnz == 96
+    assert third.tensors["model.layers.1.self_attn.q_proj.weight"].nnz == 5
+
+
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
@@ -140,6 +169,13 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
         ("train model --data sums.jsonl --mask snap", 1, "MaskError: unknown mask 'snap'; did you mean 'snip'"),
         ("train model --data sums.jsonl --targets q_prj", 1, "TargetError: .*did you mean 'q_proj'"),
         ("train model --data sums.jsonl --density 2", 1, "MaskError: density must be above 0 and at most 1"),
+        (
+            "train model --data sums.jsonl --total 3 --floor 0.5",
+            1,
+            "MaskError: floor=0.5 has a meaning with scope='model' only",
+        ),
+        ("train model --data sums.jsonl --avoid none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
+        ("train model --data sums.jsonl --refresh-every 2 --refresh-cap 0.5", 1, "TuningError: cap must be a number from 1 on"),
         ("train model --data sums.jsonl -o no/where.safetensors", 1, "FileNotFoundError: there is no folder no"),
         ("train model --data sums.jsonl --like sums.jsonl", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
         ("train model --data sums.jsonl --like none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
@@ -244,3 +280,28 @@ def test_the_training_benchmark_runs_in_small(run):
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert {"frozen", "shira wm", "PEFT LoRA", "PEFT SHiRA"} <= rows[0]["ms"].keys()
     assert len({rows[0]["parameters"][name] for name in ("shira wm", "PEFT LoRA", "PEFT SHiRA")}) == 1
+
+
+def test_masks_lists_the_catalogue(run):
+    code, out, _ = run("masks")
+    assert code == 0 and all(name in out for name in ("struct", "wanda", "activations", "2506.00772"))
+    rows = json.loads(run("masks --json")[1])
+    assert [row["name"] for row in rows] == [info.name for info in shira.masks.available()]
+    assert rows[-4] == {
+        "name": "union",
+        "meaning": "entries that any of several masks chooses, each asked for equally many",
+        "source": "ours",
+        "needs": ["weight", "gradient"],
+        "options": {"of": ["wm", "snip"]},
+    }
+
+
+def test_train_with_options_of_a_mask(run, folder):
+    code, _, err = run(f"{TRAIN} --data sums.jsonl --mask nm:by=snip,n=1,m=8 --calibration 12 -o nm.safetensors")
+    assert code == 0, err
+    assert "calibrating" in err and "3/3" in err and "4/4" in err
+    recorded = shira.load("nm.safetensors").metadata["mask"]
+    assert recorded["options"] == {"by": "snip", "n": 1, "m": 8}
+    assert recorded["calibration"]["batches"] == 3 and recorded["calibration"]["examples"] == 12
+    code, _, err = run(f"{TRAIN} --data sums.jsonl --mask nm:bye=snip")
+    assert code == 1 and "'bye=snip' is no option=value; did you mean 'by'" in err

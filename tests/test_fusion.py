@@ -118,7 +118,7 @@ def test_strengths_by_pattern():
 @pytest.mark.parametrize(
     ("strength", "words"),
     [
-        ({"*": 1.0, "0.wight": 0.5}, "'?a'?: the pattern '0.wight' fits none of its tensors; did you mean '0.weight'"),
+        ({"*": 1.0, "0.wight": 0.5}, "'?a'?: pattern '0.wight' matches none of"),
         ({"0.*": 1.0}, "'?a'?: no pattern fits '2.weight'; begin with \"\\*\""),
         ({"*": float("nan")}, r"the strength of 'a' for '\*' must be a finite number, found nan"),
         ({"*": float("inf")}, "finite number, found inf"),

@@ -176,7 +176,7 @@ def test_a_users_own_mask_may_answer_in_any_order_or_as_booleans():
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        ("wn", "unknown mask 'wn'; did you mean 'wm'"),
+        ("wn", "unknown mask 'wn'; did you mean .*'wm'"),
         (3, "a name or a function"),
         (lambda weight, k, mood: weight, "asks for 'mood'"),
         (lambda weight, k: torch.tensor([1, 1]), "'w'.*a position twice"),
@@ -197,6 +197,26 @@ def test_a_bad_mask_is_refused_with_the_tensors_name(mask, words):
 
 def test_the_catalogue_says_what_each_mask_is_and_needs():
     catalogue = {info.name: info for info in masks.available()}
-    assert list(catalogue) == ["struct", "rand", "wm", "grad", "snip"]
-    assert all("2406.13175" in info.meaning for info in catalogue.values())
+    assert list(catalogue)[:5] == ["struct", "rand", "wm", "grad", "snip"]
+    assert all("2406.13175" in catalogue[name].source for name in list(catalogue)[:5])
+    assert all(info.source and len(info.meaning) < 110 and not info.meaning.endswith(".") for info in catalogue.values())
     assert catalogue["snip"].needs == ("weight", "gradient")
+    assert catalogue["block"].options == {"size": 16, "by": "wm"}
+    assert masks.SCORES.keys() <= catalogue.keys()
+
+
+@pytest.mark.parametrize("name", sorted(masks.SCORES))
+def test_a_mask_with_a_score_takes_its_top_k(name):
+    generator = torch.Generator().manual_seed(3)
+    inputs = {key: torch.randn(7, 9, generator=generator) for key in ("weight", "gradient", "squared_gradient")}
+    inputs |= {"activations": torch.rand(9, generator=generator), "seed": 5}
+    mask, score = masks.CATALOGUE[name], masks.SCORES[name]
+    scores = score(**{key: inputs[key] for key in masks.needs(score)})
+    assert scores.dtype == torch.float32 and scores.shape == (7, 9)
+    chosen = mask(**{key: inputs[key] for key in masks.needs(mask) if key != "k"}, k=10)
+    assert torch.equal(chosen, masks.top_k(scores, 10))
+
+
+def test_wm_may_take_the_smallest():
+    weight = torch.tensor([[3.0, -1.0], [0.5, -4.0]])
+    assert masks.wm(weight, 2, bottom=True).tolist() == [1, 2]

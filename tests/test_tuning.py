@@ -8,7 +8,6 @@ from torch import nn
 import shira
 from conftest import all_bits, bits, llama_batches, mlp, mlp_batches, mlp_loss, same_bits
 from shira import DataError, MaskError, TargetError, TuningError
-from shira.calibration import stream_gradients
 
 MASKS = {"struct": 0.3, "rand": 0.1, "wm": 0.1, "grad": 0.1, "snip": 0.1}
 
@@ -361,75 +360,6 @@ def test_diverged_training_is_said_so():
     with attach(model) as tuner, pytest.raises(TuningError, match=r"'0.weight' went wrong.*finite.*lower learning rate"):
         train(model, tuner, optimizer=torch.optim.SGD, lr=float("inf"))
     assert same_bits(before, all_bits(model))
-
-
-def test_calibration_hands_out_the_gradient_of_the_sum_and_leaves_no_trace():
-    model = mlp()
-    model[2].weight.requires_grad_(False)
-    model[0].bias.grad = torch.full((11,), 7.0)
-    batches = mlp_batches(3)
-    dense = mlp()
-    for batch in batches:
-        mlp_loss(dense, batch).backward()
-    received = {}
-    weights = {"0.weight": model[0].weight, "2.weight": model[2].weight}
-
-    def receive(name, gradient):
-        assert name not in received
-        received[name] = gradient.clone()
-
-    for loss_count in (1, 3):  # a list, or a stream that can be read once
-        received.clear()
-        stream_gradients(model, weights, iter(batches) if loss_count == 1 else batches, receive, mlp_loss)
-        for name, gradient in received.items():
-            torch.testing.assert_close(gradient, dense.get_parameter(name).grad)
-        assert received.keys() == weights.keys()
-    assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
-    assert torch.equal(model[0].bias.grad, torch.full((11,), 7.0))
-    assert model[0].weight.grad is None
-
-
-def test_calibration_on_one_batch_holds_one_gradient_at_a_time():
-    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
-    weights = {f"{i}.weight": layer.weight for i, layer in enumerate(model)}
-    held = []
-
-    def receive(name, gradient):
-        held.append(sum(w.grad is not None for w in weights.values()))
-
-    stream_gradients(model, weights, [torch.ones(2, 6)], receive, lambda m, batch: m(batch).sum())
-    assert held == [0] * 5
-
-
-def test_calibration_takes_gradients_that_the_last_batch_does_not_reach():
-    model = mlp()
-    weights = {"0.weight": model[0].weight, "2.weight": model[2].weight}
-    received = {}
-
-    def loss_fn(model, batch):
-        return model(torch.ones(1, 13)).sum() if batch == "both" else model[0](torch.ones(1, 13)).sum()
-
-    stream_gradients(model, weights, ["both", "first"], lambda name, g: received.update({name: g.clone()}), loss_fn)
-    assert received.keys() == weights.keys()
-    dense = mlp()
-    (loss_fn(dense, "both") + loss_fn(dense, "first")).backward()
-    for name, gradient in received.items():
-        torch.testing.assert_close(gradient, dense.get_parameter(name).grad)
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "words"),
-    [
-        (lambda model, batch: mlp_loss(model, batch) * float("nan"), r"batch 1.*finite number, found nan"),
-        (lambda model, batch: model(batch[0]), r"one finite number"),
-        (lambda model, batch: model[0](batch[0]).sum(), r"no gradient.*'2.weight'"),
-    ],
-)
-def test_calibration_that_cannot_work(loss_fn, words):
-    model = mlp()
-    with pytest.raises(MaskError, match=words):
-        shira.attach(model, mask="snip", calibration=mlp_batches(2), loss_fn=loss_fn)
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_the_adapter_says_where_it_comes_from(tiny_llama):

@@ -1,7 +1,13 @@
-"""Gradients of the calibration loss, handed out one tensor at a time."""
+"""What a mask is told of the model on data: gradients, squared gradients, activations, handed out one tensor at a time.
+
+Sums over several batches are float32, whatever the model's dtype: in bfloat16 a sum stops growing once a gradient is less
+than 1/512 of it. All targets' sums at once would cost a model's size, so the targets are taken in groups whose sums fit a
+limit, each group in passes of its own over the batches. With one batch nothing is summed and one pass does it all.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +15,13 @@ from torch import Tensor, nn
 
 from .errors import DataError, MaskError
 
-__all__ = ["LossFn", "model_loss", "stream_gradients"]
+__all__ = ["LEAST_MEMORY", "LossFn", "Progress", "calibrate", "model_loss"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+Progress = Callable[[int, int], None]  # (batches done, batches in all)
+Receive = Callable[[str, dict[str, Tensor]], None]
+
+LEAST_MEMORY = 256 * 2**20  # bytes that sums may always take
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -19,80 +29,208 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
     Raises DataError if the batch is no mapping or the model returns no loss.
     """
-    if not isinstance(batch, Mapping):
-        raise DataError(f"a batch must be a mapping of the model's arguments, found {type(batch).__name__}; or pass loss_fn=")
-    device = next(model.parameters()).device
-    output = model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-    loss = getattr(output, "loss", None)
+    loss = getattr(_output(model, batch), "loss", None)
     if not isinstance(loss, Tensor):
         raise DataError("the model returned no loss; put 'labels' into the batch, or pass loss_fn=")
     return loss
 
 
-def stream_gradients(
+def calibrate(
     model: nn.Module,
     weights: Mapping[str, nn.Parameter],
     batches: Iterable[Any],
-    receive: Callable[[str, Tensor], None],
+    receive: Receive,
+    *,
+    statistics: Sequence[str] = ("gradient",),
     loss_fn: LossFn | None = None,
-) -> None:
-    """Call `receive(name, gradient)` once for each weight: the gradient of the loss summed over all batches.
+    memory: int = LEAST_MEMORY,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Call `receive(tensor name, {statistic: Tensor})` once for each weight; what it does not keep is dropped.
 
-    During the last backward pass each gradient is handed out as soon as it is whole and dropped right after. With one
-    batch no two full gradients exist at a time; with several, those of the earlier batches add up in the weights' dtype,
-    as in any backward pass. No optimizer state, no copy of a weight. The model runs in the mode (train or eval) it is in,
-    and afterwards has its gradients and `requires_grad` flags as before.
+    statistics, any of
+        "gradient": of the loss summed over the batches, float32, the weight's shape;
+        "squared_gradient": the square of each batch's gradient, mean over the batches, float32, the weight's shape;
+        "activations": for each input feature of the layers that compute with the weight, the 2-norm over all tokens,
+            float32 [in]. Tokens that a batch's "attention_mask" hides do not count.
+    batches: read once into a list, and run once for each group of weights.
+    loss_fn(model, batch): by default `model(**batch).loss`; for activations alone no loss is needed.
+    memory: bytes that the sums of a group may take; one weight is the least a group holds.
+    progress(done, total) is called after each batch.
 
-    Raises MaskError if there is no batch, a loss is not finite, or a weight gets no gradient.
+    Returns what was done, for an adapter's metadata. The model runs in the mode (train or eval) it is in, and afterwards
+    has its gradients and `requires_grad` flags as before. Raises MaskError if there is no batch, a loss is not finite, or a
+    weight gets no gradient or no input.
     """
-    loss_fn = loss_fn or model_loss
-    waiting = {id(weight): name for name, weight in weights.items()}
+    batches = list(batches)
+    if not batches:
+        raise MaskError("calibration holds no batch")
+    of_gradients = [name for name in statistics if name != "activations"]
+    groups = _groups(weights, 4 * len(of_gradients), memory if len(batches) > 1 else None) if of_gradients else []
+    passes = len(groups) + ("activations" in statistics)
+    done = 0
 
-    def hand_out(weight: Tensor) -> None:
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, passes * len(batches))
+
+    with _frozen(model):
+        norms = _activations(model, weights, batches, loss_fn, count) if "activations" in statistics else {}
+        for group in groups:
+            _gradients(
+                model,
+                group,
+                batches,
+                lambda name, found: receive(name, found | ({"activations": norms[name]} if norms else {})),
+                of_gradients,
+                loss_fn or model_loss,
+                count,
+            )
+    if not of_gradients:
+        for name in weights:
+            receive(name, {"activations": norms[name]})
+    return {"statistics": list(statistics), "batches": len(batches)} | _size(batches)
+
+
+def _gradients(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Sequence[Any],
+    receive: Receive,
+    statistics: Sequence[str],
+    loss_fn: LossFn,
+    count: Callable[[], None],
+) -> None:
+    """Hand out the gradients of these weights: of one batch each as soon as the backward pass has it, else when all are summed,
+    since ranking takes memory, too, and the backward pass has given back its own by then."""
+    sums: dict[str, dict[str, Tensor]] = {}
+    waiting = set(weights)
+
+    def hand_out(name: str) -> None:
+        waiting.remove(name)
+        found = sums.pop(name)
+        if "squared_gradient" in found:
+            found["squared_gradient"] /= len(batches)
+        receive(name, found)
+
+    def take(weight: Tensor, name: str) -> None:
         gradient, weight.grad = weight.grad, None
-        if gradient is not None and id(weight) in waiting:
-            receive(waiting.pop(id(weight)), gradient)
+        if gradient is not None:
+            _add(sums.setdefault(name, {}), gradient, statistics)
+            if len(batches) == 1:
+                hand_out(name)
 
-    with _only_these_train(model, weights), contextlib.ExitStack() as hooks:
-        for number, (batch, is_last) in enumerate(_mark_last(batches), start=1):
-            if is_last:
-                for weight in weights.values():
-                    hooks.callback(weight.register_post_accumulate_grad_hook(hand_out).remove)
+    with contextlib.ExitStack() as undo:
+        for name, weight in weights.items():
+            weight.requires_grad_(True)
+            undo.callback(weight.requires_grad_, False)
+            undo.callback(weight.register_post_accumulate_grad_hook(partial(take, name=name)).remove)
+        for number, batch in enumerate(batches, start=1):
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
                 if loss.numel() != 1 or not bool(torch.isfinite(loss)):
                     raise MaskError(f"the loss of calibration batch {number} must be one finite number, found {loss.tolist()}")
-                loss.backward()
-        for weight in weights.values():  # one that the last batch did not reach, as an expert may be
-            hand_out(weight)
+                if loss.requires_grad:  # else the batch reaches none of these weights
+                    loss.backward()
+            del loss
+            count()
+    for name in list(sums):
+        hand_out(name)
     if waiting:
-        names = sorted(waiting.values())
-        raise MaskError(f"{len(names)} tensors got no gradient from the calibration batches, the first is '{names[0]}'")
+        raise MaskError(f"{len(waiting)} tensors got no gradient from the calibration batches, the first is '{min(waiting)}'")
 
 
-def _mark_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each batch with whether it is the last."""
-    iterator = iter(batches)
-    try:
-        current = next(iterator)
-    except StopIteration:
-        raise MaskError("calibration holds no batch") from None
-    for following in iterator:
-        yield current, False
-        current = following
-    yield current, True
+def _add(sums: dict[str, Tensor], gradient: Tensor, statistics: Sequence[str]) -> None:
+    """Add one batch's gradient, and its square, to float32 sums. The gradient is used up."""
+    if "squared_gradient" in statistics:
+        wide = gradient.float()
+        if "squared_gradient" in sums:
+            sums["squared_gradient"].addcmul_(wide, wide)
+        else:
+            sums["squared_gradient"] = wide.square()
+    if "gradient" in statistics:
+        sums["gradient"] = sums["gradient"].add_(gradient) if "gradient" in sums else gradient.float()
+
+
+def _activations(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Sequence[Any],
+    loss_fn: LossFn | None,
+    count: Callable[[], None],
+) -> dict[str, Tensor]:
+    """The 2-norm of each input feature of the layers that compute with these weights; sums of squares in float64."""
+    names = {id(weight): name for name, weight in weights.items()}
+    squares: dict[str, Tensor] = {}
+    shown: Tensor | None = None  # which tokens of the batch count, bool [batch, tokens]
+
+    def look(_module: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
+        tokens = inputs[0].detach()
+        hidden = shown is not None and shown.shape == tokens.shape[:-1]
+        tokens = tokens[shown] if hidden else tokens.reshape(-1, tokens.shape[-1])
+        norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
+        squares[name] = squares.get(name, 0) + norms.double().square()
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for module in model.modules():
+            name = names.get(id(module._parameters.get("weight")))
+            if name is not None:
+                hooks.callback(module.register_forward_pre_hook(partial(look, name=name)).remove)
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            shown = mask.to(next(model.parameters()).device).bool() if isinstance(mask, Tensor) else None
+            loss_fn(model, batch) if loss_fn is not None else _output(model, batch)
+            count()
+    missing = sorted(weights.keys() - squares.keys())
+    if missing:
+        raise MaskError(f"{len(missing)} tensors saw no input from the calibration batches, the first is '{missing[0]}'")
+    return {name: total.sqrt().float() for name, total in squares.items()}
+
+
+def _groups(weights: Mapping[str, nn.Parameter], entry_bytes: int, memory: int | None) -> list[dict[str, nn.Parameter]]:
+    """The weights in their order, in groups whose sums fit the memory, at least one each; in one group if it is None."""
+    groups: list[dict[str, nn.Parameter]] = []
+    held = 0
+    for name, weight in weights.items():
+        needed = entry_bytes * weight.numel()
+        if not groups or (memory is not None and held + needed > memory):
+            groups.append({})
+            held = 0
+        groups[-1][name] = weight
+        held += needed
+    return groups
+
+
+def _output(model: nn.Module, batch: Any) -> Any:
+    """What the model returns for a batch of its arguments, moved to its device."""
+    if not isinstance(batch, Mapping):
+        raise DataError(f"a batch must be a mapping of the model's arguments, found {type(batch).__name__}; or pass loss_fn=")
+    device = next(model.parameters()).device
+    return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+
+
+def _size(batches: Sequence[Any]) -> dict[str, int]:
+    """How many examples and tokens the batches hold, where that can be known."""
+    if not all(isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor) for batch in batches):
+        return {}
+    masks = [batch.get("attention_mask") for batch in batches]
+    tokens = [
+        int(mask.sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
+        for batch, mask in zip(batches, masks, strict=True)
+    ]
+    return {"examples": sum(len(batch["input_ids"]) for batch in batches), "tokens": sum(tokens)}
 
 
 @contextlib.contextmanager
-def _only_these_train(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Require gradients of these weights alone; put flags and gradients back afterwards."""
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient or has one; afterwards flags and gradients are as before."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         model.requires_grad_(False)
         for parameter, _, _ in before:
             parameter.grad = None
-        for weight in weights.values():
-            weight.requires_grad_(True)
         yield
     finally:
         for parameter, flag, gradient in before:

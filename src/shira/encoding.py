@@ -110,8 +110,9 @@ def _draw(rule: Mapping[str, Any], shape: tuple[int, ...], count: int) -> Tensor
             case {"mask": "rand", "seed": int(seed), **rest} if not rest and 0 <= seed < 2**63 and count <= _numel(shape):
                 return masks.draw(_numel(shape), count, seed)
             case {"mask": "struct", "direction": "rows" | "columns" as direction, "frequency": int(frequency), **rest}:
-                if not rest and len(shape) == 2 and frequency > 0:
-                    return masks.lines(shape[0], shape[1], frequency, direction, count)
+                offset, diagonal = rest.pop("offset", 0), rest.pop("diagonal", True)
+                if not rest and len(shape) == 2 and type(offset) is int and 0 <= offset < frequency and type(diagonal) is bool:
+                    return masks.lines(shape[0], shape[1], frequency, direction, count, offset, diagonal)
     except MaskError:
         return None
     return None

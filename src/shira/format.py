@@ -102,10 +102,15 @@ def _rules(adapter: Adapter, name: str, tensor: SparseTensor) -> list[dict[str, 
     if mask.get("name") == "rand" and isinstance(mask.get("seed"), int):
         return [{"mask": "rand", "seed": masks.seed_of(mask["seed"], name)}]
     if mask.get("name") == "struct" and len(tensor.shape) == 2 and tensor.nnz:
+        options = mask.get("options") or {}
+        offset, diagonal = options.get("offset", 0), options.get("diagonal", True) is not False
+        if type(offset) is not int or offset < 0:
+            return []
+        further = ({"offset": offset} if offset else {}) | ({} if diagonal else {"diagonal": False})
         return [
-            {"mask": "struct", "direction": direction, "frequency": frequency}
+            {"mask": "struct", "direction": direction, "frequency": frequency} | further
             for direction in ("rows", "columns")
-            for frequency in masks.frequencies(tensor.shape[0], tensor.shape[1], direction, tensor.nnz)
+            for frequency in masks.frequencies(tensor.shape[0], tensor.shape[1], direction, tensor.nnz, offset, diagonal)
         ]
     return []
 

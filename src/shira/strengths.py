@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
-from .errors import AdapterError, did_you_mean
+from .errors import AdapterError, TargetError
+from .targets import by_pattern
 
 __all__ = ["Fixed", "Strength", "as_given", "check_strengths", "strengths_of"]
 
@@ -38,18 +38,19 @@ def as_given(strength: Fixed) -> float | dict[str, float]:
 
 
 def strengths_of(label: str, strength: Fixed, names: Iterable[str]) -> dict[str, float]:
-    """Tensor name -> strength. Of the patterns that fit a name (`*`, `?`, `[…]`, as in file names) the last one counts.
+    """Tensor name -> strength: of the patterns that mean a name (`targets.by_pattern`) the last one counts.
 
-    label: what to call the adapter in a message. Raises AdapterError for a pattern that fits no name, and for a name that no
-    pattern fits: a slip of the pen is then no strength of 0 or 1.
+    label: what to call the adapter in a message. Raises AdapterError for a pattern that means no name, and for a name that no
+    pattern means: a slip of the pen is then no strength of 0 or 1.
     """
+    names = list(names)
     if isinstance(strength, float):
         return dict.fromkeys(names, strength)
-    found = {name: [value for pattern, value in strength if fnmatchcase(name, pattern)] for name in names}
-    for pattern, _ in strength:
-        if not any(fnmatchcase(name, pattern) for name in found):
-            raise AdapterError(f"{label}: the pattern {pattern!r} fits none of its tensors; {did_you_mean(pattern, found)}")
-    for name, values in found.items():
-        if not values:
+    try:
+        found = by_pattern(names, dict(strength))
+    except TargetError as error:
+        raise AdapterError(f"{label}: {error}") from error
+    for name in names:
+        if name not in found:
             raise AdapterError(f"{label}: no pattern fits '{name}'; begin with \"*\" to say what holds for the rest")
-    return {name: values[-1] for name, values in found.items()}
+    return found

@@ -27,8 +27,8 @@ errors = Console(stderr=True)
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on stderr; yields update(done, note)."""
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; yields update(done, note), or update(done, note, what, total) for the next stage."""
     with Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -41,7 +41,16 @@ def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
     ) as bar:
         task = bar.add_task(what, total=total, note="")
 
-        def update(done: int, note: str = "") -> None:
+        stage = what
+
+        def update(done: int, note: str = "", what: str | None = None, total: int | None = None) -> None:
+            nonlocal stage, task
+            if what is not None and what != stage:
+                stage = what
+                if bar.tasks[-1].completed:
+                    task = bar.add_task(what, total=total, note="")
+                else:
+                    bar.reset(task, description=what, total=total)
             bar.update(task, completed=done, note=note)
 
         yield update

@@ -2,158 +2,147 @@
 
 It says what it needs by the names of its arguments, and is called with just those:
 
-    weight      Tensor, the base weight, [out, in]
-    k           int, the budget: how many entries may train
-    gradient    Tensor, of the loss summed over the calibration batches, the weight's shape (makes `calibration` a must)
-    seed        int, one for each (seed, tensor name), so that two layers of one shape differ
+    weight             Tensor, the base weight, [out, in]
+    k                  int, the budget: how many entries may train
+    gradient           Tensor, of the loss summed over the calibration batches, the weight's shape
+    squared_gradient   Tensor, of each calibration batch's loss, squared, mean over the batches, the weight's shape
+    activations        Tensor, the 2-norm of each input feature over the calibration tokens, [in]
+    seed               int, one for each (seed, tensor name), so that two layers of one shape differ
+    name               str, the tensor's name
+    avoid              int64 [any], sorted flat positions that must not train, as other adapters hold them; mostly empty
 
 and returns positions, integers [at most k] in any order, flat in C order; or a boolean tensor of the weight's shape.
-Other arguments need defaults; set them with `functools.partial`:
+`gradient`, `squared_gradient` and `activations` make `calibration` a must. Other arguments need defaults; set them with
+`functools.partial`, or in a name, as on the command line:
 
     shira.attach(model, mask=functools.partial(shira.masks.struct, direction="columns"))
+    shira.attach(model, mask="block:by=snip,size=8", calibration=batches)
     shira.attach(model, mask=lambda weight, k: weight.flatten().abs().topk(k, largest=False).indices)
+
+A mask with an argument `by` (a score) or `of` (masks) is given, as further keywords, what these need.
+
+What holds for every mask of the catalogue: scores are taken in float32; among equal scores the first positions win; NaN is
+refused; entries beyond the budget are never given. struct, block, wanda and lift need a matrix, the others take any shape.
 """
 
-import hashlib
 import inspect
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+import re
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from ..errors import MaskError, did_you_mean
-from .gradient import grad, snip
-from .magnitude import wm
+from .activation import wanda, wanda_scores
+from .budgets import Plan, Pool, budget, plan, share_out
+from .gradient import fisher, fisher_scores, grad, grad_scores, snip, snip_scores
+from .lowrank import lift, lift_scores
+from .magnitude import wm, wm_scores
+from .patterns import block, nm
+from .selecting import (
+    CALIBRATED,
+    CATALOGUE,
+    SCORES,
+    Mask,
+    Score,
+    needs,
+    options_of,
+    ranked,
+    resolve,
+    score,
+    score_of,
+    seed_of,
+    select,
+)
+from .sets import difference, from_adapter, intersection, union
 from .structured import frequencies, lines, struct
 from .topk import top_k
 from .uniform import draw, rand
 
 __all__ = [
+    "CALIBRATED",
+    "CATALOGUE",
+    "SCORES",
     "Mask",
     "MaskInfo",
+    "Plan",
+    "Pool",
+    "Score",
     "available",
+    "block",
     "budget",
+    "difference",
     "draw",
+    "fisher",
     "frequencies",
+    "from_adapter",
     "grad",
+    "intersection",
+    "lift",
     "lines",
     "needs",
+    "nm",
+    "options_of",
+    "plan",
     "rand",
+    "ranked",
     "resolve",
+    "score",
+    "score_of",
     "seed_of",
     "select",
+    "share_out",
     "snip",
     "struct",
     "top_k",
+    "union",
+    "wanda",
     "wm",
 ]
 
-Mask = Callable[..., Tensor]
-
-INPUTS = ("weight", "k", "gradient", "seed")
-CATALOGUE: dict[str, Mask] = {"struct": struct, "rand": rand, "wm": wm, "grad": grad, "snip": snip}
+SCORES |= {
+    "wm": wm_scores,
+    "grad": grad_scores,
+    "snip": snip_scores,
+    "fisher": fisher_scores,
+    "wanda": wanda_scores,
+    "lift": lift_scores,
+}
+CATALOGUE |= {
+    "struct": struct,
+    "rand": rand,
+    "wm": wm,
+    "grad": grad,
+    "snip": snip,
+    "fisher": fisher,
+    "wanda": wanda,
+    "lift": lift,
+}
+CATALOGUE |= {"block": block, "nm": nm}
+CATALOGUE |= {"union": union, "intersection": intersection, "difference": difference, "from_adapter": from_adapter}
 
 
 class MaskInfo(NamedTuple):
-    """A line of the catalogue."""
+    """A line of the catalogue. needs: what it is told beside a budget; options: with their defaults."""
 
     name: str
     meaning: str
+    source: str
     needs: tuple[str, ...]
+    options: dict[str, object]
 
 
 def available() -> list[MaskInfo]:
-    """The catalogue: each mask's name, what it selects with its source, and what it needs beside a budget."""
-    return [
-        MaskInfo(
-            name, (inspect.getdoc(mask) or "").split("\n\n")[0].replace("\n", " "), tuple(n for n in needs(mask) if n != "k")
-        )
-        for name, mask in CATALOGUE.items()
-    ]
+    """The catalogue: each mask's name, what it selects, who proposed it, what it needs beside a budget, and its options."""
+    return [_info(name, mask) for name, mask in CATALOGUE.items()]
 
 
-def resolve(mask: str | Mask) -> tuple[str, Mask]:
-    """A mask's name and function. Raises MaskError for an unknown name or a function of another form."""
-    if isinstance(mask, str):
-        if mask not in CATALOGUE:
-            raise MaskError(f"unknown mask {mask!r}; {did_you_mean(mask, CATALOGUE)}")
-        return mask, CATALOGUE[mask]
-    if not callable(mask):
-        raise MaskError(f"mask must be a name or a function, found {type(mask).__name__}")
-    needs(mask)
-    inner = mask.func if isinstance(mask, partial) else mask
-    return getattr(inner, "__name__", type(inner).__name__), mask
-
-
-def needs(mask: Mask) -> tuple[str, ...]:
-    """Which of weight, k, gradient and seed a mask asks for. Raises MaskError if it asks for anything else."""
-    wanted = []
-    for parameter in inspect.signature(mask).parameters.values():
-        if parameter.name in INPUTS:
-            wanted.append(parameter.name)
-        elif parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise MaskError(f"a mask may ask for {', '.join(INPUTS)}; {mask!r} asks for {parameter.name!r}")
-    return tuple(wanted)
-
-
-def budget(shape: tuple[int, ...], *, density: float | None = None, rank: int | None = None) -> int:
-    """How many entries of a tensor may train: density · entries, or the rank · (out + in) of a LoRA of that rank.
-
-    Raises MaskError unless exactly one is given, 0 < density ≤ 1, rank ≥ 1, and the rank's count fits the tensor.
-    """
-    if (density is None) == (rank is None):
-        raise MaskError(f"give density or rank, one of them; found density={density}, rank={rank}")
-    numel = torch.Size(shape).numel()
-    if rank is not None:
-        if rank < 1 or len(shape) != 2 or rank * sum(shape) > numel:
-            raise MaskError(f"rank must be from 1 to {numel // max(1, sum(shape))} for shape {list(shape)}, found {rank}")
-        return rank * sum(shape)
-    if not 0 < float(density or 0) <= 1:
-        raise MaskError(f"density must be above 0 and at most 1, found {density}")
-    return max(1, round(float(density or 0) * numel))
-
-
-def select(mask: str | Mask, name: str, weight: Tensor, k: int, *, gradient: Tensor | None = None, seed: int = 0) -> Tensor:
-    """Run a mask on one tensor and check what it returns.
-
-    name: the tensor's name; with `seed` it seeds the mask. Returns int64 [at most k], sorted, on the weight's device.
-    Raises MaskError that names the tensor.
-    """
-    label, function = resolve(mask)
-    wanted = needs(function)
-    if "gradient" in wanted and gradient is None:
-        raise MaskError(f"mask {label!r} needs gradients: pass calibration=, an iterable of batches")
-    inputs: dict[str, Any] = {"weight": weight, "k": k, "gradient": gradient, "seed": seed_of(seed, name)}
-    try:
-        with torch.no_grad():
-            return _positions(function(**{key: inputs[key] for key in wanted}), weight, k)
-    except MaskError as error:
-        raise MaskError(f"mask {label!r} on tensor '{name}': {error}") from error
-
-
-def _positions(answer: Any, weight: Tensor, k: int) -> Tensor:
-    """Positions in the one form, int64 and sorted, from a mask's answer."""
-    if not isinstance(answer, Tensor) or answer.dtype not in (torch.bool, torch.int32, torch.int64):
-        found = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
-        raise MaskError(f"expected a tensor of integer positions or a boolean mask, found {found}")
-    if answer.dtype == torch.bool:
-        if answer.shape != weight.shape:
-            raise MaskError(f"expected a boolean mask of shape {list(weight.shape)}, found {list(answer.shape)}")
-        answer = answer.reshape(-1).nonzero()
-    indices: Tensor = answer.to(weight.device, torch.int64).reshape(-1).sort().values
-    if indices.numel() > k:
-        raise MaskError(f"the budget is {k} positions, it returned {indices.numel()}")
-    if indices.numel() == 0:
-        raise MaskError("it returned no position; raise the density")
-    if bool((indices[1:] == indices[:-1]).any()):
-        raise MaskError("it returned a position twice")
-    if int(indices[0]) < 0 or int(indices[-1]) >= weight.numel():
-        raise MaskError(f"positions must be from 0 to {weight.numel() - 1}, found {int(indices[0])} to {int(indices[-1])}")
-    return indices
-
-
-def seed_of(seed: int, name: str) -> int:
-    """A seed from 0 to 2⁶³ - 1 for one tensor."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8], "big") >> 1
+def _info(name: str, mask: Mask) -> MaskInfo:
+    """The first line of a mask's docstring is its meaning, with the source in parentheses at its end."""
+    first = (inspect.getdoc(mask) or "").split("\n\n")[0].replace("\n", " ")
+    found = re.fullmatch(r"(.*) \((.*)\)\.", first)
+    meaning, source = found.groups() if found else (first, "")
+    wanted = needs(mask)
+    options = {
+        p.name: p.default
+        for p in inspect.signature(mask).parameters.values()
+        if p.name not in wanted and p.default is not p.empty and p.kind is not p.VAR_KEYWORD
+    }
+    meaning = meaning.removeprefix("Positions of ")
+    return MaskInfo(name, meaning, source, tuple(n for n in wanted if n not in ("k", "avoid")), options)

@@ -1,10 +1,10 @@
-"""Grad and SNIP: the entries that the calibration loss is most sensitive to."""
+"""Grad, SNIP and Fisher: the entries that the calibration loss is most sensitive to."""
 
 from torch import Tensor
 
 from .topk import top_k
 
-__all__ = ["grad", "snip"]
+__all__ = ["fisher", "fisher_scores", "grad", "grad_scores", "snip", "snip_scores"]
 
 
 def grad(gradient: Tensor, k: int) -> Tensor:
@@ -13,7 +13,12 @@ def grad(gradient: Tensor, k: int) -> Tensor:
     gradient: of the loss summed over the calibration batches, any shape, any floating dtype.
     Returns int64 [k], sorted, flat in C order. Raises MaskError if k exceeds the number of entries.
     """
-    return top_k(gradient.detach().abs(), k)
+    return top_k(grad_scores(gradient), k)
+
+
+def grad_scores(gradient: Tensor) -> Tensor:
+    """|gradient|, float32."""
+    return gradient.detach().abs().float()
 
 
 def snip(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
@@ -22,4 +27,26 @@ def snip(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
     weight, gradient: one shape, any floating dtype; scores are taken in float32.
     Returns int64 [k], sorted, flat in C order. Raises MaskError if k exceeds the number of entries.
     """
-    return top_k((weight.detach().float() * gradient.detach().float()).abs(), k)
+    return top_k(snip_scores(weight, gradient), k)
+
+
+def snip_scores(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|weight · gradient|, float32."""
+    return (weight.detach().float() * gradient.detach().float()).abs_()
+
+
+def fisher(squared_gradient: Tensor, k: int) -> Tensor:
+    """Positions of the k entries with the largest mean squared gradient (FISH, arXiv 2111.09839; RoSA, 2401.04679).
+
+    The empirical Fisher information: unlike in `grad`, gradients of different sign do not cancel. FISH takes the mean over
+    single examples: pass batches of one for that. Larger batches are cheaper, and noise cancels within each of them.
+
+    squared_gradient: of each calibration batch's loss, squared, mean over the batches; float32, any shape.
+    Returns int64 [k], sorted, flat in C order. Raises MaskError if k exceeds the number of entries.
+    """
+    return top_k(fisher_scores(squared_gradient), k)
+
+
+def fisher_scores(squared_gradient: Tensor) -> Tensor:
+    """The mean squared gradient, float32."""
+    return squared_gradient.detach().float()

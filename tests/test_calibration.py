@@ -1,0 +1,254 @@
+"""Calibration: what it hands out, that it leaves no trace, and what it costs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import shira
+from conftest import llama_batches, mlp, mlp_batches, mlp_loss
+from shira import DataError, MaskError
+from shira.calibration import calibrate
+
+BOTH = ("gradient", "squared_gradient")
+
+
+def weights_of(model):
+    return {name: p for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 2}
+
+
+def collect(model, batches, loss_fn=mlp_loss, **options):
+    """All that calibration hands out, and what it says of itself."""
+    received = {}
+
+    def receive(name, statistics):
+        assert name not in received
+        received[name] = {key: value.clone() for key, value in statistics.items()}
+
+    summary = calibrate(model, weights_of(model), batches, receive, loss_fn=loss_fn, **options)
+    return received, summary
+
+
+def per_batch(model, batches):
+    """The oracle: each batch's gradient of each weight, float64."""
+    found = {name: [] for name in weights_of(model)}
+    for batch in batches:
+        model.zero_grad()
+        mlp_loss(model, batch).backward()
+        for name, weight in weights_of(model).items():
+            found[name].append(weight.grad.double())
+    return found
+
+
+@pytest.mark.parametrize("memory", [0, 4 * 13 * 11 + 1, 2**30])
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients_are_the_sum_and_the_mean_square_in_any_grouping(memory, count):
+    batches = mlp_batches(count)
+    expected = per_batch(mlp(), batches)
+    received, summary = collect(mlp(), iter(batches), statistics=BOTH, memory=memory)
+    assert received.keys() == expected.keys()
+    for name, found in received.items():
+        gradients = torch.stack(expected[name])
+        torch.testing.assert_close(found["gradient"].double(), gradients.sum(0), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found["squared_gradient"].double(), gradients.square().mean(0), rtol=1e-5, atol=1e-9)
+        assert {value.dtype for value in found.values()} == {torch.float32}
+    assert summary == {"statistics": list(BOTH), "batches": count}
+
+
+def test_calibration_leaves_no_trace():
+    model = mlp()
+    model[2].weight.requires_grad_(False)
+    model[0].bias.grad = torch.full((11,), 7.0)
+    collect(model, mlp_batches(2), statistics=(*BOTH, "activations"), memory=0)
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
+    assert torch.equal(model[0].bias.grad, torch.full((11,), 7.0))
+    assert model[0].weight.grad is None
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_one_batch_holds_one_gradient_at_a_time():
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
+    held = []
+
+    def receive(name, statistics):
+        held.append(sum(w.grad is not None for w in weights_of(model).values()))
+
+    calibrate(model, weights_of(model), [torch.ones(2, 6)], receive, loss_fn=lambda m, batch: m(batch).sum())
+    assert held == [0] * 5
+
+
+@pytest.mark.parametrize("memory", [0, 2**30])
+def test_gradients_that_the_last_batch_does_not_reach_are_handed_out(memory):
+    def loss_fn(model, batch):
+        return model(torch.ones(1, 13)).sum() if batch == "both" else model[0](torch.ones(1, 13)).sum()
+
+    dense = mlp()
+    (loss_fn(dense, "both") + loss_fn(dense, "first")).backward()
+    received, _ = collect(mlp(), ["both", "first"], loss_fn, memory=memory)
+    for name, weight in weights_of(dense).items():
+        torch.testing.assert_close(received[name]["gradient"], weight.grad)
+
+
+def test_many_small_bfloat16_gradients_add_up():
+    """300 gradients of 1/128 after one of 4: a bfloat16 sum would stay at 4, as less than 1/512 of it is rounded off."""
+    model = nn.Linear(3, 2, bias=False).to(torch.bfloat16)
+    batches = [torch.full((1, 3), 4.0, dtype=torch.bfloat16)] + [torch.full((1, 3), 1 / 128, dtype=torch.bfloat16)] * 300
+    narrow = torch.zeros((), dtype=torch.bfloat16)
+    for batch in batches:
+        narrow += batch[0, 0]
+    assert float(narrow) == 4.0
+    received, _ = collect(model, batches, lambda m, batch: m(batch).sum(), statistics=BOTH)
+    assert torch.equal(received["weight"]["gradient"], torch.full((2, 3), 4 + 300 / 128))
+    expected = torch.full((2, 3), (16 + 300 / 128**2) / 301)
+    torch.testing.assert_close(received["weight"]["squared_gradient"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_the_norms_of_each_layers_inputs(dtype):
+    model, batches = mlp(dtype), mlp_batches(3)
+    seen = {"0.weight": [], "2.weight": []}
+    for inputs, _ in batches:
+        seen["0.weight"].append(inputs.to(dtype).double())
+        seen["2.weight"].append(model[1](model[0](inputs.to(dtype))).detach().double())
+    received, summary = collect(model, batches, statistics=["activations"])
+    for name, tokens in seen.items():
+        found = received[name]["activations"]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), torch.cat(tokens).norm(dim=0), rtol=1e-5, atol=0)
+    assert summary == {"statistics": ["activations"], "batches": 3}
+
+
+def test_activations_need_no_labels_and_leave_padding_out(tiny_llama):
+    ids = llama_batches(1)[0]["input_ids"]  # [3, 9]
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.int64), ids], dim=1)
+    mask = torch.cat([torch.zeros(3, 4), torch.ones(3, 9)], dim=1).long()
+    weights = {"q": tiny_llama.model.layers[0].self_attn.q_proj.weight}  # the first layer: it does not know of positions yet
+    plain, hidden = {}, {}
+    one = calibrate(tiny_llama, weights, [{"input_ids": ids}], plain.__setitem__, statistics=["activations"])
+    batch = {"input_ids": padded, "attention_mask": mask}
+    two = calibrate(tiny_llama, weights, [batch], hidden.__setitem__, statistics=["activations"])
+    torch.testing.assert_close(plain["q"]["activations"], hidden["q"]["activations"])
+    assert one == two == {"statistics": ["activations"], "batches": 1, "examples": 3, "tokens": 27}
+
+
+@pytest.mark.parametrize(
+    ("mask", "statistics"),
+    [
+        ("snip", ["gradient"]),
+        ("fisher", ["squared_gradient"]),
+        ("wanda", ["activations"]),
+        ("union:of=wanda+fisher+grad", ["activations", "squared_gradient", "gradient"]),
+        ("block:by=snip,size=4", ["gradient"]),
+    ],
+)
+def test_attach_selects_by_what_was_calibrated_and_says_so(mask, statistics, tiny_llama):
+    tiny_llama.to(torch.bfloat16)
+    batches, told = llama_batches(3), []
+    options = {"mask": mask, "density": 0.1, "calibration": iter(batches), "progress": lambda *step: told.append(step)}
+    with shira.attach(tiny_llama, **options) as tuner:
+        adapter = tuner.adapter("x")
+    passes = len({name == "activations" for name in statistics})
+    assert told == [(done, 3 * passes) for done in range(1, 3 * passes + 1)]
+    recorded = adapter.metadata["mask"]
+    assert recorded["calibration"] == {"statistics": statistics, "batches": 3, "examples": 9, "tokens": 81}
+    found = {}
+    weights = {name: tiny_llama.get_parameter(name) for name in adapter.tensors}
+    calibrate(tiny_llama, weights, batches, found.__setitem__, statistics=statistics)
+    for name, tensor in adapter.tensors.items():
+        k = shira.masks.budget(tensor.shape, density=0.1)
+        expected = shira.masks.select(mask, name, weights[name], k, **found[name])
+        assert torch.equal(tensor.indices.long(), expected)
+
+
+def test_sums_that_would_take_more_than_training_are_made_in_groups(monkeypatch, tiny_llama):
+    """At 1/32 of the entries training takes 16/32 of a byte an entry, and sums 4: an eighth of the weights at a time."""
+    told = []
+    monkeypatch.setattr(shira.selection, "LEAST_MEMORY", 0)
+    options = {"mask": "snip", "density": 1 / 32, "calibration": llama_batches(2), "progress": lambda *step: told.append(step)}
+    with shira.attach(tiny_llama, **options):
+        groups = told[-1][1] // 2
+    assert 8 <= groups <= 14  # of 14 weights of different sizes
+    assert told == [(done, 2 * groups) for done in range(1, 2 * groups + 1)]
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "words"),
+    [
+        (lambda model, batch: mlp_loss(model, batch) * float("nan"), r"batch 1.*finite number, found nan"),
+        (lambda model, batch: model(batch[0]), r"one finite number"),
+        (lambda model, batch: model[0](batch[0]).sum(), r"no gradient.*'2.weight'"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_calibration_that_cannot_work(loss_fn, words, count):
+    model = mlp()
+    with pytest.raises(MaskError, match=words):
+        shira.attach(model, mask="snip", calibration=mlp_batches(count), loss_fn=loss_fn)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_calibration_without_batches_inputs_or_labels(tiny_llama):
+    with pytest.raises(MaskError, match="no batch"):
+        collect(mlp(), iter([]))
+    with pytest.raises(MaskError, match=r"no input.*'2.weight'"):
+        collect(mlp(), mlp_batches(1), lambda model, batch: model[0](batch[0]), statistics=["activations"])
+    with pytest.raises(DataError, match="must be a mapping"):
+        collect(mlp(), [3], None, statistics=["activations"])
+    with pytest.raises(DataError, match="'labels'"):
+        shira.attach(tiny_llama, mask="snip", calibration=[{"input_ids": torch.ones(1, 4, dtype=torch.int64)}])
+    with pytest.raises(MaskError, match="needs activations: pass calibration="):
+        shira.attach(tiny_llama, mask="wanda")
+
+
+PEAK = r"""
+import re, sys, torch, shira
+from torch import nn
+what, limit = sys.argv[1], int(sys.argv[2])
+loss_fn = lambda model, batch: model(batch).float().square().mean()
+
+def train(model, batches):
+    with shira.attach(model, mask="rand", density=0.1) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-3)
+        for batch in batches[:2]:  # the optimizer has its moments from the second step on
+            loss_fn(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+def calibrate(model, batches):
+    shira.attach(model, mask="snip", density=0.1, calibration=batches, loss_fn=loss_fn).detach()
+
+def make(sides, layers):
+    model = nn.Sequential(*(nn.Linear(sides, sides, bias=False) for _ in range(layers))).bfloat16()
+    return model, [torch.randn(256, sides).bfloat16() for _ in range(3)]
+
+def status(key):
+    return int(re.search(key + r":\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+shira.selection.LEAST_MEMORY = limit
+for step in (train, calibrate):  # what they load when they are first used counts for neither
+    step(*make(64, 2))
+model, batches = make(1024, 16)
+before = status("VmRSS")
+{"train": train, "calibrate": calibrate}[what](model, batches)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure a process's peak memory")
+def test_calibration_takes_no_more_memory_than_a_training_step():
+    """A fresh process each: a training step; calibration on three batches as it is; and with all sums held at once, which
+    must take more, or this test could not fail. VmHWM and not ru_maxrss: that one starts from the parent's peak."""
+
+    def peak(*arguments):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # give freed memory back at once
+        command = [sys.executable, "-c", PEAK, *map(str, arguments)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    training, calibrating, at_once = peak("train", 0), peak("calibrate", 0), peak("calibrate", 2**40)
+    print(f"training {training:.0f} MiB, calibrating {calibrating:.0f}, all sums at once {at_once:.0f}")
+    assert calibrating <= training < at_once
