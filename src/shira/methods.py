@@ -67,7 +67,7 @@ def elect(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
         agrees = change.sign() == sign.index_select(0, place)
         agreed.index_add_(0, place, change * agrees)
         count.index_add_(0, place, agrees.to(sign.dtype))
-    return agreed.div_(count.clamp_(min=1)).mul_(sign != 0)
+    return agreed.div_(count.clamp_(min=1))
 
 
 def trim(part: Part, density: float = 0.2) -> tuple[Tensor, float]:
