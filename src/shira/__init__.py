@@ -2,6 +2,7 @@
 
 from . import masks
 from .adapter import Adapter, SparseTensor
+from .analysis import compare
 from .errors import (
     AdapterError,
     BaseMismatch,
@@ -35,6 +36,7 @@ __all__ = [
     "Tuner",
     "TuningError",
     "attach",
+    "compare",
     "fuse",
     "load",
     "masks",

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ..errors import ShiraError
-from . import bench, demo, evaluate, fuse, inspect, train
+from . import bench, compare, demo, evaluate, fuse, inspect, train
 from .output import errors
 
 __all__ = ["app", "main"]
@@ -22,6 +22,7 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("compare")(compare.compare)
 app.command("fuse")(fuse.fuse)
 app.command("bench")(bench.bench)
 
