@@ -238,7 +238,7 @@ class _Folder(Mapping[str, Tensor]):
             for file in files:
                 with open(file, "rb"), safetensors.safe_open(file, framework="pt") as opened:
                     self._where.update(dict.fromkeys(opened.keys(), file))
-        except (OSError, ValueError, KeyError, AttributeError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             raise DataError(f"{folder} is no readable checkpoint folder of safetensors files: {error}") from error
         self._last: tuple[str, Tensor] | None = None
 

@@ -19,8 +19,9 @@ from .errors import AdapterError, MissingExtra, did_you_mean
 __all__ = ["check_tensor", "needs_matplotlib", "page", "tables"]
 
 CELLS = 160  # of a drawn mask, along its longer side
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:0 auto;padding:1rem;color:#222}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .3rem}img{max-width:100%;height:auto;display:block;margin:.5rem auto}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:0 auto;padding:1rem;color:#222}
+h1,h2{overflow-wrap:anywhere}h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .3rem}
+img{max-width:100%;height:auto;display:block;margin:.5rem auto}
 table{border-collapse:collapse;font-size:.85rem}th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}
 th:first-child,td:first-child{text-align:left}div.wide{overflow-x:auto}p.note{color:#555;font-size:.9rem}
 th{white-space:nowrap}summary{cursor:pointer;margin-top:2rem}"""
@@ -57,6 +58,7 @@ def page(found: Comparison, adapters: Mapping[str, Adapter], base: Base | None, 
     check_tensor(adapters, tensor)
     _, shape, changes = next(deltas(adapters, base, tensor))
     called = html.escape(tensor)
+    broken = called.replace(".", ".<wbr>")
     about, *pairs = tables(found, adapters)
     pieces = [
         f"<h1>{html.escape(' · '.join(found.adapters))}</h1>",
@@ -78,14 +80,14 @@ def page(found: Comparison, adapters: Mapping[str, Adapter], base: Base | None, 
             pyplot, _heat_maps(pyplot, found), "Heat map of each adapter's share of its squared change by layer and module"
         ),
         '<p class="note">Share of ‖ΔW‖² by layer (down) and module (across).</p>',
-        f"<h2>One mask: {called}</h2>",
+        f"<h2>One mask: {broken}</h2>",
         _picture(pyplot, _masks(pyplot, shape, changes), f"Positions that each adapter holds in {called}"),
         f'<p class="note">{" × ".join(map(str, shape))} entries; a pixel is the share held among those it stands for.</p>',
         "<h2>How large the changes are</h2>",
         _picture(pyplot, _histograms(pyplot, found), "Histogram of the changes by magnitude, in all tensors"),
         '<p class="note">In all tensors; positive changes upwards, negative ones downwards. Steps show the precision of the '
         "values: in bfloat16 a weight can change by few sizes only.</p>",
-        f"<h2>Singular values: {called}</h2>",
+        f"<h2>Singular values: {broken}</h2>",
         _picture(pyplot, _spectra(pyplot, shape, changes), f"Singular values of each change of {called}, with LoRA's rank"),
         '<p class="note">Dotted: the rank of a LoRA with as many parameters, beyond which its change has nothing.</p>',
         "<details><summary>Every tensor</summary>",
@@ -154,9 +156,9 @@ def _picture(pyplot: Any, figure: Any, alt: str) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
-def _panels(pyplot: Any, count: int, height: float) -> tuple[Any, list[Any]]:
-    """A figure that a phone can show: two panels a row; of given height each."""
-    across = min(2, count)
+def _panels(pyplot: Any, count: int, height: float, most: int = 2) -> tuple[Any, list[Any]]:
+    """A figure that a phone can show: at most two panels a row, or three small ones, of given height each."""
+    across = min(most, count)
     rows = -(-count // across)
     figure, axes = pyplot.subplots(rows, across, figsize=(5.4, height * rows), layout="constrained", squeeze=False)
     flat = list(axes.flat)
@@ -174,7 +176,8 @@ def _matrices(pyplot: Any, found: Comparison) -> Any:
         "cosine": lambda pair: pair.cosine,
     }
     short = [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
-    figure, axes = _panels(pyplot, len(fields), 1.3 + 0.32 * len(names))
+    few = len(names) <= 4
+    figure, axes = _panels(pyplot, len(fields), 2.1 if few else 1.0 + 0.45 * len(names), 3 if few else 1)
     for axis, (title, field) in zip(axes, fields.items(), strict=True):
         cells = torch.full((len(names), len(names)), float("nan"))
         for one, other in itertools.permutations(range(len(names)), 2):
@@ -187,10 +190,9 @@ def _matrices(pyplot: Any, found: Comparison) -> Any:
             value = float(cells[one, other])
             dark = abs(value) > 0.6 if signed else value < 0.5
             axis.text(other, one, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        axis.set_xticks(
-            range(len(names)), short, rotation=45 if len(names) > 2 else 0, ha="right" if len(names) > 2 else "center"
-        )
+        axis.set_xticks(range(len(names)), short, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(names)), short)
+        axis.tick_params(labelleft=axis is axes[0] or not few)
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=8)
     return figure
@@ -227,14 +229,18 @@ def _layer_and_module(name: str) -> tuple[int, str]:
 
 
 def _masks(pyplot: Any, shape: tuple[int, ...], changes: Mapping[str, SparseTensor]) -> Any:
-    """The positions of one tensor, an adapter each, and those of more than one; the share held in each cell."""
+    """The share of positions held in each cell of one tensor: by each adapter, or by all if they hold the same; and by more
+    than one."""
     drawn = {name: tensor.indices.long() for name, tensor in changes.items()}
-    if len(drawn) > 1:
+    if all(torch.equal(indices, next(iter(drawn.values()))) for indices in drawn.values()):
+        drawn = {", ".join(drawn): next(iter(drawn.values()))}
+    else:
         where, count = torch.cat(list(drawn.values())).unique(return_counts=True)
         drawn["two or more" if len(drawn) > 2 else "both"] = where[count > 1]
     images = {name: _cells(shape, indices) for name, indices in drawn.items()}
-    tall = next(iter(images.values())).shape
-    figure, axes = _panels(pyplot, len(images), 0.5 + min(4.5, max(1.2, 2.1 * tall[0] / tall[1])))
+    down, across = next(iter(images.values())).shape
+    width = 4.4 if len(images) == 1 else 2.3
+    figure, axes = _panels(pyplot, len(images), 0.5 + min(4.5, max(1.0, width * down / across)))
     most = max(float(image.max()) for image in images.values())
     for axis, (name, image) in zip(axes, images.items(), strict=True):
         shown = axis.imshow((100 * image).numpy(), cmap="magma_r", vmin=0, vmax=max(100 * most, 1e-9), interpolation="nearest")
@@ -283,7 +289,7 @@ def _spectra(pyplot: Any, shape: tuple[int, ...], changes: Mapping[str, SparseTe
     for number, (name, tensor) in enumerate(changes.items()):
         sparse = linalg.matrix(shape, tensor.indices, tensor.values)
         found = linalg.spectrum(sparse)
-        above = found.values > 1e-9 * float(found.values.amax()) if found.values.numel() else found.values > 0
+        above = found.values > 1e-9 * float(found.values[:1].sum())
         axis.plot(
             found.counts.cumsum(0)[above].numpy(),
             found.values[above].numpy(),
@@ -292,7 +298,8 @@ def _spectra(pyplot: Any, shape: tuple[int, ...], changes: Mapping[str, SparseTe
             linewidth=1.2,
         )
         axis.axvline(tensor.nnz / max(1, sum(sparse.shape)), color=f"C{number % 10}", linestyle=":")
-    axis.set_yscale("log")
+    if any(bool(tensor.values.any()) for tensor in changes.values()):
+        axis.set_yscale("log")
     axis.set_xlabel("singular values, from the largest", fontsize=9)
     axis.set_ylabel("σ", fontsize=9)
     _finish(axis)
