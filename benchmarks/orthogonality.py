@@ -163,6 +163,6 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         above = 0.04 if kind == "dense" else -0.07
         axes[0].annotate(words, (last, at[kind] + above), ha="right", fontsize=8, style="italic")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), fontsize=9, frameon=False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
     print(f"plot: {path}")

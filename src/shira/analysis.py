@@ -270,7 +270,7 @@ def _change(tensor: SparseTensor, matrix: Tensor, spectra: bool) -> Change:
         rank=found.rank,
         stable_rank=found.stable_rank,
         effective_rank=found.effective_rank,
-        effective_rank_error=found.error,
+        effective_rank_error=found.error or 0.0,
         lora_energy=found.energy(lora_rank),
     )
 

@@ -37,18 +37,18 @@ class Spectrum(NamedTuple):
     """Singular values, falling; computed, or estimated.
 
     values: float64 [k]. counts: float64 [k], how many singular values each stands for: 1 where they were computed.
-    error: the standard error of `effective_rank`, 0 where they were computed. squares: Σσ², of the entries themselves.
+    error: the standard error of `effective_rank`, None where they were computed. squares: Σσ², of the entries themselves.
     """
 
     values: Tensor
     counts: Tensor
-    error: float
+    error: float | None
     squares: float
 
     @property
     def rank(self) -> int | None:
         """Singular values above rounding, as `torch.linalg.matrix_rank` counts them; None if they were estimated."""
-        if self.error:
+        if self.error is not None:
             return None
         tiny = float(self.values[:1].sum()) * self.values.numel() * torch.finfo(torch.float64).eps
         return int((self.values > tiny).sum())
@@ -66,7 +66,7 @@ class Spectrum(NamedTuple):
     def energy(self, rank: float) -> float | None:
         """The share of Σσ² in the `rank` largest: the most that any matrix of that rank can hold (Eckart and Young, 1936); None
         if they were estimated. A fraction of a rank counts as that fraction of the next singular value."""
-        if self.error:
+        if self.error is not None:
             return None
         taken = (rank - torch.arange(self.values.numel())).clamp(0, 1)
         return min(1.0, float((taken * self.values.square()).sum()) / self.squares) if self.squares else 0.0
@@ -154,7 +154,7 @@ def spectrum(sparse: Tensor, seed: int = 0) -> Spectrum:
         dense = torch.zeros(shape, dtype=torch.float64)
         dense[row, column] = values
         found = torch.linalg.svdvals(dense)
-        return Spectrum(found, torch.ones_like(found), 0.0, squares)
+        return Spectrum(found, torch.ones_like(found), None, squares)
     bidiagonal = _bidiagonal(_coo(torch.stack([row, column]), values, shape), seed)
     nodes, weights = _quadrature(bidiagonal, shape[1])
     coarse = _effective_rank(*_quadrature(bidiagonal[:, : STEPS // 2, : STEPS // 2], shape[1]))

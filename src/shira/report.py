@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -177,7 +178,7 @@ def _matrices(pyplot: Any, found: Comparison) -> Any:
     }
     short = [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
     few = len(names) <= 4
-    figure, axes = _panels(pyplot, len(fields), 2.1 if few else 1.0 + 0.45 * len(names), 3 if few else 1)
+    figure, axes = _panels(pyplot, len(fields), 2.5 if few else 1.0 + 0.45 * len(names), 3 if few else 1)
     for axis, (title, field) in zip(axes, fields.items(), strict=True):
         cells = torch.full((len(names), len(names)), float("nan"))
         for one, other in itertools.permutations(range(len(names)), 2):
@@ -189,7 +190,15 @@ def _matrices(pyplot: Any, found: Comparison) -> Any:
         for one, other in itertools.permutations(range(len(names)), 2):
             value = float(cells[one, other])
             dark = abs(value) > 0.6 if signed else value < 0.5
-            axis.text(other, one, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+            axis.text(
+                other,
+                one,
+                "–" if math.isnan(value) else f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
+            )
         axis.set_xticks(range(len(names)), short, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(names)), short)
         axis.tick_params(labelleft=axis is axes[0] or not few)
