@@ -223,6 +223,9 @@ def test_what_cannot_be_compared(tmp_path):
         shira.compare(adapter, stranger, base=model)
     with pytest.raises(BaseMismatch, match="no tensor '0.weight'"):
         shira.compare(adapter, base={"v": torch.ones(2)})
+    broken = shira.Adapter({"w": SparseTensor((4,), torch.tensor([1]), torch.tensor([1.0]))})
+    with pytest.raises(BaseMismatch, match="1: the base holds NaN or infinite values under 'w'"):
+        shira.compare(broken, base={"w": torch.full((4,), float("nan"))})
     with pytest.raises(AdapterError, match=r"'w' has different shapes in the adapters: \[\[4\], \[5\]\]"):
         shira.compare(shira.Adapter({"w": delta([1.0])}), shira.Adapter({"w": delta([1.0], (5,))}))
     for content in (None, "{", "[]", '{"weight_map": {"a": "none.safetensors"}}'):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import kernels, linalg
 from .adapter import Adapter, SparseTensor
-from .errors import AdapterError, DataError
+from .errors import AdapterError, BaseMismatch, DataError
 from .format import load
 from .fusion import check_base
 
@@ -211,6 +211,8 @@ def deltas(
                         "trained on, pass base="
                     )
                 values = values - _gather(tensors[tensor_name], tensor.indices).cpu().double()
+                if not bool(values.isfinite().all()):
+                    raise BaseMismatch(f"{name}: the base holds NaN or infinite values under '{tensor_name}'; repair it first")
             changes[name] = SparseTensor(tensor.shape, tensor.indices.cpu(), values, "delta")
         yield tensor_name, next(iter(shapes)), changes
 
