@@ -83,7 +83,17 @@ def test_train_inspect_eval_fuse(run, folder):
     assert both.name == "both"
     assert both.metadata["fused"]["strengths"] == {"sums.safetensors": 1.0, "text.safetensors": 0.5}
     code, out, _ = run("inspect both.safetensors")
-    assert "text.safetensors × 0.5" in out
+    assert "method sum" in out and "text.safetensors × 0.5" in out
+
+    line = """fuse sums.safetensors 'text.safetensors={"*": 1, "*.mlp.*": 0.5}' --base model --method ties --density 0.5"""
+    assert run(f"{line} -o thin.safetensors")[0] == 0
+    thin = shira.load("thin.safetensors")
+    assert thin.metadata["fused"] == {
+        "method": "ties",
+        "density": 0.5,
+        "strengths": {"sums.safetensors": 1.0, "text.safetensors": {"*": 1.0, "*.mlp.*": 0.5}},
+    }
+    assert thin.nnz < both.nnz
 
 
 def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
@@ -115,8 +125,16 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
         ("train model --data sums.jsonl --like none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
         ("train model --data sums.jsonl --config none.yaml", 1, "FileNotFoundError: .*none.yaml"),
         ("eval model --data text.jsonl", 1, "DataError: .*'choices' and 'label'"),
-        ("eval model --data sums.jsonl -a a.safetensors=x", 1, "DataError: .*strength after '=' must be a number, found 'x'"),
+        (
+            "eval model --data sums.jsonl -a a.safetensors=x",
+            1,
+            "DataError: .*after '=' must be a number or a JSON object, found 'x'",
+        ),
         ("fuse a.safetensors a.safetensors=2", 1, "DataError: one adapter is given twice"),
+        ("fuse a.safetensors --method tise", 1, "AdapterError: unknown fusion method 'tise'; did you mean 'ties'"),
+        ("fuse a.safetensors --drop 0.5", 1, "AdapterError: fusion method 'sum' has no option 'drop'"),
+        ("fuse a.safetensors=nan", 1, "AdapterError: the strength of 'a.safetensors' must be a finite number, found nan"),
+        ("fuse 'a.safetensors={1: 2}'", 1, "DataError: .*must be a number or a JSON object"),
         ("fuse", 2, "Missing argument"),
         ("train model --steps many", 2, "valid integer"),
         ("nothing", 2, "No such command"),
@@ -179,7 +197,7 @@ def test_the_demos_measurements(tiny_llama):
     assert bits_before
 
 
-@pytest.mark.parametrize("what", ["switch", "scale", "files", "load"])
+@pytest.mark.parametrize("what", ["switch", "scale", "files", "load", "fusion"])
 def test_the_benchmarks_run_in_small(run, tmp_path, what):
     """Whether they run, not what they measure."""
     plot = f" --plot {tmp_path}/plot.png" if what == "switch" else ""

@@ -18,7 +18,7 @@ LAYERS = [
     {"kernels"},
     {"masks", "targets", "calibration"},
     {"encoding", "linalg"},
-    {"format"},
+    {"format", "strengths", "methods"},
     {"fusion"},
     {"tuning", "switching", "analysis"},
     {"report"},

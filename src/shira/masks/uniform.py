@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..errors import MaskError
 
-__all__ = ["draw", "rand"]
+__all__ = ["coin", "draw", "rand"]
 
 ROUNDS = 6
 
@@ -36,6 +36,15 @@ def draw(numel: int, k: int, seed: int) -> Tensor:
         drawn[outside] = _permute(drawn[outside], half, keys)
         outside = outside[drawn[outside] >= numel]
     return drawn.sort().values
+
+
+def coin(positions: Tensor, probability: float, seed: int) -> Tensor:
+    """For each position [k], an integer, whether a coin falls on its head, with this probability, 0 to 1; bool [k].
+
+    Position i gets the i-th word of SplitMix64 begun at `seed`; in integers only, so the same on every machine.
+    """
+    words = _mix(positions.long() * -0x61C8864680B583EB + seed)
+    return _shift(words, 1) < round(probability * 2**63) if probability < 1 else torch.ones_like(words, dtype=torch.bool)
 
 
 def _permute(position: Tensor, half: int, keys: Tensor) -> Tensor:
