@@ -2,6 +2,7 @@
 
 from . import masks
 from .adapter import Adapter, SparseTensor
+from .analysis import compare
 from .errors import (
     AdapterError,
     BaseMismatch,
@@ -39,6 +40,7 @@ __all__ = [
     "Tuner",
     "TuningError",
     "attach",
+    "compare",
     "extract",
     "fuse",
     "load",

@@ -20,7 +20,7 @@ from . import encoding, masks
 from .adapter import Adapter, SparseTensor
 from .errors import AdapterError, FormatError
 
-__all__ = ["FORMAT_VERSION", "load", "neighbour", "opened", "save"]
+__all__ = ["FORMAT_VERSION", "load", "neighbour", "opened", "save", "write_whole"]
 
 FORMAT_VERSION = 2
 READABLE = {("1", "plain"), ("2", "gap")}  # (format version, encoding)
@@ -59,7 +59,7 @@ def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
         }
     except (TypeError, ValueError) as error:
         raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
-    _write_whole(path, safetensors.torch.save(flat, header))
+    write_whole(path, safetensors.torch.save(flat, header))
 
 
 def neighbour(path: Path_, like: Path_) -> dict[str, SparseTensor]:
@@ -115,8 +115,8 @@ def _rules(adapter: Adapter, name: str, tensor: SparseTensor) -> list[dict[str, 
     return []
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError, with any file already under that name unchanged."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:

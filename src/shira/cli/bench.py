@@ -22,6 +22,7 @@ class What(StrEnum):
     files = "files"
     load = "load"
     fusion = "fusion"
+    orthogonality = "orthogonality"
 
 
 def bench(
@@ -29,7 +30,7 @@ def bench(
         What,
         typer.Argument(
             help="switch: one weight. scale: LLaMA2-7B's shape. train: a step, and memory. files: bytes. load: from a file. "
-            "fusion: ten adapters."
+            "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size."
         ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Where to save a plot (PNG).", show_default=False)] = None,
