@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -176,3 +179,20 @@ def test_files_of_one_name_and_files_that_share_positions(tmp_path):
     assert torch.get_num_threads() == threads
     with pytest.raises(AdapterError, match="given twice"):
         shira.fuse({tmp_path / "x" / "a": 1.0, str(tmp_path / "x" / "a"): 1.0}, base=model)
+
+
+def test_the_snippets_of_the_fusion_page(tmp_path, monkeypatch, tiny_llama):
+    page = (Path(__file__).parents[1] / "docs" / "fusion.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 3
+    monkeypatch.chdir(tmp_path)
+    before = all_bits(tiny_llama)
+    switcher = Switcher(tiny_llama)
+    for seed, name in enumerate(["poet", "coder", "toxic", "french", "formal", "casual"]):
+        random_adapter(tiny_llama, seed, density=0.05).save(f"{name}.safetensors")
+        switcher.add(name, f"{name}.safetensors")
+    for snippet in snippets:
+        exec(snippet, {"shira": shira, "switcher": switcher, "model": tiny_llama})
+    assert shira.load("both.safetensors").metadata["fused"]["method"] == "mean"
+    switcher.use(None)
+    assert same_bits(before, all_bits(tiny_llama))
