@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import shira
 from shira.data.models import SMOLLM2
@@ -22,15 +22,7 @@ from .common import TARGETS, alternate, report, show
 
 RANK = 16
 Targets = Sequence[str] | str
-
-
-def whole_columns(weight: Tensor, k: int) -> Tensor:
-    """Every f-th column and nothing else: the mask whose gradient needs least of the input."""
-    rows, columns = weight.shape
-    return (torch.arange(rows)[:, None] * columns + torch.arange(0, columns, -(-columns // (k // rows)))).view(-1)
-
-
-OURS: dict[str, Any] = {"shira wm": "wm", "shira struct": "struct", "shira columns": whole_columns}
+OURS = {"shira wm": "wm", "shira struct": "struct", "shira columns": "struct:direction=columns,diagonal=false"}
 METHODS = ["frozen", *OURS, "PEFT LoRA", "PEFT DoRA", "PEFT SHiRA"]
 
 
@@ -139,12 +131,20 @@ def answer(method: str, *arguments: Any, **settings: Any) -> None:
     watcher.join()
 
 
-def model_rows(tokens: int, batch: int, rounds: int, targets: Targets = TARGETS, *, checkpoint: bool = False) -> dict[str, Any]:
+def model_rows(
+    tokens: int,
+    batch: int,
+    rounds: int,
+    targets: Targets = TARGETS,
+    *,
+    checkpoint: bool = False,
+    methods: Sequence[str] = METHODS,
+) -> dict[str, Any]:
     """Steps of SmolLM2 by every method in turn, each in a process of its own: medians of `rounds`, and peaks."""
-    answers: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    answers: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     with contextlib.ExitStack() as stack:
         workers = {
-            m: stack.enter_context(worker(m, tokens, batch=batch, targets=targets, checkpoint=checkpoint)) for m in METHODS
+            m: stack.enter_context(worker(m, tokens, batch=batch, targets=targets, checkpoint=checkpoint)) for m in methods
         }
         for _ in range(2 + rounds):
             for method, step in workers.items():
@@ -162,12 +162,12 @@ def model_rows(tokens: int, batch: int, rounds: int, targets: Targets = TARGETS,
 
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     """SmolLM2-135M in float32, 4 sequences of 128 and 256 tokens; one 4096² layer, float32 and bfloat16."""
-    batch, rounds = (1, 1) if quick else (4, 9)
-    rows = [model_rows(tokens, batch, rounds) for tokens in ((16,) if quick else (128, 256))]
-    if not quick:
-        for tokens in (128, 256):
-            rows.append(model_rows(tokens, batch, 2, checkpoint=True))
-        rows.append(model_rows(128, batch, 2, "all-linear"))
+    if quick:
+        rows = [model_rows(16, 1, 1, methods=["frozen", "shira wm", "PEFT LoRA"])]
+    else:
+        rows = [model_rows(tokens, 4, 9) for tokens in (128, 256)]
+        rows += [model_rows(tokens, 4, 2, checkpoint=True) for tokens in (128, 256)]
+        rows.append(model_rows(128, 4, 2, "all-linear"))
     side = 256 if quick else 4096
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in (32,) if quick else (512, 2048):
