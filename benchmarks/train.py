@@ -1,15 +1,18 @@
 """Training: ours beside PEFT's LoRA, DoRA and SHiRA, and the frozen model, which is the floor."""
 
+import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import shira
 from shira.data.models import SMOLLM2
@@ -18,11 +21,20 @@ from shira.integrations.transformers import load_model
 from .common import TARGETS, alternate, report, show
 
 RANK = 16
-OURS = {"shira wm": "wm", "shira struct": "struct"}
+Targets = Sequence[str] | str
+
+
+def whole_columns(weight: Tensor, k: int) -> Tensor:
+    """Every f-th column and nothing else: the mask whose gradient needs least of the input."""
+    rows, columns = weight.shape
+    return (torch.arange(rows)[:, None] * columns + torch.arange(0, columns, -(-columns // (k // rows)))).view(-1)
+
+
+OURS: dict[str, Any] = {"shira wm": "wm", "shira struct": "struct", "shira columns": whole_columns}
 METHODS = ["frozen", *OURS, "PEFT LoRA", "PEFT DoRA", "PEFT SHiRA"]
 
 
-def prepare(method: str, model: nn.Module, targets: list[str]) -> tuple[nn.Module, list[nn.Parameter]]:
+def prepare(method: str, model: nn.Module, targets: Targets) -> tuple[nn.Module, list[nn.Parameter]]:
     """A model in training by a method, with as many parameters as a LoRA of rank 16; and these parameters."""
     model.requires_grad_(False)
     if method == "frozen":  # forward and input gradients, nothing but a scalar trained
@@ -44,12 +56,14 @@ def prepare(method: str, model: nn.Module, targets: list[str]) -> tuple[nn.Modul
     return tuned, [p for p in tuned.parameters() if p.requires_grad]
 
 
-def model_step(method: str, batch: int, tokens: int, dtype: str, checkpoint: bool) -> tuple[Callable[[], None], int]:
+def model_step(
+    method: str, tokens: int, *, batch: int = 4, targets: Targets = TARGETS, checkpoint: bool = False
+) -> tuple[Callable[[], None], int]:
     """One optimizer step of SmolLM2-135M, and how many parameters it trains."""
-    base = load_model(SMOLLM2, dtype)
+    base = load_model(SMOLLM2, "float32")
     if checkpoint:
         base.activation_checkpointing_enable()
-    model, trained = prepare(method, base, TARGETS)
+    model, trained = prepare(method, base, targets)
     model.train()
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(0, 40_000, (batch, tokens), generator=torch.Generator().manual_seed(0))
@@ -79,21 +93,35 @@ def layer_step(method: str, side: int, tokens: int, dtype: torch.dtype) -> tuple
     return step, sum(p.numel() for p in trained)
 
 
-def peak_memory(method: str, batch: int, tokens: int, dtype: str, checkpoint: bool, steps: int = 3) -> float:
-    """Peak resident GiB of a fresh process that takes a few steps by this method."""
-    arguments = [method, batch, tokens, dtype, checkpoint, steps]
-    code = f"from benchmarks.train import take_steps; take_steps(*{arguments!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+@contextlib.contextmanager
+def worker(method: str, *arguments: Any, **settings: Any) -> Iterator[Callable[[], dict[str, float]]]:
+    """A fresh process in which the method takes a step whenever it is asked; which gives a step's milliseconds, the peak
+    resident GiB so far, and how many parameters it trains.
+
+    In one process the methods would hand each other's freed memory around, and which of them pays for fresh pages would
+    change from run to run.
+    """
+    code = f"from benchmarks.train import answer; answer(*{(method, *arguments)!r}, **{settings!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
     )
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    assert process.stdin is not None and process.stdout is not None
+    with process:
+
+        def step() -> dict[str, float]:
+            process.stdin.write("\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            return json.loads(process.stdout.readline())  # type: ignore[union-attr, no-any-return]
+
+        yield step
+        process.stdin.close()
 
 
-def take_steps(method: str, batch: int, tokens: int, dtype: str, checkpoint: bool, steps: int) -> None:
-    """Print the peak resident GiB of a few steps, sampled every few milliseconds."""
+def answer(method: str, *arguments: Any, **settings: Any) -> None:
+    """What a worker runs: a step a line read."""
     import psutil
 
-    step, _ = model_step(method, batch, tokens, dtype, checkpoint)
+    step, parameters = model_step(method, *arguments, **settings)
     process, peak, done = psutil.Process(), [0], threading.Event()
 
     def watch() -> None:
@@ -102,31 +130,44 @@ def take_steps(method: str, batch: int, tokens: int, dtype: str, checkpoint: boo
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    for _ in range(steps):
+    for _ in sys.stdin:
+        start = time.perf_counter()
         step()
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        print(json.dumps({"ms": milliseconds, "peak_gib": peak[0] / 2**30, "parameters": parameters}), flush=True)
     done.set()
     watcher.join()
-    print(json.dumps(peak[0] / 2**30))
+
+
+def model_rows(tokens: int, batch: int, rounds: int, targets: Targets = TARGETS, *, checkpoint: bool = False) -> dict[str, Any]:
+    """Steps of SmolLM2 by every method in turn, each in a process of its own: medians of `rounds`, and peaks."""
+    answers: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    with contextlib.ExitStack() as stack:
+        workers = {
+            m: stack.enter_context(worker(m, tokens, batch=batch, targets=targets, checkpoint=checkpoint)) for m in METHODS
+        }
+        for _ in range(2 + rounds):
+            for method, step in workers.items():
+                answers[method].append(step())
+    notes = [targets] * isinstance(targets, str) + ["checkpointed"] * checkpoint
+    return report(
+        "train",
+        setup=", ".join([f"SmolLM2 {batch} x {tokens}", *notes]),
+        dtype="float32",
+        ms={method: statistics.median(row["ms"] for row in rows[2:]) for method, rows in answers.items()},
+        peak_gib={method: rows[-1]["peak_gib"] for method, rows in answers.items()},
+        parameters={method: rows[-1]["parameters"] for method, rows in answers.items()},
+    )
 
 
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     """SmolLM2-135M in float32, 4 sequences of 128 and 256 tokens; one 4096² layer, float32 and bfloat16."""
-    rows = []
-    for tokens in (16,) if quick else (128, 256):
-        steps, counts = {}, {}
-        for method in METHODS:
-            steps[method], counts[method] = model_step(method, 1 if quick else 4, tokens, "float32", False)
-        seconds = alternate(steps, 1 if quick else 7)
-        del steps
-        memory = {
-            f"{method}{', checkpointed' if checkpoint else ''}": peak_memory(
-                method, 1 if quick else 4, tokens, "float32", checkpoint
-            )
-            for method in (["shira wm"] if quick else METHODS)
-            for checkpoint in (False, True)
-        }
-        ms = {method: 1e3 * value for method, value in seconds.items()}
-        rows.append(report("train", setup=f"SmolLM2 4 x {tokens}", dtype="float32", ms=ms, peak_gib=memory, parameters=counts))
+    batch, rounds = (1, 1) if quick else (4, 9)
+    rows = [model_rows(tokens, batch, rounds) for tokens in ((16,) if quick else (128, 256))]
+    if not quick:
+        for tokens in (128, 256):
+            rows.append(model_rows(tokens, batch, 2, checkpoint=True))
+        rows.append(model_rows(128, batch, 2, "all-linear"))
     side = 256 if quick else 4096
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in (32,) if quick else (512, 2048):

@@ -168,7 +168,7 @@ def test_attach_selects_by_what_was_calibrated_and_says_so(mask, statistics, tin
 def test_sums_that_would_take_more_than_training_are_made_in_groups(monkeypatch, tiny_llama):
     """At 1/32 of the entries training takes 16/32 of a byte an entry, and sums 4: an eighth of the weights at a time."""
     told = []
-    monkeypatch.setattr(shira.tuning, "LEAST_MEMORY", 0)
+    monkeypatch.setattr(shira.selection, "LEAST_MEMORY", 0)
     options = {"mask": "snip", "density": 1 / 32, "calibration": llama_batches(2), "progress": lambda *step: told.append(step)}
     with shira.attach(tiny_llama, **options):
         groups = told[-1][1] // 2
@@ -229,7 +229,7 @@ def make(sides, layers):
 def status(key):
     return int(re.search(key + r":\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
 
-shira.tuning.LEAST_MEMORY = limit
+shira.selection.LEAST_MEMORY = limit
 for step in (train, calibrate):  # what they load when they are first used counts for neither
     step(*make(64, 2))
 model, batches = make(1024, 16)

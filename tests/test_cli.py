@@ -83,7 +83,37 @@ def test_train_inspect_eval_fuse(run, folder):
     assert both.name == "both"
     assert both.metadata["fused"]["strengths"] == {"sums.safetensors": 1.0, "text.safetensors": 0.5}
     code, out, _ = run("inspect both.safetensors")
-    assert "text.safetensors × 0.5" in out
+    assert "method sum" in out and "text.safetensors × 0.5" in out
+
+    line = """fuse sums.safetensors 'text.safetensors={"*": 1, "*.mlp.*": 0.5}' --base model --method ties --density 0.5"""
+    assert run(f"{line} -o thin.safetensors")[0] == 0
+    thin = shira.load("thin.safetensors")
+    assert thin.metadata["fused"] == {
+        "method": "ties",
+        "density": 0.5,
+        "strengths": {"sums.safetensors": 1.0, "text.safetensors": {"*": 1.0, "*.mlp.*": 0.5}},
+    }
+    assert thin.nnz < both.nnz
+
+
+def test_extract_and_merge(run, folder, tiny_llama):
+    with torch.no_grad():
+        for parameter in tiny_llama.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape)
+    tiny_llama.save_pretrained(folder / "tuned")
+    code, out, err = run("extract model tuned --density 0.05 -o mine.safetensors --license MIT --tensors")
+    assert code == 0, err
+    assert "suggested" in out and "of ‖ΔW‖" in out and "100/100" in err
+    adapter = shira.load("mine.safetensors")
+    assert (adapter.name, adapter.metadata["license"]) == ("tuned", "MIT")
+    code, out, _ = run("extract model tuned --density 0.05 -o part.safetensors --scope model --targets q_proj,up_proj --json")
+    facts = json.loads(out)
+    assert facts["nnz"] == shira.load("part.safetensors").nnz
+    assert 0 < facts["kept"] < facts["curve"][-1][1] < 1 and facts["left_out"]
+    code, out, err = run("merge model mine.safetensors part.safetensors=0.5 -o merged")
+    assert code == 0, err
+    assert "merged" in out and "100/100" in err
+    assert run("eval merged --data sums.jsonl --limit 5")[0] == 0
 
 
 def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
@@ -99,6 +129,35 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
     assert shira.load("three.safetensors").metadata["mask"]["seed"] == 4
 
 
+def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, folder):
+    line = TRAIN.replace(" --density 0.05", "") + " --data sums.jsonl --calibration 4"
+    assert run(f"{line} --total 200 -o first.safetensors")[0] == 0
+    options = "--mask snip --total 300 --scope model --floor 0.2 --avoid first.safetensors --refresh-every 2 --refresh-cap 1.5"
+    code, _, err = run(f"{line} {options} -o second.safetensors")
+    assert code == 0, err
+    first, second = shira.load("first.safetensors"), shira.load("second.safetensors")
+    assert (first.nnz, second.metadata["training"]["parameters"]) == (200, 300)
+    assert 300 <= second.nnz <= 450
+    for name, tensor in second.tensors.items():
+        assert not torch.isin(tensor.indices, first.tensors[name].indices).any()
+    mask = second.metadata["mask"]
+    assert (mask["total"], mask["scope"], mask["floor"], mask["avoid"]) == (300, "model", 0.2, ["sums"])
+    assert mask["refresh"] == {"times": 1, "cap": 1.5}
+    (folder / "more.yaml").write_text(
+        (folder / "second.yaml").read_text() + "overrides: {down_proj: 0.1, layers.9.*: {rank: 1}}\n"
+    )
+    code, _, err = run("train --config more.yaml --refresh-every 0 -o third.safetensors")
+    assert code == 1 and "TargetError: pattern 'layers.9.*' matches none of" in err
+    (folder / "more.yaml").write_text(
+        (folder / "second.yaml").read_text() + "overrides: {down_proj: 0.1, q_proj: {total: 5}}\n"
+    )
+    assert run("train --config more.yaml --refresh-every 0 -o third.safetensors")[0] == 0
+    third = shira.load("third.safetensors")
+    assert third.nnz == 300
+    assert third.tensors["model.layers.1.mlp.down_proj.weight"].nnz == 96
+    assert third.tensors["model.layers.1.self_attn.q_proj.weight"].nnz == 5
+
+
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
@@ -110,14 +169,36 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
         ("train model --data sums.jsonl --mask snap", 1, "MaskError: unknown mask 'snap'; did you mean 'snip'"),
         ("train model --data sums.jsonl --targets q_prj", 1, "TargetError: .*did you mean 'q_proj'"),
         ("train model --data sums.jsonl --density 2", 1, "MaskError: density must be above 0 and at most 1"),
+        (
+            "train model --data sums.jsonl --total 3 --floor 0.5",
+            1,
+            "MaskError: floor=0.5 has a meaning with scope='model' only",
+        ),
+        ("train model --data sums.jsonl --avoid none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
+        ("train model --data sums.jsonl --refresh-every 2 --refresh-cap 0.5", 1, "TuningError: cap must be a number from 1 on"),
         ("train model --data sums.jsonl -o no/where.safetensors", 1, "FileNotFoundError: there is no folder no"),
         ("train model --data sums.jsonl --like sums.jsonl", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
         ("train model --data sums.jsonl --like none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
         ("train model --data sums.jsonl --config none.yaml", 1, "FileNotFoundError: .*none.yaml"),
         ("eval model --data text.jsonl", 1, "DataError: .*'choices' and 'label'"),
-        ("eval model --data sums.jsonl -a a.safetensors=x", 1, "DataError: .*strength after '=' must be a number, found 'x'"),
+        (
+            "eval model --data sums.jsonl -a a.safetensors=x",
+            1,
+            "DataError: .*after '=' must be a number or a JSON object, found 'x'",
+        ),
         ("fuse a.safetensors a.safetensors=2", 1, "DataError: one adapter is given twice"),
+        ("fuse a.safetensors --method tise", 1, "AdapterError: unknown fusion method 'tise'; did you mean 'ties'"),
+        ("fuse a.safetensors --drop 0.5", 1, "AdapterError: fusion method 'sum' has no option 'drop'"),
+        ("fuse a.safetensors=nan", 1, "AdapterError: the strength of 'a.safetensors' must be a finite number, found nan"),
+        ("fuse 'a.safetensors={1: 2}'", 1, "DataError: .*must be a number or a JSON object"),
         ("fuse", 2, "Missing argument"),
+        ("extract model nowhere", 1, "FileNotFoundError: .*nowhere"),
+        ("extract model model", 1, "CheckpointError: model differs nowhere from model"),
+        ("extract model model --density 2", 1, "MaskError: density must be above 0 and at most 1"),
+        ("extract model model -o no/where.safetensors", 1, "FileNotFoundError: there is no folder no"),
+        ("merge model sums.jsonl -o out", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
+        ("merge model a.safetensors a.safetensors=2 -o out", 1, "DataError: one adapter is given twice"),
+        ("merge model none.safetensors", 2, "Missing option"),
         ("train model --steps many", 2, "valid integer"),
         ("nothing", 2, "No such command"),
     ],
@@ -142,7 +223,7 @@ def test_an_adapter_of_another_model_is_refused(run, folder, tiny_llama):
         assert re.search("BaseMismatch: '?a.safetensors'? does not belong to this model", err)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse", "bench"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse", "extract", "merge", "bench"])
 def test_help_shows_an_example(run, command):
     code, out, _ = run(f"{command} --help")
     assert code == 0
@@ -179,7 +260,7 @@ def test_the_demos_measurements(tiny_llama):
     assert bits_before
 
 
-@pytest.mark.parametrize("what", ["switch", "scale", "files", "load"])
+@pytest.mark.parametrize("what", ["switch", "scale", "files", "load", "fusion"])
 def test_the_benchmarks_run_in_small(run, tmp_path, what):
     """Whether they run, not what they measure."""
     plot = f" --plot {tmp_path}/plot.png" if what == "switch" else ""

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -83,3 +86,113 @@ def test_what_cannot_be_fused():
     wide = shira.Adapter({"w": SparseTensor((5,), torch.tensor([0]), torch.ones(1), "delta")})
     with pytest.raises(AdapterError, match="'w' has different shapes"):
         shira.fuse({"n": (narrow, 1.0), "w": (wide, 1.0)})
+
+
+def test_strengths_by_pattern():
+    """The last pattern that fits counts; where it gives 0 the adapter is not there, bit for bit."""
+    model = mlp()
+    before = all_bits(model)
+    parts = {"a": random_adapter(model, 1), "b": random_adapter(model, 2)}
+    patterns = {"*": 1.0, "0.*": 0.25, "*.weight": 0.5, "2.weigh[st]": 0.0}
+    by_tensor = {"0.weight": 0.5, "2.weight": 0.0}
+    fused = shira.fuse({"a": (parts["a"], patterns), "b": (parts["b"], 1.0)}, base=model)
+    for name, strength in by_tensor.items():
+        one, other = (shira.Adapter({name: parts[key].tensors[name]}) for key in "ab")
+        alone = shira.fuse({"a": (one, strength), "b": (other, 1.0)}, base=model).tensors[name]
+        assert torch.equal(fused.tensors[name].indices, alone.indices)
+        assert torch.equal(bits(fused.tensors[name].values), bits(alone.values))
+    assert torch.equal(fused.tensors["2.weight"].indices, parts["b"].tensors["2.weight"].indices)
+    assert fused.metadata["fused"] == {"method": "sum", "strengths": {"a": patterns, "b": 1.0}}
+    switcher = Switcher(model)
+    for name, adapter in [*parts.items(), ("fused", fused)]:
+        switcher.add(name, adapter)
+    switcher.use({"a": patterns, "b": 1.0})
+    together = all_bits(model)
+    assert switcher.active == {"a": patterns, "b": 1.0}
+    with switcher.using({"a": dict(reversed(patterns.items())), "b": 1.0}):  # the same patterns, another last one
+        assert not same_bits(together, all_bits(model))
+    assert same_bits(together, all_bits(model))
+    switcher.use("fused")
+    assert same_bits(together, all_bits(model))
+    switcher.use({"a": {"*": 0.0}})
+    assert switcher.active == {} and same_bits(before, all_bits(model))
+
+
+@pytest.mark.parametrize(
+    ("strength", "words"),
+    [
+        ({"*": 1.0, "0.wight": 0.5}, "'?a'?: pattern '0.wight' matches none of"),
+        ({"0.*": 1.0}, "'?a'?: no pattern fits '2.weight'; begin with \"\\*\""),
+        ({"*": float("nan")}, r"the strength of 'a' for '\*' must be a finite number, found nan"),
+        ({"*": float("inf")}, "finite number, found inf"),
+        ({"*": "1"}, "finite number, found '1'"),
+        ({}, "must map patterns"),
+        ({3: 1.0}, "must map patterns"),
+        ([1.0], "finite number"),
+    ],
+)
+def test_strengths_that_cannot_be(strength, words):
+    model = mlp()
+    before, adapter = all_bits(model), random_adapter(model, 1)
+    switcher = Switcher(model)
+    switcher.add("a", adapter)
+    for ask in (lambda: shira.fuse({"a": (adapter, strength)}, base=model), lambda: switcher.use({"a": strength})):
+        with pytest.raises(AdapterError, match=words):
+            ask()
+    assert switcher.active == {} and same_bits(before, all_bits(model))
+
+
+def test_deltas_of_different_bases_are_not_fused_by_mistake():
+    def delta(base):
+        tensor = SparseTensor((4,), torch.tensor([0]), torch.ones(1), "delta")
+        return shira.Adapter({"w": tensor}, {"base": {"id": base}} if base else {}), 1.0
+
+    same = {"a": delta("org/small"), "b": delta("models/small/"), "c": delta(None)}
+    assert shira.fuse(same).tensors["w"].values.tolist() == [3.0]
+    with pytest.raises(BaseMismatch, match=r"different bases \(a: org/small, b: org/large\); pass the one"):
+        shira.fuse({"a": delta("org/small"), "b": delta("org/large")})
+    chosen = shira.fuse({"a": delta("org/small"), "b": delta("org/large")}, base={"w": torch.ones(4)})
+    assert chosen.tensors["w"].values.tolist() == [3.0]
+
+
+def test_files_of_one_name_and_files_that_share_positions(tmp_path):
+    """One mask, positions held once; two folders, one file name: nothing is confused."""
+    model = mlp()
+    first = random_adapter(model, 1)
+    tensors = {n: SparseTensor(t.shape, t.indices, t.values + 1) for n, t in first.tensors.items()}
+    other = shira.Adapter(tensors, first.metadata)
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        first.save(tmp_path / folder / "first")
+    other.save(tmp_path / "y" / "a", like=tmp_path / "y" / "first")
+    first.save(tmp_path / "x" / "a")
+    paths = {tmp_path / "x" / "a": 1.0, tmp_path / "y" / "a": -0.5}
+    fused = shira.fuse(paths, base=model)
+    assert fused.metadata["fused"]["strengths"] == {str(path): strength for path, strength in paths.items()}
+    expected = shira.fuse({"1": (first, 1.0), "2": (other, -0.5)}, base=model)
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(bits(tensor.values), bits(fused.tensors[name].values))
+    threads = torch.get_num_threads()
+    (tmp_path / "y" / "first").unlink()
+    with pytest.raises(shira.FormatError, match=r"'first' beside it"):
+        shira.fuse(paths, base=model)
+    assert torch.get_num_threads() == threads
+    with pytest.raises(AdapterError, match="given twice"):
+        shira.fuse({tmp_path / "x" / "a": 1.0, str(tmp_path / "x" / "a"): 1.0}, base=model)
+
+
+def test_the_snippets_of_the_fusion_page(tmp_path, monkeypatch, tiny_llama):
+    page = (Path(__file__).parents[1] / "docs" / "fusion.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 3
+    monkeypatch.chdir(tmp_path)
+    before = all_bits(tiny_llama)
+    switcher = Switcher(tiny_llama)
+    for seed, name in enumerate(["poet", "coder", "toxic", "french", "formal", "casual"]):
+        random_adapter(tiny_llama, seed, density=0.05).save(f"{name}.safetensors")
+        switcher.add(name, f"{name}.safetensors")
+    for snippet in snippets:
+        exec(snippet, {"shira": shira, "switcher": switcher, "model": tiny_llama})
+    assert shira.load("both.safetensors").metadata["fused"]["method"] == "mean"
+    switcher.use(None)
+    assert same_bits(before, all_bits(tiny_llama))

@@ -31,7 +31,8 @@ def inputs_of(shape, seed, levels=None):
 
 def run(mask, inputs, k):
     function = masks.resolve(mask)[1]
-    return function(**{name: (inputs | {"k": k})[name] for name in masks.needs(function)})
+    known = inputs | {"k": k, "avoid": torch.empty(0, dtype=torch.int64)}
+    return function(**{name: known[name] for name in masks.needs(function)})
 
 
 def best(scores, k, among=None):

@@ -1,6 +1,7 @@
 """The real model: SmolLM2-135M-Instruct, fetched once into the user cache."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 import shira
-from conftest import all_bits, same_bits
+from conftest import all_bits, bits, same_bits
+from shira.data.models import model_path
 from shira.integrations.transformers import load_model, load_tokenizer
 
 pytestmark = pytest.mark.real
@@ -72,3 +74,36 @@ def test_it_is_the_real_model_and_comes_back(tmp_path):
     switcher.use(None)
     assert same_bits(before, all_bits(model))
     assert "Paris" in answer()
+
+
+def test_a_fine_tune_comes_apart_and_together_again(tmp_path):
+    """An adapter saved as a full model, extracted, merged: the same entries, the same weights, the same answers."""
+    try:
+        model, tokenizer = load_model("SmolLM2-135M-Instruct"), load_tokenizer("SmolLM2-135M-Instruct")
+        with shira.attach(model, mask="rand", density=0.01) as tuner:
+            with torch.no_grad():
+                for parameter in tuner.parameters():
+                    parameter.mul_(1.5)
+            adapter = tuner.adapter("tuned")
+        switcher = shira.Switcher(model)
+        switcher.add("tuned", adapter)
+        switcher.use("tuned")
+        model.save_pretrained(tmp_path / "tuned", max_shard_size="100MB")
+        base = model_path("SmolLM2-135M-Instruct")
+        extracted = shira.extract(base, tmp_path / "tuned")
+        shira.merge(base, extracted, tmp_path / "merged")
+        merged = load_model(str(tmp_path / "merged"))
+        assert same_bits(all_bits(model), all_bits(merged))
+        ids = tokenizer("The capital of France is", return_tensors="pt")
+        with torch.no_grad():
+            assert torch.equal(bits(model(**ids).logits), bits(merged(**ids).logits))
+        switcher.use(None)  # 0 times 1.5 is 0: an entry that did not change is in the adapter, and not in the difference
+        for name, tensor in extracted.tensors.items():
+            told, old = adapter.tensors[name], dict(model.named_parameters())[name].view(-1)[adapter.tensors[name].indices]
+            differs = (told.values.view(torch.int16) != old.view(torch.int16)).nonzero().view(-1)
+            assert torch.equal(tensor.indices, told.indices[differs])
+            assert torch.equal(bits(tensor.values), bits(told.values[differs]))
+        assert extracted.tensors.keys() == adapter.tensors.keys()
+    finally:
+        for folder in tmp_path.iterdir():  # half a gigabyte
+            shutil.rmtree(folder)

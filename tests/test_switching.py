@@ -21,7 +21,7 @@ def reference_fusion(base, adapters, strengths):
     """base + Σ α · (value − base), dense and in float32, entry by entry as the promise says."""
     result = {}
     for name, weight in base.items():
-        total, touched, alone = weight.float().view(-1).clone(), torch.zeros(weight.numel()), weight.view(-1).clone()
+        total, touched, alone = torch.zeros(weight.numel()), torch.zeros(weight.numel()), weight.view(-1).clone()
         for adapter_name in sorted(strengths):
             tensor = adapters[adapter_name].tensors.get(name)
             if tensor is None or strengths[adapter_name] == 0:
@@ -31,8 +31,8 @@ def reference_fusion(base, adapters, strengths):
             total[where] += strengths[adapter_name] * change
             touched[where] += 1
             exact = strengths[adapter_name] == 1 and tensor.kind == "overwrite"
-            alone[where] = tensor.values if exact else total[where].to(weight.dtype)
-        summed = torch.where(touched > 1, total.to(weight.dtype), alone)
+            alone[where] = tensor.values if exact else (weight.float().view(-1) + total).to(weight.dtype)[where]
+        summed = torch.where(touched > 1, (weight.float().view(-1) + total).to(weight.dtype), alone)
         result[name] = bits(torch.where(touched > 0, summed, weight.view(-1)))
     return result
 
@@ -347,7 +347,7 @@ def test_what_is_ready_is_bounded(tmp_path):
     for seed in range(10):
         switcher.use(str(seed))
         assert len(switcher._ready) <= 3
-    assert list(dict(key) for key in switcher._ready) == [{"7": 1.0}, {"8": 1.0}, {"9": 1.0}]
+    assert list(dict(key.strengths) for key in switcher._ready) == [{"7": 1.0}, {"8": 1.0}, {"9": 1.0}]
     switcher.use(None)
     assert same_bits(before, all_bits(model))
     switcher.remove("8")

@@ -2,9 +2,11 @@
 
 from . import masks
 from .adapter import Adapter, SparseTensor
+from .analysis import compare
 from .errors import (
     AdapterError,
     BaseMismatch,
+    CheckpointError,
     DataError,
     FormatError,
     MaskError,
@@ -14,8 +16,10 @@ from .errors import (
     TargetError,
     TuningError,
 )
+from .extraction import extract
 from .format import load
 from .fusion import fuse
+from .merging import merge
 from .switching import Switcher
 from .tuning import Tuner, attach
 
@@ -23,6 +27,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "BaseMismatch",
+    "CheckpointError",
     "DataError",
     "FormatError",
     "MaskError",
@@ -35,8 +40,11 @@ __all__ = [
     "Tuner",
     "TuningError",
     "attach",
+    "compare",
+    "extract",
     "fuse",
     "load",
     "masks",
+    "merge",
 ]
 __version__ = "0.1.0"

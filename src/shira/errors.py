@@ -4,6 +4,7 @@ ShiraError
 ├── AdapterError        positions and values that cannot be an adapter
 │   └── FormatError     a file that is not a readable shira adapter
 ├── BaseMismatch        an adapter that does not belong to this model
+├── CheckpointError     a model checkpoint that cannot be read, compared or merged into
 ├── TargetError         target names that match nothing that can be trained
 ├── MaskError           a mask or budget that cannot be had
 ├── TuningError         a tuner asked for something out of turn, or a training run that went wrong
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 __all__ = [
     "AdapterError",
     "BaseMismatch",
+    "CheckpointError",
     "DataError",
     "FormatError",
     "MaskError",
@@ -46,6 +48,10 @@ class FormatError(AdapterError):
 
 class BaseMismatch(ShiraError):
     """An adapter that does not belong to this model."""
+
+
+class CheckpointError(ShiraError):
+    """A model checkpoint that cannot be read, compared or merged into."""
 
 
 class TargetError(ShiraError):

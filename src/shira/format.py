@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from . import encoding, masks
 from .adapter import Adapter, SparseTensor
 from .errors import AdapterError, FormatError
 
-__all__ = ["FORMAT_VERSION", "load", "neighbour", "save"]
+__all__ = ["FORMAT_VERSION", "load", "neighbour", "opened", "save", "write_whole"]
 
 FORMAT_VERSION = 2
 READABLE = {("1", "plain"), ("2", "gap")}  # (format version, encoding)
@@ -59,7 +59,7 @@ def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
         }
     except (TypeError, ValueError) as error:
         raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
-    _write_whole(path, safetensors.torch.save(flat, header))
+    write_whole(path, safetensors.torch.save(flat, header))
 
 
 def neighbour(path: Path_, like: Path_) -> dict[str, SparseTensor]:
@@ -67,14 +67,21 @@ def neighbour(path: Path_, like: Path_) -> dict[str, SparseTensor]:
 
     Raises AdapterError or FormatError if it is no such file; OSError if it cannot be read.
     """
-    path, like = Path(path), Path(like)
+    with _neighbour(Path(path), Path(like)) as tensors:
+        return dict(tensors)
+
+
+@contextlib.contextmanager
+def _neighbour(path: Path, like: Path) -> Iterator[Mapping[str, SparseTensor]]:
+    """The same, each tensor read when it is asked for."""
     if like.resolve().parent != path.resolve().parent or like.resolve() == path.resolve():
         raise AdapterError(f"{like} must be another file in the folder of {path}, to be found again")
     with _opened(like) as file:
         described = _read_header(like, file.metadata() or {})
     if any(_names_a_file(_entry(like, name, entry)) for name, entry in described.items()):
         raise AdapterError(f"{like} takes its positions from a file itself; name that one")
-    return load(like).tensors
+    with opened(like) as adapter:
+        yield adapter.tensors
 
 
 @contextlib.contextmanager
@@ -108,8 +115,8 @@ def _rules(adapter: Adapter, name: str, tensor: SparseTensor) -> list[dict[str, 
     return []
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError, with any file already under that name unchanged."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -139,8 +146,19 @@ def load(path: Path_) -> Adapter:
 
         adapter = shira.load("poet.safetensors")
     """
+    with opened(path) as adapter:
+        return Adapter(dict(adapter.tensors), adapter.metadata)
+
+
+@contextlib.contextmanager
+def opened(path: Path_) -> Iterator[Adapter]:
+    """An adapter that stays in its file: as long as that is open, each tensor is read, and checked, when it is asked for.
+
+    Raises what `load` raises.
+    """
     path = Path(path)
-    with _opened(path) as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_opened(path))
         header = file.metadata() or {}
         described = _read_header(path, header)
         stored = set(file.keys())
@@ -150,12 +168,35 @@ def load(path: Path_) -> Adapter:
         if stored != expected:
             missing, extra = sorted(expected - stored), sorted(stored - expected)
             raise FormatError(f"{path}: tensors missing: {missing or 'none'}; not described: {extra or 'none'}")
-        borrowed = _borrowed(path, {name: entry for name, entry in described.items() if _names_a_file(entry)})
-        tensors = {}
-        for name, entry in described.items():
-            array = file.get_tensor(f"{name}.indices") if name in with_array else borrowed.get(name)
-            tensors[name] = _sparse_tensor(path, name, entry, array, file.get_tensor(f"{name}.values"))
-    return Adapter(tensors, _json_object(path, header, "metadata"))
+        neighbours: dict[str, Mapping[str, SparseTensor]] = {}
+
+        def read(name: str) -> SparseTensor:
+            entry = described[name]
+            if _names_a_file(entry):
+                array: Tensor | None = _borrowed(path, name, entry, neighbours, stack)
+            else:
+                array = file.get_tensor(f"{name}.indices") if name in with_array else None
+            return _sparse_tensor(path, name, entry, array, file.get_tensor(f"{name}.values"))
+
+        yield Adapter(_Tensors(described, read), _json_object(path, header, "metadata"))  # type: ignore[arg-type]  # read only
+
+
+class _Tensors(Mapping[str, SparseTensor]):
+    """An adapter's tensors that are still in their file."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], SparseTensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> SparseTensor:
+        self._names[name]  # KeyError
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _read_header(path: Path, header: dict[str, str]) -> dict[str, Any]:
@@ -197,24 +238,29 @@ def _names_a_file(entry: dict[str, Any]) -> bool:
     return isinstance(positions, dict) and "file" in positions
 
 
-def _borrowed(path: Path, entries: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
-    """Positions that lie in another file of the same folder, which must hold them itself."""
-    found: dict[str, Tensor] = {}
-    files: dict[str, dict[str, SparseTensor]] = {}
-    for name, entry in entries.items():
-        file, expected = entry["positions"]["file"], entry["positions"].get("crc32")
-        if not isinstance(file, str) or file in ("", ".", "..", path.name) or Path(file).name != file:
-            raise FormatError(f"{path}: tensor '{name}': positions must lie in another file of its folder, found {file!r}")
-        try:
-            if file not in files:
-                files[file] = neighbour(path, path.with_name(file))
-        except (AdapterError, OSError) as error:
-            raise FormatError(f"{path}: tensor '{name}': its positions should be in '{file}' beside it: {error}") from error
-        tensor = files[file].get(name)
-        if tensor is None or list(tensor.shape) != entry["shape"] or encoding.checksum(tensor.indices) != expected:
-            raise FormatError(f"{path}: tensor '{name}': '{file}' holds other positions than when this was written")
-        found[name] = tensor.indices
-    return found
+def _borrowed(
+    path: Path,
+    name: str,
+    entry: dict[str, Any],
+    neighbours: dict[str, Mapping[str, SparseTensor]],
+    stack: contextlib.ExitStack,
+) -> Tensor:
+    """Positions that lie in another file of the same folder, which must hold them itself.
+
+    neighbours: the files opened for that so far; `stack` closes them.
+    """
+    file, expected = entry["positions"]["file"], entry["positions"].get("crc32")
+    if not isinstance(file, str) or file in ("", ".", "..", path.name) or Path(file).name != file:
+        raise FormatError(f"{path}: tensor '{name}': positions must lie in another file of its folder, found {file!r}")
+    try:
+        if file not in neighbours:
+            neighbours[file] = stack.enter_context(_neighbour(path, path.with_name(file)))
+        tensor = neighbours[file].get(name)
+    except (AdapterError, OSError) as error:
+        raise FormatError(f"{path}: tensor '{name}': its positions should be in '{file}' beside it: {error}") from error
+    if tensor is None or list(tensor.shape) != entry["shape"] or encoding.checksum(tensor.indices) != expected:
+        raise FormatError(f"{path}: tensor '{name}': '{file}' holds other positions than when this was written")
+    return tensor.indices
 
 
 def _sparse_tensor(path: Path, name: str, entry: dict[str, Any], array: Tensor | None, values: Tensor) -> SparseTensor:

@@ -1,8 +1,11 @@
-"""Several adapters into one: on sorted positions, never dense."""
+"""Several adapters into one: on sorted positions, never dense, one tensor at a time."""
 
-import functools
+import contextlib
+import contextvars
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,93 +13,122 @@ from torch import Tensor, nn
 from . import kernels
 from .adapter import Adapter, SparseTensor, fingerprint
 from .errors import AdapterError, BaseMismatch, did_you_mean
-from .format import load
+from .format import opened
+from .kernels import Overlap
+from .methods import Method, Part, resolve
+from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
-__all__ = ["METHODS", "check_base", "check_strengths", "fuse", "weighted_sum"]
+__all__ = ["check_base", "combine", "fuse"]
 
 Base = nn.Module | Mapping[str, Tensor]
-Part = tuple[SparseTensor, float]
-METHODS = ("sum",)
+Item = TypeVar("Item")
 
 
 def fuse(
-    adapters: Mapping[str | os.PathLike[str], float] | Mapping[str, tuple[Adapter, float]],
+    adapters: Mapping[str | os.PathLike[str], Strength] | Mapping[str, tuple[Adapter, Strength]],
     base: Base | None = None,
     method: str = "sum",
+    **options: float,
 ) -> Adapter:
-    """One adapter with the effect of several: base + Σ αᵢ · (valuesᵢ − base) (SHiRA §3.2 and Appendix I, arXiv 2406.13175).
+    """One adapter with the effect of several: base + what `method` makes of their changes α · (values − base).
 
-    adapters: file -> strength α, or name -> (Adapter, strength).
-    base: the model, or its tensors by name; needed unless all adapters are deltas, whose sum is a delta again.
-    The sum is taken in float32 in the order of the names, and rounded once; an entry that one adapter alone touches at
-    strength 1 gets its value bit for bit.
+    adapters: file -> strength α, or name -> (Adapter, strength). A strength is a number, below 0 to negate; or pattern ->
+        number, of which the last that fits a tensor's name counts, as in {"*": 1.0, "*.mlp.*": 0.5}.
+    base: the model, or its tensors by name; needed unless all adapters are deltas, which make a delta again.
+    method: "sum", "mean", "max", "ties" (density=0.2) or "dare" (drop=0.5, seed=0): docs/fusion.md.
 
-    Raises AdapterError, FormatError or BaseMismatch.
+    All is computed in float32, in the order of the names, and rounded once; an entry that one adapter alone touches at
+    strength 1 gets its value bit for bit. Files are read a tensor at a time.
 
-        both = shira.fuse({"poet.safetensors": 1.0, "coder.safetensors": 0.5}, base=model)
+    SHiRA §3.2 and Appendix I, arXiv 2406.13175. Raises AdapterError, FormatError or BaseMismatch.
+
+        both = shira.fuse({"poet.safetensors": 1.0, "coder.safetensors": 0.5}, base=model, method="ties", density=0.5)
     """
-    if method not in METHODS:
-        raise AdapterError(f"unknown fusion method {method!r}; {did_you_mean(method, METHODS)}")
-    if not adapters:
-        raise AdapterError("nothing to fuse: give at least one adapter")
-    loaded: dict[str, tuple[Adapter, float]] = {}
-    for key, value in adapters.items():
-        loaded[str(key)] = value if isinstance(value, tuple) else (load(key), value)
-    strengths = check_strengths({name: strength for name, (_, strength) in loaded.items()})
-    tensors = _tensors_of(base) if base is not None else {}
-    if base is not None:
-        for name, (adapter, _) in loaded.items():
-            check_base(name, adapter, tensors, _gather_anywhere)
-    fused: dict[str, SparseTensor] = {}
-    prints: dict[str, str] = {}
-    for tensor_name in sorted({n for adapter, _ in loaded.values() for n in adapter.tensors}):
-        parts = [
-            (loaded[name][0].tensors[tensor_name], strengths[name])
-            for name in sorted(loaded)
-            if tensor_name in loaded[name][0].tensors
-        ]
-        if base is not None:
-            indices, values, below = weighted_sum(parts, functools.partial(_gather_anywhere, tensors[tensor_name]))
-            fused[tensor_name] = SparseTensor(parts[0][0].shape, indices.cpu(), values.cpu())
-            prints[tensor_name] = fingerprint(below)
-        else:
-            fused[tensor_name] = _sum_of_deltas(tensor_name, parts)
-    first = loaded[min(loaded)][0].metadata
-    metadata = {
-        "name": "+".join(adapter.name or os.path.basename(name) for name, (adapter, _) in sorted(loaded.items())),
-        "base": first.get("base"),
-        "fused": {"method": method, "strengths": {os.path.basename(name): s for name, s in sorted(strengths.items())}},
-        "license": first.get("license"),
-        "fingerprints": prints,
-    }
-    return Adapter(fused, {key: value for key, value in metadata.items() if value})
+    chosen = resolve(method, options)
+    given = {str(key): value for key, value in sorted(adapters.items(), key=lambda item: str(item[0]))}
+    if len(given) < max(1, len(adapters)):
+        raise AdapterError("one adapter is given twice" if given else "nothing to fuse: give at least one adapter")
+    strengths = check_strengths({label: value[1] if isinstance(value, tuple) else value for label, value in given.items()})
+    weights = dict(base.named_parameters(remove_duplicate=False)) if isinstance(base, nn.Module) else base
+    with contextlib.ExitStack() as stack:
+        parts = {
+            label: value[0] if isinstance(value, tuple) else stack.enter_context(opened(label))
+            for label, value in given.items()
+        }
+        if weights is None:
+            _check_recorded_bases(parts)
+        scales = {label: strengths_of(label, strengths[label], part.tensors) for label, part in parts.items()}
+        wanted: dict[str, dict[str, float]] = {}
+        for label, scale in scales.items():
+            for name, strength in scale.items():
+                if strength != 0:
+                    wanted.setdefault(name, {})[label] = strength
+
+        def fuse_one(name: str) -> tuple[SparseTensor, str | None]:
+            held = {label: parts[label].tensors[name] for label in wanted[name]}
+            if weights is None:
+                return _fused_deltas(name, held, wanted[name], chosen), None
+            return _fused_over(name, held, wanted[name], parts, weights, chosen)
+
+        fused = dict(zip(sorted(wanted), _side_by_side(fuse_one, sorted(wanted)), strict=True))
+        metadata = _metadata(parts, strengths, chosen, {name: found for name, (_, found) in fused.items() if found})
+        return Adapter({name: tensor for name, (tensor, _) in fused.items()}, metadata)
 
 
-def weighted_sum(parts: Sequence[Part], base_at: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """base + Σ α · (value − base) over the union of the positions, for one tensor.
+def _side_by_side(work: Callable[[str], Item], names: Sequence[str]) -> Iterator[Item]:
+    """`work` on each name, in as many threads as torch has. A tensor to a thread needs no more from torch's operators than
+    that thread: so much of this is reading, hashing and copying that they would mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            contexts = [contextvars.copy_context() for _ in names]  # which backend is forced
+            yield from pool.map(lambda context, name: context.run(work, name), contexts, names)
+    finally:
+        torch.set_num_threads(threads)
 
-    parts: (SparseTensor, α) in the order of summation. base_at: positions [n] -> base values [n].
-    Returns indices int64 [n], values [n] and base values [n], both in the base's dtype.
+
+def combine(
+    name: str,
+    parts: Sequence[tuple[SparseTensor, float]],
+    overlap: Overlap,
+    base: Tensor,
+    method: Method,
+    *,
+    deltas: bool = False,
+    check: Callable[[int, Tensor], None] = lambda number, base: None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """base + what the method makes of the changes α · (value − base), for the tensor of this name.
+
+    parts: (SparseTensor, α) in the order of summation. overlap: where their positions meet, n of them. base: [n], the values
+    there. deltas: the parts are deltas, the result is to be one, and the base is zeros. check: called with the number of each
+    overwrite and the base values under it, widened.
+    Returns indices [at most n], values and base values there, both in the base's dtype.
     """
-    device = parts[0][0].indices.device
-    union = torch.unique(torch.cat([tensor.indices for tensor, _ in parts])).long()
-    base = base_at(union).to(device)
-    total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-    touched = torch.zeros(union.numel(), dtype=torch.int32, device=device)
-    places = []
-    for tensor, strength in parts:
-        place = torch.searchsorted(union, tensor.indices.long())
-        values = tensor.values.to(total.dtype)
-        change = values - base[place].to(total.dtype) if tensor.kind == "overwrite" else values
-        total[place] += strength * change
-        touched[place] += 1
-        places.append(place)
-    result = total.to(base.dtype)
-    for (tensor, strength), place in zip(parts, places, strict=True):
-        if tensor.kind == "overwrite" and strength == 1:
-            alone = touched[place] == 1
-            result[place[alone]] = tensor.values[alone].to(base.dtype)
-    return union, result, base
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    pieces, exact = [], []
+    for number, ((tensor, strength), place) in enumerate(zip(parts, overlap.places, strict=True)):
+        values = tensor.values if tensor.kind == "delta" else tensor.values.to(base.dtype)
+        change = values.to(wide.dtype)
+        if tensor.kind == "overwrite":
+            under = wide.index_select(0, place)
+            check(number, under)
+            change = torch.sub(change, under, out=under)
+        if strength != 1:
+            change = strength * change
+        piece, factor = method.thin(Part(name, tensor.indices, values, change, place))
+        pieces.append(piece)
+        exact.append(strength * factor == 1 and (deltas or tensor.kind == "overwrite"))
+    if method.thins:
+        left = kernels.merge([piece.places for piece in pieces])
+        overlap = Overlap(overlap.indices[left.indices], left.places, left.counts)
+        base, wide = base[left.indices], wide[left.indices]
+    result = (wide + method.combine([piece.change for piece in pieces], overlap)).to(base.dtype)
+    alone = torch.empty_like(result) if all(exact) else result.clone()
+    for piece, place, is_exact in zip(pieces, overlap.places, exact, strict=True):
+        if is_exact:
+            kernels.overwrite_(alone, place, piece.values.to(base.dtype))
+    return overlap.indices, torch.where(overlap.counts == 1, alone, result), base
 
 
 def check_base(
@@ -107,56 +139,101 @@ def check_base(
     label: what to call the adapter in the message. base_at(weight, indices): the base values there.
     """
     for name, sparse in adapter.tensors.items():
-        weight = tensors.get(name)
-        if weight is None:
-            raise BaseMismatch(
-                f"{label} does not belong to this model: it has no tensor '{name}'; {did_you_mean(name, tensors)}"
-            )
-        if tuple(weight.shape) != sparse.shape:
-            raise BaseMismatch(
-                f"{label} does not belong to this model: '{name}' has shape {list(weight.shape)}, the adapter expects "
-                f"{list(sparse.shape)}"
-            )
-        if not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
-            raise BaseMismatch(f"{label}: '{name}' must be a contiguous floating-point tensor with data, found {weight.dtype}")
-        expected = adapter.fingerprints.get(name)
-        if expected is None or sparse.kind == "delta":
-            continue
-        found = fingerprint(base_at(weight, sparse.indices))
-        if found != expected:
-            recorded = adapter.metadata.get("base") or {}
-            raise BaseMismatch(
-                f"{label} does not belong to this model: the base values under '{name}' have fingerprint {found}, the "
-                f"adapter says {expected} (base: {recorded.get('id', 'unknown')}, {recorded.get('dtype', 'unknown')}; this "
-                f"tensor: {str(weight.dtype).removeprefix('torch.')}). Load that base, in that dtype"
-            )
+        weight = _check_form(label, name, sparse, tensors)
+        if sparse.kind == "overwrite" and name in adapter.fingerprints:  # a delta may be added to another base
+            _check_values(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
 
 
-def check_strengths(strengths: Mapping[str, float]) -> dict[str, float]:
-    """The strengths as floats. Raises AdapterError for one that is no finite number."""
-    for name, strength in strengths.items():
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not abs(strength) < float("inf"):
-            raise AdapterError(f"the strength of {name!r} must be a finite number, found {strength!r}")
-    return {name: float(strength) for name, strength in strengths.items()}
+def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The weight of this name, if a sparse tensor fits it."""
+    weight = tensors.get(name)
+    if weight is None:
+        raise BaseMismatch(f"{label} does not belong to this model: it has no tensor '{name}'; {did_you_mean(name, tensors)}")
+    if tuple(weight.shape) != sparse.shape:
+        raise BaseMismatch(
+            f"{label} does not belong to this model: '{name}' has shape {list(weight.shape)}, the adapter expects "
+            f"{list(sparse.shape)}"
+        )
+    if not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
+        raise BaseMismatch(f"{label}: '{name}' must be a contiguous floating-point tensor with data, found {weight.dtype}")
+    return weight
 
 
-def _sum_of_deltas(name: str, parts: Sequence[Part]) -> SparseTensor:
-    """Σ α · delta, in the dtype that holds all of them."""
-    shapes = {tensor.shape for tensor, _ in parts}
+def _check_values(label: str, name: str, adapter: Adapter, base: Tensor, dtype: torch.dtype) -> None:
+    """Compare base values with those that an adapter was trained over."""
+    found, expected = fingerprint(base), adapter.fingerprints[name]
+    if found != expected:
+        recorded = adapter.metadata.get("base") or {}
+        raise BaseMismatch(
+            f"{label} does not belong to this model: the base values under '{name}' have fingerprint {found}, the "
+            f"adapter says {expected} (base: {recorded.get('id', 'unknown')}, {recorded.get('dtype', 'unknown')}; this "
+            f"tensor: {str(dtype).removeprefix('torch.')}). Load that base, in that dtype"
+        )
+
+
+def _check_recorded_bases(parts: Mapping[str, Adapter]) -> None:
+    """Without a base to compare with: adapters that name different ones are not to be summed by mistake."""
+    known = {label: str(base["id"]) for label, part in parts.items() if (base := part.metadata.get("base") or {}).get("id")}
+    if len({os.path.basename(base.rstrip("/")) for base in known.values()}) > 1:
+        named = ", ".join(f"{label}: {base}" for label, base in known.items())
+        raise BaseMismatch(f"the adapters were trained on different bases ({named}); pass the one to apply them to as base=")
+
+
+def _fused_over(
+    name: str,
+    held: Mapping[str, SparseTensor],
+    scale: Mapping[str, float],
+    adapters: Mapping[str, Adapter],
+    weights: Mapping[str, Tensor],
+    method: Method,
+) -> tuple[SparseTensor, str]:
+    """One tensor's new entries over a base, checked first; and the fingerprint of the base there."""
+    for label, tensor in held.items():
+        _check_form(label, name, tensor, weights)
+    labels = list(held)
+
+    def check(number: int, base: Tensor) -> None:
+        if name in adapters[labels[number]].fingerprints:
+            _check_values(labels[number], name, adapters[labels[number]], base, weights[name].dtype)
+
+    overlap = kernels.merge([tensor.indices for tensor in held.values()])
+    device = overlap.indices.device
+    base = kernels.gather(weights[name], overlap.indices.to(weights[name].device)).to(device)
+    parts = [(tensor, scale[label]) for label, tensor in held.items()]
+    indices, values, base = combine(name, parts, overlap, base, method, check=check)
+    return SparseTensor(tuple(weights[name].shape), indices.cpu(), values.cpu()), fingerprint(base)
+
+
+def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[str, float], method: Method) -> SparseTensor:
+    """A delta from deltas, in the dtype that holds all of them."""
+    parts = [(tensor, scale[label]) for label, tensor in held.items()]
+    shapes = {tensor.shape for tensor in held.values()}
     if len(shapes) > 1:
         raise AdapterError(f"'{name}' has different shapes in the adapters: {sorted(map(list, shapes))}")
-    if any(tensor.kind == "overwrite" for tensor, _ in parts):
+    if any(tensor.kind == "overwrite" for tensor in held.values()):
         raise AdapterError(f"'{name}' holds overwritten values: fusing them needs the base they were trained on, pass base=")
     dtype = parts[0][0].values.dtype
     for tensor, _ in parts:
         dtype = torch.promote_types(dtype, tensor.values.dtype)
-    indices, values, _ = weighted_sum(parts, lambda where: torch.zeros(where.numel(), dtype=dtype))
-    return SparseTensor(parts[0][0].shape, indices, values, "delta")
+    overlap = kernels.merge([tensor.indices for tensor, _ in parts])
+    zeros = torch.zeros(overlap.indices.numel(), dtype=dtype, device=overlap.indices.device)
+    indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
+    return SparseTensor(parts[0][0].shape, indices.cpu(), values.cpu(), "delta")
 
 
-def _gather_anywhere(weight: Tensor, indices: Tensor) -> Tensor:
-    return kernels.gather(weight, indices.to(weight.device))
-
-
-def _tensors_of(base: Base) -> Mapping[str, Tensor]:
-    return dict(base.named_parameters(remove_duplicate=False)) if isinstance(base, nn.Module) else base
+def _metadata(
+    parts: Mapping[str, Adapter], strengths: Mapping[str, Fixed], method: Method, prints: dict[str, str]
+) -> dict[str, Any]:
+    """The fused adapter's, with all that it takes to fuse again."""
+    files = {label: os.path.basename(label) for label in parts}
+    if len(set(files.values())) < len(files):
+        files = {label: label for label in parts}
+    first = next(iter(parts.values())).metadata
+    metadata = {
+        "name": "+".join(part.name or os.path.basename(label) for label, part in parts.items()),
+        "base": first.get("base"),
+        "fused": method.described() | {"strengths": {files[label]: as_given(value) for label, value in strengths.items()}},
+        "license": first.get("license"),
+        "fingerprints": prints,
+    }
+    return {key: value for key, value in metadata.items() if value}

@@ -18,7 +18,8 @@ from .tuning import attach
 __all__ = ["Recipe", "load_recipe", "save_recipe", "train_adapter"]
 
 
-LOWEST = {"steps": 1, "batch_size": 1, "accumulate": 1, "calibration": 1, "max_length": 2, "seed": 0}
+LOWEST = {"steps": 1, "batch_size": 1, "accumulate": 1, "calibration": 1, "max_length": 2, "seed": 0, "refresh_every": 0}
+BUDGETS = ("density", "rank", "total")  # one of them
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,16 @@ class Recipe:
     mask: str = "wm"
     density: float | None = None
     rank: int | None = None
+    total: int | None = None
+    scope: str = "tensor"  # or "model": one ranking over all targets
+    floor: float = 0.0  # with scope "model": the share of its own budget that each target keeps
+    overrides: dict[str, Any] | None = None  # name pattern -> density, or {"rank": 4}, or {"total": 1000}
+    avoid: list[str] | None = None  # adapter files none of whose entries may train
     targets: str | list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     method: str = "values"
     calibration: int = 64  # examples, for masks that need gradients or activations
+    refresh_every: int = 0  # steps after which the mask is selected anew; 0: never
+    refresh_cap: float = 1.0  # entries the adapter may hold then, in budgets
     lr: float = 1e-3
     steps: int = 100
     batch_size: int = 16
@@ -47,17 +55,14 @@ class Recipe:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("accumulate", 1),
-            ("calibration", 1),
-            ("max_length", 2),
-            ("seed", 0),
-        ):
+        for name, low in LOWEST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise DataError(f"recipe: {name} must be a whole number from {low} on, found {value!r}")
+        if self.overrides is not None and not isinstance(self.overrides, dict):
+            raise DataError(f"recipe: overrides must be 'name pattern: budget', one a line, found {self.overrides!r}")
+        if self.avoid is not None and not isinstance(self.avoid, list):
+            raise DataError(f"recipe: avoid must be a list of adapter files, found {self.avoid!r}")
         if not isinstance(self.lr, int | float) or not 0 < self.lr < float("inf"):
             raise DataError(f"recipe: lr must be a number above 0, found {self.lr!r}")
         if not isinstance(self.warmup, int | float) or not 0 <= self.warmup <= 1:
@@ -81,8 +86,8 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
         if not isinstance(read, dict):
             raise DataError(f"{path} must hold settings, one 'name: value' a line, found {type(read).__name__}")
         settings = read
-    if given.keys() & {"density", "rank"}:  # either one replaces the other
-        settings = {key: value for key, value in settings.items() if key not in ("density", "rank")}
+    if given.keys() & set(BUDGETS):  # one replaces another
+        settings = {key: value for key, value in settings.items() if key not in BUDGETS}
     settings = settings | dict(given)
     names = [field.name for field in dataclasses.fields(Recipe)]
     for name in settings:
@@ -118,13 +123,19 @@ def train_adapter(
     examples: list[Example] = examples_of(recipe.data, "train")[: recipe.limit]
     rows = hf.encode(tokenizer, examples, recipe.max_length)
     pad = tokenizer.pad_token_id or 0
+    calibration = hf.batches(rows[: recipe.calibration], model, recipe.batch_size, pad)
     tuner = attach(
         model,
         mask=recipe.mask,
         density=recipe.density,
         rank=recipe.rank,
+        total=recipe.total,
+        scope=recipe.scope,  # type: ignore[arg-type]  # attach checks it
+        floor=recipe.floor,
+        overrides=recipe.overrides,
+        avoid=recipe.avoid or (),
         targets=recipe.targets,
-        calibration=hf.batches(rows[: recipe.calibration], model, recipe.batch_size, pad),
+        calibration=calibration,
         progress=on_calibration,
         seed=recipe.seed,
         method=recipe.method,  # type: ignore[arg-type]  # attach checks it
@@ -142,6 +153,9 @@ def train_adapter(
             warmup=recipe.warmup,
             seed=recipe.seed,
             pad=pad,
+            refresh_every=recipe.refresh_every,
+            refresh_cap=recipe.refresh_cap,
+            calibration=calibration,
             on_step=on_step,
         )
         name = recipe.name or Path(recipe.data).stem

@@ -5,11 +5,11 @@ stash), and whatever it does starts from there: base values are never computed, 
 """
 
 import contextlib
-import functools
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,24 @@ from . import kernels
 from .adapter import Adapter, SparseTensor
 from .errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
 from .format import load
-from .fusion import check_base, check_strengths, weighted_sum
+from .fusion import check_base, combine
 from .kernels import Plan, Write
+from .methods import Method, resolve
+from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
 __all__ = ["Switcher"]
 
-Selection = str | Mapping[str, float] | None
-Key = tuple[tuple[str, float], ...]  # what is active: names in order, with strengths
+Selection = str | Mapping[str, Strength] | None
+
+
+class _Chosen(NamedTuple):
+    """What can be active: adapters in order, with their strengths, and how they are combined."""
+
+    strengths: tuple[tuple[str, Fixed], ...]
+    method: Method
+
+
+BASE = _Chosen((), Method("sum"))
 
 
 class Switcher:
@@ -39,6 +50,7 @@ class Switcher:
         switcher.add("poet", "poet.safetensors")
         switcher.use("poet")
         switcher.use({"poet": 1.0, "coder": 0.5})
+        switcher.use({"poet": 1.0, "coder": {"*": 1.0, "*.mlp.*": 0.5}}, method="ties", density=0.5)
         switcher.use(None)
     """
 
@@ -47,9 +59,9 @@ class Switcher:
             raise SwitchError(f"ready must be at least 1, found {ready}")
         self._weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self._sources: dict[str, _Source] = {}
-        self._ready: OrderedDict[Key, Plan] = OrderedDict()
+        self._ready: OrderedDict[_Chosen, Plan] = OrderedDict()
         self._capacity = ready
-        self._active: dict[str, float] = {}
+        self._active = BASE
         self._plan = Plan.of([])  # what is written over the base, with what lay there
 
     @property
@@ -58,9 +70,14 @@ class Switcher:
         return list(self._sources)
 
     @property
-    def active(self) -> dict[str, float]:
-        """Name -> strength of what is active; empty on the base."""
-        return dict(self._active)
+    def active(self) -> dict[str, float | dict[str, float]]:
+        """Name -> strength of what is active, as `use` was given it; empty on the base."""
+        return {name: as_given(strength) for name, strength in self._active.strengths}
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """The method that combines what is active, and all its options: {"method": "ties", "density": 0.2}."""
+        return self._active.method.described()
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
         """Register an adapter, or a file of one, under a name, after checking that it belongs to this model.
@@ -81,29 +98,37 @@ class Switcher:
     def remove(self, name: str) -> None:
         """Forget an adapter. Raises SwitchError if it is unknown or active."""
         self._known(name)
-        if name in self._active:
+        if name in dict(self._active.strengths):
             raise SwitchError(f"adapter {name!r} is active; switch to another or to None first")
         del self._sources[name]
-        for key in [key for key in self._ready if name in dict(key)]:
+        for key in [key for key in self._ready if name in dict(key.strengths)]:
             del self._ready[key]
 
-    def use(self, selection: Selection) -> None:
+    def use(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Activate one adapter, several with strengths (the paper's α), or None: the base, bit for bit.
 
-        A sum is base + Σ αᵢ · (valueᵢ − base), in float32 in the order of the names, rounded once; an entry that one
-        adapter alone touches at strength 1 gets its value bit for bit.
+        selection: a name; or name -> strength, a number, below 0 to negate, or pattern -> number, of which the last that fits
+            a tensor's name counts; those that are 0 are not there.
+        method, options: how changes that meet are combined: docs/fusion.md.
 
-        Raises SwitchError for an unknown name, AdapterError for a strength that is no finite number or a sum that
+        Several are base + what the method makes of the changes α · (value − base), in float32, in the order of the names,
+        rounded once; an entry that one adapter alone touches at strength 1 gets its value bit for bit.
+
+        Raises SwitchError for an unknown name, AdapterError for a method, option or strength that cannot be, or a result that
         overflows, and what `add` raises if a file has changed: then nothing has changed here. After any other exception,
         half way, the base is active.
         """
         wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)
         for name in wanted:
             self._known(name)
-        strengths = {name: strength for name, strength in check_strengths(wanted).items() if strength != 0}
-        if strengths == self._active:
+        strengths = sorted((name, fixed) for name, fixed in check_strengths(wanted).items() if _is_there(fixed))
+        chosen = resolve(method, options)
+        self._activate(_Chosen(tuple(strengths), chosen) if strengths else BASE)
+
+    def _activate(self, wanted: _Chosen) -> None:
+        if wanted == self._active:
             return
-        plan = self._prepare(tuple(sorted(strengths.items())))
+        plan = self._prepare(wanted)
         try:
             same_positions = plan.over(self._plan)
             if same_positions is not None:
@@ -113,59 +138,65 @@ class Switcher:
                 self._restore()
                 self._plan = plan
                 kernels.swap_(plan)
-            self._active = strengths
+            self._active = wanted
         except BaseException:
             self._restore()
-            self._active = {}
+            self._active = BASE
             raise
 
     def _restore(self) -> None:
         """The base, bit for bit."""
-        kernels.restore_(self._plan)
-        self._plan.begun[0] = 0
-        self._plan = Plan.of([])
+        if self._plan.parts:
+            kernels.restore_(self._plan)
+            self._plan.begun[0] = 0
+            self._plan = Plan.of([])
 
     @contextlib.contextmanager
-    def using(self, selection: Selection) -> Iterator[None]:
+    def using(self, selection: Selection, method: str = "sum", **options: float) -> Iterator[None]:
         """`use` inside a `with`, then whatever was active before."""
-        before = self.active
-        self.use(selection)
+        before = self._active
+        self.use(selection, method, **options)
         try:
             yield
         finally:
-            self.use(before)
+            for name, _ in before.strengths:
+                self._known(name)
+            self._activate(before)
 
     def _known(self, name: str) -> None:
         if name not in self._sources:
             raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
-    def _prepare(self, key: Key) -> Plan:
+    def _prepare(self, key: _Chosen) -> Plan:
         """What to write over the base, every value computed and checked; made once, kept while it is among the latest."""
         if key in self._ready:
             self._ready.move_to_end(key)
             return self._ready[key]
         by_weight: dict[int, tuple[str, list[tuple[SparseTensor, float]]]] = {}
-        for adapter_name, strength in key:
-            for tensor_name, tensor in self._checked(adapter_name, self._sources[adapter_name]).items():
-                weight = self._weights[tensor_name]
-                by_weight.setdefault(id(weight), (tensor_name, []))[1].append((tensor, strength))
-        plan = Plan.of([self._write(name, parts) for name, parts in by_weight.values()])
-        if key:  # the base needs no room
+        for adapter_name, fixed in key.strengths:
+            tensors = self._checked(adapter_name, self._sources[adapter_name])
+            for tensor_name, strength in strengths_of(repr(adapter_name), fixed, tensors).items():
+                if strength != 0:
+                    parts = by_weight.setdefault(id(self._weights[tensor_name]), (tensor_name, []))[1]
+                    parts.append((tensors[tensor_name], strength))
+        plan = Plan.of([self._write(name, parts, key.method) for name, parts in by_weight.values()])
+        if key.strengths:  # the base needs no room
             self._ready[key] = plan
             if len(self._ready) > self._capacity:
                 self._ready.popitem(last=False)
         return plan
 
-    def _write(self, name: str, parts: list[tuple[SparseTensor, float]]) -> Write:
+    def _write(self, name: str, parts: list[tuple[SparseTensor, float]], method: Method) -> Write:
         """What becomes of one tensor."""
         weight = self._weights[name]
         tensor, strength = parts[0]
-        if len(parts) == 1 and strength == 1 and tensor.kind == "overwrite":
+        if len(parts) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
             return Write(weight, self._shared(weight, tensor.indices), tensor.values)
-        indices, values, _ = weighted_sum(parts, functools.partial(self._base_at, weight))
+        overlap = kernels.merge([part.indices for part, _ in parts])
+        indices, values, _ = combine(name, parts, overlap, self._base_at(weight, overlap.indices), method)
         if not bool(torch.isfinite(values).all()):
             raise AdapterError(f"'{name}' would overflow {weight.dtype} at these strengths; use smaller ones")
-        return Write(weight, self._shared(weight, indices.to(tensor.indices.dtype)), values)
+        return Write(weight, self._shared(weight, indices), values)
 
     def _shared(self, weight: Tensor, indices: Tensor) -> Tensor:
         """These positions, or the very tensor of a plan that is ready and has the same ones: adapters of one mask then hold
@@ -229,6 +260,11 @@ class _Source:
 
     def is_checked(self) -> None:
         self._checked = self._found
+
+
+def _is_there(strength: Fixed) -> bool:
+    """Whether any of it is not 0."""
+    return strength != 0 if isinstance(strength, float) else any(value != 0 for _, value in strength)
 
 
 def _on(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:

@@ -1,15 +1,18 @@
 """Which weights of a model an adapter may touch, and what they are called."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from fnmatch import fnmatchcase
+from typing import TypeVar, cast
 
 from torch import nn
 
 from .errors import TargetError, did_you_mean
 
-__all__ = ["KEYWORDS", "Target", "resolve"]
+__all__ = ["KEYWORDS", "Target", "by_pattern", "resolve"]
+
+Value = TypeVar("Value")
 
 KEYWORDS = {
     "all-linear": re.compile(r""),
@@ -61,6 +64,28 @@ def resolve(model: nn.Module, targets: str | Iterable[str]) -> list[Target]:
             )
         resolved.setdefault(id(weight), Target(tensor_names[id(weight)], weight, tuple(modules)))
     return list(resolved.values())
+
+
+def by_pattern(names: Iterable[str], patterns: Mapping[str, Value]) -> dict[str, Value]:
+    """Tensor name -> the value of the last pattern that means it.
+
+    A pattern means a module's or tensor's whole name or its suffix after a dot, as in `resolve`; *, ? and [] stand for
+    what they do in fnmatch: "down_proj", "layers.0.*", "model.layers.[0-3].mlp.up_proj.weight".
+    Raises TargetError for a pattern that matches nothing.
+    """
+    names = list(names)
+    found: dict[str, Value] = {}
+    for pattern, value in patterns.items():
+        meant = [name for name in names if any(_means(pattern, n) for n in (name, name.removesuffix(".weight")))]
+        if not meant:
+            modules = _suffixes(name.removesuffix(".weight") for name in names)
+            raise TargetError(f"pattern {pattern!r} matches none of {len(names)} tensors; {did_you_mean(pattern, modules)}")
+        found |= dict.fromkeys(meant, value)
+    return {name: found[name] for name in names if name in found}
+
+
+def _means(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def _by_keyword(model: nn.Module, linears: dict[str, nn.Linear], keyword: str) -> list[str]:

@@ -12,7 +12,7 @@ a copy of the base, full-size gradients and full-size optimizer state: it is her
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,16 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import kernels, masks
+from . import kernels, masks, refresh
 from . import targets as target_names
-from .adapter import Adapter, SparseTensor, fingerprint, index_dtype
-from .calibration import LEAST_MEMORY, LossFn, Progress, calibrate
+from .adapter import Adapter, SparseTensor, fingerprint
+from .calibration import LossFn, Progress
 from .errors import AdapterError, TuningError
 from .masks import Mask
+from .masters import Held, Masters
+from .selection import Avoid, Selector, count_of, entries_of
 
 __all__ = ["Tuner", "attach"]
 
-TRAINING_BYTES = 16  # of an entry in training: a float32 master, its gradient and AdamW's two moments
 VALUES = "shira_values"  # the name under which a module holds its masters while a tuner is attached
 
 
@@ -41,7 +42,12 @@ def attach(
     mask: str | Mask = "wm",
     density: float | None = None,
     rank: int | None = None,
+    total: int | None = None,
+    scope: Literal["tensor", "model"] = "tensor",
+    floor: float = 0.0,
+    overrides: Mapping[str, Any] | None = None,
     targets: str | Iterable[str] = "all-linear",
+    avoid: Avoid | Iterable[Avoid] = (),
     calibration: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
     progress: Progress | None = None,
@@ -51,51 +57,54 @@ def attach(
     """Make a few entries of the model's linear weights trainable, and nothing else.
 
     mask: a name from `shira.masks.available()` or a function of that form.
-    density: share of each target's entries, above 0 and at most 1 (0.01 if neither it nor rank is given).
+    density: share of each target's entries, above 0 and at most 1 (0.01 if none of the three is given).
     rank: gives each target the rank·(out + in) entries of a LoRA of that rank instead.
+    total: so many entries in all targets together, in proportion to their sizes.
+    scope: "model" ranks the scores of all targets in one list, instead of each target's by themselves; then a target keeps at
+        least `floor` (0 to 1) of what it would have had by itself. One that gets no entry is not trained.
+    overrides: name pattern -> a budget of its own, {"down_proj": 0.02, "layers.0.*": {"rank": 4}} (docs/masks/budgets.md).
     targets: a list of module names or suffixes, "all-linear", "attention", "mlp", or a regular expression.
+    avoid: adapters, or files of them, none of whose entries may train.
     calibration: batches for masks that need gradients or activations, read into a list; several are run more than once
         where the sums of their gradients would take more memory than training does. The model runs in the mode it is in.
     loss_fn(model, batch): by default `model(**batch).loss`. progress(done, total): called after each batch of the calibration.
     seed: with each tensor's name it seeds the mask.
     method: "values" or "hook", see the module's docstring.
 
-    Raises TargetError, MaskError or TuningError before anything in the model has changed.
+    Raises TargetError, MaskError, BaseMismatch or TuningError before anything in the model has changed.
 
         tuner = shira.attach(model, mask="snip", density=0.01, calibration=batches)
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
     """
     if method not in ("values", "hook"):
         raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
-    if density is None and rank is None:
+    if density is None and rank is None and total is None:
         density = 0.01
     chosen = target_names.resolve(model, targets)
     for target in chosen:
         if any(VALUES in module._parameters for module in target.modules):
             raise TuningError(f"a tuner is attached already, to '{target.name}'; call its detach() first")
-    budgets = {t.name: masks.budget(tuple(t.weight.shape), density=density, rank=rank) for t in chosen}
+    weights = {target.name: target.weight for target in chosen}
+    avoided, avoided_names = entries_of(avoid, dict(model.named_parameters(remove_duplicate=False)), weights)
+    plan = masks.plan(
+        {name: tuple(weight.shape) for name, weight in weights.items()},
+        density=density,
+        rank=rank,
+        total=total,
+        scope=scope,
+        floor=floor,
+        overrides=target_names.by_pattern(weights, overrides or {}),
+        avoided=count_of(avoided),
+    )
+    selector = Selector(mask, seed, avoided, loss_fn)
+    indices, calibrated = selector.select(model, weights, plan, calibration, progress)
     label, function = masks.resolve(mask)
-    weights = {t.name: t.weight for t in chosen}
-    indices: dict[str, Tensor] = {}
-
-    def choose(name: str, statistics: dict[str, Tensor]) -> None:
-        positions = masks.select(function, name, weights[name], budgets[name], seed=seed, **statistics)
-        indices[name] = positions.to(index_dtype(weights[name].numel()))
-
-    calibrated = None
-    wanted = [name for name in masks.needs(function) if name in masks.CALIBRATED]
-    if wanted and calibration is not None:
-        memory = max(LEAST_MEMORY, TRAINING_BYTES * sum(budgets.values()))
-        calibrated = calibrate(
-            model, weights, calibration, choose, statistics=wanted, loss_fn=loss_fn, memory=memory, progress=progress
-        )
-    else:
-        for name in weights:
-            choose(name, {})
     settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density, "rank": rank}
-    settings |= {"seed": seed, "targets": targets if isinstance(targets, str) else list(targets), "calibration": calibrated}
+    settings |= {"total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
+    settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed}
+    settings |= {"targets": targets if isinstance(targets, str) else list(targets), "calibration": calibrated}
     record = {key: value for key, value in settings.items() if value is not None}
-    return Tuner(model, chosen, indices, record, method)
+    return Tuner(model, [target for target in chosen if target.name in indices], indices, record, method, selector)
 
 
 @dataclass(eq=False)
@@ -104,10 +113,10 @@ class _Entry:
 
     name: str
     weight: nn.Parameter
-    indices: Tensor  # [k], on the weight's device
-    base: Tensor  # [k], the weight's dtype: the entries before training
+    count: int  # how many of its entries train
     parameter: nn.Parameter  # float32 masters [k], or the weight itself
-    trained: Callable[[], Tensor]  # the entries after training [k], the weight's dtype
+    held: Callable[[], Held]  # all entries that may differ from the base
+    masters: Masters | None = None  # with the method "values"
     undo: list[Callable[[], Any]] = field(default_factory=list)
 
 
@@ -115,9 +124,15 @@ class Tuner:
     """A model in training, from `attach` to `detach`. Also a context manager that detaches at its end."""
 
     def __init__(
-        self, model: nn.Module, chosen: list[target_names.Target], indices: dict[str, Tensor], mask: dict[str, Any], method: str
+        self,
+        model: nn.Module,
+        chosen: list[target_names.Target],
+        indices: dict[str, Tensor],
+        mask: dict[str, Any],
+        method: str,
+        selector: Selector,
     ) -> None:
-        self._mask = mask
+        self._model, self._mask, self._selector = model, mask, selector
         self._base = _describe_base(model, chosen)
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._attached = True
@@ -139,7 +154,40 @@ class Tuner:
     @property
     def nnz(self) -> int:
         """How many entries of the model train."""
-        return sum(entry.indices.numel() for entry in self._entries)
+        return sum(entry.count for entry in self._entries)
+
+    def refresh(self, optimizer: torch.optim.Optimizer, *, calibration: Iterable[Any] | None = None, cap: float = 1.0) -> int:
+        """Select again, on the weights as they are now, and train those entries from here on; returns how many are new.
+
+        Call it after an optimizer's step. Each tensor keeps its number of entries, and the optimizer its parameters: the
+        masters and moments of the entries that stay move with them bit for bit; new entries start at the base's values,
+        their moments at zero. If the mask has not moved, nothing changes.
+
+        calibration: batches, if the mask needs gradients. They leave torch's random numbers as they were.
+        cap: how many entries the adapter may hold, in budgets, tensor by tensor. Entries that leave keep their trained values
+            while there is room, those that changed the most first; others are set back to the base. With 1 all of them are.
+
+        Raises TuningError, or what `attach` raises for a mask, before anything has changed.
+        """
+        masters = {entry.name: entry.masters for entry in self._entries if entry.masters is not None}
+        if not self._attached or len(masters) < len(self._entries):
+            raise TuningError("only an attached tuner with method='values' can be refreshed")
+        refresh.check_cap(cap)
+        states = refresh.movable(optimizer, masters)
+        weights = {entry.name: entry.weight for entry in self._entries}
+        counts = {entry.name: entry.count for entry in self._entries}
+        with _dense(masters.values()):
+            chosen, _ = self._selector.select(self._model, weights, masks.Plan(counts, 0, {}), calibration)
+        for name, indices in chosen.items():
+            if indices.numel() != counts[name]:
+                raise TuningError(
+                    f"the mask now chose {indices.numel()} entries of '{name}', and {counts[name]} train; a mask that is to be "
+                    "refreshed must always return as many"
+                )
+        moved = sum(refresh.move(masters[name], indices, states[name], cap) for name, indices in chosen.items())
+        times = self._mask.get("refresh", {}).get("times", 0) + 1
+        self._mask = self._mask | {"refresh": {"times": times, "cap": cap}}
+        return moved
 
     def adapter(
         self, name: str | None = None, *, training: dict[str, Any] | None = None, license: str | None = None
@@ -151,13 +199,14 @@ class Tuner:
         """
         tensors, prints = {}, {}
         for entry in self._entries:
+            held = entry.held()
             try:
                 tensors[entry.name] = SparseTensor(
-                    tuple(entry.weight.shape), entry.indices.cpu(), entry.trained().detach().cpu().clone()
+                    tuple(entry.weight.shape), held.indices.cpu(), held.values.detach().cpu().clone()
                 )
             except AdapterError as error:
                 raise TuningError(f"training of '{entry.name}' went wrong: {error}; try a lower learning rate") from error
-            prints[entry.name] = fingerprint(entry.base)
+            prints[entry.name] = fingerprint(held.base)
         metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
         metadata["fingerprints"] = prints
         return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
@@ -168,8 +217,9 @@ class Tuner:
             return
         self._attached = False
         for entry in self._entries:
-            snapshot = entry.trained().detach().clone()
-            entry.trained = lambda snapshot=snapshot: snapshot  # type: ignore[misc]
+            held = entry.held()
+            snapshot = held._replace(values=held.values.detach().clone())
+            entry.held = lambda snapshot=snapshot: snapshot  # type: ignore[misc]
             for undo in entry.undo:
                 undo()
         self._undo()
@@ -183,63 +233,25 @@ class Tuner:
         self.detach()
 
 
-class _Masters:
-    """Float32 masters of one weight's entries, and whether the weight has them.
-
-    Two signs that it may not: the masters' version counter, which every optimizer of plain torch operators moves, and a
-    backward pass that has given them a gradient, for those that do not move it (AdamW with fused=True, Trainer's choice).
-    """
-
-    def __init__(self, weight: nn.Parameter, indices: Tensor) -> None:
-        self.weight, self.indices = weight, indices
-        self.base = kernels.gather(weight, indices)
-        self.pattern = kernels.find_pattern(indices, *weight.shape)
-        self.values = nn.Parameter(self.base.to(torch.float32, copy=True))
-        self.written = self.values._version
-        self.may_have_stepped = False
-
-    def rounded(self) -> Tensor:
-        return self.values.detach().to(self.weight.dtype)
-
-    def write(self) -> None:
-        """Bring the weight up to date if the masters have changed, or may have."""
-        self.follow_weight()
-        changed = self.values._version != self.written
-        if changed or self.may_have_stepped:
-            # known to have changed: autograd shall complain of a backward pass through the weight as it was; if not, most
-            # likely the same values are written again, of which it need not know
-            weight = self.weight if changed else self.weight.data
-            kernels.overwrite_(weight, self.indices, self.rounded())
-            self.written = self.values._version
-            self.may_have_stepped = self.values.grad is not None
-
-    def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
-        """The masters' gradient [k] from the output's [tokens, out] and what `keep` kept [tokens, …]."""
-        if self.pattern is not None:
-            return self.pattern.gradient(grad_output, kept)
-        return kernels.sampled_gradient(grad_output, kept, self.indices)
-
-    def keep(self, input: Tensor) -> Tensor:
-        """What the backward pass needs of a layer's input [..., in]."""
-        if self.pattern is not None and self.pattern.keeps_columns_only:
-            return input.index_select(-1, self.pattern.lines)
-        return input
-
-    def restore(self) -> None:
-        self.follow_weight()
-        kernels.overwrite_(self.weight, self.indices, self.base)
-
-    def follow_weight(self) -> None:
-        """The masters move with the model, being its parameters; positions and base values must be told."""
-        if self.indices.device != self.weight.device:
-            self.indices, self.base = self.indices.to(self.weight.device), self.base.to(self.weight.device)
-            self.pattern = self.pattern and self.pattern.to(self.weight.device)
+@contextlib.contextmanager
+def _dense(masters: Collection[Masters]) -> Iterator[None]:
+    """Let the layers compute with their whole weights, up to date, which then have gradients; keep the random numbers."""
+    devices = {each.weight.device.index for each in masters if each.weight.device.type == "cuda"}
+    for each in masters:
+        each.write()
+        each.dense = True
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for each in masters:
+            each.dense = False
 
 
 def _install_values(target: target_names.Target, indices: Tensor) -> _Entry:
     """The sparse-values way: masters on the modules, which compute with `_SparseLinear` until the tuner is detached."""
-    masters = _Masters(target.weight, indices)
-    entry = _Entry(target.name, target.weight, indices, masters.base, masters.values, masters.rounded)
+    masters = Masters(target.weight, indices)
+    entry = _Entry(target.name, target.weight, indices.numel(), masters.values, masters.held, masters)
     for module in target.modules:
         usual = module.__dict__.get("forward")
         module.register_parameter(VALUES, masters.values)
@@ -256,7 +268,9 @@ def _uninstall(module: nn.Module, usual: Callable[..., Tensor] | None) -> None:
         module.forward = usual
 
 
-def _forward(module: nn.Linear, masters: _Masters, input: Tensor) -> Tensor:
+def _forward(module: nn.Linear, masters: Masters, input: Tensor) -> Tensor:
+    if masters.dense:
+        return nn.functional.linear(input, module.weight, module.bias)
     masters.write()
     output: Tensor = _SparseLinear.apply(input, module.weight, module.bias, masters.values, masters)  # type: ignore[no-untyped-call]
     return output
@@ -266,7 +280,7 @@ class _SparseLinear(torch.autograd.Function):
     """A linear layer whose weight has a gradient at a few positions only (Appendix E)."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, masters: _Masters) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, masters: Masters) -> Tensor:
         ctx.save_for_backward(masters.keep(input) if ctx.needs_input_grad[3] else None, weight)
         ctx.masters, ctx.input_dtype = masters, input.dtype
         return nn.functional.linear(input, weight, bias)
@@ -312,9 +326,8 @@ def _install_hook(target: target_names.Target, indices: Tensor) -> _Entry:
         weight.grad = None
 
     weight.requires_grad_(True)
-    entry = _Entry(
-        target.name, weight, indices, kernels.gather(weight, indices), weight, lambda: kernels.gather(weight, indices)
-    )
+    base = kernels.gather(weight, indices)
+    entry = _Entry(target.name, weight, indices.numel(), weight, lambda: Held(indices, base, kernels.gather(weight, indices)))
     entry.undo.append(weight.register_post_accumulate_grad_hook(clear_off_mask).remove)
     for module in target.modules:
         entry.undo.append(module.register_forward_pre_hook(keep_off_mask).remove)

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ..errors import ShiraError
-from . import bench, demo, evaluate, fuse, inspect, masks, train
+from . import bench, compare, demo, evaluate, extract, fuse, inspect, masks, merge, train
 from .output import errors
 
 __all__ = ["app", "main"]
@@ -23,7 +23,10 @@ app.command("train")(train.train)
 app.command("masks")(masks.masks)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("compare")(compare.compare)
 app.command("fuse")(fuse.fuse)
+app.command("extract")(extract.extract)
+app.command("merge")(merge.merge)
 app.command("bench")(bench.bench)
 
 

@@ -21,13 +21,16 @@ class What(StrEnum):
     train = "train"
     files = "files"
     load = "load"
+    fusion = "fusion"
+    orthogonality = "orthogonality"
 
 
 def bench(
     what: Annotated[
         What,
         typer.Argument(
-            help="switch: one weight. scale: LLaMA2-7B's shape. train: a step, and memory. files: bytes. load: from a file."
+            help="switch: one weight. scale: LLaMA2-7B's shape. train: a step, and memory. files: bytes. load: from a file. "
+            "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size."
         ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Where to save a plot (PNG).", show_default=False)] = None,
@@ -41,7 +44,7 @@ def bench(
     if not (root / "benchmarks").is_dir():
         raise MissingExtra("the benchmarks are not part of the installed package; run this in a checkout of the source")
     sys.path.insert(0, str(root))
-    module = "files" if what in (What.files, What.load) else "train" if what == What.train else "switch"
+    module = {What.scale: "switch", What.load: "files"}.get(what, what.value)
     try:
         benchmark: Any = importlib.import_module(f"benchmarks.{module}")
         if what == What.files:

@@ -8,6 +8,7 @@ from rich.table import Table
 from ..data.tasks import examples_of
 from ..evaluation import accuracy
 from ..format import load
+from ..strengths import Strength
 from ..switching import Switcher
 from .output import console, parse_adapter, print_json, progress, waiting
 
@@ -40,7 +41,7 @@ def evaluate(
     switcher = Switcher(loaded)
     for path, (content, _) in adapters.items():
         switcher.add(path, content)
-    states: dict[str, dict[str, float] | None] = {"base": None}
+    states: dict[str, dict[str, Strength] | None] = {"base": None}
     if adapters:
         states[" + ".join(adapter or [])] = {path: strength for path, (_, strength) in adapters.items()}
     results: list[dict[str, Any]] = []

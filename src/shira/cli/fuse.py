@@ -1,5 +1,6 @@
 """shira fuse: several adapters into one file."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,36 +8,56 @@ import typer
 
 from .. import fusion
 from ..errors import DataError
-from ..format import load
+from ..format import opened
+from ..methods import resolve
+from ..strengths import Strength, check_strengths
 from .output import bytes_text, console, parse_adapter, waiting
 
 __all__ = ["fuse"]
 
 
 def fuse(
-    adapters: Annotated[list[str], typer.Argument(help="FILE or FILE=STRENGTH, two or more (or one, to weaken it).")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            help='FILE, FILE=STRENGTH, or \'FILE={"*": 1, "*.mlp.*": 0.5}\', where the last pattern that fits counts.'
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The fused adapter's file.")] = Path("fused.safetensors"),
     base: Annotated[
         str | None, typer.Option(help="The model they were trained on; needed unless all are deltas.", show_default=False)
     ] = None,
     name: Annotated[str | None, typer.Option(help="The fused adapter's name.")] = None,
+    method: Annotated[str, typer.Option(help="Where they meet: sum, mean, max, ties or dare.")] = "sum",
+    density: Annotated[float | None, typer.Option(help="ties: the share of each adapter's changes to keep (0.2).")] = None,
+    drop: Annotated[float | None, typer.Option(help="dare: the probability of dropping a change (0.5).")] = None,
+    seed: Annotated[int | None, typer.Option(help="dare: of what is dropped (0).")] = None,
 ) -> None:
-    """Fuse adapters into one: base + Σ strength · (values − base).
+    """Fuse adapters into one: base + what the method makes of the changes, strength · (values − base).
 
     Example: shira fuse spam.safetensors questions.safetensors=0.5 --base SmolLM2-135M-Instruct -o both.safetensors
     """
-    parts = [parse_adapter(text) for text in adapters]
-    if len({path for path, _ in parts}) < len(parts):
+    strengths: dict[str | os.PathLike[str], Strength] = {}
+    for path, strength in map(parse_adapter, adapters):
+        strengths[path] = strength
+    if len(strengths) < len(adapters):
         raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
-    loaded = {path: (load(path), strength) for path, strength in parts}
+    given = {"density": density, "drop": drop, "seed": seed}
+    options = {key: value for key, value in given.items() if value is not None}
+    resolve(method, options)  # what is wrong should be known before a model is loaded
+    check_strengths({str(path): strength for path, strength in strengths.items()})
+    recorded = set()
+    for file in strengths:
+        with opened(file) as adapter:
+            recorded.add(str((adapter.metadata.get("base") or {}).get("dtype", "auto")))
     model = None
     if base is not None:
         from ..integrations.transformers import load_model
 
-        recorded = {str((adapter.metadata.get("base") or {}).get("dtype", "auto")) for adapter, _ in loaded.values()}
         with waiting("loading the base"):
             model = load_model(base, recorded.pop() if len(recorded) == 1 else "auto")
-    fused = fusion.fuse(loaded, base=model)
+    with waiting("fusing"):
+        fused = fusion.fuse(strengths, model, method, **options)
     if name:
         fused.metadata["name"] = name
     fused.save(output)

@@ -47,7 +47,9 @@ def inspect(
     for key, value in rows.items():
         table.add_row(key, value)
     if facts["fused"]:
-        table.add_row("fused", ", ".join(f"{k} × {v}" for k, v in facts["fused"]["strengths"].items()))
+        method = {key: value for key, value in facts["fused"].items() if key != "strengths"}
+        strengths = ", ".join(f"{name} × {strength}" for name, strength in facts["fused"]["strengths"].items())
+        table.add_row("fused", f"{_listed(method)}: {strengths}")
     console.print(table)
     if tensors:
         listing = Table("tensor", "shape", "entries", "density", "kind", "values")

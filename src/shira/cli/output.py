@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from ..errors import DataError
+from ..strengths import Strength
 
 __all__ = ["bytes_text", "console", "errors", "parse_adapter", "print_json", "progress", "waiting"]
 
@@ -78,12 +79,18 @@ def bytes_text(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def parse_adapter(text: str) -> tuple[str, float]:
-    """'poet.safetensors=0.5' -> ('poet.safetensors', 0.5); without '=', or if the whole is a file, the strength is 1."""
-    path, equals, strength = text.rpartition("=")
+def parse_adapter(text: str) -> tuple[str, Strength]:
+    """'poet.safetensors=0.5' -> ('poet.safetensors', 0.5); without '=', or if the whole is a file, the strength is 1.
+
+    In place of a number, a JSON object may map patterns of tensor names to numbers.
+    """
+    path, equals, strength = text.partition("={") if text.endswith("}") else text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0
     try:
-        return path, float(strength)
+        if not text.endswith("}"):
+            return path, float(strength)
+        patterns: dict[str, float] = json.loads("{" + strength)
+        return path, patterns
     except ValueError:
-        raise DataError(f"{text!r}: the strength after '=' must be a number, found {strength!r}") from None
+        raise DataError(f"{text!r}: the strength after '=' must be a number or a JSON object, found {strength!r}") from None

@@ -30,12 +30,26 @@ def train(
     mask: Annotated[str | None, typer.Option(help="wm, snip, block:by=snip,size=8, …; `shira masks` lists them (wm).")] = None,
     density: Annotated[float | None, typer.Option(help="Share of each target's entries that train (0.01).")] = None,
     rank: Annotated[int | None, typer.Option(help="Instead: as many entries as a LoRA of this rank.")] = None,
+    total: Annotated[int | None, typer.Option(help="Instead: so many entries in all targets together.")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="tensor, or model: rank the entries of all targets in one list (tensor).")
+    ] = None,
+    floor: Annotated[
+        float | None, typer.Option(help="With --scope model: the share of its own budget that each target keeps (0).")
+    ] = None,
+    avoid: Annotated[
+        list[str] | None, typer.Option(help="An adapter none of whose entries may train; may be given more than once.")
+    ] = None,
     targets: Annotated[
         str | None,
         typer.Option(help="Names with commas, all-linear, attention, mlp, or a regex (the paper's: q, k, v, up, down)."),
     ] = None,
     method: Annotated[str | None, typer.Option(help="values, or hook: the slow way of the paper (values).")] = None,
     calibration: Annotated[int | None, typer.Option(help="Examples for masks that need gradients or activations (64).")] = None,
+    refresh_every: Annotated[int | None, typer.Option(help="Select the mask anew after so many steps (0: never).")] = None,
+    refresh_cap: Annotated[
+        float | None, typer.Option(help="Entries the adapter may hold then, in budgets; what leaves beyond is reset (1).")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate (0.001).")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (100).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step (16).")] = None,
@@ -52,7 +66,7 @@ def train(
 
     Example: shira train SmolLM2-135M-Instruct --data spam --steps 40 --density 0.02 -o spam.safetensors
     """
-    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("output", "like", "config") and v is not None}
+    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("output", "like", "config") and v not in (None, [])}
     if targets is not None and "," in targets:
         given["targets"] = [part.strip() for part in targets.split(",")]
     recipe = load_recipe(config, given)

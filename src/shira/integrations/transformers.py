@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data.models import model_path
 from ..data.tasks import Example
 from ..errors import DataError, MissingExtra, TuningError
+from ..refresh import check_cap
 from ..tuning import Tuner
 
 __all__ = ["batches", "encode", "load_model", "load_tokenizer", "train", "version"]
@@ -150,15 +151,24 @@ def train(
     warmup: float = 0.0,
     seed: int = 0,
     pad: int = 0,
+    refresh_every: int = 0,
+    refresh_cap: float = 1.0,
+    calibration: Iterable[Any] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Train what the tuner is attached to, with Transformers' Trainer and AdamW, for a number of optimizer steps.
 
     rows: from `encode`. schedule: any of Transformers' ("linear", "cosine", "constant", …); warmup: its share of the steps.
+    refresh_every: after so many steps, again and again but not after the last, the mask is selected anew
+        (`Tuner.refresh`), with refresh_cap and with the calibration batches, a list, if it needs gradients; 0: never.
     on_step(step, loss) is called after each optimizer step. Returns a summary for the adapter's file.
-    Raises TuningError if the loss stops being finite.
+    Raises TuningError if the loss stops being finite, or for a refresh that cannot be.
     """
+    if refresh_every < 0:
+        raise TuningError(f"refresh_every must be a number of steps, or 0 for never; found {refresh_every}")
+    check_cap(refresh_cap)
     library = _library()
+    moved: list[int] = []
 
     class Watch(library.TrainerCallback):  # type: ignore[misc,name-defined]
         def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -169,6 +179,10 @@ def train(
                 raise TuningError(f"the loss became {loss} at step {state.global_step}; try a lower learning rate")
             if on_step is not None:
                 on_step(state.global_step, loss)
+
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **known: Any) -> None:
+            if refresh_every and state.global_step % refresh_every == 0 and state.global_step < state.max_steps:
+                moved.append(tuner.refresh(known["optimizer"], calibration=calibration, cap=refresh_cap))
 
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder; the adapter is saved by who asked for it
         arguments = library.TrainingArguments(
@@ -202,7 +216,7 @@ def train(
         with few_logits(model):
             result = trainer.train()
     model.eval()
-    return {
+    summary = {
         "steps": result.global_step,
         "batch_size": batch_size * accumulate,
         "learning_rate": learning_rate,
@@ -212,3 +226,4 @@ def train(
         "parameters": tuner.nnz,
         "seed": seed,
     }
+    return summary | ({"refresh_every": refresh_every, "moved": moved} if refresh_every else {})

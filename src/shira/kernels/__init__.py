@@ -5,7 +5,7 @@ Switching works on a `Plan`, a flat list of writes over all tensors of a model, 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,16 +13,18 @@ from torch import Tensor
 
 from . import native, reference, torch_ops
 from .pattern import Pattern, find_pattern
-from .plan import Plan, Write
+from .plan import Overlap, Plan, Write
 
 __all__ = [
     "BACKENDS",
+    "Overlap",
     "Pattern",
     "Plan",
     "Write",
     "backend",
     "find_pattern",
     "gather",
+    "merge",
     "overwrite_",
     "restore_",
     "sampled_gradient",
@@ -75,6 +77,12 @@ def swap_(plan: Plan) -> None:
 def restore_(plan: Plan) -> None:
     """Put back what a plan's stash holds, as far as it was begun."""
     _for(*(part.weight for part in plan.parts)).restore_(plan)
+
+
+def merge(runs: Sequence[Tensor]) -> Overlap:
+    """The union of several tensors' positions: `runs`, one or more, each [k], sorted and unique, int32 or int64."""
+    overlap: Overlap = _for(*runs).merge(runs)
+    return overlap
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-/* The two loops that shira lives by, for the CPU. reference.py says what they must do; native.py calls them.
+/* The three loops that shira lives by, for the CPU. reference.py says what they must do; native.py calls them.
  *
  * swap: move entries between weights and the values that wait for them. One pass over the touched cache lines: each is
  * fetched ahead of its use, since sparse positions are too far apart for the hardware to guess.
  *
  * sampled: dot products of rows, one for each position of a mask: the weight gradient where it is wanted.
+ *
+ * merge: the union of sorted positions, and the place of each in it.
  */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
 #define PY_SSIZE_T_CLEAN
@@ -18,7 +20,7 @@
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
-#define PREFETCH(address) __builtin_prefetch((address), 1)
+#define PREFETCH(address) __builtin_prefetch((address), 0, 0) /* past the second-level cache: each line is used once */
 #else
 #define PREFETCH(address) ((void)0)
 #endif
@@ -29,7 +31,8 @@
 #define FAST_VERSIONS
 #endif
 
-enum { AHEAD = 32, MAX_THREADS = 64 }; /* positions to fetch ahead: 16 to 48 measure alike */
+enum { AHEAD = 64, MAX_THREADS = 64 }; /* positions to fetch ahead */
+enum { KEEP_AND_WRITE, WRITE, RESTORE }; /* what to do with a part; RESTORE writes what was kept */
 
 /* One tensor's part of a plan; native.py fills an array of these. */
 typedef struct {
@@ -136,6 +139,7 @@ static void in_parallel(void *(*work)(void *), const void *job, int64_t total, l
 typedef struct {
     const Part *parts;
     Py_ssize_t count;
+    int mode;
 } Swap;
 
 static void *swap_share(void *argument) {
@@ -146,7 +150,10 @@ static void *swap_share(void *argument) {
         const int64_t length = job->parts[p].count;
         const int64_t begin = share->begin > before ? share->begin - before : 0;
         const int64_t end = share->end - before < length ? share->end - before : length;
-        if (begin < end) swap_part(&job->parts[p], begin, end);
+        Part part = job->parts[p];
+        if (job->mode == RESTORE) part.values = part.stash;
+        if (job->mode != KEEP_AND_WRITE) part.stash = NULL;
+        if (begin < end) swap_part(&part, begin, end);
         before += length;
     }
     return NULL;
@@ -163,13 +170,14 @@ static int64_t entries_of(const Part *parts, Py_ssize_t count) {
 static PyObject *swap(PyObject *self, PyObject *args) {
     unsigned long long address, begun;
     Py_ssize_t parts;
+    int mode;
     long threads;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KnKl", &address, &parts, &begun, &threads)) return NULL;
+    if (!PyArg_ParseTuple(args, "KniKl", &address, &parts, &mode, &begun, &threads)) return NULL;
     Py_BEGIN_ALLOW_THREADS
     if (begun) *(int64_t *)(uintptr_t)begun = parts;
-    const Swap job = {(const Part *)(uintptr_t)address, parts};
-    in_parallel(swap_share, &job, entries_of(job.parts, parts), threads, 16384);
+    const Swap job = {(const Part *)(uintptr_t)address, parts, mode};
+    in_parallel(swap_share, &job, entries_of(job.parts, parts), threads, 4096);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -297,9 +305,84 @@ static PyObject *sampled(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* Sorted positions that are to be merged with others. */
+typedef struct {
+    const void *positions; /* [count], int32 or int64, strictly rising, at least 0 */
+    int32_t *places;       /* [count], gets the place of each among the merged ones */
+    int64_t count, done;   /* how many; how many lie before the window */
+} Run;
+
+/* A window of positions at a time, one bit each: it stays in cache, and any number of runs merge without a comparison. */
+enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
+
+#if defined(__GNUC__) || defined(__clang__)
+#define ONES(word) __builtin_popcountll(word)
+#else
+static inline int ONES(uint64_t word) {
+    word -= word >> 1 & 0x5555555555555555u;
+    word = (word & 0x3333333333333333u) + (word >> 2 & 0x3333333333333333u);
+    return (int)(((word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
+}
+#endif
+#define BELOW(bit) (((uint64_t)1 << (bit)) - 1)
+
+/* merged: gets the union; touched: how many runs have each. Returns its size. */
+#define MERGE(NAME, INDEX)                                                                                      \
+    FAST_VERSIONS                                                                                               \
+    static int64_t NAME(Run *runs, Py_ssize_t count, int64_t last, INDEX *merged, int32_t *touched) {           \
+        int64_t found = 0;                                                                                      \
+        for (int64_t start = 0; start < last; start += WINDOW) {                                                \
+            uint64_t held[WORDS] = {0};                                                                         \
+            int32_t before[WORDS];                                                                              \
+            for (Py_ssize_t r = 0; r < count; r++) {                                                            \
+                const INDEX *positions = (const INDEX *)runs[r].positions;                                      \
+                for (int64_t i = runs[r].done; i < runs[r].count && positions[i] - start < WINDOW; i++) {       \
+                    const uint32_t at = (uint32_t)(positions[i] - start);                                       \
+                    held[at / 64] |= (uint64_t)1 << at % 64;                                                    \
+                }                                                                                               \
+            }                                                                                                   \
+            for (int w = 0; w < WORDS; w++) {                                                                   \
+                before[w] = (int32_t)found;                                                                     \
+                for (uint64_t bits = held[w]; bits; bits &= bits - 1, found++)                                  \
+                    merged[found] = (INDEX)(start + w * 64 + ONES((bits & (0 - bits)) - 1)), touched[found] = 0; \
+            }                                                                                                   \
+            for (Py_ssize_t r = 0; r < count; r++) {                                                            \
+                const INDEX *positions = (const INDEX *)runs[r].positions;                                      \
+                int64_t i = runs[r].done;                                                                       \
+                for (; i < runs[r].count && positions[i] - start < WINDOW; i++) {                               \
+                    const uint32_t at = (uint32_t)(positions[i] - start);                                       \
+                    const int32_t place = before[at / 64] + ONES(held[at / 64] & BELOW(at % 64));               \
+                    runs[r].places[i] = place, touched[place]++;                                                \
+                }                                                                                               \
+                runs[r].done = i;                                                                               \
+            }                                                                                                   \
+        }                                                                                                       \
+        return found;                                                                                           \
+    }
+MERGE(merge_4, int32_t)
+MERGE(merge_8, int64_t)
+
+/* The union of some runs, whose positions are below `last`, with room for all they hold. One thread: several may merge. */
+static PyObject *merge(PyObject *self, PyObject *args) {
+    unsigned long long address, merged, touched;
+    Py_ssize_t count;
+    long long last, found;
+    int index_bytes;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KnLKKi", &address, &count, &last, &merged, &touched, &index_bytes)) return NULL;
+    Run *runs = (Run *)(uintptr_t)address;
+    int32_t *counts = (int32_t *)(uintptr_t)touched;
+    Py_BEGIN_ALLOW_THREADS
+    found = index_bytes == 8 ? merge_8(runs, count, last, (int64_t *)(uintptr_t)merged, counts)
+                             : merge_4(runs, count, last, (int32_t *)(uintptr_t)merged, counts);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(found);
+}
+
 static PyMethodDef methods[] = {
-    {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, address of begun, threads)"},
+    {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, address of begun, threads)"},
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
+    {"merge", merge, METH_VARARGS, "merge(address of an array of runs, how many, past the last position, merged, touched, index bytes)"},
     {NULL, NULL, 0, NULL},
 };
 

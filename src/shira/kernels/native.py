@@ -7,27 +7,29 @@ torch's operators serve.
 
 import importlib
 import threading
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import torch_ops
-from .plan import Plan, Write
+from .plan import Overlap, Plan, Write
 
 try:
     _native: Any = importlib.import_module("._native", __package__)
 except ImportError:
     _native = None
 
-__all__ = ["available", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["available", "gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 PART = np.dtype(  # as in native.c
     [("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("count", "i8"), ("entry", "i4"), ("index", "i4")]
 )
+RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])
 
-
+KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
 DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}
 SAMPLED_NS = 0.03
@@ -45,35 +47,49 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
     values = torch.empty(indices.numel(), dtype=weight.dtype)
     table = _table([Write(weight, indices, values)])
     table["stash"], table["values"] = table["values"], 0
-    _native.swap(table.ctypes.data, 1, 0, torch.get_num_threads())
+    _native.swap(table.ctypes.data, 1, KEEP_AND_WRITE, 0, torch.get_num_threads())
     return values
 
 
 def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """See `reference.overwrite_`."""
     table = _table([Write(weight, indices, values)])
-    _native.swap(table.ctypes.data, 1, 0, torch.get_num_threads())
+    _native.swap(table.ctypes.data, 1, WRITE, 0, torch.get_num_threads())
     torch.autograd.graph.increment_version(weight)
 
 
 def write_(plan: Plan) -> None:
     """See `reference.write_`."""
-    table = _plan_table(plan).copy()
-    table["stash"] = 0
-    _run(plan, table, len(table), begun=False)
+    _run(plan, WRITE, len(plan.parts))
 
 
 def swap_(plan: Plan) -> None:
     """See `reference.swap_`: keeping and writing in one pass."""
-    table = _plan_table(plan)
-    _run(plan, table, len(table), begun=True)
+    _run(plan, KEEP_AND_WRITE, len(plan.parts))
 
 
 def restore_(plan: Plan) -> None:
     """See `reference.restore_`."""
-    table = _plan_table(plan).copy()
-    table["values"], table["stash"] = table["stash"], 0
-    _run(plan, table, int(plan.begun[0]), begun=False)
+    _run(plan, RESTORE, int(plan.begun[0]))
+
+
+def merge(runs: Sequence[Tensor]) -> Overlap:
+    """See `reference.merge`: a bit for each position of a window at a time, no sorting."""
+    dtype = torch.int32 if all(run.dtype == torch.int32 for run in runs) else torch.int64
+    runs = [run.to(dtype).contiguous() for run in runs]
+    if any(run.numel() and int(run[0]) < 0 for run in runs):
+        raise IndexError("positions below 0")
+    places = [torch.empty(run.numel(), dtype=torch.int32) for run in runs]
+    table = np.zeros(len(runs), dtype=RUN)
+    table["positions"] = [run.data_ptr() for run in runs]
+    table["places"] = [place.data_ptr() for place in places]
+    table["count"] = [run.numel() for run in runs]
+    end = max((int(run[-1]) + 1 for run in runs if run.numel()), default=0)
+    room = sum(place.numel() for place in places)
+    indices, counts = torch.empty(room, dtype=dtype), torch.empty(room, dtype=torch.int32)
+    given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
+    found = _native.merge(*given)
+    return Overlap(indices[:found].clone(), places, counts[:found])  # positions are kept: without the room
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
@@ -118,17 +134,29 @@ def sampling_wins(dtype: torch.dtype, rows: int, columns: int, positions: int) -
     return dense is not None and SAMPLED_NS * positions + PACK_NS * (rows + columns) < dense * rows * columns
 
 
-def _run(plan: Plan, table: "np.ndarray[Any, Any]", parts: int, begun: bool) -> None:
-    """Write, and move the version counters: the weights change behind torch's back, and autograd must know."""
-    _native.swap(table.ctypes.data, parts, plan.begun.ctypes.data if begun else 0, torch.get_num_threads())
-    torch.autograd.graph.increment_version([part.weight for part in plan.parts[:parts]])
+class _Compiled(NamedTuple):
+    """A plan as C sees it."""
+
+    table: "np.ndarray[Any, Any]"  # of PART
+    address: int
+    begun: int
+    weights: list[Tensor]
+    places: list[int]  # where the weights were when it was made
 
 
-def _plan_table(plan: Plan) -> "np.ndarray[Any, Any]":
-    """The plan's table, made once; a weight that has moved since gets its new address."""
-    if plan.table is None or plan.table["weight"].tolist() != [part.weight.data_ptr() for part in plan.parts]:
-        plan.table = _table(plan.parts, plan.stash)
-    return plan.table
+def _run(plan: Plan, mode: int, parts: int) -> None:
+    """Write, and move the version counters: the weights change behind torch's back, and autograd must know.
+
+    What C sees is made once; a weight that has moved since gets its new address."""
+    compiled: _Compiled | None = plan.compiled
+    if compiled is None or compiled.places != [weight.data_ptr() for weight in compiled.weights]:
+        table = _table(plan.parts, plan.stash)
+        weights = [part.weight for part in plan.parts]
+        places = [weight.data_ptr() for weight in weights]
+        compiled = plan.compiled = _Compiled(table, table.ctypes.data, plan.begun.ctypes.data, weights, places)
+    begun = compiled.begun if mode == KEEP_AND_WRITE else 0
+    _native.swap(compiled.address, parts, mode, begun, torch.get_num_threads())
+    torch.autograd.graph.increment_version(compiled.weights[:parts])
 
 
 def _table(parts: "tuple[Write, ...] | list[Write]", stash: tuple[Tensor, ...] = ()) -> "np.ndarray[Any, Any]":

@@ -15,17 +15,16 @@ class Pattern:
     """The positions of a matrix [out, in] as whole lines and the rest.
 
     lines: int64 [l], the whole rows, or the whole columns; empty if there are none.
-    in_lines: bool [k], which positions are theirs.
-    rest: int64 [d], which positions are not; rest_rows, rest_columns: their coordinates; on_diagonal: whether these agree.
+    rest_rows, rest_columns: int64 [d], the coordinates of the other positions; on_diagonal: whether these agree.
+    order: int64 [k], where each position is among first the lines', then the rest's.
     """
 
     direction: Literal["rows", "columns"]
     lines: Tensor
-    in_lines: Tensor
-    rest: Tensor
     rest_rows: Tensor
     rest_columns: Tensor
     on_diagonal: bool
+    order: Tensor
 
     @property
     def keeps_columns_only(self) -> bool:
@@ -44,9 +43,7 @@ class Pattern:
             product = grad_output.T @ columns  # [out, l]
         if not self.rest_rows.numel():
             return product.reshape(-1).float()
-        gradient = torch.empty(self.in_lines.numel(), dtype=torch.float32, device=input.device)
-        gradient.masked_scatter_(self.in_lines, product.float())
-        return gradient.index_copy_(0, self.rest, self._rest(grad_output, input))
+        return torch.cat([product.reshape(-1).float(), self._rest(grad_output, input)]).index_select(0, self.order)
 
     def _rest(self, grad_output: Tensor, input: Tensor) -> Tensor:
         if self.on_diagonal:  # views of both, no copy
@@ -58,9 +55,8 @@ class Pattern:
 
     def to(self, device: torch.device) -> "Pattern":
         """The same on another device."""
-        lines, in_lines, rest = self.lines.to(device), self.in_lines.to(device), self.rest.to(device)
         rest_rows, rest_columns = self.rest_rows.to(device), self.rest_columns.to(device)
-        return Pattern(self.direction, lines, in_lines, rest, rest_rows, rest_columns, self.on_diagonal)
+        return Pattern(self.direction, self.lines.to(device), rest_rows, rest_columns, self.on_diagonal, self.order.to(device))
 
 
 def find_pattern(indices: Tensor, rows: int, columns: int) -> Pattern | None:
@@ -75,8 +71,7 @@ def find_pattern(indices: Tensor, rows: int, columns: int) -> Pattern | None:
         if lines.numel() and others <= min(max(rows, columns), indices.numel() // 2):
             rest = in_lines.logical_not().nonzero().view(-1)
             rest_rows, rest_columns = row[rest], column[rest]
-            on_diagonal = torch.equal(rest_rows, rest_columns)
-            return Pattern(
-                "rows" if direction == "rows" else "columns", lines, in_lines, rest, rest_rows, rest_columns, on_diagonal
-            )
+            order = torch.cat([in_lines.nonzero().view(-1), rest]).argsort()
+            kind: Literal["rows", "columns"] = "rows" if direction == "rows" else "columns"
+            return Pattern(kind, lines, rest_rows, rest_columns, torch.equal(rest_rows, rest_columns), order)
     return None

@@ -1,14 +1,22 @@
-"""What a switch writes, over all tensors of a model, as one flat list: one launch can do it all."""
+"""What kernels work on: what a switch writes, over all tensors of a model, as one flat list; where sparse tensors meet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "Write"]
+__all__ = ["Overlap", "Plan", "Write"]
+
+
+class Overlap(NamedTuple):
+    """The positions that any of several sparse tensors of one shape holds."""
+
+    indices: Tensor  # [n], sorted and unique, in the dtype of theirs
+    places: list[Tensor]  # of each tensor [k], int32: its own positions are indices[places]
+    counts: Tensor  # [n], int32, how many hold each
 
 
 class Write(NamedTuple):
@@ -31,7 +39,7 @@ class Plan:
     parts: tuple[Write, ...]
     stash: tuple[Tensor, ...]
     begun: np.ndarray[tuple[int], np.dtype[np.int64]]
-    table: np.ndarray[tuple[int], np.dtype[np.void]] | None = None  # of native.py
+    compiled: Any = None  # native.py's own form of it
 
     @classmethod
     def of(cls, parts: Sequence[Write]) -> "Plan":

@@ -3,12 +3,14 @@
 Positions are flat, C order, sorted and unique, int32 or int64. Weights may have any shape.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .plan import Overlap, Plan
 
-__all__ = ["gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -40,6 +42,12 @@ def restore_(plan: Plan) -> None:
     """Put back what the stash holds of the parts that were begun."""
     for part, stash in list(zip(plan.parts, plan.stash, strict=True))[: int(plan.begun[0])]:
         overwrite_(part.weight, part.indices, stash)
+
+
+def merge(runs: Sequence[Tensor]) -> Overlap:
+    """The union of several tensors' positions, one or more runs [k] each sorted and unique."""
+    indices, counts = torch.unique(torch.cat(list(runs)), return_counts=True)
+    return Overlap(indices, [torch.searchsorted(indices, run, out_int32=True) for run in runs], counts.int())
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

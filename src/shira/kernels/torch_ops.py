@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .plan import Plan
+from .reference import merge
 
-__all__ = ["gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:

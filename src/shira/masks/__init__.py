@@ -9,6 +9,7 @@ It says what it needs by the names of its arguments, and is called with just tho
     activations        Tensor, the 2-norm of each input feature over the calibration tokens, [in]
     seed               int, one for each (seed, tensor name), so that two layers of one shape differ
     name               str, the tensor's name
+    avoid              int64 [any], sorted flat positions that must not train, as other adapters hold them; mostly empty
 
 and returns positions, integers [at most k] in any order, flat in C order; or a boolean tensor of the weight's shape.
 `gradient`, `squared_gradient` and `activations` make `calibration` a must. Other arguments need defaults; set them with
@@ -28,10 +29,8 @@ import inspect
 import re
 from typing import NamedTuple
 
-import torch
-
-from ..errors import MaskError
 from .activation import wanda, wanda_scores
+from .budgets import Plan, Pool, budget, plan, share_out
 from .gradient import fisher, fisher_scores, grad, grad_scores, snip, snip_scores
 from .lowrank import lift, lift_scores
 from .magnitude import wm, wm_scores
@@ -44,7 +43,9 @@ from .selecting import (
     Score,
     needs,
     options_of,
+    ranked,
     resolve,
+    score,
     score_of,
     seed_of,
     select,
@@ -60,6 +61,8 @@ __all__ = [
     "SCORES",
     "Mask",
     "MaskInfo",
+    "Plan",
+    "Pool",
     "Score",
     "available",
     "block",
@@ -76,11 +79,15 @@ __all__ = [
     "needs",
     "nm",
     "options_of",
+    "plan",
     "rand",
+    "ranked",
     "resolve",
+    "score",
     "score_of",
     "seed_of",
     "select",
+    "share_out",
     "snip",
     "struct",
     "top_k",
@@ -138,21 +145,4 @@ def _info(name: str, mask: Mask) -> MaskInfo:
         if p.name not in wanted and p.default is not p.empty and p.kind is not p.VAR_KEYWORD
     }
     meaning = meaning.removeprefix("Positions of ")
-    return MaskInfo(name, meaning, source, tuple(n for n in wanted if n != "k"), options)
-
-
-def budget(shape: tuple[int, ...], *, density: float | None = None, rank: int | None = None) -> int:
-    """How many entries of a tensor may train: density · entries, or the rank · (out + in) of a LoRA of that rank.
-
-    Raises MaskError unless exactly one is given, 0 < density ≤ 1, rank ≥ 1, and the rank's count fits the tensor.
-    """
-    if (density is None) == (rank is None):
-        raise MaskError(f"give density or rank, one of them; found density={density}, rank={rank}")
-    numel = torch.Size(shape).numel()
-    if rank is not None:
-        if rank < 1 or len(shape) != 2 or rank * sum(shape) > numel:
-            raise MaskError(f"rank must be from 1 to {numel // max(1, sum(shape))} for shape {list(shape)}, found {rank}")
-        return rank * sum(shape)
-    if not 0 < float(density or 0) <= 1:
-        raise MaskError(f"density must be above 0 and at most 1, found {density}")
-    return max(1, round(float(density or 0) * numel))
+    return MaskInfo(name, meaning, source, tuple(n for n in wanted if n not in ("k", "avoid")), options)

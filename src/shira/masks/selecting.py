@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import MaskError, did_you_mean
+from .budgets import without
+from .topk import top_k
 
 __all__ = [
     "CALIBRATED",
@@ -22,7 +24,9 @@ __all__ = [
     "find_score",
     "needs",
     "options_of",
+    "ranked",
     "resolve",
+    "score",
     "score_of",
     "seed_of",
     "select",
@@ -32,7 +36,7 @@ Mask = Callable[..., Tensor]
 Score = Callable[..., Tensor]  # of a mask's inputs but k: float32 [the weight's shape], the larger the sooner an entry trains
 
 CALIBRATED = ("gradient", "squared_gradient", "activations")
-INPUTS = ("weight", "k", *CALIBRATED, "seed", "name")
+INPUTS = ("weight", "k", *CALIBRATED, "seed", "name", "avoid")
 
 CATALOGUE: dict[str, Mask] = {}  # both are filled in __init__.py
 SCORES: dict[str, Score] = {}
@@ -98,6 +102,17 @@ def score_of(mask: str | Mask) -> Score | None:
     return partial(SCORES[label], **options) if options else SCORES[label]
 
 
+def ranked(mask: str | Mask) -> Score:
+    """The score of which a mask takes the top k. Raises MaskError for a mask that ranks no scores."""
+    found = score_of(mask)
+    if found is None:
+        raise MaskError(
+            f"mask {resolve(mask)[0]!r} ranks no scores, so entries of different tensors cannot be compared; use "
+            f"scope='tensor', or one of {', '.join(SCORES)}"
+        )
+    return found
+
+
 def options_of(mask: Mask) -> dict[str, Any]:
     """The options of a `functools.partial` as JSON: functions by their names, what else JSON cannot hold by its type."""
 
@@ -120,28 +135,66 @@ def select(
     weight: Tensor,
     k: int,
     *,
-    gradient: Tensor | None = None,
-    squared_gradient: Tensor | None = None,
-    activations: Tensor | None = None,
     seed: int = 0,
+    avoid: Tensor | None = None,
+    **statistics: Tensor | None,
 ) -> Tensor:
     """Run a mask on one tensor and check what it returns.
 
-    name: the tensor's name; with `seed` it seeds the mask. Returns int64 [at most k], sorted, on the weight's device.
-    Raises MaskError that names the tensor.
+    name: the tensor's name; with `seed` it seeds the mask. statistics: of `CALIBRATED`.
+    avoid: sorted flat positions that must not train; where a mask of the catalogue ranks scores, theirs count as absent.
+    Returns int64 [at most k], sorted, on the weight's device. Raises MaskError that names the tensor.
     """
     label, function = resolve(mask)
-    inputs = {"weight": weight, "k": k, "seed": seed_of(seed, name), "name": name}
-    inputs |= {"gradient": gradient, "squared_gradient": squared_gradient, "activations": activations}
+    taken = torch.empty(0, dtype=torch.int64) if avoid is None else avoid.long()
+    inputs = _inputs(name, weight, seed, statistics) | {"k": k, "avoid": taken.to(weight.device)}
+    _check_calibrated(label, function, inputs)
+    try:
+        with torch.no_grad():
+            if not taken.numel() or "avoid" in inspect.signature(function).parameters:
+                answer = call(function, inputs)
+            else:
+                answer = _top_k_without(mask, inputs)
+            return _positions(answer, weight, k, inputs["avoid"])
+    except MaskError as error:
+        raise MaskError(f"mask {label!r} on tensor '{name}': {error}") from error
+
+
+def score(mask: str | Mask, name: str, weight: Tensor, *, seed: int = 0, **statistics: Tensor | None) -> Tensor:
+    """The scores, of the weight's shape, of which a mask takes the top k. Raises MaskError that names the tensor."""
+    label, function = resolve(mask)[0], ranked(mask)
+    inputs = _inputs(name, weight, seed, statistics)
+    _check_calibrated(label, function, inputs)
+    try:
+        with torch.no_grad():
+            scores: Tensor = call(function, inputs)
+    except MaskError as error:
+        raise MaskError(f"mask {label!r} on tensor '{name}': {error}") from error
+    return scores
+
+
+def _inputs(name: str, weight: Tensor, seed: int, statistics: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """What masks and scores may ask for, but a budget."""
+    return dict.fromkeys(CALIBRATED) | {"weight": weight, "seed": seed_of(seed, name), "name": name} | dict(statistics)
+
+
+def _check_calibrated(label: str, function: Mask | Score, inputs: Mapping[str, Any]) -> None:
+    """Raise MaskError if something that calibration finds is asked for and missing."""
     for wanted in needs(function):
         if inputs[wanted] is None:
             words = {"gradient": "gradients", "squared_gradient": "squared gradients"}.get(wanted, wanted)
             raise MaskError(f"mask {label!r} needs {words}: pass calibration=, an iterable of batches")
-    try:
-        with torch.no_grad():
-            return _positions(call(function, inputs), weight, k)
-    except MaskError as error:
-        raise MaskError(f"mask {label!r} on tensor '{name}': {error}") from error
+
+
+def _top_k_without(mask: str | Mask, inputs: Mapping[str, Any]) -> Tensor:
+    """The top k of a mask's scores beside the positions to avoid. Raises MaskError if it ranks none."""
+    function = score_of(mask)
+    if function is None:
+        raise MaskError(
+            f"it cannot leave out positions that are to be avoided; rand, struct, {', '.join(SCORES)} can, and so can a "
+            "function with an argument `avoid`, these positions, sorted, of which it returns none"
+        )
+    return top_k(without(call(function, inputs), inputs["avoid"]), inputs["k"])
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -149,7 +202,7 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8], "big") >> 1
 
 
-def _positions(answer: Any, weight: Tensor, k: int) -> Tensor:
+def _positions(answer: Any, weight: Tensor, k: int, avoid: Tensor) -> Tensor:
     """Positions in the one form, int64 and sorted, from a mask's answer."""
     if not isinstance(answer, Tensor) or answer.dtype not in (torch.bool, torch.int32, torch.int64):
         found = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
@@ -167,6 +220,8 @@ def _positions(answer: Any, weight: Tensor, k: int) -> Tensor:
         raise MaskError("it returned a position twice")
     if int(indices[0]) < 0 or int(indices[-1]) >= weight.numel():
         raise MaskError(f"positions must be from 0 to {weight.numel() - 1}, found {int(indices[0])} to {int(indices[-1])}")
+    if avoid.numel() and bool((met := torch.isin(indices, avoid, assume_unique=True)).any()):
+        raise MaskError(f"it returned {int(met.sum())} positions to avoid, the first is {int(indices[met][0])}")
     return indices
 
 

@@ -19,6 +19,7 @@ def struct(
     frequency: int | None = None,
     offset: int = 0,
     diagonal: bool = True,
+    avoid: Tensor | None = None,
 ) -> Tensor:
     """Positions of every f-th row (or column) and the diagonal (SHiRA §3.1, B.1, arXiv 2406.13175).
 
@@ -29,8 +30,9 @@ def struct(
 
     weight: [out, in]; only its shape matters. frequency: f, by default the smallest that keeps the pattern of offset 0
     within k entries, so that it does not depend on the offset. offset: the first line, from 0 to f − 1.
+    avoid: flat positions to leave out, as those where the diagonal of another struct adapter meets this pattern.
     Returns int64 [at most k], sorted, flat in C order.
-    Raises MaskError if k does not hold the pattern, or there is no such line.
+    Raises MaskError if k does not hold the pattern, there is no such line, or a line would be left out whole.
     """
     if weight.ndim != 2:
         raise MaskError(f"struct needs a matrix, found shape {list(weight.shape)}")
@@ -59,7 +61,18 @@ def struct(
             f"struct from offset {offset} needs {count} entries, but the budget is {k}; use a density of at least "
             f"{count / weight.numel():.6f}"
         )
-    return lines(rows, columns, frequency, direction, count, offset, diagonal).to(weight.device)
+    pattern = lines(rows, columns, frequency, direction, count, offset, diagonal).to(weight.device)
+    if avoid is None or avoid.numel() == 0:
+        return pattern
+    left = pattern[~torch.isin(pattern, avoid)]
+    held = torch.bincount(left // columns if direction == "rows" else left % columns, minlength=across)[offset::frequency]
+    if bool((held == 0).any()):
+        first = offset + int((held == 0).nonzero()[0]) * frequency
+        raise MaskError(
+            f"the adapters to avoid hold {int((held == 0).sum())} of its {held.numel()} {direction} whole, the first is number "
+            f"{first}; use another offset, or the other direction"
+        )
+    return left
 
 
 def lines(

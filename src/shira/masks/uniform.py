@@ -5,12 +5,12 @@ from torch import Tensor
 
 from ..errors import MaskError
 
-__all__ = ["draw", "rand"]
+__all__ = ["coin", "draw", "rand"]
 
 ROUNDS = 6
 
 
-def rand(weight: Tensor, k: int, seed: int = 0) -> Tensor:
+def rand(weight: Tensor, k: int, seed: int = 0, avoid: Tensor | None = None) -> Tensor:
     """k positions drawn uniformly without replacement (SHiRA §3.1, B.2, arXiv 2406.13175).
 
     The paper draws each entry by itself (Bernoulli); given its count that is this draw, and the budget is kept exactly.
@@ -18,10 +18,15 @@ def rand(weight: Tensor, k: int, seed: int = 0) -> Tensor:
     into range), so time and memory grow with k and not with the tensor, and only integer arithmetic is used: the same
     seed gives the same positions on every machine and in every release of torch.
 
-    weight: any shape; only its shape matters. Returns int64 [k], sorted, flat in C order.
-    Raises MaskError if k exceeds the number of entries.
+    weight: any shape; only its shape matters. avoid: sorted flat positions that are not drawn; the draw is then of the
+    others, numbered without gaps. Returns int64 [k], sorted, flat in C order.
+    Raises MaskError if k exceeds the number of entries that may be drawn.
     """
-    return draw(weight.numel(), k, seed).to(weight.device)
+    if avoid is None or avoid.numel() == 0:
+        return draw(weight.numel(), k, seed).to(weight.device)
+    drawn = draw(weight.numel() - avoid.numel(), k, seed).to(weight.device)
+    before = avoid - torch.arange(avoid.numel(), device=avoid.device)  # how many that may be drawn lie before each
+    return drawn + torch.searchsorted(before, drawn, right=True)
 
 
 def draw(numel: int, k: int, seed: int) -> Tensor:
@@ -36,6 +41,15 @@ def draw(numel: int, k: int, seed: int) -> Tensor:
         drawn[outside] = _permute(drawn[outside], half, keys)
         outside = outside[drawn[outside] >= numel]
     return drawn.sort().values
+
+
+def coin(positions: Tensor, probability: float, seed: int) -> Tensor:
+    """For each position [k], an integer, whether a coin falls on its head, with this probability, 0 to 1; bool [k].
+
+    Position i gets the i-th word of SplitMix64 begun at `seed`; in integers only, so the same on every machine.
+    """
+    words = _mix(positions.long() * -0x61C8864680B583EB + seed)
+    return _shift(words, 1) < round(probability * 2**63) if probability < 1 else torch.ones_like(words, dtype=torch.bool)
 
 
 def _permute(position: Tensor, half: int, keys: Tensor) -> Tensor:

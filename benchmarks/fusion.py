@@ -1,0 +1,61 @@
+"""Fusion: ten adapters of LLaMA2-7B's shape into one, beside reading their ten files."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shira
+from shira.fusion import Base
+from shira.methods import METHODS
+
+from .common import alternate, report, show
+from .switch import LLAMA2_7B, adapter_for, model_of
+
+ADAPTERS = 10
+LAYERS = 4  # of 32: base, adapters and result stay below 3 GB
+
+
+def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
+    """Each method, from files in the page cache to an adapter in memory: overwrites over a base, and deltas without one."""
+    shapes = [(512, 512)] * 3 if quick else LLAMA2_7B[: 5 * LAYERS]
+    model = model_of(shapes, torch.bfloat16)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("overwrite", "delta"):
+            paths = [f"{folder}/{kind}{number}.safetensors" for number in range(ADAPTERS)]
+            entries = 0
+            for number, path in enumerate(paths):
+                entries += save(model, number, kind, path)
+            figures = measure(paths, model if kind == "overwrite" else None, 1 if quick else 2)
+            setup = f"{len(paths)} {kind} adapters, {len(shapes)} tensors"
+            rows.append(report("fusion", setup=setup, million_entries=round(entries / 1e6, 1), ms=figures))
+    show("fusion", rows, lambda row: str(row["setup"]), plot)
+    return rows
+
+
+def save(model: torch.nn.Module, number: int, kind: str, path: str) -> int:
+    """Write a random adapter, its fingerprints included; returns its entries."""
+    weights = dict(model.named_parameters())
+    tensors, prints = {}, {}
+    for name, tensor in adapter_for(weights, number).tensors.items():
+        tensors[name] = shira.SparseTensor(tensor.shape, tensor.indices, tensor.values, kind)
+        prints[name] = shira.adapter.fingerprint(shira.kernels.gather(weights[name], tensor.indices))
+    adapter = shira.Adapter(tensors, {"fingerprints": prints})
+    adapter.save(path)
+    return adapter.nnz
+
+
+def measure(paths: list[str], base: Base | None, repeats: int) -> dict[str, float]:
+    """Milliseconds for reading the files, one after the other, and for fusing them."""
+
+    def read() -> None:
+        for path in paths:
+            shira.load(path)
+
+    runs: dict[str, Any] = {"read": read}
+    for method in METHODS:
+        runs[f"shira {method}"] = functools.partial(shira.fuse, dict.fromkeys(paths, 1.0), base, method)
+    return {name: 1e3 * seconds for name, seconds in alternate(runs, repeats).items()}

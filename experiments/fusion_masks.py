@@ -1,0 +1,379 @@
+"""Which masks keep their accuracy alone and when two adapters are added: three tasks, three pairs, three seeds.
+
+Every rule gets as many entries (2 % of the targets; LoRA as many parameters), the same data, the same few learning rates
+on the first seed, and keeps the rate that is best on validation examples. What is done is in the results file, one JSON
+line a run, and is not done again. docs/masks.md reads them.
+
+    python -m experiments.fusion_masks run --results results.jsonl --rules wm snip lora
+    python -m experiments.fusion_masks report --results results.jsonl --plot docs/pictures/fusion-masks.png
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import shira
+from shira import calibration, masks
+from shira.data.models import SMOLLM2
+from shira.data.tasks import TASKS, Example
+from shira.evaluation import accuracy
+from shira.integrations import transformers as hf
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+DENSITY = 0.02
+LORA_RANK = 10  # 2.07 M parameters on these targets, where 2 % are 2.05 M
+RATES = (5e-4, 1e-3, 2e-3)
+SEEDS = (0, 1, 2)
+VALIDATION = 150  # examples of a task's training part that no training sees
+CALIBRATION = 64
+STEPS, BATCH, EXAMPLES = 30, 16, 480
+PAIRS = list(itertools.combinations(TASKS, 2))
+
+
+@dataclasses.dataclass
+class Setting:
+    """What a rule may look at."""
+
+    model: nn.Module
+    tokenizer: Any
+    task: str
+    seed: int
+    general: dict[str, Tensor]  # tensor name -> mean squared gradient on text that the model writes itself
+
+
+def sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
+    return (weight.float() * gradient.float()).abs()
+
+
+def in_each_line(scores: Tensor, k: int, dim: int) -> Tensor:
+    """The best k / lines entries of every row (dim 1) or column (dim 0); what is left over goes to the best of the rest."""
+    each = k // scores.shape[1 - dim]
+    chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(dim, scores.topk(each, dim).indices, True)
+    rest = masks.top_k(scores.masked_fill(chosen, -1.0), k - int(chosen.sum()))
+    chosen.view(-1)[rest] = True
+    return chosen
+
+
+def snip_rows(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
+    """SNIP with a cap a row: every output has as many trained inputs."""
+    return in_each_line(sensitivity(weight, gradient), k, 1)
+
+
+def snip_columns(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
+    """SNIP with a cap a column: every input has as many trained outputs."""
+    return in_each_line(sensitivity(weight, gradient), k, 0)
+
+
+def wm_snip(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
+    """Magnitude first, gradient within: SNIP among the 5 k largest weights."""
+    largest = masks.wm(weight, min(5 * k, weight.numel()))
+    return largest[masks.top_k(sensitivity(weight, gradient).view(-1)[largest], k)]
+
+
+def of_class(number: int, classes: int = 4) -> masks.Mask:
+    """SNIP among the positions of one of several disjoint classes, drawn by a hash: adapters of other classes never meet it."""
+
+    def snip_class(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
+        generator = torch.Generator().manual_seed(weight.numel())
+        kind = torch.randint(classes, weight.shape, generator=generator)
+        return masks.top_k(sensitivity(weight, gradient).masked_fill(kind != number, -1.0), k)
+
+    return snip_class
+
+
+def task_over_general(setting: Setting) -> masks.Mask:
+    """SNIP discounted by what general text is sensitive to: |W · g| / √(mean squared gradient on general text)."""
+    model = setting.model
+    names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
+
+    def snip_general(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
+        general = setting.general[names[weight.data_ptr()]].float()
+        return masks.top_k(sensitivity(weight, gradient) / (general + general.mean()).sqrt(), k)
+
+    return snip_general
+
+
+RULES: dict[str, Callable[[Setting], str | masks.Mask]] = {
+    "wm": lambda _: "wm",
+    "snip": lambda _: "snip",
+    "grad": lambda _: "grad",
+    "rand": lambda _: "rand",
+    "snip-rows": lambda _: snip_rows,
+    "snip-columns": lambda _: snip_columns,
+    "wm-snip": lambda _: wm_snip,
+    "snip-general": task_over_general,
+    "snip-class": lambda setting: of_class(list(TASKS).index(setting.task)),
+}
+
+
+def own_text(model: nn.Module, tokenizer: Any, rows: int = 64, length: int = 96) -> list[hf.Row]:
+    """Text that the model writes from nothing: what stands for all it can do."""
+    torch.manual_seed(0)
+    start = torch.full((rows, 1), tokenizer.bos_token_id)
+    with torch.no_grad():
+        written = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=length)  # type: ignore[operator]
+    return [{"input_ids": ids, "labels": ids} for ids in written.tolist()]
+
+
+def squared_gradients(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
+    """Mean squared gradient of every target on the model's own text, batches of four."""
+    rows = own_text(model, tokenizer)
+    weights = {t.name: t.weight for t in shira.targets.resolve(model, TARGETS)}
+    total = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
+    batches = hf.batches(rows, model, 4, tokenizer.pad_token_id or 0)
+    for batch in batches:
+        calibration.stream_gradients(model, weights, [batch], lambda name, g: total[name].add_(g.float() ** 2))
+    return {name: (value / len(batches)).to(torch.bfloat16) for name, value in total.items()}
+
+
+def split(task: str, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
+    """Examples to train on, to choose the learning rate by, and to measure with."""
+    rest = TASKS[task].train()
+    training = rest[VALIDATION:]
+    start = (seed * EXAMPLES) % max(1, len(training) - EXAMPLES)
+    return training[start : start + EXAMPLES], rest[:VALIDATION], TASKS[task].test()
+
+
+def train(setting: Setting, rule: str, rate: float) -> Path:
+    """Train one adapter and leave it in a file."""
+    path = Path(tempfile.gettempdir()) / "shira-fusion-masks" / f"{rule}-{setting.task}-{setting.seed}-{rate}.safetensors"
+    if path.exists():
+        return path
+    path.parent.mkdir(exist_ok=True)
+    model, tokenizer = setting.model, setting.tokenizer
+    pad = tokenizer.pad_token_id or 0
+    rows = hf.encode(tokenizer, split(setting.task, setting.seed)[0])
+    options: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH, "learning_rate": rate, "seed": setting.seed, "pad": pad}
+    if rule == "lora":
+        lora(model, rows, options, path)
+        return path
+    chosen = positions(setting, RULES[rule](setting), rows[:CALIBRATION])
+    names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
+    with shira.attach(
+        model, mask=lambda weight, k: chosen[names[weight.data_ptr()]], density=DENSITY, targets=TARGETS
+    ) as tuner:
+        hf.train(tuner, model, rows, **options)
+        tuner.adapter().save(path)
+    return path
+
+
+_gradients: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+
+def positions(setting: Setting, mask: str | masks.Mask, rows: list[hf.Row]) -> dict[str, Tensor]:
+    """What a mask chooses of every target; the calibration gradients of the last task and seed are kept for the next rule."""
+    weights = {t.name: t.weight for t in shira.targets.resolve(setting.model, TARGETS)}
+    key = (setting.task, setting.seed)
+    if key not in _gradients:
+        _gradients.clear()
+        found = _gradients[key] = {}
+        batches = hf.batches(rows, setting.model, BATCH, setting.tokenizer.pad_token_id or 0)
+        calibration.stream_gradients(setting.model, weights, batches, found.__setitem__)
+    seed = 100 * setting.seed + list(TASKS).index(setting.task)
+    return {
+        name: masks.select(mask, name, weight, round(DENSITY * weight.numel()), gradient=_gradients[key][name], seed=seed)
+        for name, weight in weights.items()
+    }
+
+
+def lora(model: nn.Module, rows: list[hf.Row], options: dict[str, Any], path: Path) -> None:
+    """Train PEFT's LoRA and leave its factors in a file."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(options["seed"])
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.05, target_modules=TARGETS)
+    tuned: Any = get_peft_model(model, config)
+    trained: Any = SimpleNamespace(nnz=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
+    hf.train(trained, tuned, rows, **options)
+    factors = {}
+    for name, module in tuned.base_model.model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            factors[f"{name}.weight.left"] = module.scaling["default"] * module.lora_B["default"].weight.detach()
+            factors[f"{name}.weight.right"] = module.lora_A["default"].weight.detach()
+    tuned.unload()
+    save_file(factors, path)
+
+
+@contextlib.contextmanager
+def added(model: nn.Module, files: dict[str, Path]) -> Iterator[None]:
+    """The model with these adapters added: base + Σ changes, in float32, rounded once, for LoRA as for ours."""
+    if not any(path.name.startswith("lora") for path in files.values()):
+        switcher = shira.Switcher(model)
+        for name, path in files.items():
+            switcher.add(name, path)
+        with switcher.using(dict.fromkeys(files, 1.0)):
+            yield
+        return
+    factors = [load_file(path) for path in files.values()]
+    weights = dict(model.named_parameters())
+    base = {name.removesuffix(".left"): weights[name.removesuffix(".left")] for name in factors[0] if name.endswith(".left")}
+    before = {name: weight.detach().clone() for name, weight in base.items()}
+    try:
+        for name, weight in base.items():
+            change = sum(f[f"{name}.left"] @ f[f"{name}.right"] for f in factors)
+            weight.data.copy_(weight.float() + change)
+        yield
+    finally:
+        for name, weight in base.items():
+            weight.data.copy_(before[name])
+
+
+def measure(setting: Setting, files: dict[str, Path], task: str, part: str) -> float:
+    """Accuracy with these adapters added."""
+    _, validation, test = split(task, 0)
+    with added(setting.model, files):
+        return accuracy(setting.model, setting.tokenizer, validation if part == "validation" else test)
+
+
+def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS) -> None:
+    """All that is not in the results file yet."""
+    model, tokenizer = hf.load_model(SMOLLM2), hf.load_tokenizer(SMOLLM2)
+    general = squared_gradients(model, tokenizer) if "snip-general" in rules else {}
+    known = {json.dumps(row["key"]): row for row in read(results)}
+
+    def once(key: dict[str, Any], make: Callable[[], float]) -> float:
+        written = json.dumps(key)
+        if written not in known:
+            known[written] = {"key": key, "accuracy": make(), "shira": shira.__version__, "torch": torch.__version__}
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(known[written]) + "\n")
+            print(json.dumps(known[written]), flush=True)
+        return float(known[written]["accuracy"])
+
+    def settle(rule: str, task: str, seed: int) -> Setting:
+        return Setting(model, tokenizer, task, seed, general)
+
+    for task in TASKS:
+        once({"rule": "base", "task": task}, lambda: measure(settle("base", task, 0), {}, task, "test"))  # noqa: B023
+    for rule in rules:
+
+        def files(names: tuple[str, ...], seed: int, rate: float) -> dict[str, Path]:
+            return {name: train(settle(rule, name, seed), rule, rate) for name in names}  # noqa: B023
+
+        def result(names: tuple[str, ...], on: str, seed: int, rate: float, part: str = "test") -> float:
+            key = {"rule": rule, "adapters": names, "on": on, "seed": seed, "rate": rate, "part": part}  # noqa: B023
+            return once(key, lambda: measure(settle(rule, on, seed), files(names, seed, rate), on, part))  # noqa: B023
+
+        tried = {task: {rate: result((task,), task, 0, rate, "validation") for rate in RATES} for task in TASKS}
+        rates = {rate: statistics.mean(tried[task][rate] for task in TASKS) for rate in RATES}
+        best = max(rates, key=lambda rate: rates[rate])
+        for seed in seeds:
+            for rate in [best, *(r for r in RATES if seed == 0 and r != best)]:
+                for task in TASKS:
+                    result((task,), task, seed, rate)
+                for pair in PAIRS:
+                    for task in pair:
+                        result(pair, task, seed, rate)
+
+
+def read(results: Path) -> Iterator[dict[str, Any]]:
+    if results.exists():
+        for line in results.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
+
+
+def summary(results: Path) -> list[dict[str, Any]]:
+    """For each rule and rate: mean accuracy alone and fused, in per cent over tasks, pairs and the seeds that were run."""
+    base = {row["key"]["task"]: row["accuracy"] for row in read(results) if row["key"]["rule"] == "base"}
+    found: dict[tuple[str, float], dict[str, dict[int, list[float]]]] = {}
+    for row in read(results):
+        key = row["key"]
+        if key["rule"] != "base":
+            kind = "validation" if key["part"] == "validation" else "alone" if len(key["adapters"]) == 1 else "fused"
+            seeds = found.setdefault((key["rule"], key["rate"]), {}).setdefault(kind, {})
+            seeds.setdefault(key["seed"], []).append(100 * row["accuracy"])
+    rows = []
+    for (rule, rate), kinds in found.items():
+        whole = [seed for seed, values in kinds.get("fused", {}).items() if len(values) == 2 * len(PAIRS)]
+        if not whole:
+            continue
+        alone = [statistics.mean(kinds["alone"][seed]) for seed in whole]
+        fused = [statistics.mean(kinds["fused"][seed]) for seed in whole]
+        drops = [a - f for a, f in zip(alone, fused, strict=True)]
+        best = max((statistics.mean(found[rule, r]["validation"][0]), -r) for n, r in found if n == rule)[1] == -rate
+        rows.append(
+            {
+                "rule": rule,
+                "rate": rate,
+                "chosen": best,
+                "seeds": len(whole),
+                "alone": statistics.mean(alone),
+                "fused": statistics.mean(fused),
+                "drop": statistics.mean(drops),
+                "spread": statistics.stdev(drops) if len(drops) > 1 else None,
+                "base": 100 * statistics.mean(base.values()),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["rule"], row["rate"]))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The summary as a table; the rates that validation chose in bold."""
+    lines = ["| rule | rate | seeds | alone | fused | drop (± over seeds) |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        spread = f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
+        mark = "**" if row["chosen"] else ""
+        lines.append(
+            f"| {mark}{row['rule']}{mark} | {row['rate']:g} | {row['seeds']} | {row['alone']:.1f} | {row['fused']:.1f} "
+            f"| {row['drop']:.1f}{spread} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy fused over accuracy alone, a point a rule and rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
+    low = min(min(row["fused"], row["alone"]) for row in rows) - 1
+    high = max(row["alone"] for row in rows) + 1
+    axes.plot([low, high], [low, high], color="0.8", linewidth=1)
+    axes.annotate("nothing lost", (high, high), (-4, -14), textcoords="offset points", ha="right", color="0.5", fontsize=8)
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
+        mine = [row for row in rows if row["rule"] == rule]
+        colour = "black" if rule == "lora" else colours[number % len(colours)]
+        axes.plot([r["alone"] for r in mine], [r["fused"] for r in mine], color=colour, linewidth=0.7, alpha=0.6)
+        for row in mine:
+            face = colour if row["chosen"] else "white"
+            axes.plot(row["alone"], row["fused"], "o", color=colour, markerfacecolor=face, markersize=7)
+            if row["chosen"]:
+                axes.annotate(rule, (row["alone"], row["fused"]), (6, -3), textcoords="offset points", fontsize=9, color=colour)
+    axes.set(xlabel="accuracy alone, % (mean of three tasks)", ylabel="accuracy when two are added, % (mean of three pairs)")
+    axes.set_title("filled: the learning rate that validation chose, three seeds; hollow: the others, one seed", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--rules", nargs="+", default=["lora", *RULES], choices=["lora", *RULES])
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "run":
+        run(arguments.results, arguments.rules)
+    rows = summary(arguments.results)
+    print(markdown(rows))
+    if arguments.plot and rows:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Model checkpoints on disk, one tensor at a time: safetensors in the Hugging Face layout, sharded or not.
+
+A tensor is a view of its file, mapped when it is asked for and gone from memory with the last reference to it. safetensors'
+own `safe_open` maps a whole shard, privately and writable, so that all of it counts as the process's data; and it does
+not say where a tensor lies, which writing a shard piece by piece has to know.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+
+__all__ = ["Checkpoint", "Source", "identity", "rewrite", "tensors_of"]
+
+Path_ = str | os.PathLike[str]
+Source = Path_ | nn.Module | Mapping[str, Tensor]
+
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool},
+}
+LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
+BLOCK = 2**22  # bytes copied at a time
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies in its file: bytes begin to end, from the file's own beginning."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A checkpoint folder, or one .safetensors file, as a mapping of its tensors.
+
+    path: a folder with `*.safetensors` and, if there are several, their `*.safetensors.index.json`.
+    shards: file -> name -> Entry, in the file's order. A tensor of a dtype unknown here is seen as flat bytes.
+    index: the file that says which tensor is in which shard, None if there is none.
+
+    Raises CheckpointError for anything malformed, or weights in another form; OSError if there is nothing to read.
+
+        Checkpoint("SmolLM2-135M")["model.norm.weight"]
+    """
+
+    def __init__(self, path: Path_) -> None:
+        self.path = Path(path)
+        self.shards = {file: _read_header(file) for file in _weight_files(self.path)}
+        self._files: dict[str, Path] = {}
+        for file, entries in self.shards.items():
+            for name in entries:
+                other = self._files.setdefault(name, file)
+                if other != file:
+                    raise CheckpointError(f"{self.path}: tensor '{name}' is in two files, {other.name} and {file.name}")
+        self.index = _index(self.path)
+        for name, shard in (_weight_map(self.index) if self.index else {}).items():
+            if self._files.get(name) != self.path / shard:
+                found = self._files[name].name if name in self._files else "no file"
+                raise CheckpointError(
+                    f"{self.index}: tensor '{name}' should be in {shard}, it is in {found}; get the files again"
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._files[name]
+        entry = self.shards[file][name]
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        before = entry.begin % mmap.ALLOCATIONGRANULARITY
+        with open(file, "rb") as opened:  # the mapping outlives it
+            mapped = mmap.mmap(
+                opened.fileno(), entry.end - entry.begin + before, access=mmap.ACCESS_COPY, offset=entry.begin - before
+            )
+        return torch.frombuffer(mapped, dtype=entry.dtype, offset=before).view(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def other_files(self) -> list[Path]:
+        """What lies beside the shards in the folder, by name; no subfolders."""
+        beside = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(file for file in beside if file.is_file() and file not in self.shards)
+
+
+def tensors_of(source: Source) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint on disk, of a model (as its `state_dict` names them), or of a mapping."""
+    if isinstance(source, nn.Module):
+        return dict(source.state_dict())
+    if isinstance(source, Mapping):
+        return source
+    return Checkpoint(source)
+
+
+def identity(source: Source) -> str | None:
+    """What to call a checkpoint: its hub id in the hub's cache, else the name of its folder or file; None in memory."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = Path(source).absolute()
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.resolve().name
+
+
+def rewrite(
+    file: Path,
+    target: Path,
+    replaced: Iterable[tuple[Entry, Iterable[Tensor]]],
+    wrote: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Copy a file piece by piece, with some of its tensors replaced, and flush it to disk.
+
+    replaced: where a tensor lies, and its new content as flat tensors that together fill it; in the order of the file.
+    wrote: called with the number of bytes after each piece.
+    """
+    with open(file, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
+
+        def write(block: memoryview) -> None:
+            while block:  # a raw file may take a part only
+                count = writer.write(block)
+                wrote(count)
+                block = block[count:]
+
+        def copy(count: int) -> None:
+            while count > 0:
+                block = reader.read(min(count, BLOCK))
+                if not block:
+                    raise CheckpointError(f"{file} became shorter while it was read; get it again")
+                write(memoryview(block))
+                count -= len(block)
+
+        for entry, parts in replaced:
+            copy(entry.begin - reader.tell())
+            for part in parts:
+                write(part.view(torch.uint8).numpy().data)
+            reader.seek(entry.end)
+            if writer.tell() != entry.end:
+                raise ValueError(f"{writer.tell() - entry.begin} bytes for the {entry.end - entry.begin} of {entry}")
+        copy(os.fstat(reader.fileno()).st_size - reader.tell())
+        os.fsync(writer.fileno())
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in the order of their names."""
+    if not path.is_dir():
+        if path.suffix != ".safetensors" and path.exists():
+            raise CheckpointError(f"{path} is no checkpoint: expected a folder or a .safetensors file")
+        return [path]
+    index = _index(path)
+    if index is not None:
+        shards = sorted(set(_weight_map(index).values()))
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{index} names files that are not there: {', '.join(missing)}; get them, or the index, again"
+            )
+        return [path / shard for shard in shards]
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) > 1:
+        files = [file for file in files if file.name == "model.safetensors"] or files
+    if len(files) == 1:
+        return files
+    if files:
+        raise CheckpointError(
+            f"{path} holds {len(files)} safetensors files and no index ({files[0].name}, …); name the one that is meant"
+        )
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    hint = (
+        f"{pickled[0]} is a pickle, which may run code: load that model and save it as safetensors" if pickled else "found none"
+    )
+    raise CheckpointError(f"{path} is no checkpoint: expected .safetensors files, {hint}")
+
+
+def _index(path: Path) -> Path | None:
+    found = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
+    if len(found) > 1:
+        raise CheckpointError(f"{path} holds several indices: {', '.join(file.name for file in found)}; expected one")
+    return found[0] if found else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of a file in the same folder."""
+    with _malformed(index):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    for name, file in files.items():
+        if file in ("", ".", "..") or Path(file).name != file:
+            raise CheckpointError(f"{index}: tensor '{name}' must lie in a file of the same folder, found {file!r}")
+    return files
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    """Where each tensor of a safetensors file lies: name -> Entry, in the file's order; dtype, shape and place agree."""
+    size = file.stat().st_size
+    with open(file, "rb") as opened, _malformed(file):
+        (length,) = struct.unpack("<Q", opened.read(8))
+        if length > min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        described = json.loads(opened.read(length))
+        described.pop("__metadata__", None)
+        entries = {name: _entry(name, entry, 8 + length) for name, entry in described.items()}
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    end = 8 + length
+    for name, entry in ordered.items():
+        if entry.begin != end:
+            raise CheckpointError(
+                f"{file}: tensor '{name}' should begin at byte {end}, it begins at {entry.begin}; get it again"
+            )
+        end = entry.end
+    if end != size:
+        raise CheckpointError(f"{file} should have {end} bytes, it has {size}; get it again")
+    return ordered
+
+
+def _entry(name: str, described: dict[str, Any], start: int) -> Entry:
+    """One tensor of a header. Raises ValueError, TypeError or KeyError if it is malformed."""
+    begin, end = described["data_offsets"]
+    shape = tuple(described["shape"])
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or begin > end:
+        raise ValueError(f"tensor '{name}': shape {list(shape)} at {begin} to {end}")
+    dtype = DTYPES.get(described["dtype"])
+    if dtype is None:
+        return Entry(torch.uint8, (end - begin,), start + begin, start + end)
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"tensor '{name}': {end - begin} bytes for {described['dtype']} {list(shape)}")
+    return Entry(dtype, shape, start + begin, start + end)
+
+
+@contextlib.contextmanager
+def _malformed(file: Path) -> Iterator[None]:
+    """What goes wrong with a malformed file is a CheckpointError that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+        found = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AttributeError) else str(error)
+        raise CheckpointError(f"{file} is malformed ({found}); get it again") from error

@@ -1,0 +1,69 @@
+"""shira compare: where adapters meet, and of what rank they are; as a table, JSON, or a page with pictures."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .. import analysis, report
+from ..checkpoints import Source
+from ..data.models import model_path
+from ..format import write_whole
+from .output import bytes_text, console, print_json, progress, waiting
+
+__all__ = ["compare"]
+
+
+def compare(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapters, as files; two or more.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model they were trained on; needed unless all are deltas.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for index.html and compare.json.", show_default=False)] = None,
+    tensor: Annotated[
+        str | None, typer.Option(help="The tensor whose mask and spectrum the page draws (the most changed).")
+    ] = None,
+    spectra: Annotated[bool, typer.Option(help="Compute singular values, which takes most of the time.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
+) -> None:
+    """Compare adapters: overlap, AWOM and AWOR, cosine, distances, sign conflicts, and the rank of what they change.
+
+    Example: shira compare spam.safetensors questions.safetensors --base SmolLM2-135M-Instruct --out report/
+    """
+    loaded = analysis.named(adapters)
+    if tensor is not None:
+        report.check_tensor(loaded, tensor)
+    if out is not None:
+        report.needs_matplotlib()
+    tensors = _tensors(base) if base is not None else None
+    with progress("comparing", len({name for adapter in loaded.values() for name in adapter.tensors})) as update:
+        found = analysis.compare(*loaded.values(), base=tensors, spectra=spectra, on_progress=lambda done, _: update(done, ""))
+    if out is not None:
+        with waiting("drawing"):
+            page = report.page(found, loaded, tensors, tensor)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "compare.json", json.dumps(found.as_dict()).encode())
+        write_whole(out / "index.html", page.encode())
+    if as_json:
+        print_json(found.as_dict())
+        return
+    for title, head, rows in report.tables(found, loaded):
+        table = Table(*head, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    if out is not None:
+        console.print(f"{out / 'index.html'}: {bytes_text(len(page.encode()))}")
+
+
+def _tensors(base: str) -> Source:
+    """A folder of safetensors files is read tensor by tensor, without Transformers; anything else as a model."""
+    folder = Path(model_path(base))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    from ..integrations.transformers import load_model
+
+    with waiting("loading the base"):
+        return load_model(base)

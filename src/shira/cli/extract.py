@@ -1,0 +1,83 @@
+"""shira extract: a sparse adapter out of a full fine-tune."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .. import extraction
+from ..data.models import model_path
+from .output import bytes_text, console, print_json, progress
+
+__all__ = ["extract"]
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="The base: a checkpoint folder, a safetensors file, or SmolLM2-135M-Instruct.")],
+    tuned: Annotated[str, typer.Argument(help="Its fine-tune, in the same form.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's file.")] = Path("extracted.safetensors"),
+    density: Annotated[
+        float | None, typer.Option(help="Share of entries to take; without it all that differ, if few do.", show_default=False)
+    ] = None,
+    scope: Annotated[str, typer.Option(help="What has the budget: each tensor, or the whole model.")] = "tensor",
+    kind: Annotated[str, typer.Option(help="overwrite (the tuned values) or delta (the differences).")] = "overwrite",
+    targets: Annotated[
+        str | None, typer.Option(help="Names with commas, attention, mlp, or a regex; all by default.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The adapter's name; the fine-tune's by default.", show_default=False)
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="The adapter's licence, for its file.", show_default=False)] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor that differs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, with every tensor.")] = False,
+) -> None:
+    """Take the entries of a full fine-tune that differ most from its base; say how much of the difference they keep.
+
+    Example: shira extract SmolLM2-135M-Instruct my-fine-tune --density 0.05 -o mine.safetensors
+    """
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
+    names = [part.strip() for part in targets.split(",")] if targets and "," in targets else targets
+    with progress("comparing", 100) as update:
+        adapter = extraction.extract(
+            model_path(base),
+            model_path(tuned),
+            density=density,
+            scope=scope,  # type: ignore[arg-type]  # extract checks it
+            kind=kind,  # type: ignore[arg-type]  # and this
+            targets=names,
+            name=name,
+            license=license,
+            on_progress=lambda share: update(int(100 * share), ""),
+        )
+    adapter.save(output)
+    facts = extraction.report(adapter)
+    if as_json:
+        size = output.stat().st_size
+        print_json({"file": str(output), "bytes": size, "nnz": adapter.nnz, "density": adapter.density, **facts})
+        return
+    if tensors:
+        listing = Table("tensor", "entries", "that differ", "taken", "‖ΔW‖", "kept")
+        for tensor, found in facts["tensors"].items():
+            taken = adapter.tensors[tensor].nnz if tensor in adapter.tensors else 0
+            kept = f"{found['kept']:.1%}"
+            listing.add_row(
+                tensor, f"{found['entries']:,}", f"{found['changed']:,}", f"{taken:,}", f"{found['norm']:.4g}", kept
+            )
+        console.print(listing)
+    console.print(_curve(facts))
+    left_out = f"; nothing is taken of {len(facts['left_out'])} tensors that differ" if facts["left_out"] else ""
+    console.print(
+        f"{output}: {adapter.nnz:,} of {facts['changed']:,} entries that differ, {bytes_text(output.stat().st_size)}, "
+        f"{facts['kept']:.1%} of ‖ΔW‖{left_out}"
+    )
+
+
+def _curve(facts: dict[str, Any]) -> Table:
+    """What each density would keep, with the suggested one marked."""
+    table = Table("density", "keeps of ‖ΔW‖", "", title=f"ΔW by scope {facts['scope']}", title_justify="left")
+    for density, share in facts["curve"]:
+        mark = "suggested" if density == facts["suggested_density"] else ""
+        table.add_row(f"{density:g}", f"{share:.1%}", mark)
+    return table

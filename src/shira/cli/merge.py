@@ -1,0 +1,31 @@
+"""shira merge: adapters into a plain checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import merging
+from ..data.models import model_path
+from ..errors import DataError
+from .output import bytes_text, console, parse_adapter, progress
+
+__all__ = ["merge"]
+
+
+def merge(
+    base: Annotated[str, typer.Argument(help="The base: a checkpoint folder, a safetensors file, or SmolLM2-135M-Instruct.")],
+    adapters: Annotated[list[str], typer.Argument(help="FILE or FILE=STRENGTH, one or more, as in `shira fuse`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new folder.")],
+) -> None:
+    """Write a checkpoint that any tool loads: the base with adapters in its weights.
+
+    Example: shira merge SmolLM2-135M-Instruct spam.safetensors questions.safetensors=0.5 -o merged
+    """
+    parts = [parse_adapter(text) for text in adapters]
+    if len({path for path, _ in parts}) < len(parts):
+        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
+    with progress("merging", 100) as update:
+        merging.merge(model_path(base), dict(parts), output, on_progress=lambda share: update(int(100 * share), ""))
+    files = [file.stat().st_size for file in output.iterdir()]
+    console.print(f"{output}: {len(files)} files, {bytes_text(sum(files))}")

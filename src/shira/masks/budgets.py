@@ -1,0 +1,259 @@
+"""How many entries train, tensor by tensor or over the whole model.
+
+A budget is a density (a share of a tensor's entries), the rank of a LoRA of the same size, or a total number. `plan` turns
+it into a count for each tensor; or, over the model, into one count that all share, with a floor for each, which `Pool`
+fills with the entries of highest score.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MaskError
+from .topk import top_k
+
+__all__ = ["Plan", "Pool", "budget", "plan", "share_out", "without"]
+
+ABSENT = -math.inf  # the score of an entry that must not train
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """counts: tensor name -> how many of its entries train. shared: how many train in the tensors of `floors` together, over
+    the model; floors: tensor name -> how many of them at least. Each tensor is in one of the two."""
+
+    counts: dict[str, int]
+    shared: int
+    floors: dict[str, int]
+
+
+def budget(shape: Shape, *, density: float | None = None, rank: int | None = None) -> int:
+    """How many entries of a tensor may train: density · entries, or the rank · (out + in) of a LoRA of that rank.
+
+    Raises MaskError unless exactly one is given, 0 < density ≤ 1, rank ≥ 1, and the rank's count fits the tensor.
+    """
+    if (density is None) == (rank is None):
+        raise MaskError(f"give density or rank, one of them; found density={density}, rank={rank}")
+    numel = math.prod(shape)
+    if rank is not None:
+        if not _whole(rank) or rank < 1 or len(shape) != 2 or rank * sum(shape) > numel:
+            raise MaskError(f"rank must be from 1 to {numel // max(1, sum(shape))} for shape {list(shape)}, found {rank}")
+        return rank * sum(shape)
+    if not isinstance(density, int | float) or not 0 < float(density) <= 1:
+        raise MaskError(f"density must be above 0 and at most 1, found {density}")
+    return max(1, round(float(density) * numel))
+
+
+def plan(
+    shapes: Mapping[str, Shape],
+    *,
+    density: float | None = None,
+    rank: int | None = None,
+    total: int | None = None,
+    scope: str = "tensor",
+    floor: float = 0.0,
+    overrides: Mapping[str, Any] | None = None,
+    avoided: Mapping[str, int] | None = None,
+) -> Plan:
+    """Counts for tensors of these shapes, checked to fit.
+
+    density, rank, total: one of them. `total` is exact and counts all tensors; it is shared out in proportion to the
+        entries that may train, at least one each.
+    scope: "tensor", each tensor its own count; or "model", one count for all, which is `total` or the sum of the tensors' own.
+    floor: with scope "model", the share of its own count that each tensor keeps, 0 to 1, rounded up.
+    overrides: tensor name -> its own budget: a density, or {"density": …}, {"rank": …} or {"total": …}. Such a tensor
+        takes no part in what the others share.
+    avoided: tensor name -> how many of its entries must not train.
+
+    Raises MaskError, with the numbers, for what does not fit.
+    """
+    if sum(value is not None for value in (density, rank, total)) != 1:
+        raise MaskError(f"give density, rank or total, one of them; found density={density}, rank={rank}, total={total}")
+    if scope not in ("tensor", "model"):
+        raise MaskError(f"scope must be 'tensor' or 'model', found {scope!r}")
+    if not isinstance(floor, int | float) or not 0 <= floor <= 1:
+        raise MaskError(f"floor must be from 0 to 1, a share of what a tensor would get by itself, found {floor!r}")
+    if floor and scope == "tensor":
+        raise MaskError(f"floor={floor} has a meaning with scope='model' only; every tensor has its own budget now")
+    avoided, own = avoided or {}, {}
+    free = {name: math.prod(shape) - avoided.get(name, 0) for name, shape in shapes.items()}
+    for name, value in (overrides or {}).items():
+        own[name] = _at(name, lambda: _override(shapes[name], value))  # noqa: B023  # called at once
+        _check_room(name, own[name], shapes[name], avoided)
+    others = {name: shape for name, shape in shapes.items() if name not in own}
+    if density is not None:
+        budget((1,), density=density)  # what is wrong with it is no tensor's fault
+    if total is None:
+        counts = {name: _at(name, lambda: budget(shape, density=density, rank=rank)) for name, shape in others.items()}  # noqa: B023
+    else:
+        sizes = {name: free[name] for name in others}
+        left = _left(total, own, sizes, least=1 if scope == "model" else len(others))
+        counts = share_out(left, sizes, dict.fromkeys(sizes, 1 if left >= len(sizes) else 0))
+    if scope == "tensor":
+        for name, count in counts.items():
+            _check_room(name, count, shapes[name], avoided)
+        return Plan(own | counts, 0, {})
+    floors = {name: min(count, math.ceil(floor * count)) for name, count in counts.items()}
+    for name, count in floors.items():
+        _check_room(name, count, shapes[name], avoided)
+    shared, room = sum(counts.values()), sum(free[name] for name in others)
+    if shared > room:
+        raise MaskError(f"{shared:,} entries are to train over the model, but only {room:,} may: {_numbers(others, avoided)}")
+    return Plan(own, shared, floors)
+
+
+def share_out(total: int, sizes: Mapping[str, int], floors: Mapping[str, int]) -> dict[str, int]:
+    """`total` in proportion to sizes, none below its floor; exact, the largest remainders rounded up (ties: the first).
+
+    The floors must not add up to more than total.
+    """
+    at_floor: set[str] = set()
+    while True:
+        free = [name for name in sizes if name not in at_floor]
+        left, weight = total - sum(floors[name] for name in at_floor), max(1, sum(sizes[name] for name in free))
+        below = {name for name in free if left * sizes[name] < floors[name] * weight}
+        if not below:
+            break
+        at_floor |= below
+    counts = {name: floors[name] if name in at_floor else left * sizes[name] // weight for name in sizes}
+    remainders = sorted(free, key=lambda name: -(left * sizes[name] % weight))
+    for name in remainders[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def without(scores: Tensor, avoid: Tensor | None) -> Tensor:
+    """The scores with those at flat positions `avoid` absent; a copy, float32, flat."""
+    flat = scores.detach().to(torch.float32, copy=True).reshape(-1)
+    if avoid is not None:
+        flat[avoid.to(flat.device, torch.int64)] = ABSENT
+    return flat
+
+
+class Pool:
+    """The entries of highest score over many tensors, which come one at a time, in any order.
+
+    First each tensor's floor is filled with its best; then what is left of `shared` goes to the best of all others, as if
+    all scores were ranked in one list in the order of `floors` (among equal scores the first tensor, then the first
+    position, wins). At most 2 · shared entries are held, whatever the model's size.
+    """
+
+    def __init__(self, shared: int, floors: Mapping[str, int]) -> None:
+        self.floors = dict(floors)
+        self.open = shared - sum(floors.values())  # entries that the tensors compete for
+        self.level = ABSENT  # scores below it have lost
+        self.reserved: dict[str, Tensor] = {}  # name -> positions int64
+        self.candidates: dict[str, tuple[Tensor, Tensor]] = {}  # name -> positions int64, sorted; their scores float32
+
+    def __len__(self) -> int:
+        """How many entries are held."""
+        return sum(p.numel() for p in self.reserved.values()) + sum(p.numel() for p, _ in self.candidates.values())
+
+    def add(self, name: str, scores: Tensor, avoid: Tensor | None = None) -> None:
+        """Let a tensor compete. scores: any shape, floating point; avoid: flat positions that must not train.
+
+        Raises MaskError that names the tensor if a score is NaN, or too few may train for its floor.
+        """
+        flat = without(scores, avoid)
+        if bool(flat.max().isnan()):
+            raise MaskError(f"tensor '{name}': scores hold NaN; check the model and the calibration data")
+        reserved = top_k(flat, self.floors[name])
+        if bool((flat[reserved] == ABSENT).any()):
+            raise MaskError(f"tensor '{name}': fewer than the {reserved.numel():,} entries of its floor have a score")
+        self.reserved[name] = reserved.cpu()
+        flat[reserved] = ABSENT
+        positions = ((flat >= self.level) & (flat > ABSENT)).nonzero().view(-1)
+        if positions.numel() > self.open:
+            positions = positions[top_k(flat[positions], self.open)]
+        held = sum(p.numel() for p, _ in self.candidates.values())
+        if held + positions.numel() > 2 * self.open:
+            self._prune()
+        self.candidates[name] = positions.cpu(), flat[positions].cpu()
+
+    def positions(self) -> dict[str, Tensor]:
+        """Tensor name -> positions int64, sorted, for each tensor that has any. Raises MaskError if too few have a score."""
+        self._prune()
+        found = sum(p.numel() for p, _ in self.candidates.values())
+        if found < self.open:
+            raise MaskError(f"{self.open:,} more entries are to train over the model, but only {found:,} have a score")
+        none = torch.empty(0, dtype=torch.int64)
+        merged = {
+            name: torch.cat([self.reserved.get(name, none), self.candidates.get(name, (none, none))[0]]).sort().values
+            for name in self.floors
+        }
+        return {name: positions for name, positions in merged.items() if positions.numel()}
+
+    def _prune(self) -> None:
+        """Keep the best `open` candidates."""
+        names = [name for name in self.floors if name in self.candidates]
+        scores = torch.cat([torch.empty(0), *(self.candidates[name][1] for name in names)])
+        if scores.numel() <= self.open:
+            return
+        best = top_k(scores, self.open)
+        if self.open:
+            self.level = float(scores[best].min())
+        end = 0
+        for name in names:
+            positions, own = self.candidates[name]
+            start, end = end, end + positions.numel()
+            chosen = best[(best >= start) & (best < end)] - start
+            self.candidates[name] = positions[chosen], own[chosen]
+
+
+def _override(shape: Shape, value: Any) -> int:
+    """The count of a tensor's own budget."""
+    given = dict(value) if isinstance(value, Mapping) else {"density": value}
+    if len(given) != 1 or not given.keys() <= {"density", "rank", "total"}:
+        raise MaskError(f"an override is a density, or one of density, rank and total with its value; found {value!r}")
+    if "total" not in given:
+        return budget(shape, **given)
+    if not _whole(given["total"]) or not 1 <= given["total"] <= math.prod(shape):
+        raise MaskError(f"total must be a whole number from 1 to {math.prod(shape):,}, found {given['total']!r}")
+    return int(given["total"])
+
+
+def _left(total: int, own: Mapping[str, int], free: Mapping[str, int], least: int) -> int:
+    """What of a total remains for the tensors without an override."""
+    if not _whole(total) or total < 1:
+        raise MaskError(f"total must be a whole number from 1 on, found {total!r}")
+    taken, room = sum(own.values()), sum(free.values())
+    left = total - taken
+    least = min(least, len(free))
+    if not least <= left <= room:
+        raise MaskError(
+            f"total={total:,} does not fit: overrides take {taken:,}, which leaves {left:,} for {len(free)} tensors that need "
+            f"at least {least:,} and hold {room:,} entries that may train"
+        )
+    return left
+
+
+def _check_room(name: str, count: int, shape: Shape, avoided: Mapping[str, int]) -> None:
+    """Raise MaskError unless `count` entries of a tensor may train."""
+    if count > math.prod(shape) - avoided.get(name, 0):
+        raise MaskError(
+            f"tensor '{name}': {count:,} of its entries are to train, but {_numbers({name: shape}, avoided)}; use a smaller "
+            "budget, or avoid fewer adapters"
+        )
+
+
+def _numbers(shapes: Mapping[str, Shape], avoided: Mapping[str, int]) -> str:
+    entries, taken = sum(map(math.prod, shapes.values())), sum(avoided.get(name, 0) for name in shapes)
+    return f"of {entries:,} the adapters to avoid hold {taken:,}"
+
+
+def _at(name: str, count: Any) -> int:
+    """Run `count()`, with the tensor's name in its error."""
+    try:
+        return int(count())
+    except MaskError as error:
+        raise MaskError(f"tensor '{name}': {error}") from error
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

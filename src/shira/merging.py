@@ -1,0 +1,176 @@
+"""Adapters into a plain checkpoint that any tool loads: copied shard by shard, the adapters' entries replaced on the way."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .adapter import FLOAT_DTYPES, Adapter, SparseTensor
+from .checkpoints import Checkpoint, identity, rewrite
+from .errors import AdapterError, BaseMismatch, CheckpointError
+from .format import load
+from .fusion import check_base, combine
+from .methods import Method
+from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
+
+__all__ = ["merge"]
+
+Path_ = str | os.PathLike[str]
+Part = tuple[SparseTensor, float]
+CHUNK = 2**20  # entries written together
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+
+
+def merge(
+    base: Path_,
+    adapter: Adapter | Path_ | Mapping[str, Strength] | Mapping[str, tuple[Adapter, Strength]],
+    out: Path_,
+    *,
+    on_progress: Callable[[float], None] | None = None,
+) -> None:
+    """Write a checkpoint folder that is `base` with adapters in it: base + Σ α · (values − base) (SHiRA Appendix I).
+
+    base: a checkpoint folder or a safetensors file.
+    adapter: one, as it is or as a file, at strength 1; or several: file -> strength α, or name -> (Adapter, strength), as in
+        `fuse`, whose other methods are for adapters that are fused first.
+    out: a folder that does not exist, or is empty. It is there when all of it is on the disk, and not before.
+    on_progress: called with the share of the work that is done, 0 to 1.
+
+    Each entry has the bits that `Switcher.use` gives it; all other tensors are those of the base, byte for byte. The base's
+    other files (configuration, tokenizer, licence) come along, but not its subfolders, or its weights in other formats; and
+    README.md ends on what was merged. It holds the adapters, one tensor of the base, mapped from its file, and a piece of it.
+
+    Raises CheckpointError if base cannot be read or out is not empty; BaseMismatch for an adapter of another base;
+    FormatError or AdapterError for adapters, strengths, or sums that overflow; OSError (a full disk). Nothing is left then.
+
+        shira.merge("SmolLM2-135M-Instruct", {"poet.safetensors": 1.0, "coder.safetensors": 0.5}, "SmolLM2-poet-coder")
+    """
+    out = Path(out).absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out} exists; name a folder that does not exist, or is empty")
+    checkpoint = Checkpoint(base)
+    adapters = _loaded(adapter)
+    by_tensor: dict[str, list[Part]] = {}
+    for label, (content, strength) in sorted(adapters.items()):
+        check_base(label, content, checkpoint, kernels.gather)
+        for name, scale in strengths_of(label, strength, content.tensors).items():
+            if checkpoint[name].dtype not in FLOAT_DTYPES:
+                raise BaseMismatch(f"{label}: '{name}' is {checkpoint[name].dtype} in the base, which no adapter can change")
+            if scale != 0:  # else the base's bits stay, as in Switcher.use
+                by_tensor.setdefault(name, []).append((content.tensors[name], scale))
+    seen, total = 0, sum(file.stat().st_size for file in checkpoint.shards)
+
+    def wrote(count: int) -> None:
+        nonlocal seen
+        seen += count
+        if on_progress is not None:
+            on_progress(min(1.0, seen / total))
+
+    with _whole_folder(out) as folder:
+        for file, entries in checkpoint.shards.items():
+            touched = [name for name in entries if name in by_tensor]
+            rewrite(
+                file,
+                folder / file.name,
+                [(entries[name], _merged(name, checkpoint, by_tensor[name])) for name in touched],
+                wrote,
+            )
+        for file in checkpoint.other_files():
+            if not file.name.endswith(WEIGHTS) or file == checkpoint.index:
+                rewrite(file, folder / file.name, [])
+        _note(folder / "README.md", identity(base), adapters)
+
+
+def _loaded(
+    adapter: Adapter | Path_ | Mapping[str, Strength] | Mapping[str, tuple[Adapter, Strength]],
+) -> dict[str, tuple[Adapter, Fixed]]:
+    """Label -> adapter and strength, whatever way they were given."""
+    if isinstance(adapter, Adapter):
+        return {adapter.name or "the adapter": (adapter, 1.0)}
+    if not isinstance(adapter, Mapping):
+        return {str(adapter): (load(adapter), 1.0)}
+    if not adapter:
+        raise AdapterError("nothing to merge: give at least one adapter")
+    strengths = check_strengths({str(key): value[1] if isinstance(value, tuple) else value for key, value in adapter.items()})
+    return {
+        str(key): (value[0] if isinstance(value, tuple) else load(key), strengths[str(key)]) for key, value in adapter.items()
+    }
+
+
+def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Part]) -> Iterator[Tensor]:
+    """One tensor with adapters in it, piece by piece, flat."""
+    weight = checkpoint[name].view(-1)
+    for start in range(0, weight.numel(), CHUNK):
+        piece = weight[start : start + CHUNK].clone()
+        inside = [(_within(tensor, start, piece.numel()), strength) for tensor, strength in parts]
+        inside = [(tensor, strength) for tensor, strength in inside if tensor.nnz]
+        if inside:
+            overlap = kernels.merge([tensor.indices for tensor, _ in inside])
+            indices, values, _ = combine(name, inside, overlap, kernels.gather(piece, overlap.indices), Method("sum"))
+            if not bool(torch.isfinite(values).all()):
+                raise AdapterError(f"'{name}' would overflow {piece.dtype} at these strengths; use smaller ones")
+            kernels.overwrite_(piece, indices, values)
+        yield piece
+
+
+def _within(tensor: SparseTensor, start: int, length: int) -> SparseTensor:
+    """The entries of one piece of a tensor, which counts from its own beginning."""
+    first, last = (int(torch.searchsorted(tensor.indices, edge)) for edge in (start, start + length))
+    indices, values = tensor.indices[first:last].cpu() - start, tensor.values[first:last].cpu()
+    return SparseTensor((length,), indices, values, tensor.kind)
+
+
+@contextlib.contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name if all goes well, and goes away otherwise."""
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {out} ({error.strerror}); nothing was left there") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _flush(out.parent)
+
+
+def _flush(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _note(readme: Path, base: str | None, adapters: Mapping[str, tuple[Adapter, Fixed]]) -> None:
+    """Add to the model card what was merged; what it says of the licence stays at its head."""
+    from . import __version__
+
+    lines = [
+        "",
+        "## Merged adapters",
+        "",
+        f"`shira merge` (shira-adapters {__version__}) wrote these sparse adapters into the weights of `{base}`:",
+        "",
+        "| adapter | strength | entries | base values | licence |",
+        "|---|---|---|---|---|",
+    ]
+    for label, (adapter, strength) in sorted(adapters.items()):
+        name = os.path.basename(label).replace("|", "\\|")
+        stated = adapter.metadata.get("license") or "not stated"
+        given = f"{strength:g}" if isinstance(strength, float) else json.dumps(as_given(strength))
+        lines.append(f"| {name} | {given} | {adapter.nnz} | {adapter.fingerprint or 'not recorded'} | {stated} |")
+    with open(readme, "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
