@@ -1,7 +1,7 @@
 """Masks of masks: what several choose together, what another adapter holds.
 
 A set of masks has the budget of one. The masks in it are asked for more or fewer entries until what remains of them fills
-the budget, which takes about ten times as long as they do.
+the budget, which takes five to twenty times as long as they do.
 """
 
 from collections.abc import Callable, Sequence
