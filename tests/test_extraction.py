@@ -186,7 +186,7 @@ def test_checkpoints_that_do_not_match():
     assert report(adapter)["not_compared"] == ["a.bias", "a.weight"]
     whole = {"steps": torch.tensor([1, 2])}
     assert shira.extract(base | whole, tuned | whole, density=0.1).nnz
-    with pytest.raises(CheckpointError, match="'steps' differs and holds int64"):
+    with pytest.raises(CheckpointError, match="'steps' differs and is int64"):
         shira.extract(base | whole, tuned | {"steps": torch.tensor([1, 3])}, density=0.1)
     holes = {"a.bias": torch.full((13,), float("nan"))}  # the same on both sides is no difference
     assert shira.extract(base | holes, tuned | holes, density=0.1).nnz
@@ -270,5 +270,5 @@ def test_files_with_odd_offsets_and_strange_dtypes(tmp_path):
     adapter = shira.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", density=1.0)
     assert torch.equal(adapter.tensors["w"].values, (tensors["w"] + 1).view(-1))
     save_file(tensors | {"f8": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "tuned.safetensors")
-    with pytest.raises(CheckpointError, match="'f8' differs and holds uint8"):
+    with pytest.raises(CheckpointError, match="'f8' differs and is uint8"):
         shira.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", density=1.0)

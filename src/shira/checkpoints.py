@@ -1,14 +1,13 @@
 """Model checkpoints on disk, one tensor at a time: safetensors in the Hugging Face layout, sharded or not.
 
-A tensor is a view of its file, mapped when it is asked for and gone from memory with the last reference to it. safetensors'
-own `safe_open` maps a whole shard, privately and writable, so that all of it counts as the process's data; and it does
-not say where a tensor lies, which writing a shard piece by piece has to know.
+A tensor is read when it is asked for, and gone from memory with the last reference to it. safetensors' own `safe_open` maps a
+whole shard, so that all of it may count as the process's memory, and page faults read a disk many times slower than `read`
+does; and it does not say where a tensor lies, which writing a shard piece by piece has to know.
 """
 
 import contextlib
 import json
 import math
-import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 
-__all__ = ["Checkpoint", "Source", "identity", "rewrite", "tensors_of"]
+__all__ = ["Checkpoint", "Form", "Source", "form_of", "identity", "rewrite", "tensors_of"]
 
 Path_ = str | os.PathLike[str]
 Source = Path_ | nn.Module | Mapping[str, Tensor]
@@ -34,11 +33,17 @@ LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
 BLOCK = 2**22  # bytes copied at a time
 
 
+class Form(NamedTuple):
+    """What a tensor is like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Entry(NamedTuple):
     """Where a tensor lies in its file: bytes begin to end, from the file's own beginning."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    form: Form
     begin: int
     end: int
 
@@ -75,17 +80,26 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
         entry = self.shards[file][name]
-        if entry.begin == entry.end:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        before = entry.begin % mmap.ALLOCATIONGRANULARITY
-        with open(file, "rb") as opened:  # the mapping outlives it
-            mapped = mmap.mmap(
-                opened.fileno(), entry.end - entry.begin + before, access=mmap.ACCESS_COPY, offset=entry.begin - before
-            )
-        return torch.frombuffer(mapped, dtype=entry.dtype, offset=before).view(entry.shape)
+        content = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        left = content.numpy().data
+        with open(file, "rb", buffering=0) as opened:
+            opened.seek(entry.begin)
+            while left:
+                count = opened.readinto(left[:BLOCK])
+                if not count:
+                    raise CheckpointError(f"{file} became shorter while it was read; get it again")
+                left = left[count:]
+        return content.view(entry.form.dtype).view(entry.form.shape)
+
+    def form(self, name: str) -> Form:
+        """Shape and dtype of a tensor, which is not read."""
+        return self.shards[self._files[name]][name].form
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
 
     def __len__(self) -> int:
         return len(self._files)
@@ -103,6 +117,15 @@ def tensors_of(source: Source) -> Mapping[str, Tensor]:
     if isinstance(source, Mapping):
         return source
     return Checkpoint(source)
+
+
+def form_of(tensors: Mapping[str, Tensor], name: str) -> Form | None:
+    """Shape and dtype of a tensor, which is not read for it; None if there is none of that name."""
+    if name not in tensors:
+        return None
+    if isinstance(tensors, Checkpoint):
+        return tensors.form(name)
+    return Form(tuple(tensors[name].shape), tensors[name].dtype)
 
 
 def identity(source: Source) -> str | None:
@@ -234,10 +257,10 @@ def _entry(name: str, described: dict[str, Any], start: int) -> Entry:
         raise ValueError(f"tensor '{name}': shape {list(shape)} at {begin} to {end}")
     dtype = DTYPES.get(described["dtype"])
     if dtype is None:
-        return Entry(torch.uint8, (end - begin,), start + begin, start + end)
+        return Entry(Form((end - begin,), torch.uint8), start + begin, start + end)
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"tensor '{name}': {end - begin} bytes for {described['dtype']} {list(shape)}")
-    return Entry(dtype, shape, start + begin, start + end)
+    return Entry(Form(shape, dtype), start + begin, start + end)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .adapter import FLOAT_DTYPES
+from .checkpoints import Form, form_of
 from .errors import CheckpointError
 
 __all__ = ["Cut", "Pair", "Survey", "Watch", "chunks", "cut", "largest", "paired", "square_of", "survey"]
@@ -45,7 +46,7 @@ class Chunk(NamedTuple):
     """Some consecutive entries of a pair, and a rank for each by which the larger |ΔW| is the higher."""
 
     start: int
-    before: Tensor  # [n], a copy: a view would keep the whole tensor mapped
+    before: Tensor  # [n], a copy: a view would keep the whole tensor in memory
     after: Tensor  # [n], likewise
     change: Tensor  # [n], after - before, float32, of float64 tensors float64; 0 where the bits agree
     rank: Tensor  # int32 [n], 1 + the bits of |change| as float32; 0 where the bits agree
@@ -113,6 +114,8 @@ def paired(before: Mapping[str, Tensor], after: Mapping[str, Tensor], chosen: se
 def chunks(pair: Pair, watch: Watch) -> Iterator[Chunk]:
     """The pieces of a tensor in which anything differs. Raises CheckpointError where ΔW is not a finite number."""
     before, after = pair.before[pair.name].detach().reshape(-1), pair.after[pair.name_after].detach().reshape(-1)
+    if before.is_meta or after.is_meta:
+        raise CheckpointError(f"'{pair.name}' has no data, it is on the meta device; load the model with its weights")
     for start in range(0, pair.numel, CHUNK):
         one, other = before[start : start + CHUNK].cpu(), after[start : start + CHUNK].cpu()
         if not torch.equal(_bits(one), _bits(other)):
@@ -122,9 +125,9 @@ def chunks(pair: Pair, watch: Watch) -> Iterator[Chunk]:
 
 def _chunk(pair: Pair, start: int, before: Tensor, after: Tensor) -> Chunk:
     if pair.dtype not in FLOAT_DTYPES:
+        form = _plain(Form(pair.shape, pair.dtype))
         raise CheckpointError(
-            f"'{pair.name}' differs and holds {_dtype(before)}: expected float32, bfloat16, float16 or float64; leave it out "
-            "of targets"
+            f"'{pair.name}' differs and is {form}: expected float32, bfloat16, float16 or float64; leave it out of targets"
         )
     same = _bits(before) == _bits(after)
     wide = torch.promote_types(pair.dtype, torch.float32)
@@ -204,40 +207,35 @@ def _kth(counts: Tensor, k: int) -> tuple[int, int]:
 def _pair(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Pair | str:
     """A tensor in both checkpoints, or why it cannot be compared."""
     partner = name if name in after or name not in before else _twin(name, before, after)
-    one, other = before.get(name), after.get(partner or "")
+    one, other = form_of(before, name), form_of(after, partner or "")
     if one is None or other is None or partner is None:
         return f"is in the {'tuned checkpoint' if one is None else 'base'} only"
-    if one.is_meta or other.is_meta:
-        return "has no data, it is on the meta device"
-    if not _alike(one, other):
-        here, there = (f"{_dtype(tensor)} {list(tensor.shape)}" for tensor in (one, other))
-        return f"is {here} in the base, {there} in the tuned checkpoint"
-    if one.element_size() not in BITS:
-        return f"holds {_dtype(one)}"
-    return Pair(name, before, after, partner, tuple(one.shape), one.dtype)
+    if one != other:
+        return f"is {_plain(one)} in the base, {_plain(other)} in the tuned checkpoint"
+    if one.dtype.itemsize not in BITS:
+        return f"is {_plain(one)}, which has no differences here"
+    return Pair(name, before, after, partner, *one)
 
 
 def _twin(name: str, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str | None:
     """The name of a tensor of the same bits beside it that exists in the other checkpoint."""
-    candidates = (candidate for candidate in tensors if candidate != name and candidate in others)
-    return next((candidate for candidate in candidates if _same(tensors[name], tensors[candidate])), None)
+    form = form_of(tensors, name)
+    for candidate in tensors:
+        if candidate != name and candidate in others and form_of(tensors, candidate) == form:
+            pair = Pair(name, tensors, tensors, candidate, *form) if form and form.dtype.itemsize in BITS else None
+            if pair and pair.numel and _same(pair):
+                return candidate
+    return None
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors that are not empty have the same bits; piece by piece, most differ in the first."""
-    if not _alike(one, other) or not one.numel() or one.is_meta or other.is_meta or one.element_size() not in BITS:
-        return False
-    one, other, starts = one.reshape(-1), other.reshape(-1), range(0, one.numel(), CHUNK)
-    return all(torch.equal(_bits(one[at : at + CHUNK]), _bits(other[at : at + CHUNK])) for at in starts)
+def _same(pair: Pair) -> bool:
+    one, other = pair.before[pair.name].reshape(-1), pair.after[pair.name_after].reshape(-1)
+    return not one.is_meta and not other.is_meta and torch.equal(_bits(one), _bits(other))
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view(BITS[tensor.element_size()])
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _plain(form: Form) -> str:
+    return f"{str(form.dtype).removeprefix('torch.')} {list(form.shape)}"

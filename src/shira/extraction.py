@@ -46,7 +46,7 @@ def extract(
         or a regular expression on whole names. What else differs counts as lost.
     on_progress: called with the share of the work that is done, 0 to 1.
 
-    It holds one tensor of either checkpoint, mapped from its file, and the adapter. `report(adapter)` says how much of ΔW is
+    It holds one tensor of either checkpoint and the adapter. `report(adapter)` says how much of ΔW is
     kept, and what other densities would keep.
 
     Raises CheckpointError if the checkpoints cannot be read, do not match, do not differ, or differ too much for `density`

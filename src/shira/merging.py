@@ -45,7 +45,7 @@ def merge(
 
     Each entry has the bits that `Switcher.use` gives it; all other tensors are those of the base, byte for byte. The base's
     other files (configuration, tokenizer, licence) come along, but not its subfolders, or its weights in other formats; and
-    README.md ends on what was merged. It holds the adapters, one tensor of the base, mapped from its file, and a piece of it.
+    README.md ends on what was merged. It holds the adapters, one tensor of the base, and a piece of it.
 
     Raises CheckpointError if base cannot be read or out is not empty; BaseMismatch for an adapter of another base;
     FormatError or AdapterError for adapters, strengths, or sums that overflow; OSError (a full disk). Nothing is left then.
@@ -61,8 +61,9 @@ def merge(
     for label, (content, strength) in sorted(adapters.items()):
         check_base(label, content, checkpoint, kernels.gather)
         for name, scale in strengths_of(label, strength, content.tensors).items():
-            if checkpoint[name].dtype not in FLOAT_DTYPES:
-                raise BaseMismatch(f"{label}: '{name}' is {checkpoint[name].dtype} in the base, which no adapter can change")
+            dtype = checkpoint.form(name).dtype
+            if dtype not in FLOAT_DTYPES:
+                raise BaseMismatch(f"{label}: '{name}' is {dtype} in the base, which no adapter can change")
             if scale != 0:  # else the base's bits stay, as in Switcher.use
                 by_tensor.setdefault(name, []).append((content.tensors[name], scale))
     seen, total = 0, sum(file.stat().st_size for file in checkpoint.shards)
