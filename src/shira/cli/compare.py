@@ -50,6 +50,8 @@ def compare(
         print_json(found.as_dict())
         return
     for title, head, rows in report.tables(found, loaded):
+        if len(rows) <= 4:  # upright, as long rows of figures do not fit a terminal of 80 columns
+            head, *rows = map(list, zip(head, *rows, strict=True))
         table = Table(*head, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
