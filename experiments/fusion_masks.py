@@ -15,7 +15,7 @@ import itertools
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import shira
-from shira import calibration, masks
+from shira import calibration, masks, targets
 from shira.data.models import SMOLLM2
 from shira.data.tasks import TASKS, Example
 from shira.evaluation import accuracy
@@ -95,11 +95,9 @@ def of_class(number: int, classes: int = 4) -> masks.Mask:
 
 def task_over_general(setting: Setting) -> masks.Mask:
     """SNIP discounted by what general text is sensitive to: |W · g| / √(mean squared gradient on general text)."""
-    model = setting.model
-    names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
 
-    def snip_general(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
-        general = setting.general[names[weight.data_ptr()]].float()
+    def snip_general(weight: Tensor, gradient: Tensor, k: int, name: str) -> Tensor:
+        general = setting.general[name].float()
         return masks.top_k(sensitivity(weight, gradient) / (general + general.mean()).sqrt(), k)
 
     return snip_general
@@ -129,13 +127,14 @@ def own_text(model: nn.Module, tokenizer: Any, rows: int = 64, length: int = 96)
 
 def squared_gradients(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
     """Mean squared gradient of every target on the model's own text, batches of four."""
-    rows = own_text(model, tokenizer)
-    weights = {t.name: t.weight for t in shira.targets.resolve(model, TARGETS)}
-    total = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
-    batches = hf.batches(rows, model, 4, tokenizer.pad_token_id or 0)
-    for batch in batches:
-        calibration.stream_gradients(model, weights, [batch], lambda name, g: total[name].add_(g.float() ** 2))
-    return {name: (value / len(batches)).to(torch.bfloat16) for name, value in total.items()}
+    found: dict[str, Tensor] = {}
+
+    def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
+        found[name] = statistics["squared_gradient"].to(torch.bfloat16)
+
+    batches = hf.batches(own_text(model, tokenizer), model, 4, tokenizer.pad_token_id or 0)
+    calibration.calibrate(model, target_weights(model), batches, receive, statistics=["squared_gradient"])
+    return found
 
 
 def split(task: str, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
@@ -159,33 +158,17 @@ def train(setting: Setting, rule: str, rate: float) -> Path:
     if rule == "lora":
         lora(model, rows, options, path)
         return path
-    chosen = positions(setting, RULES[rule](setting), rows[:CALIBRATION])
-    names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
-    with shira.attach(
-        model, mask=lambda weight, k: chosen[names[weight.data_ptr()]], density=DENSITY, targets=TARGETS
-    ) as tuner:
+    batches = hf.batches(rows[:CALIBRATION], model, BATCH, pad)
+    seed = 100 * setting.seed + list(TASKS).index(setting.task)
+    mask = RULES[rule](setting)
+    with shira.attach(model, mask=mask, density=DENSITY, targets=TARGETS, calibration=batches, seed=seed) as tuner:
         hf.train(tuner, model, rows, **options)
         tuner.adapter().save(path)
     return path
 
 
-_gradients: dict[tuple[str, int], dict[str, Tensor]] = {}
-
-
-def positions(setting: Setting, mask: str | masks.Mask, rows: list[hf.Row]) -> dict[str, Tensor]:
-    """What a mask chooses of every target; the calibration gradients of the last task and seed are kept for the next rule."""
-    weights = {t.name: t.weight for t in shira.targets.resolve(setting.model, TARGETS)}
-    key = (setting.task, setting.seed)
-    if key not in _gradients:
-        _gradients.clear()
-        found = _gradients[key] = {}
-        batches = hf.batches(rows, setting.model, BATCH, setting.tokenizer.pad_token_id or 0)
-        calibration.stream_gradients(setting.model, weights, batches, found.__setitem__)
-    seed = 100 * setting.seed + list(TASKS).index(setting.task)
-    return {
-        name: masks.select(mask, name, weight, round(DENSITY * weight.numel()), gradient=_gradients[key][name], seed=seed)
-        for name, weight in weights.items()
-    }
+def target_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {target.name: target.weight for target in targets.resolve(model, TARGETS)}
 
 
 def lora(model: nn.Module, rows: list[hf.Row], options: dict[str, Any], path: Path) -> None:
