@@ -1,0 +1,107 @@
+"""What a switcher keeps ready: a bounded number of prepared selections, none prepared twice, files left on disk."""
+
+import pytest
+import torch
+
+import shira
+from conftest import all_bits, bits, mlp, random_adapter, same_bits
+from shira import BaseMismatch, SparseTensor, Switcher, SwitchError, kernels
+
+
+def test_a_selection_used_again_is_not_prepared_again():
+    model = mlp()
+    switcher = Switcher(model, ready=2)
+    for name, seed in (("a", 1), ("b", 2)):
+        switcher.add(name, random_adapter(model, seed))
+    pointers = []
+    for _ in range(2):
+        switcher.use({"a": 1.0, "b": 0.5})
+        pointers.append(switcher._plan.parts[0].values.data_ptr())
+        switcher.use(None)
+    assert pointers[0] == pointers[1]
+    switcher.use({"b": 0.5, "a": 1.0})  # the order does not matter
+    assert switcher._plan.parts[0].values.data_ptr() == pointers[0]
+
+
+def test_what_is_ready_is_bounded(tmp_path):
+    model = mlp()
+    before = all_bits(model)
+    switcher = Switcher(model, ready=3)
+    for seed in range(10):
+        random_adapter(model, seed).save(tmp_path / f"{seed}.safetensors")
+        switcher.add(str(seed), tmp_path / f"{seed}.safetensors")
+    for seed in range(10):
+        switcher.use(str(seed))
+        assert len(switcher._ready) <= 3
+    assert list(dict(key.strengths) for key in switcher._ready) == [{"7": 1.0}, {"8": 1.0}, {"9": 1.0}]
+    switcher.use(None)
+    assert same_bits(before, all_bits(model))
+    switcher.remove("8")
+    assert len(switcher._ready) == 2
+    with pytest.raises(SwitchError, match="at least 1"):
+        Switcher(model, ready=0)
+
+
+def test_a_file_that_changed_is_checked_again(tmp_path):
+    model = mlp()
+    path = tmp_path / "a.safetensors"
+    random_adapter(model, 1).save(path)
+    switcher = Switcher(model)
+    switcher.add("a", path)
+    before = all_bits(model)
+    random_adapter(mlp(seed=5), 1).save(path)
+    with pytest.raises(BaseMismatch):
+        switcher.use("a")
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        switcher.use("a")
+    assert switcher.active == {}
+    assert same_bits(before, all_bits(model))
+    random_adapter(model, 2).save(path)
+    switcher.use("a")
+    assert switcher.active == {"a": 1.0}
+
+
+def test_adapters_of_one_mask_switch_in_one_pass(monkeypatch):
+    """No restore in between, positions held once, and still exact."""
+    model = mlp()
+    before = all_bits(model)
+    one = random_adapter(model, 1)
+    other = shira.Adapter(
+        {n: SparseTensor(t.shape, t.indices.clone(), t.values + 1) for n, t in one.tensors.items()}, one.metadata
+    )
+    switcher = Switcher(model)
+    switcher.add("one", one)
+    switcher.add("other", other)
+    switcher.add("third", random_adapter(model, 7, density=0.1))
+    switcher.use("one")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "restore_", lambda plan: pytest.fail("restored"))
+        patch.setattr(kernels, "swap_", lambda plan: pytest.fail("swapped"))
+        switcher.use("other")
+        switcher.use({"one": 1.0})
+        switcher.use("other")
+    for name, tensor in other.tensors.items():
+        assert torch.equal(bits(model.get_parameter(name).view(-1)[tensor.indices.long()]), bits(tensor.values))
+    parts = {id(part.indices) for plan in switcher._ready.values() for part in plan.parts}
+    assert len(parts) == 2
+    switcher.use("third")
+    switcher.use("one")
+    switcher.use(None)
+    assert same_bits(before, all_bits(model))
+
+
+def test_what_is_ready_takes_eight_bytes_an_entry_in_bfloat16(tmp_path):
+    """Position, value, and room for what lies under it; an adapter that is a file and not ready takes nothing."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+    for name, seed in (("a", 1), ("b", 2)):
+        random_adapter(model, seed).save(tmp_path / name)
+    switcher = Switcher(model, ready=1)
+    for name in "ab":
+        switcher.add(name, tmp_path / name)
+    assert not switcher._ready
+    switcher.use("a")
+    switcher.use("b")
+    (plan,) = switcher._ready.values()
+    assert plan.nbytes == 8 * plan.nnz
+    assert all(not isinstance(source._content, shira.Adapter) for source in switcher._sources.values())
