@@ -1,6 +1,8 @@
 """Each family of masks against a slow, obvious implementation."""
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,3 +315,13 @@ def test_the_score_of_a_mask_has_its_options():
     assert torch.equal(masks.top_k(score(weight), 9), masks.wm(weight, 9, bottom=True))
     assert masks.score_of("snip") is masks.SCORES["snip"]
     assert masks.score_of("block") is None and masks.score_of(lambda weight, k: weight) is None
+
+
+def test_the_masks_that_the_pages_name_exist():
+    folder = Path(__file__).parents[1] / "docs" / "masks"
+    text = "\n".join(page.read_text(encoding="utf-8") for page in folder.glob("*.md"))
+    named = set(re.findall(r'mask="([^"]+)"', text)) | set(re.findall(r"--mask ([^ `]+) ", text))
+    assert len(named) > 7
+    for mask in named:
+        masks.resolve(mask)
+    assert {f"{name}.png" for name in re.findall(r"\((\w+)\.png\)", text)} == {path.name for path in folder.glob("*.png")}
