@@ -188,6 +188,8 @@ def test_checkpoints_that_do_not_match():
     assert shira.extract(base | whole, tuned | whole, density=0.1).nnz
     with pytest.raises(CheckpointError, match="'steps' differs and is int64"):
         shira.extract(base | whole, tuned | {"steps": torch.tensor([1, 3])}, density=0.1)
+    aside = shira.extract(base | whole, tuned | {"steps": torch.tensor([1, 3])}, density=0.1, targets=["a"])
+    assert report(aside)["not_compared"] == ["steps"]
     holes = {"a.bias": torch.full((13,), float("nan"))}  # the same on both sides is no difference
     assert shira.extract(base | holes, tuned | holes, density=0.1).nnz
 

@@ -63,7 +63,17 @@ def extract(
     chosen = _chosen(targets, sorted(set(before) | set(after)))
     pairs, not_compared = paired(before, after, chosen)
     watch = Watch(3 * sum(pair.numel for pair in pairs), on_progress)
-    surveys = [found for pair in pairs if (found := survey(pair, watch)).changed]
+    surveys = []
+    for pair in pairs:
+        try:
+            found = survey(pair, watch)
+        except CheckpointError:
+            if pair.name in chosen:
+                raise
+            not_compared.append(pair.name)  # whole numbers that differ, or a NaN: no target, no matter
+            continue
+        if found.changed:
+            surveys.append(found)
     in_reach = [found for found in surveys if found.pair.name in chosen]
     if not in_reach:
         raise CheckpointError(
@@ -79,7 +89,7 @@ def extract(
         level = cut(group, _budget(group, density or 1.0), watch)
         taken |= {found.pair.name: _take(found.pair, level, kind, watch) for found in group}
     taken = {tensor: part for tensor, part in taken.items() if part.sparse.nnz}
-    facts |= _facts_taken(surveys, taken) | {"not_compared": not_compared}
+    facts |= _facts_taken(surveys, taken) | {"not_compared": sorted(not_compared)}
     dtypes = sorted({str(found.pair.dtype).removeprefix("torch.") for found in in_reach})
     metadata = {
         "name": name or identity(tuned),
@@ -98,7 +108,8 @@ def report(adapter: Adapter) -> dict[str, Any]:
     kept: the adapter's share; norm: ‖ΔW‖; entries, changed: how many were compared, and how many of them differ;
     curve: [density, kept] for several densities, to half a percent; suggested_density: the least of these that keeps
     90 %, None if none does; tensors: name -> entries, changed, norm, kept, for all that differ; left_out: those of them of
-    which nothing is taken; not_compared: what is no target, and exists in one checkpoint only or in two forms.
+    which nothing is taken; not_compared: what is no target, and exists in one checkpoint only, in two forms, or with
+    differences that are no finite numbers.
 
     Raises AdapterError if it was not extracted.
     """
