@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import bits
@@ -249,6 +249,7 @@ def test_writing_does_not_move_a_weight():
     numel=st.sampled_from([1, 63, 64, 200, 2**17 - 1, 2**17 + 1, 3 * 2**17]),
     index=st.sampled_from([torch.int32, torch.int64]),
 )
+@settings(max_examples=40)
 def test_merge_finds_the_union_and_each_place_in_it(seed, densities, numel, index):
     generator = torch.Generator().manual_seed(seed)
     runs = [(torch.rand(numel, generator=generator) < density).nonzero().view(-1).to(index) for density in densities]
