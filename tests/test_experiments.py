@@ -1,0 +1,52 @@
+"""The experiments behind the docs: their masks keep their budgets, and their tables say what was measured."""
+
+import json
+
+import pytest
+import torch
+from experiments import fusion_masks
+
+from shira import masks
+
+
+@pytest.mark.parametrize("rule", sorted(set(fusion_masks.RULES) - {"wm", "snip", "grad", "rand"}))
+def test_rules_keep_the_budget_and_see_what_they_say(rule):
+    torch.manual_seed(0)
+    weight, gradient, k = torch.randn(12, 20), torch.randn(12, 20), 30
+    setting = fusion_masks.Setting(torch.nn.Module(), None, "spam", 0, {"w": torch.rand(12, 20)})
+    chosen = masks.select(fusion_masks.RULES[rule](setting), "w", weight, k, gradient=gradient)
+    assert chosen.numel() == k
+    rows, columns = torch.bincount(chosen // 20, minlength=12), torch.bincount(chosen % 20, minlength=20)
+    if rule == "snip-rows":
+        assert rows.min() >= k // 12
+    if rule == "snip-columns":
+        assert columns.min() >= k // 20
+    if rule == "wm-snip":
+        assert weight.abs().view(-1)[chosen].min() >= weight.abs().view(-1).sort().values[-5 * k]
+
+
+def test_classes_are_disjoint():
+    weight, gradient = torch.randn(40, 40), torch.randn(40, 40)
+    chosen = [fusion_masks.of_class(number)(weight, gradient, 100) for number in range(4)]
+    assert torch.cat(chosen).unique().numel() == 400
+
+
+def test_the_table_is_of_the_rate_that_validation_chose(tmp_path):
+    """Two rates, three tasks; 80 % alone and 70 % fused at the better one."""
+    lines = [{"key": {"rule": "base", "task": task}, "accuracy": 0.5} for task in fusion_masks.TASKS]
+    for rate, validated in ((0.001, 0.6), (0.002, 0.7)):
+        for task in fusion_masks.TASKS:
+            for part, accuracy in (("validation", validated), ("test", 0.8)):
+                key = {"rule": "wm", "adapters": [task], "on": task, "seed": 0, "rate": rate, "part": part}
+                lines.append({"key": key, "accuracy": accuracy})
+        for pair in fusion_masks.PAIRS:
+            for task in pair:
+                key = {"rule": "wm", "adapters": pair, "on": task, "seed": 0, "rate": rate, "part": "test"}
+                lines.append({"key": key, "accuracy": 0.7})
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = fusion_masks.summary(path)
+    assert [(row["rate"], row["chosen"]) for row in rows] == [(0.001, False), (0.002, True)]
+    assert "| **wm** | 0.002 | 1 | 80.0 | 70.0 | 10.0 |" in fusion_masks.markdown(rows)
+    fusion_masks.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5_000
