@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from conftest import bits
 from shira import Adapter, AdapterError, SparseTensor
-from shira.adapter import fingerprint, index_dtype
+from shira.adapter import all_finite, fingerprint, index_dtype
 
 
 def test_small_tensors_have_int32_positions_and_large_ones_int64():
@@ -65,3 +65,15 @@ def test_a_fingerprint_tells_bits_apart():
     zero = torch.zeros(3)
     assert fingerprint(zero) != fingerprint(-zero)
     assert not torch.equal(bits(zero), bits(-zero))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_all_finite_is_isfinite_of_each(dtype):
+    values = torch.randn(70_000).to(dtype)
+    values[7], values[8] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    assert all_finite(values) and all_finite(values[:0])
+    for odd in (float("nan"), float("inf"), float("-inf")):
+        for where in (0, 57, 33_333, 69_999):
+            broken = values.clone()
+            broken[where] = odd
+            assert not all_finite(broken) and not torch.isfinite(broken).all()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .adapter import FLOAT_DTYPES, Adapter, SparseTensor
+from .adapter import FLOAT_DTYPES, Adapter, SparseTensor, all_finite
 from .checkpoints import Checkpoint, identity, rewrite
 from .errors import AdapterError, BaseMismatch, CheckpointError
 from .format import load
@@ -115,7 +115,7 @@ def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Part]) -> Iterato
         if inside:
             overlap = kernels.merge([tensor.indices for tensor, _ in inside])
             indices, values, _ = combine(name, inside, overlap, kernels.gather(piece, overlap.indices), Method("sum"))
-            if not bool(torch.isfinite(values).all()):
+            if not all_finite(values):
                 raise AdapterError(f"'{name}' would overflow {piece.dtype} at these strengths; use smaller ones")
             kernels.overwrite_(piece, indices, values)
         yield piece

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .adapter import Adapter, SparseTensor
+from .adapter import Adapter, SparseTensor, all_finite
 from .errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
 from .format import load
 from .fusion import check_base, combine
@@ -194,7 +194,7 @@ class Switcher:
             return Write(weight, self._shared(weight, tensor.indices), tensor.values)
         overlap = kernels.merge([part.indices for part, _ in parts])
         indices, values, _ = combine(name, parts, overlap, self._base_at(weight, overlap.indices), method)
-        if not bool(torch.isfinite(values).all()):
+        if not all_finite(values):
             raise AdapterError(f"'{name}' would overflow {weight.dtype} at these strengths; use smaller ones")
         return Write(weight, self._shared(weight, indices), values)
 
