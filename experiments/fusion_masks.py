@@ -4,8 +4,8 @@ Every rule gets as many entries (2 % of the targets; LoRA as many parameters), t
 on the first seed, and keeps the rate that is best on validation examples. What is done is in the results file, one JSON
 line a run, and is not done again. docs/masks.md reads them.
 
-    python -m experiments.fusion_masks run --results results.jsonl --rules wm snip lora
-    python -m experiments.fusion_masks report --results results.jsonl --plot docs/pictures/fusion-masks.png
+    python -m experiments.fusion_masks run --results experiments/fusion_masks.jsonl --rules wm snip lora
+    python -m experiments.fusion_masks report --results experiments/fusion_masks.jsonl --plot fusion-masks.png
 """
 
 import argparse
