@@ -1,6 +1,8 @@
 """Tiny random models, and how to compare bits."""
 
 import os
+import shlex
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
 
@@ -10,6 +12,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 import shira
+from shira import cli
 
 settings.register_profile("shira", deadline=None)  # machines are shared: no example is timed
 settings.load_profile("shira")
@@ -81,3 +84,19 @@ def llama_batches(count: int = 3, seed: int = 0) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(1, 97, (3, 9), generator=generator) for _ in range(count)]
     return [{"input_ids": i, "labels": i} for i in ids]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run_(line):
+        monkeypatch.setattr(sys, "argv", ["shira", *shlex.split(line)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run_

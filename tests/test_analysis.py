@@ -3,7 +3,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 import sys
 
 import pytest
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 
 import shira
 from conftest import mlp, random_adapter
-from shira import AdapterError, BaseMismatch, CheckpointError, SparseTensor, cli, linalg
+from shira import AdapterError, BaseMismatch, CheckpointError, SparseTensor, linalg
 
 SEEDS = st.integers(0, 2**31)
 
@@ -251,7 +250,7 @@ def test_a_checkpoint_folder_is_as_good_as_the_model(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(run, monkeypatch, tmp_path):
     """Run the command line in a folder with a base and three adapters; returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     model = mlp()
@@ -260,16 +259,7 @@ def run(monkeypatch, capsys, tmp_path):
     for number in (1, 2, 3):
         random_adapter(model, number).save(f"{number}.safetensors")
 
-    def run_(line):
-        monkeypatch.setattr(sys, "argv", ["shira", *shlex.split(line)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run_
+    return run
 
 
 def test_the_command_prints_a_table_or_json(run):

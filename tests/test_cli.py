@@ -1,6 +1,5 @@
 import json
 import re
-import shlex
 import sys
 
 import pytest
@@ -8,23 +7,6 @@ import torch
 
 import shira
 from conftest import all_bits
-from shira import cli
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run_(line):
-        monkeypatch.setattr(sys, "argv", ["shira", *shlex.split(line)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run_
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import kernels, linalg
-from .adapter import Adapter, SparseTensor
+from .adapter import Adapter, SparseTensor, all_finite
 from .checkpoints import Source, tensors_of
 from .errors import AdapterError, BaseMismatch
 from .format import load
@@ -209,7 +209,7 @@ def deltas(
                         "trained on, pass base="
                     )
                 values = values - _gather(tensors[tensor_name], tensor.indices).cpu().double()
-                if not bool(values.isfinite().all()):
+                if not all_finite(values):
                     raise BaseMismatch(f"{name}: the base holds NaN or infinite values under '{tensor_name}'; repair it first")
             changes[name] = SparseTensor(tensor.shape, tensor.indices.cpu(), values, "delta")
         yield tensor_name, next(iter(shapes)), changes
