@@ -1,8 +1,8 @@
 """Which masks keep their accuracy alone and when two adapters are added: three tasks, three pairs, three seeds.
 
-Every rule gets as many entries (2 % of the targets; LoRA as many parameters), the same data, the same few learning rates
-on the first seed, and keeps the rate that is best on validation examples. What is done is in the results file, one JSON
-line a run, and is not done again. docs/masks.md reads them.
+Every rule gets as many entries (2 % of the targets; LoRA as many parameters), the same data, three learning rates on the
+first seed, and keeps the rate that is best on validation examples. What is done is in the results file, one JSON line a
+run, and is not done again; runs of different rules may share the file. docs/masks.md reads them.
 
     python -m experiments.fusion_masks run --results experiments/fusion_masks.jsonl --rules wm snip lora
     python -m experiments.fusion_masks report --results experiments/fusion_masks.jsonl --plot fusion-masks.png
@@ -34,7 +34,8 @@ from shira.integrations import transformers as hf
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DENSITY = 0.02
 LORA_RANK = 10  # 2.07 M parameters on these targets, where 2 % are 2.05 M
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
+LORA_RATES = (5e-4, 1e-3, 2e-3)  # as many; the loss of a LoRA is lost above
 SEEDS = (0, 1, 2)
 VALIDATION = 150  # examples of a task's training part that no training sees
 CALIBRATION = 64
@@ -103,6 +104,21 @@ def task_over_general(setting: Setting) -> masks.Mask:
     return snip_general
 
 
+def stay_near(tuner: shira.Tuner, general: dict[str, Tensor], reach: float = 0.01) -> None:
+    """A quadratic penalty on leaving the base (elastic weight consolidation, 1612.00796), by what general text is sensitive to.
+
+    It adds F · change / (reach · √mean F) to the gradient: at the mean F, a change of `reach` weighs as much as a typical
+    gradient.
+    """
+    for entry in tuner._entries:
+        base = entry.parameter.detach().clone()
+        importance = general[entry.name].float().view(-1)[entry.held().indices]
+        pull = importance / (reach * importance.mean().sqrt())
+        entry.parameter.register_hook(
+            lambda gradient, p=entry.parameter, base=base, pull=pull: gradient + pull * (p.detach() - base)
+        )
+
+
 RULES: dict[str, Callable[[Setting], str | masks.Mask]] = {
     "wm": lambda _: "wm",
     "snip": lambda _: "snip",
@@ -113,7 +129,9 @@ RULES: dict[str, Callable[[Setting], str | masks.Mask]] = {
     "wm-snip": lambda _: wm_snip,
     "snip-general": task_over_general,
     "snip-class": lambda setting: of_class(list(TASKS).index(setting.task)),
+    "snip-penalty": lambda _: "snip",
 }
+NEED_GENERAL = {"snip-general", "snip-penalty"}
 
 
 def own_text(model: nn.Module, tokenizer: Any, rows: int = 64, length: int = 96) -> list[hf.Row]:
@@ -162,6 +180,8 @@ def train(setting: Setting, rule: str, rate: float) -> Path:
     seed = 100 * setting.seed + list(TASKS).index(setting.task)
     mask = RULES[rule](setting)
     with shira.attach(model, mask=mask, density=DENSITY, targets=TARGETS, calibration=batches, seed=seed) as tuner:
+        if rule == "snip-penalty":
+            stay_near(tuner, setting.general)
         hf.train(tuner, model, rows, **options)
         tuner.adapter().save(path)
     return path
@@ -220,10 +240,10 @@ def measure(setting: Setting, files: dict[str, Path], task: str, part: str) -> f
         return accuracy(setting.model, setting.tokenizer, validation if part == "validation" else test)
 
 
-def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS) -> None:
-    """All that is not in the results file yet."""
+def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_rate: bool = False) -> None:
+    """All that is not in the results file yet; every_rate: on the first seed with the rates that lost, too."""
     model, tokenizer = hf.load_model(SMOLLM2), hf.load_tokenizer(SMOLLM2)
-    general = squared_gradients(model, tokenizer) if "snip-general" in rules else {}
+    general = squared_gradients(model, tokenizer) if NEED_GENERAL & set(rules) else {}
     known = {json.dumps(row["key"]): row for row in read(results)}
 
     def once(key: dict[str, Any], make: Callable[[], float]) -> float:
@@ -249,16 +269,18 @@ def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS) -> None
             key = {"rule": rule, "adapters": names, "on": on, "seed": seed, "rate": rate, "part": part}  # noqa: B023
             return once(key, lambda: measure(settle(rule, on, seed), files(names, seed, rate), on, part))  # noqa: B023
 
-        tried = {task: {rate: result((task,), task, 0, rate, "validation") for rate in RATES} for task in TASKS}
-        rates = {rate: statistics.mean(tried[task][rate] for task in TASKS) for rate in RATES}
-        best = max(rates, key=lambda rate: rates[rate])
-        for seed in seeds:
-            for rate in [best, *(r for r in RATES if seed == 0 and r != best)]:
-                for task in TASKS:
-                    result((task,), task, seed, rate)
-                for pair in PAIRS:
-                    for task in pair:
-                        result(pair, task, seed, rate)
+        rates = LORA_RATES if rule == "lora" else RATES
+        tried = {rate: [result((task,), task, 0, rate, "validation") for task in TASKS] for rate in rates}
+        best = max(rates, key=lambda rate: statistics.mean(tried[rate]))
+        wanted = [(seed, best) for seed in seeds]
+        if every_rate:
+            wanted += [(0, rate) for rate in rates if rate != best]
+        for seed, rate in wanted:
+            for task in TASKS:
+                result((task,), task, seed, rate)
+            for pair in PAIRS:
+                for task in pair:
+                    result(pair, task, seed, rate)
 
 
 def read(results: Path) -> Iterator[dict[str, Any]]:
@@ -348,10 +370,11 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--rules", nargs="+", default=["lora", *RULES], choices=["lora", *RULES])
+    parser.add_argument("--every-rate", action="store_true", help="measure fusion at the rates that lost on validation, too")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "run":
-        run(arguments.results, arguments.rules)
+        run(arguments.results, arguments.rules, every_rate=arguments.every_rate)
     rows = summary(arguments.results)
     print(markdown(rows))
     if arguments.plot and rows:
