@@ -35,10 +35,11 @@ class Masters:
     backward pass that has given them a gradient, for those that do not move it (AdamW with fused=True, Trainer's choice).
     """
 
-    def __init__(self, weight: nn.Parameter, indices: Tensor) -> None:
-        self.weight, self.indices = weight, indices
+    def __init__(self, weight: nn.Parameter, indices: Tensor, matrix: tuple[int, int]) -> None:
+        """matrix: the rows and columns that the weight's entries are seen as, in the same order."""
+        self.weight, self.indices, self.matrix = weight, indices, matrix
         self.base = kernels.gather(weight, indices)
-        self.pattern = kernels.find_pattern(indices, *weight.shape)
+        self.pattern = kernels.find_pattern(indices, *matrix)
         self.left = Held(indices[:0], self.base[:0], self.base[:0])
         self.values = nn.Parameter(self.base.to(torch.float32, copy=True))
         self.written = self.values._version
@@ -60,14 +61,38 @@ class Masters:
             self.written = self.values._version
             self.may_have_stepped = self.values.grad is not None
 
+    def write_step(self) -> None:
+        """Bring the weight up to date after the step of an optimizer that trains the masters."""
+        self.may_have_stepped |= self.values.grad is not None
+        self.write()
+        self.may_have_stepped = False
+
     def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
-        """The masters' gradient [k] from the output's [tokens, out] and what `keep` kept [tokens, …]."""
+        """The masters' gradient [k], of grad_outputᵀ · input: from grad_output [tokens, rows] and what `keep` kept of the input
+        [tokens, columns]."""
+        self.may_have_stepped = True
         if self.pattern is not None:
             return self.pattern.gradient(grad_output, kept)
         return kernels.sampled_gradient(grad_output, kept, self.indices)
 
+    def gradient_of_rows(self, rows: Tensor, gradients: Tensor) -> Tensor:
+        """The masters' gradient [k], where row rows[i] of the weight has gradients[i], float32 [..., columns], any number of
+        times, and all other rows have none."""
+        self.may_have_stepped = True
+        found, place = rows.unique(return_inverse=True)
+        sums = gradients.new_zeros(found.numel(), gradients.shape[-1]).index_add_(0, place, gradients)
+        row = self.indices // self.matrix[1]
+        where = torch.searchsorted(found, row).clamp_(max=found.numel() - 1)
+        gradient = sums[where, self.indices % self.matrix[1]]
+        return gradient.where(found[where] == row, 0)
+
+    def sample(self, gradient: Tensor) -> Tensor:
+        """The masters' gradient [k] out of the weight's."""
+        self.may_have_stepped = True
+        return kernels.gather(gradient.contiguous(), self.indices).float()
+
     def keep(self, input: Tensor) -> Tensor:
-        """What the backward pass needs of a layer's input [..., in]."""
+        """What `gradient` needs of an input [..., columns]."""
         if self.pattern is not None and self.pattern.keeps_columns_only:
             return input.index_select(-1, self.pattern.lines)
         return input
@@ -102,7 +127,7 @@ class Masters:
         kept[top_k(change, min(room, change.numel()))] = True
         kernels.overwrite_(self.weight, left.indices[~kept], left.base[~kept])
         self.indices, self.base, self.left = indices, below, Held(*(part[kept] for part in left))
-        self.pattern = kernels.find_pattern(indices, *self.weight.shape)
+        self.pattern = kernels.find_pattern(indices, *self.matrix)
         with torch.no_grad():
             self.values.copy_(values)
         self.written = self.values._version

@@ -27,11 +27,13 @@ Indices = dict[str, Tensor]  # tensor name -> positions [k], sorted
 class Selector:
     """All that decides a selection beside the budgets, the weights and the calibration batches of the moment.
 
+    matrices: tensor name -> the matrix [rows, columns] that the mask is told of, the weight's entries in their order.
     avoided: tensor name -> int64 positions that must not train, sorted, unique.
     """
 
     mask: str | Mask
     seed: int
+    matrices: Mapping[str, tuple[int, int]]
     avoided: Mapping[str, Tensor]
     loss_fn: LossFn | None
 
@@ -52,7 +54,9 @@ class Selector:
         chosen: Indices = {}
 
         def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
-            weight, avoid, count = weights[name], self.avoided.get(name), plan.counts.get(name)
+            matrix, avoid, count = self.matrices[name], self.avoided.get(name), plan.counts.get(name)
+            weight = weights[name].detach().view(matrix)
+            statistics = {what: found if what == "activations" else found.view(matrix) for what, found in statistics.items()}
             if count is None:
                 pool.add(name, masks.score(self.mask, name, weight, seed=self.seed, **statistics), avoid)
             elif count:  # the proportion of a small number may be none
