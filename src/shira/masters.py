@@ -67,28 +67,27 @@ class Masters:
         self.write()
         self.may_have_stepped = False
 
+    def _note_backward(self) -> None:
+        """Compiled code has no side effects; there, the optimizer's step alone is the sign."""
+        if not torch.compiler.is_compiling():
+            self.may_have_stepped = True
+
     def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
         """The masters' gradient [k], of grad_outputᵀ · input: from grad_output [tokens, rows] and what `keep` kept of the input
         [tokens, columns]."""
-        self.may_have_stepped = True
+        self._note_backward()
         if self.pattern is not None:
             return self.pattern.gradient(grad_output, kept)
         return kernels.sampled_gradient(grad_output, kept, self.indices)
 
     def gradient_of_rows(self, rows: Tensor, gradients: Tensor) -> Tensor:
-        """The masters' gradient [k], where row rows[i] of the weight has gradients[i], float32 [..., columns], any number of
-        times, and all other rows have none."""
-        self.may_have_stepped = True
-        found, place = rows.unique(return_inverse=True)
-        sums = gradients.new_zeros(found.numel(), gradients.shape[-1]).index_add_(0, place, gradients)
-        row = self.indices // self.matrix[1]
-        where = torch.searchsorted(found, row).clamp_(max=found.numel() - 1)
-        gradient = sums[where, self.indices % self.matrix[1]]
-        return gradient.where(found[where] == row, 0)
+        """The masters' gradient [k], where row rows[i] of the weight has gradients[i]: see `kernels.gradient_of_rows`."""
+        self._note_backward()
+        return kernels.gradient_of_rows(rows, gradients, self.indices)
 
     def sample(self, gradient: Tensor) -> Tensor:
         """The masters' gradient [k] out of the weight's."""
-        self.may_have_stepped = True
+        self._note_backward()
         return kernels.gather(gradient.contiguous(), self.indices).float()
 
     def keep(self, input: Tensor) -> Tensor:

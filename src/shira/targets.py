@@ -208,8 +208,8 @@ def _is_linear(module: nn.Module, weight: nn.Parameter) -> bool:
 
 
 def _is_stack_of_experts(module: nn.Module, weight: nn.Parameter) -> bool:
-    """Transformers keeps the experts of a mixture as 3-D parameters [experts, out, in] of one module."""
-    return weight.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd | nn.MultiheadAttention)
+    """Transformers keeps the experts of a mixture as 3-D parameters [experts, out, in] of a module called ...Experts."""
+    return weight.ndim == 3 and "expert" in type(module).__name__.lower()
 
 
 def _means(pattern: str, name: str) -> bool:

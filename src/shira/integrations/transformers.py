@@ -17,7 +17,7 @@ from ..errors import DataError, MissingExtra, TuningError
 from ..refresh import check_cap
 from ..tuning import Tuner
 
-__all__ = ["batches", "encode", "load_model", "load_tokenizer", "train", "version"]
+__all__ = ["batches", "encode", "load_model", "load_tokenizer", "skeleton", "train", "version"]
 
 IGNORED = -100  # the label of a token that does not count in the loss
 
@@ -32,6 +32,22 @@ def load_model(model: str, dtype: str = "auto") -> nn.Module:
     """
     loaded: nn.Module = _pretrained("AutoModelForCausalLM", model, dtype=dtype)
     return loaded.eval()
+
+
+def skeleton(model: str) -> nn.Module:
+    """The model that a config describes, of the class that its checkpoint names, on the meta device: shapes and names, no data.
+
+    Raises DataError if there is no such model, or it needs code of its own.
+    """
+    library = _library()
+    config = _pretrained("AutoConfig", model)
+    names = getattr(config, "architectures", None) or []
+    kind = next((getattr(library, name) for name in names if hasattr(library, name)), None)
+    if kind is None:
+        raise DataError(f"the config of {model!r} names no model class of transformers, found architectures {names}")
+    with torch.device("meta"):
+        built: nn.Module = kind(config)
+    return built.eval()
 
 
 def load_tokenizer(model: str) -> Any:
