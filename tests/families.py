@@ -54,6 +54,7 @@ def vit() -> nn.Module:
         patch_size=4,
         num_labels=3,
     )
+    config.problem_type = "single_label_classification"  # else the model sets it in its first forward pass
     return ViTForImageClassification(config)
 
 

@@ -44,37 +44,25 @@ def train(model, forward, tuner, batch, steps=4):
     return losses
 
 
-@pytest.mark.parametrize("mask", ["rand", columns])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_training_compiles_without_a_break_in_adapted_layers(name, mask):
+@pytest.mark.parametrize(("name", "mask"), [("llama", columns), *((name, "rand") for name in FAMILIES)])
+def test_training_compiles_to_one_graph(name, mask):
     batch = family_batch(name)
     found = {}
     for compiled in (False, True):
         model = family(name).train()
-        # experts choose their tokens with data-dependent shapes: theirs is the only part that may break, adapted or not
-        whole = name != "mixtral"
+        if name == "mixtral":
+            model.set_experts_implementation("batched_mm")  # Transformers' own way of computing with no loop over experts
         counter = CompileCounterWithBackend("aot_eager")
-        forward = torch.compile(model, backend=counter, fullgraph=whole) if compiled else model
+        forward = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
         torch.manual_seed(1)
         with shira.attach(model, mask=mask, density=0.3, targets=TARGETS[name]) as tuner:
             found[compiled] = train(model, forward, tuner, batch)
-            if compiled:
-                assert counter.frame_count == (1 if whole else counter.frame_count)
+            assert counter.frame_count == compiled
     assert found[True] == pytest.approx(found[False], rel=1e-5)
     assert found[True][-1] < found[True][0]
 
 
-def test_adapted_experts_break_no_more_graphs_than_frozen_ones():
-    counts = []
-    for adapted in (False, True):
-        torch.compiler.reset()
-        model = family("mixtral")
-        if adapted:
-            shira.attach(model, mask="rand", density=0.3, targets=TARGETS["mixtral"])
-        counts.append(torch._dynamo.explain(model)(**family_batch("mixtral")).graph_break_count)
-    assert counts[1] <= counts[0]
-
-
+@pytest.mark.slow
 def test_inductor_trains_as_eager_does():
     model, found = mlp(), []
     x, y = torch.randn(6, 13), torch.randn(6, 5)
