@@ -6,21 +6,14 @@ import pytest
 import torch
 
 import shira
-from conftest import all_bits
+from conftest import all_bits, letter_tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, tiny_llama):
     """A working folder with a tiny model, its tokenizer of single letters, and data."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["<pad>", "<s>", "<unk>", *(chr(code) for code in range(33, 126)), " "]
-    plain = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<s>", unk_token="<unk>")
     tiny_llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{a}+{b}=", "choices": ["x", "y"], "label": (a + b) % 2} for a in range(6) for b in range(6)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "text.jsonl").write_text('{"text": "abcabcabc"}\n{"prompt": "ab", "completion": "cab"}\n')
