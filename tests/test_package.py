@@ -26,7 +26,7 @@ LAYERS = [
     {"report"},
     {"data"},
     {"integrations"},
-    {"evaluation", "recipes"},
+    {"evaluation", "recipes", "estimate"},
     {"cli"},
 ]
 

@@ -19,7 +19,19 @@ from ..errors import DataError, MissingExtra, TuningError, did_you_mean
 from ..refresh import check_cap
 from ..tuning import Tuner
 
-__all__ = ["batches", "check_packing", "encode", "load_model", "load_tokenizer", "mean_loss", "reporters", "train", "version"]
+__all__ = [
+    "batches",
+    "check_packing",
+    "encode",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "mean_loss",
+    "reporters",
+    "train",
+    "untrained",
+    "version",
+]
 
 
 def load_model(model: str, dtype: str = "auto") -> nn.Module:
@@ -30,6 +42,29 @@ def load_model(model: str, dtype: str = "auto") -> nn.Module:
     """
     loaded: nn.Module = _pretrained("AutoModelForCausalLM", model, dtype=dtype)
     return loaded.eval()
+
+
+def load_config(model: str) -> Any:
+    """A model's configuration, and nothing else of it."""
+    return _pretrained("AutoConfig", model)
+
+
+def untrained(config: Any, dtype: torch.dtype) -> nn.Module:
+    """A causal language model of this shape, with random weights."""
+    made: nn.Module = _library().AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return made
+
+
+@contextlib.contextmanager
+def one_example_a_row() -> Iterator[None]:
+    """Nothing is packed, and Transformers need not look: of tensors without data it cannot know, and then makes a mask."""
+    where = _library().masking_utils
+    usual = where.find_packed_sequence_indices
+    where.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        where.find_packed_sequence_indices = usual
 
 
 def load_tokenizer(model: str) -> Any:
