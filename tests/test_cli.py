@@ -155,6 +155,10 @@ def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, 
         ("train model --data sums.jsonl --like sums.jsonl", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
         ("train model --data sums.jsonl --like none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
         ("train model --data sums.jsonl --config none.yaml", 1, "FileNotFoundError: .*none.yaml"),
+        ("train model --data sums.jsonl --report-to tensorbord", 1, "DataError: cannot report to 'tensorbord'; did you mean"),
+        ("train model --data sums.jsonl --eval-share 1", 1, "DataError: recipe: eval_share must be from 0 to below 1"),
+        ("train model --data sums.jsonl --eval-share 0.1 --eval-data a", 1, "DataError: recipe: give eval_data or eval_share"),
+        ("train model --data no/such:train", 1, "DataError: cannot load the data set 'no/such:train'"),
         ("eval model --data text.jsonl", 1, "DataError: .*'choices' and 'label'"),
         (
             "eval model --data sums.jsonl -a a.safetensors=x",
@@ -198,7 +202,7 @@ def test_an_adapter_of_another_model_is_refused(run, folder, tiny_llama):
         assert re.search("BaseMismatch: '?a.safetensors'? does not belong to this model", err)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse", "extract", "merge", "bench"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "estimate", "eval", "inspect", "fuse", "extract", "merge", "bench"])
 def test_help_shows_an_example(run, command):
     code, out, _ = run(f"{command} --help")
     assert code == 0

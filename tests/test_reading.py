@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shira
 from conftest import letter_tokenizer
 from shira import DataError, MissingExtra
 from shira.data.reading import example_of, examples_of, read_examples
@@ -208,6 +210,9 @@ def test_the_page_on_data(run, tmp_path, monkeypatch, tiny_llama):
         program, _, line = command.partition(" ")
         code, _, err = run(line.replace("SmolLM2-135M-Instruct", "SmolLM2"))
         assert (program, code) == ("shira", 0), f"{command}: {err}"
+    packed, again = shira.load("packed.safetensors"), shira.load("adapter.safetensors")  # the last command repeats the run
+    assert packed.metadata == again.metadata
+    assert all(torch.equal(t.values, again.tensors[name].values) for name, t in packed.tensors.items())
 
 
 @pytest.mark.real

@@ -78,7 +78,7 @@ def estimate(
         density, rank = (None, 16) if method == "lora" else (0.01, None)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    fake: Any = FakeTensorMode(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
+    fake: Any = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model = build().train()
     parts = {"weights": _bytes([*model.parameters(), *model.buffers()])}
@@ -132,7 +132,7 @@ class _Log(TorchDispatchMode):
     """When each storage was made and freed, and what it is."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live: dict[int, int] = {}  # address of a storage -> its number, or -1 for what is counted elsewhere
         self.events: list[tuple[int, int]] = []  # (number, bytes that come or go)
         self.kinds: list[Category] = []
