@@ -1,8 +1,9 @@
 """Examples as tokens: which of them the loss counts, kept outside of memory, and several examples in a row.
 
-Tokens are written to a temporary file, five bytes each, and read back from there: memory holds 8 bytes a row.
+Tokens are written to a temporary file, five bytes each, and read back from there: memory holds 16 bytes a row.
 """
 
+import array
 import bisect
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,18 +83,24 @@ def pack(rows: Rows, length: int) -> Packed:
     length: at least that of the longest row.
     """
     parts: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # sorted (room left, which part)
+    open_parts: list[list[int]] = [[] for _ in range(length + 1)]  # by the room that is left in them
+    rooms: list[int] = []  # for which there are any, sorted
     for number in np.argsort(-rows.lengths, kind="stable").tolist():
         size = int(rows.lengths[number])
-        place = bisect.bisect_left(rooms, (size, -1))
+        place = bisect.bisect_left(rooms, size)
         if place < len(rooms):
-            room, part = rooms.pop(place)
+            room = rooms[place]
+            part = open_parts[room].pop()
+            if not open_parts[room]:
+                del rooms[place]
         else:
             room, part = length, len(parts)
             parts.append([])
         parts[part].append(number)
         if room > size:
-            bisect.insort(rooms, (room - size, part))
+            if not open_parts[room - size]:
+                bisect.insort(rooms, room - size)
+            open_parts[room - size].append(part)
     return Packed(rows, parts)
 
 
@@ -107,7 +114,7 @@ def encode(
     goes on becomes a row for each of the assistant's turns. on_read(done) is called after each example.
     Raises DataError if nothing is left to train on, or for a chat that the tokenizer cannot tell.
     """
-    ends: list[int] = []
+    ends = array.array("q")
     end = shortened = dropped = 0
     with tempfile.TemporaryFile(prefix="shira-tokens-") as file:
         for done, example in enumerate(examples, start=1):
