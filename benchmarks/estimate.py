@@ -7,6 +7,7 @@ glibc keeps freed blocks below a threshold that grows to 32 MB, so resident memo
 Measured with that threshold fixed (MALLOC_MMAP_THRESHOLD_), and, to see what it is worth, without.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,13 +20,14 @@ from torch import nn
 
 import shira
 from shira.data.models import SMOLLM2
-from shira.estimate import estimate
+from shira.estimate import METHODS, estimate
 from shira.integrations.transformers import load_config, untrained
 
 from .common import TARGETS, report
 
 RANK, DROPOUT = 16, 0.05
 FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "65536"}
+STEPS = ((128, "float32", False), (256, "float32", False), (256, "float32", True), (256, "bfloat16", False))
 Setup = dict[str, Any]  # model, dtype, method, tokens, checkpointing
 
 
@@ -39,18 +41,11 @@ def config_of(model: str) -> Any:
     return LlamaConfig(vocab_size=8000, **sizes)
 
 
-def setups(quick: bool) -> list[Setup]:
+def setups() -> list[Setup]:
     chosen = []
-    methods = ["shira", "lora", "full"]
-    if quick:
-        return [{"model": SMOLLM2, "dtype": "float32", "method": "shira", "tokens": 32, "checkpointing": False}]
-    for model in (SMOLLM2, "wide"):
-        for tokens, dtype in ((128, "float32"), (256, "float32"), (256, "bfloat16")):
-            for method in methods:
-                for checkpointing in (False, True) if (tokens, dtype) == (256, "float32") else (False,):
-                    chosen.append(
-                        {"model": model, "dtype": dtype, "method": method, "tokens": tokens, "checkpointing": checkpointing}
-                    )
+    for model, (tokens, dtype, checkpointing) in itertools.product((SMOLLM2, "wide"), STEPS):
+        for method in METHODS:
+            chosen.append({"model": model, "dtype": dtype, "method": method, "tokens": tokens, "checkpointing": checkpointing})
     return chosen
 
 
@@ -112,7 +107,7 @@ def prepared(model: nn.Module, method: str) -> list[nn.Parameter]:
     if method == "full":
         return list(model.parameters())
     if method == "shira":
-        return shira.attach(model, mask="wm", rank=RANK if model.config.hidden_size > 100 else 1, targets=TARGETS).parameters()  # type: ignore[union-attr]
+        return shira.attach(model, mask="wm", rank=min(RANK, model.config.hidden_size // 8), targets=TARGETS).parameters()
     from peft import LoraConfig, get_peft_model
 
     tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=DROPOUT, target_modules=TARGETS))
@@ -125,10 +120,10 @@ def resident(what: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
-    """Both models in float32 and bfloat16, 4 rows of 128 and 256 tokens."""
+def main(quick: bool) -> list[dict[str, Any]]:
+    """Both models in float32 and bfloat16, 4 rows of 128 and 256 tokens; or one setup, for a test."""
     rows = []
-    for setup in setups(quick):
+    for setup in setups()[12:13] if quick else setups():
         mib = {"predicted": predicted(setup), "measured": measured(setup, FIXED), "usual malloc": measured(setup, {})}
         name = f"{setup['model'].partition('-')[0]} {setup['method']}, 4 x {setup['tokens']}"
         name += ", checkpointing" * setup["checkpointing"]
@@ -139,11 +134,9 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    rows = main(None, "--quick" in sys.argv)
+    rows = main("--quick" in sys.argv)
     print("\n| | predicted, MiB | measured | error | with glibc's usual malloc |\n|---|---|---|---|---|")
     for row in rows:
-        mib = row["mib"]
-        print(
-            f"| {row['setup']}, {row['dtype']} | {mib['predicted']:.0f} | {mib['measured']:.0f} | {row['error']:+.1%} | "
-            f"{mib['usual malloc']:.0f} |"
-        )
+        name, mib = f"{row['setup']}, {row['dtype']}", row["mib"]
+        figures = f"{mib['predicted']:.0f} | {mib['measured']:.0f} | {row['error']:+.1%} | {mib['usual malloc']:.0f}"
+        print(f"| {name} | {figures} |")

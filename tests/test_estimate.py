@@ -1,7 +1,9 @@
 """The predicted memory of a training step, against the same step on real tensors."""
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,15 @@ def test_a_large_model_takes_no_memory_to_ask_about():
     found = predicted(torch.bfloat16, seven, targets="all-linear", batch_size=1, length=512)
     assert found.parts["weights"] > 10e9 and found.total > found.parts["weights"]
     assert peak_memory_gb() - before < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_takes_what_was_predicted(monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(ROOT)
+    (row,) = importlib.import_module("benchmarks.estimate").main(quick=True)
+    assert abs(row["error"]) < 0.1
 
 
 def test_what_cannot_be_estimated():
