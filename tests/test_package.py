@@ -27,7 +27,7 @@ LAYERS = [
     {"report"},
     {"data"},
     {"integrations"},
-    {"evaluation", "recipes"},
+    {"evaluation", "recipes", "estimate"},
     {"cli"},
 ]
 

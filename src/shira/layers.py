@@ -18,7 +18,7 @@ from .errors import TuningError
 from .masters import Masters
 from .targets import VALUES, Use
 
-__all__ = ["install"]
+__all__ = ["SparseLinear", "install"]
 
 
 class Tap(NamedTuple):
@@ -125,11 +125,11 @@ class _Sampled(torch.autograd.Function):
 def _linear(module: nn.Linear, masters: Masters, input: Tensor) -> Tensor:
     if not _ready(masters, module):
         return nn.functional.linear(input, module.weight, module.bias)
-    output: Tensor = _Linear.apply(input, module.weight, module.bias, masters.values, masters)  # type: ignore[no-untyped-call]
+    output: Tensor = SparseLinear.apply(input, module.weight, module.bias, masters.values, masters)  # type: ignore[no-untyped-call]
     return output
 
 
-class _Linear(torch.autograd.Function):
+class SparseLinear(torch.autograd.Function):
     """A linear layer whose weight has a gradient at a few positions only (Appendix E)."""
 
     @staticmethod
