@@ -77,7 +77,7 @@ def _ready(masters: Masters, module: nn.Module) -> bool:
     """Bring the weight up to date; whether its entries need a gradient from this forward pass."""
     if masters.dense:
         return False
-    if not torch.compiler.is_compiling():  # after a step, the tuner has written
+    if masters.piece is None and not torch.compiler.is_compiling():  # for those, the tuner writes before and after
         masters.write()
     if not torch.is_grad_enabled():
         return False
