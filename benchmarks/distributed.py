@@ -1,6 +1,6 @@
 """Two processes that train one model: what each sends a step, by method; and what 70 billion parameters on 8 GPUs would take.
 
-    shira bench distributed
+shira bench distributed
 """
 
 import json
@@ -72,13 +72,17 @@ def process(method: str, steps: int) -> None:
         seconds.append(time.perf_counter() - start)
     if dist.get_rank() == 0:
         parameters = sum(p.numel() for p in trained)
-        figures = {"parameters": parameters, "bytes_a_step": sum(sent) // (1 + steps), "ms": round(1000 * median(seconds[1:]), 1)}
+        figures = {
+            "parameters": parameters,
+            "bytes_a_step": sum(sent) // (1 + steps),
+            "ms": round(1000 * median(seconds[1:]), 1),
+        }
         print(json.dumps(figures), flush=True)
     dist.destroy_process_group()
 
 
 def arithmetic(processes: int = 8, density: float = 0.01, rank: int = 32, tokens: int = 4096) -> str:
-    """A table, computed, of what each of several GPUs holds and sends to train LLaMA2-70B in bfloat16 with its weights sharded by
+    """A table, computed, of what each GPU holds and sends to train LLaMA2-70B in bfloat16 with its weights sharded by
     fully_shard, checkpoints a layer, one row of tokens a GPU."""
     shapes = {"q": (WIDTH, WIDTH), "k": (KEYS, WIDTH), "v": (KEYS, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
     adapted = LAYERS * sum(out * into for out, into in shapes.values())
@@ -94,7 +98,9 @@ def arithmetic(processes: int = 8, density: float = 0.01, rank: int = 32, tokens
     message = {name: 4 * count if name.startswith("shira") else 0 for name, count in trained.items()}
     gathered = dict.fromkeys(trained, 2 * 2 * layer)
     gradients = {name: 2 * layer if name == "all weights" else 0 for name in trained}
-    activations = dict.fromkeys(trained, 2 * LAYERS * tokens * WIDTH + 2 * tokens * (4 * WIDTH + 4 * INNER) + 6 * tokens * VOCABULARY)
+    activations = dict.fromkeys(
+        trained, 2 * LAYERS * tokens * WIDTH + 2 * tokens * (4 * WIDTH + 4 * INNER) + 6 * tokens * VOCABULARY
+    )
     rows = {
         "base weights in bfloat16, sharded": base,
         "float32 values, gradients, two moments": state,
@@ -109,9 +115,13 @@ def arithmetic(processes: int = 8, density: float = 0.01, rank: int = 32, tokens
     ring = (processes - 1) / processes
     sent = {name: ring * count * (8 if name.startswith("shira") else 2) for name, count in trained.items()}
     gathers = dict.fromkeys(trained, 2 * ring * 2 * weights)
-    for name, row in (rows | {"**together**": total, "sent a step: gradients": sent, "sent a step: weights, twice": gathers}).items():
+    for name, row in (
+        rows | {"**together**": total, "sent a step: gradients": sent, "sent a step: weights, twice": gathers}
+    ).items():
         lines.append(f"| {name} | " + " | ".join(f"{value * gigabytes:,.1f}" for value in row.values()) + " |")
-    lines.append("| parameters in training, millions | " + " | ".join(f"{count / 1e6:,.0f}" for count in trained.values()) + " |")
+    lines.append(
+        "| parameters in training, millions | " + " | ".join(f"{count / 1e6:,.0f}" for count in trained.values()) + " |"
+    )
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """One of several processes: trains a tiny model as told, and writes down what came out. Run by torchrun from the tests.
 
-torchrun --standalone --nproc-per-node 2 tests/distributed_run.py ddp|fsdp|other-positions|dies FOLDER
+torchrun --standalone --nproc-per-node 2 tests/distributed_run.py ddp|fsdp|accelerate|other-positions|dies FOLDER
 """
 
 import contextlib
@@ -140,6 +140,25 @@ def switch(folder, model, adapter, logits, trained, before):
         raise AssertionError("an adapter of another base was not refused")
 
 
+def run_accelerate(folder, rank, ranks):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = family("llama").train()
+    with attach(model) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        forward, optimizer = accelerator.prepare(model, optimizer)
+        assert isinstance(forward, nn.parallel.DistributedDataParallel)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            batch = {key: value.chunk(ranks)[rank] for key, value in family_batch("llama", step, size=4).items()}
+            accelerator.backward(forward(**batch).loss)
+            accelerator.clip_grad_norm_(tuner.parameters(), 1e9)
+            optimizer.step()
+        if accelerator.is_main_process:
+            tuner.adapter("trained").save(folder / "accelerate.safetensors")
+
+
 def run_other_positions(folder, rank, ranks):
     model = family("llama").train()
     with shira.attach(model, mask="rand", density=0.2, targets=TARGETS, seed=rank):
@@ -174,7 +193,7 @@ def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    {"ddp": run_ddp, "fsdp": run_fsdp, "other-positions": run_other_positions, "dies": run_dies}[what](folder, rank, ranks)
+    globals()["run_" + what.replace("-", "_")](folder, rank, ranks)
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
 

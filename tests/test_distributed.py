@@ -49,10 +49,11 @@ def same_adapter(one, other):
         torch.testing.assert_close(tensor.values, other.tensors[name].values, rtol=1e-4, atol=1e-5)
 
 
-def test_ddp_trains_what_one_process_does(tmp_path):
-    code, printed = run_two("ddp", tmp_path)
+@pytest.mark.parametrize("what", ["ddp", "accelerate"])
+def test_two_whole_models_train_what_one_does(what, tmp_path):
+    code, printed = run_two(what, tmp_path)
     assert code == 0, printed
-    same_adapter(shira.load(tmp_path / "ddp.safetensors"), trained_alone("wm"))
+    same_adapter(shira.load(tmp_path / f"{what}.safetensors"), trained_alone("wm"))
 
 
 def test_fsdp_trains_what_one_process_does_and_switches(tmp_path):
