@@ -159,6 +159,17 @@ def run_accelerate(folder, rank, ranks):
             tuner.adapter("trained").save(folder / "accelerate.safetensors")
 
 
+def run_sharded_too_late(folder, rank, ranks):
+    model = family("llama").train()
+    with attach(model):
+        try:
+            shard(model)(**family_batch("llama"))
+        except shira.TuningError as error:
+            message = str(error)
+        (folder / f"message-{rank}.json").write_text(json.dumps(message))
+        os._exit(0)  # what was torn apart cannot be detached
+
+
 def run_other_positions(folder, rank, ranks):
     model = family("llama").train()
     with shira.attach(model, mask="rand", density=0.2, targets=TARGETS, seed=rank):

@@ -70,6 +70,12 @@ def test_other_positions_on_each_process_are_an_error_before_the_first_step(tmp_
     assert first == "" and "process 1 chose other positions to train than the first" in second
 
 
+def test_a_model_that_is_sharded_after_attach_is_an_error_before_the_first_step(tmp_path):
+    code, printed = run_two("sharded-too-late", tmp_path)
+    assert code == 0, printed
+    assert "was replaced after attach" in json.loads((tmp_path / "message-1.json").read_text())
+
+
 def test_a_process_that_dies_leaves_the_last_checkpoint_whole(tmp_path):
     code, printed = run_two("dies", tmp_path)
     assert code != 0 and "exitcode  : 17" in printed

@@ -187,6 +187,10 @@ def check_plain(model: nn.Module) -> None:
     kind = type(model).__name__
     if kind in ("DistributedDataParallel", "DataParallel"):
         raise TuningError(f"attach to the model first, then wrap it in {kind}, which must know what trains")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise TuningError(
+            "DeepSpeed's ZeRO-3 holds this model's weights; shard it with torch.distributed.fsdp.fully_shard instead"
+        )
     if kind == "FullyShardedDataParallel":
         raise TuningError("FSDP1 flattens weights; shard with torch.distributed.fsdp.fully_shard (FSDP2), then attach")
 
