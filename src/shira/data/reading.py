@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, MissingExtra, did_you_mean
+from .commonsense import COMMONSENSE
 from .tasks import TASKS, Example
 
 __all__ = ["example_of", "examples_of", "read_examples"]
 
 COLUMNS = ("messages", "prompt", "completion", "choices", "label", "text")
 EXPECTED = "'messages'; 'prompt' and 'completion'; 'prompt', 'choices' and 'label'; or 'text'"
+BUILT_IN = {**TASKS, **COMMONSENSE}
 FILES = (".jsonl", ".json", ".parquet")
 # name@revision:configuration:split[slice], all but the name optional
 DATA_SET = re.compile(r"(?P<name>[^:@]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:\[]+)(?=:))?(:(?P<split>[^:\[]+(\[.*\])?))?")
@@ -24,8 +26,8 @@ def examples_of(data: str, part: Literal["train", "test"]) -> Iterator[Example]:
 
     Raises DataError if `data` is neither, or holds no example; and at the row that cannot be used.
     """
-    if data in TASKS:
-        return iter(TASKS[data].train() if part == "train" else TASKS[data].test())
+    if data in BUILT_IN:
+        return iter(BUILT_IN[data].train() if part == "train" else BUILT_IN[data].test())
     return read_examples(data)
 
 
@@ -83,7 +85,8 @@ def _data_set(data: str) -> Iterator[tuple[str, object]]:
     local = Path(name).is_dir()
     if parts is None or not (local or "/" in name) or name.endswith(FILES):
         raise DataError(
-            f"{data!r} is neither a file nor a built-in task; {did_you_mean(data, TASKS)} A data set is named 'org/name:train'."
+            f"{data!r} is neither a file nor a built-in task; {did_you_mean(data, BUILT_IN)} A data set is named "
+            "'org/name:train'."
         )
     datasets = _library("datasets")
     datasets.disable_progress_bars()
