@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import shira
+from conftest import letter_tokenizer
 from distributed_run import attach, train
 from families import family
 from shira.distributed import Piece
@@ -61,6 +62,23 @@ def test_fsdp_trains_what_one_process_does_and_switches(tmp_path):
     assert code == 0, printed
     for mask in ("wm", "snip"):
         same_adapter(shira.load(tmp_path / f"fsdp-{mask}.safetensors"), trained_alone(mask))
+
+
+def test_the_command_trains_on_two_processes_what_it_does_on_one(tmp_path, tiny_llama):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = []
+    for processes in (1, 2):
+        out = tmp_path / f"on-{processes}.safetensors"
+        line = ["train", tmp_path / "model", "--data", tmp_path / "sums.jsonl", "--steps", 3, "--density", 0.05, "-o", out]
+        code, printed = torchrun(processes, "-m", "shira.cli", *line, "--batch-size", 8 // processes)
+        assert code == 0, printed
+        assert printed.count("the recipe is") == 1
+        trained.append(shira.load(out))
+    same_adapter(*trained)
+    assert trained[0].metadata["training"] == trained[1].metadata["training"]
 
 
 def test_other_positions_on_each_process_are_an_error_before_the_first_step(tmp_path):

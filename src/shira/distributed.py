@@ -160,12 +160,12 @@ def check_positions(model: nn.Module, positions: Iterable[Tensor]) -> Callable[[
     own = int.from_bytes(digest.digest()[:7], "big")
     device = next(model.parameters()).device
     model.register_buffer(CHECKSUM, torch.tensor([own], device=device), persistent=False)
-    seen = [getattr(model, CHECKSUM)._version]
+    seen = getattr(model, CHECKSUM)._version
 
     def compare(module: nn.Module, _inputs: Any) -> None:
         buffer = getattr(module, CHECKSUM)
-        if buffer._version != seen[0]:
-            seen[0] = buffer._version
+        if buffer._version != seen:
+            handle.remove()  # DDP copies it again and again
             if int(buffer) != own:
                 raise TuningError(
                     f"process {torch.distributed.get_rank()} chose other positions to train than the first; give all of them "

@@ -7,7 +7,7 @@ import typer
 
 from ..format import neighbour
 from ..recipes import load_recipe, save_recipe, train_adapter
-from .output import bytes_text, console, progress, waiting
+from .output import IS_FIRST, bytes_text, console, progress, waiting
 from .targets import parse_layers, parse_targets
 
 __all__ = ["train"]
@@ -79,7 +79,7 @@ def train(
     report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, …, several with commas (none).")] = None,
     log_folder: Annotated[str | None, typer.Option(help="Where TensorBoard finds the runs (runs).")] = None,
 ) -> None:
-    """Train one adapter with Transformers' Trainer; beside it, a recipe that repeats the run.
+    """Train one adapter with Transformers' Trainer; beside it, a recipe that repeats the run. On several processes with torchrun.
 
     Example: shira train SmolLM2-135M-Instruct --data spam --steps 40 --density 0.02 -o spam.safetensors
     """
@@ -109,6 +109,8 @@ def train(
             on_step=lambda step, loss, speed: update(step, f"loss {loss:.3f}  {speed:,.0f} tokens/s", "training", recipe.steps),
             on_evaluation=lambda done, total: update(done, "", "what is held out", total),
         )
+    if not IS_FIRST:
+        return
     adapter.save(output, like=like)
     recipe_file = output.with_suffix(".yaml")
     save_recipe(recipe, recipe_file)

@@ -330,6 +330,7 @@ def train(
             train_sampling_strategy="group_by_length",
             dataloader_pin_memory=False,
             label_names=["labels"],
+            use_cpu=not torch.accelerator.is_available(),
         )
         trainer = library.Trainer(
             model=model,
@@ -351,7 +352,7 @@ def train(
     model.eval()
     summary = {
         "steps": result.global_step,
-        "batch_size": batch_size * accumulate,
+        "batch_size": batch_size * accumulate * arguments.world_size,
         "learning_rate": learning_rate,
         "schedule": schedule,
         "examples": len(rows),
