@@ -21,17 +21,15 @@ HERE = Path(__file__).parent
 
 def run_two(what, folder):
     """Two processes over the loopback; returns (exit code, what they printed)."""
+    return torchrun(2, HERE / "distributed_run.py", what, folder)
+
+
+def torchrun(processes, *line):
     source = Path(shira.__file__).parents[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{source}:{HERE}"}
-    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "distributed_run.py", what, folder]
-    done = subprocess.run(
-        [sys.executable, *map(str, line)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *line]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([*map(str, command)], env=environment, **output, timeout=300)
     return done.returncode, done.stdout
 
 

@@ -79,7 +79,9 @@ def train(
     report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, …, several with commas (none).")] = None,
     log_folder: Annotated[str | None, typer.Option(help="Where TensorBoard finds the runs (runs).")] = None,
 ) -> None:
-    """Train one adapter with Transformers' Trainer; beside it, a recipe that repeats the run. On several processes with torchrun.
+    """Train one adapter with Transformers' Trainer; beside it, a recipe that repeats the run.
+
+    torchrun starts it on several processes (docs/distributed.md).
 
     Example: shira train SmolLM2-135M-Instruct --data spam --steps 40 --density 0.02 -o spam.safetensors
     """
