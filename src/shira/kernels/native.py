@@ -1,4 +1,4 @@
-"""The kernels in C (native.c), for the CPU: one call for a whole plan, on torch's number of threads.
+"""The kernels in C (native.c, fusion.c), for the CPU: one call for a whole plan, on torch's number of threads.
 
 Sparse positions miss every cache and no hardware prefetcher sees them coming; the loop fetches them ahead. And it can
 not be interrupted, so keeping and writing may share one pass. Where the extension was not built, `_native` is None and
@@ -27,7 +27,7 @@ __all__ = ["available", "gather", "merge", "overwrite_", "restore_", "sampled_gr
 PART = np.dtype(  # as in native.c
     [("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("count", "i8"), ("entry", "i4"), ("index", "i4")]
 )
-RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])
+RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])  # as in fusion.c
 
 KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
