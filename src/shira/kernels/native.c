@@ -290,6 +290,7 @@ static PyMethodDef methods[] = {
     {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, address of begun, threads)"},
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
     {"merge", merge, METH_VARARGS, "merge(address of an array of runs, how many, past the last position, merged, touched, index bytes)"},
+    {"fused", fused, METH_VARARGS, "fused(address of an array of changes, how many, value bytes, weight, its entry bytes, past the last position, positions, values, base, mode)"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -23,5 +23,6 @@ static inline float widened(uint16_t half) {
 }
 
 PyObject *merge(PyObject *self, PyObject *args); /* fusion.c */
+PyObject *fused(PyObject *self, PyObject *args);
 
 #endif
