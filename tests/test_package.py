@@ -21,7 +21,7 @@ LAYERS = [
     {"format", "differences"},
     {"strengths", "methods"},
     {"fusion", "selection", "masters"},
-    {"refresh"},
+    {"refresh", "resuming"},
     {"tuning", "switching", "extraction", "merging", "analysis"},
     {"report"},
     {"data"},

@@ -1,5 +1,7 @@
 """The entries of one weight that train: float32 masters of them, what lay there before, and which have trained earlier."""
 
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from . import kernels
 from .masks import top_k
 
-__all__ = ["Held", "Masters", "overlap"]
+__all__ = ["Held", "Masters", "overlap", "swapped"]
 
 
 class Held(NamedTuple):
@@ -118,3 +120,27 @@ class Masters:
             self.indices, self.base = self.indices.to(self.weight.device), self.base.to(self.weight.device)
             self.left = Held(*(part.to(self.weight.device) for part in self.left))
             self.pattern = self.pattern and self.pattern.to(self.weight.device)
+
+
+@contextlib.contextmanager
+def swapped(masters: Collection[Masters], still: Callable[[], bool]) -> Iterator[None]:
+    """Let the weights hold the base, and the layers compute with them as they are; then what was there before, if `still`.
+
+    Autograd is not told: by its backward pass the weights have the bits again that it saw in the forward pass.
+    """
+    parts = []
+    for each in masters:
+        each.follow_weight()
+        held = each.held()
+        parts.append(kernels.Write(each.weight.data, held.indices, held.base))
+    plan = kernels.Plan.of(parts)
+    try:
+        for each in masters:
+            each.dense = True
+        kernels.swap_(plan)
+        yield
+    finally:
+        for each in masters:
+            each.dense = False
+        if still():
+            kernels.restore_(plan)
