@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -34,8 +35,9 @@ from shira.integrations import transformers as hf
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DENSITY = 0.02
 LORA_RANK = 10  # 2.07 M parameters on these targets, where 2 % are 2.05 M
-RATES = (1e-3, 2e-3, 4e-3)
-LORA_RATES = (5e-4, 1e-3, 2e-3)  # as many; the loss of a LoRA is lost above
+RATES = (1e-3, 2e-3, 4e-3)  # while the highest is the best, it is doubled
+LORA_RATES = (5e-4, 1e-3, 2e-3)  # as many
+HIGHEST_RATE = 16e-3
 SEEDS = (0, 1, 2)
 VALIDATION = 150  # examples of a task's training part that no training sees
 CALIBRATION = 64
@@ -156,11 +158,17 @@ def squared_gradients(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
 
 
 def split(task: str, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
-    """Examples to train on, to choose the learning rate by, and to measure with."""
+    """Examples to train on, to choose the learning rate by, and to measure with. A task's examples come with their labels in
+    turn, as long as each has some; so do those of every seed, drawn anew."""
     rest = TASKS[task].train()
     training = rest[VALIDATION:]
-    start = (seed * EXAMPLES) % max(1, len(training) - EXAMPLES)
-    return training[start : start + EXAMPLES], rest[:VALIDATION], TASKS[task].test()
+    if seed:
+        by_label: dict[int, list[Example]] = {}
+        for example in random.Random(seed).sample(training, len(training)):
+            by_label.setdefault(example.label, []).append(example)
+        turns = itertools.zip_longest(*(by_label[label] for label in sorted(by_label)))
+        training = [example for turn in turns for example in turn if example is not None]
+    return training[:EXAMPLES], rest[:VALIDATION], TASKS[task].test()
 
 
 def train(setting: Setting, rule: str, rate: float) -> Path:
@@ -270,11 +278,14 @@ def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_r
             return once(key, lambda: measure(settle(rule, on, seed), files(names, seed, rate), on, part))  # noqa: B023
 
         rates = LORA_RATES if rule == "lora" else RATES
-        tried = {rate: [result((task,), task, 0, rate, "validation") for task in TASKS] for rate in rates}
-        best = max(rates, key=lambda rate: statistics.mean(tried[rate]))
+        tried: dict[float, float] = {}
+        while not tried or max(tried, key=tried.__getitem__) == max(tried) < HIGHEST_RATE:
+            for rate in [2 * max(tried)] if tried else rates:
+                tried[rate] = statistics.mean(result((task,), task, 0, rate, "validation") for task in TASKS)
+        best = max(tried, key=tried.__getitem__)
         wanted = [(seed, best) for seed in seeds]
         if every_rate:
-            wanted += [(0, rate) for rate in rates if rate != best]
+            wanted += [(0, rate) for rate in tried if rate != best]
         for seed, rate in wanted:
             for task in TASKS:
                 result((task,), task, seed, rate)

@@ -14,19 +14,20 @@ SOURCE = Path(shira.__file__).parent
 # Imports, as modules are loaded, only go up this list: a layer may import those above it. docs/architecture.md shows it.
 LAYERS = [
     {"errors"},
-    {"adapter"},
+    {"adapter", "distributed"},
     {"kernels"},
-    {"masks", "targets", "calibration"},
+    {"masks", "targets"},
+    {"calibration"},
     {"encoding", "checkpoints", "linalg"},
     {"format", "differences"},
     {"strengths", "methods"},
     {"fusion", "selection", "masters"},
-    {"refresh", "resuming"},
+    {"refresh", "layers", "resuming"},
     {"tuning", "switching", "extraction", "merging", "analysis"},
     {"report"},
     {"data"},
     {"integrations"},
-    {"evaluation", "recipes"},
+    {"evaluation", "recipes", "estimate"},
     {"cli"},
 ]
 

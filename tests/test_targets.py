@@ -1,9 +1,13 @@
+import json
+
 import pytest
 import torch
 from torch import nn
 
+from families import family
 from shira import TargetError
-from shira.targets import resolve
+from shira.cli.targets import parse_layers, parse_targets
+from shira.targets import check_trainable, resolve
 
 
 def names(model, targets):
@@ -36,11 +40,10 @@ def test_a_string_is_a_regular_expression_on_the_whole_name(tiny_llama):
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        (["q_prj"], r"'q_prj' matches no linear layer; did you mean 'q_proj'"),
-        (["q_proj", "zzz"], r"'zzz' matches no linear layer; known: 'q_proj', 'k_proj'"),
-        (["proj"], r"'proj' matches no linear layer"),  # a suffix starts after a dot
-        (["embed_tokens"], r"'embed_tokens' is a Embedding; only torch.nn.Linear"),
-        (["lm_head"], r"'lm_head' shares its weight with a Embedding"),
+        (["q_prj"], r"'q_prj' matches no layer; did you mean 'q_proj'"),
+        (["q_proj", "zzz"], r"'zzz' matches no layer; known: 'embed_tokens', 'q_proj'"),
+        (["proj"], r"'proj' matches no layer"),  # a suffix starts after a dot
+        (["self_attn"], r"'self_attn' is a LlamaAttention without weights of its own; name what is in it: q_proj, k_proj"),
         ([], r"empty"),
         ("(", r"not a regular expression"),
     ],
@@ -65,8 +68,101 @@ def test_tied_linears_are_one_target():
 
 def test_weights_without_plain_data_are_refused():
     with pytest.raises(TargetError, match=r"'0.weight'.*meta"):
-        resolve(nn.Sequential(nn.Linear(3, 3, device="meta")), "all-linear")
+        check_trainable(resolve(nn.Sequential(nn.Linear(3, 3, device="meta")), "all-linear"))
     model = nn.Sequential(nn.Linear(3, 4))
     model[0].weight = nn.Parameter(torch.randn(3, 4).T)
     with pytest.raises(TargetError, match="not contiguous"):
-        resolve(model, "all-linear")
+        check_trainable(resolve(model, "all-linear"))
+
+
+def test_exclusion_by_any_part_of_a_name(tiny_llama):
+    assert names(tiny_llama, "attention") and not [n for n in kept(tiny_llama, exclude="self_attn") if "self_attn" in n]
+    assert len(kept(tiny_llama, exclude=["layers.0", "down_proj"])) == 6
+    assert not [n for n in kept(tiny_llama, exclude="layers.1") if "layers.1." in n]
+    with pytest.raises(TargetError, match="exclude 'q_prj' matches nothing; did you mean 'q_proj'"):
+        kept(tiny_llama, exclude="q_prj")
+    with pytest.raises(TargetError, match=r"leaves none of 14 targets"):
+        kept(tiny_llama, exclude=["self_attn", "mlp"])
+
+
+def kept(model, **options):
+    return [target.name for target in resolve(model, "all-linear", **options)]
+
+
+def test_layers_by_number(tiny_llama):
+    assert kept(tiny_llama, layers=1) == [n for n in kept(tiny_llama) if ".1." in n]
+    assert kept(tiny_llama, layers=range(2)) == kept(tiny_llama)
+    assert [t.name for t in resolve(tiny_llama, ["norm", "q_proj"], layers=[0])] == ["model.layers.0.self_attn.q_proj.weight"]
+    with pytest.raises(TargetError, match=r"layers=\[1, 2\] must be numbers of layers with targets, found 0 to 1"):
+        kept(tiny_llama, layers=[1, 2])
+    with pytest.raises(TargetError, match=r"layers=\[\]"):
+        kept(tiny_llama, layers=[])
+
+
+def test_all_linear_means_every_linear_map_but_the_output(tiny_llama):
+    assert {kind(t) for t in resolve(family("gpt2"), "all-linear")} == {"Conv1D"}
+    experts = [t for t in resolve(family("mixtral"), "all-linear") if t.stacked]
+    assert [(t.sides, t.matrix) for t in experts[:2]] == [((3, 40, 16), (120, 16)), ((3, 16, 20), (48, 20))]
+    assert not any(t.name.endswith("gate.weight") for t in resolve(family("mixtral"), "all-linear"))  # the router
+    assert {kind(t) for t in resolve(family("vit"), "all-linear")} == {"Linear"}
+    attention = nn.ModuleDict({"self_attn": nn.MultiheadAttention(4, 2)})
+    packed, out = resolve(attention, "attention")
+    assert (packed.name, out.name) == ("self_attn.in_proj_weight", "self_attn.out_proj.weight")
+    assert out.modules == (attention["self_attn"],)  # which never calls its output projection
+
+
+def kind(target):
+    return type(target.modules[0]).__name__
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_auto_is_what_peft_would_take(name):
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    model = family(name)
+    expected = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model.config.model_type]
+    assert names(model, "auto") == names(model, expected)
+
+
+def test_auto_without_attention_says_what_to_do():
+    assert names(family("vit"), "auto") == names(family("vit"), ["q_proj", "v_proj"])
+    with pytest.raises(TargetError, match="'auto' finds no query and value"):
+        resolve(nn.Sequential(nn.Linear(2, 2)), "auto")
+
+
+def test_parameters_by_name_and_modules_without_a_matrix(tiny_llama):
+    assert names(tiny_llama, ["norm"]) == ["model.norm.weight"]
+    assert names(tiny_llama, r"model\.norm\.weight") == ["model.norm.weight"]
+    assert names(family("gpt2"), ["ln_f"]) == ["transformer.ln_f.weight", "transformer.ln_f.bias"]
+    assert names(tiny_llama, ["lm_head"]) == ["model.embed_tokens.weight"]  # tied
+    assert all(name.endswith(".bias") for name in names(family("gpt2"), ["bias"]))
+
+
+def test_the_command_lists_what_would_train(run, tmp_path):
+    family("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # the config is enough
+    code, out, _ = run(f"targets {tmp_path} --targets c_attn,wte --layers 1 --density 0.5")
+    assert code == 0 and "transformer.h.*.attn.c_attn.weight" in out and "Conv1D" in out and "384 of 768" in out
+    rows = json.loads(run(f"targets {tmp_path} --targets auto --rank 2 --json")[1])
+    assert rows[0] == {
+        "name": "transformer.h.0.attn.c_attn.weight",
+        "shape": [16, 48],
+        "layer": "Conv1D",
+        "entries": 768,
+        "trained": 128,
+    }
+    code, out, error = run(f"targets {tmp_path} --layers 1-x")
+    assert code == 2 and "0,2,4-7" in error
+    assert run(f"targets {tmp_path} --exclude h.0 --targets attn")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [("auto", "auto"), ("q_proj", ["q_proj"]), ("q_proj, norm", ["q_proj", "norm"]), (r".*\.q_proj", r".*\.q_proj")],
+)
+def test_targets_on_the_command_line(text, meaning):
+    assert parse_targets(text) == meaning
+
+
+def test_layers_on_the_command_line():
+    assert parse_layers("0,2,4-6") == [0, 2, 4, 5, 6] and parse_layers(None) is None

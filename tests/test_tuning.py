@@ -323,7 +323,7 @@ def test_detach_after_an_error_inside_the_loop():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"targets": ["nothing"]}, TargetError, "matches no linear layer"),
+        ({"targets": ["nothing"]}, TargetError, "matches no layer"),
         ({"density": 0}, MaskError, "above 0"),
         ({"density": 1.5}, MaskError, "at most 1"),
         ({"density": 0.1, "rank": 2}, MaskError, "one of them"),

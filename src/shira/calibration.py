@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import full
 from .errors import DataError, MaskError
+from .targets import is_conv1d
 
 __all__ = ["LEAST_MEMORY", "LossFn", "Progress", "calibrate", "model_loss"]
 
@@ -51,8 +53,9 @@ def calibrate(
     statistics, any of
         "gradient": of the loss summed over the batches, float32, the weight's shape;
         "squared_gradient": the square of each batch's gradient, mean over the batches, float32, the weight's shape;
-        "activations": for each input feature of the layers that compute with the weight, the 2-norm over all tokens,
-            float32 [in]. Tokens that a batch's "attention_mask" hides do not count.
+        "activations": for each input feature of the linear layers that compute with the weight, the 2-norm over all tokens,
+            float32 [in], or [in, 1] where the weight is [in, out] (Transformers' Conv1D). Tokens that a batch's
+            "attention_mask" hides do not count.
     batches: read once into a list, and run once for each group of weights.
     loss_fn(model, batch): by default `model(**batch).loss`; for activations alone no loss is needed.
     memory: bytes that the sums of a group may take; one weight is the least a group holds.
@@ -118,7 +121,7 @@ def _gradients(
     def take(weight: Tensor, name: str) -> None:
         gradient, weight.grad = weight.grad, None
         if gradient is not None:
-            _add(sums.setdefault(name, {}), gradient, statistics)
+            _add(sums.setdefault(name, {}), full(gradient), statistics)
             if len(batches) == 1:
                 hand_out(name)
 
@@ -173,10 +176,12 @@ def _activations(
         norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
         squares[name] = squares.get(name, 0) + norms.double().square()
 
+    transposed: set[str] = set()
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for module in model.modules():
             name = names.get(id(module._parameters.get("weight")))
-            if name is not None:
+            if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
+                transposed |= {name} if is_conv1d(module) else set()
                 hooks.callback(module.register_forward_pre_hook(partial(look, name=name)).remove)
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -185,8 +190,12 @@ def _activations(
             count()
     missing = sorted(weights.keys() - squares.keys())
     if missing:
-        raise MaskError(f"{len(missing)} tensors saw no input from the calibration batches, the first is '{missing[0]}'")
-    return {name: total.sqrt().float() for name, total in squares.items()}
+        raise MaskError(
+            f"{len(missing)} tensors saw no input of a linear layer in the calibration batches, the first is '{missing[0]}'; "
+            "leave them out, or take a mask without activations"
+        )
+    norms = {name: total.sqrt().float() for name, total in squares.items()}
+    return {name: norm[:, None] if name in transposed else norm for name, norm in norms.items()}
 
 
 def _groups(weights: Mapping[str, nn.Parameter], entry_bytes: int, memory: int | None) -> list[dict[str, nn.Parameter]]:

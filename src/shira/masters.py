@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .distributed import full, is_sharded, piece_of
+from .errors import TuningError
 from .masks import top_k
 
 __all__ = ["Held", "Masters", "overlap", "swapped"]
@@ -37,10 +39,12 @@ class Masters:
     backward pass that has given them a gradient, for those that do not move it (AdamW with fused=True, Trainer's choice).
     """
 
-    def __init__(self, weight: nn.Parameter, indices: Tensor) -> None:
-        self.weight, self.indices = weight, indices
-        self.base = kernels.gather(weight, indices)
-        self.pattern = kernels.find_pattern(indices, *weight.shape)
+    def __init__(self, name: str, weight: nn.Parameter, indices: Tensor, matrix: tuple[int, int]) -> None:
+        """matrix: the rows and columns that the weight's entries are seen as, in the same order."""
+        self.weight, self.indices, self.matrix = weight, indices, matrix
+        self.piece = piece_of(name, weight) if is_sharded(weight) else None
+        self.base = kernels.gather(full(weight), indices)
+        self.pattern = kernels.find_pattern(indices, *matrix)
         self.left = Held(indices[:0], self.base[:0], self.base[:0])
         self.values = nn.Parameter(self.base.to(torch.float32, copy=True))
         self.written = self.values._version
@@ -57,19 +61,41 @@ class Masters:
         if changed or self.may_have_stepped:
             # known to have changed: autograd shall complain of a backward pass through the weight as it was; if not, most
             # likely the same values are written again, of which it need not know
-            weight = self.weight if changed else self.weight.data
-            kernels.overwrite_(weight, self.indices, self.rounded())
+            self._put(self.indices, self.rounded(), self.weight if changed else self.weight.data)
             self.written = self.values._version
             self.may_have_stepped = self.values.grad is not None
 
+    def write_step(self) -> None:
+        """Bring the weight up to date after the step of an optimizer that trains the masters."""
+        self.may_have_stepped |= self.values.grad is not None
+        self.write()
+        self.may_have_stepped = False
+
+    def _note_backward(self) -> None:
+        """Compiled code has no side effects; there, the optimizer's step alone is the sign."""
+        if not torch.compiler.is_compiling():
+            self.may_have_stepped = True
+
     def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
-        """The masters' gradient [k] from the output's [tokens, out] and what `keep` kept [tokens, …]."""
+        """The masters' gradient [k], of grad_outputᵀ · input: from grad_output [tokens, rows] and what `keep` kept of the input
+        [tokens, columns]."""
+        self._note_backward()
         if self.pattern is not None:
             return self.pattern.gradient(grad_output, kept)
         return kernels.sampled_gradient(grad_output, kept, self.indices)
 
+    def gradient_of_rows(self, rows: Tensor, gradients: Tensor) -> Tensor:
+        """The masters' gradient [k], where row rows[i] of the weight has gradients[i]: see `kernels.gradient_of_rows`."""
+        self._note_backward()
+        return kernels.gradient_of_rows(rows, gradients, self.indices)
+
+    def sample(self, gradient: Tensor) -> Tensor:
+        """The masters' gradient [k] out of the weight's."""
+        self._note_backward()
+        return kernels.gather(gradient.contiguous(), self.indices).float()
+
     def keep(self, input: Tensor) -> Tensor:
-        """What the backward pass needs of a layer's input [..., in]."""
+        """What `gradient` needs of an input [..., columns]."""
         if self.pattern is not None and self.pattern.keeps_columns_only:
             return input.index_select(-1, self.pattern.lines)
         return input
@@ -104,15 +130,22 @@ class Masters:
         kept[top_k(change, min(room, change.numel()))] = True
         kernels.overwrite_(self.weight, left.indices[~kept], left.base[~kept])
         self.indices, self.base, self.left = indices, below, Held(*(part[kept] for part in left))
-        self.pattern = kernels.find_pattern(indices, *self.weight.shape)
+        self.pattern = kernels.find_pattern(indices, *self.matrix)
         with torch.no_grad():
             self.values.copy_(values)
         self.written = self.values._version
 
     def restore(self) -> None:
         self.follow_weight()
-        kernels.overwrite_(self.weight, self.indices, self.base)
-        kernels.overwrite_(self.weight, self.left.indices, self.left.base)
+        self._put(self.indices, self.base, self.weight)
+        self._put(self.left.indices, self.left.base, self.weight)
+
+    def _put(self, indices: Tensor, values: Tensor, weight: Tensor) -> None:
+        """Write entries of the weight, or of what lies here of it."""
+        if self.piece is not None:
+            span = self.piece.span(indices)
+            weight, indices, values = self.piece.local, indices[span] - self.piece.start, values[span]
+        kernels.overwrite_(weight, indices, values)
 
     def follow_weight(self) -> None:
         """The masters move with the model, being its parameters; positions and base values must be told."""
@@ -127,13 +160,17 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool]) -> Iterator
     """Let the weights hold the base, and the layers compute with them as they are; then what was there before, if `still`.
 
     Autograd is not told: by its backward pass the weights have the bits again that it saw in the forward pass.
+    Raises TuningError for weights that are sharded.
     """
+    if any(each.piece is not None for each in masters):
+        raise TuningError("an adapter cannot be switched off on sharded weights; train with DDP, or load the base again")
     parts = []
     for each in masters:
         each.follow_weight()
         held = each.held()
         parts.append(kernels.Write(each.weight.data, held.indices, held.base))
     plan = kernels.Plan.of(parts)
+    known = [(each, each.written, each.may_have_stepped) for each in masters]
     try:
         for each in masters:
             each.dense = True
@@ -144,3 +181,5 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool]) -> Iterator
             each.dense = False
         if still():
             kernels.restore_(plan)
+            for each, written, may_have_stepped in known:  # what an optimizer may have written meanwhile is gone
+                each.written, each.may_have_stepped = written, may_have_stepped

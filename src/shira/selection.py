@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import masks
 from .adapter import Adapter, index_dtype
 from .calibration import LEAST_MEMORY, LossFn, Progress, calibrate
+from .distributed import full, is_sharded, mesh_of, same_everywhere
 from .errors import BaseMismatch, did_you_mean
 from .format import load
 from .masks import Mask, Plan
@@ -27,11 +28,13 @@ Indices = dict[str, Tensor]  # tensor name -> positions [k], sorted
 class Selector:
     """All that decides a selection beside the budgets, the weights and the calibration batches of the moment.
 
+    matrices: tensor name -> the matrix [rows, columns] that the mask is told of, the weight's entries in their order.
     avoided: tensor name -> int64 positions that must not train, sorted, unique.
     """
 
     mask: str | Mask
     seed: int
+    matrices: Mapping[str, tuple[int, int]]
     avoided: Mapping[str, Tensor]
     loss_fn: LossFn | None
 
@@ -52,7 +55,9 @@ class Selector:
         chosen: Indices = {}
 
         def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
-            weight, avoid, count = weights[name], self.avoided.get(name), plan.counts.get(name)
+            matrix, avoid, count = self.matrices[name], self.avoided.get(name), plan.counts.get(name)
+            weight = full(weights[name]).view(matrix)
+            statistics = {what: found if what == "activations" else found.view(matrix) for what, found in statistics.items()}
             if count is None:
                 pool.add(name, masks.score(self.mask, name, weight, seed=self.seed, **statistics), avoid)
             elif count:  # the proportion of a small number may be none
@@ -76,11 +81,11 @@ class Selector:
             for name in weights:
                 receive(name, {})
         chosen |= pool.positions()
-        placed = {
-            name: chosen[name].to(weight.device, index_dtype(weight.numel()))
-            for name, weight in weights.items()
-            if name in chosen
-        }
+        placed = {}
+        for name, weight in weights.items():
+            if name in chosen:
+                indices = chosen[name].to(weight.device, index_dtype(weight.numel()))
+                placed[name] = same_everywhere(indices, mesh_of(weight)) if is_sharded(weight) else indices
         return placed, calibrated
 
     def _settled(self, weights: Mapping[str, nn.Parameter], plan: Plan) -> Plan:

@@ -3,7 +3,7 @@
 Both ways of the paper (§3.3):
 
 "values" (Appendix E, the default). The chosen entries, as float32 masters, are the only parameters. While attached, the
-adapted linear layers compute with their weight as it is, into which changed masters are written before the forward
+adapted layers compute with their weights as they are, into which changed masters are written before the forward
 pass; in the backward pass the weight's gradient is formed one layer at a time and only its sample survives.
 
 "hook" (Appendix D, "any trainer"). The weights are the parameters; a hook clears their gradients off the mask. It needs
@@ -11,7 +11,6 @@ a copy of the base, full-size gradients and full-size optimizer state: it is her
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +19,21 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import kernels, masks, refresh, resuming
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint
 from .calibration import LossFn, Progress
+from .distributed import average_after_backward, check_plain, check_positions, is_sharded, mesh_of, reshard
 from .errors import AdapterError, TuningError
+from .layers import install
 from .masks import Mask
 from .masters import Held, Masters, swapped
 from .selection import Avoid, Selector, count_of, entries_of
+from .targets import VALUES
 
 __all__ = ["Tuner", "attach"]
-
-VALUES = "shira_values"  # the name under which a module holds its masters while a tuner is attached
 
 
 def attach(
@@ -47,6 +47,8 @@ def attach(
     floor: float = 0.0,
     overrides: Mapping[str, Any] | None = None,
     targets: str | Iterable[str] = "all-linear",
+    exclude: str | Iterable[str] = (),
+    layers: int | Iterable[int] | None = None,
     avoid: Avoid | Iterable[Avoid] = (),
     calibration: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
@@ -54,7 +56,7 @@ def attach(
     seed: int = 0,
     method: Literal["values", "hook"] = "values",
 ) -> "Tuner":
-    """Make a few entries of the model's linear weights trainable, and nothing else.
+    """Make a few entries of the model's weights trainable, and nothing else.
 
     mask: a name from `shira.masks.available()` or a function of that form.
     density: share of each target's entries, above 0 and at most 1 (0.01 if none of the three is given).
@@ -63,7 +65,9 @@ def attach(
     scope: "model" ranks the scores of all targets in one list, instead of each target's by themselves; then a target keeps at
         least `floor` (0 to 1) of what it would have had by itself. One that gets no entry is not trained.
     overrides: name pattern -> a budget of its own, {"down_proj": 0.02, "layers.0.*": {"rank": 4}} (docs/masks/budgets.md).
-    targets: a list of module names or suffixes, "all-linear", "attention", "mlp", or a regular expression.
+    targets: a list of names of modules or parameters, or suffixes of them; "all-linear", "attention", "mlp", "auto"; or a
+        regular expression (docs/targets.md). Layers of any kind, embeddings, mixtures' experts, norms and biases.
+    exclude: names none of which may be part of a target's name. layers: numbers of the layers to take, 3 or range(4, 12).
     avoid: adapters, or files of them, none of whose entries may train.
     calibration: batches for masks that need gradients or activations, read into a list; several are run more than once
         where the sums of their gradients would take more memory than training does. The model runs in the mode it is in.
@@ -76,18 +80,24 @@ def attach(
         tuner = shira.attach(model, mask="snip", density=0.01, calibration=batches)
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
     """
+    check_plain(model)
     if method not in ("values", "hook"):
         raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
     if density is None and rank is None and total is None:
         density = 0.01
-    chosen = target_names.resolve(model, targets)
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    layers = [layers] if isinstance(layers, int) else layers if layers is None else list(layers)
+    chosen = target_names.resolve(model, targets, exclude=exclude, layers=layers)
+    target_names.check_trainable(chosen)
+    if method == "hook" and any(is_sharded(target.weight) for target in chosen):
+        raise TuningError("method='hook' needs whole weights; on sharded ones train with method='values'")
     for target in chosen:
-        if any(VALUES in module._parameters for module in target.modules):
+        if any(name.startswith(VALUES) for use in target.uses for name in use.holder._parameters):
             raise TuningError(f"a tuner is attached already, to '{target.name}'; call its detach() first")
     weights = {target.name: target.weight for target in chosen}
     avoided, avoided_names = entries_of(avoid, dict(model.named_parameters(remove_duplicate=False)), weights)
     plan = masks.plan(
-        {name: tuple(weight.shape) for name, weight in weights.items()},
+        {target.name: target.sides for target in chosen},
         density=density,
         rank=rank,
         total=total,
@@ -96,13 +106,14 @@ def attach(
         overrides=target_names.by_pattern(weights, overrides or {}),
         avoided=count_of(avoided),
     )
-    selector = Selector(mask, seed, avoided, loss_fn)
+    selector = Selector(mask, seed, {target.name: target.matrix for target in chosen}, avoided, loss_fn)
     indices, calibrated = selector.select(model, weights, plan, calibration, progress)
     label, function = masks.resolve(mask)
     settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density, "rank": rank}
     settings |= {"total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
     settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed}
     settings |= {"targets": targets if isinstance(targets, str) else list(targets), "calibration": calibrated}
+    settings |= {"exclude": exclude or None, "layers": layers}
     record = {key: value for key, value in settings.items() if value is not None}
     return Tuner(model, [target for target in chosen if target.name in indices], indices, record, method, selector)
 
@@ -123,7 +134,7 @@ class _Entry:
 class Tuner:
     """A model in training, from `attach` to `detach`. Also a context manager that detaches at its end.
 
-    model, attached: what it was attached to, and whether it still is. at_detach: called, each, when it is detached.
+    model, attached: what it was attached to, and whether it still is. at_detach: closed when it is detached.
     """
 
     def __init__(
@@ -140,15 +151,46 @@ class Tuner:
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self.attached = True
         model.requires_grad_(False)
-        self.at_detach: list[Callable[[], Any]] = [_let_checkpoints_see_gradients(model)]
+        self.at_detach = contextlib.ExitStack()
+        self.at_detach.callback(_let_checkpoints_see_gradients(model))
         self._entries: list[_Entry] = []
-        install = _install_values if method == "values" else _install_hook
         try:
-            for target in chosen:
-                self._entries.append(install(target, indices[target.name]))
+            if method == "hook":
+                self._entries += [_with_hook(target, indices[target.name]) for target in chosen]
+            else:
+                self._entries += [_with_values(target, indices[target.name]) for target in chosen]
+                self._install(chosen)
         except BaseException:
             self.detach()
             raise
+
+    def _install(self, chosen: list[target_names.Target]) -> None:
+        """Let the modules compute with the masters, and every optimizer write what it has stepped on into the weights."""
+        masters = {target.name: entry.masters for target, entry in zip(chosen, self._entries, strict=True) if entry.masters}
+        self.at_detach.callback(install((use, masters[target.name]) for target in chosen for use in target.uses))
+
+        def write(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for each in masters.values():
+                if id(each.values) in stepped:
+                    each.write_step()
+            if any(each.piece is not None for each in masters.values()):
+                reshard(self.model)
+
+        self.at_detach.callback(register_optimizer_step_post_hook(write).remove)
+        pieces = [each for each in masters.values() if each.piece is not None]
+        if not pieces:
+            self.at_detach.callback(check_positions(self.model, (each.indices for each in masters.values())))
+            return
+        self.at_detach.callback(reshard, self.model)
+        self.at_detach.callback(average_after_backward(self.parameters(), mesh_of(pieces[0].weight)))
+
+        def write_pieces(_module: nn.Module, _inputs: Any) -> None:
+            for each in pieces:
+                each.write()
+
+        # before fully_shard's own, which gathers the pieces
+        self.at_detach.callback(self.model.register_forward_pre_hook(write_pieces, prepend=True).remove)
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: one float32 tensor [k] a target (or, with the hook, the weights)."""
@@ -173,6 +215,8 @@ class Tuner:
         Raises TuningError, or what `attach` raises for a mask, before anything has changed.
         """
         masters = self.masters("refreshed")
+        if any(each.piece is not None for each in masters.values()):
+            raise TuningError("a mask cannot move on weights that are sharded; train without refresh, or with DDP")
         refresh.check_cap(cap)
         states = refresh.movable(optimizer, masters)
         weights = {entry.name: entry.weight for entry in self._entries}
@@ -257,8 +301,7 @@ class Tuner:
             entry.held = lambda snapshot=snapshot: snapshot  # type: ignore[misc]
             for undo in entry.undo:
                 undo()
-        for undo in self.at_detach:
-            undo()
+        self.at_detach.close()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 
@@ -284,59 +327,15 @@ def _dense(masters: Collection[Masters]) -> Iterator[None]:
             each.dense = False
 
 
-def _install_values(target: target_names.Target, indices: Tensor) -> _Entry:
-    """The sparse-values way: masters on the modules, which compute with `_SparseLinear` until the tuner is detached."""
-    masters = Masters(target.weight, indices)
+def _with_values(target: target_names.Target, indices: Tensor) -> _Entry:
+    """The sparse-values way: masters, with which the modules compute until the tuner is detached."""
+    masters = Masters(target.name, target.weight, indices, target.matrix)
     entry = _Entry(target.name, target.weight, indices.numel(), masters.values, masters.held, masters)
-    for module in target.modules:
-        usual = module.__dict__.get("forward")
-        module.register_parameter(VALUES, masters.values)
-        module.forward = functools.partial(_forward, module, masters)  # type: ignore[method-assign]
-        entry.undo.append(functools.partial(_uninstall, module, usual))
     entry.undo.append(masters.restore)
     return entry
 
 
-def _uninstall(module: nn.Module, usual: Callable[..., Tensor] | None) -> None:
-    del module._parameters[VALUES]
-    del module.forward
-    if usual is not None:
-        module.forward = usual
-
-
-def _forward(module: nn.Linear, masters: Masters, input: Tensor) -> Tensor:
-    if masters.dense:
-        return nn.functional.linear(input, module.weight, module.bias)
-    masters.write()
-    output: Tensor = _SparseLinear.apply(input, module.weight, module.bias, masters.values, masters)  # type: ignore[no-untyped-call]
-    return output
-
-
-class _SparseLinear(torch.autograd.Function):
-    """A linear layer whose weight has a gradient at a few positions only (Appendix E)."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, masters: Masters) -> Tensor:
-        ctx.save_for_backward(masters.keep(input) if ctx.needs_input_grad[3] else None, weight)
-        ctx.masters, ctx.input_dtype = masters, input.dtype
-        return nn.functional.linear(input, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight = ctx.saved_tensors
-        grad_input = grad_values = None
-        if ctx.needs_input_grad[0]:  # under autocast grad_output has another dtype than input and weight
-            grad_input = (grad_output @ weight.to(grad_output.dtype)).to(ctx.input_dtype)
-        if ctx.needs_input_grad[3]:
-            grad_values = ctx.masters.gradient(
-                grad_output.reshape(-1, grad_output.shape[-1]), kept.reshape(-1, kept.shape[-1]).to(grad_output.dtype)
-            )
-            ctx.masters.may_have_stepped = True
-        return grad_input, None, None, grad_values, None
-
-
-def _install_hook(target: target_names.Target, indices: Tensor) -> _Entry:
+def _with_hook(target: target_names.Target, indices: Tensor) -> _Entry:
     """The gradient-hook way: the weight trains, its gradient is cleared off the mask."""
     weight, full_base = target.weight, target.weight.detach().clone()
     seen = [weight._version]

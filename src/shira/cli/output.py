@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from ..strengths import Strength
 
 __all__ = ["bytes_text", "console", "errors", "parse_adapter", "print_json", "progress", "waiting"]
 
-console = Console()
+IS_FIRST = os.environ.get("RANK", "0") == "0"  # of several processes that torchrun started, one writes and saves
+
+console = Console(quiet=not IS_FIRST)
 errors = Console(stderr=True)
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr; yields update(done, note), or update(done, note, what, total) for the next stage."""
     with Progress(
         TextColumn("{task.description:<28}"),
@@ -38,6 +41,7 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=errors,
+        disable=not IS_FIRST,
     ) as bar:
         task = bar.add_task(what, total=total, note="")
 
@@ -59,7 +63,9 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner on stderr, with the time that has passed, for what cannot tell how far it is."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description:<26}"), TimeElapsedColumn(), console=errors) as bar:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description:<26}"), TimeElapsedColumn(), console=errors, disable=not IS_FIRST
+    ) as bar:
         bar.add_task(what, total=None)
         yield
 

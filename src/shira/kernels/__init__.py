@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import native, reference, torch_ops
+from . import native, opaque, reference, torch_ops
 from .pattern import Pattern, find_pattern
 from .plan import Overlap, Plan, Write
 
@@ -24,6 +25,7 @@ __all__ = [
     "backend",
     "find_pattern",
     "gather",
+    "gradient_of_rows",
     "merge",
     "overwrite_",
     "restore_",
@@ -55,6 +57,9 @@ def _for(*tensors: Tensor) -> Any:
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
     """The entries of `weight` at `indices` [k], as a new tensor [k]."""
+    if torch.compiler.is_compiling():
+        gathered: Tensor = opaque.gather(weight, indices)
+        return gathered
     values: Tensor = _for(weight, indices).gather(weight, indices)
     return values
 
@@ -87,5 +92,22 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """(grad_outputᵀ · input) at flat positions; grad_output [tokens, out], input [tokens, in]; float32 [k]."""
+    if torch.compiler.is_compiling():
+        sampled: Tensor = opaque.sampled_gradient(grad_output, input, indices)
+        return sampled
     gradient: Tensor = _for(grad_output, input, indices).sampled_gradient(grad_output, input, indices)
     return gradient
+
+
+def gradient_of_rows(rows: Tensor, gradients: Tensor, indices: Tensor) -> Tensor:
+    """The gradient at flat positions of a matrix [..., columns] of which row rows[i] has gradients[i], an embedding's:
+    rows int64 [tokens], any number of times each; gradients float32 [tokens, columns]; float32 [k]. Rows that do not come up
+    have none, and no memory is taken for them."""
+    if torch.compiler.is_compiling():
+        compiled: Tensor = opaque.gradient_of_rows(rows, gradients, indices)
+        return compiled
+    found, place = rows.unique(return_inverse=True)
+    sums = gradients.new_zeros(found.numel(), gradients.shape[1]).index_add_(0, place, gradients)
+    row = indices.long() // gradients.shape[1]
+    where = torch.searchsorted(found, row).clamp_(max=found.numel() - 1)
+    return sums[where, indices.long() % gradients.shape[1]].where(found[where] == row, 0)

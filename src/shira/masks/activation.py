@@ -13,7 +13,8 @@ def wanda(weight: Tensor, activations: Tensor, k: int, bottom: bool = False) -> 
 
     The best are taken of the whole matrix, not of each row as Wanda prunes: a row may train more than another.
 
-    weight: [out, in]. activations: [in], the 2-norm of each input feature over the calibration tokens.
+    weight: [out, in]. activations: [in], the 2-norm of each input feature over the calibration tokens; or [in, 1] for a
+        weight [in, out].
     bottom: take the smallest instead. Returns int64 [k], sorted, flat in C order.
     Raises MaskError if the shapes do not belong together, or k exceeds the number of entries.
     """
@@ -22,9 +23,9 @@ def wanda(weight: Tensor, activations: Tensor, k: int, bottom: bool = False) -> 
 
 def wanda_scores(weight: Tensor, activations: Tensor, bottom: bool = False) -> Tensor:
     """|weight[i, j]| · activations[j], negative for `bottom`, float32."""
-    if weight.ndim != 2 or activations.shape != weight.shape[1:]:
+    if weight.ndim != 2 or activations.shape not in (weight.shape[1:], (weight.shape[0], 1)):
         raise MaskError(
-            f"wanda needs a matrix and one activation for each of its columns, found shapes {list(weight.shape)} and "
+            f"wanda needs a matrix and one activation for each of its input features, found shapes {list(weight.shape)} and "
             f"{list(activations.shape)}"
         )
     scores = weight.detach().abs().float() * activations.to(weight.device).float()

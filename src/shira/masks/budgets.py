@@ -34,7 +34,8 @@ class Plan:
 
 
 def budget(shape: Shape, *, density: float | None = None, rank: int | None = None) -> int:
-    """How many entries of a tensor may train: density · entries, or the rank · (out + in) of a LoRA of that rank.
+    """How many entries of a tensor may train: density · entries, or the rank · (out + in) of a LoRA of that rank; of a stack
+    [experts, out, in] for each expert; of a vector, which no LoRA adapts, all.
 
     Raises MaskError unless exactly one is given, 0 < density ≤ 1, rank ≥ 1, and the rank's count fits the tensor.
     """
@@ -42,9 +43,13 @@ def budget(shape: Shape, *, density: float | None = None, rank: int | None = Non
         raise MaskError(f"give density or rank, one of them; found density={density}, rank={rank}")
     numel = math.prod(shape)
     if rank is not None:
-        if not _whole(rank) or rank < 1 or len(shape) != 2 or rank * sum(shape) > numel:
-            raise MaskError(f"rank must be from 1 to {numel // max(1, sum(shape))} for shape {list(shape)}, found {rank}")
-        return rank * sum(shape)
+        if len(shape) < 2:
+            return numel
+        experts, sides = math.prod(shape[:-2]), sum(shape[-2:])
+        most = numel // max(1, experts * sides)
+        if not _whole(rank) or not 1 <= rank <= most:
+            raise MaskError(f"rank must be from 1 to {most} for shape {list(shape)}, found {rank}")
+        return rank * experts * sides
     if not isinstance(density, int | float) or not 0 < float(density) <= 1:
         raise MaskError(f"density must be above 0 and at most 1, found {density}")
     return max(1, round(float(density) * numel))

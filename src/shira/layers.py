@@ -1,0 +1,225 @@
+"""How a module computes while entries of its parameters train: the forward pass it always had, and gradients at a few places.
+
+Linear layers and embeddings have a backward pass of their own, which never forms the weight's whole gradient. Any other
+module keeps its own forward, and for its length finds in place of the parameter a tensor of the same storage, whose
+gradient is sampled as soon as autograd has it.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .errors import TuningError
+from .masters import Masters
+from .targets import VALUES, Use
+
+__all__ = ["SparseLinear", "install"]
+
+
+class Tap(NamedTuple):
+    """A parameter that a module computes with, some of whose entries train."""
+
+    holder: nn.Module
+    attribute: str
+    masters: Masters
+
+
+def install(uses: Iterable[tuple[Use, Masters]]) -> Callable[[], None]:
+    """Let modules compute with masters, which they hold as parameters from here on, so that any trainer finds them; returns
+    what undoes it."""
+    taps: dict[int, tuple[nn.Module, list[Tap]]] = {}
+    for use, masters in uses:
+        taps.setdefault(id(use.module), (use.module, []))[1].append(Tap(use.holder, use.attribute, masters))
+    undo = contextlib.ExitStack()
+    for module, its_taps in taps.values():
+        for holder, attribute, masters in its_taps:
+            name = VALUES if attribute == "weight" else f"{VALUES}_{attribute}"
+            holder.register_parameter(name, masters.values)
+            undo.callback(holder._parameters.pop, name)
+        usual = module.__dict__.get("forward")
+        undo.callback(_reset_forward, module, usual)
+        module.forward = _forward_of(module, its_taps)
+    return undo.close
+
+
+def _reset_forward(module: nn.Module, usual: Callable[..., Any] | None) -> None:
+    del module.forward
+    if usual is not None:
+        module.forward = usual
+
+
+def _forward_of(module: nn.Module, taps: list[Tap]) -> Callable[..., Any]:
+    forward: Callable[..., Any] = module.forward
+    own = OWN_BACKWARD.get(_kind(module))
+    rest = []
+    for tap in taps:
+        if own is not None and tap.attribute == "weight":
+            forward = functools.partial(own, module, tap.masters)
+        else:
+            rest.append(tap)
+    return functools.partial(_tapped, forward, rest) if rest else forward
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of a class whose forward is known; "" for others, subclasses too, which may do anything. Whoever has put a
+    forward of its own on the module wants it called."""
+    known = type(module).__module__ in ("torch.nn.modules.linear", "torch.nn.modules.sparse", "transformers.pytorch_utils")
+    by_frequency = isinstance(module, nn.Embedding) and module.scale_grad_by_freq
+    return type(module).__name__ if known and "forward" not in module.__dict__ and not by_frequency else ""
+
+
+def _ready(masters: Masters, module: nn.Module, weight: Any) -> bool:
+    """Bring the weight up to date; whether its entries need a gradient from this forward pass. Raises TuningError if the module
+    no longer computes with the weight that trains, or the values were frozen."""
+    if masters.dense:
+        return False
+    if masters.piece is None and (weight is not masters.weight or hasattr(weight, "ds_id")):
+        raise TuningError(
+            f"the weight of a {type(module).__name__} was replaced after attach(), as fully_shard and DeepSpeed's ZeRO-3 do; "
+            "shard the model with fully_shard first, then attach (docs/distributed.md)"
+        )
+    if masters.piece is None and not torch.compiler.is_compiling():  # for those, the tuner writes before and after
+        masters.write()
+    if not torch.is_grad_enabled():
+        return False
+    if module.training and not masters.values.requires_grad:
+        raise TuningError(
+            "the trained values were frozen (requires_grad=False) after attach(), so nothing would train; freeze what you "
+            "want frozen before it, or call requires_grad_(True) on tuner.parameters()"
+        )
+    return True
+
+
+def _tapped(forward: Callable[..., Any], taps: list[Tap], *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward, with tensors whose gradients are sampled in place of the parameters."""
+    ready = [tap for tap in taps if _ready(tap.masters, tap.holder, tap.holder._parameters[tap.attribute])]
+    with _in_place_of_parameters(ready):
+        return forward(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _in_place_of_parameters(taps: list[Tap]) -> Iterator[None]:
+    try:
+        for holder, attribute, masters in taps:  # an instance's attribute is found before a registered parameter
+            weight = holder._parameters[attribute]
+            holder.__dict__[attribute] = _Sampled.apply(weight, masters.values, masters)  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for holder, attribute, _ in taps:
+            holder.__dict__.pop(attribute, None)
+
+
+class _Sampled(torch.autograd.Function):
+    """A parameter as it is, whose gradient goes to the masters."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, masters: Masters) -> Tensor:
+        ctx.masters = masters
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.masters.sample(gradient), None
+
+
+def _linear(module: nn.Linear, masters: Masters, input: Tensor) -> Tensor:
+    if not _ready(masters, module, module.weight):
+        return nn.functional.linear(input, module.weight, module.bias)
+    output: Tensor = SparseLinear.apply(input, module.weight, module.bias, masters.values, masters)  # type: ignore[no-untyped-call]
+    return output
+
+
+class SparseLinear(torch.autograd.Function):
+    """A linear layer whose weight has a gradient at a few positions only (Appendix E)."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, masters: Masters) -> Tensor:
+        ctx.save_for_backward(masters.keep(input) if ctx.needs_input_grad[3] else None, weight)
+        ctx.masters, ctx.input_dtype = masters, input.dtype
+        return nn.functional.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight = ctx.saved_tensors
+        grad_input = grad_bias = grad_values = None
+        if ctx.needs_input_grad[0]:  # under autocast grad_output has another dtype than input and weight
+            grad_input = (grad_output @ weight.to(grad_output.dtype)).to(ctx.input_dtype)
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = flat.sum(0)
+        if ctx.needs_input_grad[3]:
+            grad_values = ctx.masters.gradient(flat, kept.reshape(-1, kept.shape[-1]).to(grad_output.dtype))
+        return grad_input, None, grad_bias, grad_values, None
+
+
+def _conv1d(module: Any, masters: Masters, input: Tensor) -> Tensor:
+    if not _ready(masters, module, module.weight):
+        return _product(input, module.weight, module.bias)
+    output: Tensor = _Conv1D.apply(input, module.weight, module.bias, masters.values, masters)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """input · weight + bias with a weight [in, out], in the way of Transformers' Conv1D, so that not a bit differs."""
+    return torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], weight.shape[1])
+
+
+class _Conv1D(torch.autograd.Function):
+    """A linear layer with a weight [in, out], as GPT-2 has them: the weight's gradient is inputᵀ · grad_output."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, values: Tensor, masters: Masters) -> Tensor:
+        ctx.save_for_backward(input if ctx.needs_input_grad[3] else None, weight)
+        ctx.masters, ctx.input_dtype = masters, input.dtype
+        return _product(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        grad_input = grad_bias = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_input = (grad_output @ weight.to(grad_output.dtype).T).to(ctx.input_dtype)
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = flat.sum(0)
+        if ctx.needs_input_grad[3]:
+            inputs = input.reshape(-1, input.shape[-1]).to(grad_output.dtype)
+            grad_values = ctx.masters.gradient(inputs, ctx.masters.keep(flat))
+        return grad_input, None, grad_bias, grad_values, None
+
+
+def _embedding(module: nn.Embedding, masters: Masters, ids: Tensor) -> Tensor:
+    if not _ready(masters, module, module.weight):
+        return nn.functional.embedding(ids, module.weight, module.padding_idx)
+    output: Tensor = _Embedding.apply(ids, module.weight, masters.values, masters, module.padding_idx)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Embedding(torch.autograd.Function):
+    """An embedding some of whose entries train: only rows of the batch have gradients, and only they are formed."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, masters: Masters, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.masters, ctx.padding = masters, padding
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        flat = grad_output.reshape(-1, grad_output.shape[-1]).float()
+        if ctx.padding is not None:
+            flat = flat * (ids.reshape(-1, 1) != ctx.padding)
+        return None, None, ctx.masters.gradient_of_rows(ids.reshape(-1), flat), None, None
+
+
+OWN_BACKWARD: dict[str, Callable[..., Tensor]] = {"Linear": _linear, "Conv1D": _conv1d, "Embedding": _embedding}

@@ -1,0 +1,79 @@
+"""The harness on a live model gives what our own scores give, adapters and all."""
+
+import pytest
+import torch
+
+import shira
+from conftest import letter_tokenizer, random_adapter
+from shira import DataError
+from shira.data.tasks import Example
+from shira.evaluation import choice_scores
+from shira.integrations.lm_eval import evaluate, interval, task_of
+
+WORDS = ["abc", "cab", "ba", "bac", "ca", "ab", "acb"]
+SINGLE = [Example(f"{word} is ", "a", ("a", "b", "c"), number % 3) for number, word in enumerate(WORDS)]
+LONG = [Example(f"{word} so ", "abc", ("abc", "bb cc"), number % 2) for number, word in enumerate(WORDS[:4])]
+
+
+@pytest.fixture
+def live(tmp_path, monkeypatch, tiny_llama):
+    monkeypatch.setenv("SHIRA_CACHE", str(tmp_path))
+    return tiny_llama, letter_tokenizer()
+
+
+def expected(model, tokenizer, examples, by_length):
+    """The choice of the highest log-probability, for its length in characters if so wished."""
+    right = []
+    for example, scores in zip(examples, choice_scores(model, tokenizer, examples), strict=True):
+        if by_length:
+            scores = [score / len(choice) for score, choice in zip(scores, example.choices, strict=True)]
+        right.append(max(range(len(scores)), key=scores.__getitem__) == example.label)
+    return tuple(right)
+
+
+@pytest.mark.parametrize(("examples", "by_length"), [(SINGLE, False), (LONG, True)])
+def test_likelihood_of_choices(live, examples, by_length):
+    model, tokenizer = live
+    done = []
+    (score,) = evaluate(model, tokenizer, [task_of("some", examples)], on_progress=done.append, batch_size=3)
+    assert score.task == "some" and score.right == expected(model, tokenizer, examples, by_length)
+    assert done[-1] == sum(len(example.choices) for example in examples)
+    assert len(evaluate(model, tokenizer, [task_of("some", examples)], limit=2)[0].right) == 2
+
+
+def test_two_tasks_with_an_adapter(live):
+    model, tokenizer = live
+    switcher = shira.Switcher(model)
+    switcher.add("random", random_adapter(model, 1, density=1.0))
+    tasks = [task_of("single", SINGLE), task_of("long", LONG)]
+    before = evaluate(model, tokenizer, tasks)
+    with switcher.using("random"):
+        scores = evaluate(model, tokenizer, tasks)
+        assert scores[0].right == expected(model, tokenizer, SINGLE, False)
+    assert [score.task for score in scores] == ["single", "long"]
+    assert evaluate(model, tokenizer, tasks) == before
+
+
+def test_generated_answers_must_be_the_choice(live):
+    model, tokenizer = live
+    ids = tokenizer(SINGLE[0].prompt, return_tensors="pt")
+    with torch.no_grad():
+        written = tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1:])
+    choices = (written, "zz")
+    examples = [Example(SINGLE[0].prompt, written, choices, 0), Example(SINGLE[0].prompt, "zz", choices, 1)]
+    (score,) = evaluate(model, tokenizer, [task_of("written", examples, kind="generated")])
+    assert score.right[1] is False and len(score.right) == 2
+
+
+def test_what_cannot_be_asked(live):
+    with pytest.raises(DataError, match="'x' needs examples with 'choices'"):
+        task_of("x", [Example("a", "b")])
+    with pytest.raises(DataError, match="kind must be one of likelihood, generated"):
+        task_of("x", SINGLE, kind="guess")
+
+
+@pytest.mark.parametrize(
+    ("right", "asked", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
+)
+def test_intervals_are_wilsons(right, asked, low, high):
+    assert interval(right, asked) == pytest.approx((low, high), abs=1e-4)
