@@ -77,6 +77,19 @@ def test_entries_of_a_mask_that_has_moved_are_the_bases_too(tiny_llama):
         assert same_bits(before, weights(tiny_llama)) and not same_bits(before, base)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_inside_reaches_the_weights_afterwards(fused):
+    model = mlp()
+    with shira.attach(model, density=0.2) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2, fused=fused)
+        mlp_loss(model, mlp_batches(1)[0]).backward()
+        with tuner.reference():
+            optimizer.step()
+        model(torch.ones(1, 13))
+        for name, tensor in tuner.adapter().tensors.items():
+            assert torch.equal(bits(model.get_parameter(name).view(-1)[tensor.indices.long()]), bits(tensor.values))
+
+
 def test_an_error_inside_and_a_detach_inside():
     model = mlp()
     base = all_bits(model)

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import shira
 from conftest import all_bits, bits, llama_batches, mlp, same_bits
 from shira import BaseMismatch, TuningError
 from shira.integrations.trainer import ADAPTER, ShiraCallback, set_aside
+from test_distributed import torchrun
 
 STEPS = 8
 
@@ -329,6 +332,37 @@ def test_tuners_that_cannot_be_trained_so_are_refused(tmp_path):
             trainer.train()
 
 
+def test_engines_that_save_in_their_own_way_are_refused(tmp_path, monkeypatch):
+    """FSDP needs GPUs here, so only what accelerate says of itself is changed."""
+    model = llama()
+    with snip(model) as tuner:
+        callback = ShiraCallback(tuner)
+        trainer = trainer_of(model, tmp_path, [callback])
+        monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
+        with pytest.raises(TuningError, match="under FSDP the Trainer saves"):
+            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
+
+
+def run_in_parts(folder):
+    """On each of several processes: a run and, from its checkpoint in the middle, the second half of it again."""
+    found = []
+    for checkpoint in (None, f"{folder}/checkpoint-4"):
+        model = llama(attention_dropout=0.0)
+        with snip(model) as tuner:
+            trainer = trainer_of(model, folder, [ShiraCallback(tuner)])
+            trainer.train(resume_from_checkpoint=checkpoint)
+            found.append((losses(trainer), tuner.adapter()))
+    (one, adapter), (other, again) = found
+    assert len(one) == STEPS and one == other and same_adapter(adapter, again)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_bit(tmp_path):
+    code, printed = torchrun(2, "-m", "test_trainer", tmp_path)
+    assert code == 0, printed
+    assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+
+
 def test_a_mask_that_has_moved_is_not_kept_halfway(tmp_path):
     model = llama()
 
@@ -377,3 +411,7 @@ def test_a_copy_of_the_model_saves_its_own_values(tmp_path):
         twin.save_pretrained(tmp_path / "twin")
     kept = [shira.load(tmp_path / name / ADAPTER) for name in ("trained", "twin")]
     assert not same_adapter(*kept)
+
+
+if __name__ == "__main__":
+    run_in_parts(sys.argv[1])

@@ -1,6 +1,8 @@
 """TRL's SFTTrainer and DPOTrainer: packed sequences, resuming, and a reference that is the base itself."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +139,30 @@ def test_a_reference_that_moves_is_refused(tmp_path, tokenizer):
     model = llama()
     with shira.attach(model, density=0.05) as tuner, pytest.raises(TuningError, match="sync_ref_model"):
         dpo(model, tokenizer, tmp_path, [ShiraCallback(tuner)], ReferenceModel(tuner), sync_ref_model=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # the page does not say that there is no GPU here
+def test_the_snippets_of_the_docs_run(tmp_path, tokenizer, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 4
+    monkeypatch.chdir(tmp_path)
+    model = llama()
+    base = all_bits(model)
+    ids = torch.arange(2, 32).view(3, 10)
+    names = {
+        "torch": torch,
+        "model": model,
+        "tokenizer": tokenizer,
+        "rows": [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids.repeat(8, 1)],
+        "texts": Dataset.from_dict({"text": [text(seed, 9) for seed in range(24)]}),
+        "pairs": Dataset.from_dict({name: [text(n, 5) for n in range(12)] for name in ("prompt", "chosen", "rejected")}),
+        "batch": {"input_ids": ids, "labels": ids},
+    }
+    for snippet in snippets:
+        exec(snippet, names)
+        assert same_bits(base, all_bits(model))
+    again = snippets[0].replace("trainer.train()", "trainer.train(resume_from_checkpoint=True)")
+    exec(again.replace("max_steps=6", "max_steps=8"), names)
+    assert names["trainer"].state.global_step == 8
+    assert {ADAPTER, "README.md"} <= {path.name for path in (tmp_path / "poet").iterdir()}

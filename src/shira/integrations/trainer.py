@@ -23,9 +23,10 @@ from ..tuning import Tuner
 from .card import card
 
 try:
+    import accelerate
     import transformers
 except ImportError as error:
-    raise MissingExtra(f"this needs transformers: pip install 'shira-adapters[train]' ({error})") from error
+    raise MissingExtra(f"this needs transformers and accelerate: pip install 'shira-adapters[train]' ({error})") from error
 
 __all__ = ["ADAPTER", "ReferenceModel", "ShiraCallback", "set_aside"]
 
@@ -71,6 +72,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         self._run = args, state
         if args.should_save:
             set_aside(args.output_dir)
+        args.distributed_state.wait_for_everyone()  # none may look for a checkpoint before that
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, **known: Any) -> None:
         self._check(args, known["model"])
@@ -88,6 +90,12 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
             raise TuningError(
                 f"the tuner is attached to another model than the {type(model).__name__} that the Trainer trains; pass "
                 "tuner.model to the Trainer as it is"
+            )
+        engine = accelerate.state.AcceleratorState().distributed_type
+        if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise TuningError(
+                f"under {engine.value} the Trainer saves and loads weights in ways of its own; use DDP, or a loop of your "
+                "own with fully_shard (docs/distributed.md)"
             )
         if args.bf16_full_eval or args.fp16_full_eval:
             raise TuningError("bf16_full_eval and fp16_full_eval cast the masters and the base; use bf16=True instead")
