@@ -22,7 +22,7 @@ LAYERS = [
     {"format", "differences"},
     {"strengths", "methods"},
     {"fusion", "selection", "masters"},
-    {"refresh", "layers"},
+    {"refresh", "layers", "resuming"},
     {"tuning", "switching", "extraction", "merging", "analysis"},
     {"report"},
     {"data"},

@@ -1,5 +1,6 @@
 """The real model: SmolLM2-135M-Instruct, fetched once into the user cache."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import shira
 from conftest import all_bits, bits, same_bits
 from shira.data.models import model_path
+from shira.data.reading import examples_of
 from shira.integrations.transformers import load_model, load_tokenizer
 
 pytestmark = pytest.mark.real
@@ -107,3 +109,43 @@ def test_a_fine_tune_comes_apart_and_together_again(tmp_path):
     finally:
         for folder in tmp_path.iterdir():  # half a gigabyte
             shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_trainers_save_little_and_resume(tmp_path, kind):
+    """Three steps of six, then the others from the checkpoint: the same losses and the same adapter as in one go."""
+    import datasets
+    import transformers
+    import trl
+
+    from shira.integrations.trainer import ADAPTER, ShiraCallback
+
+    tokenizer = load_tokenizer("SmolLM2-135M-Instruct")
+    examples = list(itertools.islice(examples_of("spam", "train"), 48))
+    usual = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 5e-4, "logging_steps": 1}
+    usual |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+    found = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        model = load_model("SmolLM2-135M-Instruct")
+        with shira.attach(model, mask="wm", density=0.01) as tuner:
+            callbacks = [ShiraCallback(tuner, name="spam", license="Apache-2.0")]
+            if kind == "Trainer":
+                args = transformers.TrainingArguments(str(tmp_path), **usual)
+                collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+                rows = [dict(tokenizer(example.prompt + example.completion)) for example in examples]
+                known = {"data_collator": collate, "train_dataset": rows}
+                trainer = transformers.Trainer(model=model, args=args, callbacks=callbacks, **known)
+            else:
+                args = trl.SFTConfig(str(tmp_path), packing=True, max_length=256, activation_checkpointing=True, **usual)
+                columns = {"prompt": [e.prompt for e in examples], "completion": [e.completion for e in examples]}
+                known = {"processing_class": tokenizer, "train_dataset": datasets.Dataset.from_dict(columns)}
+                trainer = trl.SFTTrainer(model=model, args=args, callbacks=callbacks, **known)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            found.append((losses, {name: bits(tensor.values) for name, tensor in tuner.adapter().tensors.items()}))
+    assert found[0][0] == found[1][0] and len(found[0][0]) == 6
+    assert found[0][0][-1] < found[0][0][0]
+    assert same_bits(found[0][1], found[1][1])
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-6").iterdir()}
+    assert sizes[ADAPTER] < 5e6 and sizes["model.safetensors"] < 6e6 and sum(sizes.values()) < 30e6

@@ -1,5 +1,7 @@
 """The entries of one weight that train: float32 masters of them, what lay there before, and which have trained earlier."""
 
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -7,9 +9,10 @@ from torch import Tensor, nn
 
 from . import kernels
 from .distributed import full, is_sharded, piece_of
+from .errors import TuningError
 from .masks import top_k
 
-__all__ = ["Held", "Masters", "overlap"]
+__all__ = ["Held", "Masters", "overlap", "swapped"]
 
 
 class Held(NamedTuple):
@@ -150,3 +153,33 @@ class Masters:
             self.indices, self.base = self.indices.to(self.weight.device), self.base.to(self.weight.device)
             self.left = Held(*(part.to(self.weight.device) for part in self.left))
             self.pattern = self.pattern and self.pattern.to(self.weight.device)
+
+
+@contextlib.contextmanager
+def swapped(masters: Collection[Masters], still: Callable[[], bool]) -> Iterator[None]:
+    """Let the weights hold the base, and the layers compute with them as they are; then what was there before, if `still`.
+
+    Autograd is not told: by its backward pass the weights have the bits again that it saw in the forward pass.
+    Raises TuningError for weights that are sharded.
+    """
+    if any(each.piece is not None for each in masters):
+        raise TuningError("an adapter cannot be switched off on sharded weights; train with DDP, or load the base again")
+    parts = []
+    for each in masters:
+        each.follow_weight()
+        held = each.held()
+        parts.append(kernels.Write(each.weight.data, held.indices, held.base))
+    plan = kernels.Plan.of(parts)
+    known = [(each, each.written, each.may_have_stepped) for each in masters]
+    try:
+        for each in masters:
+            each.dense = True
+        kernels.swap_(plan)
+        yield
+    finally:
+        for each in masters:
+            each.dense = False
+        if still():
+            kernels.restore_(plan)
+            for each, written, may_have_stepped in known:  # what an optimizer may have written meanwhile is gone
+                each.written, each.may_have_stepped = written, may_have_stepped

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import kernels, masks, refresh
+from . import kernels, masks, refresh, resuming
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint
 from .calibration import LossFn, Progress
@@ -29,7 +29,7 @@ from .distributed import average_after_backward, check_plain, check_positions, i
 from .errors import AdapterError, TuningError
 from .layers import install
 from .masks import Mask
-from .masters import Held, Masters
+from .masters import Held, Masters, swapped
 from .selection import Avoid, Selector, count_of, entries_of
 from .targets import VALUES
 
@@ -132,7 +132,10 @@ class _Entry:
 
 
 class Tuner:
-    """A model in training, from `attach` to `detach`. Also a context manager that detaches at its end."""
+    """A model in training, from `attach` to `detach`. Also a context manager that detaches at its end.
+
+    model, attached: what it was attached to, and whether it still is. at_detach: closed when it is detached.
+    """
 
     def __init__(
         self,
@@ -143,13 +146,13 @@ class Tuner:
         method: str,
         selector: Selector,
     ) -> None:
-        self._model, self._mask, self._selector = model, mask, selector
+        self.model, self._mask, self._selector = model, mask, selector
         self._base = _describe_base(model, chosen)
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._attached = True
+        self.attached = True
         model.requires_grad_(False)
-        self._undo = contextlib.ExitStack()
-        self._undo.callback(_let_checkpoints_see_gradients(model))
+        self.at_detach = contextlib.ExitStack()
+        self.at_detach.callback(_let_checkpoints_see_gradients(model))
         self._entries: list[_Entry] = []
         try:
             if method == "hook":
@@ -164,7 +167,7 @@ class Tuner:
     def _install(self, chosen: list[target_names.Target]) -> None:
         """Let the modules compute with the masters, and every optimizer write what it has stepped on into the weights."""
         masters = {target.name: entry.masters for target, entry in zip(chosen, self._entries, strict=True) if entry.masters}
-        self._undo.callback(install((use, masters[target.name]) for target in chosen for use in target.uses))
+        self.at_detach.callback(install((use, masters[target.name]) for target in chosen for use in target.uses))
 
         def write(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
             stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -172,22 +175,22 @@ class Tuner:
                 if id(each.values) in stepped:
                     each.write_step()
             if any(each.piece is not None for each in masters.values()):
-                reshard(self._model)
+                reshard(self.model)
 
-        self._undo.callback(register_optimizer_step_post_hook(write).remove)
+        self.at_detach.callback(register_optimizer_step_post_hook(write).remove)
         pieces = [each for each in masters.values() if each.piece is not None]
         if not pieces:
-            self._undo.callback(check_positions(self._model, (each.indices for each in masters.values())))
+            self.at_detach.callback(check_positions(self.model, (each.indices for each in masters.values())))
             return
-        self._undo.callback(reshard, self._model)
-        self._undo.callback(average_after_backward(self.parameters(), mesh_of(pieces[0].weight)))
+        self.at_detach.callback(reshard, self.model)
+        self.at_detach.callback(average_after_backward(self.parameters(), mesh_of(pieces[0].weight)))
 
         def write_pieces(_module: nn.Module, _inputs: Any) -> None:
             for each in pieces:
                 each.write()
 
         # before fully_shard's own, which gathers the pieces
-        self._undo.callback(self._model.register_forward_pre_hook(write_pieces, prepend=True).remove)
+        self.at_detach.callback(self.model.register_forward_pre_hook(write_pieces, prepend=True).remove)
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: one float32 tensor [k] a target (or, with the hook, the weights)."""
@@ -211,9 +214,7 @@ class Tuner:
 
         Raises TuningError, or what `attach` raises for a mask, before anything has changed.
         """
-        masters = {entry.name: entry.masters for entry in self._entries if entry.masters is not None}
-        if not self._attached or len(masters) < len(self._entries):
-            raise TuningError("only an attached tuner with method='values' can be refreshed")
+        masters = self.masters("refreshed")
         if any(each.piece is not None for each in masters.values()):
             raise TuningError("a mask cannot move on weights that are sharded; train without refresh, or with DDP")
         refresh.check_cap(cap)
@@ -221,7 +222,7 @@ class Tuner:
         weights = {entry.name: entry.weight for entry in self._entries}
         counts = {entry.name: entry.count for entry in self._entries}
         with _dense(masters.values()):
-            chosen, _ = self._selector.select(self._model, weights, masks.Plan(counts, 0, {}), calibration)
+            chosen, _ = self._selector.select(self.model, weights, masks.Plan(counts, 0, {}), calibration)
         for name, indices in chosen.items():
             if indices.numel() != counts[name]:
                 raise TuningError(
@@ -232,6 +233,40 @@ class Tuner:
         times = self._mask.get("refresh", {}).get("times", 0) + 1
         self._mask = self._mask | {"refresh": {"times": times, "cap": cap}}
         return moved
+
+    def masters(self, wish: str) -> dict[str, Masters]:
+        """Tensor name -> its entries in training. Raises TuningError, which says what was wished, if none may change now."""
+        masters = {entry.name: entry.masters for entry in self._entries if entry.masters is not None}
+        if not self.attached or len(masters) < len(self._entries) or any(each.dense for each in masters.values()):
+            raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
+        return masters
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be kept of a run, beside the optimizer's state, to resume it: the masters, and whose they are.
+
+        Raises TuningError if the mask has moved: positions are not kept.
+        """
+        return resuming.state_of(self.masters("saved"), moved="refresh" in self._mask)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the masters of a `state_dict`, bit for bit; checked before anything has changed.
+
+        Raises TuningError if it belongs to another mask or density, BaseMismatch if to another model.
+        """
+        resuming.load_state(self.masters("resumed"), state)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model is its base, bit for bit: the reference of preference training, without a second copy.
+
+        Afterwards the weights are what they were; a backward pass through an earlier forward pass may follow.
+        Raises TuningError if the tuner is detached, has method="hook", or is inside already.
+
+            with tuner.reference(), torch.no_grad():
+                reference = model(**batch).logits
+        """
+        with swapped(self.masters("switched off").values(), lambda: self.attached):
+            yield
 
     def adapter(
         self, name: str | None = None, *, training: dict[str, Any] | None = None, license: str | None = None
@@ -257,16 +292,16 @@ class Tuner:
 
     def detach(self) -> None:
         """Give the model back its base weights, bit for bit, and its `requires_grad` flags. Doing it twice is harmless."""
-        if not self._attached:
+        if not self.attached:
             return
-        self._attached = False
+        self.attached = False
         for entry in self._entries:
             held = entry.held()
             snapshot = held._replace(values=held.values.detach().clone())
             entry.held = lambda snapshot=snapshot: snapshot  # type: ignore[misc]
             for undo in entry.undo:
                 undo()
-        self._undo.close()
+        self.at_detach.close()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 

@@ -1,0 +1,203 @@
+"""Transformers' Trainer and TRL's trainers: checkpoints without the base, exact resuming, a reference without a copy.
+
+The trainers save with `model.save_pretrained` and load with `model.load_state_dict`. While a tuner is attached, the
+callback gives its model two of its own: one writes adapter and masters, the other takes the masters up. So a trainer needs
+no subclass, and all that decides when to save, to load the best, or to resume stays the trainer's.
+"""
+
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from ..errors import MissingExtra, TuningError
+from ..format import write_whole
+from ..tuning import Tuner
+from .card import card
+
+try:
+    import accelerate
+    import transformers
+except ImportError as error:
+    raise MissingExtra(f"this needs transformers and accelerate: pip install 'shira-adapters[train]' ({error})") from error
+
+__all__ = ["ADAPTER", "ReferenceModel", "ShiraCallback", "set_aside"]
+
+ADAPTER = "adapter.safetensors"
+MASTERS = "model.safetensors"  # the name under which the Trainer looks for what load_state_dict takes
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+logger = logging.getLogger(__name__)
+
+
+class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy does not follow transformers
+    """Makes any Trainer save, resume and load its best checkpoint by the adapter instead of by the model.
+
+    What the Trainer saves is an adapter file and a model card; its checkpoints hold the float32 masters, too. Checkpoints
+    that were begun and not finished are set aside when the Trainer is made (`set_aside`), so pass the callback to it.
+
+    name, license: for the adapter's file and card.
+    Raises TuningError if the tuner cannot be saved so, here or before the first step.
+
+        tuner = shira.attach(model, mask="wm", density=0.01)
+        trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[ShiraCallback(tuner)])
+        trainer.train(resume_from_checkpoint=True)
+    """
+
+    def __init__(self, tuner: Tuner, *, name: str | None = None, license: str | None = None) -> None:
+        if not isinstance(tuner.model, transformers.PreTrainedModel):
+            raise TuningError(
+                f"ShiraCallback needs a transformers.PreTrainedModel, found a {type(tuner.model).__name__}: of others the "
+                "Trainer saves all weights; train without it and save tuner.adapter() at the end"
+            )
+        tuner.masters("trained with ShiraCallback")
+        self.tuner, self.name, self.license = tuner, name, license
+        self._run: tuple[Any, Any] | None = None  # the Trainer's arguments and state
+        self._install("save_pretrained", self._save_pretrained)
+        self._install("load_state_dict", self._load_state_dict)
+
+    def _install(self, name: str, method: Callable[..., Any]) -> None:
+        """Give the model a method of its own until the tuner is detached."""
+        self.tuner.model.__dict__[name] = method
+        self.tuner.at_detach.callback(self.tuner.model.__dict__.pop, name, None)
+
+    def on_init_end(self, args: Any, state: Any, _control: Any, **known: Any) -> None:
+        self._check(args, known["model"])
+        self._run = args, state
+        if args.should_save:
+            set_aside(args.output_dir)
+        args.distributed_state.wait_for_everyone()  # none may look for a checkpoint before that
+
+    def on_train_begin(self, args: Any, state: Any, _control: Any, **known: Any) -> None:
+        self._check(args, known["model"])
+        self._run = args, state
+        trained = {id(parameter) for group in known["optimizer"].param_groups for parameter in group["params"]}
+        if not trained.issuperset(map(id, self.tuner.parameters())):
+            raise TuningError("the Trainer's optimizer does not train this tuner's parameters; attach before it is made")
+
+    def on_push_begin(self, args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        self._save_pretrained(args.output_dir)  # of a checkpoint the Trainer copies only files whose names it knows
+
+    def _check(self, args: Any, model: Any) -> None:
+        self.tuner.masters("trained with ShiraCallback")
+        if model is not self.tuner.model:
+            raise TuningError(
+                f"the tuner is attached to another model than the {type(model).__name__} that the Trainer trains; pass "
+                "tuner.model to the Trainer as it is"
+            )
+        engine = accelerate.state.AcceleratorState().distributed_type
+        if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise TuningError(
+                f"under {engine.value} the Trainer saves and loads weights in ways of its own; use DDP, or a loop of your "
+                "own with fully_shard (docs/distributed.md)"
+            )
+        if args.bf16_full_eval or args.fp16_full_eval:
+            raise TuningError("bf16_full_eval and fp16_full_eval cast the masters and the base; use bf16=True instead")
+        if getattr(args, "sync_ref_model", False):
+            raise TuningError("sync_ref_model moves the reference, which here is the base itself; leave it off")
+
+    def _save_pretrained(self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **_: Any) -> None:
+        """What `model.save_pretrained` does while the tuner is attached: an adapter and a card, no weights."""
+        if push_to_hub:
+            raise TuningError("save to a folder and upload that: huggingface_hub.upload_folder(repo_id=…, folder_path=…)")
+        if not is_main_process:
+            return
+        folder, model = Path(save_directory), self.tuner.model
+        adapter = self.tuner.adapter(self.name, training=self._summary(), license=self.license)
+        folder.mkdir(parents=True, exist_ok=True)
+        if CHECKPOINT.fullmatch(folder.name):
+            write_whole(folder / MASTERS, safetensors.torch.save(self.tuner.state_dict(), {"format": "pt"}))
+        adapter.save(folder / ADAPTER)
+        loadable = getattr(model.config, "_name_or_path", "") and hasattr(transformers, type(model).__name__)
+        text = card(adapter, ADAPTER, type(model).__name__ if loadable else None)
+        write_whole(folder / "README.md", text.encode())
+
+    def _load_state_dict(self, state_dict: Mapping[str, Tensor], *_: Any, **__: Any) -> Any:
+        """What `model.load_state_dict` does while the tuner is attached: nothing is missing, the base is there already."""
+        self.tuner.load_state_dict(state_dict)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def _summary(self) -> dict[str, Any] | None:
+        """What is worth knowing of the run so far, for the adapter's file."""
+        if self._run is None or not self._run[1].global_step:
+            return None
+        args, state = self._run
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return {
+            "steps": state.global_step,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "loss": round(losses[-1], 4) if losses and math.isfinite(losses[-1]) else None,
+            "parameters": self.tuner.nnz,
+            "seed": args.seed,
+        }
+
+
+def set_aside(folder: Any) -> list[Path]:
+    """Rename checkpoints in a Trainer's folder that are not whole, so that none is resumed from; returns their new paths.
+
+    A process that is killed while it saves leaves part of one. The Trainer writes trainer_state.json last, and removes old
+    checkpoints after that: the newest with a whole one is whole. No process may be saving to the folder at the same time.
+    """
+    moved = []
+    for path in sorted(Path(folder).glob("checkpoint-*")):
+        if not CHECKPOINT.fullmatch(path.name) or not path.is_dir() or _is_whole(path):
+            continue
+        aside = path.with_name(f"unfinished-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        logger.warning("%s is not whole and was set aside as %s", path, aside.name)
+        moved.append(aside)
+    return moved
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict)
+
+
+class ReferenceModel(nn.Module):
+    """The base of a model in training, as the reference model of TRL's DPOTrainer: its own weights, no second copy.
+
+    Each call switches the adapter off and on again (`Tuner.reference`), and runs without dropout.
+
+        trainer = DPOTrainer(model=model, ref_model=ReferenceModel(tuner), args=args, ...)
+    """
+
+    def __init__(self, tuner: Tuner) -> None:
+        super().__init__()
+        self.model = tuner.model
+        self.tuner = tuner
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:  # not forward, which trainers replace
+        training = [module for module in self.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with self.tuner.reference():
+                return super().__call__(*inputs, **options)
+        finally:
+            for module in training:
+                module.training = True
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.model(*inputs, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else is asked of a model (config, base_model, get_output_embeddings, …) is the model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
