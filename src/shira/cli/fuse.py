@@ -54,7 +54,7 @@ def fuse(
         strengths[path] = strength
     if len(strengths) < len(adapters):
         raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
-    options = method_options(method, density=density, drop=drop, seed=seed)  # what is wrong should be known now
+    options = method_options(method, density=density, drop=drop, seed=seed)  # before a model is loaded
     check_strengths({str(path): strength for path, strength in strengths.items()})
     recorded = set()
     for file in strengths:
