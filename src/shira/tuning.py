@@ -11,6 +11,7 @@ a copy of the base, full-size gradients and full-size optimizer state: it is her
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import kernels, masks, refresh
+from . import hybrid, kernels, masks, refresh, variants
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint
 from .calibration import LossFn, Progress
@@ -54,6 +55,8 @@ def attach(
     progress: Progress | None = None,
     seed: int = 0,
     method: Literal["values", "hook"] = "values",
+    decompose: bool | int = False,
+    low_rank: int | None = None,
 ) -> "Tuner":
     """Make a few entries of the model's weights trainable, and nothing else.
 
@@ -73,6 +76,8 @@ def attach(
     loss_fn(model, batch): by default `model(**batch).loss`. progress(done, total): called after each batch of the calibration.
     seed: with each tensor's name it seeds the mask.
     method: "values" or "hook", see the module's docstring.
+    decompose: train the entries as those of a DoRA of this rank (the paper's SHiRA-WM-DoRA), or True: of one whose direction is
+        free at the mask's positions. low_rank: train a low-rank product beside the entries (docs/variants.md).
 
     Raises TargetError, MaskError, BaseMismatch or TuningError before anything in the model has changed.
 
@@ -90,6 +95,7 @@ def attach(
     for target in chosen:
         if any(name.startswith(VALUES) for use in target.uses for name in use.holder._parameters):
             raise TuningError(f"a tuner is attached already, to '{target.name}'; call its detach() first")
+    make, variant = variants.choose(chosen, method, decompose, low_rank, seed)
     weights = {target.name: target.weight for target in chosen}
     avoided, avoided_names = entries_of(avoid, dict(model.named_parameters(remove_duplicate=False)), weights)
     plan = masks.plan(
@@ -109,9 +115,9 @@ def attach(
     settings |= {"total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
     settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed}
     settings |= {"targets": targets if isinstance(targets, str) else list(targets), "calibration": calibrated}
-    settings |= {"exclude": exclude or None, "layers": layers}
+    settings |= {"exclude": exclude or None, "layers": layers, **variant}
     record = {key: value for key, value in settings.items() if value is not None}
-    return Tuner(model, [target for target in chosen if target.name in indices], indices, record, method, selector)
+    return Tuner(model, [target for target in chosen if target.name in indices], indices, record, method, selector, make)
 
 
 @dataclass(eq=False)
@@ -138,6 +144,7 @@ class Tuner:
         mask: dict[str, Any],
         method: str,
         selector: Selector,
+        make: variants.Make,
     ) -> None:
         self._model, self._mask, self._selector = model, mask, selector
         self._base = _describe_base(model, chosen)
@@ -151,7 +158,7 @@ class Tuner:
             if method == "hook":
                 self._entries += [_with_hook(target, indices[target.name]) for target in chosen]
             else:
-                self._entries += [_with_values(target, indices[target.name]) for target in chosen]
+                self._entries += [_with_values(target, make(target, indices[target.name])) for target in chosen]
                 self._install(chosen)
         except BaseException:
             self.detach()
@@ -165,14 +172,14 @@ class Tuner:
         def write(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
             stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             for each in masters.values():
-                if id(each.values) in stepped:
+                if any(id(parameter) in stepped for parameter in each.parameters().values()):
                     each.write_step()
 
         self._undo.callback(register_optimizer_step_post_hook(write).remove)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer trains: one float32 tensor [k] a target (or, with the hook, the weights)."""
-        return [entry.parameter for entry in self._entries]
+        """What an optimizer trains: one float32 tensor [k] a target (or a variant's; with the hook, the weights)."""
+        return [p for e in self._entries for p in (e.masters.parameters().values() if e.masters else [e.parameter])]
 
     @property
     def nnz(self) -> int:
@@ -192,9 +199,9 @@ class Tuner:
 
         Raises TuningError, or what `attach` raises for a mask, before anything has changed.
         """
-        masters = {entry.name: entry.masters for entry in self._entries if entry.masters is not None}
+        masters = {name: each for name, each in self._masters().items() if type(each) is Masters}
         if not self._attached or len(masters) < len(self._entries):
-            raise TuningError("only an attached tuner with method='values' can be refreshed")
+            raise TuningError("only an attached tuner with method='values', and no variant of it, can be refreshed")
         refresh.check_cap(cap)
         states = refresh.movable(optimizer, masters)
         weights = {entry.name: entry.weight for entry in self._entries}
@@ -231,8 +238,20 @@ class Tuner:
                 raise TuningError(f"training of '{entry.name}' went wrong: {error}; try a lower learning rate") from error
             prints[entry.name] = fingerprint(held.base)
         metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
-        metadata["fingerprints"] = prints
+        metadata |= {"fingerprints": prints, "low_rank": hybrid.kept(self._masters())}
         return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
+
+    def save_hybrid(self, folder: str | os.PathLike[str]) -> None:
+        """Write both parts of what was trained with low_rank: adapter.safetensors, and lora/ as PEFT loads it.
+
+        Raises TuningError without low_rank, or what `adapter` raises; OSError.
+        """
+        if hybrid.kept(self._masters()) is None:
+            raise TuningError("there is no low-rank part: attach(..., low_rank=8) trains one; save adapter() instead")
+        hybrid.save(Path(folder), self.adapter(), self._masters())
+
+    def _masters(self) -> dict[str, Masters]:
+        return {entry.name: entry.masters for entry in self._entries if entry.masters is not None}
 
     def detach(self) -> None:
         """Give the model back its base weights, bit for bit, and its `requires_grad` flags. Doing it twice is harmless."""
@@ -271,10 +290,10 @@ def _dense(masters: Collection[Masters]) -> Iterator[None]:
             each.dense = False
 
 
-def _with_values(target: target_names.Target, indices: Tensor) -> _Entry:
+def _with_values(target: target_names.Target, masters: Masters) -> _Entry:
     """The sparse-values way: masters, with which the modules compute until the tuner is detached."""
-    masters = Masters(target.weight, indices, target.matrix)
-    entry = _Entry(target.name, target.weight, indices.numel(), masters.values, masters.held, masters)
+    first = next(iter(masters.parameters().values()))
+    entry = _Entry(target.name, target.weight, masters.indices.numel(), first, masters.held, masters)
     entry.undo.append(masters.restore)
     return entry
 
