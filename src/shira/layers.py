@@ -77,7 +77,8 @@ def _beside(
 ) -> Any:
     """The module's own forward, and what masters add to its output."""
     _ready(masters, module)
-    return forward(input) + side(input)
+    output = forward(input)
+    return output + side(input).to(output.dtype)  # which differ under autocast
 
 
 def _kind(module: nn.Module) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .adapter import Kind
 from .masks import top_k
 
 __all__ = ["Held", "Masters", "overlap"]
@@ -39,6 +40,7 @@ class Masters:
     `deltas`).
     """
 
+    kind: Kind = "overwrite"
     in_place = True  # whether the weight holds the entries
     side: Callable[[Tensor], Tensor] | None = None  # what is added to the module's output, of its input
 

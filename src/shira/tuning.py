@@ -30,6 +30,7 @@ from .errors import AdapterError, TuningError
 from .layers import install
 from .masks import Mask
 from .masters import Held, Masters
+from .quantized import label, shape_of
 from .selection import Avoid, Selector, count_of, entries_of
 from .targets import VALUES
 
@@ -95,7 +96,7 @@ def attach(
     for target in chosen:
         if any(name.startswith(VALUES) for use in target.uses for name in use.holder._parameters):
             raise TuningError(f"a tuner is attached already, to '{target.name}'; call its detach() first")
-    make, variant = variants.choose(chosen, method, decompose, low_rank, seed)
+    make, variant = variants.choose(chosen, mask, method, decompose, low_rank, seed)
     weights = {target.name: target.weight for target in chosen}
     avoided, avoided_names = entries_of(avoid, dict(model.named_parameters(remove_duplicate=False)), weights)
     plan = masks.plan(
@@ -222,9 +223,9 @@ class Tuner:
     def adapter(
         self, name: str | None = None, *, training: dict[str, Any] | None = None, license: str | None = None
     ) -> Adapter:
-        """What was trained so far, as an overwrite adapter in the weights' dtype; before or after `detach`.
+        """What was trained so far, as an overwrite adapter in the weights' dtype, or deltas where they are quantized.
 
-        training: a summary for the file, anything that can be written as JSON.
+        Before or after `detach`. training: a summary for the file, anything that can be written as JSON.
         Raises TuningError if a trained value is not finite.
         """
         tensors, prints = {}, {}
@@ -232,7 +233,10 @@ class Tuner:
             held = entry.held()
             try:
                 tensors[entry.name] = SparseTensor(
-                    tuple(entry.weight.shape), held.indices.cpu(), held.values.detach().cpu().clone()
+                    shape_of(entry.weight),
+                    held.indices.cpu(),
+                    held.values.detach().cpu().clone(),
+                    entry.masters.kind if entry.masters else "overwrite",
                 )
             except AdapterError as error:
                 raise TuningError(f"training of '{entry.name}' went wrong: {error}; try a lower learning rate") from error
@@ -356,5 +360,5 @@ def _describe_base(model: nn.Module, chosen: list[target_names.Target]) -> dict[
     identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     if Path(identity).exists():
         identity = Path(identity).resolve().name
-    dtypes = sorted({str(target.weight.dtype).removeprefix("torch.") for target in chosen})
+    dtypes = sorted({label(target.weight) for target in chosen})
     return {"id": identity, "dtype": dtypes[0] if len(dtypes) == 1 else dtypes}

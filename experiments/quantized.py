@@ -1,0 +1,170 @@
+"""What an adapter on a quantized base costs, and what becomes of it when it is rounded into one.
+
+python -m experiments.quantized layers                 time and memory of one layer, forward and in training
+python -m experiments.quantized rounding nf4           accuracy beside the base, merged, and quantized again
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import shira
+from shira.data.models import SMOLLM2
+from shira.data.tasks import examples_of
+from shira.evaluation import accuracy
+from shira.integrations import transformers as hf
+from shira.quantized import dense, is_quantized
+from shira.recipes import Recipe, train_adapter
+
+TOKENS = (1, 16, 512)
+SHAPES = ((1536, 576), (4096, 4096))
+RANK = 8  # of the LoRA beside
+
+
+def quantize(model: nn.Module, way: str) -> nn.Module:
+    """Every linear layer but the output's, in place."""
+    if way == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
+        return model
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            four = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, compute_dtype=torch.float32, quant_type=way
+            )
+            four.load_state_dict(module.state_dict())
+            model.set_submodule(name, four.to("cpu"))
+    return model
+
+
+def milliseconds(work: Callable[[], Any]) -> float:
+    work()
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return round(1e3 * statistics.median(times), 3)
+
+
+def layers() -> None:
+    """One JSON line for each shape and number of tokens: the layer alone, with our deltas, and with a LoRA, in ms."""
+    for out, inner in SHAPES:
+        for way in ("int8", "nf4"):
+            torch.manual_seed(0)
+            model = quantize(nn.Sequential(nn.Linear(inner, out, bias=False)), way)
+            lora = [torch.randn(RANK, inner, requires_grad=True), torch.randn(out, RANK, requires_grad=True)]
+            with shira.attach(model, mask="wm", density=0.01, targets=["0"]) as tuner:
+                values = tuner.parameters()[0]
+                layout = tuner._entries[0].masters.layout  # type: ignore[union-attr]
+                own = [layout.indices, layout.order, *layout.forwards, *layout.backwards, values]
+                print(
+                    json.dumps({"layer": [out, inner], "way": way, "entries": tuner.nnz, "bytes": sum(t.nbytes for t in own)})
+                )
+                for tokens in TOKENS:
+                    x = torch.randn(tokens, inner, requires_grad=True)
+                    layer = type(model[0]).forward
+
+                    def bare(x: Tensor = x, layer: Any = layer) -> Tensor:
+                        return layer(model[0], x)  # without what the tuner put there
+
+                    def ours(x: Tensor = x) -> Tensor:
+                        return model(x)
+
+                    def low_rank(x: Tensor = x, bare: Any = bare) -> Tensor:
+                        return bare(x) + linear(linear(x, lora[0]), lora[1])
+
+                    row: dict[str, Any] = {"layer": [out, inner], "way": way, "tokens": tokens}
+                    for title, forward in (("bare", bare), ("shira", ours), ("lora", low_rank)):
+                        with torch.no_grad():
+                            row[title] = milliseconds(forward)
+                        row[f"{title}_training"] = milliseconds(lambda forward=forward: forward().sum().backward())
+                    print(json.dumps(row), flush=True)
+
+
+def rounding(way: str, task: str, steps: int, rate: float) -> None:
+    """One JSON line: accuracy of the bases, beside, merged and quantized again; what rounding takes away."""
+    tokenizer = hf.load_tokenizer(SMOLLM2)
+    plain = hf.load_model(SMOLLM2, "float32")
+    model = quantize(copy.deepcopy(plain), way)
+    test = examples_of(task, "test")[:200]
+    result: dict[str, Any] = {"way": way, "task": task, "steps": steps, "rate": rate}
+    result["plain base"], result["quantized base"] = (accuracy(net, tokenizer, test) for net in (plain, model))
+    recipe = Recipe(base=SMOLLM2, data=task, mask="wm", density=0.01, steps=steps, lr=rate, limit=16 * steps)
+    adapter = train_adapter(recipe, model, tokenizer)
+    switcher = shira.Switcher(model)
+    switcher.add("trained", adapter)
+    switcher.use("trained")
+    result["beside"] = accuracy(model, tokenizer, test)
+    switcher.use(None)
+    weights = dict(model.named_parameters())
+    result["entries"] = adapter.nnz
+    result["median change"] = float(torch.cat([t.values.abs() for t in adapter.tensors.values()]).median())
+
+    merged = copy.deepcopy(plain).to(torch.bfloat16)
+    stayed = 0
+    with torch.no_grad():
+        for name, tensor in adapter.tensors.items():
+            flat, where = merged.get_parameter(name).view(-1), tensor.indices.long()
+            old = flat[where].clone()
+            flat[where] = (old.float() + tensor.values).to(torch.bfloat16)
+            stayed += int((flat[where] == old).sum())
+    result["rounded away in bfloat16"] = stayed / adapter.nnz
+    result["merged into the plain base"] = accuracy(merged.float(), tokenizer, test)
+
+    summed = copy.deepcopy(plain)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if is_quantized(weight):
+                target = summed.get_parameter(name)
+                target.copy_(dense(weight))
+                tensor = adapter.tensors[name]
+                target.view(-1)[tensor.indices.long()] += tensor.values
+    again = quantize(summed, way)
+    moved = kept = elsewhere = total = 0.0
+    for name, weight in again.named_parameters():
+        if is_quantized(weight):
+            tensor, where = adapter.tensors[name], adapter.tensors[name].indices.long()
+            change = (dense(weight) - dense(weights[name])).view(-1)
+            at = change[where]
+            moved += float((at != 0).sum())
+            wanted = tensor.values
+            kept += float((at * wanted).sum())
+            total += float(wanted.square().sum())
+            elsewhere += float(change.square().sum() - at.square().sum())
+    result["entries that move"] = moved / adapter.nnz
+    result["change along the adapter's"] = kept / total  # 1 if all of it is there
+    result["change elsewhere"] = elsewhere / total  # as scales move with their largest entry
+    result["quantized again"] = accuracy(again, tokenizer, test)
+    print(json.dumps(result), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("layers")
+    of_rounding = commands.add_parser("rounding")
+    of_rounding.add_argument("way", choices=["int8", "nf4"])
+    of_rounding.add_argument("--task", default="questions")
+    of_rounding.add_argument("--steps", type=int, default=40)
+    of_rounding.add_argument("--rate", type=float, default=2e-3)
+    given = parser.parse_args()
+    if given.command == "layers":
+        layers()
+    else:
+        rounding(given.way, given.task, given.steps, given.rate)
+
+
+if __name__ == "__main__":
+    main()
