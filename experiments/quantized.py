@@ -59,38 +59,40 @@ def milliseconds(work: Callable[[], Any]) -> float:
 
 
 def layers() -> None:
-    """One JSON line for each shape and number of tokens: the layer alone, with our deltas, and with a LoRA, in ms."""
+    """One JSON line for each shape, library and number of tokens: ms of the layer alone, with our deltas, with a LoRA."""
     for out, inner in SHAPES:
         for way in ("int8", "nf4"):
             torch.manual_seed(0)
             model = quantize(nn.Sequential(nn.Linear(inner, out, bias=False)), way)
-            lora = [torch.randn(RANK, inner, requires_grad=True), torch.randn(out, RANK, requires_grad=True)]
+            head = {"layer": [out, inner], "way": way}
             with shira.attach(model, mask="wm", density=0.01, targets=["0"]) as tuner:
                 values = tuner.parameters()[0]
                 layout = tuner._entries[0].masters.layout  # type: ignore[union-attr]
                 own = [layout.indices, layout.order, *layout.forwards, *layout.backwards, values]
-                print(
-                    json.dumps({"layer": [out, inner], "way": way, "entries": tuner.nnz, "bytes": sum(t.nbytes for t in own)})
-                )
+                print(json.dumps(head | {"entries": tuner.nnz, "bytes": sum(t.nbytes for t in own)}))
                 for tokens in TOKENS:
-                    x = torch.randn(tokens, inner, requires_grad=True)
-                    layer = type(model[0]).forward
+                    print(json.dumps(head | {"tokens": tokens} | timed(model, torch.randn(tokens, inner))), flush=True)
 
-                    def bare(x: Tensor = x, layer: Any = layer) -> Tensor:
-                        return layer(model[0], x)  # without what the tuner put there
 
-                    def ours(x: Tensor = x) -> Tensor:
-                        return model(x)
+def timed(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """A model of one layer, with a tuner attached: ms forward, and forward and backward."""
+    layer: Any = model[0]  # type: ignore[index]
+    down, up = nn.Parameter(torch.randn(RANK, layer.in_features)), nn.Parameter(torch.randn(layer.out_features, RANK))
+    x.requires_grad_()
 
-                    def low_rank(x: Tensor = x, bare: Any = bare) -> Tensor:
-                        return bare(x) + linear(linear(x, lora[0]), lora[1])
+    def bare() -> Tensor:
+        output: Tensor = type(layer).forward(layer, x)  # without what the tuner put there
+        return output
 
-                    row: dict[str, Any] = {"layer": [out, inner], "way": way, "tokens": tokens}
-                    for title, forward in (("bare", bare), ("shira", ours), ("lora", low_rank)):
-                        with torch.no_grad():
-                            row[title] = milliseconds(forward)
-                        row[f"{title}_training"] = milliseconds(lambda forward=forward: forward().sum().backward())
-                    print(json.dumps(row), flush=True)
+    def lora() -> Tensor:
+        return bare() + linear(linear(x, down), up)
+
+    times = {}
+    for title, forward in (("bare", bare), ("shira", lambda: model(x)), ("lora", lora)):
+        with torch.no_grad():
+            times[title] = milliseconds(forward)
+        times[f"{title}_training"] = milliseconds(lambda forward=forward: forward().sum().backward())
+    return times
 
 
 def rounding(way: str, task: str, steps: int, rate: float) -> None:
@@ -101,7 +103,7 @@ def rounding(way: str, task: str, steps: int, rate: float) -> None:
     test = examples_of(task, "test")[:200]
     result: dict[str, Any] = {"way": way, "task": task, "steps": steps, "rate": rate}
     result["plain base"], result["quantized base"] = (accuracy(net, tokenizer, test) for net in (plain, model))
-    recipe = Recipe(base=SMOLLM2, data=task, mask="wm", density=0.01, steps=steps, lr=rate, limit=16 * steps)
+    recipe = Recipe(model=SMOLLM2, data=task, mask="wm", density=0.01, steps=steps, lr=rate, limit=16 * steps)
     adapter = train_adapter(recipe, model, tokenizer)
     switcher = shira.Switcher(model)
     switcher.add("trained", adapter)
