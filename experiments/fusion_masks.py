@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -157,11 +158,17 @@ def squared_gradients(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
 
 
 def split(task: str, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
-    """Examples to train on, to choose the learning rate by, and to measure with."""
+    """Examples to train on, to choose the learning rate by, and to measure with. A task's examples come with their labels in
+    turn, as long as each has some; so do those of every seed, drawn anew."""
     rest = TASKS[task].train()
     training = rest[VALIDATION:]
-    start = (seed * EXAMPLES) % max(1, len(training) - EXAMPLES)
-    return training[start : start + EXAMPLES], rest[:VALIDATION], TASKS[task].test()
+    if seed:
+        by_label: dict[int, list[Example]] = {}
+        for example in random.Random(seed).sample(training, len(training)):
+            by_label.setdefault(example.label, []).append(example)
+        turns = itertools.zip_longest(*(by_label[label] for label in sorted(by_label)))
+        training = [example for turn in turns for example in turn if example is not None]
+    return training[:EXAMPLES], rest[:VALIDATION], TASKS[task].test()
 
 
 def train(setting: Setting, rule: str, rate: float) -> Path:

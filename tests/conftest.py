@@ -60,6 +60,25 @@ def random_adapter(model: nn.Module, seed: int, density: float = 0.3, kind: str 
     return shira.Adapter(tensors, {"name": f"random{seed}", "fingerprints": prints})
 
 
+CHAT = (  # of one sign a turn; the answer stands between = and ;
+    "{% for m in messages %}{{ {'system': '!', 'user': '?', 'assistant': '='}[m['role']] + m['content'] + ';' }}{% endfor %}"
+    "{% if add_generation_prompt %}={% endif %}"
+)
+
+
+def letter_tokenizer(chat_template: str | None = CHAT):
+    """A fast tokenizer of single letters, as many as `tiny_llama` knows."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<s>", "<unk>", *(chr(code) for code in range(33, 126)), " "]
+    plain = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<s>", unk_token="<unk>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
 @pytest.fixture
 def tiny_llama():
     """A Llama of two layers with tied embeddings, random weights."""

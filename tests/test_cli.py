@@ -6,21 +6,14 @@ import pytest
 import torch
 
 import shira
-from conftest import all_bits
+from conftest import all_bits, letter_tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, tiny_llama):
     """A working folder with a tiny model, its tokenizer of single letters, and data."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["<pad>", "<s>", "<unk>", *(chr(code) for code in range(33, 126)), " "]
-    plain = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<s>", unk_token="<unk>")
     tiny_llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{a}+{b}=", "choices": ["x", "y"], "label": (a + b) % 2} for a in range(6) for b in range(6)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "text.jsonl").write_text('{"text": "abcabcabc"}\n{"prompt": "ab", "completion": "cab"}\n')
@@ -36,7 +29,7 @@ def test_train_inspect_eval_fuse(run, folder):
         code, out, err = run(f"{TRAIN} --data {data}.jsonl --mask {mask} -o {data}.safetensors --license MIT")
         assert code == 0, err
         assert f"{data}.safetensors" in out and "100%" not in out
-        assert "4/4" in err
+        assert "4/4" in err and "tokens/s" in err
     adapter = shira.load("sums.safetensors")
     assert adapter.metadata["mask"]["name"] == "snip"
     assert adapter.metadata["base"] == {"id": "model", "dtype": "float32"}
@@ -111,6 +104,15 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
     assert shira.load("three.safetensors").metadata["mask"]["seed"] == 4
 
 
+def test_train_of_chosen_layers_and_kinds(run, folder):
+    code, _, err = run(f"{TRAIN} --data sums.jsonl --targets all-linear --exclude mlp,k_proj --layers 1 -o some.safetensors")
+    assert code == 0, err
+    some = shira.load("some.safetensors")
+    assert list(some.tensors) == [f"model.layers.1.self_attn.{kind}_proj.weight" for kind in "oqv"]
+    assert run("train --config some.yaml -o again.safetensors")[0] == 0
+    assert shira.load("again.safetensors").metadata["mask"] == some.metadata["mask"]
+
+
 def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, folder):
     line = TRAIN.replace(" --density 0.05", "") + " --data sums.jsonl --calibration 4"
     assert run(f"{line} --total 200 -o first.safetensors")[0] == 0
@@ -162,6 +164,10 @@ def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, 
         ("train model --data sums.jsonl --like sums.jsonl", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
         ("train model --data sums.jsonl --like none.safetensors", 1, "FileNotFoundError: .*none.safetensors"),
         ("train model --data sums.jsonl --config none.yaml", 1, "FileNotFoundError: .*none.yaml"),
+        ("train model --data sums.jsonl --report-to tensorbord", 1, "DataError: cannot report to 'tensorbord'; did you mean"),
+        ("train model --data sums.jsonl --eval-share 1", 1, "DataError: recipe: eval_share must be from 0 to below 1"),
+        ("train model --data sums.jsonl --eval-share 0.1 --eval-data a", 1, "DataError: recipe: give eval_data or eval_share"),
+        ("train model --data no/such:train", 1, "DataError: cannot load the data set 'no/such:train'"),
         ("eval model --data text.jsonl", 1, "DataError: .*'choices' and 'label'"),
         (
             "eval model --data sums.jsonl -a a.safetensors=x",
@@ -205,7 +211,7 @@ def test_an_adapter_of_another_model_is_refused(run, folder, tiny_llama):
         assert re.search("BaseMismatch: '?a.safetensors'? does not belong to this model", err)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "inspect", "fuse", "extract", "merge", "bench"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "estimate", "eval", "inspect", "fuse", "extract", "merge", "bench"])
 def test_help_shows_an_example(run, command):
     code, out, _ = run(f"{command} --help")
     assert code == 0

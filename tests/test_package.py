@@ -14,7 +14,7 @@ SOURCE = Path(shira.__file__).parent
 # Imports, as modules are loaded, only go up this list: a layer may import those above it. docs/architecture.md shows it.
 LAYERS = [
     {"errors"},
-    {"adapter"},
+    {"adapter", "distributed"},
     {"kernels"},
     {"quantized"},
     {"masks", "targets"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"report"},
     {"data"},
     {"integrations"},
-    {"evaluation", "recipes"},
+    {"evaluation", "recipes", "estimate"},
     {"cli"},
 ]
 

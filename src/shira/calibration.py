@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import full
 from .errors import DataError, MaskError
 from .targets import is_conv1d
 
@@ -120,7 +121,7 @@ def _gradients(
     def take(weight: Tensor, name: str) -> None:
         gradient, weight.grad = weight.grad, None
         if gradient is not None:
-            _add(sums.setdefault(name, {}), gradient, statistics)
+            _add(sums.setdefault(name, {}), full(gradient), statistics)
             if len(batches) == 1:
                 hand_out(name)
 

@@ -21,10 +21,17 @@ class Decomposed(Masters):
     positions, where its entries are free, at the price of a plain adapter."""
 
     def __init__(
-        self, weight: nn.Parameter, indices: Tensor, matrix: tuple[int, int], rank: int | None, seed: int, outputs: int
+        self,
+        name: str,
+        weight: nn.Parameter,
+        indices: Tensor,
+        matrix: tuple[int, int],
+        rank: int | None,
+        seed: int,
+        outputs: int,
     ) -> None:
         """outputs: along which side of the matrix the outputs lie, 0, or 1 for Transformers' Conv1D."""
-        super().__init__(weight, indices, matrix)
+        super().__init__(name, weight, indices, matrix)
         self.outputs = outputs
         self.factors = Factors(matrix, rank, seed, weight.device) if rank is not None else None
         self.fixed = self._squares(weight.new_zeros(indices.numel())) if self.factors is None else None

@@ -110,7 +110,7 @@ class Deltas(Masters):
 
     def __init__(self, weight: nn.Parameter, indices: Tensor) -> None:
         out, inner = shape_of(weight)
-        self.weight, self.indices, self.matrix = weight, indices, (out, inner)
+        self.weight, self.indices, self.matrix, self.piece = weight, indices, (out, inner), None
         self.base = kernels.gather(dense(weight), indices)
         self.values = nn.Parameter(torch.zeros(indices.numel(), device=indices.device))
         self.layout = Layout(indices, self.matrix)

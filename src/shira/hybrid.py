@@ -26,10 +26,17 @@ class Hybrid(Masters):
     """Masters of a linear layer's weight, and a low-rank product beside it."""
 
     def __init__(
-        self, weight: nn.Parameter, indices: Tensor, matrix: tuple[int, int], rank: int, seed: int, outputs: int
+        self,
+        name: str,
+        weight: nn.Parameter,
+        indices: Tensor,
+        matrix: tuple[int, int],
+        rank: int,
+        seed: int,
+        outputs: int,
     ) -> None:
         """outputs: along which side of the matrix the outputs lie, 0, or 1 for Transformers' Conv1D."""
-        super().__init__(weight, indices, matrix)
+        super().__init__(name, weight, indices, matrix)
         self.outputs = outputs
         self.factors = Factors(matrix, rank, seed, weight.device)
         self.side = self._product

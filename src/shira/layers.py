@@ -18,7 +18,7 @@ from .errors import TuningError
 from .masters import Masters
 from .targets import VALUES, Use
 
-__all__ = ["install"]
+__all__ = ["SparseLinear", "install"]
 
 
 class Tap(NamedTuple):
@@ -76,7 +76,7 @@ def _beside(
     forward: Callable[..., Any], masters: Masters, side: Callable[[Tensor], Tensor], module: nn.Module, input: Tensor
 ) -> Any:
     """The module's own forward, and what masters add to its output."""
-    _ready(masters, module)
+    _ready(masters, module, module.weight)
     output = forward(input)
     return output + side(input).to(output.dtype)  # which differ under autocast
 
@@ -89,11 +89,17 @@ def _kind(module: nn.Module) -> str:
     return type(module).__name__ if known and "forward" not in module.__dict__ and not by_frequency else ""
 
 
-def _ready(masters: Masters, module: nn.Module) -> bool:
-    """Bring the weight up to date; whether its entries need a gradient from this forward pass."""
+def _ready(masters: Masters, module: nn.Module, weight: Any) -> bool:
+    """Bring the weight up to date; whether its entries need a gradient from this forward pass. Raises TuningError if the module
+    no longer computes with the weight that trains, or the values were frozen."""
     if masters.dense:
         return False
-    if not torch.compiler.is_compiling():  # after a step, the tuner has written
+    if masters.piece is None and (weight is not masters.weight or hasattr(weight, "ds_id")):
+        raise TuningError(
+            f"the weight of a {type(module).__name__} was replaced after attach(), as fully_shard and DeepSpeed's ZeRO-3 do; "
+            "shard the model with fully_shard first, then attach (docs/distributed.md)"
+        )
+    if masters.piece is None and not torch.compiler.is_compiling():  # for those, the tuner writes before and after
         masters.write()
     if not torch.is_grad_enabled():
         return False
@@ -107,7 +113,7 @@ def _ready(masters: Masters, module: nn.Module) -> bool:
 
 def _tapped(forward: Callable[..., Any], taps: list[Tap], *args: Any, **kwargs: Any) -> Any:
     """The module's own forward, with tensors whose gradients are sampled in place of the parameters."""
-    ready = [tap for tap in taps if _ready(tap.masters, tap.holder)]
+    ready = [tap for tap in taps if _ready(tap.masters, tap.holder, tap.holder._parameters[tap.attribute])]
     with _in_place_of_parameters(ready):
         return forward(*args, **kwargs)
 
@@ -139,13 +145,13 @@ class _Sampled(torch.autograd.Function):
 
 
 def _linear(module: nn.Linear, masters: Masters, input: Tensor) -> Tensor:
-    if not _ready(masters, module):
+    if not _ready(masters, module, module.weight):
         return nn.functional.linear(input, module.weight, module.bias)
-    output: Tensor = _Linear.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
+    output: Tensor = SparseLinear.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
     return output
 
 
-class _Linear(torch.autograd.Function):
+class SparseLinear(torch.autograd.Function):
     """A linear layer whose weight has a gradient at a few positions only (Appendix E)."""
 
     @staticmethod
@@ -170,7 +176,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _conv1d(module: Any, masters: Masters, input: Tensor) -> Tensor:
-    if not _ready(masters, module):
+    if not _ready(masters, module, module.weight):
         return _product(input, module.weight, module.bias)
     output: Tensor = _Conv1D.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
     return output
@@ -207,7 +213,7 @@ class _Conv1D(torch.autograd.Function):
 
 
 def _embedding(module: nn.Embedding, masters: Masters, ids: Tensor) -> Tensor:
-    if not _ready(masters, module):
+    if not _ready(masters, module, module.weight):
         return nn.functional.embedding(ids, module.weight, module.padding_idx)
     output: Tensor = _Embedding.apply(ids, module.weight, masters.current(), masters, module.padding_idx)  # type: ignore[no-untyped-call]
     return output

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .adapter import Kind
+from .distributed import full, is_sharded, piece_of
 from .masks import top_k
 
 __all__ = ["Held", "Masters", "overlap"]
@@ -44,10 +45,11 @@ class Masters:
     in_place = True  # whether the weight holds the entries
     side: Callable[[Tensor], Tensor] | None = None  # what is added to the module's output, of its input
 
-    def __init__(self, weight: nn.Parameter, indices: Tensor, matrix: tuple[int, int]) -> None:
+    def __init__(self, name: str, weight: nn.Parameter, indices: Tensor, matrix: tuple[int, int]) -> None:
         """matrix: the rows and columns that the weight's entries are seen as, in the same order."""
         self.weight, self.indices, self.matrix = weight, indices, matrix
-        self.base = kernels.gather(weight, indices)
+        self.piece = piece_of(name, weight) if is_sharded(weight) else None
+        self.base = kernels.gather(full(weight), indices)
         self.pattern = kernels.find_pattern(indices, *matrix)
         self.left = Held(indices[:0], self.base[:0], self.base[:0])
         self.values = nn.Parameter(self.base.to(torch.float32, copy=True))
@@ -80,8 +82,7 @@ class Masters:
         if changed or self.may_have_stepped:
             # known to have changed: autograd shall complain of a backward pass through the weight as it was; if not, most
             # likely the same values are written again, of which it need not know
-            weight = self.weight if changed else self.weight.data
-            kernels.overwrite_(weight, self.indices, self.rounded())
+            self._put(self.indices, self.rounded(), self.weight if changed else self.weight.data)
             self.written = self.version
             self.may_have_stepped = self.has_gradient()
 
@@ -157,8 +158,15 @@ class Masters:
 
     def restore(self) -> None:
         self.follow_weight()
-        kernels.overwrite_(self.weight, self.indices, self.base)
-        kernels.overwrite_(self.weight, self.left.indices, self.left.base)
+        self._put(self.indices, self.base, self.weight)
+        self._put(self.left.indices, self.left.base, self.weight)
+
+    def _put(self, indices: Tensor, values: Tensor, weight: Tensor) -> None:
+        """Write entries of the weight, or of what lies here of it."""
+        if self.piece is not None:
+            span = self.piece.span(indices)
+            weight, indices, values = self.piece.local, indices[span] - self.piece.start, values[span]
+        kernels.overwrite_(weight, indices, values)
 
     def follow_weight(self) -> None:
         """The masters move with the model, being its parameters; positions and base values must be told."""

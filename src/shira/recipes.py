@@ -1,7 +1,10 @@
 """A recipe says all that decides a training run; each run writes down the one that reproduces it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,9 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .data.tasks import Example, examples_of
+from .data.reading import examples_of
+from .data.tasks import Example
+from .data.tokens import Row, encode, pack
 from .errors import DataError, MissingExtra, did_you_mean
 from .integrations import transformers as hf
 from .tuning import attach
@@ -27,7 +32,9 @@ class Recipe:
     """What `shira train` is told, on the command line or in a YAML file; the names are those of its options."""
 
     model: str = "SmolLM2-135M-Instruct"  # a folder, a hub id, or a built-in name
-    data: str = ""  # a built-in task or a JSONL file
+    data: str = ""  # a built-in task, a JSONL or Parquet file, a folder or hub id as in "org/name:train"
+    eval_data: str | None = None  # the same: its mean loss is taken before and after
+    eval_share: float = 0.0  # instead: hold out this share of the data
     name: str = ""  # the adapter's name; the data's if empty
     mask: str = "wm"
     density: float | None = None
@@ -38,6 +45,8 @@ class Recipe:
     overrides: dict[str, Any] | None = None  # name pattern -> density, or {"rank": 4}, or {"total": 1000}
     avoid: list[str] | None = None  # adapter files none of whose entries may train
     targets: str | list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    exclude: list[str] | None = None  # names none of which may be part of a target's name
+    layers: list[int] | None = None  # numbers of the layers to take
     method: str = "values"
     calibration: int = 64  # examples, for masks that need gradients or activations
     refresh_every: int = 0  # steps after which the mask is selected anew; 0: never
@@ -50,9 +59,12 @@ class Recipe:
     warmup: float = 0.0  # share of the steps
     limit: int | None = None  # train on this many examples at most
     max_length: int = 512  # tokens
+    pack: bool = False  # several examples in a row of max_length tokens; a batch then counts rows
     dtype: str = "auto"
     seed: int = 0
     license: str | None = None
+    report_to: str = "none"  # "tensorboard", "wandb", … , several with commas
+    log_folder: str = "runs"  # where TensorBoard finds the runs
 
     def __post_init__(self) -> None:
         for name, low in LOWEST.items():
@@ -61,12 +73,25 @@ class Recipe:
                 raise DataError(f"recipe: {name} must be a whole number from {low} on, found {value!r}")
         if self.overrides is not None and not isinstance(self.overrides, dict):
             raise DataError(f"recipe: overrides must be 'name pattern: budget', one a line, found {self.overrides!r}")
+        if self.exclude is not None and not isinstance(self.exclude, list):
+            raise DataError(f"recipe: exclude must be a list of names, found {self.exclude!r}")
+        if self.layers is not None and not (isinstance(self.layers, list) and all(isinstance(n, int) for n in self.layers)):
+            raise DataError(f"recipe: layers must be a list of numbers, found {self.layers!r}")
         if self.avoid is not None and not isinstance(self.avoid, list):
             raise DataError(f"recipe: avoid must be a list of adapter files, found {self.avoid!r}")
         if not isinstance(self.lr, int | float) or not 0 < self.lr < float("inf"):
             raise DataError(f"recipe: lr must be a number above 0, found {self.lr!r}")
         if not isinstance(self.warmup, int | float) or not 0 <= self.warmup <= 1:
             raise DataError(f"recipe: warmup must be from 0 to 1, found {self.warmup!r}")
+        if not isinstance(self.eval_share, int | float) or not 0 <= self.eval_share < 1:
+            raise DataError(f"recipe: eval_share must be from 0 to below 1, found {self.eval_share!r}")
+        if self.eval_share and self.eval_data:
+            raise DataError("recipe: give eval_data or eval_share, not both")
+        for name in ("model", "data", "report_to", "log_folder"):
+            if not isinstance(getattr(self, name), str):
+                raise DataError(f"recipe: {name} must be a text, found {getattr(self, name)!r}")
+        if not isinstance(self.pack, bool):
+            raise DataError(f"recipe: pack must be true or false, found {self.pack!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise DataError(f"recipe: dtype must be auto, float32, bfloat16 or float16, found {self.dtype!r}")
 
@@ -95,7 +120,7 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
             raise DataError(f"{path}: unknown setting {name!r}; {did_you_mean(str(name), names)}")
     recipe = Recipe(**settings)
     if not recipe.data:
-        raise DataError("no data to train on: give --data, a built-in task or a JSONL file")
+        raise DataError("no data to train on: give --data: a built-in task, a JSONL or Parquet file, or a data set")
     return recipe
 
 
@@ -113,17 +138,26 @@ def train_adapter(
     model: nn.Module,
     tokenizer: Any,
     *,
+    on_read: Callable[[int], None] = lambda done: None,
     on_calibration: Callable[[int, int], None] | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float, float], None] | None = None,
+    on_evaluation: Callable[[int, int], None] | None = None,
 ) -> Adapter:
     """Train one adapter as the recipe says. The model comes back as it was, bit for bit, also if anything fails.
 
-    on_calibration(done, total) is called after each batch of the calibration, on_step(step, loss) after each optimizer step.
+    Called: on_read(done) after each example, on_calibration(done, total) after each batch of the calibration, on_step(step,
+    loss, tokens a second) after each optimizer step, on_evaluation(done, total) after each batch of what is held out.
     """
-    examples: list[Example] = examples_of(recipe.data, "train")[: recipe.limit]
-    rows = hf.encode(tokenizer, examples, recipe.max_length)
+    hf.reporters(recipe.report_to)
+    if recipe.pack:
+        hf.check_packing(model)
+    rows = encode(tokenizer, _examples(recipe, held_out=False), recipe.max_length, on_read=on_read)
+    held_out: Sequence[Row] = []
+    if recipe.eval_data or recipe.eval_share:
+        held_out = encode(tokenizer, _examples(recipe, held_out=True), recipe.max_length, on_read=on_read)
     pad = tokenizer.pad_token_id or 0
     calibration = hf.batches(rows[: recipe.calibration], model, recipe.batch_size, pad)
+    name = recipe.name or Path(recipe.data.partition(":")[0]).stem
     tuner = attach(
         model,
         mask=recipe.mask,
@@ -135,6 +169,8 @@ def train_adapter(
         overrides=recipe.overrides,
         avoid=recipe.avoid or (),
         targets=recipe.targets,
+        exclude=recipe.exclude or (),
+        layers=recipe.layers,
         calibration=calibration,
         progress=on_calibration,
         seed=recipe.seed,
@@ -144,7 +180,7 @@ def train_adapter(
         summary = hf.train(
             tuner,
             model,
-            rows,
+            pack(rows, recipe.max_length) if recipe.pack else rows,
             steps=recipe.steps,
             learning_rate=recipe.lr,
             batch_size=recipe.batch_size,
@@ -156,10 +192,26 @@ def train_adapter(
             refresh_every=recipe.refresh_every,
             refresh_cap=recipe.refresh_cap,
             calibration=calibration,
+            held_out=held_out,
+            report_to=recipe.report_to,
+            log_folder=Path(recipe.log_folder) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
             on_step=on_step,
+            on_evaluation=on_evaluation,
         )
-        name = recipe.name or Path(recipe.data).stem
-        return tuner.adapter(name, training={"data": Path(recipe.data).name, **summary}, license=recipe.license)
+        data = Path(recipe.data).name if Path(recipe.data).exists() else recipe.data
+        summary |= {key: count for key in ("shortened", "dropped") if (count := getattr(rows, key))}
+        return tuner.adapter(name, training={"data": data, **summary}, license=recipe.license)
+
+
+def _examples(recipe: Recipe, held_out: bool) -> Iterator[Example]:
+    """What the recipe trains on, or holds out: of a share, each example by a coin that its number and the seed decide."""
+    if held_out and recipe.eval_data:
+        yield from examples_of(recipe.eval_data, "test")
+        return
+    examples = itertools.islice(examples_of(recipe.data, "train"), recipe.limit)
+    for number, example in enumerate(examples):
+        if (recipe.eval_share > 0 and random.Random(f"{recipe.seed} {number}").random() < recipe.eval_share) == held_out:
+            yield example
 
 
 def _yaml() -> Any:

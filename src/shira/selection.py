@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import masks
 from .adapter import Adapter, index_dtype
 from .calibration import LEAST_MEMORY, LossFn, Progress, calibrate
+from .distributed import full, is_sharded, mesh_of, same_everywhere
 from .errors import BaseMismatch, did_you_mean
 from .format import load
 from .masks import Mask, Plan
@@ -57,7 +58,7 @@ class Selector:
 
         def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
             matrix, avoid, count = self.matrices[name], self.avoided.get(name), plan.counts.get(name)
-            weight = dense(weights[name]).view(matrix)
+            weight = (full if is_sharded(weights[name]) else dense)(weights[name]).view(matrix)
             statistics = {what: found if what == "activations" else found.view(matrix) for what, found in statistics.items()}
             if count is None:
                 pool.add(name, masks.score(self.mask, name, weight, seed=self.seed, **statistics), avoid)
@@ -82,11 +83,11 @@ class Selector:
             for name in weights:
                 receive(name, {})
         chosen |= pool.positions()
-        placed = {
-            name: chosen[name].to(weight.device, index_dtype(math.prod(self.matrices[name])))
-            for name, weight in weights.items()
-            if name in chosen
-        }
+        placed = {}
+        for name, weight in weights.items():
+            if name in chosen:
+                indices = chosen[name].to(weight.device, index_dtype(math.prod(self.matrices[name])))
+                placed[name] = same_everywhere(indices, mesh_of(weight)) if is_sharded(weight) else indices
         return placed, calibrated
 
     def _settled(self, weights: Mapping[str, nn.Parameter], plan: Plan) -> Plan:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import kernels, sides
 from .adapter import Adapter, SparseTensor, all_finite
+from .distributed import gather_pieces, is_sharded, piece_of, reshard
 from .errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
 from .format import load
 from .fusion import check_base, combine
@@ -49,7 +50,8 @@ BASE = _Chosen((), Method("sum"))
 class Switcher:
     """Switches a model among adapters, and sums of them, in place (SHiRA §3.2 and Appendix I, arXiv 2406.13175).
 
-    It owns the adapted entries: nobody else may change them, and no forward pass may run, while it switches.
+    It owns the adapted entries: nobody else may change them, and no forward pass may run, while it switches. If the model is
+    sharded over processes (`fully_shard`), each of them must make the same calls.
 
     ready: how many selections (an adapter, or a sum) are held ready to switch to, positions, values and room for the
         stash in memory; the one used longest ago goes first. An adapter added as a file is otherwise left on disk.
@@ -65,7 +67,9 @@ class Switcher:
     def __init__(self, model: nn.Module, *, ready: int = 8) -> None:
         if ready < 1:
             raise SwitchError(f"ready must be at least 1, found {ready}")
+        self._model = model
         self._weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self._pieces = {id(weight): piece_of(name, weight) for name, weight in self._weights.items() if is_sharded(weight)}
         self._sources: dict[str, _Source] = {}
         self._sides = sides.Sides(model)
         self._ready: OrderedDict[_Chosen, _Prepared] = OrderedDict()
@@ -153,6 +157,9 @@ class Switcher:
             self._restore()
             self._active = BASE
             raise
+        finally:
+            if self._pieces:  # what was gathered of them is out of date
+                reshard(self._model)
 
     def _restore(self) -> None:
         """The base, bit for bit."""
@@ -208,11 +215,19 @@ class Switcher:
         weight = self._weights[name]
         tensor, strength = parts[0]
         if len(parts) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
-            return Write(weight, self._shared(weight, tensor.indices), tensor.values)
+            return self._here(weight, tensor.indices, tensor.values)
         overlap = kernels.merge([part.indices for part, _ in parts])
         indices, values, _ = combine(name, parts, overlap, self._base_at(weight, overlap.indices), method)
         if not all_finite(values):
             raise AdapterError(f"'{name}' would overflow {weight.dtype} at these strengths; use smaller ones")
+        return self._here(weight, indices, values)
+
+    def _here(self, weight: Tensor, indices: Tensor, values: Tensor) -> Write:
+        """A write to a weight, or, if it is sharded, to what lies here of it."""
+        piece = self._pieces.get(id(weight))
+        if piece is not None:
+            span = piece.span(indices)
+            weight, indices, values = piece.local, indices[span] - piece.start, values[span]
         return Write(weight, self._shared(weight, indices), values)
 
     def _shared(self, weight: Tensor, indices: Tensor) -> Tensor:
@@ -247,6 +262,12 @@ class Switcher:
     def _base_at(self, weight: Tensor, indices: Tensor) -> Tensor:
         """Base values at positions [k] of a weight: the live ones, or the stashed ones under active entries."""
         indices = indices.to(weight.device)
+        piece = self._pieces.get(id(weight))
+        if piece is None:
+            return self._base_here(weight, indices)
+        return gather_pieces(weight, indices, self._base_here(piece.local, indices[piece.span(indices)] - piece.start))
+
+    def _base_here(self, weight: Tensor, indices: Tensor) -> Tensor:
         values = kernels.gather(weight, indices)
         for part, stash in zip(self._plan.parts, self._plan.stash, strict=True):
             if part.weight is weight and part.indices.numel():

@@ -26,6 +26,7 @@ from . import hybrid, kernels, masks, refresh, variants
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint
 from .calibration import LossFn, Progress
+from .distributed import average_after_backward, check_plain, check_positions, is_sharded, mesh_of, reshard
 from .errors import AdapterError, TuningError
 from .layers import install
 from .masks import Mask
@@ -85,6 +86,7 @@ def attach(
         tuner = shira.attach(model, mask="snip", density=0.01, calibration=batches)
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
     """
+    check_plain(model)
     if method not in ("values", "hook"):
         raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
     if density is None and rank is None and total is None:
@@ -93,6 +95,8 @@ def attach(
     layers = [layers] if isinstance(layers, int) else layers if layers is None else list(layers)
     chosen = target_names.resolve(model, targets, exclude=exclude, layers=layers)
     target_names.check_trainable(chosen)
+    if method == "hook" and any(is_sharded(target.weight) for target in chosen):
+        raise TuningError("method='hook' needs whole weights; on sharded ones train with method='values'")
     for target in chosen:
         if any(name.startswith(VALUES) for use in target.uses for name in use.holder._parameters):
             raise TuningError(f"a tuner is attached already, to '{target.name}'; call its detach() first")
@@ -175,8 +179,23 @@ class Tuner:
             for each in masters.values():
                 if any(id(parameter) in stepped for parameter in each.parameters().values()):
                     each.write_step()
+            if any(each.piece is not None for each in masters.values()):
+                reshard(self._model)
 
         self._undo.callback(register_optimizer_step_post_hook(write).remove)
+        pieces = [each for each in masters.values() if each.piece is not None]
+        if not pieces:
+            self._undo.callback(check_positions(self._model, (each.indices for each in masters.values())))
+            return
+        self._undo.callback(reshard, self._model)
+        self._undo.callback(average_after_backward(self.parameters(), mesh_of(pieces[0].weight)))
+
+        def write_pieces(_module: nn.Module, _inputs: Any) -> None:
+            for each in pieces:
+                each.write()
+
+        # before fully_shard's own, which gathers the pieces
+        self._undo.callback(self._model.register_forward_pre_hook(write_pieces, prepend=True).remove)
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: one float32 tensor [k] a target (or a variant's; with the hook, the weights)."""
@@ -203,6 +222,8 @@ class Tuner:
         masters = {name: each for name, each in self._masters().items() if type(each) is Masters}
         if not self._attached or len(masters) < len(self._entries):
             raise TuningError("only an attached tuner with method='values', and no variant of it, can be refreshed")
+        if any(each.piece is not None for each in masters.values()):
+            raise TuningError("a mask cannot move on weights that are sharded; train without refresh, or with DDP")
         refresh.check_cap(cap)
         states = refresh.movable(optimizer, masters)
         weights = {entry.name: entry.weight for entry in self._entries}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .decomposed import Decomposed
 from .deltas import Deltas
+from .distributed import is_sharded
 from .errors import MaskError, TargetError, TuningError
 from .hybrid import Hybrid
 from .masks import Mask, needs, resolve, seed_of
@@ -39,6 +40,9 @@ def choose(
         if method == "hook":
             raise TuningError(f"{option} needs method='values': with it, not the weights train")
     _check_quantized([target for target in targets if is_quantized(target.weight)], mask, method, record)
+    sharded = next((target.name for target in targets if is_sharded(target.weight)), None)
+    if sharded is not None and record:
+        raise TargetError(f"'{sharded}' is sharded, and {', '.join(record)} needs whole weights; train with DDP instead")
     if low_rank is not None:
         for target in targets:
             for use in target.uses:
@@ -49,15 +53,15 @@ def choose(
                     )
 
     def make(target: Target, indices: Tensor) -> Masters:
-        weight, matrix, seeded = target.weight, target.matrix, seed_of(seed, f"{target.name}\nfactors")
+        name, weight, matrix, seeded = target.name, target.weight, target.matrix, seed_of(seed, f"{target.name}\nfactors")
         outputs = int(any(is_conv1d(use.module) for use in target.uses))
         if is_quantized(weight):
             return Deltas(weight, indices)
         if low_rank is not None:
-            return Hybrid(weight, indices, matrix, low_rank, seeded, outputs)
+            return Hybrid(name, weight, indices, matrix, low_rank, seeded, outputs)
         if decompose is False or matrix[1] == 1:  # a vector has no direction
-            return Masters(weight, indices, matrix)
-        return Decomposed(weight, indices, matrix, None if decompose is True else decompose, seeded, outputs)
+            return Masters(name, weight, indices, matrix)
+        return Decomposed(name, weight, indices, matrix, None if decompose is True else decompose, seeded, outputs)
 
     return make, record
 

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ..errors import ShiraError
-from . import bench, compare, demo, evaluate, extract, fuse, inspect, masks, merge, targets, train
+from . import bench, compare, demo, estimate, evaluate, extract, fuse, inspect, masks, merge, targets, train
 from .output import errors
 
 __all__ = ["app", "main"]
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("targets")(targets.targets)
+app.command("estimate")(estimate.estimate)
 app.command("masks")(masks.masks)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)

@@ -23,6 +23,7 @@ class What(StrEnum):
     load = "load"
     fusion = "fusion"
     orthogonality = "orthogonality"
+    distributed = "distributed"
 
 
 def bench(
@@ -30,7 +31,7 @@ def bench(
         What,
         typer.Argument(
             help="switch: one weight. scale: LLaMA2-7B's shape. train: a step, and memory. files: bytes. load: from a file. "
-            "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size."
+            "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size. distributed: what two processes send."
         ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Where to save a plot (PNG).", show_default=False)] = None,

@@ -51,7 +51,7 @@ def demo(
     for task, file in files.items():
         recipe = dataclasses.replace(RECIPE, data=task, steps=steps)
         with progress(f"training on {task}", steps) as update:
-            adapter = train_adapter(recipe, model, tokenizer, on_step=lambda step, loss: update(step, f"loss {loss:.3f}"))  # noqa: B023
+            adapter = train_adapter(recipe, model, tokenizer, on_step=lambda step, loss, _: update(step, f"loss {loss:.3f}"))  # noqa: B023
         adapter.save(file)
         save_recipe(recipe, file.with_suffix(".yaml"))
     if digest(model) != before:

@@ -1,11 +1,12 @@
 """shira eval: accuracy with and without adapters."""
 
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..data.tasks import examples_of
+from ..data.reading import examples_of
 from ..evaluation import accuracy
 from ..format import load
 from ..strengths import Strength
@@ -18,7 +19,8 @@ __all__ = ["evaluate"]
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct.")],
     data: Annotated[
-        list[str], typer.Option(help="A JSONL file (prompt, choices, label), or a built-in task: spam, questions, film.")
+        list[str],
+        typer.Option(help="JSONL or Parquet (prompt, choices, label), a data set, or a built-in task: spam, questions, film."),
     ],
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="FILE or FILE=STRENGTH; several are fused.", show_default=False)
@@ -35,7 +37,7 @@ def evaluate(
     from ..integrations.transformers import load_model, load_tokenizer
 
     adapters = {path: (load(path), strength) for path, strength in map(parse_adapter, adapter or [])}
-    examples = {name: examples_of(name, "test")[:limit] for name in data}
+    examples = {name: list(islice(examples_of(name, "test"), limit)) for name in data}
     with waiting("loading the model"):
         loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
     switcher = Switcher(loaded)

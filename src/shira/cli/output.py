@@ -27,7 +27,7 @@ errors = Console(stderr=True)
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr; yields update(done, note), or update(done, note, what, total) for the next stage."""
     with Progress(
         TextColumn("{task.description:<28}"),

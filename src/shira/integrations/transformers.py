@@ -1,9 +1,11 @@
 """Transformers: models and tokenizers, batches out of examples, and training with its Trainer."""
 
+import collections
 import contextlib
 import inspect
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from ..data.models import model_path
-from ..data.tasks import Example
-from ..errors import DataError, MissingExtra, TuningError
+from ..data.tokens import IGNORED, Row, encode
+from ..errors import DataError, MissingExtra, TuningError, did_you_mean
 from ..refresh import check_cap
 from ..tuning import Tuner
 
-__all__ = ["batches", "encode", "load_model", "load_tokenizer", "skeleton", "train", "version"]
-
-IGNORED = -100  # the label of a token that does not count in the loss
-
-Row = dict[str, list[int]]
+__all__ = [
+    "batches",
+    "check_packing",
+    "encode",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "mean_loss",
+    "reporters",
+    "skeleton",
+    "train",
+    "untrained",
+    "version",
+]
 
 
 def load_model(model: str, dtype: str = "auto") -> nn.Module:
@@ -40,7 +51,7 @@ def skeleton(model: str) -> nn.Module:
     Raises DataError if there is no such model, or it needs code of its own.
     """
     library = _library()
-    config = _pretrained("AutoConfig", model)
+    config = load_config(model)
     names = getattr(config, "architectures", None) or []
     kind = next((getattr(library, name) for name in names if hasattr(library, name)), None)
     if kind is None:
@@ -48,6 +59,29 @@ def skeleton(model: str) -> nn.Module:
     with torch.device("meta"):
         built: nn.Module = kind(config)
     return built.eval()
+
+
+def load_config(model: str) -> Any:
+    """A model's configuration, and nothing else of it."""
+    return _pretrained("AutoConfig", model)
+
+
+def untrained(config: Any, dtype: torch.dtype) -> nn.Module:
+    """A causal language model of this shape, with random weights."""
+    made: nn.Module = _library().AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return made
+
+
+@contextlib.contextmanager
+def one_example_a_row() -> Iterator[None]:
+    """Nothing is packed, and Transformers need not look: of tensors without data it cannot know, and then makes a mask."""
+    where = _library().masking_utils
+    usual = where.find_packed_sequence_indices
+    where.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        where.find_packed_sequence_indices = usual
 
 
 def load_tokenizer(model: str) -> Any:
@@ -81,25 +115,6 @@ def _pretrained(kind: str, model: str, **options: Any) -> Any:
         raise DataError(f"cannot load {model!r}: no model in that {what} ({str(error).strip().splitlines()[0]})") from error
 
 
-def encode(tokenizer: Any, examples: Sequence[Example], max_length: int = 512) -> list[Row]:
-    """Token ids and labels: the loss counts the completion and the end-of-text token after it, not the prompt.
-
-    What is longer than max_length loses the beginning of its prompt. Raises DataError if there are no examples.
-    """
-    if not examples:
-        raise DataError("no example to train on")
-    rows = []
-    for example in examples:
-        prompt = tokenizer(example.prompt)["input_ids"] if example.prompt else []
-        completion = tokenizer(example.completion, add_special_tokens=not example.prompt)["input_ids"]
-        if not example.choices and tokenizer.eos_token_id is not None:
-            completion = [*completion, tokenizer.eos_token_id]
-        ids = prompt + completion
-        labels = [IGNORED] * len(prompt) + completion
-        rows.append({"input_ids": ids[max(0, len(ids) - max_length) :], "labels": labels[max(0, len(ids) - max_length) :]})
-    return rows
-
-
 def left_padded(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
     """Token ids [rows, longest], padded on the left, with their attention mask and position ids.
 
@@ -119,18 +134,43 @@ def takes(model: nn.Module, argument: str) -> bool:
 
 def collate(rows: Sequence[Row], model: nn.Module, pad: int = 0) -> dict[str, Any]:
     """One batch for a model. Logits and labels only from the place before the first completion on, if the model can: most
-    of a small model's step would go into logits over the prompts, which the loss does not count."""
+    of a small model's step would go into logits over the prompts, which the loss does not count.
+
+    Rows of several examples say so by their position ids and no attention mask: Transformers then lets none attend to
+    another (`check_packing`)."""
     batch: dict[str, Any] = left_padded([row["input_ids"] for row in rows], pad)
-    kept = batch["input_ids"].shape[1]
+    longest = kept = batch["input_ids"].shape[1]
+    # a row's first token has nothing before it to be predicted from, but padding
+    labels = [[IGNORED] * (longest - len(row["labels"]) + 1) + row["labels"][1:] for row in rows]
     if takes(model, "logits_to_keep"):
-        kept = min(kept, max(sum(label != IGNORED for label in row["labels"]) for row in rows) + 1)
-        batch["logits_to_keep"] = kept
+        first = min((number for row in labels for number, label in enumerate(row) if label != IGNORED), default=longest)
+        kept = batch["logits_to_keep"] = min(kept, longest - first + 1)
+    if any("position_ids" in row for row in rows):
+        positions = [row["position_ids"] for row in rows]
+        batch["position_ids"] = torch.tensor([[0] * (longest - len(row)) + row for row in positions])
+        del batch["attention_mask"]
+        batch["use_cache"] = False  # with a cache, position ids mean something else
     if not takes(model, "position_ids"):
         del batch["position_ids"]
-    # a row's first token has nothing before it to be predicted from, but padding
-    labels = [[IGNORED] * kept + [IGNORED, *row["labels"][1:]] for row in rows]
-    batch["labels"] = torch.tensor([row[len(row) - kept :] for row in labels])
+    batch["labels"] = torch.tensor([row[longest - kept :] for row in labels])
     return batch
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Raises DataError if what stands first in a packed row changes what the model makes of the example after it."""
+    rows = [[1, 2, 3, 4, 4, 4], [3, 1, 2, 4, 4, 4]]
+    packed = [{"input_ids": row, "labels": row, "position_ids": [0, 1, 2, 0, 1, 2]} for row in rows]
+    training = model.training
+    model.eval()
+    try:
+        batch = to_device(collate(packed, model), model)
+        one, other = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, 3:].float()
+    finally:
+        model.train(training)
+    tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 1e-2
+    if not takes(model, "position_ids") or float((one - other).abs().max()) > tolerance * float(one.abs().max()):
+        raise DataError(f"{type(model).__name__} mixes the examples of a packed row; train it without packing")
 
 
 @contextlib.contextmanager
@@ -154,6 +194,51 @@ def batches(rows: Sequence[Row], model: nn.Module, size: int, pad: int = 0) -> l
     return [collate(rows[start : start + size], model, pad) for start in range(0, len(rows), size)]
 
 
+def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, rows: Sequence[Row], size: int, pad: int = 0, on_batch: Callable[[int, int], None] | None = None
+) -> float:
+    """The mean loss of all tokens that count, in evaluation mode, in batches of `size`; on_batch(rows done, rows in all)."""
+    training = model.training
+    model.eval()
+    total = count = 0.0
+    try:
+        for start in range(0, len(rows), size):
+            batch = to_device(collate(rows[start : start + size], model, pad), model)
+            counted = int((batch["labels"][:, 1:] != IGNORED).sum())
+            with few_logits(model):
+                total += counted * float(model(**batch).loss)
+            count += counted
+            if on_batch is not None:
+                on_batch(min(start + size, len(rows)), len(rows))
+    finally:
+        model.train(training)
+    return total / count
+
+
+def reporters(report_to: str) -> list[str]:
+    """Transformers' names for where to report, with commas, as a list, all of them installed.
+
+    Raises DataError for one it does not know, MissingExtra for one that is not installed.
+    """
+    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    integrations = _library().integrations
+    known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in known:
+            raise DataError(f"cannot report to {name!r}; {did_you_mean(name, known)}")
+        if name not in integrations.get_available_reporting_integrations():
+            raise MissingExtra(
+                f"reporting to {name!r} needs a package that is not installed: pip install {name.replace('_', '-')}"
+            )
+    return names
+
+
 def train(
     tuner: Tuner,
     model: nn.Module,
@@ -170,21 +255,39 @@ def train(
     refresh_every: int = 0,
     refresh_cap: float = 1.0,
     calibration: Iterable[Any] | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    held_out: Sequence[Row] = (),
+    report_to: str = "none",
+    log_folder: str | Path = "runs",
+    on_step: Callable[[int, float, float], None] | None = None,
+    on_evaluation: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Train what the tuner is attached to, with Transformers' Trainer and AdamW, for a number of optimizer steps.
 
-    rows: from `encode`. schedule: any of Transformers' ("linear", "cosine", "constant", …); warmup: its share of the steps.
+    rows: from `encode` or `pack`. schedule: any of Transformers' ("linear", "cosine", "constant", …); warmup: its share of
+        the steps.
     refresh_every: after so many steps, again and again but not after the last, the mask is selected anew
         (`Tuner.refresh`), with refresh_cap and with the calibration batches, a list, if it needs gradients; 0: never.
-    on_step(step, loss) is called after each optimizer step. Returns a summary for the adapter's file.
-    Raises TuningError if the loss stops being finite, or for a refresh that cannot be.
+    held_out: rows whose mean loss is taken before the first and after the last step; on_evaluation(rows done, rows in all).
+    report_to: where Transformers shall report, with commas ("tensorboard,wandb"); log_folder: where TensorBoard finds it.
+    on_step(step, loss, tokens a second) is called after each optimizer step. Returns a summary for the adapter's file.
+    Raises TuningError if the loss stops being finite, or for a refresh that cannot be; what `reporters` raises.
     """
     if refresh_every < 0:
         raise TuningError(f"refresh_every must be a number of steps, or 0 for never; found {refresh_every}")
     check_cap(refresh_cap)
     library = _library()
+    report = reporters(report_to)
     moved: list[int] = []
+    losses: list[float] = []  # of what is held out
+    tokens = [0]  # so far
+    clock: collections.deque[tuple[float, int]] = collections.deque(maxlen=11)  # (time, tokens) of the last steps
+
+    def evaluate() -> None:
+        losses.append(mean_loss(model, held_out, batch_size, pad, on_evaluation))
+
+    def next_batch(chosen: Sequence[Row]) -> dict[str, Any]:
+        tokens[0] += sum(len(row["input_ids"]) for row in chosen)
+        return collate(chosen, model, pad)
 
     class Watch(library.TrainerCallback):  # type: ignore[misc,name-defined]
         def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -193,8 +296,16 @@ def train(
                 return
             if not math.isfinite(loss):
                 raise TuningError(f"the loss became {loss} at step {state.global_step}; try a lower learning rate")
+            clock.append((time.perf_counter(), tokens[0]))
             if on_step is not None:
-                on_step(state.global_step, loss)
+                (start, before), (now, after) = clock[0], clock[-1]
+                on_step(state.global_step, loss, (after - before) / (now - start))
+            if held_out and state.global_step == state.max_steps:
+                evaluate()
+                trainer.log({"eval_loss": losses[-1]})
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.append((time.perf_counter(), tokens[0]))
 
         def on_step_end(self, _args: Any, state: Any, _control: Any, **known: Any) -> None:
             if refresh_every and state.global_step % refresh_every == 0 and state.global_step < state.max_steps:
@@ -214,7 +325,7 @@ def train(
             logging_nan_inf_filter=False,
             disable_tqdm=on_step is not None,
             save_strategy="no",
-            report_to="none",
+            report_to=[name for name in report if name != "tensorboard"] or "none",
             remove_unused_columns=False,
             train_sampling_strategy="group_by_length",
             dataloader_pin_memory=False,
@@ -223,12 +334,18 @@ def train(
         trainer = library.Trainer(
             model=model,
             args=arguments,
-            train_dataset=list(rows),
-            data_collator=lambda chosen: collate(chosen, model, pad),
+            train_dataset=rows,
+            data_collator=next_batch,
             callbacks=[Watch()],
         )
+        if "tensorboard" in report:  # the Trainer's own would write into the scratch folder
+            board = library.integrations.TensorBoardCallback()
+            board.logging_dir = str(log_folder)
+            trainer.add_callback(board)
         if on_step is not None:
             trainer.remove_callback(library.PrinterCallback)
+        if held_out:
+            evaluate()
         with few_logits(model):
             result = trainer.train()
     model.eval()
@@ -242,4 +359,6 @@ def train(
         "parameters": tuner.nnz,
         "seed": seed,
     }
+    if held_out:
+        summary["held_out"] = {"rows": len(held_out), "loss_before": round(losses[0], 4), "loss": round(losses[-1], 4)}
     return summary | ({"refresh_every": refresh_every, "moved": moved} if refresh_every else {})

@@ -1,0 +1,142 @@
+"""`shira estimate` against what training takes: one process a setup, the peak of its resident memory above what it had before
+the model (Linux only).
+
+    python -m benchmarks.estimate
+
+glibc keeps freed blocks below a threshold that grows to 32 MB, so resident memory depends on the order of what was freed.
+Measured with that threshold fixed (MALLOC_MMAP_THRESHOLD_), and, to see what it is worth, without.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import shira
+from shira.data.models import SMOLLM2
+from shira.estimate import METHODS, estimate
+from shira.integrations.transformers import load_config, untrained
+
+from .common import TARGETS, report
+
+RANK, DROPOUT = 16, 0.05
+FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "65536"}
+STEPS = ((128, "float32", False), (256, "float32", False), (256, "float32", True), (256, "bfloat16", False))
+Setup = dict[str, Any]  # model, dtype, method, tokens, checkpointing
+
+
+def config_of(model: str) -> Any:
+    """SmolLM2's, or that of a wider and shallower Llama."""
+    if model != "wide":
+        return load_config(model)
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 12}
+    return LlamaConfig(vocab_size=8000, **sizes)
+
+
+def setups() -> list[Setup]:
+    chosen = []
+    for model, (tokens, dtype, checkpointing) in itertools.product((SMOLLM2, "wide"), STEPS):
+        for method in METHODS:
+            chosen.append({"model": model, "dtype": dtype, "method": method, "tokens": tokens, "checkpointing": checkpointing})
+    return chosen
+
+
+def predicted(setup: Setup) -> int:
+    config, dtype = config_of(setup["model"]), getattr(torch, setup["dtype"])
+    return estimate(
+        lambda: untrained(config, dtype),
+        method=setup["method"],
+        rank=RANK,
+        targets=TARGETS,
+        batch_size=4,
+        length=setup["tokens"],
+        checkpointing=setup["checkpointing"],
+        dropout=DROPOUT,
+    ).total
+
+
+def measured(setup: Setup, environment: dict[str, str]) -> int:
+    """Peak resident bytes above those before the model was made, in a process of its own."""
+    code = f"from benchmarks.estimate import train; train({setup!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+def train(setup: Setup) -> None:
+    """What the process runs: two steps after one of a tiny model, with which the libraries load what they need."""
+    from transformers import LlamaConfig
+
+    tiny = LlamaConfig(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
+    steps(untrained(tiny, getattr(torch, setup["dtype"])), setup | {"tokens": 8}, 97)
+    before = resident("VmRSS")
+    config = config_of(setup["model"])
+    steps(untrained(config, getattr(torch, setup["dtype"])), setup, config.vocab_size)
+    print(resident("VmHWM") - before)
+
+
+def steps(model: nn.Module, setup: Setup, vocabulary: int) -> None:
+    trained = prepared(model, setup["method"])
+    model.train()
+    if setup["checkpointing"]:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    ids = torch.randint(0, vocabulary, (4, setup["tokens"]))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    for _ in range(2):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def prepared(model: nn.Module, method: str) -> list[nn.Parameter]:
+    if method == "full":
+        return list(model.parameters())
+    if method == "shira":
+        return shira.attach(model, mask="wm", rank=min(RANK, model.config.hidden_size // 8), targets=TARGETS).parameters()
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=DROPOUT, target_modules=TARGETS))
+    return [p for p in tuned.parameters() if p.requires_grad]
+
+
+def resident(what: str) -> int:
+    """VmRSS, or VmHWM: its peak; bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def main(quick: bool) -> list[dict[str, Any]]:
+    """Both models in float32 and bfloat16, 4 rows of 128 and 256 tokens; or one setup, for a test."""
+    rows = []
+    for setup in setups()[12:13] if quick else setups():
+        mib = {"predicted": predicted(setup), "measured": measured(setup, FIXED), "usual malloc": measured(setup, {})}
+        name = f"{setup['model'].partition('-')[0]} {setup['method']}, 4 x {setup['tokens']}"
+        name += ", checkpointing" * setup["checkpointing"]
+        error = mib["predicted"] / mib["measured"] - 1
+        mib = {key: value / 2**20 for key, value in mib.items()}
+        rows.append(report("estimate", setup=name, dtype=setup["dtype"], mib=mib, error=round(error, 4)))
+    return rows
+
+
+if __name__ == "__main__":
+    rows = main("--quick" in sys.argv)
+    print("\n| | predicted, MiB | measured | error | with glibc's usual malloc |\n|---|---|---|---|---|")
+    for row in rows:
+        name, mib = f"{row['setup']}, {row['dtype']}", row["mib"]
+        figures = f"{mib['predicted']:.0f} | {mib['measured']:.0f} | {row['error']:+.1%} | {mib['usual malloc']:.0f}"
+        print(f"| {name} | {figures} |")

@@ -1,0 +1,183 @@
+"""Examples out of JSONL, Parquet and data sets of the `datasets` library, one at a time; a bad row is named."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import DataError, MissingExtra, did_you_mean
+from .tasks import TASKS, Example
+
+__all__ = ["example_of", "examples_of", "read_examples"]
+
+COLUMNS = ("messages", "prompt", "completion", "choices", "label", "text")
+EXPECTED = "'messages'; 'prompt' and 'completion'; 'prompt', 'choices' and 'label'; or 'text'"
+FILES = (".jsonl", ".json", ".parquet")
+# name@revision:configuration:split[slice], all but the name optional
+DATA_SET = re.compile(r"(?P<name>[^:@]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:\[]+)(?=:))?(:(?P<split>[^:\[]+(\[.*\])?))?")
+
+
+def examples_of(data: str, part: Literal["train", "test"]) -> Iterator[Example]:
+    """Examples of a built-in task, its training or its held-out part; or all of a file or data set, see `read_examples`.
+
+    Raises DataError if `data` is neither, or holds no example; and at the row that cannot be used.
+    """
+    if data in TASKS:
+        return iter(TASKS[data].train() if part == "train" else TASKS[data].test())
+    return read_examples(data)
+
+
+def read_examples(data: str | Path) -> Iterator[Example]:
+    """Examples of a JSONL or Parquet file, or of a data set: a folder or hub id, as in `org/name:train[:10%]`.
+
+    A row holds {"messages"}, {"prompt", "completion"} (strings, or lists of messages), {"prompt", "choices", "label"}, or
+    {"text"}; other columns are left unread. One row is in memory at a time, of Parquet a thousand.
+
+    Raises DataError that names the file and the line or row; MissingExtra; OSError if a file cannot be read.
+    """
+    data = str(data)
+    read = _data_set if not Path(data).is_file() else _parquet if data.endswith(".parquet") else _jsonl
+    return _examples(data, read(data))
+
+
+def _examples(data: str, rows: Iterator[tuple[str, object]]) -> Iterator[Example]:
+    found = False
+    for origin, row in rows:
+        found = True
+        yield example_of(row, origin)
+    if not found:
+        raise DataError(f"{data} holds no example")
+
+
+def _jsonl(path: str) -> Iterator[tuple[str, object]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                origin = f"{path}, line {number}"
+                try:
+                    yield origin, json.loads(line)
+                except ValueError as error:  # also what is not UTF-8
+                    raise DataError(f"{origin}: expected a JSON object with {EXPECTED}; it is not JSON ({error})") from error
+
+
+def _parquet(path: str) -> Iterator[tuple[str, object]]:
+    arrow, parquet = _library("pyarrow"), _library("pyarrow.parquet")
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = _columns(path, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(batch_size=1000, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except arrow.ArrowException as error:
+        raise DataError(f"{path} is not a whole Parquet file: {error}") from error
+
+
+def _data_set(data: str) -> Iterator[tuple[str, object]]:
+    """Rows of a hub's data set, of a folder of files, or of a folder that `save_to_disk` wrote; memory-mapped by datasets."""
+    parts = DATA_SET.fullmatch(data)
+    name = parts["name"] if parts else data
+    local = Path(name).is_dir()
+    if parts is None or not (local or "/" in name) or name.endswith(FILES):
+        raise DataError(
+            f"{data!r} is neither a file nor a built-in task; {did_you_mean(data, TASKS)} A data set is named 'org/name:train'."
+        )
+    datasets = _library("datasets")
+    datasets.disable_progress_bars()
+    try:
+        if local and any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+            if isinstance(loaded, dict):
+                loaded = loaded[parts["split"] or "train"]
+            elif parts["split"]:
+                raise ValueError(f"it is one split; leave out ':{parts['split']}'")
+        else:
+            revision, split = parts["revision"], parts["split"] or "train"
+            loaded = datasets.load_dataset(name, parts["config"], split=split, revision=revision)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        what = " ".join(str(error).split())
+        raise DataError(f"cannot load the data set {data!r}: {type(error).__name__}: {what}") from error
+    for number, row in enumerate(loaded.select_columns(_columns(data, loaded.column_names)), start=1):
+        yield f"{data}, row {number}", row
+
+
+def _columns(data: str, names: list[str]) -> list[str]:
+    chosen = [name for name in names if name in COLUMNS]
+    if not chosen:
+        raise DataError(f"{data}: expected the columns {EXPECTED}; found {', '.join(map(repr, names)) or 'none'}")
+    return chosen
+
+
+def example_of(row: object, origin: str) -> Example:
+    """The example that a row holds. Raises DataError, which begins with the origin, if it holds none."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{origin}: expected an object with {EXPECTED}; found {_shown(row)}")
+    row = {key: value for key, value in row.items() if value is not None}  # tables write what is missing as null
+    try:
+        if "choices" in row:
+            return _question(row, origin)
+        if "messages" in row:
+            return _chat((), _messages(row["messages"], "messages"), origin)
+        if "text" in row:
+            return Example(completion=_text(row["text"], "text"), origin=origin)
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list) or isinstance(completion, list):
+            return _chat(_messages(prompt, "prompt"), _messages(completion, "completion"), origin)
+        return Example(_text(prompt, "prompt"), _text(completion, "completion"), origin=origin)
+    except KeyError as error:
+        found = ", ".join(map(repr, row)) or "nothing"
+        raise DataError(f"{origin}: expected {EXPECTED}; found {found}, but no {error}") from error
+    except TypeError as error:
+        raise DataError(f"{origin}: {error}") from error
+
+
+def _question(row: Mapping[str, Any], origin: str) -> Example:
+    choices, label = row["choices"], row["label"]
+    if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) for c in choices)):
+        raise TypeError(f"'choices' must be a list of at least two strings, found {_shown(choices)}")
+    if type(label) is not int or not 0 <= label < len(choices):
+        raise TypeError(f"label must be from 0 to {len(choices) - 1}, found {_shown(label)}")
+    return Example(_text(row["prompt"], "prompt"), choices[label], tuple(choices), label, origin=origin)
+
+
+def _chat(prompt: tuple[dict[str, Any], ...], completion: tuple[dict[str, Any], ...], origin: str) -> Example:
+    if not any(message["role"] == "assistant" for message in completion):
+        raise TypeError(
+            "expected a turn of the role 'assistant' to learn from; found " + _shown([m["role"] for m in completion])
+        )
+    return Example(messages=prompt + completion, first=len(prompt), origin=origin)
+
+
+def _messages(value: object, column: str) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list) or not value:
+        raise TypeError(f"expected '{column}' to be a list of messages, found {_shown(value)}")
+    messages = []
+    for number, message in enumerate(value, start=1):
+        fits = isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not fits:
+            raise TypeError(
+                f"message {number} of '{column}' must have 'role' and 'content', two strings; found {_shown(message)}"
+            )
+        messages.append({key: part for key, part in message.items() if part is not None})
+    return tuple(messages)
+
+
+def _text(value: object, column: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"'{column}': expected a string, found {_shown(value)}")
+    return value
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else shown[:97] + "..."
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingExtra(f"this data needs {name}: pip install 'shira-adapters[train]' ({error})") from error

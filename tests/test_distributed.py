@@ -1,0 +1,99 @@
+"""Two processes on this machine train what one does, send the sparse gradients alone, and switch sharded models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import shira
+from distributed_run import attach, train
+from families import family
+from shira.distributed import Piece
+
+HERE = Path(__file__).parent
+
+
+def run_two(what, folder):
+    """Two processes over the loopback; returns (exit code, what they printed)."""
+    source = Path(shira.__file__).parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{source}:{HERE}"}
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "distributed_run.py", what, folder]
+    done = subprocess.run(
+        [sys.executable, *map(str, line)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout
+
+
+def trained_alone(mask):
+    model = family("llama").train()
+    with attach(model, mask) as tuner:
+        train(model, model, tuner, 0, 1)
+        return tuner.adapter("trained")
+
+
+def same_adapter(one, other):
+    assert one.tensors.keys() == other.tensors.keys()
+    assert one.fingerprints == other.fingerprints
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor.indices, other.tensors[name].indices)
+        torch.testing.assert_close(tensor.values, other.tensors[name].values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["ddp", "accelerate"])
+def test_two_whole_models_train_what_one_does(what, tmp_path):
+    code, printed = run_two(what, tmp_path)
+    assert code == 0, printed
+    same_adapter(shira.load(tmp_path / f"{what}.safetensors"), trained_alone("wm"))
+
+
+def test_fsdp_trains_what_one_process_does_and_switches(tmp_path):
+    code, printed = run_two("fsdp", tmp_path)
+    assert code == 0, printed
+    for mask in ("wm", "snip"):
+        same_adapter(shira.load(tmp_path / f"fsdp-{mask}.safetensors"), trained_alone(mask))
+
+
+def test_other_positions_on_each_process_are_an_error_before_the_first_step(tmp_path):
+    code, printed = run_two("other-positions", tmp_path)
+    assert code == 0, printed
+    first, second = (json.loads((tmp_path / f"message-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == "" and "process 1 chose other positions to train than the first" in second
+
+
+def test_a_model_that_is_sharded_after_attach_is_an_error_before_the_first_step(tmp_path):
+    code, printed = run_two("sharded-too-late", tmp_path)
+    assert code == 0, printed
+    assert "was replaced after attach" in json.loads((tmp_path / "message-1.json").read_text())
+
+
+def test_a_process_that_dies_leaves_the_last_checkpoint_whole(tmp_path):
+    code, printed = run_two("dies", tmp_path)
+    assert code != 0 and "exitcode  : 17" in printed
+    assert shira.load(tmp_path / "checkpoint.safetensors").metadata["training"] == {"step": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+@pytest.mark.parametrize(("start", "stop", "expected"), [(0, 4, [0, 3]), (4, 8, []), (8, 20, [8, 9, 19]), (20, 20, [])])
+def test_a_piece_knows_its_positions(start, stop, expected):
+    indices = torch.tensor([0, 3, 8, 9, 19], dtype=torch.int32)
+    assert indices[Piece(torch.empty(0), start, stop).span(indices)].tolist() == expected
+
+
+def test_wrappers_that_must_be_told_are_refused():
+    class FullyShardedDataParallel(nn.Module):
+        pass
+
+    with pytest.raises(shira.TuningError, match="attach to the model first"):
+        shira.attach(nn.DataParallel(nn.Linear(2, 2)))
+    with pytest.raises(shira.TuningError, match="fully_shard"):
+        shira.attach(FullyShardedDataParallel())

@@ -1,0 +1,226 @@
+"""Rows of files and data sets as examples, and examples as tokens."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shira
+from conftest import letter_tokenizer
+from shira import DataError, MissingExtra
+from shira.data.reading import example_of, examples_of, read_examples
+from shira.data.tasks import Example
+from shira.data.tokens import IGNORED, encode
+from shira.integrations import transformers as hf
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+ROWS = {
+    "text": [{"text": "once", "id": 3}, {"text": "twice", "id": 4}],
+    "pairs": [{"prompt": "1+1=", "completion": "2"}],
+    "turns": [{"prompt": [USER], "completion": [ANSWER]}],
+    "chat": [{"messages": [USER, ANSWER]}, {"messages": [{"role": "system", "content": "be"}, USER, ANSWER, USER, ANSWER]}],
+    "choices": [{"prompt": "yes?", "choices": [" no", " yes"], "label": 1}],
+}
+EXPECTED = {
+    "text": [Example("", "once"), Example("", "twice")],
+    "pairs": [Example("1+1=", "2")],
+    "turns": [Example(messages=(USER, ANSWER), first=1)],
+    "chat": [Example(messages=tuple(row["messages"])) for row in ROWS["chat"]],
+    "choices": [Example("yes?", " yes", (" no", " yes"), 1)],
+}
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_one_row_means_the_same_in_every_kind_of_file(kind, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(ROWS[kind])
+    table.to_parquet(tmp_path / "data.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files" / "train.jsonl", ROWS[kind])
+    write(tmp_path / "files" / "test.jsonl", ROWS[kind][:1])
+    lines = write(tmp_path / "data.jsonl", ROWS[kind])
+    for source in (lines, tmp_path / "data.parquet", tmp_path / "saved", tmp_path / "splits", tmp_path / "files"):
+        assert list(examples_of(str(source), "train")) == EXPECTED[kind]
+    for source in ("splits:test", "files:test", "files:train[:1]"):
+        assert list(read_examples(tmp_path / source)) == EXPECTED[kind][:1]
+
+
+def test_a_table_of_uneven_rows(tmp_path):
+    """Columns that a row lacks, and parts that a message lacks, come as null."""
+    datasets = pytest.importorskip("datasets")
+    named = {"role": "user", "content": "hi", "name": "ann"}
+    rows = [{"messages": [named, ANSWER], "text": None}, {"messages": None, "text": "plain"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert list(read_examples(tmp_path / "a.parquet")) == [Example(messages=(named, ANSWER)), Example("", "plain")]
+
+
+def test_files_are_read_a_row_at_a_time(tmp_path):
+    lines = write(tmp_path / "data.jsonl", [*ROWS["text"], 3])
+    examples = read_examples(lines)
+    assert [next(examples), next(examples)] == EXPECTED["text"]
+    with pytest.raises(DataError, match=r"data.jsonl, line 3: expected an object with 'messages'.*found 3"):
+        next(examples)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ([], r"expected an object with 'messages'; 'prompt' and 'completion'; .* found \[\]"),
+        ({"prompt": "a", "txt": "b"}, "expected 'messages'.*found 'prompt', 'txt', but no 'completion'"),
+        ({"messages": "hi"}, "expected 'messages' to be a list of messages, found 'hi'"),
+        ({"messages": []}, r"expected 'messages' to be a list of messages, found \[\]"),
+        ({"messages": [USER]}, r"expected a turn of the role 'assistant' to learn from; found \['user'\]"),
+        ({"messages": [USER, {"role": "assistant"}]}, "message 2 of 'messages' must have 'role' and 'content'.*found {'role'"),
+        ({"messages": [{"from": "human", "value": "hi"}]}, "message 1 of 'messages' must.*found {'from': 'human'"),
+        ({"prompt": [USER], "completion": "yo"}, "expected 'completion' to be a list of messages, found 'yo'"),
+        ({"prompt": [USER, ANSWER], "completion": [USER]}, "expected a turn of the role 'assistant'"),
+        ({"text": "x" * 5, "label": 0, "choices": ["x" * 300]}, r"at least two strings, found \['x{50,}\.\.\.$"),
+    ],
+)
+def test_a_bad_row_is_named(row, words):
+    with pytest.raises(DataError, match="^data, row 7: ") as caught:
+        example_of(row, "data, row 7")
+    assert re.search(words, str(caught.value))
+
+
+def test_data_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"question": "a"}]).to_parquet("other.parquet")
+    datasets.Dataset.from_list(ROWS["text"]).save_to_disk("saved")
+    Path("torn.parquet").write_bytes(Path("other.parquet").read_bytes()[:-9])
+    Path("empty").mkdir()
+    for data, words in {
+        "nowhere.parquet": "neither a file nor a built-in task",
+        "nowhere:train": "neither a file nor a built-in task.*A data set is named 'org/name:train'",
+        "no/such:train": "cannot load the data set 'no/such:train'",
+        "no/such@main:plain:train[:10%]": "cannot load the data set 'no/such@main:plain:train",
+        "other.parquet": "expected the columns 'messages'.*found 'question'",
+        "torn.parquet": "torn.parquet is not a whole Parquet file",
+        "saved:test": "cannot load the data set 'saved:test': ValueError: it is one split",
+        "empty": "cannot load the data set 'empty'",
+    }.items():
+        with pytest.raises(DataError, match=words):
+            list(read_examples(data))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for data in ("other.parquet", "saved"):
+        with pytest.raises(MissingExtra, match=r"pip install 'shira-adapters\[train\]'"):
+            list(read_examples(data))
+
+
+def letters(row):
+    """(the row's letters, those of them that the loss counts)."""
+    tokenizer = letter_tokenizer()
+    shown = ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (row["input_ids"],)]
+    counted = tokenizer.convert_ids_to_tokens([label for label in row["labels"] if label != IGNORED])
+    return shown[0], "".join(counted)
+
+
+def test_only_the_assistants_turns_count():
+    one, two, three = encode(letter_tokenizer(), EXPECTED["chat"] + EXPECTED["turns"])
+    assert letters(one) == letters(three) == ("?hi;=yo;", "yo;")
+    assert letters(two) == ("!be;?hi;=yo;?hi;=yo;", "yo;yo;")
+    assert [label != IGNORED for label in two["labels"]][8:12] == [False, True, True, True]
+    earlier = Example(messages=(USER, ANSWER, USER, ANSWER, USER), first=2)  # a prompt may hold answers; what follows is no use
+    assert [letters(row) for row in encode(letter_tokenizer(), [earlier])] == [("?hi;=yo;?hi;=yo;", "yo;")]
+
+
+def test_a_template_that_changes_earlier_turns_gives_a_row_a_turn():
+    """As those do that leave out what the model thought earlier."""
+    forgetful = (
+        "{% for m in messages %}{{ {'user': '?', 'assistant': '='}[m['role']] }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '(hm)' }}{% endif %}{{ m['content'] + ';' }}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}"
+    )
+    rows = encode(letter_tokenizer(forgetful), [Example(messages=(USER, ANSWER, USER, ANSWER))])
+    assert [letters(row) for row in rows] == [("?hi;=(hm)yo;", "(hm)yo;"), ("?hi;=yo;?hi;=(hm)yo;", "(hm)yo;")]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (None, "messages need a tokenizer with a chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "does not take these messages: roles must alternate"),
+        ("{% if add_generation_prompt %}now{% else %}then{% endif %}", "does not go on from where it asks for message 2"),
+    ],
+)
+def test_a_chat_that_cannot_be_told(template, words):
+    with pytest.raises(DataError, match=f"^f, line 1: .*{words}"):
+        encode(letter_tokenizer(template), [example_of(ROWS["chat"][0], "f, line 1")])
+
+
+@given(st.lists(st.tuples(st.text("abc", max_size=9), st.text("abc", max_size=9)), min_size=1, max_size=8), st.integers(2, 12))
+def test_rows_are_what_the_plain_way_gives(pairs, longest):
+    """Against lists: ids and labels, cut to length, rows without a token to predict left out."""
+    tokenizer, plain, shortened, dropped = letter_tokenizer(), [], 0, 0
+    for prompt, completion in pairs:
+        ids = tokenizer(prompt + completion)["input_ids"] + [tokenizer.eos_token_id]
+        labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
+        starts = [len(ids) - longest] if prompt else range(0, len(ids), longest)
+        cut = [(ids[max(0, s) : s + longest], labels[max(0, s) : s + longest]) for s in starts]
+        shortened += bool(prompt) and len(ids) > longest
+        cut = [(i, la) for i, la in cut if any(label != IGNORED for label in la[1:])]
+        dropped += not cut
+        plain += cut
+    examples = [Example(*pair) for pair in pairs]
+    if not plain:
+        with pytest.raises(DataError, match=rf"no example to train on: none of {dropped} has a token"):
+            encode(tokenizer, examples, longest)
+        return
+    done = []
+    rows = encode(tokenizer, iter(examples), longest, on_read=done.append)
+    assert [(row["input_ids"], row["labels"]) for row in rows] == plain
+    assert (rows.shortened, rows.dropped, done) == (shortened, dropped, list(range(1, len(pairs) + 1)))
+    assert rows[-1] == rows[len(rows) - 1] and rows[1:] == [rows[n] for n in range(1, len(rows))]
+    assert rows.tokens.dtype.itemsize == 5 and rows.lengths.tolist() == [len(ids) for ids, _ in plain]
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+
+
+def test_the_page_on_data(run, tmp_path, monkeypatch, tiny_llama):
+    """docs/data.md: its files are read, its snippet and its commands run, on a tiny model under the name of the real one."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    tiny_llama.save_pretrained("SmolLM2")
+    letter_tokenizer().save_pretrained("SmolLM2")
+    files = re.findall(r"\n`(\w+\.jsonl)`[^\n]*\n\n```json\n(.*?)```", page, re.DOTALL)
+    assert [name for name, _ in files] == ["text.jsonl", "pairs.jsonl", "turns.jsonl", "chat.jsonl", "questions.jsonl"]
+    for name, lines in files:
+        Path(name).write_text(lines)
+        assert len(list(read_examples(name))) == lines.count("\n")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(snippet, {})
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) >= 5
+    for command in commands:
+        program, _, line = command.partition(" ")
+        code, _, err = run(line.replace("SmolLM2-135M-Instruct", "SmolLM2"))
+        assert (program, code) == ("shira", 0), f"{command}: {err}"
+    packed, again = shira.load("packed.safetensors"), shira.load("adapter.safetensors")  # the last command repeats the run
+    assert packed.metadata == again.metadata
+    assert all(torch.equal(t.values, again.tensors[name].values) for name, t in packed.tensors.items())
+
+
+@pytest.mark.real
+def test_the_chat_template_of_a_real_model():
+    tokenizer = hf.load_tokenizer("SmolLM2-135M-Instruct")
+    messages = (USER, {"role": "assistant", "content": "Hello, you!"}, USER, {"role": "assistant", "content": "Again?"})
+    (row,) = encode(tokenizer, [Example(messages=messages)])
+    whole = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True)["input_ids"]
+    assert row["input_ids"] == whole
+    counted = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+    assert counted == "Hello, you!<|im_end|>\nAgain?<|im_end|>\n"
