@@ -280,6 +280,31 @@ def test_plain_layers_beside_quantized_ones_are_overwritten(way):
     assert kinds.pop("model.embed_tokens.weight") == "overwrite" and set(kinds.values()) == {"delta"}
 
 
+def test_a_checkpoint_that_transformers_quantizes_trains_in_its_trainer(tmp_path):
+    quietly("bitsandbytes")
+    transformers = pytest.importorskip("transformers")
+    family("llama").save_pretrained(tmp_path / "base")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    codes, batch = all_codes(model), family_batch("llama")
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(3)]
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=2,
+        learning_rate=0.1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model.is_quantized = False  # what docs/quantized.md says
+    with shira.attach(model, mask="wm", density=0.1) as tuner:
+        result = transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+        adapter = tuner.adapter()
+    assert result.global_step == 2 and unchanged(model, codes)
+    assert all(bool(tensor.values.all()) and tensor.kind == "delta" for tensor in adapter.tensors.values())
+
+
 def test_a_copy_of_a_quantized_model_trains_for_itself(way):
     model, batches = make(way)
     twin = copy.deepcopy(model)
