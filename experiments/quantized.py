@@ -18,10 +18,10 @@ from torch.nn.functional import linear
 
 import shira
 from shira.data.models import SMOLLM2
-from shira.data.tasks import examples_of
+from shira.data.tasks import TASKS
 from shira.evaluation import accuracy
 from shira.integrations import transformers as hf
-from shira.quantized import dense, is_quantized
+from shira.quantized import dense
 from shira.recipes import Recipe, train_adapter
 
 TOKENS = (1, 16, 512)
@@ -100,7 +100,7 @@ def rounding(way: str, task: str, steps: int, rate: float) -> None:
     tokenizer = hf.load_tokenizer(SMOLLM2)
     plain = hf.load_model(SMOLLM2, "float32")
     model = quantize(copy.deepcopy(plain), way)
-    test = examples_of(task, "test")[:200]
+    test = TASKS[task].test()[:150]
     result: dict[str, Any] = {"way": way, "task": task, "steps": steps, "rate": rate}
     result["plain base"], result["quantized base"] = (accuracy(net, tokenizer, test) for net in (plain, model))
     recipe = Recipe(model=SMOLLM2, data=task, mask="wm", density=0.01, steps=steps, lr=rate, limit=16 * steps)
@@ -127,16 +127,12 @@ def rounding(way: str, task: str, steps: int, rate: float) -> None:
 
     summed = copy.deepcopy(plain)
     with torch.no_grad():
-        for name, weight in weights.items():
-            if is_quantized(weight):
-                target = summed.get_parameter(name)
-                target.copy_(dense(weight))
-                tensor = adapter.tensors[name]
-                target.view(-1)[tensor.indices.long()] += tensor.values
+        for name, tensor in adapter.tensors.items():
+            summed.get_parameter(name).view(-1)[tensor.indices.long()] += tensor.values
     again = quantize(summed, way)
     moved = kept = elsewhere = total = 0.0
     for name, weight in again.named_parameters():
-        if is_quantized(weight):
+        if name in adapter.tensors:
             tensor, where = adapter.tensors[name], adapter.tensors[name].indices.long()
             change = (dense(weight) - dense(weights[name])).view(-1)
             at = change[where]
@@ -159,7 +155,7 @@ def main() -> None:
     of_rounding = commands.add_parser("rounding")
     of_rounding.add_argument("way", choices=["int8", "nf4"])
     of_rounding.add_argument("--task", default="questions")
-    of_rounding.add_argument("--steps", type=int, default=40)
+    of_rounding.add_argument("--steps", type=int, default=25)
     of_rounding.add_argument("--rate", type=float, default=2e-3)
     given = parser.parse_args()
     if given.command == "layers":

@@ -11,7 +11,7 @@ from torch import nn
 import shira
 from conftest import bits, mlp, random_adapter
 from families import family, family_batch
-from shira import BaseMismatch, MaskError, TargetError, TuningError
+from shira import BaseMismatch, CheckpointError, MaskError, TargetError, TuningError
 from shira.deltas import Layout
 from shira.quantized import dense, is_quantized, label, shape_of
 
@@ -268,6 +268,12 @@ def test_overwrites_and_other_shapes_are_refused(way):
     with pytest.raises(BaseMismatch, match="is quantized in this model"):
         shira.fuse({"d": (shira.Adapter({name: delta}), 1.0)}, base=model)
     assert switcher.names == []
+    for what in (
+        lambda: shira.extract(twin, model),
+        lambda: shira.compare(*[random_adapter(twin, n) for n in (0, 1)], base=model),
+    ):
+        with pytest.raises((CheckpointError, BaseMismatch), match="quantized in this model"):
+            what()
 
 
 def test_plain_layers_beside_quantized_ones_are_overwritten(way):

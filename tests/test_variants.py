@@ -218,6 +218,12 @@ def test_what_cannot_be_had(options, message):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_sharded_weights_have_no_variants(monkeypatch):
+    monkeypatch.setattr(shira.variants, "is_sharded", lambda weight: True)
+    with pytest.raises(TargetError, match=r"'0.weight' is sharded, and decompose needs whole weights"):
+        shira.attach(mlp(), decompose=True)
+
+
 def test_variants_are_not_refreshed_and_plain_tuners_have_no_second_part(tmp_path):
     for variant in ({"decompose": True}, {"low_rank": 2}):
         with shira.attach(mlp(), **variant) as tuner, pytest.raises(TuningError, match="no variant"):
