@@ -218,10 +218,18 @@ def test_what_cannot_be_had(options, message):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_sharded_weights_have_no_variants(monkeypatch):
-    monkeypatch.setattr(shira.variants, "is_sharded", lambda weight: True)
-    with pytest.raises(TargetError, match=r"'0.weight' is sharded, and decompose needs whole weights"):
-        shira.attach(mlp(), decompose=True)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of processes and meshes
+def test_sharded_weights_have_no_variants():
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(mlp(), mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(TargetError, match=r"'0.weight' is sharded, and decompose needs whole weights"):
+            shira.attach(model, decompose=True)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_variants_are_not_refreshed_and_plain_tuners_have_no_second_part(tmp_path):
