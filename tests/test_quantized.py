@@ -311,6 +311,30 @@ def test_a_checkpoint_that_transformers_quantizes_trains_in_its_trainer(tmp_path
     assert all(bool(tensor.values.all()) and tensor.kind == "delta" for tensor in adapter.tensors.values())
 
 
+def test_training_after_and_between_evaluations_has_the_whole_gradient():
+    """On some CPUs bitsandbytes repacks a weight in its first evaluation, and has no backward pass from then on."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 32)).eval()
+    model = in_nf4(copy.deepcopy(plain)).eval()
+    x = torch.randn(8, 64)
+    stood_for = [dense(model[i].weight) for i in (0, 2, 4)]
+    for _ in range(2):
+        with torch.no_grad():
+            model.eval()(x)
+        for i, values in zip((0, 2, 4), stood_for, strict=True):
+            torch.testing.assert_close(dense(model[i].weight), values, rtol=1e-2, atol=1e-4)  # scales in bfloat16
+            plain[i].load_state_dict({"weight": dense(model[i].weight), "bias": model[i].bias})
+        tuners = [shira.attach(net, mask="wm", density=0.2, targets=["0"]) for net in (model, plain)]
+        with torch.no_grad():
+            model.eval()(x)
+        for net in (model.train(), plain.train()):
+            net(x).square().sum().backward()
+        (ours,), (theirs,) = (tuner.parameters() for tuner in tuners)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+        for tuner in tuners:
+            tuner.detach()
+
+
 def test_a_copy_of_a_quantized_model_trains_for_itself(way):
     model, batches = make(way)
     twin = copy.deepcopy(model)

@@ -27,10 +27,15 @@ class Layout:
         _accept_sparse()
         self.indices, self.matrix = indices, matrix
         rows, columns = indices.long() // matrix[1], indices.long() % matrix[1]
-        self.order = (columns * matrix[0] + rows).argsort()  # of the entries, by columns
-        self.forwards = _starts(rows, matrix[0]), columns.int()
-        self.backwards = _starts(columns, matrix[1]), rows[self.order].int()
+        self.by_rows = _starts(rows, matrix[0]), columns.int()
         self.pattern = kernels.find_pattern(indices, *matrix)
+
+    @functools.cached_property
+    def by_columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each column begins, its rows, and the order of the entries, int32; made when there is a backward pass."""
+        rows, columns = self.indices.long() // self.matrix[1], self.indices.long() % self.matrix[1]
+        order = (columns * self.matrix[0] + rows).argsort()
+        return _starts(columns, self.matrix[1]), rows[order].int(), order.int()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sparse tensors are not traced
     def product(self, input: Tensor, values: Tensor) -> Tensor:
@@ -40,11 +45,12 @@ class Layout:
 
     def times(self, values: Tensor, input: Tensor) -> Tensor:
         """input [tokens, in] · Sᵀ, float32."""
-        return _times(*self.forwards, values, self.matrix, input)
+        return _times(*self.by_rows, values, self.matrix, input)
 
     def times_transposed(self, values: Tensor, input: Tensor) -> Tensor:
         """input [tokens, out] · S, float32."""
-        return _times(*self.backwards, values[self.order], (self.matrix[1], self.matrix[0]), input)
+        starts, rows, order = self.by_columns
+        return _times(starts, rows, values.index_select(0, order), (self.matrix[1], self.matrix[0]), input)
 
     def gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """The values' gradient [k]: grad_outputᵀ · input at the positions."""

@@ -31,7 +31,7 @@ from .errors import AdapterError, TuningError
 from .layers import install
 from .masks import Mask
 from .masters import Held, Masters
-from .quantized import label, shape_of
+from .quantized import keep_differentiable, label, shape_of
 from .selection import Avoid, Selector, count_of, entries_of
 from .targets import VALUES
 
@@ -158,6 +158,7 @@ class Tuner:
         model.requires_grad_(False)
         self._undo = contextlib.ExitStack()
         self._undo.callback(_let_checkpoints_see_gradients(model))
+        self._undo.callback(keep_differentiable(model))
         self._entries: list[_Entry] = []
         try:
             if method == "hook":
