@@ -7,9 +7,9 @@ python -m experiments.quantized rounding nf4           accuracy beside the base,
 import argparse
 import copy
 import json
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,14 +48,15 @@ def quantize(model: nn.Module, way: str) -> nn.Module:
     return model
 
 
-def milliseconds(work: Callable[[], Any]) -> float:
-    work()
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return round(1e3 * statistics.median(times), 3)
+def milliseconds(works: Mapping[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
+    """The best time of each, the rounds of all alternating: other work on the machine only adds."""
+    best = dict.fromkeys(works, float("inf"))
+    for _ in range(rounds):
+        for title, work in works.items():
+            start = time.perf_counter()
+            work()
+            best[title] = min(best[title], 1e3 * (time.perf_counter() - start))
+    return {title: round(value, 3) for title, value in best.items()}
 
 
 def layers() -> None:
@@ -87,12 +88,15 @@ def timed(model: nn.Module, x: Tensor) -> dict[str, float]:
     def lora() -> Tensor:
         return bare() + linear(linear(x, down), up)
 
-    times = {}
-    for title, forward in (("bare", bare), ("shira", lambda: model(x)), ("lora", lora)):
-        with torch.no_grad():
-            times[title] = milliseconds(forward)
-        times[f"{title}_training"] = milliseconds(lambda forward=forward: forward().sum().backward())
-    return times
+    forwards = {"bare": bare, "shira": lambda: model(x), "lora": lora}
+    with torch.no_grad():
+        times = milliseconds(forwards)
+    training = {f"{title}_training": partial(_forward_and_backward, forward) for title, forward in forwards.items()}
+    return times | milliseconds(training)
+
+
+def _forward_and_backward(forward: Callable[[], Tensor]) -> None:
+    forward().sum().backward()
 
 
 def rounding(way: str, task: str, steps: int, rate: float) -> None:

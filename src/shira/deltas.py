@@ -90,7 +90,7 @@ def _times(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, in
         sparse = torch.sparse_coo_tensor(torch.stack([rows, columns.long()]), values, shape, check_invariants=False)
     else:
         sparse = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-    return (sparse @ input.float().T).T
+    return (sparse @ input.float().T).T.contiguous()  # what adds it to an output is slow else
 
 
 def _starts(lines: Tensor, count: int) -> Tensor:
