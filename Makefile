@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow test-quantized lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,10 @@ test: .venv/ready lint ## lint, types and tests, on tiny models and briefly on t
 
 test-slow: .venv/ready ## the tests that take minutes: the whole demo
 	$(BIN)/python -m pytest -m slow
+
+test-quantized: .venv/ready ## tests on torchao's and bitsandbytes' layers, which it installs; both are noisy when imported
+	$(PIP) --no-build-isolation --editable '.[dev,quantized]'
+	$(BIN)/python -m pytest tests/test_quantized.py
 
 lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check .

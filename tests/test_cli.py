@@ -106,10 +106,13 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
 
 
 def test_train_of_chosen_layers_and_kinds(run, folder):
-    code, _, err = run(f"{TRAIN} --data sums.jsonl --targets all-linear --exclude mlp,k_proj --layers 1 -o some.safetensors")
+    code, _, err = run(
+        f"{TRAIN} --data sums.jsonl --targets all-linear --exclude mlp,k_proj --layers 1 -o some.safetensors --decompose 0"
+    )
     assert code == 0, err
     some = shira.load("some.safetensors")
     assert list(some.tensors) == [f"model.layers.1.self_attn.{kind}_proj.weight" for kind in "oqv"]
+    assert some.metadata["mask"]["decompose"] is True
     assert run("train --config some.yaml -o again.safetensors")[0] == 0
     assert shira.load("again.safetensors").metadata["mask"] == some.metadata["mask"]
 

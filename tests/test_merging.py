@@ -59,6 +59,21 @@ def folder(tmp_path, tiny_llama):
     return tmp_path
 
 
+def test_changes_that_rounding_takes_away_are_counted(folder, run):
+    base = load_model(str(folder / "base"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = base.get_parameter(name).detach().view(-1)
+    large = weight.abs().topk(8).indices.sort().values  # in bfloat16 a step is at least 1/512 of the value
+    changes = weight[large].float() * torch.tensor([1e-4, 1e-4, 0.1, 0.1, 1e-3, 1e-3, 1.0, -2.0])
+    delta = shira.SparseTensor(tuple(base.get_parameter(name).shape), large, changes, "delta")
+    stayed = shira.merge(folder / "base", shira.Adapter({name: delta}), folder / "rounded")
+    assert stayed == 4
+    assert "4 entries have the value of the base" in (folder / "rounded" / "README.md").read_text()
+    shira.Adapter({name: delta}).save(folder / "delta.safetensors")
+    code, out, _ = run(f"merge {folder}/base {folder}/delta.safetensors -o {folder}/merged")
+    assert code == 0 and "4 entries have the value of the base" in out
+
+
 def test_a_merged_folder_loads_and_computes_what_the_switcher_does(folder):
     seen = []
     shira.merge(folder / "base", folder / "poet.safetensors", folder / "out", on_progress=seen.append)

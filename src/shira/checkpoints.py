@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .quantized import is_quantized
 
 __all__ = ["Checkpoint", "Form", "Source", "form_of", "identity", "rewrite", "tensors_of"]
 
@@ -111,8 +112,14 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def tensors_of(source: Source) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint on disk, of a model (as its `state_dict` names them), or of a mapping."""
+    """The tensors of a checkpoint on disk, of a model (as its `state_dict` names them), or of a mapping.
+
+    Raises CheckpointError for a model with quantized weights, or what `Checkpoint` raises.
+    """
     if isinstance(source, nn.Module):
+        quantized = next((name for name, weight in source.named_parameters() if is_quantized(weight)), None)
+        if quantized is not None:
+            raise CheckpointError(f"'{quantized}' is quantized in this model; give a plain model or checkpoint")
         return dict(source.state_dict())
     if isinstance(source, Mapping):
         return source

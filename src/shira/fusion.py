@@ -16,6 +16,7 @@ from .errors import AdapterError, BaseMismatch, did_you_mean
 from .format import opened
 from .kernels import Change, Fused, Overlap
 from .methods import Method, Part, resolve
+from .quantized import is_quantized
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
 __all__ = ["check_base", "combine", "fuse"]
@@ -149,6 +150,8 @@ def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[st
     weight = tensors.get(name)
     if weight is None:
         raise BaseMismatch(f"{label} does not belong to this model: it has no tensor '{name}'; {did_you_mean(name, tensors)}")
+    if is_quantized(weight):
+        raise BaseMismatch(f"{label}: '{name}' is quantized in this model; give a plain base, or fuse deltas without one")
     if tuple(weight.shape) != sparse.shape:
         raise BaseMismatch(
             f"{label} does not belong to this model: '{name}' has shape {list(weight.shape)}, the adapter expects "

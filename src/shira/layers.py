@@ -18,7 +18,7 @@ from .errors import TuningError
 from .masters import Masters
 from .targets import VALUES, Use
 
-__all__ = ["SparseLinear", "install"]
+__all__ = ["SparseLinear", "install", "let_checkpoints_see_gradients"]
 
 
 class Tap(NamedTuple):
@@ -39,8 +39,9 @@ def install(uses: Iterable[tuple[Use, Masters]]) -> Callable[[], None]:
     for module, its_taps in taps.values():
         for holder, attribute, masters in its_taps:
             name = VALUES if attribute == "weight" else f"{VALUES}_{attribute}"
-            holder.register_parameter(name, masters.values)
-            undo.callback(holder._parameters.pop, name)
+            for ending, parameter in masters.parameters().items():
+                holder.register_parameter(name + ending, parameter)
+                undo.callback(holder._parameters.pop, name + ending)
         usual = module.__dict__.get("forward")
         undo.callback(_reset_forward, module, usual)
         module.forward = _forward_of(module, its_taps)
@@ -58,11 +59,26 @@ def _forward_of(module: nn.Module, taps: list[Tap]) -> Callable[..., Any]:
     own = OWN_BACKWARD.get(_kind(module))
     rest = []
     for tap in taps:
+        if not tap.masters.in_place:
+            continue
         if own is not None and tap.attribute == "weight":
             forward = functools.partial(own, module, tap.masters)
         else:
             rest.append(tap)
-    return functools.partial(_tapped, forward, rest) if rest else forward
+    forward = functools.partial(_tapped, forward, rest) if rest else forward
+    for tap in taps:
+        if tap.masters.side is not None:
+            forward = functools.partial(_beside, forward, tap.masters, tap.masters.side, tap.holder)
+    return forward
+
+
+def _beside(
+    forward: Callable[..., Any], masters: Masters, side: Callable[[Tensor], Tensor], module: nn.Module, input: Tensor
+) -> Any:
+    """The module's own forward, and what masters add to its output."""
+    _ready(masters, module, module.weight)
+    output = forward(input)
+    return output + side(input).to(output.dtype)  # which differ under autocast
 
 
 def _kind(module: nn.Module) -> str:
@@ -87,7 +103,7 @@ def _ready(masters: Masters, module: nn.Module, weight: Any) -> bool:
         masters.write()
     if not torch.is_grad_enabled():
         return False
-    if module.training and not masters.values.requires_grad:
+    if module.training and not any(parameter.requires_grad for parameter in masters.parameters().values()):
         raise TuningError(
             "the trained values were frozen (requires_grad=False) after attach(), so nothing would train; freeze what you "
             "want frozen before it, or call requires_grad_(True) on tuner.parameters()"
@@ -107,7 +123,7 @@ def _in_place_of_parameters(taps: list[Tap]) -> Iterator[None]:
     try:
         for holder, attribute, masters in taps:  # an instance's attribute is found before a registered parameter
             weight = holder._parameters[attribute]
-            holder.__dict__[attribute] = _Sampled.apply(weight, masters.values, masters)  # type: ignore[no-untyped-call]
+            holder.__dict__[attribute] = _Sampled.apply(weight, masters.current(), masters)  # type: ignore[no-untyped-call]
         yield
     finally:
         for holder, attribute, _ in taps:
@@ -131,7 +147,7 @@ class _Sampled(torch.autograd.Function):
 def _linear(module: nn.Linear, masters: Masters, input: Tensor) -> Tensor:
     if not _ready(masters, module, module.weight):
         return nn.functional.linear(input, module.weight, module.bias)
-    output: Tensor = SparseLinear.apply(input, module.weight, module.bias, masters.values, masters)  # type: ignore[no-untyped-call]
+    output: Tensor = SparseLinear.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -162,7 +178,7 @@ class SparseLinear(torch.autograd.Function):
 def _conv1d(module: Any, masters: Masters, input: Tensor) -> Tensor:
     if not _ready(masters, module, module.weight):
         return _product(input, module.weight, module.bias)
-    output: Tensor = _Conv1D.apply(input, module.weight, module.bias, masters.values, masters)  # type: ignore[no-untyped-call]
+    output: Tensor = _Conv1D.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -199,7 +215,7 @@ class _Conv1D(torch.autograd.Function):
 def _embedding(module: nn.Embedding, masters: Masters, ids: Tensor) -> Tensor:
     if not _ready(masters, module, module.weight):
         return nn.functional.embedding(ids, module.weight, module.padding_idx)
-    output: Tensor = _Embedding.apply(ids, module.weight, masters.values, masters, module.padding_idx)  # type: ignore[no-untyped-call]
+    output: Tensor = _Embedding.apply(ids, module.weight, masters.current(), masters, module.padding_idx)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -223,3 +239,21 @@ class _Embedding(torch.autograd.Function):
 
 
 OWN_BACKWARD: dict[str, Callable[..., Tensor]] = {"Linear": _linear, "Conv1D": _conv1d, "Embedding": _embedding}
+
+
+def let_checkpoints_see_gradients(model: nn.Module) -> Callable[[], Any]:
+    """Reentrant gradient checkpointing drops every gradient of a block none of whose inputs needs one; the embeddings
+    are frozen, so make their output need one while checkpointing is on."""
+    get_input = getattr(model, "get_input_embeddings", None)
+    embedding = None
+    with contextlib.suppress(NotImplementedError):
+        embedding = get_input() if callable(get_input) else None
+    if not isinstance(embedding, nn.Module):
+        return lambda: None
+
+    def need_gradient(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        wanted = isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad
+        if wanted and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            output.requires_grad_(True)
+
+    return embedding.register_forward_hook(need_gradient).remove

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .adapter import Kind
 from .distributed import full, is_sharded, piece_of
 from .errors import TuningError
 from .masks import top_k
@@ -37,7 +38,14 @@ class Masters:
 
     Two signs that it may not: the masters' version counter, which every optimizer of plain torch operators moves, and a
     backward pass that has given them a gradient, for those that do not move it (AdamW with fused=True, Trainer's choice).
+
+    What is derived from this computes its entries from other parameters (`decomposed`), or works beside the weight (`hybrid`,
+    `deltas`).
     """
+
+    kind: Kind = "overwrite"
+    in_place = True  # whether the weight holds the entries
+    side: Callable[[Tensor], Tensor] | None = None  # what is added to the module's output, of its input
 
     def __init__(self, name: str, weight: nn.Parameter, indices: Tensor, matrix: tuple[int, int]) -> None:
         """matrix: the rows and columns that the weight's entries are seen as, in the same order."""
@@ -51,23 +59,38 @@ class Masters:
         self.may_have_stepped = False
         self.dense = False  # whether layers compute with the weight as any other, so that it has a gradient
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What may train, by the endings of the names under which modules hold it."""
+        return {"": self.values}
+
+    def current(self) -> Tensor:
+        """The entries [k] as what trains gives them, float32, for autograd."""
+        return self.values
+
+    @property
+    def version(self) -> int:
+        return sum(parameter._version for parameter in self.parameters().values())
+
+    def has_gradient(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.parameters().values())
+
     def rounded(self) -> Tensor:
-        return self.values.detach().to(self.weight.dtype)
+        return self.current().detach().to(self.weight.dtype)
 
     def write(self) -> None:
         """Bring the weight up to date if the masters have changed, or may have."""
         self.follow_weight()
-        changed = self.values._version != self.written
+        changed = self.version != self.written
         if changed or self.may_have_stepped:
             # known to have changed: autograd shall complain of a backward pass through the weight as it was; if not, most
             # likely the same values are written again, of which it need not know
             self._put(self.indices, self.rounded(), self.weight if changed else self.weight.data)
-            self.written = self.values._version
-            self.may_have_stepped = self.values.grad is not None
+            self.written = self.version
+            self.may_have_stepped = self.has_gradient()
 
     def write_step(self) -> None:
         """Bring the weight up to date after the step of an optimizer that trains the masters."""
-        self.may_have_stepped |= self.values.grad is not None
+        self.may_have_stepped |= self.has_gradient()
         self.write()
         self.may_have_stepped = False
 
@@ -133,7 +156,7 @@ class Masters:
         self.pattern = kernels.find_pattern(indices, *self.matrix)
         with torch.no_grad():
             self.values.copy_(values)
-        self.written = self.values._version
+        self.written = self.version
 
     def restore(self) -> None:
         self.follow_weight()

@@ -34,7 +34,7 @@ def merge(
     out: Path_,
     *,
     on_progress: Callable[[float], None] | None = None,
-) -> None:
+) -> int:
     """Write a checkpoint folder that is `base` with adapters in it: base + Σ α · (values − base) (SHiRA Appendix I).
 
     base: a checkpoint folder or a safetensors file.
@@ -46,6 +46,8 @@ def merge(
     Each entry has the bits that `Switcher.use` gives it; all other tensors are those of the base, byte for byte. The base's
     other files (configuration, tokenizer, licence) come along, but not its subfolders, or its weights in other formats; and
     README.md ends on what was merged. It holds the adapters, one tensor of the base, and a piece of it.
+
+    Returns how many of the adapters' entries have the base's value still: changes too small for its dtype are rounded away.
 
     Raises CheckpointError if base cannot be read or out is not empty; BaseMismatch for an adapter of another base;
     FormatError or AdapterError for adapters, strengths, or sums that overflow; OSError (a full disk). Nothing is left then.
@@ -66,6 +68,7 @@ def merge(
                 raise BaseMismatch(f"{label}: '{name}' is {dtype} in the base, which no adapter can change")
             if scale != 0:  # else the base's bits stay, as in Switcher.use
                 by_tensor.setdefault(name, []).append((content.tensors[name], scale))
+    stayed: list[int] = []  # entries of each piece
     seen, total = 0, sum(file.stat().st_size for file in checkpoint.shards)
 
     def wrote(count: int) -> None:
@@ -80,13 +83,14 @@ def merge(
             rewrite(
                 file,
                 folder / file.name,
-                [(entries[name], _merged(name, checkpoint, by_tensor[name])) for name in touched],
+                [(entries[name], _merged(name, checkpoint, by_tensor[name], stayed)) for name in touched],
                 wrote,
             )
         for file in checkpoint.other_files():
             if not file.name.endswith(WEIGHTS) or file == checkpoint.index:
                 rewrite(file, folder / file.name, [])
-        _note(folder / "README.md", identity(base), adapters)
+        _note(folder / "README.md", identity(base), adapters, sum(stayed))
+    return sum(stayed)
 
 
 def _loaded(
@@ -105,8 +109,8 @@ def _loaded(
     }
 
 
-def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Part]) -> Iterator[Tensor]:
-    """One tensor with adapters in it, piece by piece, flat."""
+def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Part], stayed: list[int]) -> Iterator[Tensor]:
+    """One tensor with adapters in it, piece by piece, flat; and how many entries each piece has that are as they were."""
     weight = checkpoint[name].view(-1)
     for start in range(0, weight.numel(), CHUNK):
         piece = weight[start : start + CHUNK].clone()
@@ -114,10 +118,11 @@ def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Part]) -> Iterato
         inside = [(tensor, strength) for tensor, strength in inside if tensor.nnz]
         if inside:
             overlap = kernels.merge([tensor.indices for tensor, _ in inside])
-            indices, values, _ = combine(name, inside, overlap, kernels.gather(piece, overlap.indices), Method("sum"))
+            indices, values, base = combine(name, inside, overlap, kernels.gather(piece, overlap.indices), Method("sum"))
             if not all_finite(values):
                 raise AdapterError(f"'{name}' would overflow {piece.dtype} at these strengths; use smaller ones")
             kernels.overwrite_(piece, indices, values)
+            stayed.append(int((values == base).sum()))
         yield piece
 
 
@@ -153,7 +158,7 @@ def _flush(folder: Path) -> None:
             os.close(opened)
 
 
-def _note(readme: Path, base: str | None, adapters: Mapping[str, tuple[Adapter, Fixed]]) -> None:
+def _note(readme: Path, base: str | None, adapters: Mapping[str, tuple[Adapter, Fixed]], stayed: int) -> None:
     """Add to the model card what was merged; what it says of the licence stays at its head."""
     from . import __version__
 
@@ -171,6 +176,8 @@ def _note(readme: Path, base: str | None, adapters: Mapping[str, tuple[Adapter, 
         stated = adapter.metadata.get("license") or "not stated"
         given = f"{strength:g}" if isinstance(strength, float) else json.dumps(as_given(strength))
         lines.append(f"| {name} | {given} | {adapter.nnz} | {adapter.fingerprint or 'not recorded'} | {stated} |")
+    if stayed:
+        lines += ["", f"{stayed} entries have the value of the base: no change, or one smaller than its dtype can hold."]
     with open(readme, "a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
         file.flush()

@@ -48,6 +48,9 @@ class Recipe:
     exclude: list[str] | None = None  # names none of which may be part of a target's name
     layers: list[int] | None = None  # numbers of the layers to take
     method: str = "values"
+    decompose: int | None = (
+        None  # rank of a masked DoRA (docs/variants.md), 0: free at the mask's positions; None: plain entries
+    )
     calibration: int = 64  # examples, for masks that need gradients or activations
     refresh_every: int = 0  # steps after which the mask is selected anew; 0: never
     refresh_cap: float = 1.0  # entries the adapter may hold then, in budgets
@@ -175,6 +178,7 @@ def train_adapter(
         progress=on_calibration,
         seed=recipe.seed,
         method=recipe.method,  # type: ignore[arg-type]  # attach checks it
+        decompose=False if recipe.decompose is None else recipe.decompose or True,
     )
     with tuner:
         summary = hf.train(

@@ -1,5 +1,6 @@
 """Which entries of which weights train: a mask, within a budget, without the entries that other adapters hold."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .distributed import full, is_sharded, mesh_of, same_everywhere
 from .errors import BaseMismatch, did_you_mean
 from .format import load
 from .masks import Mask, Plan
+from .quantized import dense, shape_of
 
 __all__ = ["Avoid", "Selector", "count_of", "entries_of"]
 
@@ -56,7 +58,7 @@ class Selector:
 
         def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
             matrix, avoid, count = self.matrices[name], self.avoided.get(name), plan.counts.get(name)
-            weight = full(weights[name]).view(matrix)
+            weight = (full if is_sharded(weights[name]) else dense)(weights[name]).view(matrix)
             statistics = {what: found if what == "activations" else found.view(matrix) for what, found in statistics.items()}
             if count is None:
                 pool.add(name, masks.score(self.mask, name, weight, seed=self.seed, **statistics), avoid)
@@ -84,7 +86,7 @@ class Selector:
         placed = {}
         for name, weight in weights.items():
             if name in chosen:
-                indices = chosen[name].to(weight.device, index_dtype(weight.numel()))
+                indices = chosen[name].to(weight.device, index_dtype(math.prod(self.matrices[name])))
                 placed[name] = same_everywhere(indices, mesh_of(weight)) if is_sharded(weight) else indices
         return placed, calibrated
 
@@ -95,7 +97,7 @@ class Selector:
             return plan
         if masks.resolve(self.mask)[1] is masks.rand:
             avoided = count_of(self.avoided)
-            free = {name: weights[name].numel() - avoided.get(name, 0) for name in plan.floors}
+            free = {name: math.prod(self.matrices[name]) - avoided.get(name, 0) for name in plan.floors}
             return Plan(plan.counts | masks.share_out(plan.shared, free, plan.floors), 0, {})
         masks.ranked(self.mask)
         return plan
@@ -121,8 +123,8 @@ def entries_of(
             misfit = f"adapter {label!r} to avoid does not fit this model"
             if name not in tensors:
                 raise BaseMismatch(f"{misfit}: it has no tensor '{name}'; {did_you_mean(name, tensors)}")
-            if tuple(tensors[name].shape) != sparse.shape:
-                found = list(tensors[name].shape)
+            if shape_of(tensors[name]) != sparse.shape:
+                found = list(shape_of(tensors[name]))
                 raise BaseMismatch(f"{misfit}: '{name}' has shape {found}, the adapter expects {list(sparse.shape)}")
             held.setdefault(id(tensors[name]), []).append(sparse.indices.cpu().long())
     return {name: torch.cat(held[id(weight)]).unique() for name, weight in targets.items() if id(weight) in held}, labels

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+from . import kernels, sides
 from .adapter import Adapter, SparseTensor, all_finite
 from .distributed import gather_pieces, is_sharded, piece_of, reshard
 from .errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
@@ -22,6 +22,7 @@ from .format import load
 from .fusion import check_base, combine
 from .kernels import Plan, Write
 from .methods import Method, resolve
+from .quantized import is_quantized
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
 __all__ = ["Switcher"]
@@ -34,6 +35,13 @@ class _Chosen(NamedTuple):
 
     strengths: tuple[tuple[str, Fixed], ...]
     method: Method
+
+
+class _Prepared(NamedTuple):
+    """What a selection comes to: writes over plain weights, products beside quantized ones."""
+
+    plan: Plan
+    products: list[sides.Product]
 
 
 BASE = _Chosen((), Method("sum"))
@@ -63,7 +71,8 @@ class Switcher:
         self._weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self._pieces = {id(weight): piece_of(name, weight) for name, weight in self._weights.items() if is_sharded(weight)}
         self._sources: dict[str, _Source] = {}
-        self._ready: OrderedDict[_Chosen, Plan] = OrderedDict()
+        self._sides = sides.Sides(model)
+        self._ready: OrderedDict[_Chosen, _Prepared] = OrderedDict()
         self._capacity = ready
         self._active = BASE
         self._plan = Plan.of([])  # what is written over the base, with what lay there
@@ -132,7 +141,7 @@ class Switcher:
     def _activate(self, wanted: _Chosen) -> None:
         if wanted == self._active:
             return
-        plan = self._prepare(wanted)
+        plan, products = self._prepare(wanted)
         try:
             same_positions = plan.over(self._plan)
             if same_positions is not None:
@@ -142,6 +151,7 @@ class Switcher:
                 self._restore()
                 self._plan = plan
                 kernels.swap_(plan)
+            self._sides.show(products)
             self._active = wanted
         except BaseException:
             self._restore()
@@ -153,6 +163,7 @@ class Switcher:
 
     def _restore(self) -> None:
         """The base, bit for bit."""
+        self._sides.show([])
         if self._plan.parts:
             kernels.restore_(self._plan)
             self._plan.begun[0] = 0
@@ -174,7 +185,7 @@ class Switcher:
         if name not in self._sources:
             raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
-    def _prepare(self, key: _Chosen) -> Plan:
+    def _prepare(self, key: _Chosen) -> _Prepared:
         """What to write over the base, every value computed and checked; made once, kept while it is among the latest."""
         if key in self._ready:
             self._ready.move_to_end(key)
@@ -186,12 +197,18 @@ class Switcher:
                 if strength != 0:
                     parts = by_weight.setdefault(id(self._weights[tensor_name]), (tensor_name, []))[1]
                     parts.append((tensors[tensor_name], strength))
-        plan = Plan.of([self._write(name, parts, key.method) for name, parts in by_weight.values()])
+        writes, products = [], []
+        for name, parts in by_weight.values():
+            if is_quantized(self._weights[name]):
+                products.append(sides.product(name, self._weights[name], parts, key.method))
+            else:
+                writes.append(self._write(name, parts, key.method))
+        prepared = _Prepared(Plan.of(writes), products)
         if key.strengths:  # the base needs no room
-            self._ready[key] = plan
+            self._ready[key] = prepared
             if len(self._ready) > self._capacity:
                 self._ready.popitem(last=False)
-        return plan
+        return prepared
 
     def _write(self, name: str, parts: list[tuple[SparseTensor, float]], method: Method) -> Write:
         """What becomes of one tensor."""
@@ -216,7 +233,7 @@ class Switcher:
     def _shared(self, weight: Tensor, indices: Tensor) -> Tensor:
         """These positions, or the very tensor of a plan that is ready and has the same ones: adapters of one mask then hold
         them once, and switch among each other in one pass."""
-        for plan in self._ready.values():
+        for plan, _ in self._ready.values():
             for part in plan.parts:
                 if part.weight is weight and part.indices.numel() == indices.numel() and torch.equal(part.indices, indices):
                     return part.indices
@@ -227,8 +244,9 @@ class Switcher:
         tied weight. The base is compared when the content is new."""
         adapter, is_new = source.read()
         label = source.label(name)
+        plain, _ = self._sides.split(label, adapter, self._weights)
         if is_new:
-            check_base(label, adapter, self._weights, self._base_at)
+            check_base(label, plain, self._weights, self._base_at)
         tensors: dict[str, SparseTensor] = {}
         owners: dict[int, str] = {}
         for tensor_name, tensor in adapter.tensors.items():
@@ -290,7 +308,7 @@ def _is_there(strength: Fixed) -> bool:
 
 def _on(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:
     """A sparse tensor ready to be written: on the weight's device, overwrites in its dtype."""
-    dtype = weight.dtype if tensor.kind == "overwrite" else tensor.values.dtype
+    dtype = weight.dtype if tensor.kind == "overwrite" else tensor.values.dtype  # of a quantized weight there are only deltas
     if (tensor.values.device, tensor.values.dtype) == (weight.device, dtype):
         return tensor
     try:

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from .errors import TargetError, did_you_mean
+from .quantized import is_quantized, label, shape_of
 
 __all__ = ["KEYWORDS", "Target", "Use", "by_pattern", "check_trainable", "is_conv1d", "resolve"]
 
@@ -62,7 +63,7 @@ class Target:
     @property
     def sides(self) -> tuple[int, ...]:
         """The shape that budgets are for: [out, in]; [out, in · kernel] of a convolution; [experts, out, in]; or [n]."""
-        shape = tuple(self.weight.shape)
+        shape = shape_of(self.weight)
         return shape if self.stacked or len(shape) < 3 else (shape[0], math.prod(shape[1:]))
 
     @property
@@ -70,7 +71,7 @@ class Target:
         """The matrix [rows, columns] that masks see, its entries in the weight's order: a vector has rows of one entry, experts
         are stacked."""
         sides = self.sides
-        return (math.prod(sides[:-1]), sides[-1]) if len(sides) > 1 else (self.weight.numel(), 1)
+        return (math.prod(sides[:-1]), sides[-1]) if len(sides) > 1 else (math.prod(sides), 1)
 
 
 def resolve(
@@ -118,19 +119,31 @@ def resolve(
 
 
 def check_trainable(targets: Iterable[Target]) -> None:
-    """Raise TargetError, with its name, for a weight whose entries cannot be overwritten, or that alone was frozen."""
+    """Raise TargetError, with its name, for a weight whose entries cannot be overwritten, or that alone was frozen.
+
+    Quantized weights of linear layers pass: deltas train beside them.
+    """
     targets = list(targets)
     for target in targets:
         weight = target.weight
+        if is_quantized(weight):
+            other = next((use.module for use in target.uses if not isinstance(use.module, nn.Linear)), None)
+            if other is not None:
+                raise TargetError(
+                    f"'{target.name}' is {label(weight)} and used by a {type(other).__name__}; of quantized weights only those "
+                    "of linear layers can be trained, leave it out of the targets"
+                )
+            continue
         if not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
             raise TargetError(
                 f"'{target.name}' must be a contiguous floating-point tensor with data, found {weight.dtype} on "
                 f"{weight.device}{'' if weight.is_contiguous() else ', not contiguous'}"
             )
-    frozen = [target.name for target in targets if not target.weight.requires_grad]
-    if 0 < len(frozen) < len(targets):  # who freezes the whole model means the base; who freezes a part of it means it
+    plain = [target for target in targets if not is_quantized(target.weight)]
+    frozen = [target.name for target in plain if not target.weight.requires_grad]
+    if 0 < len(frozen) < len(plain):  # who freezes the whole model means the base; who freezes a part of it means it
         raise TargetError(
-            f"{len(frozen)} of {len(targets)} targets were frozen (requires_grad=False), the first is '{frozen[0]}'; exclude "
+            f"{len(frozen)} of {len(plain)} targets were frozen (requires_grad=False), the first is '{frozen[0]}'; exclude "
             "them, or unfreeze them before attach()"
         )
 

@@ -11,8 +11,8 @@ a copy of the base, full-size gradients and full-size optimizer state: it is her
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -21,15 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import kernels, masks, refresh, resuming
+from . import hybrid, masks, refresh, resuming, variants
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint
 from .calibration import LossFn, Progress
 from .distributed import average_after_backward, check_plain, check_positions, is_sharded, mesh_of, reshard
+from .entries import Entry, with_hook, with_values
 from .errors import AdapterError, TuningError
-from .layers import install
+from .layers import install, let_checkpoints_see_gradients
 from .masks import Mask
-from .masters import Held, Masters, swapped
+from .masters import Masters, swapped
+from .quantized import keep_differentiable, label, shape_of
 from .selection import Avoid, Selector, count_of, entries_of
 from .targets import VALUES
 
@@ -55,6 +57,8 @@ def attach(
     progress: Progress | None = None,
     seed: int = 0,
     method: Literal["values", "hook"] = "values",
+    decompose: bool | int = False,
+    low_rank: int | None = None,
 ) -> "Tuner":
     """Make a few entries of the model's weights trainable, and nothing else.
 
@@ -74,6 +78,8 @@ def attach(
     loss_fn(model, batch): by default `model(**batch).loss`. progress(done, total): called after each batch of the calibration.
     seed: with each tensor's name it seeds the mask.
     method: "values" or "hook", see the module's docstring.
+    decompose: train the entries as those of a DoRA of this rank (the paper's SHiRA-WM-DoRA), or True: of one whose direction is
+        free at the mask's positions. low_rank: train a low-rank product beside the entries (docs/variants.md).
 
     Raises TargetError, MaskError, BaseMismatch or TuningError before anything in the model has changed.
 
@@ -94,6 +100,7 @@ def attach(
     for target in chosen:
         if any(name.startswith(VALUES) for use in target.uses for name in use.holder._parameters):
             raise TuningError(f"a tuner is attached already, to '{target.name}'; call its detach() first")
+    make, variant = variants.choose(chosen, mask, method, decompose, low_rank, seed)
     weights = {target.name: target.weight for target in chosen}
     avoided, avoided_names = entries_of(avoid, dict(model.named_parameters(remove_duplicate=False)), weights)
     plan = masks.plan(
@@ -113,22 +120,9 @@ def attach(
     settings |= {"total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
     settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed}
     settings |= {"targets": targets if isinstance(targets, str) else list(targets), "calibration": calibrated}
-    settings |= {"exclude": exclude or None, "layers": layers}
+    settings |= {"exclude": exclude or None, "layers": layers, **variant}
     record = {key: value for key, value in settings.items() if value is not None}
-    return Tuner(model, [target for target in chosen if target.name in indices], indices, record, method, selector)
-
-
-@dataclass(eq=False)
-class _Entry:
-    """One weight in training."""
-
-    name: str
-    weight: nn.Parameter
-    count: int  # how many of its entries train
-    parameter: nn.Parameter  # float32 masters [k], or the weight itself
-    held: Callable[[], Held]  # all entries that may differ from the base
-    masters: Masters | None = None  # with the method "values"
-    undo: list[Callable[[], Any]] = field(default_factory=list)
+    return Tuner(model, [target for target in chosen if target.name in indices], indices, record, method, selector, make)
 
 
 class Tuner:
@@ -145,6 +139,7 @@ class Tuner:
         mask: dict[str, Any],
         method: str,
         selector: Selector,
+        make: variants.Make,
     ) -> None:
         self.model, self._mask, self._selector = model, mask, selector
         self._base = _describe_base(model, chosen)
@@ -152,13 +147,14 @@ class Tuner:
         self.attached = True
         model.requires_grad_(False)
         self.at_detach = contextlib.ExitStack()
-        self.at_detach.callback(_let_checkpoints_see_gradients(model))
-        self._entries: list[_Entry] = []
+        self.at_detach.callback(let_checkpoints_see_gradients(model))
+        self.at_detach.callback(keep_differentiable(model))
+        self._entries: list[Entry] = []
         try:
             if method == "hook":
-                self._entries += [_with_hook(target, indices[target.name]) for target in chosen]
+                self._entries += [with_hook(target, indices[target.name]) for target in chosen]
             else:
-                self._entries += [_with_values(target, indices[target.name]) for target in chosen]
+                self._entries += [with_values(target, make(target, indices[target.name])) for target in chosen]
                 self._install(chosen)
         except BaseException:
             self.detach()
@@ -172,7 +168,7 @@ class Tuner:
         def write(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
             stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             for each in masters.values():
-                if id(each.values) in stepped:
+                if any(id(parameter) in stepped for parameter in each.parameters().values()):
                     each.write_step()
             if any(each.piece is not None for each in masters.values()):
                 reshard(self.model)
@@ -193,8 +189,8 @@ class Tuner:
         self.at_detach.callback(self.model.register_forward_pre_hook(write_pieces, prepend=True).remove)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer trains: one float32 tensor [k] a target (or, with the hook, the weights)."""
-        return [entry.parameter for entry in self._entries]
+        """What an optimizer trains: one float32 tensor [k] a target (or a variant's; with the hook, the weights)."""
+        return [p for e in self._entries for p in (e.masters.parameters().values() if e.masters else [e.parameter])]
 
     @property
     def nnz(self) -> int:
@@ -236,9 +232,11 @@ class Tuner:
 
     def masters(self, wish: str) -> dict[str, Masters]:
         """Tensor name -> its entries in training. Raises TuningError, which says what was wished, if none may change now."""
-        masters = {entry.name: entry.masters for entry in self._entries if entry.masters is not None}
+        masters = self._masters()
         if not self.attached or len(masters) < len(self._entries) or any(each.dense for each in masters.values()):
             raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
+        if any(type(each) is not Masters for each in masters.values()):
+            raise TuningError(f"a tuner with decompose, low_rank or a quantized base cannot be {wish}")
         return masters
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -271,9 +269,9 @@ class Tuner:
     def adapter(
         self, name: str | None = None, *, training: dict[str, Any] | None = None, license: str | None = None
     ) -> Adapter:
-        """What was trained so far, as an overwrite adapter in the weights' dtype; before or after `detach`.
+        """What was trained so far, as an overwrite adapter in the weights' dtype, or deltas where they are quantized.
 
-        training: a summary for the file, anything that can be written as JSON.
+        Before or after `detach`. training: a summary for the file, anything that can be written as JSON.
         Raises TuningError if a trained value is not finite.
         """
         tensors, prints = {}, {}
@@ -281,14 +279,29 @@ class Tuner:
             held = entry.held()
             try:
                 tensors[entry.name] = SparseTensor(
-                    tuple(entry.weight.shape), held.indices.cpu(), held.values.detach().cpu().clone()
+                    shape_of(entry.weight),
+                    held.indices.cpu(),
+                    held.values.detach().cpu().clone(),
+                    entry.masters.kind if entry.masters else "overwrite",
                 )
             except AdapterError as error:
                 raise TuningError(f"training of '{entry.name}' went wrong: {error}; try a lower learning rate") from error
             prints[entry.name] = fingerprint(held.base)
         metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
-        metadata["fingerprints"] = prints
+        metadata |= {"fingerprints": prints, "low_rank": hybrid.kept(self._masters())}
         return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
+
+    def save_hybrid(self, folder: str | os.PathLike[str]) -> None:
+        """Write both parts of what was trained with low_rank: adapter.safetensors, and lora/ as PEFT loads it.
+
+        Raises TuningError without low_rank, or what `adapter` raises; OSError.
+        """
+        if hybrid.kept(self._masters()) is None:
+            raise TuningError("there is no low-rank part: attach(..., low_rank=8) trains one; save adapter() instead")
+        hybrid.save(Path(folder), self.adapter(), self._masters())
+
+    def _masters(self) -> dict[str, Masters]:
+        return {entry.name: entry.masters for entry in self._entries if entry.masters is not None}
 
     def detach(self) -> None:
         """Give the model back its base weights, bit for bit, and its `requires_grad` flags. Doing it twice is harmless."""
@@ -327,71 +340,10 @@ def _dense(masters: Collection[Masters]) -> Iterator[None]:
             each.dense = False
 
 
-def _with_values(target: target_names.Target, indices: Tensor) -> _Entry:
-    """The sparse-values way: masters, with which the modules compute until the tuner is detached."""
-    masters = Masters(target.name, target.weight, indices, target.matrix)
-    entry = _Entry(target.name, target.weight, indices.numel(), masters.values, masters.held, masters)
-    entry.undo.append(masters.restore)
-    return entry
-
-
-def _with_hook(target: target_names.Target, indices: Tensor) -> _Entry:
-    """The gradient-hook way: the weight trains, its gradient is cleared off the mask."""
-    weight, full_base = target.weight, target.weight.detach().clone()
-    seen = [weight._version]
-
-    def clear_off_mask(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            kept = kernels.gather(parameter.grad, indices)
-            parameter.grad.zero_()
-            kernels.overwrite_(parameter.grad, indices, kept)
-
-    def keep_off_mask(*_: Any) -> None:
-        """Weight decay shrinks entries that have no gradient, too: put those back."""
-        if weight._version != seen[0]:
-            kept = kernels.gather(weight, indices)
-            with torch.no_grad():
-                weight.copy_(full_base)
-            kernels.overwrite_(weight, indices, kept)
-            seen[0] = weight._version
-
-    def restore() -> None:
-        with torch.no_grad():
-            weight.copy_(full_base)
-        weight.grad = None
-
-    weight.requires_grad_(True)
-    base = kernels.gather(weight, indices)
-    entry = _Entry(target.name, weight, indices.numel(), weight, lambda: Held(indices, base, kernels.gather(weight, indices)))
-    entry.undo.append(weight.register_post_accumulate_grad_hook(clear_off_mask).remove)
-    for module in target.modules:
-        entry.undo.append(module.register_forward_pre_hook(keep_off_mask).remove)
-    entry.undo.append(restore)
-    return entry
-
-
-def _let_checkpoints_see_gradients(model: nn.Module) -> Callable[[], Any]:
-    """Reentrant gradient checkpointing drops every gradient of a block none of whose inputs needs one; the embeddings
-    are frozen, so make their output need one while checkpointing is on."""
-    get_input = getattr(model, "get_input_embeddings", None)
-    embedding = None
-    with contextlib.suppress(NotImplementedError):
-        embedding = get_input() if callable(get_input) else None
-    if not isinstance(embedding, nn.Module):
-        return lambda: None
-
-    def need_gradient(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        wanted = isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad
-        if wanted and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            output.requires_grad_(True)
-
-    return embedding.register_forward_hook(need_gradient).remove
-
-
 def _describe_base(model: nn.Module, chosen: list[target_names.Target]) -> dict[str, Any]:
     """What is known of the base model: its id (of a local folder just the name) and the dtype of the adapted weights."""
     identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     if Path(identity).exists():
         identity = Path(identity).resolve().name
-    dtypes = sorted({str(target.weight.dtype).removeprefix("torch.") for target in chosen})
+    dtypes = sorted({label(target.weight) for target in chosen})
     return {"id": identity, "dtype": dtypes[0] if len(dtypes) == 1 else dtypes}

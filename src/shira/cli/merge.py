@@ -26,6 +26,8 @@ def merge(
     if len({path for path, _ in parts}) < len(parts):
         raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
     with progress("merging", 100) as update:
-        merging.merge(model_path(base), dict(parts), output, on_progress=lambda share: update(int(100 * share), ""))
+        stayed = merging.merge(model_path(base), dict(parts), output, on_progress=lambda share: update(int(100 * share), ""))
     files = [file.stat().st_size for file in output.iterdir()]
     console.print(f"{output}: {len(files)} files, {bytes_text(sum(files))}")
+    if stayed:
+        console.print(f"{stayed} entries have the value of the base: no change, or one smaller than its dtype can hold")

@@ -56,6 +56,10 @@ def train(
     exclude: Annotated[str | None, typer.Option(help="Names, with commas, to leave out of the targets.")] = None,
     layers: Annotated[str | None, typer.Option(help="Numbers of the layers to take: 3, or 4-11, or 0,2,4-7 (all).")] = None,
     method: Annotated[str | None, typer.Option(help="values, or hook: the slow way of the paper (values).")] = None,
+    decompose: Annotated[
+        int | None,
+        typer.Option(help="Train the entries as those of a DoRA of this rank; 0: of a free one (SHiRA-WM-DoRA).", min=0),
+    ] = None,
     calibration: Annotated[int | None, typer.Option(help="Examples for masks that need gradients or activations (64).")] = None,
     refresh_every: Annotated[int | None, typer.Option(help="Select the mask anew after so many steps (0: never).")] = None,
     refresh_cap: Annotated[

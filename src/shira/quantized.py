@@ -1,0 +1,98 @@
+"""Weights in a few bits, known by their own marks: their shape, their values, and that nobody may write to them in place.
+
+bitsandbytes keeps four bits an entry in a flat `Params4bit`, torchao a tensor subclass that says it is floating point. Neither
+is imported before there is such a weight: who has one has the library.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["dense", "is_quantized", "keep_differentiable", "label", "shape_of"]
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight's entries are stored as codes, by bitsandbytes in 4 bits, or by torchao."""
+    return _of_bitsandbytes(weight) or _of_torchao(weight)
+
+
+def shape_of(weight: Tensor) -> tuple[int, ...]:
+    """The shape of the matrix that a weight stands for, whatever way it is stored."""
+    return tuple(_state(weight).shape if _of_bitsandbytes(weight) else weight.shape)
+
+
+def label(weight: Tensor) -> str:
+    """What metadata and messages call a weight's dtype: "bfloat16", "nf4", "Int8Tensor"."""
+    if _of_bitsandbytes(weight):
+        return str(_state(weight).quant_type)
+    return type(weight).__name__ if _of_torchao(weight) else str(weight.dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def dense(weight: Tensor) -> Tensor:
+    """The values that a weight stands for: a new tensor if it is quantized, else itself, detached."""
+    values: Tensor
+    if _of_bitsandbytes(weight):
+        from bitsandbytes.functional import dequantize_4bit
+
+        values = dequantize_4bit(*_canonical(weight))
+    elif _of_torchao(weight):
+        values = weight.dequantize()
+    else:
+        return weight.detach()
+    return values.contiguous()
+
+
+def keep_differentiable(model: nn.Module) -> Callable[[], None]:
+    """Let bitsandbytes' layers hand gradients to their inputs, until what is returned is called.
+
+    On CPUs with AVX512-BF16 an evaluation repacks their codes for good, scales rounded to bfloat16, for a product that has no
+    backward pass: layers before it would then train on part of their gradient, without a word.
+    """
+    undo = contextlib.ExitStack()
+    for module in model.modules():
+        layer: Any = module
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            weight = layer.weight
+            if _is_packed(weight):
+                weight.data, weight.quant_state = _canonical(weight)
+            layer.support_avx512bf16_for_cpu = False
+            undo.callback(setattr, layer, "support_avx512bf16_for_cpu", True)
+    return undo.close
+
+
+def _canonical(weight: Any) -> tuple[Tensor, Any]:
+    """bitsandbytes' codes, and their description, in the order that they are stored in."""
+    codes, state = weight.detach().as_subclass(Tensor), weight.quant_state
+    if not _is_packed(weight):
+        return codes, state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(state)
+    scales = state.absmax.T.reshape(-1).float()
+    state.original_nested = False  # the inverse would quantize the scales again
+    codes, state = _convert_weight_packed_for_cpu_inverse(codes, state)
+    state.absmax = scales
+    return codes, state
+
+
+def _is_packed(weight: Any) -> bool:
+    """Whether bitsandbytes has repacked a weight for its product on the CPU."""
+    return bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
+
+
+def _of_bitsandbytes(weight: Tensor) -> bool:
+    return getattr(weight, "quant_state", None) is not None
+
+
+def _of_torchao(weight: Tensor) -> bool:
+    return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def _state(weight: Any) -> Any:
+    """bitsandbytes' description of a weight."""
+    return weight.quant_state

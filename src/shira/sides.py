@@ -1,0 +1,89 @@
+"""Adapters on quantized layers: nothing is overwritten, a sparse product of what is active is added to each layer's output."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, SparseTensor, all_finite
+from .deltas import Layout
+from .errors import AdapterError, BaseMismatch
+from .fusion import combine
+from .kernels import merge
+from .methods import Method
+from .quantized import is_quantized, label, shape_of
+
+__all__ = ["Product", "Sides", "product"]
+
+
+class Product(NamedTuple):
+    """What is added to the output of the layers that compute with a weight."""
+
+    weight: Tensor
+    layout: Layout
+    values: Tensor  # float32 [n]
+
+
+class Sides:
+    """The quantized linear layers of a model, and what is added to their outputs now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._users: dict[int, list[nn.Linear]] = {}
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and is_quantized(module.weight):
+                self._users.setdefault(id(module.weight), []).append(module)
+        self._removes: list[Callable[[], None]] = []
+
+    def split(self, title: str, adapter: Adapter, weights: Mapping[str, Tensor]) -> tuple[Adapter, dict[str, SparseTensor]]:
+        """An adapter's part for plain weights, and its deltas for quantized ones.
+
+        Raises BaseMismatch for a tensor of another shape, or one that would have to be overwritten or is of no linear layer.
+        """
+        beside = {name: t for name, t in adapter.tensors.items() if name in weights and is_quantized(weights[name])}
+        for name, tensor in beside.items():
+            weight = weights[name]
+            if shape_of(weight) != tensor.shape:
+                raise BaseMismatch(
+                    f"{title} does not belong to this model: '{name}' has shape {list(shape_of(weight))}, the adapter expects "
+                    f"{list(tensor.shape)}"
+                )
+            if tensor.kind != "delta":
+                raise BaseMismatch(
+                    f"{title} overwrites '{name}', which is {label(weight)} in this model and cannot be overwritten; load the "
+                    "base that it was trained on, or use a delta adapter, as training on a quantized model makes them"
+                )
+            if id(weight) not in self._users:
+                raise BaseMismatch(
+                    f"{title}: '{name}' is {label(weight)} and not a linear layer's; no product can stand beside it"
+                )
+        plain = {name: tensor for name, tensor in adapter.tensors.items() if name not in beside}
+        return Adapter(plain, adapter.metadata), beside
+
+    def show(self, products: list[Product]) -> None:
+        """Add these products, and no others, to the outputs."""
+        for remove in self._removes:
+            remove()
+        self._removes = []
+        for product in products:
+            for module in self._users[id(product.weight)]:
+                self._removes.append(module.register_forward_hook(_adding(product)).remove)
+
+
+def _adding(product: Product) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def add(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        beside: Tensor = product.layout.product(inputs[0], product.values)
+        return output + beside.to(output.dtype)
+
+    return add
+
+
+def product(name: str, weight: Tensor, parts: list[tuple[SparseTensor, float]], method: Method) -> Product:
+    """What the method makes of deltas at their strengths, in float32. Raises AdapterError if it overflows."""
+    overlap = merge([tensor.indices for tensor, _ in parts])
+    zeros = torch.zeros(overlap.indices.numel(), device=overlap.indices.device)
+    indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
+    if not all_finite(values):
+        raise AdapterError(f"'{name}' would overflow torch.float32 at these strengths; use smaller ones")
+    rows, columns = shape_of(weight)
+    return Product(weight, Layout(indices.to(weight.device), (rows, columns)), values.to(weight.device))
