@@ -6,13 +6,14 @@ import sys
 from setuptools import Extension, setup
 
 # no -ffast-math: linked into a shared library, it changes how the whole process rounds
-FLAGS = ["-O3", "-fopenmp-simd", "-pthread"]
+FLAGS = ["-O3", "-fopenmp-simd", "-pthread", "-fvisibility=hidden"]
 if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS.append("-mprefer-vector-width=512")  # where the processor has it: native.c chooses when it is loaded
+    FLAGS.append("-mprefer-vector-width=512")  # where the processor has it: native.h has it chosen when it is loaded
 
 native = Extension(
     "shira.kernels._native",
-    ["src/shira/kernels/native.c"],
+    ["src/shira/kernels/native.c", "src/shira/kernels/fusion.c"],
+    depends=["src/shira/kernels/native.h"],
     extra_compile_args=[] if sys.platform == "win32" else FLAGS,
     extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
     py_limited_api=True,

@@ -71,15 +71,14 @@ def rand(side: int, generator: torch.Generator) -> Pair:
 
 def struct(side: int, generator: torch.Generator) -> Pair:
     """Rows at one distance, from two offsets, and the diagonal; one row each where 1 % does not hold it with the diagonal."""
-    budget = round(DENSITY * side * side)
-    apart = next((f for f in range(2, side) if (-(-side // f)) * (side - 1) + side <= budget), side)
-    offsets = torch.randperm(apart, generator=generator)[:2].tolist()
-    pair = []
-    for offset in offsets:
-        rows = torch.arange(offset, side, apart)
-        where = torch.cat([(rows[:, None] * side + torch.arange(side)).view(-1), torch.arange(side) * (side + 1)]).unique()
-        pair.append(sparse(side, where, generator))
-    return pair[0], pair[1]
+    rows = max(1, (round(DENSITY * side * side) - side) // (side - 1))
+    apart = -(-side // rows)
+    weight, k = torch.empty(side, side), rows * (side - 1) + side
+    one, other = (
+        sparse(side, masks.struct(weight, k, frequency=apart, offset=offset), generator)
+        for offset in torch.randperm(apart, generator=generator)[:2].tolist()
+    )
+    return one, other
 
 
 def sparse(side: int, where: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -174,6 +175,11 @@ def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, 
             1,
             "DataError: .*after '=' must be a number or a JSON object, found 'x'",
         ),
+        (
+            "eval model --data sums.jsonl -a a.safetensors --method ties --drop 0.5",
+            1,
+            "AdapterError: .*'ties' has no option 'drop'",
+        ),
         ("fuse a.safetensors a.safetensors=2", 1, "DataError: one adapter is given twice"),
         ("fuse a.safetensors --method tise", 1, "AdapterError: unknown fusion method 'tise'; did you mean 'ties'"),
         ("fuse a.safetensors --drop 0.5", 1, "AdapterError: fusion method 'sum' has no option 'drop'"),
@@ -198,6 +204,30 @@ def test_errors_are_one_line_and_an_exit_code(run, folder, line, code, words):
     assert re.search(words, re.sub(r"[│\s]+", " ", err))
     assert "Traceback" not in err + out
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_eval_fuses_by_any_method(run, folder):
+    """Two opposite changes add up to nothing; of the largest ones one is left, as in a file that `fuse` made."""
+    assert run(f"{TRAIN} --data sums.jsonl -o a.safetensors")[0] == 0
+    shutil.copy("a.safetensors", "b.safetensors")
+    both = "a.safetensors=100 b.safetensors=-100"
+    assert run(f"fuse {both} --base model --method max -o fused.safetensors")[0] == 0
+
+    def accuracies(options):
+        code, out, err = run(f"eval model --data sums.jsonl {options} --json")
+        assert code == 0, err
+        result = json.loads(out)
+        return [row["sums.jsonl"] for row in result["accuracy"]], result["method"]
+
+    given = " ".join(f"-a {adapter}" for adapter in both.split())
+    (base, fused), _ = accuracies("-a fused.safetensors")
+    assert base != fused
+    assert accuracies(given) == ([base, base], {"method": "sum"})
+    assert accuracies(f"{given} --method max") == ([base, fused], {"method": "max"})
+    assert accuracies(f"{given} --method dare --drop 0.25 --seed 3")[1] == {"method": "dare", "drop": 0.25, "seed": 3}
+    assert "fused by ties" in run(f"eval model --data sums.jsonl {given} --method ties --density 0.5")[1]
+    code, _, err = run("eval model --data sums.jsonl -a a.safetensors -a a.safetensors=2")
+    assert code == 1 and "one adapter is given twice" in err
 
 
 def test_an_adapter_of_another_model_is_refused(run, folder, tiny_llama):

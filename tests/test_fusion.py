@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
-from shira import AdapterError, BaseMismatch, SparseTensor, Switcher
+from shira import AdapterError, BaseMismatch, SparseTensor, Switcher, kernels
 
 STRENGTHS = st.sampled_from([1.0, 0.5, -0.25, 2.0])
 
@@ -29,6 +29,69 @@ def test_a_fused_adapter_is_what_the_switcher_makes(alpha, beta, gamma, dtype):
     live = all_bits(model)
     switcher.use("fused")
     assert same_bits(live, all_bits(model))
+
+
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+
+
+def jagged(count, dtype, generator):
+    """Values of very different sizes, and zeros of both signs."""
+    values = torch.randn(count, generator=generator) * 2.0 ** torch.randint(-20, 6, (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < 0.1, values.sign() * 0.0, values).to(dtype)
+
+
+@given(
+    method=st.sampled_from(["sum", "mean", "max", "ties"]),
+    numel=st.sampled_from([1, 63, 4096, 4097, 10_000]),
+    base_dtype=st.one_of(st.none(), FLOATS),
+    parts=st.lists(
+        st.tuples(st.sampled_from([1.0, 0.1, -1.7, 2.0]), FLOATS, st.booleans(), st.sampled_from([0.0, 0.02, 0.6, 1.0])),
+        min_size=1,
+        max_size=5,
+    ),
+    seed=st.integers(0, 9999),
+)
+def test_one_pass_gives_the_bits_of_the_reference(method, numel, base_dtype, parts, seed):
+    """All dtypes, kinds and methods, with a base and without; windows full, empty, and not quite."""
+    generator = torch.Generator().manual_seed(seed)
+    base = None if base_dtype is None else {"w": jagged(numel, base_dtype, generator)}
+    adapters = {}
+    for number, (strength, dtype, is_delta, density) in enumerate(parts):
+        where = (torch.rand(numel, generator=generator) < density).nonzero().view(-1)
+        kind = "delta" if is_delta or base is None else "overwrite"
+        tensor = SparseTensor((numel,), where, jagged(where.numel(), dtype, generator), kind)
+        prints = {} if base is None else {"w": shira.adapter.fingerprint(base["w"][where])}
+        adapters[f"{number}"] = (shira.Adapter({"w": tensor}, {"fingerprints": prints}), strength)
+    found = {}
+    for name in kernels.BACKENDS:
+        with kernels.backend(name):
+            found[name] = shira.fuse(adapters, base=base, method=method)
+    expected = found.pop("reference")
+    for fused in found.values():
+        assert torch.equal(fused.tensors["w"].indices, expected.tensors["w"].indices)
+        assert fused.tensors["w"].values.dtype == expected.tensors["w"].values.dtype
+        assert torch.equal(bits(fused.tensors["w"].values), bits(expected.tensors["w"].values))
+        assert fused.metadata == expected.metadata
+
+
+@pytest.mark.parametrize("method", ["sum", "max"])
+def test_a_base_that_is_not_finite_is_no_obstacle_where_it_is_overwritten(method):
+    """And where a delta would be added to it, an error in every backend; likewise a sum that overflows."""
+    base = {"w": torch.tensor([float("nan"), float("inf"), 3e38, 1.0]).to(torch.bfloat16)}
+
+    def adapter(indices, values, kind):
+        return shira.Adapter({"w": SparseTensor((4,), torch.tensor(indices), torch.tensor(values), kind)})
+
+    over, delta, more = adapter([0, 1], [1.0, -0.0], "overwrite"), adapter([0], [1.0], "delta"), adapter([2], [3e38], "delta")
+    for name in kernels.BACKENDS:
+        with kernels.backend(name):
+            fused = shira.fuse({"over": (over, 1.0)}, base=base, method=method)
+            expected = bits(torch.tensor([1.0, -0.0], dtype=torch.bfloat16))
+            assert torch.equal(bits(fused.tensors["w"].values), expected)
+            assert fused.fingerprints["w"] == shira.adapter.fingerprint(base["w"][:2])
+            for wrong in (delta, more):
+                with pytest.raises(AdapterError, match="must be finite"):
+                    shira.fuse({"wrong": (wrong, 1.0)}, base=base, method=method)
 
 
 def test_fusing_files_gives_a_file_that_switches_and_fuses_again(tmp_path):

@@ -269,3 +269,33 @@ def test_merge_refuses_positions_below_zero_in_c():
     if "native" in kernels.BACKENDS:
         with kernels.backend("native"), pytest.raises(IndexError):
             kernels.merge([torch.tensor([-5, 3])])
+
+
+@pytest.mark.parametrize(
+    ("indices", "values", "weight"),
+    [
+        (torch.tensor([4]), torch.ones(1), torch.zeros(4)),
+        (torch.tensor([-1]), torch.ones(1), torch.zeros(4)),
+        (torch.tensor([-1]), torch.ones(1), None),
+        (torch.tensor([1]), torch.ones(2), torch.zeros(4)),
+        (torch.tensor([1]), torch.ones(1), torch.zeros(4).double()),
+        (torch.tensor([1]), torch.ones(1), torch.zeros(4, 4).T[:2]),
+    ],
+)
+def test_fusing_in_one_pass_reads_no_other_memory(indices, values, weight):
+    change = kernels.Change(indices.int(), values, 1.0, False, True)
+    with kernels.backend("native"), pytest.raises(IndexError):
+        kernels.fused(weight, [change], torch.float32, "sum")
+
+
+def test_what_no_kernel_fuses():
+    """It says so, and the general way is taken."""
+    change = kernels.Change(torch.tensor([1]), torch.ones(1), 1.0, False, True)
+    narrow = change._replace(indices=change.indices.int())
+    with kernels.backend("native"):
+        assert kernels.fused(None, [narrow], torch.float32, "sum").values.tolist() == [1.0]
+        assert kernels.fused(None, [change], torch.float32, "sum") is None
+        assert kernels.fused(None, [narrow], torch.float16, "sum") is None
+        assert kernels.fused(None, [narrow], torch.float32, "ties") is None
+    with kernels.backend("torch"):
+        assert kernels.fused(None, [narrow], torch.float32, "sum") is None

@@ -1,5 +1,7 @@
 """The harness on a live model gives what our own scores give, adapters and all."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,8 +9,8 @@ import shira
 from conftest import letter_tokenizer, random_adapter
 from shira import DataError
 from shira.data.tasks import Example
-from shira.evaluation import choice_scores
-from shira.integrations.lm_eval import evaluate, interval, task_of
+from shira.evaluation import choice_scores, interval
+from shira.integrations.lm_eval import evaluate, task_of
 
 WORDS = ["abc", "cab", "ba", "bac", "ca", "ab", "acb"]
 SINGLE = [Example(f"{word} is ", "a", ("a", "b", "c"), number % 3) for number, word in enumerate(WORDS)]
@@ -77,3 +79,21 @@ def test_what_cannot_be_asked(live):
 )
 def test_intervals_are_wilsons(right, asked, low, high):
     assert interval(right, asked) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_command_asks_the_harness(live, tmp_path, run):
+    model, tokenizer = live
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": e.prompt, "choices": list(e.choices), "label": e.label} for e in LONG]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    random_adapter(model, 1).save(tmp_path / "random.safetensors")
+    line = f"eval {tmp_path}/model --data {tmp_path}/long.jsonl -a {tmp_path}/random.safetensors --harness"
+    code, out, err = run(f"{line} --json")
+    assert code == 0, err
+    (base, _) = json.loads(out)["accuracy"]
+    right = sum(expected(model, tokenizer, LONG, True))
+    assert base[f"{tmp_path}/long.jsonl"] == right / len(LONG)
+    low, high = interval(right, len(LONG))
+    code, out, _ = run(line)
+    assert f"({100 * low:.0f}-{100 * high:.0f})" in out

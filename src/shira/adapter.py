@@ -166,8 +166,10 @@ def fingerprint(values: Tensor) -> str:
 
     Taken in float32, it is the same for a bfloat16 checkpoint loaded as bfloat16 and as float32.
     """
-    data = values.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
-    return hashlib.sha256(data.data).hexdigest()[:32]
+    digest = hashlib.sha256()
+    for piece in values.detach().reshape(-1).split(2**18):  # what is widened stays in cache
+        digest.update(piece.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()[:32]
 
 
 def _plain(dtype: torch.dtype) -> str:

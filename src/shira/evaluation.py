@@ -1,5 +1,6 @@
 """Accuracy on multiple choice: the answer is the choice to which the model gives the highest probability."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from .data.tasks import Example
 from .errors import DataError
 from .integrations.transformers import few_logits, left_padded, takes
 
-__all__ = ["accuracy", "choice_scores"]
+__all__ = ["accuracy", "choice_scores", "interval"]
 
 
 def accuracy(
@@ -40,6 +41,14 @@ def accuracy(
         done += len(batch)
         on_progress(done)
     return right / len(examples)
+
+
+def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a share, 95 % by default: (low, high)."""
+    share, square = right / asked, z * z
+    middle = (share + square / (2 * asked)) / (1 + square / asked)
+    half = z / (1 + square / asked) * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def choice_scores(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:

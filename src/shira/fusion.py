@@ -14,7 +14,7 @@ from . import kernels
 from .adapter import Adapter, SparseTensor, fingerprint
 from .errors import AdapterError, BaseMismatch, did_you_mean
 from .format import opened
-from .kernels import Overlap
+from .kernels import Change, Fused, Overlap
 from .methods import Method, Part, resolve
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
@@ -196,12 +196,19 @@ def _fused_over(
         if name in adapters[labels[number]].fingerprints:
             _check_values(labels[number], name, adapters[labels[number]], base, weights[name].dtype)
 
-    overlap = kernels.merge([tensor.indices for tensor in held.values()])
-    device = overlap.indices.device
-    base = kernels.gather(weights[name], overlap.indices.to(weights[name].device)).to(device)
+    weight = weights[name].detach()
     parts = [(tensor, scale[label]) for label, tensor in held.items()]
-    indices, values, base = combine(name, parts, overlap, base, method, check=check)
-    return SparseTensor(tuple(weights[name].shape), indices.cpu(), values.cpu()), fingerprint(base)
+    fused = _in_one_pass(parts, weight, weight.dtype, method)
+    if fused is not None:
+        for number, (tensor, _) in enumerate(parts):
+            if tensor.kind == "overwrite":
+                check(number, fused.under[number])
+        indices, values, base = fused[:3]
+    else:
+        overlap = kernels.merge([tensor.indices for tensor, _ in parts])
+        base = kernels.gather(weight, overlap.indices.to(weight.device)).to(overlap.indices.device)
+        indices, values, base = combine(name, parts, overlap, base, method, check=check)
+    return SparseTensor(tuple(weight.shape), indices.cpu(), values.cpu()), fingerprint(base)
 
 
 def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[str, float], method: Method) -> SparseTensor:
@@ -215,10 +222,30 @@ def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[st
     dtype = parts[0][0].values.dtype
     for tensor, _ in parts:
         dtype = torch.promote_types(dtype, tensor.values.dtype)
+    fused = _in_one_pass(parts, None, dtype, method)
+    if fused is not None:
+        return SparseTensor(parts[0][0].shape, fused.indices, fused.values, "delta")
     overlap = kernels.merge([tensor.indices for tensor, _ in parts])
     zeros = torch.zeros(overlap.indices.numel(), dtype=dtype, device=overlap.indices.device)
     indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
     return SparseTensor(parts[0][0].shape, indices.cpu(), values.cpu(), "delta")
+
+
+def _in_one_pass(
+    parts: Sequence[tuple[SparseTensor, float]], weight: Tensor | None, dtype: torch.dtype, method: Method
+) -> Fused | None:
+    """What `combine` would return over the base in `weight`, or over zeros, where a kernel does it all at once; else None."""
+    changes = [
+        Change(
+            tensor.indices,
+            tensor.values if tensor.kind == "delta" else tensor.values.to(dtype),
+            strength,
+            tensor.kind == "delta",
+            strength == 1 and (weight is None or tensor.kind == "overwrite"),
+        )
+        for tensor, strength in parts
+    ]
+    return kernels.fused(weight, changes, dtype, method.name)
 
 
 def _metadata(

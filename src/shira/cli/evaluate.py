@@ -1,5 +1,6 @@
 """shira eval: accuracy with and without adapters."""
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Annotated, Any
 
@@ -7,10 +8,13 @@ import typer
 from rich.table import Table
 
 from ..data.reading import examples_of
-from ..evaluation import accuracy
+from ..data.tasks import Example
+from ..errors import DataError
+from ..evaluation import accuracy, interval
 from ..format import load
 from ..strengths import Strength
 from ..switching import Switcher
+from .fuse import Density, Drop, MethodName, Seed, method_options
 from .output import console, parse_adapter, print_json, progress, waiting
 
 __all__ = ["evaluate"]
@@ -20,23 +24,34 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct.")],
     data: Annotated[
         list[str],
-        typer.Option(help="JSONL or Parquet (prompt, choices, label), a data set, or a built-in task: spam, questions, film."),
+        typer.Option(help="JSONL or Parquet (prompt, choices, label), a data set, or a built-in task: spam, boolq, …"),
     ],
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="FILE or FILE=STRENGTH; several are fused.", show_default=False)
     ] = None,
+    method: MethodName = "sum",
+    density: Density = None,
+    drop: Drop = None,
+    seed: Seed = None,
+    harness: Annotated[
+        bool,
+        typer.Option("--harness", help="Let EleutherAI's lm-eval score; a choice of several words then counts by its length."),
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Use this many examples at most (all).", min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Accuracy on held-out examples, of the base and, if adapters are given, with them.
+    """Accuracy on held-out examples with its 95 % interval, of the base and, if adapters are given, with them.
 
-    Example: shira eval SmolLM2-135M-Instruct --data spam --adapter spam.safetensors
+    Example: shira eval SmolLM2-135M-Instruct --data spam -a spam.safetensors -a film.safetensors=0.5 --method mean
     """
     from ..integrations.transformers import load_model, load_tokenizer
 
+    options = method_options(method, density=density, drop=drop, seed=seed)
     adapters = {path: (load(path), strength) for path, strength in map(parse_adapter, adapter or [])}
+    if len(adapters) < len(adapter or []):
+        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
     examples = {name: list(islice(examples_of(name, "test"), limit)) for name in data}
     with waiting("loading the model"):
         loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
@@ -46,18 +61,34 @@ def evaluate(
     states: dict[str, dict[str, Strength] | None] = {"base": None}
     if adapters:
         states[" + ".join(adapter or [])] = {path: strength for path, (_, strength) in adapters.items()}
+    measure = _by_harness if harness else accuracy
     results: list[dict[str, Any]] = []
     for label, selection in states.items():
-        switcher.use(selection)
+        switcher.use(selection, method, **options)
         row: dict[str, Any] = {"active": label}
         for name, chosen in examples.items():
-            with progress(f"{label}: {name}"[-28:], len(chosen)) as update:
-                row[name] = accuracy(loaded, tokenizer, chosen, batch_size=batch_size, on_progress=lambda n: update(n, ""))  # noqa: B023
+            sequences = sum(len(example.choices) for example in chosen)
+            with progress(f"{label}: {name}"[-28:], sequences if harness else len(chosen)) as update:
+                row[name] = measure(loaded, tokenizer, chosen, batch_size=batch_size, on_progress=update)
         results.append(row)
     if as_json:
-        print_json({"model": model, "examples": {name: len(chosen) for name, chosen in examples.items()}, "accuracy": results})
+        counts = {name: len(chosen) for name, chosen in examples.items()}
+        print_json({"model": model, "method": switcher.method, "examples": counts, "accuracy": results})
         return
-    table = Table("active", *(f"{name} ({len(chosen)})" for name, chosen in examples.items()), title="accuracy, %")
+    title = "accuracy, %" if method == "sum" else f"accuracy, %; fused by {method}"
+    table = Table("active", *(f"{name} ({len(chosen)})" for name, chosen in examples.items()), title=title)
     for row in results:
-        table.add_row(row["active"], *(f"{100 * row[name]:.1f}" for name in examples))
+        table.add_row(row["active"], *(_cell(row[name], len(chosen)) for name, chosen in examples.items()))
     console.print(table)
+
+
+def _cell(share: float, asked: int) -> str:
+    low, high = interval(round(share * asked), asked)
+    return f"{100 * share:.1f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _by_harness(model: Any, tokenizer: Any, examples: Sequence[Example], **options: Any) -> float:
+    from ..integrations import lm_eval
+
+    (score,) = lm_eval.evaluate(model, tokenizer, [lm_eval.task_of("data", examples)], **options)
+    return score.accuracy

@@ -13,7 +13,19 @@ from ..methods import resolve
 from ..strengths import Strength, check_strengths
 from .output import bytes_text, console, parse_adapter, waiting
 
-__all__ = ["fuse"]
+__all__ = ["Density", "Drop", "MethodName", "Seed", "fuse", "method_options"]
+
+MethodName = Annotated[str, typer.Option(help="Where they meet: sum, mean, max, ties or dare.")]
+Density = Annotated[float | None, typer.Option(help="ties: the share of each adapter's changes to keep (0.2).")]
+Drop = Annotated[float | None, typer.Option(help="dare: the probability of dropping a change (0.5).")]
+Seed = Annotated[int | None, typer.Option(help="dare: of what is dropped (0).")]
+
+
+def method_options(method: str, **given: float | None) -> dict[str, float]:
+    """Those of a method's options that were given. Raises AdapterError for a method or option that cannot be."""
+    options = {key: value for key, value in given.items() if value is not None}
+    resolve(method, options)
+    return options
 
 
 def fuse(
@@ -28,10 +40,10 @@ def fuse(
         str | None, typer.Option(help="The model they were trained on; needed unless all are deltas.", show_default=False)
     ] = None,
     name: Annotated[str | None, typer.Option(help="The fused adapter's name.")] = None,
-    method: Annotated[str, typer.Option(help="Where they meet: sum, mean, max, ties or dare.")] = "sum",
-    density: Annotated[float | None, typer.Option(help="ties: the share of each adapter's changes to keep (0.2).")] = None,
-    drop: Annotated[float | None, typer.Option(help="dare: the probability of dropping a change (0.5).")] = None,
-    seed: Annotated[int | None, typer.Option(help="dare: of what is dropped (0).")] = None,
+    method: MethodName = "sum",
+    density: Density = None,
+    drop: Drop = None,
+    seed: Seed = None,
 ) -> None:
     """Fuse adapters into one: base + what the method makes of the changes, strength · (values − base).
 
@@ -42,9 +54,7 @@ def fuse(
         strengths[path] = strength
     if len(strengths) < len(adapters):
         raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
-    given = {"density": density, "drop": drop, "seed": seed}
-    options = {key: value for key, value in given.items() if value is not None}
-    resolve(method, options)  # what is wrong should be known before a model is loaded
+    options = method_options(method, density=density, drop=drop, seed=seed)  # before a model is loaded
     check_strengths({str(path): strength for path, strength in strengths.items()})
     recorded = set()
     for file in strengths:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from ..data.tasks import Example
 from ..errors import DataError, MissingExtra
 from .transformers import few_logits, left_padded, takes
 
-__all__ = ["Score", "evaluate", "interval", "task_of"]
+__all__ = ["Score", "evaluate", "task_of"]
 
 KINDS = ("likelihood", "generated")
 
@@ -35,14 +34,6 @@ class Score:
     @property
     def accuracy(self) -> float:
         return sum(self.right) / len(self.right)
-
-
-def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of an accuracy, 95 % by default: (low, high)."""
-    share, square = right / asked, z * z
-    middle = (share + square / (2 * asked)) / (1 + square / asked)
-    half = z / (1 + square / asked) * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood") -> dict[str, Any]:

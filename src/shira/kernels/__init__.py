@@ -14,16 +14,19 @@ from torch import Tensor
 
 from . import native, opaque, reference, torch_ops
 from .pattern import Pattern, find_pattern
-from .plan import Overlap, Plan, Write
+from .plan import Change, Fused, Overlap, Plan, Write
 
 __all__ = [
     "BACKENDS",
+    "Change",
+    "Fused",
     "Overlap",
     "Pattern",
     "Plan",
     "Write",
     "backend",
     "find_pattern",
+    "fused",
     "gather",
     "gradient_of_rows",
     "merge",
@@ -88,6 +91,16 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
     """The union of several tensors' positions: `runs`, one or more, each [k], sorted and unique, int32 or int64."""
     overlap: Overlap = _for(*runs).merge(runs)
     return overlap
+
+
+def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, method: str) -> Fused | None:
+    """The base and what a method makes of the changes to it: in float32, in their order, rounded once to `dtype`.
+
+    weight: the base, of that dtype; None for zeros, and neither `base` nor `under` then hold anything.
+    Returns None where no kernel does this: it is up to `fusion.combine` then, which says what is right.
+    """
+    tensors = [tensor for change in changes for tensor in change[:2]] + ([] if weight is None else [weight])
+    return native.fused(weight, changes, dtype, method) if _for(*tensors) is native else None
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

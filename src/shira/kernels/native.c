@@ -1,18 +1,12 @@
-/* The three loops that shira lives by, for the CPU. reference.py says what they must do; native.py calls them.
+/* Switching and sampling, for the CPU; fusion.c has the rest. reference.py says what they must do; native.py calls them.
  *
  * swap: move entries between weights and the values that wait for them. One pass over the touched cache lines: each is
  * fetched ahead of its use, since sparse positions are too far apart for the hardware to guess.
  *
  * sampled: dot products of rows, one for each position of a mask: the weight gradient where it is wanted.
- *
- * merge: the union of sorted positions, and the place of each in it.
  */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 
 #ifndef _WIN32
 #include <dlfcn.h>
@@ -23,12 +17,6 @@
 #define PREFETCH(address) __builtin_prefetch((address), 0, 0) /* past the second-level cache: each line is used once */
 #else
 #define PREFETCH(address) ((void)0)
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define FAST_VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FAST_VERSIONS
 #endif
 
 enum { AHEAD = 64, MAX_THREADS = 64 }; /* positions to fetch ahead */
@@ -244,13 +232,6 @@ typedef struct {
 
 enum { TILE = 16 };
 
-static inline float widened(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 #define PACK(NAME, ENTRY, WIDEN)                                                                       \
     FAST_VERSIONS                                                                                      \
     static void NAME(const Pack *job, int64_t first, int64_t last) {                                   \
@@ -305,84 +286,11 @@ static PyObject *sampled(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* Sorted positions that are to be merged with others. */
-typedef struct {
-    const void *positions; /* [count], int32 or int64, strictly rising, at least 0 */
-    int32_t *places;       /* [count], gets the place of each among the merged ones */
-    int64_t count, done;   /* how many; how many lie before the window */
-} Run;
-
-/* A window of positions at a time, one bit each: it stays in cache, and any number of runs merge without a comparison. */
-enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
-
-#if defined(__GNUC__) || defined(__clang__)
-#define ONES(word) __builtin_popcountll(word)
-#else
-static inline int ONES(uint64_t word) {
-    word -= word >> 1 & 0x5555555555555555u;
-    word = (word & 0x3333333333333333u) + (word >> 2 & 0x3333333333333333u);
-    return (int)(((word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
-}
-#endif
-#define BELOW(bit) (((uint64_t)1 << (bit)) - 1)
-
-/* merged: gets the union; touched: how many runs have each. Returns its size. */
-#define MERGE(NAME, INDEX)                                                                                      \
-    FAST_VERSIONS                                                                                               \
-    static int64_t NAME(Run *runs, Py_ssize_t count, int64_t last, INDEX *merged, int32_t *touched) {           \
-        int64_t found = 0;                                                                                      \
-        for (int64_t start = 0; start < last; start += WINDOW) {                                                \
-            uint64_t held[WORDS] = {0};                                                                         \
-            int32_t before[WORDS];                                                                              \
-            for (Py_ssize_t r = 0; r < count; r++) {                                                            \
-                const INDEX *positions = (const INDEX *)runs[r].positions;                                      \
-                for (int64_t i = runs[r].done; i < runs[r].count && positions[i] - start < WINDOW; i++) {       \
-                    const uint32_t at = (uint32_t)(positions[i] - start);                                       \
-                    held[at / 64] |= (uint64_t)1 << at % 64;                                                    \
-                }                                                                                               \
-            }                                                                                                   \
-            for (int w = 0; w < WORDS; w++) {                                                                   \
-                before[w] = (int32_t)found;                                                                     \
-                for (uint64_t bits = held[w]; bits; bits &= bits - 1, found++)                                  \
-                    merged[found] = (INDEX)(start + w * 64 + ONES((bits & (0 - bits)) - 1)), touched[found] = 0; \
-            }                                                                                                   \
-            for (Py_ssize_t r = 0; r < count; r++) {                                                            \
-                const INDEX *positions = (const INDEX *)runs[r].positions;                                      \
-                int64_t i = runs[r].done;                                                                       \
-                for (; i < runs[r].count && positions[i] - start < WINDOW; i++) {                               \
-                    const uint32_t at = (uint32_t)(positions[i] - start);                                       \
-                    const int32_t place = before[at / 64] + ONES(held[at / 64] & BELOW(at % 64));               \
-                    runs[r].places[i] = place, touched[place]++;                                                \
-                }                                                                                               \
-                runs[r].done = i;                                                                               \
-            }                                                                                                   \
-        }                                                                                                       \
-        return found;                                                                                           \
-    }
-MERGE(merge_4, int32_t)
-MERGE(merge_8, int64_t)
-
-/* The union of some runs, whose positions are below `last`, with room for all they hold. One thread: several may merge. */
-static PyObject *merge(PyObject *self, PyObject *args) {
-    unsigned long long address, merged, touched;
-    Py_ssize_t count;
-    long long last, found;
-    int index_bytes;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "KnLKKi", &address, &count, &last, &merged, &touched, &index_bytes)) return NULL;
-    Run *runs = (Run *)(uintptr_t)address;
-    int32_t *counts = (int32_t *)(uintptr_t)touched;
-    Py_BEGIN_ALLOW_THREADS
-    found = index_bytes == 8 ? merge_8(runs, count, last, (int64_t *)(uintptr_t)merged, counts)
-                             : merge_4(runs, count, last, (int32_t *)(uintptr_t)merged, counts);
-    Py_END_ALLOW_THREADS
-    return PyLong_FromLongLong(found);
-}
-
 static PyMethodDef methods[] = {
     {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, address of begun, threads)"},
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
     {"merge", merge, METH_VARARGS, "merge(address of an array of runs, how many, past the last position, merged, touched, index bytes)"},
+    {"fused", fused, METH_VARARGS, "fused(address of an array of changes, how many, value bytes, weight, its entry bytes, past the last position, positions, values, base, mode)"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-"""The kernels in C (native.c), for the CPU: one call for a whole plan, on torch's number of threads.
+"""The kernels in C (native.c, fusion.c), for the CPU: one call for a whole plan, on torch's number of threads.
 
 Sparse positions miss every cache and no hardware prefetcher sees them coming; the loop fetches them ahead. And it can
 not be interrupted, so keeping and writing may share one pass. Where the extension was not built, `_native` is None and
@@ -15,19 +15,26 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
-from .plan import Overlap, Plan, Write
+from .plan import Change, Fused, Overlap, Plan, Write
 
 try:
     _native: Any = importlib.import_module("._native", __package__)
 except ImportError:
     _native = None
 
-__all__ = ["available", "gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["available", "fused", "gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 PART = np.dtype(  # as in native.c
     [("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("count", "i8"), ("entry", "i4"), ("index", "i4")]
 )
-RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])
+RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])  # as in fusion.c
+CHANGE = np.dtype(
+    [
+        *[("positions", "u8"), ("values", "u8"), ("under", "u8"), ("count", "i8"), ("done", "i8")],
+        *[("strength", "f4"), ("is_delta", "i4"), ("is_exact", "i4"), ("", "i4")],
+    ]
+)
+MODES = {"sum": 0, "mean": 1, "max": 2}
 
 KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
@@ -90,6 +97,42 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
     given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
     found = _native.merge(*given)
     return Overlap(indices[:found].clone(), places, counts[:found])  # positions are kept: without the room
+
+
+def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, method: str) -> Fused | None:
+    """See `kernels.fused`: a window of positions at a time, without finding first where they meet. For sums, means and the
+    largest, in float32 and bfloat16, below 2³¹ entries; deltas may have any dtype."""
+    indices = [change.indices.contiguous() for change in changes]
+    if method not in MODES or dtype not in (torch.float32, torch.bfloat16) or any(i.dtype != torch.int32 for i in indices):
+        return None
+    common = torch.bfloat16 if all(change.values.dtype == dtype == torch.bfloat16 for change in changes) else torch.float32
+    values = [change.values.to(common).contiguous() for change in changes]
+    end = max((int(where[-1]) + 1 for where in indices if where.numel()), default=0)  # they are sorted
+    size = end if weight is None else weight.numel()
+    if end > size or any(where.numel() and int(where[0]) < 0 for where in indices):
+        raise IndexError(f"positions below 0, or up to {end - 1} in a tensor of {size} entries")
+    if any(given.shape != where.shape for given, where in zip(values, indices, strict=True)):
+        raise IndexError("there must be as many values as positions")
+    if weight is not None and not (weight.is_contiguous() and weight.dtype == dtype):
+        raise IndexError(f"the base must be contiguous and {dtype}, found {weight.dtype}")
+    under = [torch.empty(0 if weight is None else where.numel(), dtype=dtype) for where in indices]
+    table = np.zeros(len(changes), dtype=CHANGE)
+    for field, tensors in (("positions", indices), ("values", values), ("under", under)):
+        table[field] = [tensor.data_ptr() for tensor in tensors]
+    table["count"] = [where.numel() for where in indices]
+    for field in ("strength", "is_delta", "is_exact"):
+        table[field] = [getattr(change, field) for change in changes]
+    room = sum(where.numel() for where in indices)
+    found_at, fresh = torch.empty(room, dtype=torch.int32), torch.empty(room, dtype=dtype)
+    base = torch.empty(0 if weight is None else room, dtype=dtype)
+    given = (table.ctypes.data, len(changes), common.itemsize, 0 if weight is None else weight.data_ptr(), dtype.itemsize, end)
+    found = _native.fused(*given, found_at.data_ptr(), fresh.data_ptr(), base.data_ptr(), MODES[method])
+    return Fused(_kept(found_at, found), _kept(fresh, found), base[:found], under)
+
+
+def _kept(tensor: Tensor, count: int) -> Tensor:
+    """Its first entries, without the room for others where that is more than an eighth."""
+    return tensor[:count] if 8 * count > 7 * tensor.numel() else tensor[:count].clone()
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Overlap", "Plan", "Write"]
+__all__ = ["Change", "Fused", "Overlap", "Plan", "Write"]
 
 
 class Overlap(NamedTuple):
@@ -17,6 +17,25 @@ class Overlap(NamedTuple):
     indices: Tensor  # [n], sorted and unique, in the dtype of theirs
     places: list[Tensor]  # of each tensor [k], int32: its own positions are indices[places]
     counts: Tensor  # [n], int32, how many hold each
+
+
+class Change(NamedTuple):
+    """What one adapter changes in a tensor: by strength · (values − base), or of a delta strength · values."""
+
+    indices: Tensor  # [k], int32 or int64
+    values: Tensor  # [k], floating point; of an overwrite in the base's dtype
+    strength: float
+    is_delta: bool
+    is_exact: bool  # where no other has a change, its value comes out bit for bit
+
+
+class Fused(NamedTuple):
+    """What comes of several changes."""
+
+    indices: Tensor  # [n], all of theirs, sorted and unique
+    values: Tensor  # [n], new, in the base's dtype
+    base: Tensor  # [n], the base's there
+    under: list[Tensor]  # of each change [k], the base's at its own positions
 
 
 class Write(NamedTuple):
