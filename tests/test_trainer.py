@@ -107,8 +107,7 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
             trainer.train(resume_from_checkpoint=True if folder == killed else None)
             found[folder.name] = losses(trainer), tuner.adapter()
     assert (killed / "unfinished-checkpoint-6" / ADAPTER).exists()
-    assert len(found["whole"][0]) == STEPS and len(set(found["whole"][0])) == STEPS
-    assert found["killed"][0] == found["whole"][0]
+    assert found["killed"][0] == found["whole"][0] and len(set(found["whole"][0])) == STEPS
     assert same_adapter(found["killed"][1], found["whole"][1])
     last = [shira.load(tmp_path / name / f"checkpoint-{STEPS}" / ADAPTER) for name in ("killed", "whole")]
     assert same_adapter(*last) and same_adapter(last[0], found["whole"][1])
@@ -159,8 +158,7 @@ def test_a_checkpoint_holds_no_copy_of_the_base(tmp_path):
     assert same_bits(base, all_bits(model))
     model.save_pretrained(tmp_path / "whole")  # detached: the model's own again
     assert (tmp_path / "whole" / "config.json").exists()
-    with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict({})
+    assert not {"save_pretrained", "load_state_dict"} & set(vars(model))
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):

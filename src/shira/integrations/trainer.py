@@ -82,9 +82,8 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
             raise TuningError("the Trainer's optimizer does not train this tuner's parameters; attach before it is made")
 
     def on_push_begin(self, args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        self._save_pretrained(
-            args.output_dir, args.should_save
-        )  # of a checkpoint the Trainer copies only files whose names it knows
+        # of a checkpoint the Trainer copies only files whose names it knows
+        self._save_pretrained(args.output_dir, args.should_save)
 
     def _check(self, args: Any, model: Any) -> None:
         self.tuner.masters("trained with ShiraCallback")
