@@ -11,7 +11,6 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import shira
@@ -99,9 +98,7 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
         while "saving" not in (line := child.stdout.readline()):
             assert line, "the run ended before its third checkpoint"
         child.kill()
-    half = killed / "checkpoint-6"
-    assert (half / ADAPTER).exists() and not (half / "optimizer.pt").exists()
-
+    assert (killed / "checkpoint-6" / ADAPTER).exists() and not (killed / "checkpoint-6" / "optimizer.pt").exists()
     found = {}
     for folder in (killed, tmp_path / "whole"):
         model = llama()
@@ -110,8 +107,7 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
             trainer.train(resume_from_checkpoint=True if folder == killed else None)
             found[folder.name] = losses(trainer), tuner.adapter()
     assert (killed / "unfinished-checkpoint-6" / ADAPTER).exists()
-    assert len(found["whole"][0]) == STEPS and len(set(found["whole"][0])) == STEPS
-    assert found["killed"][0] == found["whole"][0]
+    assert found["killed"][0] == found["whole"][0] and len(set(found["whole"][0])) == STEPS
     assert same_adapter(found["killed"][1], found["whole"][1])
     last = [shira.load(tmp_path / name / f"checkpoint-{STEPS}" / ADAPTER) for name in ("killed", "whole")]
     assert same_adapter(*last) and same_adapter(last[0], found["whole"][1])
@@ -145,16 +141,16 @@ def test_a_checkpoint_holds_no_copy_of_the_base(tmp_path):
         trainer = trainer_of(model, tmp_path, [ShiraCallback(tuner, name="poet", license="MIT")], save_steps=STEPS)
         trainer.train()
         trainer.save_model(tmp_path / "final")
-        trained = tuner.adapter()
-        count = tuner.nnz
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+        trained, count = tuner.adapter(), tuner.nnz
     checkpoint = tmp_path / f"checkpoint-{STEPS}"
-    assert {path.name for path in checkpoint.iterdir()} == {
-        "README.md", ADAPTER, "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json",
-        "training_args.bin",
-    }  # fmt: skip
+    small = {"README.md", ADAPTER, "training_args.bin"}
+    resumable = {"model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
+    assert {path.name for path in checkpoint.iterdir()} == small | resumable
     kept = safetensors.torch.load_file(checkpoint / "model.safetensors")
     assert sum(tensor.numel() for tensor in kept.values() if tensor.is_floating_point()) == count
-    assert {path.name for path in (tmp_path / "final").iterdir()} == {"README.md", ADAPTER, "training_args.bin"}
+    assert {path.name for path in (tmp_path / "final").iterdir()} == small
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", ADAPTER, "final", checkpoint.name}
     saved = shira.load(tmp_path / "final" / ADAPTER)
     assert same_adapter(saved, trained)
     assert (saved.name, saved.metadata["license"]) == ("poet", "MIT")
@@ -162,8 +158,7 @@ def test_a_checkpoint_holds_no_copy_of_the_base(tmp_path):
     assert same_bits(base, all_bits(model))
     model.save_pretrained(tmp_path / "whole")  # detached: the model's own again
     assert (tmp_path / "whole" / "config.json").exists()
-    with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict({})
+    assert not {"save_pretrained", "load_state_dict"} & set(vars(model))
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
@@ -262,38 +257,25 @@ def test_the_card_tells_how_to_load_and_it_is_so(tmp_path, monkeypatch):
     assert same_bits(all_bits(names["model"]), all_bits(model))
 
 
-def other_mask(model):
-    return shira.attach(model, mask="rand", density=0.05, seed=1)
-
-
 @pytest.mark.parametrize(
-    ("attach", "options", "error", "words"),
+    ("settings", "options", "error", "words"),
     [
-        (other_mask, {}, TuningError, "another mask: .* other positions of 'model.layers.0.self_attn.q_proj.weight'"),
-        (lambda m: shira.attach(m, mask="rand", density=0.1), {}, TuningError, "29 entries .* train there and 58"),
-        (
-            lambda m: shira.attach(m, mask="rand", density=0.05, targets="mlp"),
-            {},
-            TuningError,
-            "of other targets: missing none",
-        ),
-        (lambda m: shira.attach(m, mask="rand", density=0.05), {"dtype": torch.bfloat16}, BaseMismatch, "another base"),
-        (
-            lambda m: shira.attach(m, mask="rand", density=0.05),
-            {"hidden_size": 48, "intermediate_size": 80},
-            BaseMismatch,
-            r"another model: '.*q_proj.weight' is \[24, 24\] there and \[48, 48\] here",
-        ),
+        ({"seed": 1}, {}, TuningError, "another mask: .* other positions of 'model.layers.0.self_attn.q_proj.weight'"),
+        ({"density": 0.1}, {}, TuningError, "29 entries .* train there and 58"),
+        ({"targets": "mlp"}, {}, TuningError, "of other targets: missing none"),
+        ({}, {"dtype": torch.bfloat16}, BaseMismatch, "another base"),
+        ({}, {"hidden_size": 48}, BaseMismatch, r"another model: '.*q_proj.weight' is \[24, 24\] there and \[48, 48\] here"),
     ],
     ids=["positions", "density", "targets", "base", "shapes"],
 )
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, attach, options, error, words):
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, settings, options, error, words):
+    usual = {"mask": "rand", "density": 0.05}
     first = llama()
-    with shira.attach(first, mask="rand", density=0.05) as tuner:
+    with shira.attach(first, **usual) as tuner:
         trainer_of(first, tmp_path, [ShiraCallback(tuner)], max_steps=2).train()
     model = llama(**options)
     before = all_bits(model)
-    with attach(model) as tuner:
+    with shira.attach(model, **(usual | settings)) as tuner:
         start = [bits(parameter) for parameter in tuner.parameters()]
         with pytest.raises(error, match=words):
             trainer_of(model, tmp_path, [ShiraCallback(tuner)]).train(resume_from_checkpoint=True)
@@ -338,8 +320,8 @@ def test_engines_that_save_in_their_own_way_are_refused(tmp_path, monkeypatch):
     with snip(model) as tuner:
         callback = ShiraCallback(tuner)
         trainer = trainer_of(model, tmp_path, [callback])
-        monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
-        with pytest.raises(TuningError, match="under FSDP the Trainer saves"):
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", object())
+        with pytest.raises(TuningError, match="with fsdp the Trainer saves"):
             callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
 
 
@@ -396,9 +378,8 @@ def test_what_is_whole_is_left_alone(tmp_path, caplog):
     assert set_aside(tmp_path) == [tmp_path / "unfinished-checkpoint-6"]
     assert "checkpoint-6 is not whole" in caplog.text
     assert set_aside(tmp_path) == set_aside(tmp_path / "nowhere") == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-2", "checkpoint-4", "checkpoint-x", "unfinished-checkpoint-6",
-    ]  # fmt: skip
+    left = {"checkpoint-2", "checkpoint-4", "checkpoint-x", "unfinished-checkpoint-6"}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 def test_a_copy_of_the_model_saves_its_own_values(tmp_path):

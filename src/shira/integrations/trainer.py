@@ -82,7 +82,8 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
             raise TuningError("the Trainer's optimizer does not train this tuner's parameters; attach before it is made")
 
     def on_push_begin(self, args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        self._save_pretrained(args.output_dir)  # of a checkpoint the Trainer copies only files whose names it knows
+        # of a checkpoint the Trainer copies only files whose names it knows
+        self._save_pretrained(args.output_dir, args.should_save)
 
     def _check(self, args: Any, model: Any) -> None:
         self.tuner.masters("trained with ShiraCallback")
@@ -91,11 +92,12 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
                 f"the tuner is attached to another model than the {type(model).__name__} that the Trainer trains; pass "
                 "tuner.model to the Trainer as it is"
             )
-        engine = accelerate.state.AcceleratorState().distributed_type
-        if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        state = accelerate.state.AcceleratorState()
+        engines = [name for name in ("fsdp", "deepspeed") if getattr(state, f"{name}_plugin", None) is not None]
+        if engines:
             raise TuningError(
-                f"under {engine.value} the Trainer saves and loads weights in ways of its own; use DDP, or a loop of your "
-                "own with fully_shard (docs/distributed.md)"
+                f"with {engines[0]} the Trainer saves and loads weights in ways of its own; use DDP, or a loop of your own "
+                "with fully_shard (docs/distributed.md)"
             )
         if args.bf16_full_eval or args.fp16_full_eval:
             raise TuningError("bf16_full_eval and fp16_full_eval cast the masters and the base; use bf16=True instead")
