@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from conftest import bits
 from shira import SparseTensor, kernels
 from shira.fusion import combine
-from shira.kernels import Plan, Sum, Write, products, reference, triton_ops
+from shira.kernels import Plan, Sum, Write, reference, triton_ops
 from shira.methods import resolve
 
 pytest.importorskip("triton", reason="Triton is not installed: `make test-gpu` installs it and runs these tests")
@@ -17,6 +17,8 @@ pytest.importorskip("triton", reason="Triton is not installed: `make test-gpu` i
 from shira.kernels import triton_switch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# numpy, in which the interpreter computes, warns of infinities that are meant
+pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SHAPES = [(1,), (0, 3), (7, 5), (13, 11, 3)]
 ODD = torch.tensor([float("nan"), float("inf"), -0.0, 0.0, 1.5, -2.25])
@@ -66,7 +68,7 @@ def after(act, plan, weights):
     densities=st.lists(st.sampled_from([0.0, None, 0.05, 0.5, 1.0]), min_size=1, max_size=3),
     missing=st.sampled_from([(0, 0), (1, 0), (0, 1), (2, 1)]),
 )
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_switches_keep_and_put_back_every_bit(windows, seed, kinds, densities, missing):
     """Base to A; A to B, with entries in common and tensors that only one has; A over A; back. Of all dtypes at once."""
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +103,7 @@ def test_switches_keep_and_put_back_every_bit(windows, seed, kinds, densities, m
     scale=st.sampled_from([1.0, 1e-41, 3e4]),
     change=st.booleans(),
 )
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sums_are_those_of_fuse_to_the_bit(windows, seed, kinds, densities, strengths, scale, change):
     """Subnormal and overflowing numbers too; against the reference, and against what `fuse` and the CPU compute."""
     generator = torch.Generator().manual_seed(seed)
@@ -262,23 +264,22 @@ def test_nothing_is_launched_that_would_write_elsewhere(indices, values):
 
 @given(
     seed=st.integers(0, 10**6),
-    sizes=st.tuples(*[st.sampled_from(sides) for sides in ([1, 17, 70], [1, 33, 130, 200], [1, 40, 131])]),
+    sizes=st.tuples(*[st.sampled_from(sides) for sides in ([1, 17, 70], [1, 33, 130], [1, 9, 131])]),
     dtype=st.sampled_from(DTYPES[:3]),
     index=st.sampled_from([torch.int32, torch.int64]),
-    density=st.sampled_from([0.0, None, 0.03, 1.0]),
+    density=st.sampled_from([0.0, None, 0.03, 0.3]),
     way=st.sampled_from(["dense", "blocks", "sampled"]),
 )
-@settings(max_examples=15)
+@settings(max_examples=25)
 def test_the_gradient_at_positions_by_every_way(seed, sizes, dtype, index, density, way):
     tokens, rows, columns = sizes
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randn(tokens, 2 * rows, generator=generator).to(DEVICE, dtype)
     grad_output, input = wide[:, ::2], torch.randn(tokens, columns, generator=generator).to(DEVICE, dtype)
-    indices = random_plan([torch.empty(rows, columns)], generator, [density])[0].indices.to(index)
+    density = 1.0 if density and rows * columns < 300 else density
+    indices = random_plan([torch.empty(rows, columns)], generator, [density])[0].indices.to(DEVICE, index)
     exact = (grad_output.double().T @ input.double()).view(-1)[indices.long()]
-    with pytest.MonkeyPatch.context() as patch, kernels.backend("triton"):
-        patch.setattr(products, "choose", lambda *sizes: way)
-        found = kernels.sampled_gradient(grad_output, input, indices)
+    found = triton_ops.product(way, grad_output, input, indices)
     assert found.dtype == torch.float32
     tolerance = 1e-5 if way != "dense" or dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance * tokens**0.5)

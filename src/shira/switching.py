@@ -47,7 +47,7 @@ class Switcher:
 
     ready: how many selections (an adapter, or a sum) are held ready to switch to, positions, values and room for the
         stash in memory; the one used longest ago goes first. An adapter added as a file is otherwise left on disk.
-    host: how many more wait in host memory when they are no longer held ready, all values computed and checked: pinned, if
+    host: how many selections are kept in host memory once they had to make room, all values computed and checked: pinned, if
         the model is on a GPU, so that `prefetch` brings them while a forward pass runs.
 
         switcher = shira.Switcher(model)

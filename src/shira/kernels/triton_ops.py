@@ -28,6 +28,7 @@ __all__ = [
     "merge",
     "overwrite_",
     "prepare",
+    "product",
     "remember_starts",
     "restore_",
     "sampled_gradient",
@@ -145,11 +146,15 @@ def fuse_(plan: Plan, leaving: Plan | None = None) -> bool:
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """See `reference.sampled_gradient`: the way that products.py chooses."""
+    way = products.choose(grad_output.dtype, *grad_output.shape, input.shape[1], indices.numel())
+    return product(way, grad_output, input, indices)
+
+
+def product(way: products.Way, grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
+    """The same by a way of one's own choice; what our kernels do not know is dense."""
     tokens, rows, columns, count = *grad_output.shape, input.shape[1], indices.numel()
-    if grad_output.dtype not in KINDS or grad_output.dtype != input.dtype or not count * tokens:
-        return torch_ops.sampled_gradient(grad_output, input, indices)
-    way = products.choose(grad_output.dtype, tokens, rows, columns, count)
-    if way == "dense":
+    known = grad_output.dtype in KINDS and grad_output.dtype == input.dtype
+    if way == "dense" or not known or not count * tokens:
         return torch_ops.sampled_gradient(grad_output, input, indices)
     from . import triton_gradient as kernels
 
@@ -157,8 +162,8 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     with torch.cuda.device_of(input):
         if way == "sampled":
             left, right = grad_output.T.contiguous(), input.T.contiguous()
-            kernels.sampled[(-(-count // 16),)](
-                left, right, indices, out, tokens, columns, count, POSITIONS=16, TOKENS=128, **FUSED
+            kernels.sampled[(-(-count // 32),)](
+                left, right, indices, out, tokens, columns, count, POSITIONS=32, TOKENS=64, **FUSED
             )
             return out
         side = 128
@@ -246,7 +251,7 @@ def _side_by_side(old: _Launch, new: _Launch) -> tuple[Tensor, Tensor, Tensor, l
         rows = np.zeros((len(weights), launch.rows.shape[1]), dtype=np.int64)
         rows[[row[id(weight)] for weight in launch.weights]] = launch.rows
         tables.append(torch.from_numpy(rows).to(new.table.device))
-    return *tables, *_windows(new.table.device, tuple(weight.numel() for weight in weights.values()), WINDOW)
+    return tables[0], tables[1], *_windows(new.table.device, tuple(weight.numel() for weight in weights.values()), WINDOW)
 
 
 def _still(launch: _Launch) -> bool:
