@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow test-gpu lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,11 @@ test: .venv/ready lint ## lint, types and tests, on tiny models and briefly on t
 
 test-slow: .venv/ready ## the tests that take minutes: the whole demo
 	$(BIN)/python -m pytest -m slow
+
+# Triton is not in constraints.txt: torch's own builds for CUDA bring the one they need, its builds for the CPU bring none
+test-gpu: .venv/ready ## the kernels for GPUs, on one or in Triton's interpreter (installs Triton, about 300 MB)
+	$(PIP) --editable '.[gpu]' --no-build-isolation
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_gpu_switching.py tests/test_gpu_bench.py
 
 lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check .

@@ -256,5 +256,6 @@ def speed_of(rows: list[dict[str, Any]], memory: float) -> products.Speed:
         of["gathered"].append(gathered / max(ms["sampled"] - packed, 0.1 * ms["sampled"]))
         if row["dtype"] == "bfloat16":
             of["blocks"].append(ms["multiply"] / ms["blocks"])
+    processors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
     half, single, blocks, gathered = (statistics.median(values) for values in of.values())
-    return products.Speed(half=half, single=single, blocks=blocks, memory=memory, gathered=gathered)
+    return products.Speed(half=half, single=single, blocks=blocks, memory=memory, processors=processors, gathered=gathered)

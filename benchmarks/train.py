@@ -32,7 +32,7 @@ def prepare(
     """A model in training by a method, with as many parameters as a LoRA of this rank, or ours at a density; and these."""
     model.requires_grad_(False)
     if method == "frozen":  # forward and input gradients, nothing but a scalar trained
-        scale = nn.Parameter(torch.ones(1))
+        scale = nn.Parameter(next(model.parameters()).new_ones(1))
         first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
         first.register_forward_hook(lambda _module, _inputs, output: output * scale)
         return model, [scale]

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["H200", "Speed", "Way", "choose", "seconds"]
+__all__ = ["H200", "TILE", "Speed", "Way", "choose", "seconds"]
 
 Way = Literal["dense", "blocks", "sampled"]
 
@@ -23,6 +23,7 @@ class Speed(NamedTuple):
     single: float  # and on float32, without TF32
     blocks: float  # share of those that our own tiles reach
     memory: float  # bytes read or written
+    processors: int  # multiprocessors, each of which makes a tile at a time
     gathered: float  # bytes of short rows that are read again and again out of the second-level cache
 
 
@@ -30,8 +31,9 @@ class Speed(NamedTuple):
 # assumed; 67e12 of float32, also two thirds; 4.8e12 bytes, 0.8 of it in long copies. It does not state the second-level cache:
 # assumed is less than memory's own rate for rows of 1 to 4 kB. Tiles of our own without tuning are assumed at 0.6 of cuBLAS.
 # Each errs on the side of the dense product, which nothing can slow down.
-H200 = Speed(half=650e12, single=45e12, blocks=0.6, memory=3.8e12, gathered=2.7e12)
+H200 = Speed(half=650e12, single=45e12, blocks=0.6, memory=3.8e12, processors=132, gathered=2.7e12)
 
+TILE = 128
 DENSE_BYTES = (
     2**25
 )  # no gradient larger than this is formed whole: it fits the second-level cache, and is little beside activations
@@ -43,7 +45,9 @@ def seconds(way: Way, dtype: torch.dtype, tokens: int, rows: int, columns: int, 
     if way == "dense":  # written once, read where the positions are: nearly everywhere, in lines
         return multiplied + 2 * rows * columns * dtype.itemsize / speed.memory
     if way == "blocks":
-        return multiplied / speed.blocks
+        tiles = -(-rows // TILE) * -(-columns // TILE)
+        waves = -(-tiles // speed.processors) * speed.processors * TILE * TILE / (rows * columns)  # the last one is not full
+        return waves * multiplied / speed.blocks
     packed = 2 * tokens * (rows + columns) * dtype.itemsize / speed.memory  # read and written once
     return packed + positions * tokens * dtype.itemsize / speed.gathered  # a column each; rows are shared
 

@@ -146,7 +146,8 @@ def fuse_(plan: Plan, leaving: Plan | None = None) -> bool:
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """See `reference.sampled_gradient`: the way that products.py chooses."""
-    way = products.choose(grad_output.dtype, *grad_output.shape, input.shape[1], indices.numel())
+    tokens, rows = grad_output.shape
+    way = products.choose(grad_output.dtype, tokens, rows, input.shape[1], indices.numel())
     return product(way, grad_output, input, indices)
 
 
@@ -166,7 +167,7 @@ def product(way: products.Way, grad_output: Tensor, input: Tensor, indices: Tens
                 left, right, indices, out, tokens, columns, count, POSITIONS=32, TOKENS=64, **FUSED
             )
             return out
-        side = 128
+        side = products.TILE
         borders = torch.arange(0, rows + side, side, device=indices.device).clamp_(max=rows) * columns
         starts = torch.searchsorted(indices, borders.to(indices.dtype))
         tf32 = torch.backends.cuda.matmul.allow_tf32
