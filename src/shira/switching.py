@@ -37,6 +37,7 @@ class _Chosen(NamedTuple):
 
 
 BASE = _Chosen((), Method("sum"))
+NOTHING = Plan.of([])
 
 
 class Switcher:
@@ -70,8 +71,8 @@ class Switcher:
         self._arriving: OrderedDict[_Chosen, Plan] = OrderedDict()
         self._capacity, self._host = ready, host
         self._active = BASE
-        self._plan = Plan.of([])  # what is written over the base, with what lay there
-        self._leaving = Plan.of([])  # what was, while another takes its place
+        self._plan = NOTHING  # what is written over the base, with what lay there
+        self._leaving = NOTHING  # what was, while another takes its place
 
     @property
     def names(self) -> list[str]:
@@ -175,7 +176,7 @@ class Switcher:
                     finite = kernels.fuse_(plan, self._leaving)
                 else:
                     kernels.change_(self._leaving, plan)
-                self._leaving = Plan.of([])
+                self._leaving = NOTHING
             self._active = wanted
         except BaseException:
             self._restore()
@@ -203,7 +204,7 @@ class Switcher:
             if plan.parts:
                 kernels.restore_(plan)
                 plan.begun[0] = 0
-        self._plan = self._leaving = Plan.of([])
+        self._plan = self._leaving = NOTHING
 
     @contextlib.contextmanager
     def using(self, selection: Selection, method: str = "sum", **options: float) -> Iterator[None]:

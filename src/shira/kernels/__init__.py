@@ -99,11 +99,16 @@ def restore_(plan: Plan) -> None:
 def change_(leaving: Plan, coming: Plan) -> None:
     """`restore_` a plan that is active, then `swap_` another; in one launch where the backend can. Whatever happens half way,
     `restore_` of the coming plan, then of the leaving one, is the base."""
-    if _for(*(part.weight for part in (*leaving.parts, *coming.parts))) is triton_ops:
+    if leaving.begun[0] and coming.parts and _launches(leaving) and _launches(coming):
         return triton_ops.change_(leaving, coming)
     _put_back(leaving)
     if coming.parts:
         swap_(coming)
+
+
+def _launches(plan: Plan) -> bool:
+    """Whether a plan is Triton's: asked of one weight first, since most are not."""
+    return _for(plan.parts[0].weight) is triton_ops and _for(*(part.weight for part in plan.parts)) is triton_ops
 
 
 def _put_back(plan: Plan) -> None:
@@ -120,16 +125,17 @@ def fuses(*weights: Tensor) -> bool:
 def fuse_(plan: Plan, leaving: Plan | None = None) -> bool:
     """`swap_` a plan with sums, or `change_` to it from an active one; they become its values. Whether all of them are finite:
     if not, restore it."""
-    if _for(*(part.weight for part in plan.parts)) is triton_ops:
-        return triton_ops.fuse_(plan, leaving)
-    if leaving is not None:
+    together = leaving is not None and bool(leaving.begun[0]) and _launches(leaving)
+    if leaving is not None and not (together and _launches(plan)):
         _put_back(leaving)
+    if _launches(plan):
+        return triton_ops.fuse_(plan, leaving if together else None)
     return reference.fuse_(plan)
 
 
 def prepare(plan: Plan) -> None:
     """Make now what the first use of a plan would make."""
-    if _for(*(part.weight for part in plan.parts)) is triton_ops:
+    if plan.parts and _launches(plan):
         triton_ops.prepare(plan)
 
 
