@@ -151,7 +151,7 @@ class Switcher:
             if len(self._arriving) > self._capacity:
                 self._arriving.popitem(last=False)
         else:
-            self._prepare(key)
+            kernels.prepare(self._prepare(key))
 
     def _chosen(self, selection: Selection, method: str, options: Mapping[str, float]) -> _Chosen:
         wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)

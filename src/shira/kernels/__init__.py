@@ -134,7 +134,7 @@ def fuse_(plan: Plan, leaving: Plan | None = None) -> bool:
 
 
 def prepare(plan: Plan) -> None:
-    """Make now what the first use of a plan would make."""
+    """Make now what the first use of a plan would make of its addresses."""
     if plan.parts and _launches(plan):
         triton_ops.prepare(plan)
 
