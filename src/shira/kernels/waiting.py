@@ -58,7 +58,11 @@ class Waiting:
                 triton_ops.prepare(plan)  # by addresses alone; and before the copies, since it waits for what it sends
             for key, piece in self._pieces.items():
                 here[key].copy_(piece, non_blocking=True)
-            plan.arrival = [(tensor, _event(tensor)) for tensor in here.values() if tensor.is_cuda]
+        made = [*here.values(), *plan.stash]
+        made += [tensor for launch in plan.launches.values() for tensor in (launch.table, launch.flag, launch.windows)]
+        pieces = {tensor.untyped_storage().data_ptr(): tensor for tensor in made if tensor.is_cuda}
+        events = {device: _stream(device).record_event() for device in {tensor.device for tensor in pieces.values()}}
+        plan.arrival = [(tensor, events[tensor.device]) for tensor in pieces.values()]
         return plan
 
 
@@ -67,7 +71,7 @@ def arrived(plan: Plan) -> Plan:
     for tensor, event in plan.arrival:
         stream = torch.cuda.current_stream(tensor.device)
         stream.wait_event(event)
-        tensor.record_stream(stream)  # freed only when this stream, too, is done with it
+        tensor.record_stream(stream)  # it belongs to the copy's stream, which must not have it back before this one is done
     plan.arrival = []
     return plan
 
@@ -83,9 +87,3 @@ def _place(sizes: dict[_Key, int], tensor: Tensor) -> _Place:
 @functools.cache
 def _stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
-
-
-def _event(tensor: Tensor) -> Any:
-    event = torch.cuda.Event()
-    event.record(_stream(tensor.device))
-    return event
