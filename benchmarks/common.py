@@ -20,18 +20,25 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's,
 
 
 def alternate(
-    runs: dict[str, Callable[[], Any]], repeats: int, *, between: Callable[[str], Any] = lambda name: None, warmup: int = 1
+    runs: dict[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    between: Callable[[str], Any] = lambda name: None,
+    warmup: int = 1,
+    wait: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
     """The median seconds of each run: all of them in turn, again and again, so that a slow spell of the machine meets all.
 
-    between(name) is called before each run, untimed.
+    between(name) is called before each run, untimed; wait() before the clock starts and before it stops.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(warmup + repeats):
         for name, run in runs.items():
             between(name)
+            wait()
             start = time.perf_counter()
             run()
+            wait()
             seconds = time.perf_counter() - start
             if repeat >= warmup:
                 times[name].append(seconds)

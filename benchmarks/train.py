@@ -26,24 +26,26 @@ OURS = {"shira wm": "wm", "shira struct": "struct", "shira columns": "struct:dir
 METHODS = ["frozen", *OURS, "PEFT LoRA", "PEFT DoRA", "PEFT SHiRA"]
 
 
-def prepare(method: str, model: nn.Module, targets: Targets) -> tuple[nn.Module, list[nn.Parameter]]:
-    """A model in training by a method, with as many parameters as a LoRA of rank 16; and these parameters."""
+def prepare(
+    method: str, model: nn.Module, targets: Targets, *, rank: int = RANK, density: float | None = None
+) -> tuple[nn.Module, list[nn.Parameter]]:
+    """A model in training by a method, with as many parameters as a LoRA of this rank, or ours at a density; and these."""
     model.requires_grad_(False)
     if method == "frozen":  # forward and input gradients, nothing but a scalar trained
-        scale = nn.Parameter(torch.ones(1))
+        scale = nn.Parameter(next(model.parameters()).new_ones(1))
         first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
         first.register_forward_hook(lambda _module, _inputs, output: output * scale)
         return model, [scale]
     if method in OURS:
-        tuner = shira.attach(model, mask=OURS[method], rank=RANK, targets=targets)
+        tuner = shira.attach(model, mask=OURS[method], rank=None if density else rank, density=density, targets=targets)
         return model, tuner.parameters()
     from peft import LoraConfig, ShiraConfig, get_peft_model
 
     if method == "PEFT SHiRA":
-        config: Any = ShiraConfig(r=RANK, target_modules=targets, random_seed=0)
+        config: Any = ShiraConfig(r=rank, target_modules=targets, random_seed=0)
     else:
         dora = method == "PEFT DoRA"
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.05, target_modules=targets, use_dora=dora)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=targets, use_dora=dora)
     tuned = get_peft_model(model, config)
     return tuned, [p for p in tuned.parameters() if p.requires_grad]
 

@@ -6,8 +6,12 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, by whichever test
+
+import pytest
 from hypothesis import settings
 from torch import Tensor, nn
 

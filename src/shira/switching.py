@@ -20,7 +20,7 @@ from .distributed import gather_pieces, is_sharded, piece_of, reshard
 from .errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
 from .format import load
 from .fusion import check_base, combine
-from .kernels import Plan, Write
+from .kernels import Plan, Sum, Waiting, Write
 from .methods import Method, resolve
 from .quantized import is_quantized
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
@@ -37,14 +37,8 @@ class _Chosen(NamedTuple):
     method: Method
 
 
-class _Prepared(NamedTuple):
-    """What a selection comes to: writes over plain weights, products beside quantized ones."""
-
-    plan: Plan
-    products: list[sides.Product]
-
-
 BASE = _Chosen((), Method("sum"))
+NOTHING = Plan.of([])
 
 
 class Switcher:
@@ -55,6 +49,8 @@ class Switcher:
 
     ready: how many selections (an adapter, or a sum) are held ready to switch to, positions, values and room for the
         stash in memory; the one used longest ago goes first. An adapter added as a file is otherwise left on disk.
+    host: how many selections are kept in host memory once they had to make room, all values computed and checked: pinned, if
+        the model is on a GPU, so that `prefetch` brings them while a forward pass runs.
 
         switcher = shira.Switcher(model)
         switcher.add("poet", "poet.safetensors")
@@ -64,18 +60,22 @@ class Switcher:
         switcher.use(None)
     """
 
-    def __init__(self, model: nn.Module, *, ready: int = 8) -> None:
-        if ready < 1:
-            raise SwitchError(f"ready must be at least 1, found {ready}")
+    def __init__(self, model: nn.Module, *, ready: int = 8, host: int = 0) -> None:
+        if ready < 1 or host < 0:
+            raise SwitchError(f"ready must be at least 1 and host at least 0, found {ready} and {host}")
         self._model = model
         self._weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self._pieces = {id(weight): piece_of(name, weight) for name, weight in self._weights.items() if is_sharded(weight)}
         self._sources: dict[str, _Source] = {}
         self._sides = sides.Sides(model)
-        self._ready: OrderedDict[_Chosen, _Prepared] = OrderedDict()
-        self._capacity = ready
+        self._beside: dict[_Chosen, list[sides.Product]] = {}  # of what is ready or waiting, on quantized weights
+        self._ready: OrderedDict[_Chosen, Plan] = OrderedDict()
+        self._waiting: OrderedDict[_Chosen, Waiting] = OrderedDict()
+        self._arriving: OrderedDict[_Chosen, Plan] = OrderedDict()
+        self._capacity, self._host = ready, host
         self._active = BASE
-        self._plan = Plan.of([])  # what is written over the base, with what lay there
+        self._plan = NOTHING  # what is written over the base, with what lay there
+        self._leaving = NOTHING  # what was, while another takes its place
 
     @property
     def names(self) -> list[str]:
@@ -114,8 +114,10 @@ class Switcher:
         if name in dict(self._active.strengths):
             raise SwitchError(f"adapter {name!r} is active; switch to another or to None first")
         del self._sources[name]
-        for key in [key for key in self._ready if name in dict(key.strengths)]:
-            del self._ready[key]
+        held: tuple[OrderedDict[_Chosen, Any], ...] = (self._ready, self._waiting, self._arriving)
+        for selections in held:
+            for key in [key for key in selections if name in dict(key.strengths)]:
+                del selections[key]
 
     def use(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Activate one adapter, several with strengths (the paper's α), or None: the base, bit for bit.
@@ -131,27 +133,54 @@ class Switcher:
         overflows, and what `add` raises if a file has changed: then nothing has changed here. After any other exception,
         half way, the base is active.
         """
+        self._activate(self._chosen(selection, method, options))
+
+    def prefetch(self, selection: Selection, method: str = "sum", **options: float) -> None:
+        """Make ready what `use` will be asked for, while a forward pass may still run: what waits in host memory is sent to the
+        model's GPU by a copy of its own stream, and nobody waits for it; anything else is read, checked and computed now.
+
+        Nothing in the model changes. Raises what `use` raises.
+
+            switcher.prefetch("coder")
+            model(**inputs)  # with what is active now
+            switcher.use("coder")
+        """
+        key = self._chosen(selection, method, options)
+        if key in self._ready or key in self._arriving or not key.strengths:
+            return
+        if key in self._waiting:
+            self._waiting.move_to_end(key)
+            self._arriving[key] = self._waiting[key].arrive()
+            if len(self._arriving) > self._capacity:
+                self._arriving.popitem(last=False)
+        else:
+            kernels.prepare(self._prepare(key))
+
+    def _chosen(self, selection: Selection, method: str, options: Mapping[str, float]) -> _Chosen:
         wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)
         for name in wanted:
             self._known(name)
         strengths = sorted((name, fixed) for name, fixed in check_strengths(wanted).items() if _is_there(fixed))
         chosen = resolve(method, options)
-        self._activate(_Chosen(tuple(strengths), chosen) if strengths else BASE)
+        return _Chosen(tuple(strengths), chosen) if strengths else BASE
 
     def _activate(self, wanted: _Chosen) -> None:
         if wanted == self._active:
             return
-        plan, products = self._prepare(wanted)
+        plan, before, finite = self._prepare(wanted), self._active, True
         try:
             same_positions = plan.over(self._plan)
             if same_positions is not None:
                 self._plan = same_positions
                 kernels.write_(same_positions)
             else:
-                self._restore()
-                self._plan = plan
-                kernels.swap_(plan)
-            self._sides.show(products)
+                self._leaving, self._plan = self._plan, plan
+                if any(plan.sums):
+                    finite = kernels.fuse_(plan, self._leaving)
+                else:
+                    kernels.change_(self._leaving, plan)
+                self._leaving = NOTHING
+            self._sides.show(self._beside.get(wanted, []))
             self._active = wanted
         except BaseException:
             self._restore()
@@ -160,14 +189,27 @@ class Switcher:
         finally:
             if self._pieces:  # what was gathered of them is out of date
                 reshard(self._model)
+        if not finite:
+            self._undo_overflow(plan, before)
+
+    def _undo_overflow(self, plan: Plan, before: _Chosen) -> None:
+        """Sums that were computed as they were written, some of them infinite: back to what was active."""
+        weight = next(part.weight for part in plan.parts if not all_finite(part.values))
+        name = next(name for name, other in self._weights.items() if other is weight)
+        self._restore()
+        self._ready.pop(self._active)
+        self._active = BASE
+        self._activate(before)
+        raise AdapterError(_overflow(name, weight))
 
     def _restore(self) -> None:
         """The base, bit for bit."""
         self._sides.show([])
-        if self._plan.parts:
-            kernels.restore_(self._plan)
-            self._plan.begun[0] = 0
-            self._plan = Plan.of([])
+        for plan in (self._plan, self._leaving):
+            if plan.parts:
+                kernels.restore_(plan)
+                plan.begun[0] = 0
+        self._plan = self._leaving = NOTHING
 
     @contextlib.contextmanager
     def using(self, selection: Selection, method: str = "sum", **options: float) -> Iterator[None]:
@@ -185,11 +227,14 @@ class Switcher:
         if name not in self._sources:
             raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
-    def _prepare(self, key: _Chosen) -> _Prepared:
+    def _prepare(self, key: _Chosen) -> Plan:
         """What to write over the base, every value computed and checked; made once, kept while it is among the latest."""
         if key in self._ready:
             self._ready.move_to_end(key)
             return self._ready[key]
+        if key in self._arriving or key in self._waiting:
+            plan = self._arriving.pop(key, None) or self._waiting[key].arrive()
+            return self._hold(key, kernels.arrived(plan))
         by_weight: dict[int, tuple[str, list[tuple[SparseTensor, float]]]] = {}
         for adapter_name, fixed in key.strengths:
             tensors = self._checked(adapter_name, self._sources[adapter_name])
@@ -197,30 +242,49 @@ class Switcher:
                 if strength != 0:
                     parts = by_weight.setdefault(id(self._weights[tensor_name]), (tensor_name, []))[1]
                     parts.append((tensors[tensor_name], strength))
-        writes, products = [], []
+        made, products = [], []
         for name, parts in by_weight.values():
             if is_quantized(self._weights[name]):
                 products.append(sides.product(name, self._weights[name], parts, key.method))
             else:
-                writes.append(self._write(name, parts, key.method))
-        prepared = _Prepared(Plan.of(writes), products)
-        if key.strengths:  # the base needs no room
-            self._ready[key] = prepared
-            if len(self._ready) > self._capacity:
-                self._ready.popitem(last=False)
-        return prepared
+                made.append(self._write(name, parts, key.method))
+        plan = Plan.of([write for write, _ in made], [total for _, total in made])
+        if not key.strengths:  # the base needs no room
+            return plan
+        self._beside[key] = products
+        return self._hold(key, plan)
 
-    def _write(self, name: str, parts: list[tuple[SparseTensor, float]], method: Method) -> Write:
-        """What becomes of one tensor."""
+    def _hold(self, key: _Chosen, plan: Plan) -> Plan:
+        """Hold a plan ready. What no longer fits waits in host memory, or is gone."""
+        self._ready[key] = plan
+        while len(self._ready) > self._capacity:
+            gone, its_plan = self._ready.popitem(last=False)
+            if self._host and not any(its_plan.sums):
+                if gone not in self._waiting:
+                    self._waiting[gone] = Waiting(its_plan)
+                self._waiting.move_to_end(gone)
+            if len(self._waiting) > self._host:
+                self._waiting.popitem(last=False)
+        held = (self._ready, self._waiting, self._arriving)
+        self._beside = {key: products for key, products in self._beside.items() if any(key in each for each in held)}
+        return plan
+
+    def _write(self, name: str, parts: list[tuple[SparseTensor, float]], method: Method) -> tuple[Write, Sum | None]:
+        """What becomes of one tensor; and of what its values are summed when they are written, if they are not yet."""
         weight = self._weights[name]
         tensor, strength = parts[0]
         if len(parts) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
-            return self._here(weight, tensor.indices, tensor.values)
+            return self._here(weight, tensor.indices, tensor.values), None
         overlap = kernels.merge([part.indices for part, _ in parts])
+        as_written = method.name == "sum" and all(part.kind == "overwrite" for part, _ in parts)
+        if as_written and id(weight) not in self._pieces and kernels.fuses(weight):
+            room = torch.empty_like(overlap.indices, dtype=weight.dtype)
+            total = Sum.of(overlap, [(part.values, strength) for part, strength in parts])
+            return self._here(weight, overlap.indices, room), total
         indices, values, _ = combine(name, parts, overlap, self._base_at(weight, overlap.indices), method)
         if not all_finite(values):
-            raise AdapterError(f"'{name}' would overflow {weight.dtype} at these strengths; use smaller ones")
-        return self._here(weight, indices, values)
+            raise AdapterError(_overflow(name, weight))
+        return self._here(weight, indices, values), None
 
     def _here(self, weight: Tensor, indices: Tensor, values: Tensor) -> Write:
         """A write to a weight, or, if it is sharded, to what lies here of it."""
@@ -233,7 +297,7 @@ class Switcher:
     def _shared(self, weight: Tensor, indices: Tensor) -> Tensor:
         """These positions, or the very tensor of a plan that is ready and has the same ones: adapters of one mask then hold
         them once, and switch among each other in one pass."""
-        for plan, _ in self._ready.values():
+        for plan in self._ready.values():
             for part in plan.parts:
                 if part.weight is weight and part.indices.numel() == indices.numel() and torch.equal(part.indices, indices):
                     return part.indices
@@ -299,6 +363,10 @@ class _Source:
 
     def is_checked(self) -> None:
         self._checked = self._found
+
+
+def _overflow(name: str, weight: Tensor) -> str:
+    return f"'{name}' would overflow {weight.dtype} at these strengths; use smaller ones"
 
 
 def _is_there(strength: Fixed) -> bool:

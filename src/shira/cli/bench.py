@@ -6,9 +6,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from ..errors import MissingExtra
+from ..errors import MissingExtra, ShiraError
 
 __all__ = ["bench"]
 
@@ -24,6 +25,10 @@ class What(StrEnum):
     fusion = "fusion"
     orthogonality = "orthogonality"
     distributed = "distributed"
+    products = "products"
+
+
+ON_A_GPU = (What.switch, What.scale, What.train, What.products)
 
 
 def bench(
@@ -31,27 +36,37 @@ def bench(
         What,
         typer.Argument(
             help="switch: one weight. scale: LLaMA2-7B's shape. train: a step, and memory. files: bytes. load: from a file. "
-            "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size. distributed: what two processes send."
+            "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size. distributed: what two processes send. "
+            "products: ways to a gradient, on a GPU."
         ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Where to save a plot (PNG).", show_default=False)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it runs; ignore the figures.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda: switch, scale, train and products on a GPU (docs/gpu.md).")] = "cpu",
 ) -> None:
     """Measure shira beside PEFT and plain torch: alternating, medians, one JSON line a setup, a table at the end.
 
     Example: shira bench switch --plot switch.png
     """
+    if device not in ("cpu", "cuda") or (device == "cuda" and what not in ON_A_GPU):
+        raise typer.BadParameter(f"{what.value} cannot be measured on {device!r}", param_hint="--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ShiraError("--device cuda needs a GPU that torch can use; here it sees none (torch.cuda.is_available())")
     root = Path(__file__).parents[3]
     if not (root / "benchmarks").is_dir():
         raise MissingExtra("the benchmarks are not part of the installed package; run this in a checkout of the source")
     sys.path.insert(0, str(root))
-    module = {What.scale: "switch", What.load: "files"}.get(what, what.value)
+    module = {What.scale: "switch", What.load: "files", What.products: "gpu"}.get(what, what.value)
+    module = "gpu" if device == "cuda" else module
     try:
         benchmark: Any = importlib.import_module(f"benchmarks.{module}")
         if what == What.files:
             benchmark.sizes(plot, quick)
         elif what == What.load:
             benchmark.loading(plot, quick)
+        elif device == "cuda" or what == What.products:
+            measure = {What.train: benchmark.train, What.products: benchmark.products_}.get(what, benchmark.switch)
+            measure(plot, quick, device, **{"scale": True} if what == What.scale else {})
         elif what == What.scale:
             benchmark.main(plot, quick, scale=True)
         else:

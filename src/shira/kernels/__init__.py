@@ -1,6 +1,7 @@
 """What touches weights, behind one dispatch: `reference` says what is right, the others say it faster.
 
-Switching works on a `Plan`, a flat list of writes over all tensors of a model, so that one launch does it all.
+Switching works on a `Plan`, a flat list of writes over all tensors of a model, so that one launch does it all. On the CPU that
+is native.c; on a GPU Triton, which is imported when the first tensor on one comes; torch's operators where these are missing.
 `backend("reference")` forces a backend inside a `with`; the tests run every backend on the same cases.
 """
 
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, opaque, reference, torch_ops
+from . import native, opaque, reference, torch_ops, triton_ops
 from .pattern import Pattern, find_pattern
-from .plan import Change, Fused, Overlap, Plan, Write
+from .plan import Change, Fused, Overlap, Plan, Sum, Write
+from .waiting import Waiting, arrived
 
 __all__ = [
     "BACKENDS",
@@ -23,14 +25,21 @@ __all__ = [
     "Overlap",
     "Pattern",
     "Plan",
+    "Sum",
+    "Waiting",
     "Write",
+    "arrived",
     "backend",
+    "change_",
     "find_pattern",
+    "fuse_",
     "fused",
+    "fuses",
     "gather",
     "gradient_of_rows",
     "merge",
     "overwrite_",
+    "prepare",
     "restore_",
     "sampled_gradient",
     "swap_",
@@ -45,7 +54,8 @@ _forced: ContextVar[str | None] = ContextVar("shira_backend", default=None)
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend by name: "reference", "torch", or "native" (tensors on the CPU only) where it was built."""
+    """Force a backend by name: "reference", "torch", "native" (tensors on the CPU only) where it was built, or "triton"
+    (tensors on a GPU only; on any device in its interpreter)."""
     token = _forced.set(name)
     try:
         yield
@@ -55,7 +65,9 @@ def backend(name: str) -> Iterator[None]:
 
 def _for(*tensors: Tensor) -> Any:
     forced = _forced.get()
-    return BACKENDS[forced] if forced else native if native.available(*tensors) else torch_ops
+    if forced:
+        return triton_ops if forced == "triton" else BACKENDS[forced]
+    return native if native.available(*tensors) else triton_ops if triton_ops.available(*tensors) else torch_ops
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -85,6 +97,49 @@ def swap_(plan: Plan) -> None:
 def restore_(plan: Plan) -> None:
     """Put back what a plan's stash holds, as far as it was begun."""
     _for(*(part.weight for part in plan.parts)).restore_(plan)
+
+
+def change_(leaving: Plan, coming: Plan) -> None:
+    """`restore_` a plan that is active, then `swap_` another; in one launch where the backend can. Whatever happens half way,
+    `restore_` of the coming plan, then of the leaving one, is the base."""
+    if leaving.begun[0] and coming.parts and _launches(leaving) and _launches(coming):
+        return triton_ops.change_(leaving, coming)
+    _put_back(leaving)
+    if coming.parts:
+        swap_(coming)
+
+
+def _launches(plan: Plan) -> bool:
+    """Whether a plan is Triton's: asked of one weight first, since most are not."""
+    return _for(plan.parts[0].weight) is triton_ops and _for(*(part.weight for part in plan.parts)) is triton_ops
+
+
+def _put_back(plan: Plan) -> None:
+    if plan.begun[0]:
+        restore_(plan)
+        plan.begun[0] = 0
+
+
+def fuses(*weights: Tensor) -> bool:
+    """Whether these weights can have sums computed as they are written: see `fuse_`."""
+    return _for(*weights) is triton_ops and all(weight.dtype in triton_ops.KINDS for weight in weights)
+
+
+def fuse_(plan: Plan, leaving: Plan | None = None) -> bool:
+    """`swap_` a plan with sums, or `change_` to it from an active one; they become its values. Whether all of them are finite:
+    if not, restore it."""
+    together = leaving is not None and bool(leaving.begun[0]) and _launches(leaving)
+    if leaving is not None and not (together and _launches(plan)):
+        _put_back(leaving)
+    if _launches(plan):
+        return triton_ops.fuse_(plan, leaving if together else None)
+    return reference.fuse_(plan)
+
+
+def prepare(plan: Plan) -> None:
+    """Make now what the first use of a plan would make of its addresses."""
+    if plan.parts and _launches(plan):
+        triton_ops.prepare(plan)
 
 
 def merge(runs: Sequence[Tensor]) -> Overlap:

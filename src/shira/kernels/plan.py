@@ -1,14 +1,14 @@
 """What kernels work on: what a switch writes, over all tensors of a model, as one flat list; where sparse tensors meet."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Change", "Fused", "Overlap", "Plan", "Write"]
+__all__ = ["Change", "Fused", "Overlap", "Plan", "Sum", "Write"]
 
 
 class Overlap(NamedTuple):
@@ -46,6 +46,24 @@ class Write(NamedTuple):
     values: Tensor  # [k], the weight's dtype and device
 
 
+class Sum(NamedTuple):
+    """What a part's values are to become: base + Σ α · (value − base), of a few adapters in this order."""
+
+    values: tuple[Tensor, ...]  # of each adapter, the weight's dtype and device
+    places: tuple[Tensor, ...]  # of each [k], int32: where in its values that of each position is; -1 where it has none
+    strengths: tuple[float, ...]  # of each its α
+
+    @classmethod
+    def of(cls, overlap: Overlap, parts: Sequence[tuple[Tensor, float]]) -> "Sum":
+        """Of adapters' values and strengths, where their positions meet."""
+        places = []
+        for (values, _), own in zip(parts, overlap.places, strict=True):
+            place = torch.full_like(overlap.indices, -1, dtype=torch.int32)
+            place[own.long()] = torch.arange(values.numel(), dtype=torch.int32, device=place.device)
+            places.append(place)
+        return cls(tuple(values for values, _ in parts), tuple(places), tuple(strength for _, strength in parts))
+
+
 @dataclass(eq=False)
 class Plan:
     """Writes, and room for what lies under them.
@@ -53,15 +71,21 @@ class Plan:
     stash: for each part [k], what was there, once `begun` says so.
     begun: int64 [1], the number of leading parts whose stash holds what was there and whose weight may have been written.
         A kernel moves it before it writes, so that after an interruption at any point it is known what to put back.
+    sums: for each part what its values are still to become, if they are to; `kernels.fuse_` computes them, and they are gone.
     """
 
     parts: tuple[Write, ...]
     stash: tuple[Tensor, ...]
     begun: np.ndarray[tuple[int], np.dtype[np.int64]]
+    sums: tuple[Sum | None, ...] = ()
     compiled: Any = None  # native.py's own form of it
+    launches: dict[torch.device, Any] = field(default_factory=dict)  # triton_ops.py's
+    arrival: list[Any] = field(default_factory=list)  # waiting.py's: copies that are under way
+    writer: "Plan | None" = None  # of `over`: the plan with these values, and that with this stash
+    keeper: "Plan | None" = None
 
     @classmethod
-    def of(cls, parts: Sequence[Write]) -> "Plan":
+    def of(cls, parts: Sequence[Write], sums: Sequence[Sum | None] = ()) -> "Plan":
         """A plan of these writes, its stash in one piece for each dtype and device."""
         sizes: dict[tuple[torch.dtype, torch.device], int] = {}
         for part in parts:
@@ -73,7 +97,7 @@ class Plan:
             key = (part.values.dtype, part.values.device)
             stash.append(room[key][: part.values.numel()])
             room[key] = room[key][part.values.numel() :]
-        return cls(tuple(parts), tuple(stash), np.zeros(1, dtype=np.int64))
+        return cls(tuple(parts), tuple(stash), np.zeros(1, dtype=np.int64), tuple(sums))
 
     @property
     def nnz(self) -> int:
@@ -92,4 +116,6 @@ class Plan:
             mine.weight is theirs.weight and mine.indices is theirs.indices
             for mine, theirs in zip(self.parts, other.parts, strict=False)
         )
-        return Plan(self.parts, other.stash, other.begun) if same else None
+        if not same or any(self.sums):
+            return None
+        return Plan(self.parts, other.stash, other.begun, writer=self, keeper=other.keeper or other)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .plan import Overlap, Plan
+from .plan import Overlap, Plan, Sum
 
-__all__ = ["gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["fuse_", "gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -42,6 +42,38 @@ def restore_(plan: Plan) -> None:
     """Put back what the stash holds of the parts that were begun."""
     for part, stash in list(zip(plan.parts, plan.stash, strict=True))[: int(plan.begun[0])]:
         overwrite_(part.weight, part.indices, stash)
+
+
+def fuse_(plan: Plan) -> bool:
+    """`swap_` of a plan some of whose values are sums, which are computed from what lies under them; whether all are finite."""
+    finite = True
+    for number, (part, stash, made) in enumerate(zip(plan.parts, plan.stash, plan.sums, strict=True), start=1):
+        stash.copy_(gather(part.weight, part.indices))
+        if made is not None:
+            part.values.copy_(_summed(stash, made))
+            finite = finite and bool(part.values.isfinite().all())
+        plan.begun[0] = number
+        overwrite_(*part)
+    plan.sums = ()
+    return finite
+
+
+def _summed(base: Tensor, made: Sum) -> Tensor:
+    """base + Σ α · (value − base) in float32, in order, rounded once; where one alone has an entry, at strength 1, its bits."""
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    total, alone = torch.zeros_like(wide), base
+    count = torch.zeros_like(base, dtype=torch.int32)
+    exact = torch.zeros_like(base, dtype=torch.bool)
+    for values, places, strength in zip(*made, strict=True):
+        holds = places >= 0
+        if not values.numel():
+            continue
+        value = values[places.clamp(min=0).long()]
+        total = torch.where(holds, total + strength * (value.to(wide.dtype) - wide), total)
+        alone = torch.where(holds, value, alone)
+        exact = torch.where(holds, strength == 1, exact)
+        count += holds
+    return torch.where((count == 1) & exact, alone, (wide + total).to(base.dtype))
 
 
 def merge(runs: Sequence[Tensor]) -> Overlap:

@@ -1,0 +1,60 @@
+"""Which way to the weight gradient at a mask's positions is the fastest on a GPU: by sizes alone, so that a run repeats.
+
+    dense     the whole product by cuBLAS, then a gather: fastest a multiplication, but holds a gradient of the weight's size
+    blocks    the product in tiles that stay in registers, of which only the positions are stored (triton_gradient.blocks)
+    sampled   a dot product a position, over inputs brought into rows (triton_gradient.sampled)
+
+Where the time of each goes, in bytes and operations, is `seconds`; what a GPU does of them in a second is `Speed`.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+__all__ = ["H200", "TILE", "Speed", "Way", "choose", "seconds"]
+
+Way = Literal["dense", "blocks", "sampled"]
+
+
+class Speed(NamedTuple):
+    """What a GPU does in a second. `shira bench products --device cuda` measures these and prints them in this form."""
+
+    half: float  # operations of cuBLAS on bfloat16 and float16
+    single: float  # and on float32, without TF32
+    blocks: float  # share of those that our own tiles reach
+    memory: float  # bytes read or written
+    processors: int  # multiprocessors, each of which makes a tile at a time
+    gathered: float  # bytes of short rows that are read again and again out of the second-level cache
+
+
+# Computed from NVIDIA's data sheet of the H200, not measured: 989e12 dense bfloat16 operations, of which two thirds are
+# assumed; 67e12 of float32, also two thirds; 4.8e12 bytes, 0.8 of it in long copies. It does not state the second-level cache:
+# assumed is less than memory's own rate for rows of 1 to 4 kB. Tiles of our own without tuning are assumed at 0.6 of cuBLAS.
+# Each errs on the side of the dense product, which nothing can slow down.
+H200 = Speed(half=650e12, single=45e12, blocks=0.6, memory=3.8e12, processors=132, gathered=2.7e12)
+
+TILE = 128
+DENSE_BYTES = (
+    2**25
+)  # no gradient larger than this is formed whole: it fits the second-level cache, and is little beside activations
+
+
+def seconds(way: Way, dtype: torch.dtype, tokens: int, rows: int, columns: int, positions: int, speed: Speed = H200) -> float:
+    """How long one weight's gradient takes by a way."""
+    multiplied = 2 * tokens * rows * columns / (speed.single if dtype == torch.float32 else speed.half)
+    if way == "dense":  # written once, read where the positions are: nearly everywhere, in lines
+        return multiplied + 2 * rows * columns * dtype.itemsize / speed.memory
+    if way == "blocks":
+        tiles = -(-rows // TILE) * -(-columns // TILE)
+        waves = -(-tiles // speed.processors) * speed.processors * TILE * TILE / (rows * columns)  # the last one is not full
+        return waves * multiplied / speed.blocks
+    packed = 2 * tokens * (rows + columns) * dtype.itemsize / speed.memory  # read and written once
+    return packed + positions * tokens * dtype.itemsize / speed.gathered  # a column each; rows are shared
+
+
+def choose(dtype: torch.dtype, tokens: int, rows: int, columns: int, positions: int, speed: Speed = H200) -> Way:
+    """The fastest way, of those that hold little."""
+    ways: list[Way] = ["sampled", "blocks"]
+    if rows * columns * dtype.itemsize <= DENSE_BYTES:
+        ways.append("dense")
+    return min(ways, key=lambda way: seconds(way, dtype, tokens, rows, columns, positions, speed))

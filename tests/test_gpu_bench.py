@@ -1,0 +1,103 @@
+"""What chooses a way to a gradient, and the benchmarks for a GPU, run in small on whatever is here."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import shira
+from conftest import bits
+from shira import kernels
+from shira.kernels import Plan, Sum, Write, products
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(Path(shira.__file__).parents[2])
+    return importlib.import_module("benchmarks.gpu")
+
+
+def test_the_switch_benchmark_runs_in_small(gpu, capsys, tmp_path):
+    rows = gpu.switch(tmp_path / "plot.png", True, DEVICE) + gpu.switch(None, True, DEVICE, scale=True)
+    assert len(rows) == 3
+    for row in rows:
+        assert row["floor_bytes"] > 0 and row["floor_ms"] > 0 and all(ms > 0 for ms in row["ms"].values())
+        assert row["share_of_copy"] == pytest.approx(row["floor_ms"] / row["ms"]["shira base to a"])
+    assert '"bench": "scale"' in capsys.readouterr().out
+
+
+def test_sectors_and_the_bytes_of_a_switch(gpu):
+    indices = torch.tensor([0, 15, 16, 40, 1000])
+    assert gpu.sectors(indices, 2) == 4 and gpu.sectors(indices, 4) == 5 and gpu.sectors(indices[:0], 2) == 0
+    tensor = shira.SparseTensor((2000,), indices, torch.zeros(5).bfloat16())
+    assert gpu.floor(shira.Adapter({"w": tensor})) == 4 * 2 * 32 + 5 * (4 + 2 + 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's
+def test_the_training_benchmark_runs_in_small(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "METHODS", ["frozen", "shira wm", "PEFT LoRA"])
+    rows = gpu.train(None, True, DEVICE)
+    assert [row["setup"] for row in rows] == ["LLaMA2-7B 1 x 16", "LLaMA2-7B 1 x 16, checkpointed"]
+    assert all(row["ms"].keys() == row["peak_gib"].keys() == set(gpu.METHODS) for row in rows)
+
+
+def test_the_product_benchmark_runs_in_small(gpu, capsys):
+    pytest.importorskip("triton", reason="Triton is not installed: `make test-gpu` installs it and runs these tests")
+    rows = gpu.products_(None, True, DEVICE)
+    assert {row["chosen"] for row in rows} <= {"dense", "blocks", "sampled"}
+    out = capsys.readouterr().out
+    assert "from this run: Speed(half=" in out and "nan" not in out
+
+
+def test_bench_says_what_it_cannot_measure(run):
+    code, _, err = run("bench files --device cuda")
+    assert code == 2 and "files cannot be measured" in err
+    code, _, err = run("bench switch --device tpu")
+    assert code == 2
+    if DEVICE == "cpu":
+        code, _, err = run("bench switch --device cuda --quick")
+        assert code == 1 and "needs a GPU" in err
+
+
+def test_large_gradients_are_never_whole_and_small_ones_are():
+    for dtype, tokens in ((torch.bfloat16, 512), (torch.float16, 2048), (torch.float32, 2048)):
+        for rows, columns in ((11_008, 4096), (4096, 11_008)):
+            assert products.choose(dtype, tokens, rows, columns, rows * columns // 100) != "dense"
+            assert products.choose(dtype, tokens, rows, columns, rows * columns // 10_000) == "sampled"
+        assert products.choose(dtype, tokens, 576, 576, 576 * 57) == "dense"
+    every = 4096 * 11_008
+    assert products.choose(torch.bfloat16, 2048, 4096, 11_008, every) == "blocks"
+    slow = products.H200._replace(half=1e12)
+    assert products.choose(torch.bfloat16, 2048, 4096, 4096, 4096 * 41, slow) == "sampled"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_sums_as_they_are_written_by_hand(dtype):
+    """The reference of what the GPU does in one launch, against arithmetic on single numbers."""
+    weight = torch.arange(1.0, 7.0, dtype=dtype, device=DEVICE)
+    runs = [torch.tensor([0, 2, 4]), torch.tensor([2, 3, 4])]
+    values = [torch.tensor([10.0, -0.0, 30.0]), torch.tensor([7.0, 8.0, 9.0])]
+    overlap = kernels.merge(runs)
+    total = Sum.of(overlap, [(values[0].to(dtype), 1.0), (values[1].to(dtype), 0.5)])
+    assert [place.tolist() for place in total.places] == [[0, 1, -1, 2], [-1, 0, 1, 2]]
+    plan = Plan.of([Write(weight, overlap.indices, torch.empty(4, dtype=dtype))], [total])
+    before = bits(weight)
+    with kernels.backend("reference"):
+        assert kernels.fuse_(plan) and not plan.sums
+    assert weight.tolist() == [10, 2, 3 + (0 - 3) + 0.5 * (7 - 3), 4 + 0.5 * (8 - 4), 5 + 25 + 0.5 * (9 - 5), 6]
+    kernels.restore_(plan)
+    assert torch.equal(bits(weight), before)
+    one = Sum.of(kernels.merge(runs[:1]), [(torch.full((3,), -0.0, dtype=dtype), 1.0)])
+    plan = Plan.of([Write(weight, runs[0], torch.empty(3, dtype=dtype))], [one])
+    assert kernels.fuse_(plan)
+    assert all(math.copysign(1, float(weight[n])) == -1 for n in (0, 2, 4))  # its bits, not base + (value - base)
+    kernels.restore_(plan)
+    huge = Sum.of(kernels.merge(runs[:1]), [(torch.full((3,), torch.finfo(dtype).max, dtype=dtype), 4.0)])
+    plan = Plan.of([Write(weight, runs[0], torch.empty(3, dtype=dtype))], [huge])
+    assert not kernels.fuse_(plan)
+    kernels.restore_(plan)
+    assert torch.equal(bits(weight), before)
