@@ -113,3 +113,23 @@ def test_wrappers_that_must_be_told_are_refused():
         shira.attach(nn.DataParallel(nn.Linear(2, 2)))
     with pytest.raises(shira.TuningError, match="fully_shard"):
         shira.attach(FullyShardedDataParallel())
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from shira.integrations.trainer import PROCESSES, ShiraCallback
+    from test_trainer import llama, trainer_of
+
+    model = llama()
+    with shira.attach(model, mask="rand", density=0.05) as tuner:
+        trainer_of(model, tmp_path, [ShiraCallback(tuner)], max_steps=2).train()
+    masters = tmp_path / "checkpoint-2" / "model.safetensors"
+    state = load_file(masters)
+    assert state[PROCESSES].tolist() == [1]
+    save_file(state | {PROCESSES: torch.tensor([2])}, masters, {"format": "pt"})
+    with shira.attach(model, mask="rand", density=0.05) as tuner:
+        start = [values.detach().clone() for values in tuner.parameters()]
+        with pytest.raises(shira.TuningError, match="of 2 processes and would go on with 1"):
+            trainer_of(model, tmp_path, [ShiraCallback(tuner)]).train(resume_from_checkpoint=True)
+        assert all(torch.equal(one, now) for one, now in zip(start, tuner.parameters(), strict=True))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtra, TuningError
@@ -32,6 +33,7 @@ __all__ = ["ADAPTER", "ReferenceModel", "ShiraCallback", "set_aside"]
 
 ADAPTER = "adapter.safetensors"
 MASTERS = "model.safetensors"  # the name under which the Trainer looks for what load_state_dict takes
+PROCESSES = "shira_processes"  # beside the masters: how many processes trained
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 logger = logging.getLogger(__name__)
 
@@ -114,7 +116,8 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         adapter = self.tuner.adapter(self.name, training=self._summary(), license=self.license)
         folder.mkdir(parents=True, exist_ok=True)
         if CHECKPOINT.fullmatch(folder.name):
-            write_whole(folder / MASTERS, safetensors.torch.save(self.tuner.state_dict(), {"format": "pt"}))
+            state = self.tuner.state_dict() | {PROCESSES: torch.tensor([self._processes()])}
+            write_whole(folder / MASTERS, safetensors.torch.save(state, {"format": "pt"}))
         adapter.save(folder / ADAPTER)
         loadable = getattr(model.config, "_name_or_path", "") and hasattr(transformers, type(model).__name__)
         text = card(adapter, ADAPTER, type(model).__name__ if loadable else None)
@@ -122,8 +125,18 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
 
     def _load_state_dict(self, state_dict: Mapping[str, Tensor], *_: Any, **__: Any) -> Any:
         """What `model.load_state_dict` does while the tuner is attached: nothing is missing, the base is there already."""
-        self.tuner.load_state_dict(state_dict)
+        state = dict(state_dict)
+        saved, now = int(state.pop(PROCESSES, torch.tensor([1]))), self._processes()
+        if saved != now:
+            raise TuningError(
+                f"the checkpoint is of {saved} processes and would go on with {now}: each would see other examples in another "
+                f"random state; start {saved}, or begin anew"
+            )
+        self.tuner.load_state_dict(state)
         return nn.modules.module._IncompatibleKeys([], [])
+
+    def _processes(self) -> int:
+        return int(self._run[0].world_size) if self._run else 1
 
     def _summary(self) -> dict[str, Any] | None:
         """What is worth knowing of the run so far, for the adapter's file."""
