@@ -148,6 +148,10 @@ def test_training_beside_a_quantized_base_is_training_over_what_it_stands_for(wa
             ours.step()
             theirs.step()
         trained = model(**batches[3]).logits.detach()
+        with tuner.reference():
+            assert torch.equal(model(**batches[0]).logits, before)
+        assert torch.equal(model(**batches[3]).logits, trained)
+        state = tuner.state_dict()
         adapter, other = tuner.adapter("q"), plain.adapter()
     assert unchanged(model, codes) and torch.equal(model(**batches[0]).logits, before)
     assert adapter.metadata["base"]["dtype"] == LABELS[way]
@@ -156,6 +160,9 @@ def test_training_beside_a_quantized_base_is_training_over_what_it_stands_for(wa
         delta = other.tensors[name].values - dense(twin.get_parameter(name)).view(-1)[tensor.indices.long()]
         assert torch.equal(tensor.indices, other.tensors[name].indices)
         torch.testing.assert_close(tensor.values, delta, rtol=1e-3, atol=1e-5)
+    with shira.attach(model, **options) as tuner:
+        tuner.load_state_dict(state)
+        assert torch.equal(model(**batches[3]).logits, trained)
     switcher = shira.Switcher(model)
     switcher.add("q", adapter)
     switcher.use("q")

@@ -173,6 +173,38 @@ def test_both_parts_of_gpt2s_layers_load_as_well(tmp_path):
     torch.testing.assert_close(with_lora(**batch).logits, trained, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_base_as_reference_and_a_run_taken_up_again(variant):
+    model = mlp()
+    base = mlp_loss(model, BATCHES[0]).detach()
+
+    def steps(tuner, batches):
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.5)
+        for batch in batches:
+            optimizer.zero_grad()
+            mlp_loss(model, batch).backward()
+            optimizer.step()
+
+    with shira.attach(model, mask="wm", density=0.2, **variant) as tuner:
+        steps(tuner, BATCHES[:3])
+        state = tuner.state_dict()
+        loss = mlp_loss(model, BATCHES[0])
+        with tuner.reference():
+            assert torch.equal(mlp_loss(model, BATCHES[0]), base)
+        loss.backward()
+        assert torch.equal(mlp_loss(model, BATCHES[0]), loss) and not torch.equal(loss, base)
+        steps(tuner, BATCHES[3:])
+        whole = tuner.adapter()
+    with shira.attach(model, mask="wm", density=0.2, **variant) as tuner:
+        tuner.load_state_dict(state)
+        assert torch.equal(mlp_loss(model, BATCHES[0]), loss)
+        steps(tuner, BATCHES[3:])
+        for name, tensor in tuner.adapter().tensors.items():
+            assert torch.equal(tensor.values, whole.tensors[name].values)
+    with shira.attach(model, mask="wm", density=0.2) as tuner, pytest.raises(TuningError, match="another mask|other targets"):
+        tuner.load_state_dict({key: value[:3] for key, value in state.items()})
+
+
 def test_a_product_at_positions_and_blocks_of_rows(monkeypatch):
     monkeypatch.setattr("shira.factors.BLOCK", 30)
     factors = Factors((11, 13), 4, seed=3, device=torch.device("cpu"))

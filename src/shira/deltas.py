@@ -121,7 +121,8 @@ class Deltas(Masters):
         self.values = nn.Parameter(torch.zeros(indices.numel(), device=indices.device))
         self.layout = Layout(indices, self.matrix)
         self.side = self._product
-        self.dense = False
+        self.dense = self.may_have_stepped = False
+        self.written = 0
 
     def _product(self, input: Tensor) -> Tensor:
         output: Tensor = self.layout.product(input, self.values)

@@ -78,6 +78,8 @@ def _beside(
     """The module's own forward, and what masters add to its output."""
     _ready(masters, module, module.weight)
     output = forward(input)
+    if masters.dense:  # the base is wanted
+        return output
     return output + side(input).to(output.dtype)  # which differ under autocast
 
 

@@ -191,7 +191,8 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool]) -> Iterator
     for each in masters:
         each.follow_weight()
         held = each.held()
-        parts.append(kernels.Write(each.weight.data, held.indices, held.base))
+        if each.in_place:
+            parts.append(kernels.Write(each.weight.data, held.indices, held.base))
     plan = kernels.Plan.of(parts)
     known = [(each, each.written, each.may_have_stepped) for each in masters]
     try:

@@ -14,10 +14,11 @@ from .adapter import fingerprint
 from .encoding import checksum
 from .errors import BaseMismatch, TuningError
 from .masters import Masters
+from .quantized import shape_of
 
 __all__ = ["load_state", "state_of"]
 
-VALUES, MARK = ".values", ".mark"  # of each tensor: float32 [k], and int64 [sides + 2]
+VALUES, MARK = ".values", ".mark"  # of each tensor: float32 [k], and int64 [sides + 2]; variants have further ".values_…"
 
 
 def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor]:
@@ -29,7 +30,8 @@ def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor
         )
     state = {}
     for name, entries in masters.items():
-        state[name + VALUES] = entries.values.detach().to("cpu", copy=True)
+        for ending, parameter in entries.parameters().items():
+            state[name + VALUES + ending] = parameter.detach().to("cpu", copy=True)
         state[name + MARK] = _mark(entries)
     return state
 
@@ -39,7 +41,8 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
 
     Raises TuningError or BaseMismatch, before anything is written, if it is not of the same tensors, positions and base.
     """
-    expected = {name + part for name in masters for part in (VALUES, MARK)}
+    held = {name: {name + VALUES + end: p for end, p in entries.parameters().items()} for name, entries in masters.items()}
+    expected = {key for name, parameters in held.items() for key in (*parameters, name + MARK)}
     if not any(name in state for name in expected):
         raise TuningError("the checkpoint holds nothing that this tuner trains; it is of another model, or no shira checkpoint")
     if expected != state.keys():
@@ -49,32 +52,34 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
             "attach with the settings that it was made with"
         )
     for name, entries in masters.items():
-        _check(name, entries, state[name + VALUES], state[name + MARK])
+        _check(name, entries, held[name], state)
     with torch.no_grad():
-        for name, entries in masters.items():
-            entries.values.copy_(state[name + VALUES])
+        for parameters in held.values():
+            for key, parameter in parameters.items():
+                parameter.copy_(state[key])
 
 
 def _mark(entries: Masters) -> Tensor:
     """The weight's sides, and checksums of the positions and of the base values that lay there."""
     base = zlib.crc32(fingerprint(entries.base).encode())
-    return torch.tensor([*entries.weight.shape, checksum(entries.indices.cpu()), base])
+    return torch.tensor([*shape_of(entries.weight), checksum(entries.indices.cpu()), base])
 
 
-def _check(name: str, entries: Masters, values: Tensor, mark: Tensor) -> None:
+def _check(name: str, entries: Masters, held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     *shape, positions, base = _mark(entries).tolist()
-    found = mark.tolist()
+    found = state[name + MARK].tolist()
     if found[:-2] != shape:
         raise BaseMismatch(f"the checkpoint is of another model: '{name}' is {found[:-2]} there and {shape} here")
-    if values.shape != entries.values.shape:
-        raise TuningError(
-            f"the checkpoint is of another mask: {values.numel()} entries of '{name}' train there and {entries.values.numel()} "
-            "here; attach with its density or rank"
-        )
+    for key, parameter in held.items():
+        if state[key].shape != parameter.shape:
+            raise TuningError(
+                f"the checkpoint is of another mask: {state[key].numel()} entries of '{name}' train there and "
+                f"{parameter.numel()} here; attach with its density or rank"
+            )
     if found[-2] != positions:
         raise TuningError(
-            f"the checkpoint is of another mask: {values.numel()} other positions of '{name}' train there; attach with the "
-            "mask, seed and calibration that it was made with"
+            f"the checkpoint is of another mask: {entries.indices.numel()} other positions of '{name}' train there; attach "
+            "with the mask, seed and calibration that it was made with"
         )
     if found[-1] != base:
         raise BaseMismatch(

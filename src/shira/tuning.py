@@ -211,6 +211,8 @@ class Tuner:
         Raises TuningError, or what `attach` raises for a mask, before anything has changed.
         """
         masters = self.masters("refreshed")
+        if any(type(each) is not Masters for each in masters.values()):
+            raise TuningError("a tuner with decompose, low_rank or a quantized base cannot be refreshed")
         if any(each.piece is not None for each in masters.values()):
             raise TuningError("a mask cannot move on weights that are sharded; train without refresh, or with DDP")
         refresh.check_cap(cap)
@@ -235,8 +237,6 @@ class Tuner:
         masters = self._masters()
         if not self.attached or len(masters) < len(self._entries) or any(each.dense for each in masters.values()):
             raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
-        if any(type(each) is not Masters for each in masters.values()):
-            raise TuningError(f"a tuner with decompose, low_rank or a quantized base cannot be {wish}")
         return masters
 
     def state_dict(self) -> dict[str, Tensor]:
