@@ -359,7 +359,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     low = min(min(row["fused"], row["alone"]) for row in rows) - 1
     high = max(row["alone"] for row in rows) + 1
     axes.plot([low, high], [low, high], color="0.8", linewidth=1)
-    axes.annotate("nothing lost", (high, high), (-4, -14), textcoords="offset points", ha="right", color="0.5", fontsize=8)
+    axes.annotate("nothing lost", (high, high), (0, -36), textcoords="offset points", ha="right", color="0.5", fontsize=8)
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         mine = [row for row in rows if row["rule"] == rule]
