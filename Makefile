@@ -24,7 +24,7 @@ demo: .venv/ready ## train, save, switch and fuse two adapters on a real model (
 test: .venv/ready lint ## lint, types and tests, on tiny models and briefly on the real one
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: .venv/ready ## the tests that take minutes: the whole demo
+test-slow: .venv/ready ## the tests that take minutes: the whole demo, trainers on the real model
 	$(BIN)/python -m pytest -m slow
 
 test-quantized: .venv/ready ## tests on torchao's and bitsandbytes' layers, which it installs; both are noisy when imported

@@ -28,9 +28,9 @@ def test_nothing_in_the_readme_escapes_this_file():
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS + INLINE if line.startswith("make ")])
 def test_make_targets_exist(line):
-    """What they do is run by CI (`make test`) and by test_real.py (`make demo`)."""
+    """What they do is run by CI (`make test test-slow`) and by test_real.py (`make demo`)."""
     shown = subprocess.run([*line.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {"make demo": ".venv/bin/shira demo", "make test": "pytest"}[line] in shown
+    assert {"make demo": ".venv/bin/shira demo", "make test": "pytest", "make test-slow": "pytest -m slow"}[line] in shown
 
 
 @pytest.mark.real
