@@ -1,5 +1,7 @@
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -369,3 +371,16 @@ def test_the_adapter_says_where_it_comes_from(tiny_llama):
     assert adapter.metadata["base"] == {"id": "LlamaForCausalLM", "dtype": "float32"}
     assert (adapter.name, adapter.metadata["training"], adapter.metadata["license"]) == ("poet", {"steps": 3}, "MIT")
     assert adapter.nnz == tuner.nnz == 6 * (24 + 40)
+
+
+def test_a_model_that_is_dropped_without_detach_is_freed():
+    from torch.optim.optimizer import _global_optimizer_post_hooks
+
+    hooks = len(_global_optimizer_post_hooks)
+    model = mlp()
+    tuner = shira.attach(model, density=0.3)
+    assert len(_global_optimizer_post_hooks) == hooks + 1
+    gone = weakref.ref(model)
+    del model, tuner
+    gc.collect()
+    assert gone() is None and len(_global_optimizer_post_hooks) == hooks

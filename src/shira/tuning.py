@@ -12,6 +12,7 @@ a copy of the base, full-size gradients and full-size optimizer state: it is her
 
 import contextlib
 import os
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -165,15 +166,23 @@ class Tuner:
         masters = {target.name: entry.masters for target, entry in zip(chosen, self._entries, strict=True) if entry.masters}
         self.at_detach.callback(install((use, masters[target.name]) for target in chosen for use in target.uses))
 
+        # torch holds this hook, for all optimizers: it must not hold the model, which may be dropped without detach()
+        known = [weakref.ref(each) for each in masters.values()]
+        model = weakref.ref(self.model)
+
         def write(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
             stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            for each in masters.values():
+            alive = [each for each in (reference() for reference in known) if each is not None]
+            for each in alive:
                 if any(id(parameter) in stepped for parameter in each.parameters().values()):
                     each.write_step()
-            if any(each.piece is not None for each in masters.values()):
-                reshard(self.model)
+            whole = model()
+            if whole is not None and any(each.piece is not None for each in alive):
+                reshard(whole)
 
-        self.at_detach.callback(register_optimizer_step_post_hook(write).remove)
+        hook = register_optimizer_step_post_hook(write)
+        self.at_detach.callback(hook.remove)
+        weakref.finalize(self.model, hook.remove)
         pieces = [each for each in masters.values() if each.piece is not None]
         if not pieces:
             self.at_detach.callback(check_positions(self.model, (each.indices for each in masters.values())))
