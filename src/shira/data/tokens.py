@@ -6,6 +6,7 @@ Tokens are written to a temporary file, five bytes each, and read back from ther
 import array
 import bisect
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
@@ -27,8 +28,9 @@ class _Rows(Sequence[Row]):
 
     lengths: np.ndarray[Any, Any]  # int64, of each row
 
+    @abstractmethod
     def _row(self, number: int) -> Row:
-        raise NotImplementedError
+        """The row of this number, from 0 on."""
 
     def __len__(self) -> int:
         return len(self.lengths)
