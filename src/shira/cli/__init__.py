@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ..errors import ShiraError
-from . import bench, compare, demo, estimate, evaluate, extract, fuse, inspect, masks, merge, targets, train
+from . import bench, compare, demo, estimate, evaluate, experiment, extract, fuse, inspect, masks, merge, targets, train
 from .output import errors
 
 __all__ = ["app", "main"]
@@ -30,6 +30,7 @@ app.command("fuse")(fuse.fuse)
 app.command("extract")(extract.extract)
 app.command("merge")(merge.merge)
 app.command("bench")(bench.bench)
+app.command("experiment")(experiment.experiment)
 
 
 def main() -> None:

