@@ -1,7 +1,7 @@
 """Results as JSON lines: what has been run is not run again, several processes share the work, and any run can be redone alone.
 
-A key says all that decides a run, as plain JSON; its hash is the run's number. A line holds the key, what came out, when, how long
-it took and under which versions.
+A key says all that decides a run, as plain JSON; its hash is the run's number. A line holds the key, what came out, when, how
+long it took and under which versions.
 """
 
 import contextlib

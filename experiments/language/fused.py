@@ -1,0 +1,136 @@
+"""Table 4: one adapter a benchmark, trained apart, then all on one model: what is lost, by method and fusion."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.store import Key, Store, number
+
+from .runs import score_key, train_key
+from .settings import Recipe
+from .tables import Answers, average, chance, difference, markdown, mean_answers, share
+
+__all__ = ["report", "wanted"]
+
+
+def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
+    """The base; for each seed and method the adapters, alone and added; on the first seed other fusions and strengths."""
+    for task in recipe["data"]:
+        yield score_key(recipe, [], task)
+    for seed in recipe["seeds"]:
+        for method in recipe["methods"].values():
+            runs = trained(recipe, method, seed)
+            yield from runs
+            if any(store.get(run) is None for run in runs):
+                continue
+            adapters = [number(run) for run in runs]
+            for task, adapter in zip(recipe["data"], adapters, strict=True):
+                yield score_key(recipe, [adapter], task)
+            for how in ways(recipe, method, seed):
+                for task in recipe["data"]:
+                    yield score_key(recipe, adapters, task, **how)
+
+
+def ways(recipe: Recipe, method: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """How a method's adapters are put together: added, and on the first seed in other ways, and added at other strengths."""
+    if seed != recipe["seeds"][0]:
+        return [{"fusion": "sum"}]
+    fusions = [{"fusion": name} | ({"options": options} if options else {}) for name, options in method["fusions"].items()]
+    return fusions + [{"fusion": "sum", "strength": strength} for strength in recipe["strengths"]]
+
+
+def trained(recipe: Recipe, method: dict[str, Any], seed: int) -> list[Key]:
+    """The runs that make a method's adapters, one a benchmark; if they are to lie apart, each avoids those before."""
+    runs: list[Key] = []
+    (rate,) = method["rates"]
+    for task in recipe["data"]:
+        apart = {"avoid": [number(run) for run in runs]} if method.get("apart") and runs else {}
+        runs.append(train_key(recipe | {"data": task}, method, rate, seed, **apart))
+    return runs
+
+
+def answers(recipe: Recipe, store: Store, adapters: Sequence[Sequence[Sequence[str]]], **how: Any) -> Answers | None:
+    """Benchmark -> its answers, a mean over seeds; adapters: for each seed and benchmark the runs whose adapters are on."""
+    found = []
+    for of_seed in adapters:
+        keys = [score_key(recipe, runs, task, **how) for task, runs in zip(recipe["data"], of_seed, strict=True)]
+        results = [store.get(key) for key in keys]
+        if all(result is not None for result in results):
+            found.append({task: digits for result in results if result for task, digits in result["right"].items()})
+    return mean_answers(found) if found else None
+
+
+def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
+    """Alone, added and what is lost, then the other fusions and strengths; in per cent with 95 % intervals over questions."""
+    tasks = recipe["data"]
+    base = answers(recipe, store, [[[]] * len(tasks)])
+    if base is None:
+        return "no results yet"
+    head = ["method", "seeds", *tasks, "alone", *(f"{task}, fused" for task in tasks), "fused", "lost", "lost, % of alone"]
+    rows = [["base", "1", *cells(base), share(*average(base)), *[""] * len(tasks), "", "", ""]]
+    other: list[list[str]] = []
+    drops: dict[str, Answers] = {}
+    strengths: dict[str, dict[float, Answers]] = {}
+    for name, method in recipe["methods"].items():
+        made = [[number(run) for run in trained(recipe, method, seed)] for seed in recipe["seeds"]]
+        apart = [[[run] for run in runs] for runs in made]
+        together = [[runs] * len(tasks) for runs in made]
+        seeds = [
+            n
+            for n in range(len(made))
+            if answers(recipe, store, apart[n : n + 1]) and answers(recipe, store, together[n : n + 1], fusion="sum")
+        ]
+        if not seeds:
+            continue
+        alone = answers(recipe, store, [apart[n] for n in seeds])
+        fused = answers(recipe, store, [together[n] for n in seeds], fusion="sum")
+        assert alone is not None and fused is not None
+        lost = difference(alone, fused)
+        drops[name] = {task: [a - b for a, b in zip(alone[task], fused[task], strict=True)] for task in tasks}
+        row = [name, str(len(seeds)), *cells(alone), share(*average(alone)), *cells(fused), share(*average(fused))]
+        rows.append([*row, share(*lost), f"{100 * lost[0] / average(alone)[0]:.1f}"])
+        for how in ways(recipe, method, recipe["seeds"][0]):
+            found = answers(recipe, store, together[:1], **how)
+            if found is None:
+                continue
+            if how["fusion"] == "sum":
+                strengths.setdefault(name, {})[how.get("strength", 1.0)] = found
+            text = how["fusion"] + "".join(f", {key} {value}" for key, value in how.get("options", {}).items())
+            other.append([name, text, f"{how.get('strength', 1.0):g}", *cells(found), share(*average(found))])
+    text = [markdown(head, rows)]
+    if recipe["compare_with"] in drops:
+        for name in (name for name in drops if name != recipe["compare_with"]):
+            mean, error = difference(drops[recipe["compare_with"]], drops[name])
+            text.append(
+                f"{recipe['compare_with']} loses {share(mean, error)} points more than {name} (p {chance(mean, error):.2f})."
+            )
+    text.append(markdown(["method", "fusion (first seed)", "strength", *tasks, "average"], other))
+    if plots is not None and strengths:
+        plot(strengths, average(base)[0], plots / f"{store.path.stem}.png")
+    return "\n\n".join(text)
+
+
+def cells(found: Answers) -> list[str]:
+    return [f"{100 * statistics.fmean(found[task]):.1f}" for task in found]
+
+
+def plot(strengths: dict[str, dict[float, Answers]], base: float, path: Path) -> None:
+    """Average accuracy of the sum over its strength."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.axhline(100 * base, color="0.6", linewidth=0.8)
+    axes.annotate("base", (0, 100 * base), (2, 3), textcoords="offset points", fontsize=8, color="0.4")
+    for name, found in strengths.items():
+        at = sorted(found)
+        means = [100 * average(found[strength])[0] for strength in at]
+        axes.plot([0.0, *at], [100 * base, *means], "o-", label=name, color="black" if name == "lora" else None)
+    axes.set(xlabel="strength α of each of three adapters, added", ylabel="average accuracy, % (first seed)")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,45 @@
+"""Accuracies with how sure they are, and Markdown."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+__all__ = ["Answers", "average", "chance", "difference", "markdown", "mean_answers", "share"]
+
+Answers = Mapping[str, Sequence[float]]  # benchmark -> for each question the share of seeds that answered it rightly
+
+
+def mean_answers(scores: Sequence[Mapping[str, str]]) -> dict[str, list[float]]:
+    """Of several seeds' answers to the same questions, a digit each, the share that is right."""
+    return {
+        task: [statistics.mean(map(int, digits)) for digits in zip(*(s[task] for s in scores), strict=True)]
+        for task in scores[0]
+    }
+
+
+def average(answers: Answers) -> tuple[float, float]:
+    """The mean of the benchmarks' means, each counting alike, and its standard error over questions."""
+    means = [statistics.fmean(found) for found in answers.values()]
+    errors = [statistics.variance(found) / len(found) for found in answers.values()]
+    return statistics.fmean(means), math.sqrt(sum(errors)) / len(means)
+
+
+def difference(ours: Answers, others: Answers) -> tuple[float, float]:
+    """The same of what one method answers better than another, question by question (a paired test)."""
+    return average({task: [a - b for a, b in zip(ours[task], others[task], strict=True)] for task in ours})
+
+
+def chance(mean: float, error: float) -> float:
+    """How probable a mean this far from zero is if the true one is zero (two-sided z test; of yes and no, McNemar's)."""
+    return math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
+
+
+def share(mean: float, error: float) -> str:
+    """A share in per cent with its 95 % interval: '45.1 ± 2.9'."""
+    return f"{100 * mean:.1f} ± {196 * error:.1f}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
