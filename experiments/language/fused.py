@@ -15,13 +15,13 @@ __all__ = ["report", "wanted"]
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The base; for each seed and method the adapters, alone and added; on the first seed other fusions and strengths."""
+    """The base; for each seed and method the adapters, alone and added; on some seeds other fusions and strengths."""
     for task in recipe["data"]:
         yield score_key(recipe, [], task)
     for seed in recipe["seeds"]:
         for method in recipe["methods"].values():
             runs = trained(recipe, method, seed)
-            yield from runs
+            yield from (run for run in runs if all(store.line(before) for before in run.get("avoid", ())))
             if any(store.get(run) is None for run in runs):
                 continue
             adapters = [number(run) for run in runs]
@@ -33,11 +33,10 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
 
 
 def ways(recipe: Recipe, method: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """How a method's adapters are put together: added, and on the first seed in other ways, and added at other strengths."""
-    if seed != recipe["seeds"][0]:
-        return [{"fusion": "sum"}]
+    """How a method's adapters are put together: added, and on some seeds in other ways, and added at other strengths."""
     fusions = [{"fusion": name} | ({"options": options} if options else {}) for name, options in method["fusions"].items()]
-    return fusions + [{"fusion": "sum", "strength": strength} for strength in recipe["strengths"]]
+    strengths = [{"fusion": "sum", "strength": strength} for strength in recipe["strengths"]]
+    return fusions + strengths if seed in recipe["other_seeds"] else [{"fusion": "sum"}]
 
 
 def trained(recipe: Recipe, method: dict[str, Any], seed: int) -> list[Key]:
@@ -90,8 +89,8 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         drops[name] = {task: [a - b for a, b in zip(alone[task], fused[task], strict=True)] for task in tasks}
         row = [name, str(len(seeds)), *cells(alone), share(*average(alone)), *cells(fused), share(*average(fused))]
         rows.append([*row, share(*lost), f"{100 * lost[0] / average(alone)[0]:.1f}"])
-        for how in ways(recipe, method, recipe["seeds"][0]):
-            found = answers(recipe, store, together[:1], **how)
+        for how in ways(recipe, method, recipe["other_seeds"][0]):
+            found = answers(recipe, store, [together[recipe["seeds"].index(seed)] for seed in recipe["other_seeds"]], **how)
             if found is None:
                 continue
             if how["fusion"] == "sum":
@@ -105,7 +104,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
             text.append(
                 f"{recipe['compare_with']} loses {share(mean, error)} points more than {name} (p {chance(mean, error):.2f})."
             )
-    text.append(markdown(["method", "fusion (first seed)", "strength", *tasks, "average"], other))
+    text.append(markdown(["method", f"fusion (seeds: {len(recipe['other_seeds'])})", "strength", *tasks, "average"], other))
     if plots is not None and strengths:
         plot(strengths, average(base)[0], plots / f"{store.path.stem}.png")
     return "\n\n".join(text)
@@ -129,7 +128,7 @@ def plot(strengths: dict[str, dict[float, Answers]], base: float, path: Path) ->
         at = sorted(found)
         means = [100 * average(found[strength])[0] for strength in at]
         axes.plot([0.0, *at], [100 * base, *means], "o-", label=name, color="black" if name == "lora" else None)
-    axes.set(xlabel="strength α of each of three adapters, added", ylabel="average accuracy, % (first seed)")
+    axes.set(xlabel="strength α of each of three adapters, added", ylabel="average accuracy, %")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

