@@ -186,6 +186,10 @@ def test_one_adapter_for_all_by_the_rate_that_validation_chose(bench, tmp_path, 
     assert combined.best_rate(recipe, recipe["methods"]["wm"], store) == best
     report = combined.report(recipe, store, tmp_path)
     assert f"| wm | {best:g} (3) | 2 |" in report and (tmp_path / "results.png").exists()
+    sized = [combined.summary(recipe, store)[-1]._replace(name=f"wm-{size}") for size in (0.01, 0.1)]
+    assert [list(found) for found in combined.curves([*sized, sized[0]._replace(name="wm-dora")]).values()] == [sized]
+    combined.plot_curves(sized, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
     # a run that is forgotten is made again, and alone; its adapter is there still
     run = number(score_key(recipe, [], "one"))
     assert store.forget(lambda line: line["run"] == run) == 1

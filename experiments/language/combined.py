@@ -108,6 +108,8 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         return "no results yet"
     if plots is not None:
         plot(rows, plots / f"{store.path.stem}.png")
+        if any(len(curve) > 1 for curve in curves(rows).values()):
+            plot_curves(rows, plots / f"{store.path.stem}-curves.png")
     against = next((row for row in rows if row.name == recipe["compare_with"]), None)
     tasks = list(rows[0].answers)
     head = [
@@ -171,5 +173,43 @@ def plot(rows: list[Row], path: Path) -> None:
     right.margins(x=0.15)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def curves(rows: list[Row]) -> dict[str, list[Row]]:
+    """Methods that differ in size alone: a name, a dash and a number."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        name, dash, size = row.name.rpartition("-")
+        if dash and size.replace(".", "").isdigit():
+            found.setdefault(name, []).append(row)
+    return found
+
+
+def plot_curves(rows: list[Row], path: Path) -> None:
+    """Average accuracy over parameters, and over the file's bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axes, size in zip(both, ("parameters", "file_bytes"), strict=True):
+        for name, found in curves(rows).items():
+            found = sorted(found, key=lambda row: row.parameters)
+            means, errors = zip(*(average(row.answers) for row in found), strict=True)
+            heights, bars = [100 * mean for mean in means], [196 * error for error in errors]
+            colour = "black" if name == "lora" else None
+            axes.errorbar(
+                [getattr(row, size) / 1e6 for row in found], heights, bars, fmt="o-", capsize=3, label=name, color=colour
+            )
+        for row in rows:
+            if row.name == "base":
+                axes.axhline(100 * average(row.answers)[0], color="0.6", linewidth=0.8)
+        axes.set(xscale="log", xlabel="parameters, millions" if size == "parameters" else "file, MB")
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].set_ylabel("average accuracy, % (grey: the base)")
+    both[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
