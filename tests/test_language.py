@@ -1,5 +1,6 @@
 """The language experiments: what is run, what is not run again, and that tables say what came out."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -162,12 +163,14 @@ def test_three_adapters_fused(bench, tmp_path, capfd):
     # of 3 methods on 2 seeds 2 adapters; alone, added, and on the first seed one more fusion and one more strength; what lies
     # apart begins with the same adapter
     assert kinds.count("train") == 3 * 2 * 2 - 2 and kinds.count("score") == 2 + (3 * 2 * 2 * 2 - 2) + 3 * 2 * 2
+    assert kinds.count("compare") == 3
     assert run_all(bench, store) == []
     apart = [key for key in made if key["kind"] == "train" and "avoid" in key]
     assert len(apart) == 2 and all(store.line(run)["key"]["data"] == "one" for key in apart for run in key["avoid"])
     text = fused.report(bench, store, tmp_path)
     assert "| wm-apart | 2 |" in text and "| lora | linear | 1 |" in text and "| wm | sum | 0.5 |" in text
     assert (tmp_path / "results.png").stat().st_size > 5000
+    assert "| method (first seed) | base to one | base to two | one and two | one and two, AWOR |" in text
     # the table's numbers are those of the lines
     run = number(train_key(bench | {"data": "one"}, bench["methods"]["lora"], 0.01, 0))
     digits = store.get(score_key(bench, [run], "one"))["right"]["one"]
@@ -208,6 +211,29 @@ def test_an_adapter_that_is_gone_is_trained_again_to_the_bit(bench, tmp_path, ca
     assert (lab.folder(number(key)) / methods.OURS).read_bytes()[-500:] == before[-500:]  # its head tells the time
     with pytest.raises(DataError, match="no run nothing"):
         lab.folder("nothing")
+
+
+@pytest.mark.parametrize("name", ["lora", "wm"])
+def test_distances_are_those_of_the_weights(bench, tmp_path, name, capfd):
+    lab = Lab(Store(tmp_path / "results.jsonl"))
+    model, _, _ = lab.model(bench["model"], "float32")
+    base = torch.cat([p.detach().flatten() for p in model.parameters()])
+    weights, runs = [], []
+    for task in ("one", "two"):
+        key = train_key(bench | {"data": task}, bench["methods"][name], 0.01, 0)
+        lab.store.add(key, lab.run(key), 0)
+        runs.append(lab.folder(number(key)))
+        if name == "lora":
+            import peft
+
+            merged = peft.PeftModel.from_pretrained(copy.deepcopy(model), runs[-1]).merge_and_unload()
+            weights.append(torch.cat([p.detach().flatten() for p in merged.parameters()]))
+        else:
+            with methods.adapted(model, runs[-1:]):
+                weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    found = methods.distances(model, runs)
+    assert found["to_base"] == pytest.approx([float((w - base).norm()) for w in weights], rel=1e-3)
+    assert found["distance"] == pytest.approx([float((weights[0] - weights[1]).norm())], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["lora", "wm"])

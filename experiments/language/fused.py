@@ -1,5 +1,6 @@
 """Table 4: one adapter a benchmark, trained apart, then all on one model: what is lost, by method and fusion."""
 
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from experiments.store import Key, Store, number
 
-from .runs import score_key, train_key
+from .runs import compare_key, score_key, train_key
 from .settings import Recipe
 from .tables import Answers, average, chance, difference, markdown, mean_answers, share
 
@@ -25,6 +26,8 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
             if any(store.get(run) is None for run in runs):
                 continue
             adapters = [number(run) for run in runs]
+            if seed == recipe["seeds"][0]:
+                yield compare_key(recipe, adapters)
             for task, adapter in zip(recipe["data"], adapters, strict=True):
                 yield score_key(recipe, [adapter], task)
             for how in ways(recipe, method, seed):
@@ -105,9 +108,27 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
                 f"{recipe['compare_with']} loses {share(mean, error)} points more than {name} (p {chance(mean, error):.2f})."
             )
     text.append(markdown(["method", f"fusion (seeds: {len(recipe['other_seeds'])})", "strength", *tasks, "average"], other))
+    text.append(markdown(["method (first seed)", *apart_head(tasks)], apart_rows(recipe, store)))
     if plots is not None and strengths:
         plot(strengths, average(base)[0], plots / f"{store.path.stem}.png")
     return "\n\n".join(text)
+
+
+def apart_head(tasks: Sequence[str]) -> list[str]:
+    pairs = [" and ".join(pair) for pair in itertools.combinations(tasks, 2)]
+    return [*(f"base to {task}" for task in tasks), *(f"{pair}{what}" for what in ("", ", AWOR") for pair in pairs)]
+
+
+def apart_rows(recipe: Recipe, store: Store) -> list[list[str]]:
+    """A line a method: L2 distances (Table 13), and of sparse ones the share of zeros in A₁ᵀA₂."""
+    rows = []
+    for name, method in recipe["methods"].items():
+        runs = [number(run) for run in trained(recipe, method, recipe["seeds"][0])]
+        found = store.get(compare_key(recipe, runs))
+        if found is not None:
+            awor = [f"{share:.3f}" for share in found.get("awor", ())] or [""] * len(found["distance"])
+            rows.append([name, *(f"{length:.2f}" for length in found["to_base"] + found["distance"]), *awor])
+    return rows
 
 
 def cells(found: Answers) -> list[str]:

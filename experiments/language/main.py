@@ -46,4 +46,6 @@ def label(key: Key) -> str:
     if key["kind"] == "train":
         made = key["method"].get("peft") or key["method"]["options"].get("mask")
         return f"{number(key)}: train {made} on {key['data']}, rate {key['rate']:g}, seed {key['seed']}"
+    if key["kind"] == "compare":
+        return f"{number(key)}: compare {', '.join(key['adapters'])}"
     return f"{number(key)}: score {' + '.join(key['adapters']) or 'the base'} on {key['on']}"

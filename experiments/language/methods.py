@@ -1,6 +1,7 @@
 """How an adapter is made and put on a model: ours, and PEFT's, on one live model that comes back as it was."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import shira
 from shira.data.tokens import Row
 from shira.integrations import transformers as hf
 
-__all__ = ["OURS", "adapted", "checksum", "train"]
+__all__ = ["OURS", "adapted", "checksum", "distances", "train"]
 
 OURS = "adapter.safetensors"
 
@@ -82,17 +83,46 @@ def adapted(
         with switcher.using(dict.fromkeys(names, strength), fusion, **(options or {})):
             yield model
     else:
-        import peft
-
-        tuned: Any = peft.PeftModel.from_pretrained(model, folders[0], adapter_name="0")
-        try:
-            for number, folder in enumerate(folders[1:], start=1):
-                tuned.load_adapter(folder, adapter_name=str(number))
+        with _with_peft(model, folders) as (tuned, names):
             if len(folders) > 1 or strength != 1:
-                names = [str(number) for number in range(len(folders))]
                 given = {"combination_type": "cat" if fusion == "sum" else fusion} | dict(options or {})
                 tuned.add_weighted_adapter(names, [strength] * len(names), "fused", **given)
                 tuned.set_adapter("fused")
             yield tuned.get_base_model().eval()
-        finally:
-            tuned.unload()
+
+
+def distances(model: nn.Module, folders: Sequence[Path]) -> dict[str, list[float]]:
+    """How far adapters are from the base, one after another, and from each other, in pairs (Table 13): L2 norms of all weights;
+    of ours also AWOR (§4.2) and the share of positions that both hold."""
+    pairs = list(itertools.combinations(range(len(folders)), 2))
+    if (folders[0] / OURS).exists():
+        found = shira.compare(*(folder / OURS for folder in folders), base=model, spectra=False).total
+        to_base = [change.l2 for change in found.changes.values()]
+        return {"to_base": to_base} | {
+            name: [getattr(p, name) for p in found.pairs] for name in ("distance", "awor", "overlap")
+        }
+    squares, apart = [0.0] * len(folders), [0.0] * len(pairs)
+    with _with_peft(model, folders) as (tuned, names):
+        for module in tuned.modules():
+            if hasattr(module, "get_delta_weight"):
+                changes = [module.get_delta_weight(name).detach().double() for name in names]
+                squares = [total + float(change.square().sum()) for total, change in zip(squares, changes, strict=True)]
+                apart = [
+                    total + float((changes[a] - changes[b]).square().sum()) for total, (a, b) in zip(apart, pairs, strict=True)
+                ]
+    return {"to_base": [total**0.5 for total in squares], "distance": [total**0.5 for total in apart]}
+
+
+@contextlib.contextmanager
+def _with_peft(model: nn.Module, folders: Sequence[Path]) -> Iterator[tuple[Any, list[str]]]:
+    """PEFT's model with these adapters loaded, the first of them on, and their names."""
+    import peft
+
+    names = [str(number) for number in range(len(folders))]
+    tuned: Any = peft.PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
+    try:
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            tuned.load_adapter(folder, adapter_name=name)
+        yield tuned, names
+    finally:
+        tuned.unload()

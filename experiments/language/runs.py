@@ -1,4 +1,4 @@
-"""The two kinds of runs of which every experiment is made: to train an adapter, and to score a model with adapters on."""
+"""The kinds of runs of which experiments are made: to train an adapter, to score a model with adapters on, to compare them."""
 
 import functools
 import tempfile
@@ -19,7 +19,7 @@ from shira.integrations import transformers as hf
 from . import methods
 from .questions import examples, parts, sentences
 
-__all__ = ["Lab", "rates_to_try", "score_key", "train_key"]
+__all__ = ["Lab", "compare_key", "rates_to_try", "score_key", "train_key"]
 
 MODEL = ("model", "dtype")
 TRAINED_BY = (
@@ -50,6 +50,10 @@ def score_key(recipe: Mapping[str, Any], adapters: Sequence[str], data: str, **h
     return {"kind": "score", **settings, "adapters": list(adapters), "on": data, **how}
 
 
+def compare_key(recipe: Mapping[str, Any], adapters: Sequence[str]) -> Key:
+    return {"kind": "compare", **{name: recipe[name] for name in MODEL}, "adapters": list(adapters)}
+
+
 class Lab:
     """One live model on which the runs of a store are made."""
 
@@ -67,7 +71,7 @@ class Lab:
     def run(self, key: Key) -> dict[str, Any]:
         """Make a run; the model must come out of it as it went in."""
         model, _, before = self.model(key["model"], key["dtype"])
-        result = self.train(key) if key["kind"] == "train" else self.score(key)
+        result: dict[str, Any] = {"train": self.train, "score": self.score, "compare": self.compare}[key["kind"]](key)
         if methods.checksum(model) != before:
             raise RuntimeError(f"run {number(key)} has changed the base model")
         return result
@@ -131,6 +135,10 @@ class Lab:
             loss = hf.mean_loss(ready, text, BATCH, tokenizer.pad_token_id or 0)
         right = {score.task: "".join(str(int(answer)) for answer in score.right) for score in scores}
         return {"right": right, "text_loss": loss}
+
+    def compare(self, key: Key) -> dict[str, Any]:
+        """How far apart adapters are."""
+        return methods.distances(self.model(key["model"], key["dtype"])[0], [self.folder(run) for run in key["adapters"]])
 
 
 def rates_to_try(first: Iterable[float], losses: Mapping[float, float], most: int) -> list[float]:
