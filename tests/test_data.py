@@ -15,7 +15,7 @@ from shira.data import packages, tasks
 from shira.data.packages import Package, fetch
 from shira.data.reading import examples_of, read_examples
 from shira.data.tasks import Example, Task
-from shira.evaluation import accuracy, choice_scores
+from shira.evaluation import accuracy, answered, choice_scores
 from shira.integrations import transformers as hf
 from shira.recipes import Recipe, load_recipe, save_recipe
 
@@ -201,6 +201,9 @@ def test_accuracy(tiny_llama):
     seen = []
     assert accuracy(tiny_llama, Letters(), examples, batch_size=6, on_progress=seen.append) == right / 20
     assert seen == [6, 12, 18, 20]
+    assert answered(tiny_llama, Letters(), examples, batch_size=6) == [
+        s.index(max(s)) == e.label for s, e in zip(scores, examples, strict=True)
+    ]
     with pytest.raises(DataError, match="'choices' and 'label'"):
         accuracy(tiny_llama, Letters(), [Example("a", "b")])
 

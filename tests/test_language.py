@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from experiments.language import combined, fused, main, methods, settings, tables
+from experiments.language import combined, fused, methods, settings, tables
+from experiments.language import main as language
 from experiments.language.runs import Lab, rates_to_try, score_key, train_key
 from experiments.store import Store, claim, number, work
 
@@ -257,6 +258,11 @@ def test_the_model_comes_back(bench, tmp_path, name, capfd):
     assert same_bits(before, all_bits(model)) and torch.equal(model(**ids).logits, base)
 
 
+def test_the_page_of_results_says_what_is_in_the_results():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert language.fill(page, settings.FOLDER.parent / "results") == page
+
+
 def test_the_command(bench, tmp_path, run):
     recipe = bench | {"methods": {"wm": bench["methods"]["wm"]}, "seeds": [0], "compare_with": "wm"}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
@@ -272,4 +278,4 @@ def test_the_command(bench, tmp_path, run):
     assert run(f"{line} --again 123")[0] == 1
     code, out, err = run("experiment")
     assert code == 0 and "table2" in out and "Table 4" in out
-    assert main.label(lines[0]["key"]).endswith("score the base on one")
+    assert language.label(lines[0]["key"]).endswith("score the base on one")

@@ -9,7 +9,7 @@ import shira
 from conftest import letter_tokenizer, random_adapter
 from shira import DataError
 from shira.data.tasks import Example
-from shira.evaluation import choice_scores, interval
+from shira.evaluation import choice_scores, interval, mcnemar
 from shira.integrations.lm_eval import evaluate, task_of
 
 WORDS = ["abc", "cab", "ba", "bac", "ca", "ab", "acb"]
@@ -79,6 +79,16 @@ def test_what_cannot_be_asked(live):
 )
 def test_intervals_are_wilsons(right, asked, low, high):
     assert interval(right, asked) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(("ours", "others", "both"), [(0, 0, 9), (1, 0, 3), (5, 5, 0), (8, 1, 4), (2, 11, 1)])
+def test_mcnemar_is_a_binomial_test(ours, others, both):
+    from scipy.stats import binomtest
+
+    one = [True] * ours + [False] * others + [True] * both
+    other = [False] * ours + [True] * others + [True] * both
+    expected = binomtest(ours, ours + others).pvalue if ours + others else 1.0
+    assert mcnemar(one, other) == pytest.approx(expected) and mcnemar(other, one) == mcnemar(one, other)
 
 
 def test_the_command_asks_the_harness(live, tmp_path, run):

@@ -1,6 +1,7 @@
 """Run a recipe: what is not in the results yet, then the tables."""
 
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,21 @@ def label(key: Key) -> str:
     if key["kind"] == "compare":
         return f"{number(key)}: compare {', '.join(key['adapters'])}"
     return f"{number(key)}: score {' + '.join(key['adapters']) or 'the base'} on {key['on']}"
+
+
+def fill(text: str, results: Path) -> str:
+    """A text with the tables of these results between its marks: <!-- NAME --> … <!-- end -->."""
+
+    def table(mark: re.Match[str]) -> str:
+        made = main(mark[1], results / f"{mark[1]}.jsonl", run=False)
+        return f"<!-- {mark[1]} -->\n{made}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([a-z0-9-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":  # docs/results.md and its pictures
+    root = Path(__file__).parents[2]
+    stored, page = root / "experiments" / "language" / "results", root / "docs" / "results.md"
+    page.write_text(fill(page.read_text(encoding="utf-8"), stored), encoding="utf-8")
+    for path in stored.glob("*.jsonl"):
+        main(path.stem, path, run=False, plots=root / "docs" / "pictures")

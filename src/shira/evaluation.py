@@ -11,18 +11,24 @@ from .data.tasks import Example
 from .errors import DataError
 from .integrations.transformers import few_logits, left_padded, takes
 
-__all__ = ["accuracy", "choice_scores", "interval"]
+__all__ = ["accuracy", "answered", "choice_scores", "interval", "mcnemar"]
 
 
-def accuracy(
+def accuracy(model: nn.Module, tokenizer: Any, examples: Sequence[Example], **options: Any) -> float:
+    """Share of examples that are answered rightly, 0 to 1; see `answered`."""
+    right = answered(model, tokenizer, examples, **options)
+    return sum(right) / len(right)
+
+
+def answered(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
     *,
     batch_size: int = 32,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> float:
-    """Share of examples whose most probable choice is the right one, 0 to 1.
+) -> list[bool]:
+    """Of each example, whether its most probable choice is the right one.
 
     on_progress is called with the number of examples done. Raises DataError if an example has no choices, or there are
     no examples.
@@ -33,14 +39,15 @@ def accuracy(
         raise DataError("evaluation needs examples with 'choices' and 'label'")
     # texts of like length side by side: less padding
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
-    right = done = 0
+    right = [False] * len(examples)
+    done = 0
     for start in range(0, len(order), batch_size):
-        batch = [examples[i] for i in order[start : start + batch_size]]
-        for example, scores in zip(batch, choice_scores(model, tokenizer, batch), strict=True):
-            right += int(max(range(len(scores)), key=scores.__getitem__) == example.label)
+        batch = order[start : start + batch_size]
+        for i, scores in zip(batch, choice_scores(model, tokenizer, [examples[i] for i in batch]), strict=True):
+            right[i] = max(range(len(scores)), key=scores.__getitem__) == examples[i].label
         done += len(batch)
         on_progress(done)
-    return right / len(examples)
+    return right
 
 
 def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
@@ -49,6 +56,16 @@ def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     middle = (share + square / (2 * asked)) / (1 + square / asked)
     half = z / (1 + square / asked) * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(ours: Sequence[bool], others: Sequence[bool]) -> float:
+    """How probable it is that two methods differ by so much on the same questions if they are equally good: McNemar's exact
+    test, two-sided, on the questions that one of them alone answers rightly."""
+    ours_only = sum(a and not b for a, b in zip(ours, others, strict=True))
+    others_only = sum(b and not a for a, b in zip(ours, others, strict=True))
+    apart = ours_only + others_only
+    tail = sum(math.comb(apart, n) for n in range(min(ours_only, others_only) + 1))
+    return min(1.0, 2 * tail / (1 << apart))
 
 
 def choice_scores(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:

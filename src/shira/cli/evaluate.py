@@ -10,7 +10,7 @@ from rich.table import Table
 from ..data.reading import examples_of
 from ..data.tasks import Example
 from ..errors import DataError
-from ..evaluation import accuracy, interval
+from ..evaluation import answered, interval, mcnemar
 from ..format import load
 from ..strengths import Strength
 from ..switching import Switcher
@@ -42,7 +42,8 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Accuracy on held-out examples with its 95 % interval, of the base and, if adapters are given, with them.
+    """Accuracy on held-out examples with its 95 % interval, of the base and, if adapters are given, with them; p: how probable
+    so large a difference to the base is if there is none (McNemar's exact test, on the same questions).
 
     Example: shira eval SmolLM2-135M-Instruct --data spam -a spam.safetensors -a film.safetensors=0.5 --method mean
     """
@@ -61,15 +62,20 @@ def evaluate(
     states: dict[str, dict[str, Strength] | None] = {"base": None}
     if adapters:
         states[" + ".join(adapter or [])] = {path: strength for path, (_, strength) in adapters.items()}
-    measure = _by_harness if harness else accuracy
+    measure = _by_harness if harness else answered
     results: list[dict[str, Any]] = []
+    base: dict[str, Sequence[bool]] = {}
     for label, selection in states.items():
         switcher.use(selection, method, **options)
-        row: dict[str, Any] = {"active": label}
+        row: dict[str, Any] = {"active": label} | ({} if selection is None else {"p": {}})
         for name, chosen in examples.items():
             sequences = sum(len(example.choices) for example in chosen)
             with progress(f"{label}: {name}"[-28:], sequences if harness else len(chosen)) as update:
-                row[name] = measure(loaded, tokenizer, chosen, batch_size=batch_size, on_progress=update)
+                right = measure(loaded, tokenizer, chosen, batch_size=batch_size, on_progress=update)
+            row[name] = sum(right) / len(right)
+            if selection is not None:
+                row["p"][name] = mcnemar(right, base[name])
+            base.setdefault(name, right)
         results.append(row)
     if as_json:
         counts = {name: len(chosen) for name, chosen in examples.items()}
@@ -78,17 +84,19 @@ def evaluate(
     title = "accuracy, %" if method == "sum" else f"accuracy, %; fused by {method}"
     table = Table("active", *(f"{name} ({len(chosen)})" for name, chosen in examples.items()), title=title)
     for row in results:
-        table.add_row(row["active"], *(_cell(row[name], len(chosen)) for name, chosen in examples.items()))
+        table.add_row(
+            row["active"], *(_cell(row[name], len(chosen), row.get("p", {}).get(name)) for name, chosen in examples.items())
+        )
     console.print(table)
 
 
-def _cell(share: float, asked: int) -> str:
+def _cell(share: float, asked: int, p: float | None) -> str:
     low, high = interval(round(share * asked), asked)
-    return f"{100 * share:.1f} ({100 * low:.0f}-{100 * high:.0f})"
+    return f"{100 * share:.1f} ({100 * low:.0f}-{100 * high:.0f})" + ("" if p is None else f", p {p:.2g}")
 
 
-def _by_harness(model: Any, tokenizer: Any, examples: Sequence[Example], **options: Any) -> float:
+def _by_harness(model: Any, tokenizer: Any, examples: Sequence[Example], **options: Any) -> Sequence[bool]:
     from ..integrations import lm_eval
 
     (score,) = lm_eval.evaluate(model, tokenizer, [lm_eval.task_of("data", examples)], **options)
-    return score.accuracy
+    return score.right
