@@ -132,8 +132,10 @@ RULES: dict[str, Callable[[Setting], str | masks.Mask]] = {
     "snip-general": task_over_general,
     "snip-class": lambda setting: of_class(list(TASKS).index(setting.task)),
     "snip-penalty": lambda _: "snip",
+    "wm-penalty": lambda _: "wm",
 }
-NEED_GENERAL = {"snip-general", "snip-penalty"}
+PENALIZED = {"snip-penalty", "wm-penalty"}
+NEED_GENERAL = {"snip-general", *PENALIZED}
 
 
 def own_text(model: nn.Module, tokenizer: Any, rows: int = 64, length: int = 96) -> list[hf.Row]:
@@ -188,7 +190,7 @@ def train(setting: Setting, rule: str, rate: float) -> Path:
     seed = 100 * setting.seed + list(TASKS).index(setting.task)
     mask = RULES[rule](setting)
     with shira.attach(model, mask=mask, density=DENSITY, targets=TARGETS, calibration=batches, seed=seed) as tuner:
-        if rule == "snip-penalty":
+        if rule in PENALIZED:
             stay_near(tuner, setting.general)
         hf.train(tuner, model, rows, **options)
         tuner.adapter().save(path)
