@@ -105,6 +105,23 @@ def test_the_recipe_beside_an_adapter_repeats_it(run, folder):
     assert shira.load("three.safetensors").metadata["mask"]["seed"] == 4
 
 
+@pytest.mark.parametrize("general", ["own", "text.jsonl"])
+def test_train_near_the_base(run, folder, general):
+    code, _, err = run(f"{TRAIN} --data sums.jsonl --lr 0.05 --accumulate 2 -o far.safetensors")
+    assert code == 0, err
+    code, _, err = run(
+        f"{TRAIN} --data sums.jsonl --lr 0.05 --stay-near {general} --reach 1e-5 --accumulate 2 -o near.safetensors"
+    )
+    assert code == 0, err
+    assert "calibrating" in err
+    assert shira.load("near.safetensors").metadata["mask"]["stay_near"]["reach"] == 1e-5
+    found = shira.compare("far.safetensors", "near.safetensors", base="model", spectra=False).total.changes.values()
+    far, near = (change.l2 for change in found)
+    assert near < 0.8 * far
+    assert run("train --config near.yaml -o again.safetensors")[0] == 0
+    assert shira.load("again.safetensors").fingerprint == shira.load("near.safetensors").fingerprint
+
+
 def test_train_of_chosen_layers_and_kinds(run, folder):
     code, _, err = run(
         f"{TRAIN} --data sums.jsonl --targets all-linear --exclude mlp,k_proj --layers 1 -o some.safetensors --decompose 0"

@@ -23,7 +23,7 @@ LAYERS = [
     {"format", "differences"},
     {"strengths", "methods"},
     {"fusion", "selection", "masters", "factors"},
-    {"refresh", "layers", "resuming", "entries", "decomposed", "hybrid", "deltas"},
+    {"refresh", "layers", "resuming", "entries", "decomposed", "hybrid", "deltas", "consolidation"},
     {"variants", "sides"},
     {"tuning", "switching", "extraction", "merging", "analysis"},
     {"report"},

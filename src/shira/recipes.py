@@ -24,6 +24,8 @@ __all__ = ["Recipe", "load_recipe", "save_recipe", "train_adapter"]
 
 
 LOWEST = {"steps": 1, "batch_size": 1, "accumulate": 1, "calibration": 1, "max_length": 2, "seed": 0, "refresh_every": 0}
+OWN_TEXT = "own"
+GENERAL_BATCH = 4  # rows; their gradients are squared batch by batch
 BUDGETS = ("density", "rank", "total")  # one of them
 
 
@@ -52,6 +54,8 @@ class Recipe:
         None  # rank of a masked DoRA (docs/variants.md), 0: free at the mask's positions; None: plain entries
     )
     calibration: int = 64  # examples, for masks that need gradients or activations
+    stay_near: str | None = None  # data that the adapter shall not disturb; "own": text that the model writes itself
+    reach: float = 0.01  # how far it may go then, in units of the weights (docs/masks.md)
     refresh_every: int = 0  # steps after which the mask is selected anew; 0: never
     refresh_cap: float = 1.0  # entries the adapter may hold then, in budgets
     lr: float = 1e-3
@@ -181,6 +185,13 @@ def train_adapter(
         decompose=False if recipe.decompose is None else recipe.decompose or True,
     )
     with tuner:
+        if recipe.stay_near is not None:
+            if recipe.stay_near == OWN_TEXT:
+                general: Sequence[Row] = hf.own_text(model, tokenizer, on_calibration)
+            else:
+                general = encode(tokenizer, itertools.islice(examples_of(recipe.stay_near, "train"), recipe.calibration))
+            batches = hf.batches(general, model, GENERAL_BATCH, pad)
+            tuner.stay_near(batches, reach=recipe.reach, passes=recipe.accumulate, progress=on_calibration)
         summary = hf.train(
             tuner,
             model,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import hybrid, masks, refresh, resuming, variants
+from . import consolidation, hybrid, masks, refresh, resuming, variants
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint
 from .calibration import LossFn, Progress
@@ -224,6 +224,8 @@ class Tuner:
             raise TuningError("a tuner with decompose, low_rank or a quantized base cannot be refreshed")
         if any(each.piece is not None for each in masters.values()):
             raise TuningError("a mask cannot move on weights that are sharded; train without refresh, or with DDP")
+        if "stay_near" in self._mask:
+            raise TuningError("a mask cannot move after stay_near, which knows the entries that trained when it was called")
         refresh.check_cap(cap)
         states = refresh.movable(optimizer, masters)
         weights = {entry.name: entry.weight for entry in self._entries}
@@ -240,6 +242,35 @@ class Tuner:
         times = self._mask.get("refresh", {}).get("times", 0) + 1
         self._mask = self._mask | {"refresh": {"times": times, "cap": cap}}
         return moved
+
+    def stay_near(
+        self,
+        batches: Iterable[Any],
+        *,
+        reach: float = 0.01,
+        passes: int = 1,
+        loss_fn: LossFn | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Pull the entries that train back to the base, the more the more these batches, of general text, are sensitive to them
+        (elastic weight consolidation, arXiv 1612.00796). Adapters that are added disturb each other less then (docs/masks.md).
+
+        To be called once, before training; it leaves torch's random numbers as they were.
+        reach: the change, in units of the weights, at which an entry of the tensor's mean sensitivity is pulled as much as a
+            typical gradient of the batches pulls. passes: backward passes a step of the optimizer (gradient accumulation).
+        loss_fn, progress: as for `attach`.
+
+        Raises TuningError or MaskError before anything has changed.
+        """
+        masters = self.masters("held near its base")
+        if "stay_near" in self._mask or "refresh" in self._mask:
+            raise TuningError("stay_near is called once, before any refresh")
+        consolidation.check(masters, reach, passes)
+        with self.reference(), _same_random_numbers(masters.values()):
+            loss_fn = loss_fn or self._selector.loss_fn
+            pull, done = consolidation.pulls(self.model, masters, batches, reach, loss_fn=loss_fn, progress=progress)
+        self.at_detach.callback(consolidation.hold(masters, pull, passes))
+        self._mask = self._mask | {"stay_near": {"reach": reach, "calibration": done}}
 
     def masters(self, wish: str) -> dict[str, Masters]:
         """Tensor name -> its entries in training. Raises TuningError, which says what was wished, if none may change now."""
@@ -334,15 +365,21 @@ class Tuner:
         self.detach()
 
 
+def _same_random_numbers(masters: Collection[Masters]) -> contextlib.AbstractContextManager[None]:
+    """Afterwards torch's random numbers go on as if nothing had been drawn."""
+    devices = {each.weight.device.index for each in masters if each.weight.device.type == "cuda"}
+    fork: contextlib.AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
+    return fork
+
+
 @contextlib.contextmanager
 def _dense(masters: Collection[Masters]) -> Iterator[None]:
     """Let the layers compute with their whole weights, up to date, which then have gradients; keep the random numbers."""
-    devices = {each.weight.device.index for each in masters if each.weight.device.type == "cuda"}
     for each in masters:
         each.write()
         each.dense = True
     try:
-        with torch.random.fork_rng(devices=devices):
+        with _same_random_numbers(masters):
             yield
     finally:
         for each in masters:

@@ -61,6 +61,15 @@ def train(
         typer.Option(help="Train the entries as those of a DoRA of this rank; 0: of a free one (SHiRA-WM-DoRA).", min=0),
     ] = None,
     calibration: Annotated[int | None, typer.Option(help="Examples for masks that need gradients or activations (64).")] = None,
+    stay_near: Annotated[
+        str | None,
+        typer.Option(
+            help="Data that the adapter shall not disturb, or own: text that the model writes itself (docs/masks.md)."
+        ),
+    ] = None,
+    reach: Annotated[
+        float | None, typer.Option(help="With --stay-near: how far weights may go, in their units (0.01).")
+    ] = None,
     refresh_every: Annotated[int | None, typer.Option(help="Select the mask anew after so many steps (0: never).")] = None,
     refresh_cap: Annotated[
         float | None, typer.Option(help="Entries the adapter may hold then, in budgets; what leaves beyond is reset (1).")

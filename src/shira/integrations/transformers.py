@@ -194,6 +194,39 @@ def batches(rows: Sequence[Row], model: nn.Module, size: int, pad: int = 0) -> l
     return [collate(rows[start : start + size], model, pad) for start in range(0, len(rows), size)]
 
 
+@torch.no_grad()
+def own_text(
+    model: nn.Module, tokenizer: Any, on_token: Callable[[int, int], None] | None = None, *, rows: int = 64, length: int = 96
+) -> list[Row]:
+    """Rows of text that a causal language model writes from nothing, sampled: what stands for all it can do where no data are
+    at hand. They are the same each time, and torch's random numbers stay as they were.
+
+    on_token(done, total) is called after each token of all rows. Raises DataError if no token begins or ends a text.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise DataError("the tokenizer has no token that begins or ends a text, from which the model could write; give data")
+    start = torch.full((rows, 1), first, device=next(model.parameters()).device)
+    length = min(length, getattr(model.config, "max_position_embeddings", length + 1) - 1)
+
+    def watch(written: Tensor, _scores: Any, **_: Any) -> Tensor:
+        if on_token is not None:
+            on_token(written.shape[1] - 1, length)
+        return torch.zeros(rows, dtype=torch.bool, device=written.device)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        written = model.generate(  # type: ignore[operator]
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            max_new_tokens=length,
+            pad_token_id=first,
+            stopping_criteria=[watch],
+        )
+    return [{"input_ids": ids, "labels": ids} for ids in written.tolist()]
+
+
 def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     device = next(model.parameters()).device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
