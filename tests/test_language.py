@@ -1,6 +1,7 @@
 """The language experiments: what is run, what is not run again, and that tables say what came out."""
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import torch
 import yaml
 from experiments.language import combined, fused, methods, settings, tables
 from experiments.language import main as language
-from experiments.language.runs import Lab, rates_to_try, score_key, train_key
+from experiments.language.runs import Lab, score_key, train_key
+from experiments.language.search import rates_to_try
 from experiments.store import Store, claim, number, work
 
 from conftest import all_bits, letter_tokenizer, same_bits
@@ -112,7 +114,8 @@ def test_what_decides_a_run_is_in_its_number(name):
     """Every rate and option counts; a method's name does not."""
     recipe = settings.named(name)
     assert all(isinstance(rate, float) for method in recipe["methods"].values() for rate in method["rates"])
-    keys = [train_key(recipe, method, rate, 0) for method in recipe["methods"].values() for rate in method["rates"]]
+    key = importlib.import_module(f"experiments.language.{recipe['experiment']}").train_key
+    keys = [key(recipe, method, rate, 0) for method in recipe["methods"].values() for rate in method["rates"]]
     apart = [method.get("apart") for method in recipe["methods"].values()].count(True)
     assert len({number(key) for key in keys}) == len(keys) - apart  # those that lie apart also name what they avoid
 

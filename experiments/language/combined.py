@@ -3,15 +3,16 @@
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from experiments.store import Key, Store, number
 
-from .runs import rates_to_try, score_key, train_key
+from .runs import score_key, train_key
+from .search import best_rate, losses, rates
 from .settings import Recipe
 from .tables import average, chance, difference, markdown, mean_answers, share
 
-__all__ = ["best_rate", "report", "wanted"]
+__all__ = ["report", "wanted"]
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
@@ -38,32 +39,6 @@ def scored(recipe: Recipe, store: Store, name: str, seed: int) -> Iterator[Key]:
     yield trained
     if store.get(trained) is not None:
         yield score_key(recipe, [number(trained)], recipe["data"])
-
-
-def losses(recipe: Recipe, method: dict[str, Any], store: Store) -> dict[float, float]:
-    """Learning rate -> loss on the validation questions, as far as they were tried."""
-    found: dict[float, float] = {}
-    while True:
-        tried = rates_to_try(method["rates"], found, recipe["most_rates"])
-        new = [rate for rate in tried if rate not in found]
-        for rate in new:
-            result = store.get(train_key(recipe, method, rate, recipe["seeds"][0]))
-            if result is not None:
-                found[rate] = result["validation_loss"]
-        if not new or not all(rate in found for rate in new):
-            return found
-
-
-def rates(recipe: Recipe, method: dict[str, Any], store: Store) -> list[float]:
-    return rates_to_try(method["rates"], losses(recipe, method, store), recipe["most_rates"])
-
-
-def best_rate(recipe: Recipe, method: dict[str, Any], store: Store) -> float | None:
-    """The learning rate of the lowest validation loss, or None while some are untried."""
-    found = losses(recipe, method, store)
-    if any(rate not in found for rate in rates_to_try(method["rates"], found, recipe["most_rates"])):
-        return None
-    return min(found, key=lambda rate: found[rate])
 
 
 class Row(NamedTuple):

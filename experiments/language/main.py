@@ -34,7 +34,7 @@ def main(
     if again and not store.forget(lambda line: line["run"] == again):
         raise DataError(f"{results}: no run {again!r}")
     if run:
-        lab = Lab(store)
+        lab = getattr(experiment, "Lab", Lab)(store)
         work(lambda: experiment.wanted(recipe, store), lab.run, store, lambda key, left: on_run(label(key), left))
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,9 +33,10 @@ def train(
     *,
     targets: Any,
     avoid: Sequence[Path] = (),
+    fit: Callable[..., dict[str, Any]] = hf.train,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train an adapter and leave it in a folder; returns Trainer's summary. settings: those of `hf.train`.
+    """Train an adapter and leave it in a folder; returns the summary of `fit`, which takes settings, as `hf.train` does.
 
     method: {"options": …}, what `shira.attach` takes; or with "peft": a class of PEFT's configurations, and its options.
     """
@@ -43,23 +44,19 @@ def train(
     if "peft" not in method:
         chosen = {"targets": targets, "avoid": list(avoid), "calibration": calibration, "seed": settings["seed"]} | options
         with shira.attach(model, **chosen) as tuner:
-            summary = hf.train(tuner, model, rows, **settings)
+            summary = fit(tuner, model, rows, **settings)
             tuner.adapter().save(folder / OURS)
         return summary
     import peft
 
     torch.manual_seed(settings["seed"])
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tuned: Any = peft.get_peft_model(model, getattr(peft, method["peft"])(target_modules=targets, **options))
-    try:
+    with _peft_on(
+        model, lambda: peft.get_peft_model(model, getattr(peft, method["peft"])(target_modules=targets, **options))
+    ) as tuned:
         count = SimpleNamespace(nnz=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
         # the model itself, whose layers are PEFT's now: what takes logits at the last places only
-        summary = hf.train(count, tuned.get_base_model(), rows, **settings)  # type: ignore[arg-type]
+        summary = fit(count, tuned.get_base_model(), rows, **settings)
         tuned.save_pretrained(folder)
-    finally:
-        tuned.unload()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     return summary
 
 
@@ -119,10 +116,27 @@ def _with_peft(model: nn.Module, folders: Sequence[Path]) -> Iterator[tuple[Any,
     import peft
 
     names = [str(number) for number in range(len(folders))]
-    tuned: Any = peft.PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
-    try:
+    with _peft_on(model, lambda: peft.PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])) as tuned:
         for name, folder in zip(names[1:], folders[1:], strict=True):
             tuned.load_adapter(folder, adapter_name=name)
         yield tuned, names
+
+
+@contextlib.contextmanager
+def _peft_on(model: nn.Module, make: Callable[[], Any]) -> Iterator[Any]:
+    """PEFT's model, as it is made of ours; afterwards modules and `requires_grad` flags are ours again.
+
+    PEFT unloads with its trained copies of `modules_to_save` left in place of the model's own.
+    """
+    own = {name: module for name, module in model.named_modules() if name}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tuned = make()
+    try:
+        yield tuned
     finally:
         tuned.unload()
+        for name, module in own.items():
+            if model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,8 +1,9 @@
 """The kinds of runs of which experiments are made: to train an adapter, to score a model with adapters on, to compare them."""
 
+import contextlib
 import functools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from shira.integrations import transformers as hf
 from . import methods
 from .questions import examples, parts, sentences
 
-__all__ = ["Lab", "compare_key", "rates_to_try", "score_key", "train_key"]
+__all__ = ["Lab", "compare_key", "new_folder", "score_key", "size", "train_key"]
 
 MODEL = ("model", "dtype")
 TRAINED_BY = (
@@ -60,10 +61,14 @@ class Lab:
     def __init__(self, store: Store) -> None:
         self.store = store
 
+    def load(self, name: str, dtype: str) -> nn.Module:
+        """The model that adapters are for."""
+        return hf.load_model(name, dtype)
+
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one lab a process)
     def model(self, name: str, dtype: str) -> tuple[nn.Module, Any, int]:
         """A model, on a GPU if there is one, its tokenizer and the checksum of its weights."""
-        model = hf.load_model(name, dtype)
+        model = self.load(name, dtype)
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
         return model, hf.load_tokenizer(name), methods.checksum(model)
@@ -94,9 +99,7 @@ class Lab:
         drawn = [example for part in found for example in examples(part, "train", each, key["seed"])]
         rows = encode(tokenizer, drawn, key["max_length"])
         chosen = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(key["seed"])).tolist()]
-        with tempfile.TemporaryDirectory(dir=artefacts(), prefix=".train-") as temporary:
-            folder = Path(temporary) / number(key)
-            folder.mkdir()
+        with new_folder(key) as folder:
             summary = methods.train(
                 key["method"],
                 model,
@@ -114,12 +117,10 @@ class Lab:
                 pad=pad,
                 on_step=lambda step, loss, speed: None,
             )
-            size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            rename_whole(folder, artefacts() / number(key))
         asked = [example for part in found for example in examples(part, "validation", key["validation"], 0)]
         with methods.adapted(model, [artefacts() / number(key)]) as ready:
             loss = hf.mean_loss(ready, encode(tokenizer, asked, key["max_length"]), BATCH, pad)
-        return {"validation_loss": loss, "loss": summary["loss"], "parameters": summary["parameters"], "file_bytes": size}
+        return {"validation_loss": loss, "loss": summary["loss"], "parameters": summary["parameters"], "file_bytes": size(key)}
 
     def score(self, key: Key) -> dict[str, Any]:
         """Which questions are answered rightly, a digit each, and the loss on unrelated text."""
@@ -141,13 +142,16 @@ class Lab:
         return methods.distances(self.model(key["model"], key["dtype"])[0], [self.folder(run) for run in key["adapters"]])
 
 
-def rates_to_try(first: Iterable[float], losses: Mapping[float, float], most: int) -> list[float]:
-    """The learning rates whose losses are wanted: the first ones; then, while the best is the highest or the lowest, one
-    beyond it by a factor of two, up to so many in all."""
-    tried = list(first)
-    while all(rate in losses for rate in tried) and len(tried) < most:
-        best = min(tried, key=lambda rate: losses[rate])
-        if best not in (min(tried), max(tried)):
-            break
-        tried.append(2 * best if best == max(tried) else best / 2)
-    return tried
+@contextlib.contextmanager
+def new_folder(key: Key) -> Iterator[Path]:
+    """An empty folder, which becomes the run's own if all goes well inside."""
+    with tempfile.TemporaryDirectory(dir=artefacts(), prefix=".train-") as temporary:
+        folder = Path(temporary) / number(key)
+        folder.mkdir()
+        yield folder
+        rename_whole(folder, artefacts() / number(key))
+
+
+def size(key: Key) -> int:
+    """Bytes of the adapter that a run has made."""
+    return sum(path.stat().st_size for path in (artefacts() / number(key)).glob("*.safetensors"))

@@ -137,12 +137,18 @@ def check_base(
 ) -> None:
     """Raise BaseMismatch unless each tensor exists with the adapter's shape and, for overwrites, the recorded base values.
 
+    A tensor that is overwritten whole, such as the head of a classifier, which is random whenever it is made, is compared only
+    if all of them are: then nothing else tells the base.
     label: what to call the adapter in the message. base_at(weight, indices): the base values there.
     """
-    for name, sparse in adapter.tensors.items():
-        weight = _check_form(label, name, sparse, tensors)
-        if sparse.kind == "overwrite" and name in adapter.fingerprints:  # a delta may be added to another base
-            _check_values(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
+    weights = {name: _check_form(label, name, sparse, tensors) for name, sparse in adapter.tensors.items()}
+    # a delta may be added to another base
+    told = {
+        name: sparse for name, sparse in adapter.tensors.items() if sparse.kind == "overwrite" and name in adapter.fingerprints
+    }
+    parts = {name: sparse for name, sparse in told.items() if sparse.nnz < weights[name].numel()}
+    for name, sparse in (parts or told).items():
+        _check_values(label, name, adapter, base_at(weights[name], sparse.indices), weights[name].dtype)
 
 
 def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[str, Tensor]) -> Tensor:

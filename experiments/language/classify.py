@@ -1,0 +1,282 @@
+"""Table 12's setting: sentences and pairs of them are classified, by a head of its own that is part of the adapter.
+
+The head is trained whole: a target of density 1 for us, one of `modules_to_save` for PEFT. It starts at the same random
+numbers for all, is kept in float32, and has the same learning rate under every method: a rate that suits a few entries of
+a weight throws a head about. The search is for the rate of what else trains.
+"""
+
+import random
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.store import Key, Store, number
+from shira.data.models import model_path
+from shira.integrations import transformers as hf
+
+from . import glue, methods, runs
+from .search import best_rate, losses, rates
+from .settings import Recipe
+from .tables import Answers, average, chance, difference, markdown, mean_answers, share
+
+__all__ = ["Lab", "report", "score_key", "train_key", "wanted"]
+
+HEAD = "score"  # what Transformers calls it
+BATCH = 16
+MODEL = ("model", "dtype", "max_length")
+TRAINED_BY = ("targets", "examples", "steps", "batch_size", "warmup", "head_rate", "calibration", "validation")
+Row = tuple[list[int], int]  # tokens, class
+
+
+def train_key(
+    recipe: Mapping[str, Any], method: Mapping[str, Any], rate: float, seed: int, data: str | None = None, fold: int = 0
+) -> Key:
+    """What decides a training run, by default on the task of the search."""
+    data = data or recipe["search"]
+    made = {name: method[name] for name in ("peft", "options") if name in method}
+    settings = {name: recipe[name] for name in (*MODEL, *TRAINED_BY)}
+    which = {"data": data, "fold": fold, "folds": folds(recipe, data)}
+    return {"kind": "train", **settings, **which, "method": made, "rate": rate, "seed": seed}
+
+
+def score_key(recipe: Mapping[str, Any], trained: Key) -> Key:
+    """What decides a score: the run that made the adapter, by number, and what is asked."""
+    settings = {name: recipe[name] for name in MODEL}
+    return {"kind": "score", **settings, "adapters": [number(trained)], "on": trained["data"]} | {
+        name: trained[name] for name in ("fold", "folds")
+    }
+
+
+def folds(recipe: Mapping[str, Any], data: str) -> int:
+    return 1 if data == recipe["search"] else int(recipe["folds"])
+
+
+def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
+    """For each method the search for its rate; then every task, fold by fold, on the first seed; then the other seeds."""
+    for method in recipe["methods"].values():
+        yield from (train_key(recipe, method, rate, recipe["seeds"][0]) for rate in rates(recipe, method, store, train_key))
+    more = recipe["more_seeds"]
+    cells = [(name, task, seed) for seed in recipe["seeds"] for task in recipe["tasks"] for name in recipe["tasks"][task]]
+    cells += [(name, recipe["search"], seed) for seed in sorted({s for seeds in more.values() for s in seeds}) for name in more]
+    for name, task, seed in cells:
+        for trained in trainings(recipe, store, name, task, seed):
+            yield trained
+            if store.get(trained) is not None:
+                yield score_key(recipe, trained)
+
+
+def trainings(recipe: Recipe, store: Store, name: str, task: str, seed: int) -> list[Key]:
+    """The runs of a method at its best rate, one for each fold; none before that rate is known."""
+    rate = best_rate(recipe, recipe["methods"][name], store, train_key)
+    if rate is None:
+        return []
+    return [train_key(recipe, recipe["methods"][name], rate, seed, task, fold) for fold in range(folds(recipe, task))]
+
+
+class Lab(runs.Lab):
+    """The runs on one live model with a head."""
+
+    def load(self, name: str, dtype: str) -> nn.Module:
+        """A model for two classes, with the same random head whenever it is loaded."""
+        from transformers import AutoModelForSequenceClassification
+
+        torch.manual_seed(0)
+        made = AutoModelForSequenceClassification.from_pretrained(model_path(name), num_labels=2, dtype=getattr(torch, dtype))
+        model: nn.Module = made
+        head = model.get_submodule(HEAD).float()
+        head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
+        return model.eval()
+
+    def train(self, key: Key) -> dict[str, Any]:
+        """Train an adapter into the folder of the run; the loss with it on validation sentences, of the task that has them."""
+        model, tokenizer, _ = self.model(key["model"], key["dtype"])
+        where = {"fold": key["fold"], "folds": key["folds"]}
+        rows = encoded(tokenizer, key, glue.examples(key["data"], "train", key["examples"], key["seed"], **where))
+        shown = rows[: key["calibration"]]
+        calibration = [batch_of(shown[start : start + BATCH], model) for start in range(0, len(shown), BATCH)]
+        with runs.new_folder(key) as folder:
+            summary = methods.train(
+                with_head(key),
+                model,
+                rows,
+                calibration,
+                folder,
+                targets=key["targets"],
+                fit=fit,
+                steps=key["steps"],
+                batch_size=key["batch_size"],
+                learning_rate=key["rate"],
+                head_rate=key["head_rate"],
+                warmup=key["warmup"],
+                seed=key["seed"],
+            )
+        result = {"loss": summary["loss"], "parameters": summary["parameters"], "file_bytes": runs.size(key)}
+        if key["folds"] > 1:
+            return result
+        asked = encoded(tokenizer, key, glue.examples(key["data"], "validation", key["validation"]))
+        with methods.adapted(model, [runs.artefacts() / number(key)]) as ready:
+            loss = nn.functional.cross_entropy(logits(ready, asked), torch.tensor([label for _, label in asked]))
+        return result | {"validation_loss": float(loss)}
+
+    def score(self, key: Key) -> dict[str, Any]:
+        """Which texts are classified rightly, and their classes, a digit each."""
+        model, tokenizer, _ = self.model(key["model"], key["dtype"])
+        asked = glue.examples(key["on"], "test", fold=key["fold"], folds=key["folds"])
+        with methods.adapted(model, [self.folder(run) for run in key["adapters"]]) as ready:
+            answers = logits(ready, encoded(tokenizer, key, asked)).argmax(-1).tolist()
+        right = "".join(str(int(answer == text.label)) for answer, text in zip(answers, asked, strict=True))
+        return {"right": {key["on"]: right}, "classes": "".join(str(text.label) for text in asked)}
+
+
+def with_head(key: Key) -> dict[str, Any]:
+    """A method that trains the head as well."""
+    method = dict(key["method"])
+    if "peft" in method:
+        head: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
+    else:
+        head = {"targets": [*key["targets"], HEAD], "overrides": {HEAD: 1.0}}
+    return method | {"options": head | method["options"]}
+
+
+def fit(
+    counted: Any,
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    head_rate: float,
+    warmup: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Train with AdamW and a linear schedule; the head with its own learning rate, unless it is all that trains.
+
+    counted.nnz: how many parameters there are. Returns their number and the mean loss of all steps.
+    """
+    from transformers import get_linear_schedule_with_warmup
+
+    torch.manual_seed(seed)
+    training = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = [parameter for name, parameter in training if HEAD in name.split(".")]
+    rest = [parameter for name, parameter in training if HEAD not in name.split(".")]
+    groups = [{"params": rest}, {"params": head, "lr": head_rate}] if rest else [{"params": head}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * steps), steps)
+    model.train()
+    total = 0.0
+    for batch in batches([len(tokens) for tokens, _ in rows], batch_size, steps, seed):
+        loss = model(**batch_of([rows[row] for row in batch], model)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_([*rest, *head], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        total += float(loss.detach())
+    model.eval()
+    return {"loss": round(total / steps, 4), "parameters": counted.nnz}
+
+
+def batches(lengths: Sequence[int], size: int, steps: int, seed: int) -> list[list[int]]:
+    """The rows of each step: epoch after epoch in a new order, rows of like lengths together."""
+    drawn, made = random.Random(seed), []
+    while len(made) < steps:
+        order = drawn.sample(range(len(lengths)), len(lengths))
+        pieces = [sorted(order[start : start + 8 * size], key=lengths.__getitem__) for start in range(0, len(order), 8 * size)]
+        epoch = [piece[start : start + size] for piece in pieces for start in range(0, len(piece), size)]
+        drawn.shuffle(epoch)
+        made += epoch
+    return made[:steps]
+
+
+def encoded(tokenizer: Any, key: Key, texts: Sequence[glue.Text]) -> list[Row]:
+    """Tokens and class of each text; one that is too long loses its beginning."""
+    most = key["max_length"]
+    return [(tokenizer(text.text)["input_ids"][-most:], text.label) for text in texts]
+
+
+def batch_of(rows: Sequence[Row], model: nn.Module) -> dict[str, Tensor]:
+    config: Any = model.config
+    padded = hf.left_padded([tokens for tokens, _ in rows], config.pad_token_id)
+    return hf.to_device(padded | {"labels": torch.tensor([label for _, label in rows])}, model)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, rows: Sequence[Row]) -> Tensor:
+    """What the head says of each text, float32 [texts, classes], on the CPU."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    found = torch.empty(len(rows), 2)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        found[chosen] = model(**batch_of([rows[row] for row in chosen], model)).logits.float().cpu()
+    return found
+
+
+def answers(recipe: Recipe, store: Store, name: str, task: str) -> list[dict[str, str]]:
+    """For each seed of a method that is done with a task its answers, fold after fold."""
+    found = []
+    for seed in [*recipe["seeds"], *recipe["more_seeds"].get(name, [])]:
+        made = trainings(recipe, store, name, task, seed)
+        scores = [store.get(score_key(recipe, trained)) for trained in made]
+        if scores and all(scores):
+            found.append({task: "".join(score["right"][task] for score in scores if score)})
+    return found
+
+
+def most_frequent(recipe: Recipe, store: Store, task: str) -> float | None:
+    """The share of the most frequent class among what was asked."""
+    for name in recipe["tasks"][task]:
+        scores = [store.get(score_key(recipe, key)) for key in trainings(recipe, store, name, task, recipe["seeds"][0])]
+        if scores and all(scores):
+            classes = "".join(score["classes"] for score in scores if score)
+            return max(classes.count(digit) for digit in set(classes)) / len(classes)
+    return None
+
+
+def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
+    """Accuracies in per cent with 95 % intervals over what was asked, and what each method does better than the one it is
+    compared with."""
+    tasks, other = list(recipe["tasks"]), recipe["compare_with"]
+    found = {name: {task: answers(recipe, store, name, task) for task in tasks} for name in recipe["methods"]}
+    found = {name: {task: seeds for task, seeds in of.items() if seeds} for name, of in found.items()}
+    if not any(found.values()):
+        return "no results yet"
+    means = {name: {task: mean_answers(seeds)[task] for task, seeds in of.items()} for name, of in found.items()}
+    asked = {task: len(of[task]) for of in means.values() for task in of}
+    head = ["method", "rate (tried)", "thousands", "file, kB", *(f"{task} ({asked.get(task, 0)})" for task in tasks)]
+    head += [f"{recipe['search']}: minus {other}", "average", f"average: minus {other}"]
+    base = [most_frequent(recipe, store, task) for task in tasks]
+    lines = [["most frequent class", "", "", "", *("" if one is None else f"{100 * one:.1f}" for one in base), "", "", ""]]
+    for name, of in means.items():
+        if not of:
+            continue
+        method = recipe["methods"][name]
+        trained = trainings(recipe, store, name, recipe["search"], recipe["seeds"][0])[0]
+        made = store.get(trained) or {}
+        line = [name, f"{trained['rate']:g} ({len(losses(recipe, method, store, train_key))})"]
+        line += [f"{made['parameters'] / 1e3:.0f}", f"{made['file_bytes'] / 1e3:.0f}"]
+        line += [cell(found[name][task], of[task], task) if task in of else "" for task in tasks]
+        line += [apart(of, means[other], [recipe["search"]], name == other)]
+        whole = all(task in of for task in tasks)
+        line += [share(*average(of)) if whole else "", apart(of, means[other], tasks, name == other) if whole else ""]
+        lines.append(line)
+    return markdown(head, lines)
+
+
+def cell(seeds: list[dict[str, str]], mean: Sequence[float], task: str) -> str:
+    """Accuracy with its interval over questions; of several seeds also how far they are apart (a standard deviation)."""
+    text = share(*average({task: mean}))
+    shares = [seed[task].count("1") / len(seed[task]) for seed in seeds]
+    return text + (f"; {len(seeds)} seeds ± {100 * statistics.stdev(shares):.1f}" if len(seeds) > 1 else "")
+
+
+def apart(ours: Answers, others: Answers, tasks: Sequence[str], same: bool) -> str:
+    """A difference in points with its interval, and how probable one so large is by chance."""
+    if same or not all(task in ours and task in others for task in tasks):
+        return ""
+    mean, error = difference({task: ours[task] for task in tasks}, others)
+    return f"{100 * mean:+.1f} ± {196 * error:.1f} (p {chance(mean, error):.2f})"

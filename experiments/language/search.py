@@ -1,0 +1,53 @@
+"""The learning rate of each method, by the loss on validation examples: as many tries for all."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from experiments.store import Key, Store
+
+from .runs import train_key
+from .settings import Recipe
+
+__all__ = ["best_rate", "losses", "rates", "rates_to_try"]
+
+Method = Mapping[str, Any]
+KeyOf = Callable[[Recipe, Method, float, int], Key]  # (recipe, method, learning rate, seed) -> what decides the run
+
+
+def rates_to_try(first: Iterable[float], losses: Mapping[float, float], most: int) -> list[float]:
+    """The learning rates whose losses are wanted: the first ones; then, while the best is the highest or the lowest, one
+    beyond it by a factor of two, up to so many in all."""
+    tried = list(first)
+    while all(rate in losses for rate in tried) and len(tried) < most:
+        best = min(tried, key=lambda rate: losses[rate])
+        if best not in (min(tried), max(tried)):
+            break
+        tried.append(2 * best if best == max(tried) else best / 2)
+    return tried
+
+
+def losses(recipe: Recipe, method: Method, store: Store, key: KeyOf = train_key) -> dict[float, float]:
+    """Learning rate -> loss on the validation examples, as far as they were tried, on the first seed."""
+    found: dict[float, float] = {}
+    while True:
+        tried = rates_to_try(method["rates"], found, recipe["most_rates"])
+        new = [rate for rate in tried if rate not in found]
+        for rate in new:
+            result = store.get(key(recipe, method, rate, recipe["seeds"][0]))
+            if result is not None:
+                found[rate] = result["validation_loss"]
+        if not new or not all(rate in found for rate in new):
+            return found
+
+
+def rates(recipe: Recipe, method: Method, store: Store, key: KeyOf = train_key) -> list[float]:
+    """The learning rates to try, as far as can be said by now."""
+    return rates_to_try(method["rates"], losses(recipe, method, store, key), recipe["most_rates"])
+
+
+def best_rate(recipe: Recipe, method: Method, store: Store, key: KeyOf = train_key) -> float | None:
+    """The learning rate of the lowest validation loss, or None while some are untried."""
+    found = losses(recipe, method, store, key)
+    if any(rate not in found for rate in rates_to_try(method["rates"], found, recipe["most_rates"])):
+        return None
+    return min(found, key=lambda rate: found[rate])
