@@ -14,8 +14,9 @@ from experiments.language import combined, fused, methods, settings, tables
 from experiments.language import main as language
 from experiments.language.runs import Lab, score_key, train_key
 from experiments.language.search import rates_to_try
-from experiments.store import Store, claim, number, work
+from experiments.store import Store, artefacts, claim, number, work
 
+import shira
 from conftest import all_bits, letter_tokenizer, same_bits
 from shira import DataError
 from shira.data import reading
@@ -148,7 +149,7 @@ def bench(tmp_path, monkeypatch, tiny_llama):
     }
     lora = {"peft": "LoraConfig", "options": {"r": 2}, "rates": [0.01], "fusions": {"sum": {}, "linear": {}}}
     made = {"lora": lora, "wm": {"options": {"mask": "wm", "rank": 2}, "rates": [0.01], "fusions": {"sum": {}, "ties": {}}}}
-    recipe["methods"] = made | {"wm-apart": made["wm"] | {"apart": True}}
+    recipe["methods"] = made | {"wm-apart": made["wm"] | {"apart": True}, "wm-near": made["wm"] | {"reach": 1e-4}}
     return recipe | {"seeds": [0, 1]}
 
 
@@ -164,10 +165,10 @@ def test_three_adapters_fused(bench, tmp_path, capfd):
     store = Store(tmp_path / "results.jsonl")
     made = run_all(bench, store)
     kinds = [key["kind"] for key in made]
-    # of 3 methods on 2 seeds 2 adapters; alone, added, and on the first seed one more fusion and one more strength; what lies
+    # of 4 methods on 2 seeds 2 adapters; alone, added, and on the first seed one more fusion and one more strength; what lies
     # apart begins with the same adapter
-    assert kinds.count("train") == 3 * 2 * 2 - 2 and kinds.count("score") == 2 + (3 * 2 * 2 * 2 - 2) + 3 * 2 * 2
-    assert kinds.count("compare") == 3
+    assert kinds.count("train") == 4 * 2 * 2 - 2 and kinds.count("score") == 2 + (4 * 2 * 2 * 2 - 2) + 4 * 2 * 2
+    assert kinds.count("compare") == 4
     assert run_all(bench, store) == []
     apart = [key for key in made if key["kind"] == "train" and "avoid" in key]
     assert len(apart) == 2 and all(store.line(run)["key"]["data"] == "one" for key in apart for run in key["avoid"])
@@ -175,6 +176,8 @@ def test_three_adapters_fused(bench, tmp_path, capfd):
     assert "| wm-apart | 2 |" in text and "| lora | linear | 1 |" in text and "| wm | sum | 0.5 |" in text
     assert (tmp_path / "results.png").stat().st_size > 5000
     assert "| method (first seed) | base to one | base to two | one and two | one and two, AWOR |" in text
+    near = next(key for key in made if "reach" in key.get("method", {}))
+    assert shira.load(artefacts() / number(near) / methods.OURS).metadata["mask"]["stay_near"]["reach"] == 1e-4
     # the table's numbers are those of the lines
     run = number(train_key(bench | {"data": "one"}, bench["methods"]["lora"], 0.01, 0))
     digits = store.get(score_key(bench, [run], "one"))["right"]["one"]

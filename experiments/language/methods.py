@@ -33,17 +33,21 @@ def train(
     *,
     targets: Any,
     avoid: Sequence[Path] = (),
+    general: Callable[[], Sequence[Any]] = lambda: (),
     fit: Callable[..., dict[str, Any]] = hf.train,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train an adapter and leave it in a folder; returns the summary of `fit`, which takes settings, as `hf.train` does.
 
     method: {"options": …}, what `shira.attach` takes; or with "peft": a class of PEFT's configurations, and its options.
+        "reach": hold the entries near the base (`Tuner.stay_near`), by what the batches of general() are sensitive to.
     """
     options = dict(method["options"])
     if "peft" not in method:
         chosen = {"targets": targets, "avoid": list(avoid), "calibration": calibration, "seed": settings["seed"]} | options
         with shira.attach(model, **chosen) as tuner:
+            if "reach" in method:
+                tuner.stay_near(general(), reach=method["reach"])
             summary = fit(tuner, model, rows, **settings)
             tuner.adapter().save(folder / OURS)
         return summary

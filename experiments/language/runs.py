@@ -16,6 +16,7 @@ from shira.data.tokens import encode
 from shira.errors import DataError
 from shira.integrations import lm_eval
 from shira.integrations import transformers as hf
+from shira.recipes import GENERAL_BATCH
 
 from . import methods
 from .questions import examples, parts, sentences
@@ -40,7 +41,7 @@ BATCH = 16
 
 def train_key(recipe: Mapping[str, Any], method: Mapping[str, Any], rate: float, seed: int, **changes: Any) -> Key:
     """What decides a training run. avoid=[numbers of runs whose entries may not train] and the like may be given besides."""
-    made = {name: method[name] for name in ("peft", "options") if name in method}
+    made = {name: method[name] for name in ("peft", "options", "reach") if name in method}
     settings = {name: recipe[name] for name in (*MODEL, *TRAINED_BY, "answers")}
     return {"kind": "train", **settings, "method": made, "rate": rate, "seed": seed, **changes}
 
@@ -108,6 +109,7 @@ class Lab:
                 folder,
                 targets=key["targets"],
                 avoid=[self.folder(run) / methods.OURS for run in key.get("avoid", ())],
+                general=lambda: hf.batches(hf.own_text(model, tokenizer), model, GENERAL_BATCH, pad),
                 steps=key["steps"],
                 batch_size=key["batch_size"],
                 learning_rate=key["rate"],
