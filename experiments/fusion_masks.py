@@ -16,6 +16,7 @@ import json
 import random
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,9 @@ from shira.data.models import SMOLLM2
 from shira.data.tasks import TASKS, Example
 from shira.evaluation import accuracy
 from shira.integrations import transformers as hf
+from shira.recipes import GENERAL_BATCH
+
+from .store import Key, Store
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DENSITY = 0.02
@@ -106,21 +110,6 @@ def task_over_general(setting: Setting) -> masks.Mask:
     return snip_general
 
 
-def stay_near(tuner: shira.Tuner, general: dict[str, Tensor], reach: float = 0.01) -> None:
-    """A quadratic penalty on leaving the base (elastic weight consolidation, 1612.00796), by what general text is sensitive to.
-
-    It adds F · change / (reach · √mean F) to the gradient: at the mean F, a change of `reach` weighs as much as a typical
-    gradient.
-    """
-    for entry in tuner._entries:
-        base = entry.parameter.detach().clone()
-        importance = general[entry.name].float().view(-1)[entry.held().indices]
-        pull = importance / (reach * importance.mean().sqrt())
-        entry.parameter.register_hook(
-            lambda gradient, p=entry.parameter, base=base, pull=pull: gradient + pull * (p.detach() - base)
-        )
-
-
 RULES: dict[str, Callable[[Setting], str | masks.Mask]] = {
     "wm": lambda _: "wm",
     "snip": lambda _: "snip",
@@ -135,16 +124,11 @@ RULES: dict[str, Callable[[Setting], str | masks.Mask]] = {
     "wm-penalty": lambda _: "wm",
 }
 PENALIZED = {"snip-penalty", "wm-penalty"}
-NEED_GENERAL = {"snip-general", *PENALIZED}
 
 
-def own_text(model: nn.Module, tokenizer: Any, rows: int = 64, length: int = 96) -> list[hf.Row]:
-    """Text that the model writes from nothing: what stands for all it can do."""
-    torch.manual_seed(0)
-    start = torch.full((rows, 1), tokenizer.bos_token_id)
-    with torch.no_grad():
-        written = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=length)  # type: ignore[operator]
-    return [{"input_ids": ids, "labels": ids} for ids in written.tolist()]
+def own_text(model: nn.Module, tokenizer: Any) -> list[dict[str, Any]]:
+    """Batches of what the model writes itself."""
+    return hf.batches(hf.own_text(model, tokenizer), model, GENERAL_BATCH, tokenizer.pad_token_id or 0)
 
 
 def squared_gradients(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
@@ -154,8 +138,7 @@ def squared_gradients(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
     def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
         found[name] = statistics["squared_gradient"].to(torch.bfloat16)
 
-    batches = hf.batches(own_text(model, tokenizer), model, 4, tokenizer.pad_token_id or 0)
-    calibration.calibrate(model, target_weights(model), batches, receive, statistics=["squared_gradient"])
+    calibration.calibrate(model, target_weights(model), own_text(model, tokenizer), receive, statistics=["squared_gradient"])
     return found
 
 
@@ -191,7 +174,7 @@ def train(setting: Setting, rule: str, rate: float) -> Path:
     mask = RULES[rule](setting)
     with shira.attach(model, mask=mask, density=DENSITY, targets=TARGETS, calibration=batches, seed=seed) as tuner:
         if rule in PENALIZED:
-            stay_near(tuner, setting.general)
+            tuner.stay_near(own_text(model, tokenizer))
         hf.train(tuner, model, rows, **options)
         tuner.adapter().save(path)
     return path
@@ -253,17 +236,17 @@ def measure(setting: Setting, files: dict[str, Path], task: str, part: str) -> f
 def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_rate: bool = False) -> None:
     """All that is not in the results file yet; every_rate: on the first seed with the rates that lost, too."""
     model, tokenizer = hf.load_model(SMOLLM2), hf.load_tokenizer(SMOLLM2)
-    general = squared_gradients(model, tokenizer) if NEED_GENERAL & set(rules) else {}
-    known = {json.dumps(row["key"]): row for row in read(results)}
+    general = squared_gradients(model, tokenizer) if "snip-general" in rules else {}
+    store = Store(results)
 
-    def once(key: dict[str, Any], make: Callable[[], float]) -> float:
-        written = json.dumps(key)
-        if written not in known:
-            known[written] = {"key": key, "accuracy": make(), "shira": shira.__version__, "torch": torch.__version__}
-            with open(results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(known[written]) + "\n")
-            print(json.dumps(known[written]), flush=True)
-        return float(known[written]["accuracy"])
+    def once(key: Key, make: Callable[[], float]) -> float:
+        found = store.get(key)
+        if found is None:
+            start = time.monotonic()
+            found = {"accuracy": make()}
+            store.add(key, found, time.monotonic() - start)
+            print(json.dumps(key | found), flush=True)
+        return float(found["accuracy"])
 
     def settle(rule: str, task: str, seed: int) -> Setting:
         return Setting(model, tokenizer, task, seed, general)
@@ -296,22 +279,16 @@ def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_r
                     result(pair, task, seed, rate)
 
 
-def read(results: Path) -> Iterator[dict[str, Any]]:
-    if results.exists():
-        for line in results.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
-
-
 def summary(results: Path) -> list[dict[str, Any]]:
     """For each rule and rate: mean accuracy alone and fused, in per cent over tasks, pairs and the seeds that were run."""
-    base = {row["key"]["task"]: row["accuracy"] for row in read(results) if row["key"]["rule"] == "base"}
+    done = [(line["key"], line["result"]["accuracy"]) for line in Store(results).lines()]
+    base = {key["task"]: share for key, share in done if key["rule"] == "base"}
     found: dict[tuple[str, float], dict[str, dict[int, list[float]]]] = {}
-    for row in read(results):
-        key = row["key"]
+    for key, share in done:
         if key["rule"] != "base":
             kind = "validation" if key["part"] == "validation" else "alone" if len(key["adapters"]) == 1 else "fused"
             seeds = found.setdefault((key["rule"], key["rate"]), {}).setdefault(kind, {})
-            seeds.setdefault(key["seed"], []).append(100 * row["accuracy"])
+            seeds.setdefault(key["seed"], []).append(100 * share)
     rows = []
     for (rule, rate), kinds in found.items():
         whole = [seed for seed, values in kinds.get("fused", {}).items() if len(values) == 2 * len(PAIRS)]

@@ -1,10 +1,9 @@
 """The experiments behind the docs: their masks keep their budgets, and their tables say what was measured."""
 
-import json
-
 import pytest
 import torch
 from experiments import fusion_masks
+from experiments.store import Store
 
 from shira import masks
 
@@ -33,19 +32,19 @@ def test_classes_are_disjoint():
 
 def test_the_table_is_of_the_rate_that_validation_chose(tmp_path):
     """Two rates, three tasks; 80 % alone and 70 % fused at the better one."""
-    lines = [{"key": {"rule": "base", "task": task}, "accuracy": 0.5} for task in fusion_masks.TASKS]
+    store = Store(tmp_path / "results.jsonl")
+    for task in fusion_masks.TASKS:
+        store.add({"rule": "base", "task": task}, {"accuracy": 0.5}, 0)
     for rate, validated in ((0.001, 0.6), (0.002, 0.7)):
         for task in fusion_masks.TASKS:
             for part, accuracy in (("validation", validated), ("test", 0.8)):
                 key = {"rule": "wm", "adapters": [task], "on": task, "seed": 0, "rate": rate, "part": part}
-                lines.append({"key": key, "accuracy": accuracy})
+                store.add(key, {"accuracy": accuracy}, 0)
         for pair in fusion_masks.PAIRS:
             for task in pair:
                 key = {"rule": "wm", "adapters": pair, "on": task, "seed": 0, "rate": rate, "part": "test"}
-                lines.append({"key": key, "accuracy": 0.7})
-    path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = fusion_masks.summary(path)
+                store.add(key, {"accuracy": 0.7}, 0)
+    rows = fusion_masks.summary(store.path)
     assert [(row["rate"], row["chosen"]) for row in rows] == [(0.001, False), (0.002, True)]
     assert "| **wm** | 0.002 | 1 | 80.0 | 70.0 | 10.0 |" in fusion_masks.markdown(rows)
     fusion_masks.plot(rows, tmp_path / "plot.png")
