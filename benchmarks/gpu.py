@@ -12,6 +12,7 @@ GPU can see that it runs; such figures mean nothing.
 import contextlib
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from shira import kernels
 from shira.kernels import products, triton_ops
 
 from .common import TARGETS, alternate, report, show
-from .switch import DENSITY, LLAMA2_7B, RANK, adapter_for, model_of, sparse_delta
+from .switch import DENSITY, LLAMA2_7B, RANK, adapter_for, model_of, random_positions, sparse_delta
 from .train import prepare
 
 SECTOR = 32  # bytes, the least that is read of or written to a GPU's memory
@@ -160,8 +161,12 @@ def llama2_7b(quick: bool) -> Any:
     return LlamaConfig(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, use_cache=False)
 
 
-def train_one(method: str, tokens: int, checkpoint: bool, steps: int, device: str, quick: bool) -> dict[str, float]:
-    """A model in training by a method: its median step in milliseconds, its peak of GPU memory in GiB, its parameters.
+Setup = tuple[int, bool]  # tokens of a sequence; whether activations are checkpointed
+
+
+def train_method(method: str, setups: list[Setup], steps: int, device: str, quick: bool) -> dict[Setup, dict[str, float]]:
+    """A model in training by a method: for each setup its median step in milliseconds, its peak of GPU memory in GiB, and
+    how many parameters train.
 
     One method at a time is on the device: five would not fit."""
     from shira.integrations.transformers import untrained
@@ -169,39 +174,47 @@ def train_one(method: str, tokens: int, checkpoint: bool, steps: int, device: st
     torch.manual_seed(0)
     with torch.device(device):
         base: Any = untrained(llama2_7b(quick), torch.bfloat16)
-    if checkpoint:
-        base.gradient_checkpointing_enable()
     budget = {"density": DENSITY} if method.startswith("shira") else {"rank": RANK}
     model, trained = prepare(method, base, TARGETS, **budget)
     model.train()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device == "cuda")
-    ids = torch.randint(0, base.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    taken = []
-    for _ in range(2 + steps):
-        wait(device)
-        start = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        wait(device)
-        taken.append(1e3 * (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-    return {"ms": statistics.median(taken[2:]), "peak_gib": peak, "parameters": sum(p.numel() for p in trained)}
+    figures = {}
+    for tokens, checkpoint in setups:
+        base.gradient_checkpointing_enable() if checkpoint else base.gradient_checkpointing_disable()
+        ids = torch.randint(0, base.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        taken = []
+        for _ in range(2 + steps):
+            wait(device)
+            start = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            wait(device)
+            taken.append(1e3 * (time.perf_counter() - start))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+        ms, parameters = statistics.median(taken[2:]), sum(p.numel() for p in trained)
+        figures[tokens, checkpoint] = {"ms": ms, "peak_gib": peak, "parameters": parameters}
+    return figures
 
 
 def train(plot: Path | None, quick: bool, device: str) -> list[dict[str, Any]]:
     """LLaMA2-7B's shape in bfloat16, random weights: 1 % of q, k, v, up, down beside LoRA of rank 32, one sequence a step."""
+    setups: list[Setup] = list(itertools.product((16,) if quick else (512, 2048), (False, True)))
+    figures: dict[str, dict[Setup, dict[str, float]]] = {}
+    for method in METHODS:
+        figures[method] = train_method(method, setups, 1 if quick else 10, device, quick)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
     rows = []
-    for tokens, checkpoint in itertools.product((16,) if quick else (512, 2048), (False, True)):
-        figures: dict[str, dict[str, float]] = {}
-        for method in METHODS:
-            figures[method] = train_one(method, tokens, checkpoint, 1 if quick else 10, device, quick)
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-        by_figure = {key: {method: row[key] for method, row in figures.items()} for key in ("ms", "peak_gib", "parameters")}
+    for tokens, checkpoint in setups:
+        by_figure = {
+            key: {method: of[tokens, checkpoint][key] for method, of in figures.items()}
+            for key in ("ms", "peak_gib", "parameters")
+        }
         setup = f"LLaMA2-7B 1 x {tokens}" + ", checkpointed" * checkpoint
         rows.append(report("train", setup=setup, dtype="bfloat16", **card(device, quick=quick), **by_figure))
     show(f"a training step, {device}", rows, lambda row: str(row["setup"]), plot)
@@ -212,17 +225,16 @@ def measure_products(
     dtype: torch.dtype, tokens: int, rows: int, columns: int, density: float, repeats: int, device: str
 ) -> dict[str, Any]:
     """Milliseconds of each way to one gradient, what they should take, and which would be chosen."""
-    grad_output, input = torch.randn(tokens, rows).to(device, dtype), torch.randn(tokens, columns).to(device, dtype)
-    count = round(density * rows * columns)
-    indices = torch.randperm(rows * columns)[:count].sort().values.int().to(device)
+    grad_output, input = (torch.randn(tokens, side, device=device).to(dtype) for side in (rows, columns))
+    indices = random_positions(rows * columns, density, 0).to(device)
     ways: tuple[products.Way, ...] = ("dense", "blocks", "sampled")
     runs = {way: lambda way=way: triton_ops.product(way, grad_output, input, indices) for way in ways}
     seconds = alternate(runs, repeats, wait=lambda: wait(device))
     seconds["multiply"] = alternate({"": lambda: grad_output.T @ input}, repeats, wait=lambda: wait(device))[""]
     return {
         "ms": {way: 1e3 * value for way, value in seconds.items()},
-        "predicted_ms": {way: 1e3 * products.seconds(way, dtype, tokens, rows, columns, count) for way in ways},
-        "chosen": products.choose(dtype, tokens, rows, columns, count),
+        "predicted_ms": {way: 1e3 * products.seconds(way, dtype, tokens, rows, columns, indices.numel()) for way in ways},
+        "chosen": products.choose(dtype, tokens, rows, columns, indices.numel()),
     }
 
 
@@ -246,16 +258,16 @@ def products_(plot: Path | None, quick: bool, device: str) -> list[dict[str, Any
 
 def speed_of(rows: list[dict[str, Any]], memory: float) -> products.Speed:
     """What rows of `products` say a GPU does in a second: medians over their shapes."""
-    of = {"bfloat16": [], "float32": [], "blocks": [], "gathered": []}  # type: dict[str, list[float]]
+    of = {"bfloat16": [], "float32": [], "blocks": [], "packed": [], "gathered": []}  # type: dict[str, list[float]]
     for row in rows:
-        tokens, height, width = row["sizes"]
-        ms, itemsize = row["ms"], 2 if row["dtype"] == "bfloat16" else 4
-        of[row["dtype"]].append(2e3 * tokens * height * width / ms["multiply"])
-        packed = 2e3 * tokens * (height + width) * itemsize / memory
-        gathered = 1e3 * row["density"] * height * width * tokens * itemsize
-        of["gathered"].append(gathered / max(ms["sampled"] - packed, 0.1 * ms["sampled"]))
+        of[row["dtype"]].append(2e3 * math.prod(row["sizes"]) / row["ms"]["multiply"])
         if row["dtype"] == "bfloat16":
-            of["blocks"].append(ms["multiply"] / ms["blocks"])
+            of["blocks"].append(row["ms"]["multiply"] / row["ms"]["blocks"])
+    for (dtype, (tokens, height, width)), found in itertools.groupby(rows, lambda row: (row["dtype"], row["sizes"])):
+        fewest, *_, most = ((row["density"], row["ms"]["sampled"] / 1e3) for row in found)  # what more positions take in time
+        read = math.prod((tokens, height, width)) * (2 if dtype == "bfloat16" else 4)
+        of["gathered"].append((most[0] - fewest[0]) * read / max(most[1] - fewest[1], 1e-9))
+        of["packed"].append(tokens * (height + width) / max(fewest[1] - fewest[0] * read / of["gathered"][-1], 1e-9))
     processors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
-    half, single, blocks, gathered = (statistics.median(values) for values in of.values())
-    return products.Speed(half=half, single=single, blocks=blocks, memory=memory, processors=processors, gathered=gathered)
+    half, single, blocks, packed, gathered = (statistics.median(values) for values in of.values())
+    return products.Speed(half, single, blocks, memory, processors, packed, gathered)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import shira
 from shira.data.models import SMOLLM2
@@ -43,11 +43,21 @@ def prepare(
 
     if method == "PEFT SHiRA":
         config: Any = ShiraConfig(r=rank, target_modules=targets, random_seed=0)
+        if next(model.parameters()).is_cuda:
+            config.mask_fn = random_mask  # PEFT's own draws on the CPU, seconds a layer of a large model
     else:
         dora = method == "PEFT DoRA"
         config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=targets, use_dora=dora)
     tuned = get_peft_model(model, config)
     return tuned, [p for p in tuned.parameters() if p.requires_grad]
+
+
+def random_mask(layer: nn.Module, r: int, **_: Any) -> Tensor:
+    """PEFT's random mask, bool like the weight, drawn on its device."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    mask[torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]] = True
+    return mask.view(weight.shape)
 
 
 def model_step(

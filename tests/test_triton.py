@@ -246,7 +246,7 @@ def test_overwrite_moves_bits():
     [
         (torch.tensor([40]), torch.ones(1)),
         (torch.tensor([-1]), torch.ones(1)),
-        (torch.tensor([1, 2, 3])[::2], torch.ones(2)),
+        (torch.tensor([1, 2, 3]), torch.ones(2)),  # every other one
         (torch.tensor([1]), torch.ones(1).double()),
         (torch.tensor([1]), torch.ones(2)),
         (torch.tensor([1.0]), torch.ones(1)),
@@ -254,9 +254,9 @@ def test_overwrite_moves_bits():
 )
 def test_nothing_is_launched_that_would_write_elsewhere(indices, values):
     weight = torch.zeros(40, device=DEVICE)
-    plan = Plan(
-        (Write(weight, indices.to(DEVICE), values.to(DEVICE)),), (torch.zeros_like(values),), np.zeros(1, dtype=np.int64)
-    )
+    values, stash = values.to(DEVICE), torch.zeros_like(values, device=DEVICE)
+    indices = indices.to(DEVICE)[::2] if len(indices) == 3 else indices.to(DEVICE)  # a copy to a device has no gaps
+    plan = Plan((Write(weight, indices, values),), (stash,), np.zeros(1, dtype=np.int64))
     with kernels.backend("triton"), pytest.raises(IndexError):
         kernels.swap_(plan)
     assert not plan.begun.any() and not bits(weight).any()

@@ -41,8 +41,13 @@ def total(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
     """The sum of the changes (SHiRA §3.2, arXiv 2406.13175; task arithmetic, arXiv 2212.04089, which negates by α < 0)."""
     added = changes[0].new_zeros(overlap.indices.numel())
     for change, place in zip(changes, overlap.places, strict=True):
-        added.index_add_(0, place, change)
+        _add_(added, place, change)
     return added
+
+
+def _add_(sums: Tensor, place: Tensor, change: Tensor) -> None:
+    """sums[place] += change, of places that differ. Not by index_add_: on a GPU that adds atomically, and loses subnormals."""
+    overwrite_(sums, place, sums.index_select(0, place) + change)
 
 
 def mean(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
@@ -65,8 +70,8 @@ def elect(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
     agreed, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for change, place in zip(changes, overlap.places, strict=True):
         agrees = change.sign() == sign.index_select(0, place)
-        agreed.index_add_(0, place, change * agrees)
-        count.index_add_(0, place, agrees.to(sign.dtype))
+        _add_(agreed, place, change * agrees)
+        _add_(count, place, agrees.to(sign.dtype))
     return agreed.div_(count.clamp_(min=1))
 
 

@@ -6,6 +6,7 @@ Built-in data become tasks of the harness out of local files; its own tasks are 
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -142,11 +143,14 @@ def _live() -> Any:
             for start in range(0, len(passes), self.batch_size):
                 batch = passes[start : start + self.batch_size]
                 chances = _chances(self.model, [requests[members[0]][1:] for members in batch], self.max_length)
+                totals, greedy = [], []
                 for members, after in zip(batch, chances, strict=True):
-                    for number in members:
-                        wanted = torch.tensor(requests[number][2], device=after.device)
-                        total = float(after.gather(-1, wanted[:, None]).sum())
-                        answers[number] = total, bool((after.argmax(-1) == wanted).all())
+                    wanted = torch.tensor([requests[number][2] for number in members]).to(after.device, non_blocking=True)
+                    totals.append(after.gather(-1, wanted.T).sum(0))
+                    greedy.append((after.argmax(-1) == wanted).all(1))
+                found = zip(torch.cat(totals).tolist(), torch.cat(greedy).tolist(), strict=True)  # a GPU is waited for once
+                for number, answer in zip(itertools.chain(*batch), found, strict=True):
+                    answers[number] = answer
                 done += sum(map(len, batch))
                 self.on_progress(done)
             return answers

@@ -121,19 +121,18 @@ def _put_back(plan: Plan) -> None:
 
 
 def fuses(*weights: Tensor) -> bool:
-    """Whether these weights can have sums computed as they are written: see `fuse_`."""
+    """Whether these weights can have sums computed as they are written, in the launch that writes them: see `fuse_`."""
     return _for(*weights) is triton_ops and all(weight.dtype in triton_ops.KINDS for weight in weights)
 
 
 def fuse_(plan: Plan, leaving: Plan | None = None) -> bool:
     """`swap_` a plan with sums, or `change_` to it from an active one; they become its values. Whether all of them are finite:
     if not, restore it."""
-    together = leaving is not None and bool(leaving.begun[0]) and _launches(leaving)
-    if leaving is not None and not (together and _launches(plan)):
+    fusing = fuses(*(part.weight for part in plan.parts))
+    together = fusing and leaving is not None and bool(leaving.begun[0]) and _launches(leaving)
+    if leaving is not None and not together:
         _put_back(leaving)
-    if _launches(plan):
-        return triton_ops.fuse_(plan, leaving if together else None)
-    return reference.fuse_(plan)
+    return triton_ops.fuse_(plan, leaving if together else None) if fusing else reference.fuse_(plan)
 
 
 def prepare(plan: Plan) -> None:

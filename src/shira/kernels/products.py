@@ -24,19 +24,15 @@ class Speed(NamedTuple):
     blocks: float  # share of those that our own tiles reach
     memory: float  # bytes read or written
     processors: int  # multiprocessors, each of which makes a tile at a time
+    packed: float  # entries of the inputs that are brought into rows
     gathered: float  # bytes of short rows that are read again and again out of the second-level cache
 
 
-# Computed from NVIDIA's data sheet of the H200, not measured: 989e12 dense bfloat16 operations, of which two thirds are
-# assumed; 67e12 of float32, also two thirds; 4.8e12 bytes, 0.8 of it in long copies. It does not state the second-level cache:
-# assumed is less than memory's own rate for rows of 1 to 4 kB. Tiles of our own without tuning are assumed at 0.6 of cuBLAS.
-# Each errs on the side of the dense product, which nothing can slow down.
-H200 = Speed(half=650e12, single=45e12, blocks=0.6, memory=3.8e12, processors=132, gathered=2.7e12)
+# Measured by `shira bench products --device cuda` on an H200 (docs/performance.md has the table).
+H200 = Speed(half=686e12, single=51e12, blocks=0.42, memory=4.0e12, processors=132, packed=1.04e11, gathered=7.7e12)
 
 TILE = 128
-DENSE_BYTES = (
-    2**25
-)  # no gradient larger than this is formed whole: it fits the second-level cache, and is little beside activations
+DENSE_BYTES = 2**27  # no gradient larger than this is formed whole; one exists at a time, so it is little beside the weights
 
 
 def seconds(way: Way, dtype: torch.dtype, tokens: int, rows: int, columns: int, positions: int, speed: Speed = H200) -> float:
@@ -48,7 +44,7 @@ def seconds(way: Way, dtype: torch.dtype, tokens: int, rows: int, columns: int, 
         tiles = -(-rows // TILE) * -(-columns // TILE)
         waves = -(-tiles // speed.processors) * speed.processors * TILE * TILE / (rows * columns)  # the last one is not full
         return waves * multiplied / speed.blocks
-    packed = 2 * tokens * (rows + columns) * dtype.itemsize / speed.memory  # read and written once
+    packed = tokens * (rows + columns) / speed.packed
     return packed + positions * tokens * dtype.itemsize / speed.gathered  # a column each; rows are shared
 
 

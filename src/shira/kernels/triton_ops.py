@@ -235,6 +235,7 @@ def _run(
                     MODE=this_mode,
                     SUMS=overflow is not None,
                     BLOCK=kernels.BLOCK,
+                    num_warps=8,
                     enable_fp_fusion=False,  # a product is rounded before it is added, as everywhere else
                 )
 
@@ -272,6 +273,7 @@ def _launch(plan: Plan, device: torch.device, numbers: list[int], before: _Launc
     for row, number in enumerate(numbers):
         part, stash = plan.parts[number], plan.stash[number]
         _check(part)
+        _check(part._replace(values=stash))
         starts.append(_starts_of(part.indices, part.weight.numel(), kernels.WINDOW))
         held = [part.weight, part.indices, part.values, stash, starts[-1]]
         rows[row, :5] = [tensor.data_ptr() for tensor in held]
