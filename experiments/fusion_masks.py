@@ -34,7 +34,7 @@ from shira.evaluation import accuracy
 from shira.integrations import transformers as hf
 from shira.recipes import GENERAL_BATCH
 
-from .store import Key, Store
+from .store import Key, Store, on_accelerator
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DENSITY = 0.02
@@ -67,7 +67,7 @@ def sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
 def in_each_line(scores: Tensor, k: int, dim: int) -> Tensor:
     """The best k / lines entries of every row (dim 1) or column (dim 0); what is left over goes to the best of the rest."""
     each = k // scores.shape[1 - dim]
-    chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(dim, scores.topk(each, dim).indices, True)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(dim, scores.topk(each, dim).indices, True)
     rest = masks.top_k(scores.masked_fill(chosen, -1.0), k - int(chosen.sum()))
     chosen.view(-1)[rest] = True
     return chosen
@@ -94,7 +94,7 @@ def of_class(number: int, classes: int = 4) -> masks.Mask:
 
     def snip_class(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(weight.numel())
-        kind = torch.randint(classes, weight.shape, generator=generator)
+        kind = torch.randint(classes, weight.shape, generator=generator).to(weight.device)
         return masks.top_k(sensitivity(weight, gradient).masked_fill(kind != number, -1.0), k)
 
     return snip_class
@@ -212,8 +212,8 @@ def added(model: nn.Module, files: dict[str, Path]) -> Iterator[None]:
         with switcher.using(dict.fromkeys(files, 1.0)):
             yield
         return
-    factors = [load_file(path) for path in files.values()]
     weights = dict(model.named_parameters())
+    factors = [load_file(path, str(next(iter(weights.values())).device)) for path in files.values()]
     base = {name.removesuffix(".left"): weights[name.removesuffix(".left")] for name in factors[0] if name.endswith(".left")}
     before = {name: weight.detach().clone() for name, weight in base.items()}
     try:
@@ -235,7 +235,7 @@ def measure(setting: Setting, files: dict[str, Path], task: str, part: str) -> f
 
 def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_rate: bool = False) -> None:
     """All that is not in the results file yet; every_rate: on the first seed with the rates that lost, too."""
-    model, tokenizer = hf.load_model(SMOLLM2), hf.load_tokenizer(SMOLLM2)
+    model, tokenizer = on_accelerator(hf.load_model(SMOLLM2)), hf.load_tokenizer(SMOLLM2)
     general = squared_gradients(model, tokenizer) if "snip-general" in rules else {}
     store = Store(results)
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 import shira
 from shira.data.packages import cache_folder
 
-__all__ = ["Key", "Store", "artefacts", "number", "work"]
+__all__ = ["Key", "Store", "artefacts", "number", "on_accelerator", "work"]
 
 Key = dict[str, Any]
 WAIT = 5.0  # seconds between two looks at what other processes are doing
@@ -35,6 +36,13 @@ def artefacts() -> Path:
     folder = cache_folder() / "experiments"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def on_accelerator(model: nn.Module) -> nn.Module:
+    """The model, moved to a GPU if there is one; without cuDNN's attention, whose gradients are NaN for some lengths of padded
+    rows on Hopper GPUs (torch 2.11, pytorch/pytorch issue 196678)."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
 class Store:

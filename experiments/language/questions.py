@@ -1,6 +1,7 @@
 """What is trained on, chosen by and measured with: drawn from the built-in benchmarks by a seed."""
 
 import csv
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,11 +32,17 @@ def parts(data: str, answers: str = "likelihood") -> list[Benchmark | Task]:
 
 def examples(part: Benchmark | Task, which: str, count: int | None, seed: int) -> list[Example]:
     """So many examples of a benchmark, drawn by a seed; or all. which: "train", "validation" or "test"."""
-    if isinstance(part, Task) and which != "test":  # the first of its training part are kept from training
-        found = part.train()[:VALIDATION] if which == "validation" else part.train()[VALIDATION:]
-    else:
-        found = getattr(part, which)()
+    found = every(part, which)
     return random.Random(f"{part.name} {which} {seed}").sample(found, len(found) if count is None else min(count, len(found)))
+
+
+@functools.lru_cache(maxsize=32)  # run after run asks the same
+def every(part: Benchmark | Task, which: str) -> list[Example]:
+    """All there are of a benchmark's part."""
+    if isinstance(part, Task) and which != "test":  # the first of its training part are kept from training
+        return part.train()[:VALIDATION] if which == "validation" else part.train()[VALIDATION:]
+    found: list[Example] = getattr(part, which)()
+    return found
 
 
 def sentences(count: int) -> list[Example]:

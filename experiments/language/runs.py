@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.store import Key, Store, artefacts, number
+from experiments.store import Key, Store, artefacts, number, on_accelerator
 from shira.data.packages import rename_whole
 from shira.data.tokens import encode
 from shira.errors import DataError
@@ -36,7 +36,7 @@ TRAINED_BY = (
     "calibration",
     "validation",
 )
-BATCH = 16
+BATCH = 128 if torch.accelerator.is_available() else 16  # questions and sentences at a time
 
 
 def train_key(recipe: Mapping[str, Any], method: Mapping[str, Any], rate: float, seed: int, **changes: Any) -> Key:
@@ -69,9 +69,7 @@ class Lab:
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one lab a process)
     def model(self, name: str, dtype: str) -> tuple[nn.Module, Any, int]:
         """A model, on a GPU if there is one, its tokenizer and the checksum of its weights."""
-        model = self.load(name, dtype)
-        if torch.accelerator.is_available():
-            model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+        model = on_accelerator(self.load(name, dtype))
         return model, hf.load_tokenizer(name), methods.checksum(model)
 
     def run(self, key: Key) -> dict[str, Any]:
