@@ -16,7 +16,9 @@ def test_zero3_trains_what_one_process_does_and_switches(tmp_path):
     code, printed = run_two("zero3", tmp_path)
     assert code == 0, printed
     for mask in ("wm", "snip"):
-        same_adapter(shira.load(tmp_path / f"zero3-{mask}.safetensors"), trained_alone(mask))
+        for most_gathered in (0, 100, 100_000):
+            same_adapter(shira.load(tmp_path / f"zero3-{most_gathered}-{mask}.safetensors"), trained_alone(mask))
+    same_adapter(shira.load(tmp_path / "zero3-early.safetensors"), trained_alone())
 
 
 def test_what_zero3_cannot_do_is_an_error_before_the_first_step(tmp_path):
