@@ -248,7 +248,10 @@ def reshard(model: nn.Module) -> None:
         if hasattr(module, "set_reshard_after_forward"):  # what fully_shard makes of a module
             module.reshard()
     parameter: Any
-    for parameter in filter(is_partitioned, model.parameters()):
+    partitioned = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+    if partitioned and partitioned[0].is_cuda:  # ZeRO-3 gathers on a stream of its own, which waits for no write
+        torch.cuda.current_stream().synchronize()
+    for parameter in partitioned:
         if parameter.numel():  # small ones, and those of modules whose inputs need no gradient, stay gathered
             parameter.ds_active_sub_modules.clear()
             parameter.partition()
