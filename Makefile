@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-quantized test-gpu lint clean
+.PHONY: help demo test test-slow test-quantized test-deepspeed test-gpu lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -30,6 +30,11 @@ test-slow: .venv/ready ## the tests that take minutes: the whole demo, trainers 
 test-quantized: .venv/ready ## tests on torchao's and bitsandbytes' layers, which it installs; both are noisy when imported
 	$(PIP) --no-build-isolation --editable '.[dev,quantized]'
 	$(BIN)/python -m pytest tests/test_quantized.py
+
+# it is only published as source, which wants to see torch when it is built
+test-deepspeed: .venv/ready ## tests on DeepSpeed's ZeRO-3, which it installs, with two processes on the CPU
+	DS_ACCELERATOR=cpu $(PIP) --no-build-isolation --editable '.[dev,deepspeed]'
+	$(BIN)/python -m pytest tests/test_deepspeed.py
 
 # Triton is not in constraints.txt: torch's own builds for CUDA bring the one they need, its builds for the CPU bring none
 test-gpu: .venv/ready ## the kernels for GPUs, on one or in Triton's interpreter (installs Triton, about 300 MB)

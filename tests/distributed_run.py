@@ -1,6 +1,7 @@
-"""One of several processes: trains a tiny model as told, and writes down what came out. Run by torchrun from the tests.
+"""One of several processes: trains a tiny model as told, and writes down what came out. Run by launchers from the tests.
 
-torchrun --standalone --nproc-per-node 2 tests/distributed_run.py ddp|fsdp|accelerate|other-positions|dies FOLDER
+torchrun --standalone --nproc-per-node 2 tests/distributed_run.py ddp|variants|fsdp|zero3|other-positions|dies FOLDER
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/distributed_run.py accelerate[-fsdp] FOLDER
 """
 
 import contextlib
@@ -18,7 +19,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import shira
 from conftest import all_bits, same_bits
 from families import family, family_batch
+from shira.distributed import full
 
+VARIANTS = {"direction": {"decompose": True}, "factors": {"decompose": 2}, "beside": {"low_rank": 2}}
 TARGETS = ["q_proj", "o_proj", "down_proj", "embed_tokens", "norm"]
 STEPS = 4
 
@@ -33,9 +36,13 @@ def train(model, forward, tuner, rank, ranks):
         optimizer.step()
 
 
-def attach(model, mask="wm"):
+def attach(model, mask="wm", *, targets=TARGETS, **variant):
     calibration = [family_batch("llama", seed) for seed in (7, 8)]
-    return shira.attach(model, mask=mask, density=0.2, targets=TARGETS, calibration=calibration)
+    return shira.attach(model, mask=mask, density=0.2, targets=targets, calibration=calibration, **variant)
+
+
+def attach_variant(model, name):
+    return attach(model, targets=TARGETS[:3], **VARIANTS[name])
 
 
 def shard(model):
@@ -49,7 +56,7 @@ def shard(model):
 def whole(model):
     """Every weight of the model's own, gathered."""
     weights = {name: parameter for name, parameter in model.named_parameters() if "shira" not in name}
-    return {name: parameter.full_tensor().detach().clone() for name, parameter in weights.items()}
+    return {name: full(parameter).clone() for name, parameter in weights.items()}
 
 
 def run_ddp(folder, rank, ranks):
@@ -70,15 +77,78 @@ def run_ddp(folder, rank, ranks):
         assert sum(sent) == STEPS * 4 * tuner.nnz, sent  # the sparse gradients and nothing else
         del wrapped
     assert same_bits(before, all_bits(model))
-    try:
-        attach(nn.parallel.DistributedDataParallel(model))
-    except shira.TuningError as error:
-        assert "attach to the model first, then wrap it" in str(error)
-    else:
-        raise AssertionError("a wrapped model was not refused")
+    refused("attach to the model first, then wrap it", attach, nn.parallel.DistributedDataParallel(model))
+
+
+def run_variants(folder, rank, ranks):
+    for name in VARIANTS:
+        model = family("llama").train()
+        with attach_variant(model, name) as tuner:
+            train(model, nn.parallel.DistributedDataParallel(model), tuner, rank, ranks)
+            if rank == 0:
+                tuner.adapter("trained").save(folder / f"{name}.safetensors")
 
 
 def run_fsdp(folder, rank, ranks):
+    train_sharded(folder, rank, ranks, shard, "fsdp")
+
+
+def run_zero3(folder, rank, ranks):
+    """ZeRO-3: with every weight gathered when it is needed, with small ones gathered for good, and with all of them."""
+    for most in (0, 100, 100_000):
+        train_sharded(folder, rank, ranks, lambda model, most=most: partition(model, most).module, f"zero3-{most}")
+    import deepspeed
+
+    model = family("llama").train()
+    deepspeed.zero.Init(module=model)
+    with attach(model) as tuner:
+        partition(model)
+        train(model, model, tuner, rank, ranks)
+        if rank == 0:
+            tuner.adapter("trained").save(folder / "zero3-early.safetensors")
+
+
+def run_zero3_refused(folder, rank, ranks):
+    model = family("llama").train()
+    adapter = attach(family("llama")).adapter()
+    engine = partition(model)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    refused("attach to engine.module", attach, engine)
+    refused("give a whole one", shira.fuse, {"trained": (adapter, 1.0)}, base=model)
+    refused("sharded in this model", shira.extract, family("llama"), model)
+    refused("needs whole weights", shira.attach, model, method="hook")
+    refused("needs whole weights", shira.attach, model, low_rank=2)
+    with attach(model):
+        refused("a tuner is attached already", attach, model)
+    with mock.patch.object(weight, "ds_process_group", [dist.new_group([one]) for one in range(ranks)][rank]):
+        refused("'model.layers.0.self_attn.q_proj.weight' is partitioned over 1 of 2 processes", attach, model)
+    with mock.patch.object(weight, "ds_secondary_tensor", weight.ds_tensor):
+        refused("zero_hpz_partition_size", attach, model)
+    late = family("llama").train()
+    attach(late)
+    partition(late)
+    refused("was replaced after attach", late, **family_batch("llama"))
+
+
+def partition(model, most_gathered=0):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": most_gathered}
+    engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero})
+    return engine
+
+
+def refused(message, function, *inputs, **options):
+    try:
+        function(*inputs, **options)
+    except shira.ShiraError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"not refused: {message}")
+
+
+def train_sharded(folder, rank, ranks, shard, label):
     for mask in ("wm", "snip"):
         model = shard(family("llama").train())
         before = whole(model)
@@ -89,17 +159,19 @@ def run_fsdp(folder, rank, ranks):
             assert sent == STEPS * [4 * (tuner.nnz + len(tuner.parameters()))], sent  # and a mark a tensor
             adapter = tuner.adapter("trained")
             if rank == 0:
-                adapter.save(folder / f"fsdp-{mask}.safetensors")
+                adapter.save(folder / f"{label}-{mask}.safetensors")
             trained = whole(model)
             model.eval()
             with torch.no_grad():
                 logits = model(**family_batch("llama")).logits
-            try:
-                tuner.refresh(torch.optim.AdamW(tuner.parameters()))
-            except shira.TuningError as error:
-                assert "sharded" in str(error)
-            else:
-                raise AssertionError("a refresh was not refused")
+                kept = [values.clone() for values in tuner.parameters()]
+                for values in tuner.parameters():  # of what the last forward pass gathered, nothing is left
+                    values.zero_()
+                assert not torch.allclose(model(**family_batch("llama")).logits, logits)
+                for values, before_zeros in zip(tuner.parameters(), kept, strict=True):
+                    values.copy_(before_zeros)
+                assert torch.equal(model(**family_batch("llama")).logits, logits)
+            refused("sharded", tuner.refresh, torch.optim.AdamW(tuner.parameters()))
         after = whole(model)
         assert all(torch.equal(before[name], after[name]) for name in after)  # bit for bit: no NaN here
         assert len(after) == len(dict(model.named_parameters()))
@@ -132,31 +204,70 @@ def switch(folder, model, adapter, logits, trained, before):
                 assert all(torch.equal(expected[name], now[name]) for name in now)
     switcher.use(None)
     wrong = shira.Adapter(adapter.tensors, {**adapter.metadata, "fingerprints": dict.fromkeys(adapter.tensors, "0" * 64)})
-    try:
-        switcher.add("wrong", wrong)
-    except shira.BaseMismatch:
-        pass
-    else:
-        raise AssertionError("an adapter of another base was not refused")
+    refused("does not belong to this model", switcher.add, "wrong", wrong)
 
 
-def run_accelerate(folder, rank, ranks):
+def run_accelerate(folder):
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator()
     model = family("llama").train()
     with attach(model) as tuner:
-        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
-        forward, optimizer = accelerator.prepare(model, optimizer)
+        forward, optimizer = accelerator.prepare(model, torch.optim.AdamW(tuner.parameters(), lr=1e-2))
         assert isinstance(forward, nn.parallel.DistributedDataParallel)
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            batch = {key: value.chunk(ranks)[rank] for key, value in family_batch("llama", step, size=4).items()}
-            accelerator.backward(forward(**batch).loss)
-            accelerator.clip_grad_norm_(tuner.parameters(), 1e9)
-            optimizer.step()
+        train_with(accelerator, forward, tuner, optimizer)
         if accelerator.is_main_process:
             tuner.adapter("trained").save(folder / "accelerate.safetensors")
+
+
+def run_accelerate_fsdp(folder):
+    """FSDP2 as Accelerate shards a model, and with a model that is sharded already."""
+    import accelerate
+
+    def fully_shard_by(policy, **names):
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=policy, **names)
+        accelerator = accelerate.Accelerator(fsdp_plugin=plugin)
+        # on the CPU Accelerate takes DDP whatever it is told; this makes it go the way it goes on GPUs
+        accelerate.PartialState().distributed_type = accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        return accelerator
+
+    accelerator = fully_shard_by("transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"])
+    model = family("llama").train()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    before = whole(model)
+    with attach(model) as tuner:
+        optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(tuner.parameters(), lr=1e-2))
+        train_with(accelerator, model, tuner, optimizer)
+        adapters = [tuner.adapter("trained")]
+    after = whole(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    accelerator = fully_shard_by("no_wrap")
+    model = shard(family("llama").train())
+    with attach(model) as tuner:
+        forward, optimizer = accelerator.prepare(model, torch.optim.AdamW(tuner.parameters(), lr=1e-2))
+        assert forward is model
+        train_with(accelerator, model, tuner, optimizer)
+        adapters.append(tuner.adapter("trained"))
+    if accelerator.is_main_process:
+        for number, adapter in enumerate(adapters):
+            adapter.save(folder / f"accelerate-fsdp-{number}.safetensors")
+
+    model = family("llama").train()
+    tuner = attach(model)
+    accelerator.prepare(model, torch.optim.AdamW(tuner.parameters()))
+    refused("was replaced after attach", model, **family_batch("llama"))
+
+
+def train_with(accelerator, forward, tuner, optimizer):
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        batch = {key: value.chunk(ranks)[rank] for key, value in family_batch("llama", step, size=4).items()}
+        accelerator.backward(forward(**batch).loss)
+        accelerator.clip_grad_norm_(tuner.parameters(), 1e9)
+        optimizer.step()
 
 
 def run_sharded_too_late(folder, rank, ranks):
@@ -202,11 +313,17 @@ def run_dies(folder, rank, ranks):
 def main():
     what, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    globals()["run_" + what.replace("-", "_")](folder, rank, ranks)
+    run = globals()["run_" + what.replace("-", "_")]
+    if what.startswith("accelerate"):
+        run(folder)
+        assert (dist.get_backend(), dist.get_world_size()) == ("gloo", 2)
+    else:
+        dist.init_process_group("gloo")
+        run(folder, dist.get_rank(), dist.get_world_size())
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
+    if what.startswith("zero3"):
+        os._exit(0)  # with DeepSpeed's collectives for the CPU, Python's own exit aborts now and then
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 
 import shira
 from conftest import letter_tokenizer
-from distributed_run import attach, train
+from distributed_run import VARIANTS, attach, attach_variant, train
 from families import family
 from shira.distributed import Piece
 
@@ -25,17 +25,27 @@ def run_two(what, folder):
 
 
 def torchrun(processes, *line):
+    return launch("torch.distributed.run", "--standalone", "--nproc-per-node", processes, *line)
+
+
+def accelerate_launch(what, folder):
+    """Two processes on the CPU, in Accelerate's way; without MPI it has no other."""
+    options = ["--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+    return launch("accelerate.commands.launch", *options, HERE / "distributed_run.py", what, folder, ACCELERATE_USE_CPU="true")
+
+
+def launch(module, *line, **more):
     source = Path(shira.__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{source}:{HERE}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *line]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{source}:{HERE}"} | more
+    command = [sys.executable, "-m", module, *line]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run([*map(str, command)], env=environment, **output, timeout=300)
     return done.returncode, done.stdout
 
 
-def trained_alone(mask):
+def trained_alone(mask="wm", variant=None):
     model = family("llama").train()
-    with attach(model, mask) as tuner:
+    with attach_variant(model, variant) if variant else attach(model, mask) as tuner:
         train(model, model, tuner, 0, 1)
         return tuner.adapter("trained")
 
@@ -48,11 +58,25 @@ def same_adapter(one, other):
         torch.testing.assert_close(tensor.values, other.tensors[name].values, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["ddp", "accelerate"])
-def test_two_whole_models_train_what_one_does(what, tmp_path):
-    code, printed = run_two(what, tmp_path)
+@pytest.mark.parametrize(("what", "run"), [("ddp", run_two), ("accelerate", accelerate_launch)])
+def test_two_whole_models_train_what_one_does(what, run, tmp_path):
+    code, printed = run(what, tmp_path)
     assert code == 0, printed
-    same_adapter(shira.load(tmp_path / f"{what}.safetensors"), trained_alone("wm"))
+    same_adapter(shira.load(tmp_path / f"{what}.safetensors"), trained_alone())
+
+
+def test_two_whole_models_train_variants_as_one_does(tmp_path):
+    code, printed = run_two("variants", tmp_path)
+    assert code == 0, printed
+    for variant in VARIANTS:
+        same_adapter(shira.load(tmp_path / f"{variant}.safetensors"), trained_alone(variant=variant))
+
+
+def test_accelerate_shards_before_attach(tmp_path):
+    code, printed = accelerate_launch("accelerate-fsdp", tmp_path)
+    assert code == 0, printed
+    for number in (0, 1):
+        same_adapter(shira.load(tmp_path / f"accelerate-fsdp-{number}.safetensors"), trained_alone())
 
 
 def test_fsdp_trains_what_one_process_does_and_switches(tmp_path):

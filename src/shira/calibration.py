@@ -6,6 +6,7 @@ limit, each group in passes of its own over the batches. With one batch nothing 
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .distributed import full
 from .errors import DataError, MaskError
+from .quantized import shape_of
 from .targets import is_conv1d
 
 __all__ = ["LEAST_MEMORY", "LossFn", "Progress", "calibrate", "model_loss"]
@@ -203,7 +205,7 @@ def _groups(weights: Mapping[str, nn.Parameter], entry_bytes: int, memory: int |
     groups: list[dict[str, nn.Parameter]] = []
     held = 0
     for name, weight in weights.items():
-        needed = entry_bytes * weight.numel()
+        needed = entry_bytes * math.prod(shape_of(weight))
         if not groups or (memory is not None and held + needed > memory):
             groups.append({})
             held = 0

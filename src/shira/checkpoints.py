@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .distributed import is_sharded
 from .errors import CheckpointError
 from .quantized import is_quantized
 
@@ -114,12 +115,13 @@ class Checkpoint(Mapping[str, Tensor]):
 def tensors_of(source: Source) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint on disk, of a model (as its `state_dict` names them), or of a mapping.
 
-    Raises CheckpointError for a model with quantized weights, or what `Checkpoint` raises.
+    Raises CheckpointError for a model with quantized or sharded weights, or what `Checkpoint` raises.
     """
     if isinstance(source, nn.Module):
-        quantized = next((name for name, weight in source.named_parameters() if is_quantized(weight)), None)
-        if quantized is not None:
-            raise CheckpointError(f"'{quantized}' is quantized in this model; give a plain model or checkpoint")
+        for name, weight in source.named_parameters():
+            if is_quantized(weight) or is_sharded(weight):
+                state = "quantized" if is_quantized(weight) else "sharded"
+                raise CheckpointError(f"'{name}' is {state} in this model; give a plain model or checkpoint")
         return dict(source.state_dict())
     if isinstance(source, Mapping):
         return source

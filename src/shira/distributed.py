@@ -1,5 +1,5 @@
-"""Training and switching on several processes: PyTorch's DDP, where each has the whole model, and FSDP2 (`fully_shard`), where
-each has some rows of every tensor.
+"""Training and switching on several processes: PyTorch's DDP, where each has the whole model; FSDP2 (`fully_shard`), where each
+has some rows of every tensor; and DeepSpeed's ZeRO-3, where each has a span of its flat entries.
 
 A piece of a sharded tensor is a span of its flat entries. Positions are sorted, so those in a piece are a span of them. Trained
 values and positions are few and whole on every process; only what is written to weights, and read of them, goes by pieces.
@@ -7,6 +7,7 @@ values and positions are few and whole on every process; only what is written to
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,12 +19,14 @@ from .errors import TargetError, TuningError
 __all__ = [
     "Piece",
     "average_after_backward",
+    "check_pieces",
     "check_plain",
     "check_positions",
     "full",
     "gather_pieces",
+    "groups_of",
+    "is_partitioned",
     "is_sharded",
-    "mesh_of",
     "piece_of",
     "reshard",
     "same_everywhere",
@@ -46,63 +49,108 @@ class Piece(NamedTuple):
         return slice(first, last)
 
 
-def mesh_of(weight: Any) -> Any:
-    """The processes that a sharded weight lies on."""
-    return weight.device_mesh
+def is_partitioned(weight: Tensor) -> bool:
+    """Whether ZeRO-3 holds a weight: between forward passes the parameter itself is empty, and `ds_tensor` has its piece."""
+    return hasattr(weight, "ds_tensor")
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether a weight is a DTensor; whoever has none need not load its module."""
-    return hasattr(weight, "device_mesh")
+    """Whether a weight lies in pieces, as a DTensor or in ZeRO-3; whoever has none need not load their modules."""
+    return hasattr(weight, "device_mesh") or is_partitioned(weight)
 
 
-def full(weight: Tensor) -> Tensor:
+def groups_of(weight: Any) -> list[Any]:
+    """The groups of processes that a sharded weight lies on: one for each dimension of a DTensor's mesh, one in ZeRO-3."""
+    if is_partitioned(weight):
+        return [weight.ds_process_group]
+    return [weight.device_mesh.get_group(dim) for dim in range(weight.device_mesh.ndim)]
+
+
+def full(weight: Any) -> Tensor:
     """The whole weight. Every process must ask for it."""
-    sharded: Any = weight.detach()
-    whole: Tensor = sharded.full_tensor() if is_sharded(weight) else sharded
+    if is_partitioned(weight):
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(weight.ds_tensor) for _ in range(dist.get_world_size(weight.ds_process_group))]
+        dist.all_gather(parts, weight.ds_tensor.detach(), group=weight.ds_process_group)
+        return torch.cat(parts)[: weight.ds_numel].view(weight.ds_shape)
+    whole: Tensor = weight.detach().full_tensor() if is_sharded(weight) else weight.detach()
     return whole
 
 
 def piece_of(name: str, weight: Any) -> Piece:
-    """What lies here of a sharded weight. Raises TargetError unless it is sharded by rows alone, as `fully_shard` does."""
-    mesh, placements = weight.device_mesh, weight.placements
+    """What lies here of a sharded weight. Raises what `check_pieces` does."""
+    check_pieces(name, weight)
+    group, starts = _starts(weight)
+    rank = torch.distributed.get_rank(group)
+    start, stop = starts[rank], starts[rank + 1]
+    if is_partitioned(weight):
+        return Piece(weight.ds_tensor.detach()[: stop - start], start, stop)  # the last ones are padded
+    return Piece(weight.to_local().detach(), start, stop)
+
+
+def check_pieces(name: str, weight: Tensor) -> None:
+    """Raise TargetError unless a sharded weight is sharded by rows alone, as `fully_shard` does, or ZeRO-3 has it as it is, on
+    its device, over all processes."""
+    (_check_partition if is_partitioned(weight) else _check_rows)(name, weight)
+
+
+def _check_rows(name: str, weight: Any) -> None:
+    placements = weight.placements
     by_rows = [dim for dim, placement in enumerate(placements) if type(placement).__name__ == "Shard" and placement.dim == 0]
     others = [placement for placement in placements if type(placement).__name__ not in ("Shard", "Replicate")]
     if len(by_rows) != 1 or others or any(placement.is_shard() for d, placement in enumerate(placements) if d not in by_rows):
         raise TargetError(f"'{name}' must be sharded by rows, as fully_shard does by default, found placements {placements}")
-    local = weight.to_local().detach()
-    rows, size = weight.shape[0], mesh.size(by_rows[0])
-    entries_a_row = weight.numel() // max(1, rows)
-    start = min(rows, mesh.get_local_rank(by_rows[0]) * -(-rows // size)) * entries_a_row
-    return Piece(local, start, start + local.numel())
+
+
+def _check_partition(name: str, weight: Any) -> None:
+    here, everywhere = torch.distributed.get_world_size(weight.ds_process_group), torch.distributed.get_world_size()
+    found = {
+        f"partitioned over {here} of {everywhere} processes": here != everywhere,
+        "quantized (zero_quantized_weights)": hasattr(weight.ds_tensor, "ds_quant_scale"),
+        "copied to each node (zero_hpz_partition_size)": weight.ds_secondary_tensor is not None,
+        "offloaded (offload_param)": weight.ds_tensor.numel() == 0 or weight.ds_tensor.device != weight.device,
+    }
+    for what, is_so in found.items():
+        if is_so:
+            raise TargetError(f"'{name}' is {what} by ZeRO-3; leave that out of the DeepSpeed config, or use fully_shard")
+
+
+def _starts(weight: Any) -> tuple[Any, list[int]]:
+    """The processes that have the pieces of a sharded weight, and where in its flat entries each one's begin; then the end."""
+    if is_partitioned(weight):
+        group, entries, end = weight.ds_process_group, weight.ds_tensor.ds_numel, weight.ds_numel
+    else:
+        (dim,) = (dim for dim, placement in enumerate(weight.placements) if placement.is_shard())
+        group, end, rows = weight.device_mesh.get_group(dim), weight.numel(), weight.shape[0]
+        entries = -(-rows // weight.device_mesh.size(dim)) * (end // max(1, rows))
+    return group, [min(end, rank * entries) for rank in range(torch.distributed.get_world_size(group) + 1)]
 
 
 def gather_pieces(weight: Any, indices: Tensor, values: Tensor) -> Tensor:
     """Values [k] at sorted positions of a sharded weight, from each process those of its own piece. Every process must ask."""
     import torch.distributed as dist
 
-    (dim,) = (dim for dim, placement in enumerate(weight.placements) if placement.is_shard())
-    size, rows = weight.device_mesh.size(dim), weight.shape[0]
-    starts = torch.tensor([min(rows, rank * -(-rows // size)) for rank in range(size + 1)]) * (weight.numel() // max(1, rows))
-    ends = torch.searchsorted(indices, starts.to(indices.device, indices.dtype)).tolist()
+    group, starts = _starts(weight)
+    ends = torch.searchsorted(indices, torch.tensor(starts, dtype=indices.dtype, device=indices.device)).tolist()
     counts = [stop - start for start, stop in zip(ends[:-1], ends[1:], strict=True)]
     padded = values.new_zeros(max(counts))
     padded[: values.numel()] = values
     parts = [torch.empty_like(padded) for _ in counts]
     bits = [part.view(torch.uint8) for part in parts]
-    dist.all_gather(bits, padded.view(torch.uint8), group=weight.device_mesh.get_group(dim))
+    dist.all_gather(bits, padded.view(torch.uint8), group=group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def average_after_backward(parameters: Sequence[nn.Parameter], mesh: Any) -> Callable[[], None]:
-    """At the end of every backward pass, make the parameters' gradients their mean over the processes of a mesh, in one message
-    of four bytes an entry; returns what undoes it. Every process must run as many backward passes."""
+def average_after_backward(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> Callable[[], None]:
+    """At the end of every backward pass, make the parameters' gradients their mean over groups of processes, in one message of
+    four bytes an entry; returns what undoes it. Every process must run as many backward passes."""
     waiting = False
 
     def send() -> None:
         nonlocal waiting
         waiting = False
-        _average(parameters, mesh)
+        _average(parameters, groups)
 
     def ask(_: Tensor) -> None:
         nonlocal waiting
@@ -116,7 +164,7 @@ def average_after_backward(parameters: Sequence[nn.Parameter], mesh: Any) -> Cal
     return undo.close
 
 
-def _average(parameters: Sequence[nn.Parameter], mesh: Any) -> None:
+def _average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
     """Average gradients in place; a process that has none of a parameter counts as zeros, and gets the mean if any has one."""
     import torch.distributed as dist
 
@@ -124,20 +172,20 @@ def _average(parameters: Sequence[nn.Parameter], mesh: Any) -> None:
     here = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     message = torch.cat([*(gradient.detach().view(-1) for gradient in gradients), here])
-    for dim in range(mesh.ndim):
-        dist.all_reduce(message, group=mesh.get_group(dim))
+    for group in groups:
+        dist.all_reduce(message, group=group)
+    processes = math.prod(dist.get_world_size(group) for group in groups)
     *means, anywhere = message.split([*(parameter.numel() for parameter in parameters), len(parameters)])
     for parameter, mean, count in zip(parameters, means, anywhere.tolist(), strict=True):
         if count:
-            parameter.grad = (mean / mesh.size()).view_as(parameter)
+            parameter.grad = (mean / processes).view_as(parameter)
 
 
-def same_everywhere(indices: Tensor, mesh: Any) -> Tensor:
-    """The positions that the first process of a mesh chose, on all of them."""
+def same_everywhere(indices: Tensor, groups: Sequence[Any]) -> Tensor:
+    """The positions that the first process chose, on all of them."""
     import torch.distributed as dist
 
-    for dim in range(mesh.ndim):
-        group = mesh.get_group(dim)
+    for group in groups:
         first = dist.get_global_rank(group, 0)
         count = torch.tensor([indices.numel()], device=indices.device)
         dist.broadcast(count, first, group=group)
@@ -187,10 +235,8 @@ def check_plain(model: nn.Module) -> None:
     kind = type(model).__name__
     if kind in ("DistributedDataParallel", "DataParallel"):
         raise TuningError(f"attach to the model first, then wrap it in {kind}, which must know what trains")
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise TuningError(
-            "DeepSpeed's ZeRO-3 holds this model's weights; shard it with torch.distributed.fsdp.fully_shard instead"
-        )
+    if kind == "DeepSpeedEngine":
+        raise TuningError("attach to engine.module, and call that; the engine only holds the weights (docs/distributed.md)")
     if kind == "FullyShardedDataParallel":
         raise TuningError("FSDP1 flattens weights; shard with torch.distributed.fsdp.fully_shard (FSDP2), then attach")
 
@@ -201,3 +247,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "set_reshard_after_forward"):  # what fully_shard makes of a module
             module.reshard()
+    parameter: Any
+    partitioned = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+    if partitioned and partitioned[0].is_cuda:  # ZeRO-3 gathers on a stream of its own, which waits for no write
+        torch.cuda.current_stream().synchronize()
+    for parameter in partitioned:
+        if parameter.numel():  # small ones, and those of modules whose inputs need no gradient, stay gathered
+            parameter.ds_active_sub_modules.clear()
+            parameter.partition()

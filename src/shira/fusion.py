@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from . import kernels
 from .adapter import Adapter, SparseTensor, fingerprint
+from .distributed import is_sharded
 from .errors import AdapterError, BaseMismatch, did_you_mean
 from .format import opened
 from .kernels import Change, Fused, Overlap
 from .methods import Method, Part, resolve
-from .quantized import is_quantized
+from .quantized import is_quantized, shape_of
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
 __all__ = ["check_base", "combine", "fuse"]
@@ -51,6 +53,9 @@ def fuse(
         raise AdapterError("one adapter is given twice" if given else "nothing to fuse: give at least one adapter")
     strengths = check_strengths({label: value[1] if isinstance(value, tuple) else value for label, value in given.items()})
     weights = dict(base.named_parameters(remove_duplicate=False)) if isinstance(base, nn.Module) else base
+    sharded = next((name for name, weight in (weights or {}).items() if is_sharded(weight)), None)
+    if sharded is not None:
+        raise BaseMismatch(f"'{sharded}' is sharded in this base; give a whole one, or let Switcher.use fuse on the model")
     with contextlib.ExitStack() as stack:
         parts = {
             label: value[0] if isinstance(value, tuple) else stack.enter_context(opened(label))
@@ -146,7 +151,7 @@ def check_base(
     told = {
         name: sparse for name, sparse in adapter.tensors.items() if sparse.kind == "overwrite" and name in adapter.fingerprints
     }
-    parts = {name: sparse for name, sparse in told.items() if sparse.nnz < weights[name].numel()}
+    parts = {name: sparse for name, sparse in told.items() if sparse.nnz < math.prod(sparse.shape)}
     for name, sparse in (parts or told).items():
         _check_values(label, name, adapter, base_at(weights[name], sparse.indices), weights[name].dtype)
 
@@ -158,9 +163,9 @@ def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[st
         raise BaseMismatch(f"{label} does not belong to this model: it has no tensor '{name}'; {did_you_mean(name, tensors)}")
     if is_quantized(weight):
         raise BaseMismatch(f"{label}: '{name}' is quantized in this model; give a plain base, or fuse deltas without one")
-    if tuple(weight.shape) != sparse.shape:
+    if shape_of(weight) != sparse.shape:
         raise BaseMismatch(
-            f"{label} does not belong to this model: '{name}' has shape {list(weight.shape)}, the adapter expects "
+            f"{label} does not belong to this model: '{name}' has shape {list(shape_of(weight))}, the adapter expects "
             f"{list(sparse.shape)}"
         )
     if not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():

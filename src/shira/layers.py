@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .distributed import is_partitioned
 from .errors import TuningError
 from .masters import Masters
 from .targets import VALUES, Use
@@ -40,6 +41,10 @@ def install(uses: Iterable[tuple[Use, Masters]]) -> Callable[[], None]:
         for holder, attribute, masters in its_taps:
             name = VALUES if attribute == "weight" else f"{VALUES}_{attribute}"
             for ending, parameter in masters.parameters().items():
+                if is_partitioned(masters.weight):  # of what a module has registered, ZeRO-3 wants a piece
+                    holder.__dict__[name + ending] = parameter
+                    undo.callback(holder.__dict__.pop, name + ending)
+                    continue
                 holder.register_parameter(name + ending, parameter)
                 undo.callback(holder._parameters.pop, name + ending)
         usual = module.__dict__.get("forward")
@@ -96,10 +101,10 @@ def _ready(masters: Masters, module: nn.Module, weight: Any) -> bool:
     no longer computes with the weight that trains, or the values were frozen."""
     if masters.dense:
         return False
-    if masters.piece is None and (weight is not masters.weight or hasattr(weight, "ds_id")):
+    if masters.piece is None and (weight is not masters.weight or is_partitioned(weight)):
         raise TuningError(
             f"the weight of a {type(module).__name__} was replaced after attach(), as fully_shard and DeepSpeed's ZeRO-3 do; "
-            "shard the model with fully_shard first, then attach (docs/distributed.md)"
+            "shard the model first, then attach (docs/distributed.md)"
         )
     if masters.piece is None and not torch.compiler.is_compiling():  # for those, the tuner writes before and after
         masters.write()

@@ -21,8 +21,8 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:
-    """The shape of the matrix that a weight stands for, whatever way it is stored."""
-    return tuple(_state(weight).shape if _of_bitsandbytes(weight) else weight.shape)
+    """The shape of the matrix that a weight stands for, whatever way it is stored; in ZeRO-3 the tensor itself is empty."""
+    return tuple(_state(weight).shape if _of_bitsandbytes(weight) else getattr(weight, "ds_shape", weight.shape))
 
 
 def label(weight: Tensor) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import masks
 from .adapter import Adapter, index_dtype
 from .calibration import LEAST_MEMORY, LossFn, Progress, calibrate
-from .distributed import full, is_sharded, mesh_of, same_everywhere
+from .distributed import full, groups_of, is_sharded, same_everywhere
 from .errors import BaseMismatch, did_you_mean
 from .format import load
 from .masks import Mask, Plan
@@ -87,7 +87,7 @@ class Selector:
         for name, weight in weights.items():
             if name in chosen:
                 indices = chosen[name].to(weight.device, index_dtype(math.prod(self.matrices[name])))
-                placed[name] = same_everywhere(indices, mesh_of(weight)) if is_sharded(weight) else indices
+                placed[name] = same_everywhere(indices, groups_of(weight)) if is_sharded(weight) else indices
         return placed, calibrated
 
     def _settled(self, weights: Mapping[str, nn.Parameter], plan: Plan) -> Plan:

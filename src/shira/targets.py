@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
+from .distributed import check_pieces, is_sharded
 from .errors import TargetError, did_you_mean
 from .quantized import is_quantized, label, shape_of
 
@@ -134,6 +135,8 @@ def check_trainable(targets: Iterable[Target]) -> None:
                     "of linear layers can be trained, leave it out of the targets"
                 )
             continue
+        if is_sharded(weight):
+            check_pieces(target.name, weight)
         if not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
             raise TargetError(
                 f"'{target.name}' must be a contiguous floating-point tensor with data, found {weight.dtype} on "
@@ -194,7 +197,7 @@ class _Weights:
         output = get_output() if callable(get_output) else None
         for name, module in model.named_modules():
             own = {attribute: parameter for attribute, parameter in _own(module)}
-            matrices = [a for a, parameter in own.items() if parameter.ndim > 1 and not a.startswith("bias")]
+            matrices = [a for a, parameter in own.items() if len(shape_of(parameter)) > 1 and not a.startswith("bias")]
             paths = {attribute: f"{name}.{attribute}".lstrip(".") for attribute in own}
             self.owners |= {path: (module, attribute) for attribute, path in paths.items()}
             if own:
@@ -222,7 +225,7 @@ def _is_linear(module: nn.Module, weight: nn.Parameter) -> bool:
 
 def _is_stack_of_experts(module: nn.Module, weight: nn.Parameter) -> bool:
     """Transformers keeps the experts of a mixture as 3-D parameters [experts, out, in] of a module called ...Experts."""
-    return weight.ndim == 3 and "expert" in type(module).__name__.lower()
+    return len(shape_of(weight)) == 3 and "expert" in type(module).__name__.lower()
 
 
 def _means(pattern: str, name: str) -> bool:

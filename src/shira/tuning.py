@@ -26,7 +26,7 @@ from . import consolidation, hybrid, masks, refresh, resuming, variants
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint
 from .calibration import LossFn, Progress
-from .distributed import average_after_backward, check_plain, check_positions, is_sharded, mesh_of, reshard
+from .distributed import average_after_backward, check_plain, check_positions, groups_of, is_sharded, reshard
 from .entries import Entry, with_hook, with_values
 from .errors import AdapterError, TuningError
 from .layers import install, let_checkpoints_see_gradients
@@ -99,7 +99,7 @@ def attach(
     if method == "hook" and any(is_sharded(target.weight) for target in chosen):
         raise TuningError("method='hook' needs whole weights; on sharded ones train with method='values'")
     for target in chosen:
-        if any(name.startswith(VALUES) for use in target.uses for name in use.holder._parameters):
+        if any(name.startswith(VALUES) for use in target.uses for name in (*use.holder._parameters, *use.holder.__dict__)):
             raise TuningError(f"a tuner is attached already, to '{target.name}'; call its detach() first")
     make, variant = variants.choose(chosen, mask, method, decompose, low_rank, seed)
     weights = {target.name: target.weight for target in chosen}
@@ -188,11 +188,14 @@ class Tuner:
             self.at_detach.callback(check_positions(self.model, (each.indices for each in masters.values())))
             return
         self.at_detach.callback(reshard, self.model)
-        self.at_detach.callback(average_after_backward(self.parameters(), mesh_of(pieces[0].weight)))
+        self.at_detach.callback(average_after_backward(self.parameters(), groups_of(pieces[0].weight)))
 
-        def write_pieces(_module: nn.Module, _inputs: Any) -> None:
+        def write_pieces(module: nn.Module, _inputs: Any) -> None:
+            changed = any(each.version != each.written for each in pieces)
             for each in pieces:
                 each.write()
+            if changed:  # not by an optimizer's step
+                reshard(module)
 
         # before fully_shard's own, which gathers the pieces
         self.at_detach.callback(self.model.register_forward_pre_hook(write_pieces, prepend=True).remove)

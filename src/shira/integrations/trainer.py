@@ -99,7 +99,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         if engines:
             raise TuningError(
                 f"with {engines[0]} the Trainer saves and loads weights in ways of its own; use DDP, or a loop of your own "
-                "with fully_shard (docs/distributed.md)"
+                "(docs/distributed.md)"
             )
         if args.bf16_full_eval or args.fp16_full_eval:
             raise TuningError("bf16_full_eval and fp16_full_eval cast the masters and the base; use bf16=True instead")
