@@ -8,6 +8,7 @@ same is done for distributed training by torch.distributed._tools.mem_tracker.
 
 import contextlib
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -244,7 +245,8 @@ def _pattern(mask: str, shape: tuple[int, int], count: int) -> Pattern | None:
     """The whole lines of a mask that depends on the shape alone."""
     if mask.partition(":")[0] != "struct":
         return None
-    return find_pattern(masks.resolve(mask)[1](torch.empty(1).expand(shape), count), *shape)
+    indices = masks.resolve(mask)[1](torch.empty(1).expand(shape), count)
+    return find_pattern(indices.to(index_dtype(math.prod(shape))), *shape)
 
 
 def _lora(chosen: Iterable[target_names.Target], rank: int, dropout: float) -> list[nn.Parameter]:

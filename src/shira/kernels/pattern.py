@@ -71,7 +71,7 @@ def find_pattern(indices: Tensor, rows: int, columns: int) -> Pattern | None:
         if lines.numel() and others <= min(max(rows, columns), indices.numel() // 2):
             rest = in_lines.logical_not().nonzero().view(-1)
             rest_rows, rest_columns = row[rest], column[rest]
-            order = torch.cat([in_lines.nonzero().view(-1), rest]).argsort()
+            order = torch.cat([in_lines.nonzero().view(-1), rest]).argsort().to(indices.dtype)
             kind: Literal["rows", "columns"] = "rows" if direction == "rows" else "columns"
             return Pattern(kind, lines, rest_rows, rest_columns, torch.equal(rest_rows, rest_columns), order)
     return None
