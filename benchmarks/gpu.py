@@ -27,7 +27,7 @@ from shira import kernels
 from shira.kernels import products, triton_ops
 
 from .common import TARGETS, alternate, report, show
-from .switch import DENSITY, LLAMA2_7B, RANK, adapter_for, model_of, random_positions, sparse_delta
+from .switch import DENSITY, LLAMA2_7B, RANK, adapter_for, lora_fuses, model_of, random_positions, sparse_delta
 from .train import prepare
 
 SECTOR = 32  # bytes, the least that is read of or written to a GPU's memory
@@ -81,19 +81,9 @@ def measure_switches(
         runs[label] = lambda: switchers[which].use(end)
 
     long = [(w.view(-1), a.tensors[n].indices.long().to(device), a.tensors[n].values.to(device)) for n, w in weights.items()]
-    factors = {s: (torch.randn(s[0], RANK).to(device, dtype), torch.randn(RANK, s[1]).to(device, dtype)) for s in set(shapes)}
     same = torch.zeros(
         sum(sectors(t.indices, t.values.itemsize) for t in a.tensors.values()) * SECTOR // 8, dtype=torch.int64
     ).to(device)
-
-    def lora_in_place() -> None:
-        for weight in weights.values():
-            weight.addmm_(*factors[tuple(weight.shape)], alpha=1e-6)
-
-    def lora_as_in_paper() -> None:
-        for weight in weights.values():
-            left, right = factors[tuple(weight.shape)]
-            weight.copy_(weight + left @ right)
 
     runs["index_copy_"] = lambda: [flat.index_copy_(0, where, values) for flat, where, values in long]
     runs["same sectors"] = same.bitwise_not_
@@ -103,8 +93,7 @@ def measure_switches(
     use("shira a to base", "a", None)
     use("shira base to a + b/2", None, {"a": 1.0, "b": 0.5})
     use("shira pinned a", "b", "a", "host")  # b is ready, a waits in host memory
-    runs["LoRA in place"] = lora_in_place
-    runs["LoRA W + AB"] = lora_as_in_paper
+    runs |= lora_fuses(weights.values())
     if all_peers:
         sparse = {name: sparse_delta(a.tensors[name]).to(device) for name in weights}
         runs["PEFT SHiRA merge"] = lambda: [weight.add_(sparse[name]) for name, weight in weights.items()]

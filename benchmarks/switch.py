@@ -1,5 +1,6 @@
 """Switching: ours beside LoRA's fuse, PEFT's SHiRA merge and raw torch operators, one weight or the shape of LLaMA2-7B."""
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,9 @@ def measure(shapes: list[tuple[int, int]], dtype: torch.dtype, repeats: int, *, 
         return name, lambda: switcher.use(after)
 
     long = [(w.view(-1), a.tensors[n].indices.long(), a.tensors[n].values) for n, w in weights.items()]
-    factors = {shape: (torch.randn(shape[0], RANK).to(dtype), torch.randn(RANK, shape[1]).to(dtype)) for shape in set(shapes)}
 
     def each(change: Any) -> Any:
         return lambda: [change(*entry) for entry in long]
-
-    def lora_in_place() -> None:
-        for weight in weights.values():
-            weight.addmm_(*factors[tuple(weight.shape)], alpha=1e-6)
-
-    def lora_as_in_paper() -> None:
-        for weight in weights.values():
-            left, right = factors[tuple(weight.shape)]
-            weight.copy_(weight + left @ right)
 
     touched = sum(int((a.tensors[n].indices.long() * w.itemsize // 64).unique().numel()) for n, w in weights.items())
     same_lines = torch.zeros(touched * 8, dtype=torch.int64)  # as many cache lines of 64 bytes, side by side
@@ -82,8 +73,7 @@ def measure(shapes: list[tuple[int, int]], dtype: torch.dtype, repeats: int, *, 
         "index_copy_": each(lambda flat, where, values: flat.index_copy_(0, where, values)),
         "same cache lines": same_lines.bitwise_not_,
         **dict([use(None, "a"), use("a", "b"), use("a", "a2"), use("a", None), use(None, {"a": 1.0, "b": 0.5})]),
-        "LoRA in place": lora_in_place,
-        "LoRA W + AB": lora_as_in_paper,
+        **lora_fuses(weights.values()),
     }
     if all_peers:
         sparse = {n: sparse_delta(a.tensors[n]) for n in weights}
@@ -99,6 +89,22 @@ def measure(shapes: list[tuple[int, int]], dtype: torch.dtype, repeats: int, *, 
     with torch.no_grad():
         seconds = alternate(runs, repeats, between=between)
     return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def lora_fuses(weights: Collection[Tensor]) -> dict[str, Callable[[], Any]]:
+    """A LoRA added to each weight: in place, and as in the paper."""
+    factors = {w.shape: (w.new_empty(w.shape[0], RANK).normal_(), w.new_empty(RANK, w.shape[1]).normal_()) for w in weights}
+
+    def in_place() -> None:
+        for weight in weights:
+            weight.addmm_(*factors[weight.shape], alpha=1e-6)
+
+    def as_in_paper() -> None:
+        for weight in weights:
+            left, right = factors[weight.shape]
+            weight.copy_(weight + left @ right)
+
+    return {"LoRA in place": in_place, "LoRA W + AB": as_in_paper}
 
 
 def sparse_delta(tensor: shira.SparseTensor) -> Tensor:
