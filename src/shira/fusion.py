@@ -141,14 +141,29 @@ def check_base(
     if all of them are: then nothing else tells the base.
     label: what to call the adapter in the message. base_at(weight, indices): the base values there.
     """
-    weights = {name: _check_form(label, name, sparse, tensors) for name, sparse in adapter.tensors.items()}
-    # a delta may be added to another base
-    told = {
-        name: sparse for name, sparse in adapter.tensors.items() if sparse.kind == "overwrite" and name in adapter.fingerprints
-    }
-    parts = {name: sparse for name, sparse in told.items() if sparse.nnz < weights[name].numel()}
-    for name, sparse in (parts or told).items():
-        _check_values(label, name, adapter, base_at(weights[name], sparse.indices), weights[name].dtype)
+    compared = {name: _check_tensor(label, name, adapter, tensors, base_at) for name in adapter.tensors}
+    if True not in compared.values():
+        for name in (name for name, found in compared.items() if found is False):
+            _check_tensor(label, name, adapter, tensors, base_at, even_whole=True)
+
+
+def _check_tensor(
+    label: str,
+    name: str,
+    adapter: Adapter,
+    tensors: Mapping[str, Tensor],
+    base_at: Callable[[Tensor, Tensor], Tensor],
+    even_whole: bool = False,
+) -> bool | None:
+    """Whether the values under one tensor were compared; None if none are known. Both may lie in files, and are given back."""
+    sparse = adapter.tensors[name]
+    weight = _check_form(label, name, sparse, tensors)
+    if sparse.kind == "delta" or name not in adapter.fingerprints:  # a delta may be added to another base
+        return None
+    if sparse.nnz == sparse.numel and not even_whole:
+        return False
+    _check_values(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
+    return True
 
 
 def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[str, Tensor]) -> Tensor:
