@@ -309,3 +309,16 @@ def test_extracting_to_a_file_that_fails_leaves_what_was_there(tmp_path):
         extract_to(path, base, tuned, dens=0.1)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_is_not_overwritten_by_what_is_extracted_from_it(tmp_path):
+    base, tuned = two_checkpoints()
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        content = (tmp_path / name / "model.safetensors").read_bytes()
+        with pytest.raises(CheckpointError, match=f"is a file of {name}, which is read"):
+            extract_to(tmp_path / name / "model.safetensors", tmp_path / name, tmp_path / name, density=0.1)
+        assert (tmp_path / name / "model.safetensors").read_bytes() == content
+    with pytest.raises(CheckpointError, match="is a file of tuned, which is read"):
+        extract_to(tmp_path / "tuned" / "model.safetensors", tmp_path / "base", tmp_path / "tuned", density=0.1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import masks
 from .adapter import Adapter, Kind, SparseTensor, fingerprint, index_dtype
-from .checkpoints import Source, identity, tensors_of
+from .checkpoints import Checkpoint, Source, identity, tensors_of
 from .differences import Cut, Pair, Survey, Watch, chunks, cut, largest, paired, square_of, survey
 from .errors import AdapterError, CheckpointError, MaskError, TargetError, did_you_mean
 from .format import saving
@@ -80,6 +80,9 @@ def extract_to(path: str | os.PathLike[str], base: Source, tuned: Source, **opti
 
         shira.extraction.extract_to("instruct.safetensors", "SmolLM2-135M", "SmolLM2-135M-Instruct", density=0.05)
     """
+    for source in (base, tuned) if os.path.exists(path) else ():
+        if isinstance(source, str | os.PathLike) and any(file.samefile(path) for file in Checkpoint(source).shards):
+            raise CheckpointError(f"{path} is a file of {identity(source)}, which is read; name another one")
     metadata: dict[str, Any] = {}
     with saving(path, metadata) as add:
         metadata |= _extract(base, tuned, add, **options)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .adapter import Adapter, SparseTensor, fingerprint
+from .adapter import Adapter, Kind, SparseTensor, fingerprint
 from .errors import AdapterError, BaseMismatch, did_you_mean
 from .format import opened
 from .kernels import Change, Fused, Overlap
@@ -232,7 +232,7 @@ def _fused_over(
         overlap = kernels.merge([tensor.indices for tensor, _ in parts])
         base = kernels.gather(weight, overlap.indices.to(weight.device)).to(overlap.indices.device)
         indices, values, base = combine(name, parts, overlap, base, method, check=check)
-    return SparseTensor(tuple(weight.shape), indices.cpu(), values.cpu()), fingerprint(base)
+    return _sparse(name, tuple(weight.shape), indices, values, "overwrite"), fingerprint(base)
 
 
 def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[str, float], method: Method) -> SparseTensor:
@@ -248,11 +248,19 @@ def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[st
         dtype = torch.promote_types(dtype, tensor.values.dtype)
     fused = _in_one_pass(parts, None, dtype, method)
     if fused is not None:
-        return SparseTensor(parts[0][0].shape, fused.indices, fused.values, "delta")
+        return _sparse(name, parts[0][0].shape, fused.indices, fused.values, "delta")
     overlap = kernels.merge([tensor.indices for tensor, _ in parts])
     zeros = torch.zeros(overlap.indices.numel(), dtype=dtype, device=overlap.indices.device)
     indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
-    return SparseTensor(parts[0][0].shape, indices.cpu(), values.cpu(), "delta")
+    return _sparse(name, parts[0][0].shape, indices, values, "delta")
+
+
+def _sparse(name: str, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> SparseTensor:
+    """A fused tensor. Raises AdapterError if its values are not finite."""
+    try:
+        return SparseTensor(shape, indices.cpu(), values.cpu(), kind)
+    except AdapterError as error:
+        raise AdapterError(f"'{name}' as {values.dtype}: {error}; use smaller strengths, or check the base") from error
 
 
 def _in_one_pass(
