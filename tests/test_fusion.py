@@ -220,6 +220,26 @@ def test_sums_that_overflow_are_refused_with_the_tensors_name(method, kind):
             shira.fuse({"a": (adapter, strength)}, base=base, method=method)
 
 
+def test_a_head_that_is_overwritten_whole_may_lie_over_any_values(tmp_path):
+    """The head of a classifier is random whenever it is made: fused, compared and merged as the switcher uses it."""
+    model = mlp()
+    adapter = random_adapter(model, 1)
+    shape = tuple(model[2].weight.shape)
+    where = torch.arange(model[2].weight.numel())
+    adapter.tensors["2.weight"] = SparseTensor(shape, where, torch.randn(where.numel()))
+    adapter.metadata["fingerprints"]["2.weight"] = "0" * 32  # of another random head
+    adapter.save(tmp_path / "a.safetensors")
+    fused = shira.fuse({tmp_path / "a.safetensors": 1.0}, base=model)
+    assert torch.equal(bits(fused.tensors["2.weight"].values), bits(adapter.tensors["2.weight"].values))
+    assert shira.compare(adapter, adapter, base=model).total.pairs[0].overlap == 1.0
+    switcher = Switcher(model)
+    switcher.add("a", adapter)
+    head = shira.Adapter({"2.weight": adapter.tensors["2.weight"]}, adapter.metadata)  # now nothing else tells the base
+    for ask in (lambda: shira.fuse({"a": (head, 1.0)}, base=model), lambda: shira.compare(head, base=model)):
+        with pytest.raises(BaseMismatch, match="base values under '2.weight' have fingerprint"):
+            ask()
+
+
 def test_deltas_of_different_bases_are_not_fused_by_mistake():
     def delta(base):
         tensor = SparseTensor((4,), torch.tensor([0]), torch.ones(1), "delta")

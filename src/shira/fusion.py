@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from .methods import Method, Part, resolve
 from .quantized import is_quantized
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
-__all__ = ["check_base", "combine", "fuse"]
+__all__ = ["check_base", "check_tensor", "combine", "fuse", "known_in_part"]
 
 Base = nn.Module | Mapping[str, Tensor]
 Item = TypeVar("Item")
@@ -58,6 +59,7 @@ def fuse(
         }
         if weights is None:
             _check_recorded_bases(parts)
+        in_part = {label: known_in_part(part) for label, part in parts.items()}
         scales = {label: strengths_of(label, strengths[label], part.tensors) for label, part in parts.items()}
         wanted: dict[str, dict[str, float]] = {}
         for label, scale in scales.items():
@@ -69,7 +71,7 @@ def fuse(
             held = {label: parts[label].tensors[name] for label in wanted[name]}
             if weights is None:
                 return _fused_deltas(name, held, wanted[name], chosen), None
-            return _fused_over(name, held, wanted[name], parts, weights, chosen)
+            return _fused_over(name, held, wanted[name], parts, weights, chosen, in_part)
 
         fused = dict(zip(sorted(wanted), _side_by_side(fuse_one, sorted(wanted)), strict=True))
         metadata = _metadata(parts, strengths, chosen, {name: found for name, (_, found) in fused.items() if found})
@@ -141,29 +143,41 @@ def check_base(
     if all of them are: then nothing else tells the base.
     label: what to call the adapter in the message. base_at(weight, indices): the base values there.
     """
-    compared = {name: _check_tensor(label, name, adapter, tensors, base_at) for name in adapter.tensors}
-    if True not in compared.values():
-        for name in (name for name, found in compared.items() if found is False):
-            _check_tensor(label, name, adapter, tensors, base_at, even_whole=True)
+    in_part = known_in_part(adapter)
+    for name in adapter.tensors:
+        check_tensor(label, name, adapter, tensors, base_at, in_part)
 
 
-def _check_tensor(
+def check_tensor(
     label: str,
     name: str,
     adapter: Adapter,
     tensors: Mapping[str, Tensor],
     base_at: Callable[[Tensor, Tensor], Tensor],
-    even_whole: bool = False,
-) -> bool | None:
-    """Whether the values under one tensor were compared; None if none are known. Both may lie in files, and are given back."""
+    in_part: Callable[[], bool],
+) -> None:
+    """`check_base` of one tensor; either side may be in a file, and is given back here. in_part: `known_in_part(adapter)`."""
     sparse = adapter.tensors[name]
     weight = _check_form(label, name, sparse, tensors)
-    if sparse.kind == "delta" or name not in adapter.fingerprints:  # a delta may be added to another base
-        return None
-    if sparse.nnz == sparse.numel and not even_whole:
+    if _tells(name, sparse, adapter, in_part):
+        _check_values(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
+
+
+def known_in_part(adapter: Adapter) -> Callable[[], bool]:
+    """Whether the base is known by a tensor that is overwritten in part; looked for when it is asked, once."""
+    return functools.cache(
+        lambda: any(
+            sparse.kind == "overwrite" and sparse.nnz < sparse.numel and name in adapter.fingerprints
+            for name, sparse in adapter.tensors.items()
+        )
+    )
+
+
+def _tells(name: str, sparse: SparseTensor, adapter: Adapter, in_part: Callable[[], bool]) -> bool:
+    """Whether the values under a tensor say if the base is the adapter's. A delta may be added to another base."""
+    if sparse.kind == "delta" or name not in adapter.fingerprints:
         return False
-    _check_values(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
-    return True
+    return sparse.nnz < sparse.numel or not in_part()
 
 
 def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -210,6 +224,7 @@ def _fused_over(
     adapters: Mapping[str, Adapter],
     weights: Mapping[str, Tensor],
     method: Method,
+    in_part: Mapping[str, Callable[[], bool]],
 ) -> tuple[SparseTensor, str]:
     """One tensor's new entries over a base, checked first; and the fingerprint of the base there."""
     for label, tensor in held.items():
@@ -217,8 +232,9 @@ def _fused_over(
     labels = list(held)
 
     def check(number: int, base: Tensor) -> None:
-        if name in adapters[labels[number]].fingerprints:
-            _check_values(labels[number], name, adapters[labels[number]], base, weights[name].dtype)
+        label = labels[number]
+        if _tells(name, held[label], adapters[label], in_part[label]):
+            _check_values(label, name, adapters[label], base, weights[name].dtype)
 
     weight = weights[name].detach()
     parts = [(tensor, scale[label]) for label, tensor in held.items()]
