@@ -1,8 +1,10 @@
 """Calibration: what it hands out, that it leaves no trace, and what it costs."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,46 @@ def test_checkpointing_leaves_no_inputs_to_count_on(monkeypatch, tiny_llama):
         tiny_llama.activation_checkpointing_enable({"use_reentrant": reentrant})
         tiny_llama.enable_input_require_grads()
         assert 8 <= passes(tiny_llama, llama_batches(2), density=1 / 32) <= 14
+
+
+class Packed(torch.Tensor):
+    """A parameter that is made of other tensors, as quantized and sharded ones are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.ops.aten.detach.default
+        return packed()
+
+
+def packed():
+    return torch.Tensor._make_wrapper_subclass(Packed, (3, 4), dtype=torch.int8)
+
+
+def test_parameters_without_a_storage_are_no_obstacle(monkeypatch):
+    monkeypatch.setattr(shira.selection, "LEAST_MEMORY", 0)
+    model = mlp()
+    model[0].register_parameter("packed", nn.Parameter(packed(), requires_grad=False))
+    assert passes(model, mlp_batches(2), loss_fn=mlp_loss, density=0.01, targets=["0.weight", "2.weight"]) >= 1
+
+
+def test_nothing_stays_of_the_pass_that_looks_for_inputs():
+    nodes, model = [], mlp()
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            nodes.append(weakref.ref(ctx))
+            ctx.save_for_backward(hidden)
+            return hidden * 1
+
+    gc.disable()  # a cycle would keep the activations of a batch until it runs
+    try:
+        inputs_kept(
+            model, weights_of(model), mlp_batches(1)[0][0], lambda m, batch: m(Watched.apply(m[0](batch)) @ m[0].weight)
+        )
+        assert nodes[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_inputs_that_training_keeps_are_counted_once():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import full
+from .distributed import full, is_sharded
 from .errors import DataError, MaskError
 from .targets import is_conv1d
 
@@ -206,21 +206,23 @@ def _inputs_kept(
     model: nn.Module, weights: Mapping[str, nn.Parameter], batch: Any, loss_fn: LossFn
 ) -> dict[str, dict[int, int]]:
     """What a step of training keeps of a batch for the gradients of linear layers' weights, and for nothing else: tensor name
-    -> {address: bytes}. With gradient checkpointing that is nothing."""
+    -> {address: bytes}. With gradient checkpointing, or weights that are sharded and come and go, that is nothing."""
+    if any(is_sharded(weight) for weight in weights.values()):
+        return {name: {} for name in weights}
     names = {id(weight): name for name, weight in weights.items()}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    parameters = {_address(parameter) for parameter in model.parameters()}
     kept: dict[str, dict[int, int]] = {name: {} for name in weights}
     elsewhere: set[int] = set()
     running: list[str] = []
-    held = []  # here and not in the graph: nothing is at an address twice, and nothing stays
+    held = []  # so that nothing is at an address twice; not in the graph, nor tensors, which would hold it and each other
 
     def keep(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        held.append(storage)
+        held.append(tensor.untyped_storage())
+        address = _address(tensor)
         if not running:
-            elsewhere.add(storage.data_ptr())
-        elif storage.data_ptr() not in parameters:
-            kept[running[-1]][storage.data_ptr()] = storage.nbytes()
+            elsewhere.add(address)
+        elif address and address not in parameters:
+            kept[running[-1]][address] = held[-1].nbytes()
 
     with contextlib.ExitStack() as undo, torch.enable_grad():
         for module in model.modules():
@@ -234,6 +236,14 @@ def _inputs_kept(
         undo.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept))
         loss_fn(model, batch)
     return {name: {at: size for at, size in found.items() if at not in elsewhere} for name, found in kept.items()}
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's storage begins; 0 if it has none of its own, as quantized weights are made of others."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def _groups(sums: Mapping[str, int], memory: int, kept: Mapping[str, dict[int, int]]) -> list[list[str]]:
