@@ -39,9 +39,7 @@ def artefacts() -> Path:
 
 
 def on_accelerator(model: nn.Module) -> nn.Module:
-    """The model, moved to a GPU if there is one; without cuDNN's attention, whose gradients are NaN for some lengths of padded
-    rows on Hopper GPUs (torch 2.11, pytorch/pytorch issue 196678)."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    """The model, moved to a GPU if there is one."""
     return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 

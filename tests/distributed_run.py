@@ -37,6 +37,7 @@ def train(model, forward, tuner, rank, ranks):
 
 
 def attach(model, mask="wm", *, targets=TARGETS, **variant):
+    shira.selection.LEAST_MEMORY = 0  # gradients of several batches are summed in groups of weights
     calibration = [family_batch("llama", seed) for seed in (7, 8)]
     return shira.attach(model, mask=mask, density=0.2, targets=targets, calibration=calibration, **variant)
 

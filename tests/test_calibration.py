@@ -1,8 +1,10 @@
 """Calibration: what it hands out, that it leaves no trace, and what it costs."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 import shira
 from conftest import llama_batches, mlp, mlp_batches, mlp_loss
 from shira import DataError, MaskError
+from shira.calibration import _inputs_kept as inputs_kept
 from shira.calibration import calibrate
 
 BOTH = ("gradient", "squared_gradient")
@@ -165,15 +168,89 @@ def test_attach_selects_by_what_was_calibrated_and_says_so(mask, statistics, tin
         assert torch.equal(tensor.indices.long(), expected)
 
 
-def test_sums_that_would_take_more_than_training_are_made_in_groups(monkeypatch, tiny_llama):
-    """At 1/32 of the entries training takes 16/32 of a byte an entry, and sums 4: an eighth of the weights at a time."""
+def passes(model, batches, **options):
     told = []
+    shira.attach(model, mask="snip", calibration=batches, progress=lambda *step: told.append(step), **options).detach()
+    total = told[-1][1]
+    assert told == [(done, total) for done in range(1, total + 1)]
+    return total // len(batches)
+
+
+def test_sums_that_would_take_more_than_training_are_made_in_groups(monkeypatch, tiny_llama):
+    """At 1/32 of the entries training takes 16/32 of a byte an entry, and sums 4: an eighth of the weights at a time. It also
+    keeps the inputs of all layers, and calibration only those of the layers whose sums it makes, if there are many tokens."""
+    assert passes(tiny_llama, llama_batches(2), density=1 / 32) == 1  # less than a MiB
     monkeypatch.setattr(shira.selection, "LEAST_MEMORY", 0)
-    options = {"mask": "snip", "density": 1 / 32, "calibration": llama_batches(2), "progress": lambda *step: told.append(step)}
-    with shira.attach(tiny_llama, **options):
-        groups = told[-1][1] // 2
-    assert 8 <= groups <= 14  # of 14 weights of different sizes
-    assert told == [(done, 2 * groups) for done in range(1, 2 * groups + 1)]
+    few = [{"input_ids": torch.ones(1, 2, dtype=torch.int64), "labels": torch.ones(1, 2, dtype=torch.int64)}] * 2
+    assert 8 <= passes(tiny_llama, few, density=1 / 32) <= 14  # of 14 weights of different sizes
+    assert 2 <= passes(tiny_llama, llama_batches(2), density=1 / 32) <= 5  # of 27 tokens
+    assert passes(tiny_llama, llama_batches(2), density=1 / 4) == 1
+
+
+def test_checkpointing_leaves_no_inputs_to_count_on(monkeypatch, tiny_llama):
+    """Training keeps them no longer, so there is no room for more sums than its own numbers take."""
+    monkeypatch.setattr(shira.selection, "LEAST_MEMORY", 0)
+    tiny_llama.train()
+    for reentrant in (False, True):
+        tiny_llama.activation_checkpointing_enable({"use_reentrant": reentrant})
+        tiny_llama.enable_input_require_grads()
+        assert 8 <= passes(tiny_llama, llama_batches(2), density=1 / 32) <= 14
+
+
+class Packed(torch.Tensor):
+    """A parameter that is made of other tensors, as quantized and sharded ones are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.ops.aten.detach.default
+        return packed()
+
+
+def packed():
+    return torch.Tensor._make_wrapper_subclass(Packed, (3, 4), dtype=torch.int8)
+
+
+def test_parameters_without_a_storage_are_no_obstacle(monkeypatch):
+    monkeypatch.setattr(shira.selection, "LEAST_MEMORY", 0)
+    model = mlp()
+    model[0].register_parameter("packed", nn.Parameter(packed(), requires_grad=False))
+    assert passes(model, mlp_batches(2), loss_fn=mlp_loss, density=0.01, targets=["0.weight", "2.weight"]) >= 1
+
+
+def test_nothing_stays_of_the_pass_that_looks_for_inputs():
+    nodes, model = [], mlp()
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            nodes.append(weakref.ref(ctx))
+            ctx.save_for_backward(hidden)
+            return hidden * 1
+
+    gc.disable()  # a cycle would keep the activations of a batch until it runs
+    try:
+        inputs_kept(
+            model, weights_of(model), mlp_batches(1)[0][0], lambda m, batch: m(Watched.apply(m[0](batch)) @ m[0].weight)
+        )
+        assert nodes[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_the_inputs_that_training_keeps_are_counted_once():
+    """Two layers with one input; one whose input is kept by the activation as well; one whose weight is no target."""
+    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "abcd"})
+
+    def loss_fn(model, batch):
+        hidden = torch.relu(model["a"](batch) + model["b"](batch)).tanh()  # tanh keeps its result, which is c's input
+        return model["d"](model["c"](hidden)).sum()
+
+    weights = {f"{name}.weight": model[name].weight for name in "abc"}
+    kept = inputs_kept(model.requires_grad_(False), weights, torch.ones(5, 8), loss_fn)
+    assert kept["a.weight"] == kept["b.weight"] and list(kept["a.weight"].values()) == [5 * 8 * 4]
+    assert kept["c.weight"] == {}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(weight.requires_grad for weight in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -208,7 +285,7 @@ def test_calibration_without_batches_inputs_or_labels(tiny_llama):
 PEAK = r"""
 import re, sys, torch, shira
 from torch import nn
-what, limit = sys.argv[1], int(sys.argv[2])
+what, tokens = sys.argv[1], int(sys.argv[2])
 loss_fn = lambda model, batch: model(batch).float().square().mean()
 
 def train(model, batches):
@@ -224,31 +301,52 @@ def calibrate(model, batches):
 
 def make(sides, layers):
     model = nn.Sequential(*(nn.Linear(sides, sides, bias=False) for _ in range(layers))).bfloat16()
-    return model, [torch.randn(256, sides).bfloat16() for _ in range(3)]
+    return model, [torch.randn(tokens, sides).bfloat16() for _ in range(3)]
 
 def status(key):
     return int(re.search(key + r":\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
 
-shira.selection.LEAST_MEMORY = limit
+if what == "at once":
+    shira.selection.TRAINING_BYTES = 2**40
 for step in (train, calibrate):  # what they load when they are first used counts for neither
     step(*make(64, 2))
 model, batches = make(1024, 16)
 before = status("VmRSS")
-{"train": train, "calibrate": calibrate}[what](model, batches)
+(train if what == "train" else calibrate)(model, batches)
 print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure a process's peak memory")
-def test_calibration_takes_no_more_memory_than_a_training_step():
+@pytest.mark.parametrize("tokens", [16, 1024])
+def test_calibration_takes_no_more_memory_than_a_training_step(tokens):
     """A fresh process each: a training step; calibration on three batches as it is; and with all sums held at once, which
     must take more, or this test could not fail. VmHWM and not ru_maxrss: that one starts from the parent's peak."""
 
-    def peak(*arguments):
+    def peak(what):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # give freed memory back at once
-        command = [sys.executable, "-c", PEAK, *map(str, arguments)]
+        command = [sys.executable, "-c", PEAK, what, str(tokens)]
         return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
-    training, calibrating, at_once = peak("train", 0), peak("calibrate", 0), peak("calibrate", 2**40)
+    training, calibrating, at_once = peak("train"), peak("calibrate"), peak("at once")
     print(f"training {training:.0f} MiB, calibrating {calibrating:.0f}, all sums at once {at_once:.0f}")
     assert calibrating <= training < at_once
+
+
+def test_gradients_are_taken_without_cudnns_attention(tiny_llama):
+    """On some GPUs its gradients are NaN; afterwards it is as the user had it."""
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return model(**batch).loss
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for usual in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(usual)
+        try:
+            shira.attach(tiny_llama, mask="snip", density=0.1, calibration=llama_batches(1), loss_fn=loss_fn).detach()
+            assert torch.backends.cuda.cudnn_sdp_enabled() is usual
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+    assert len(seen) == 2 and not any(seen)

@@ -10,7 +10,8 @@ import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
 from shira import AdapterError, CheckpointError, MaskError, Switcher, TargetError, differences
 from shira.adapter import fingerprint
-from shira.extraction import report
+from shira.checkpoints import Checkpoint
+from shira.extraction import extract_to, report
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -274,3 +275,50 @@ def test_files_with_odd_offsets_and_strange_dtypes(tmp_path):
     save_file(tensors | {"f8": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "tuned.safetensors")
     with pytest.raises(CheckpointError, match="'f8' differs and is uint8"):
         shira.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", density=1.0)
+
+
+@pytest.mark.parametrize("options", [{"density": 0.1}, {"density": 0.3, "scope": "model"}, {"density": 1.0, "kind": "delta"}])
+def test_a_file_written_as_entries_are_found_is_the_one_that_is_saved(tmp_path, options):
+    base, tuned = two_checkpoints(torch.bfloat16)
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    sides = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    adapter = shira.extract(*sides, license="MIT", **options)
+    adapter.save(tmp_path / "saved.safetensors")
+    extract_to(tmp_path / "written.safetensors", *sides, license="MIT", **options)
+    saved = (tmp_path / "saved.safetensors").read_bytes()
+    assert (tmp_path / "written.safetensors").read_bytes() == saved
+    tensors = dict(reversed(adapter.tensors.items()))
+    shira.Adapter(tensors, adapter.metadata).save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == saved  # a digest of a file says whether two adapters are equal
+    ((_, entries),) = Checkpoint(tmp_path / "saved.safetensors").shards.items()
+    # others map files, and need what lies in them aligned
+    assert all(entry.begin % entry.form.dtype.itemsize == 0 for entry in entries.values())
+
+
+def test_extracting_to_a_file_that_fails_leaves_what_was_there(tmp_path):
+    base, tuned = two_checkpoints()
+    tuned["scale"] = torch.tensor(float("nan"))  # the last that is looked at
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(CheckpointError, match="'scale' goes from"):
+        extract_to(path, base, tuned, density=0.1)
+    with pytest.raises(IsADirectoryError, match="nothing was written"):
+        extract_to(tmp_path, base, tuned, density=0.1)
+    with pytest.raises(TypeError, match="dens"):
+        extract_to(path, base, tuned, dens=0.1)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_is_not_overwritten_by_what_is_extracted_from_it(tmp_path):
+    base, tuned = two_checkpoints()
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        content = (tmp_path / name / "model.safetensors").read_bytes()
+        with pytest.raises(CheckpointError, match=f"is a file of {name}, which is read"):
+            extract_to(tmp_path / name / "model.safetensors", tmp_path / name, tmp_path / name, density=0.1)
+        assert (tmp_path / name / "model.safetensors").read_bytes() == content
+    with pytest.raises(CheckpointError, match="is a file of tuned, which is read"):
+        extract_to(tmp_path / "tuned" / "model.safetensors", tmp_path / "base", tmp_path / "tuned", density=0.1)

@@ -242,6 +242,36 @@ def test_hostile_positions_are_refused(tmp_path, file, words):
         shira.load(write(tmp_path / "evil.safetensors", *file))
 
 
+def test_headers_that_are_no_safetensors_are_refused(tmp_path):
+    content = write(tmp_path / "good.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    cases = [
+        (header | {"__metadata__": header["__metadata__"] | {"format_version": 1}}, "metadata other than text"),
+        (header | {"__metadata__": ["shira"]}, "malformed"),
+        (header | {"w.values": header["w.values"] | {"dtype": "F8_E4M3", "shape": [8]}}, "dtype 'F8_E4M3' is unknown"),
+        (header | {"w.values": header["w.values"] | {"shape": [3]}}, "8 bytes for F32"),
+        (header | {"w.values": header["w.values"] | {"data_offsets": [16, 24]}}, "'w.indices' should begin at"),
+        ([header], "malformed"),
+    ]
+    path = tmp_path / "evil.safetensors"
+    for case, words in cases:
+        text = json.dumps(case).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+        with pytest.raises(FormatError, match=rf"evil.safetensors is not a whole safetensors file: .*{words}"):
+            shira.load(path)
+
+
+def test_a_file_that_is_cut_short_while_it_is_open_is_refused(tmp_path):
+    """A file that is mapped would end the process."""
+    path = tmp_path / "a.safetensors"
+    Adapter({"w": SparseTensor((1000, 1000), torch.arange(100_000), torch.ones(100_000))}).save(path)
+    with shira.format.opened(path) as adapter:
+        os.truncate(path, 10_000)
+        with pytest.raises(FormatError, match="a.safetensors became shorter while it was read"):
+            adapter.tensors["w"]
+
+
 def test_a_huge_shape_takes_no_memory(tmp_path):
     """A rule over a matrix of 2⁴⁰ entries: refused before anything of that size is made."""
     tensors, header = rule(draw="struct", mask="struct", seed=None, direction="rows", frequency=2**19)

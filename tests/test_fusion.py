@@ -205,6 +205,41 @@ def test_strengths_that_cannot_be(strength, words):
     assert switcher.active == {} and same_bits(before, all_bits(model))
 
 
+@pytest.mark.parametrize("method", ["sum", "ties"])
+@pytest.mark.parametrize("kind", ["overwrite", "delta"])
+def test_sums_that_overflow_are_refused_with_the_tensors_name(method, kind):
+    """In one pass as step by step; and so that no strength is infinite once it is float32."""
+    model = mlp(torch.bfloat16)
+    adapter = random_adapter(model, 1, kind=kind)
+    base = model if kind == "overwrite" else None
+    adapter.tensors["0.weight"].values.mul_(1000)
+    with pytest.raises(AdapterError, match=r"'0.weight' as torch.\w+: values must be finite, .*; use smaller strengths"):
+        shira.fuse({"a": (adapter, 1e38)}, base=base, method=method)
+    for strength in (1e39, -1e39, 10**400):
+        with pytest.raises(AdapterError, match="strength of 'a' must be a finite number, found .* float32 does not hold"):
+            shira.fuse({"a": (adapter, strength)}, base=base, method=method)
+
+
+def test_a_head_that_is_overwritten_whole_may_lie_over_any_values(tmp_path):
+    """The head of a classifier is random whenever it is made: fused, compared and merged as the switcher uses it."""
+    model = mlp()
+    adapter = random_adapter(model, 1)
+    shape = tuple(model[2].weight.shape)
+    where = torch.arange(model[2].weight.numel())
+    adapter.tensors["2.weight"] = SparseTensor(shape, where, torch.randn(where.numel()))
+    adapter.metadata["fingerprints"]["2.weight"] = "0" * 32  # of another random head
+    adapter.save(tmp_path / "a.safetensors")
+    fused = shira.fuse({tmp_path / "a.safetensors": 1.0}, base=model)
+    assert torch.equal(bits(fused.tensors["2.weight"].values), bits(adapter.tensors["2.weight"].values))
+    assert shira.compare(adapter, adapter, base=model).total.pairs[0].overlap == 1.0
+    switcher = Switcher(model)
+    switcher.add("a", adapter)
+    head = shira.Adapter({"2.weight": adapter.tensors["2.weight"]}, adapter.metadata)  # now nothing else tells the base
+    for ask in (lambda: shira.fuse({"a": (head, 1.0)}, base=model), lambda: shira.compare(head, base=model)):
+        with pytest.raises(BaseMismatch, match="base values under '2.weight' have fingerprint"):
+            ask()
+
+
 def test_deltas_of_different_bases_are_not_fused_by_mistake():
     def delta(base):
         tensor = SparseTensor((4,), torch.tensor([0]), torch.ones(1), "delta")

@@ -230,7 +230,7 @@ def test_a_file_holds_struct_as_a_rule(options, tmp_path):
     read = shira.load(tmp_path / "x.safetensors")
     assert torch.equal(bits(read.tensors["0.weight"].indices), bits(adapter.tensors["0.weight"].indices))
     tensor = adapter.tensors["0.weight"]
-    stored = shira.encoding.encode(tensor.indices, (50, 60), shira.format._rules(adapter, "0.weight", tensor))
+    stored = shira.encoding.encode(tensor.indices, (50, 60), shira.format._rules(adapter.metadata, "0.weight", tensor))
     assert stored.array is None and isinstance(stored.positions, dict)
     for wrong in ({"offset": -1}, {"offset": 50}, {"offset": True}, {"diagonal": 0}, {"mood": 1}):
         with pytest.raises(shira.AdapterError, match="does not give|other positions"):

@@ -14,7 +14,7 @@ SOURCE = Path(shira.__file__).parent
 # Imports, as modules are loaded, only go up this list: a layer may import those above it. docs/architecture.md shows it.
 LAYERS = [
     {"errors"},
-    {"adapter", "distributed"},
+    {"adapter", "distributed", "tensorfiles"},
     {"kernels"},
     {"quantized"},
     {"masks", "targets"},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.store import Key, Store, number
+from shira.calibration import without_cudnn_attention
 from shira.data.models import model_path
 from shira.integrations import transformers as hf
 
@@ -170,8 +171,9 @@ def fit(
     model.train()
     total = 0.0
     for batch in batches([len(tokens) for tokens, _ in rows], batch_size, steps, seed):
-        loss = model(**batch_of([rows[row] for row in batch], model)).loss
-        loss.backward()
+        with without_cudnn_attention():
+            loss = model(**batch_of([rows[row] for row in batch], model)).loss
+            loss.backward()
         nn.utils.clip_grad_norm_([*rest, *head], 1.0)
         optimizer.step()
         schedule.step()

@@ -20,7 +20,7 @@ from .adapter import Adapter, SparseTensor, all_finite
 from .checkpoints import Source, tensors_of
 from .errors import AdapterError, BaseMismatch
 from .format import load
-from .fusion import check_base
+from .fusion import check_tensor, known_in_part
 
 __all__ = ["BINS", "Change", "Comparison", "Pair", "Part", "compare", "deltas", "named"]
 
@@ -192,6 +192,7 @@ def deltas(
     """
     tensors = tensors_of(base) if base is not None else None
     names = sorted({name for adapter in adapters.values() for name in adapter.tensors})
+    in_part = {name: known_in_part(adapter) for name, adapter in adapters.items()}
     for tensor_name in names if only is None else [only]:
         held = {name: adapter.tensors[tensor_name] for name, adapter in adapters.items() if tensor_name in adapter.tensors}
         shapes = {tensor.shape for tensor in held.values()}
@@ -201,7 +202,7 @@ def deltas(
         for name, tensor in held.items():
             values = tensor.values.cpu().double()
             if tensors is not None:
-                check_base(name, Adapter({tensor_name: tensor}, adapters[name].metadata), tensors, _gather)
+                check_tensor(name, tensor_name, adapters[name], tensors, _gather, in_part[name])
             if tensor.kind == "overwrite":
                 if tensors is None:
                     raise AdapterError(

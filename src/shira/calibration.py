@@ -1,8 +1,10 @@
 """What a mask is told of the model on data: gradients, squared gradients, activations, handed out one tensor at a time.
 
 Sums over several batches are float32, whatever the model's dtype: in bfloat16 a sum stops growing once a gradient is less
-than 1/512 of it. All targets' sums at once would cost a model's size, so the targets are taken in groups whose sums fit a
-limit, each group in passes of its own over the batches. With one batch nothing is summed and one pass does it all.
+than 1/512 of it. All targets' sums at once would cost a model's size, so the targets are taken in groups, each in passes of
+its own over the batches. The sums of a group may take what a step of training takes and its passes do not: the state of the
+optimizer, and the inputs of all linear layers outside of the group, which are kept for the backward pass only where the
+weight trains. With one batch nothing is summed and one pass does it all.
 """
 
 import contextlib
@@ -14,18 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import full
+from .distributed import full, is_sharded
 from .errors import DataError, MaskError
 from .quantized import shape_of
 from .targets import is_conv1d
 
-__all__ = ["LEAST_MEMORY", "LossFn", "Progress", "calibrate", "model_loss"]
+__all__ = ["LossFn", "Progress", "calibrate", "model_loss", "without_cudnn_attention"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
 Receive = Callable[[str, dict[str, Tensor]], None]
-
-LEAST_MEMORY = 256 * 2**20  # bytes that sums may always take
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -39,6 +39,18 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Let attention be computed by torch's own kernels: on Hopper GPUs the gradients of cuDNN's are NaN where batches are padded
+    to 64, 192, 320, … tokens (torch 2.11 to 2.13, pytorch/pytorch issue 196678)."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def calibrate(
     model: nn.Module,
     weights: Mapping[str, nn.Parameter],
@@ -47,7 +59,7 @@ def calibrate(
     *,
     statistics: Sequence[str] = ("gradient",),
     loss_fn: LossFn | None = None,
-    memory: int = LEAST_MEMORY,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Call `receive(tensor name, {statistic: Tensor})` once for each weight; what it does not keep is dropped.
@@ -60,7 +72,8 @@ def calibrate(
             "attention_mask" hides do not count.
     batches: read once into a list, and run once for each group of weights.
     loss_fn(model, batch): by default `model(**batch).loss`; for activations alone no loss is needed.
-    memory: bytes that the sums of a group may take; one weight is the least a group holds.
+    memory: bytes of training's parameters and optimizer; the sums of a group may take these, and what training keeps of the
+        first batch for other weights. One weight is the least a group holds. None: all weights are one group.
     progress(done, total) is called after each batch.
 
     Returns what was done, for an adapter's metadata. The model runs in the mode (train or eval) it is in, and afterwards
@@ -71,8 +84,6 @@ def calibrate(
     if not batches:
         raise MaskError("calibration holds no batch")
     of_gradients = [name for name in statistics if name != "activations"]
-    groups = _groups(weights, 4 * len(of_gradients), memory if len(batches) > 1 else None) if of_gradients else []
-    passes = len(groups) + ("activations" in statistics)
     done = 0
 
     def count() -> None:
@@ -82,11 +93,16 @@ def calibrate(
             progress(done, passes * len(batches))
 
     with _frozen(model):
+        sums = {name: 4 * len(of_gradients) * math.prod(shape_of(weight)) for name, weight in weights.items()}
+        groups = [list(sums)] if of_gradients else []
+        if of_gradients and len(batches) > 1 and memory is not None and sum(sums.values()) > memory:
+            groups = _groups(sums, memory, _inputs_kept(model, weights, batches[0], loss_fn or model_loss))
+        passes = len(groups) + ("activations" in statistics)
         norms = _activations(model, weights, batches, loss_fn, count) if "activations" in statistics else {}
         for group in groups:
             _gradients(
                 model,
-                group,
+                {name: weights[name] for name in group},
                 batches,
                 lambda name, found: receive(name, found | ({"activations": norms[name]} if norms else {})),
                 of_gradients,
@@ -128,6 +144,7 @@ def _gradients(
                 hand_out(name)
 
     with contextlib.ExitStack() as undo:
+        undo.enter_context(without_cudnn_attention())
         for name, weight in weights.items():
             weight.requires_grad_(True)
             undo.callback(weight.requires_grad_, False)
@@ -200,17 +217,66 @@ def _activations(
     return {name: norm[:, None] if name in transposed else norm for name, norm in norms.items()}
 
 
-def _groups(weights: Mapping[str, nn.Parameter], entry_bytes: int, memory: int | None) -> list[dict[str, nn.Parameter]]:
-    """The weights in their order, in groups whose sums fit the memory, at least one each; in one group if it is None."""
-    groups: list[dict[str, nn.Parameter]] = []
-    held = 0
-    for name, weight in weights.items():
-        needed = entry_bytes * math.prod(shape_of(weight))
-        if not groups or (memory is not None and held + needed > memory):
-            groups.append({})
-            held = 0
-        groups[-1][name] = weight
+def _inputs_kept(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], batch: Any, loss_fn: LossFn
+) -> dict[str, dict[int, int]]:
+    """What a step of training keeps of a batch for the gradients of linear layers' weights, and for nothing else: tensor name
+    -> {address: bytes}. With gradient checkpointing, or weights that are sharded and come and go, that is nothing."""
+    if any(is_sharded(weight) for weight in weights.values()):
+        return {name: {} for name in weights}
+    names = {id(weight): name for name, weight in weights.items()}
+    parameters = {_address(parameter) for parameter in model.parameters()}
+    kept: dict[str, dict[int, int]] = {name: {} for name in weights}
+    elsewhere: set[int] = set()
+    running: list[str] = []
+    held = []  # so that nothing is at an address twice; not in the graph, nor tensors, which would hold it and each other
+
+    def keep(tensor: Tensor) -> None:
+        held.append(tensor.untyped_storage())
+        address = _address(tensor)
+        if not running:
+            elsewhere.add(address)
+        elif address and address not in parameters:
+            kept[running[-1]][address] = held[-1].nbytes()
+
+    with contextlib.ExitStack() as undo, torch.enable_grad():
+        for module in model.modules():
+            name = names.get(id(module._parameters.get("weight")))
+            if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
+                undo.callback(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)).remove)
+                undo.callback(module.register_forward_hook(lambda *_: running.clear()).remove)
+        for weight in weights.values():
+            weight.requires_grad_(True)
+            undo.callback(weight.requires_grad_, False)
+        undo.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept))
+        loss_fn(model, batch)
+    return {name: {at: size for at, size in found.items() if at not in elsewhere} for name, found in kept.items()}
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's storage begins; 0 if it has none of its own, as quantized weights are made of others."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _groups(sums: Mapping[str, int], memory: int, kept: Mapping[str, dict[int, int]]) -> list[list[str]]:
+    """The weights in their order, in groups, at least one each: the sums of a group, and what is kept for its weights, fit the
+    memory and what training keeps for all weights.
+
+    sums: tensor name -> bytes. kept: tensor name -> {address: bytes}; several weights may have one input.
+    """
+    room = memory + sum({at: size for found in kept.values() for at, size in found.items()}.values())
+    groups: list[list[str]] = []
+    held, inputs = 0, dict[int, int]()
+    for name, needed in sums.items():
+        if not groups or held + needed + sum((inputs | kept[name]).values()) > room:
+            groups.append([])
+            held, inputs = 0, {}
+        groups[-1].append(name)
         held += needed
+        inputs |= kept[name]
     return groups
 
 

@@ -1,18 +1,12 @@
 """Model checkpoints on disk, one tensor at a time: safetensors in the Hugging Face layout, sharded or not.
 
-A tensor is read when it is asked for, and gone from memory with the last reference to it. safetensors' own `safe_open` maps a
-whole shard, so that all of it may count as the process's memory, and page faults read a disk many times slower than `read`
-does; and it does not say where a tensor lies, which writing a shard piece by piece has to know.
+A tensor is read when it is asked for, and gone from memory with the last reference to it.
 """
 
-import contextlib
 import json
-import math
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +14,12 @@ from torch import Tensor, nn
 from .distributed import is_sharded
 from .errors import CheckpointError
 from .quantized import is_quantized
+from .tensorfiles import BLOCK, Entry, Form, malformed, read_header, read_tensor
 
-__all__ = ["Checkpoint", "Form", "Source", "form_of", "identity", "rewrite", "tensors_of"]
+__all__ = ["Checkpoint", "Form", "Source", "form_of", "identity", "pieces_of", "rewrite", "tensors_of"]
 
 Path_ = str | os.PathLike[str]
 Source = Path_ | nn.Module | Mapping[str, Tensor]
-
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool},
-}
-LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
-BLOCK = 2**22  # bytes copied at a time
-
-
-class Form(NamedTuple):
-    """What a tensor is like."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Entry(NamedTuple):
-    """Where a tensor lies in its file: bytes begin to end, from the file's own beginning."""
-
-    form: Form
-    begin: int
-    end: int
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -64,7 +36,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, path: Path_) -> None:
         self.path = Path(path)
-        self.shards = {file: _read_header(file) for file in _weight_files(self.path)}
+        self.shards = {file: _entries(file) for file in _weight_files(self.path)}
         self._files: dict[str, Path] = {}
         for file, entries in self.shards.items():
             for name in entries:
@@ -81,17 +53,18 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
-        entry = self.shards[file][name]
-        content = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-        left = content.numpy().data
         with open(file, "rb", buffering=0) as opened:
-            opened.seek(entry.begin)
-            while left:
-                count = opened.readinto(left[:BLOCK])
-                if not count:
-                    raise CheckpointError(f"{file} became shorter while it was read; get it again")
-                left = left[count:]
-        return content.view(entry.form.dtype).view(entry.form.shape)
+            return read_tensor(opened, self.shards[file][name])
+
+    def pieces(self, name: str, length: int) -> Iterator[Tensor]:
+        """The entries of a tensor in C order, flat, so many at a time; each piece is read when it is asked for."""
+        file = self._files[name]
+        form, first, end = self.shards[file][name]
+        step = length * form.dtype.itemsize
+        with open(file, "rb", buffering=0) as opened:
+            for begin in range(first, end, step):
+                size = min(step, end - begin)
+                yield read_tensor(opened, Entry(Form((size // form.dtype.itemsize,), form.dtype), begin, begin + size))
 
     def form(self, name: str) -> Form:
         """Shape and dtype of a tensor, which is not read."""
@@ -135,6 +108,21 @@ def form_of(tensors: Mapping[str, Tensor], name: str) -> Form | None:
     if isinstance(tensors, Checkpoint):
         return tensors.form(name)
     return Form(tuple(tensors[name].shape), tensors[name].dtype)
+
+
+def pieces_of(tensors: Mapping[str, Tensor], name: str, length: int) -> Iterator[Tensor]:
+    """The entries of a tensor in C order, flat, on the CPU, so many at a time; of a checkpoint on disk only these are read.
+
+    Raises CheckpointError for a tensor on the meta device.
+    """
+    if isinstance(tensors, Checkpoint):
+        yield from tensors.pieces(name, length)
+        return
+    flat = tensors[name].detach().reshape(-1)
+    if flat.is_meta:
+        raise CheckpointError(f"'{name}' has no data, it is on the meta device; load the model with its weights")
+    for piece in flat.split(length):
+        yield piece.cpu()
 
 
 def identity(source: Source) -> str | None:
@@ -225,7 +213,7 @@ def _index(path: Path) -> Path | None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> name of a file in the same folder."""
-    with _malformed(index):
+    with malformed(index):
         content = json.loads(index.read_text(encoding="utf-8"))
         weight_map = content["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
@@ -235,48 +223,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     return files
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
-    """Where each tensor of a safetensors file lies: name -> Entry, in the file's order; dtype, shape and place agree."""
-    size = file.stat().st_size
-    with open(file, "rb") as opened, _malformed(file):
-        (length,) = struct.unpack("<Q", opened.read(8))
-        if length > min(size - 8, LONGEST_HEADER):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        described = json.loads(opened.read(length))
-        described.pop("__metadata__", None)
-        entries = {name: _entry(name, entry, 8 + length) for name, entry in described.items()}
-    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
-    end = 8 + length
-    for name, entry in ordered.items():
-        if entry.begin != end:
-            raise CheckpointError(
-                f"{file}: tensor '{name}' should begin at byte {end}, it begins at {entry.begin}; get it again"
-            )
-        end = entry.end
-    if end != size:
-        raise CheckpointError(f"{file} should have {end} bytes, it has {size}; get it again")
-    return ordered
-
-
-def _entry(name: str, described: dict[str, Any], start: int) -> Entry:
-    """One tensor of a header. Raises ValueError, TypeError or KeyError if it is malformed."""
-    begin, end = described["data_offsets"]
-    shape = tuple(described["shape"])
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or begin > end:
-        raise ValueError(f"tensor '{name}': shape {list(shape)} at {begin} to {end}")
-    dtype = DTYPES.get(described["dtype"])
-    if dtype is None:
-        return Entry(Form((end - begin,), torch.uint8), start + begin, start + end)
-    if math.prod(shape) * dtype.itemsize != end - begin:
-        raise ValueError(f"tensor '{name}': {end - begin} bytes for {described['dtype']} {list(shape)}")
-    return Entry(Form(shape, dtype), start + begin, start + end)
-
-
-@contextlib.contextmanager
-def _malformed(file: Path) -> Iterator[None]:
-    """What goes wrong with a malformed file is a CheckpointError that names it."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
-        found = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AttributeError) else str(error)
-        raise CheckpointError(f"{file} is malformed ({found}); get it again") from error
+def _entries(file: Path) -> dict[str, Entry]:
+    with open(file, "rb", buffering=0) as opened:
+        return read_header(opened)[0]

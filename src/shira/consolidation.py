@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from .calibration import LossFn, Progress, calibrate
 from .errors import TuningError
 from .masters import Masters
+from .selection import LEAST_MEMORY
 
 __all__ = ["check", "hold", "pulls"]
+
+STILL_FREE = 12  # bytes an entry of what training takes: a gradient and AdamW's moments, which do not exist before it
 
 
 def check(masters: Mapping[str, Masters], reach: float, passes: int) -> None:
@@ -51,7 +54,17 @@ def pulls(
         found[name] = importance / (reach * mean.sqrt()) if mean > 0 else torch.zeros_like(importance)
 
     weights = {name: each.weight for name, each in masters.items()}
-    done = calibrate(model, weights, batches, receive, statistics=["squared_gradient"], loss_fn=loss_fn, progress=progress)
+    memory = max(LEAST_MEMORY, STILL_FREE * sum(each.indices.numel() for each in masters.values()))
+    done = calibrate(
+        model,
+        weights,
+        batches,
+        receive,
+        statistics=["squared_gradient"],
+        loss_fn=loss_fn,
+        memory=memory,
+        progress=progress,
+    )
     return found, done
 
 

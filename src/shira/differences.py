@@ -1,4 +1,4 @@
-"""ΔW, the difference between two checkpoints, one tensor at a time, and where its largest entries are.
+"""ΔW, the difference between two checkpoints, a piece of a tensor at a time, and where its largest entries are.
 
 Finding the k largest |ΔW| is counting, not sorting. The bits of float32 numbers without a sign order as the numbers do: a
 histogram of the upper bits says in which bin the k-th largest lies, one of the lower bits within that bin says what it is.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .adapter import FLOAT_DTYPES
-from .checkpoints import Form, form_of
+from .checkpoints import Form, form_of, pieces_of
 from .errors import CheckpointError
 
 __all__ = ["Cut", "Pair", "Survey", "Watch", "chunks", "cut", "largest", "paired", "square_of", "survey"]
@@ -113,11 +113,8 @@ def paired(before: Mapping[str, Tensor], after: Mapping[str, Tensor], chosen: se
 
 def chunks(pair: Pair, watch: Watch) -> Iterator[Chunk]:
     """The pieces of a tensor in which anything differs. Raises CheckpointError where ΔW is not a finite number."""
-    before, after = pair.before[pair.name].detach().reshape(-1), pair.after[pair.name_after].detach().reshape(-1)
-    if before.is_meta or after.is_meta:
-        raise CheckpointError(f"'{pair.name}' has no data, it is on the meta device; load the model with its weights")
-    for start in range(0, pair.numel, CHUNK):
-        one, other = before[start : start + CHUNK].cpu(), after[start : start + CHUNK].cpu()
+    before, after = pieces_of(pair.before, pair.name, CHUNK), pieces_of(pair.after, pair.name_after, CHUNK)
+    for start, one, other in zip(range(0, pair.numel, CHUNK), before, after, strict=False):  # split has a piece of nothing
         if not torch.equal(_bits(one), _bits(other)):
             yield _chunk(pair, start, one.clone(), other.clone())
         watch.passed(one.numel())

@@ -5,7 +5,7 @@ Rand from its seed, Struct from its distance, takes no bytes at all.
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from .errors import AdapterError, MaskError
 __all__ = ["Stored", "checksum", "decode", "encode"]
 
 UNITS = {torch.uint8: 255, torch.uint16: 65535}  # the largest unit: add it and go on
+PIECE = 2**16  # positions encoded together
 LONGEST = 2**62  # entries of a tensor: sums of positions stay within int64
 
 
@@ -36,10 +37,28 @@ def encode(indices: Tensor, shape: tuple[int, ...], rules: list[dict[str, Any]])
         if drawn is not None and torch.equal(drawn, indices.long()):
             return Stored(rule | {"crc32": checksum(indices)}, None)
     plain = indices.to(index_dtype(torch.Size(shape).numel()))
-    gaps = np.diff(indices.numpy().astype(np.int64, copy=False), prepend=-1) - 1
-    sizes = {dtype: dtype.itemsize * (len(gaps) + int((gaps // largest).sum())) for dtype, largest in UNITS.items()}
-    best = min(sizes, key=sizes.__getitem__)
-    return Stored("gap", _gap_units(gaps, best)) if sizes[best] < plain.nbytes else Stored("plain", plain)
+    sizes = dict.fromkeys(UNITS, 0)
+    for gaps in _gaps(indices):
+        for dtype, largest in UNITS.items():
+            sizes[dtype] += len(gaps) + int((gaps // largest).sum())
+    best = min(UNITS, key=lambda dtype: sizes[dtype] * dtype.itemsize)
+    if sizes[best] * best.itemsize >= plain.nbytes:
+        return Stored("plain", plain)
+    units = torch.empty(sizes[best], dtype=best)
+    end = 0
+    for gaps in _gaps(indices):
+        piece = _gap_units(gaps, best)
+        start, end = end, end + len(piece)
+        units.numpy()[start:end] = piece
+    return Stored("gap", units)
+
+
+def _gaps(indices: Tensor) -> "Iterator[np.ndarray[Any, Any]]":
+    """The gaps between positions, piece by piece: what is computed of them takes several times their memory."""
+    positions = indices.numpy()
+    for start in range(0, len(positions), PIECE):
+        piece = positions[start : start + PIECE].astype(np.int64)
+        yield np.diff(piece, prepend=positions[start - 1].astype(np.int64) if start else -1) - 1
 
 
 def decode(stored: Stored, shape: tuple[int, ...], count: int) -> Tensor:
@@ -64,13 +83,13 @@ def decode(stored: Stored, shape: tuple[int, ...], count: int) -> Tensor:
     raise AdapterError(f"positions must be 'plain', 'gap' or a rule, found {positions!r}")
 
 
-def _gap_units(gaps: "np.ndarray[Any, Any]", dtype: torch.dtype) -> Tensor:
+def _gap_units(gaps: "np.ndarray[Any, Any]", dtype: torch.dtype) -> "np.ndarray[Any, Any]":
     """A gap g as ⌊g / M⌋ units of value M and one of value g mod M, M being the largest unit."""
     largest = UNITS[dtype]
     ends = np.cumsum(gaps // largest + 1)
     units = np.full(int(ends[-1]) if len(ends) else 0, largest, dtype=np.uint8 if dtype == torch.uint8 else np.uint16)
     units[ends - 1] = gaps % largest
-    return torch.from_numpy(units)
+    return units
 
 
 def _from_gaps(array: Tensor, numel: int, count: int) -> Tensor:

@@ -1,5 +1,6 @@
 """A sparse adapter out of a full fine-tune: of ΔW = tuned − base the entries that matter, and how much of it they are."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from . import masks
 from .adapter import Adapter, Kind, SparseTensor, fingerprint, index_dtype
-from .checkpoints import Source, identity, tensors_of
+from .checkpoints import Checkpoint, Source, identity, tensors_of
 from .differences import Cut, Pair, Survey, Watch, chunks, cut, largest, paired, square_of, survey
 from .errors import AdapterError, CheckpointError, MaskError, TargetError, did_you_mean
+from .format import saving
 from .targets import KEYWORDS
 
-__all__ = ["extract", "report"]
+__all__ = ["extract", "extract_to", "report"]
 
 Scope = Literal["tensor", "model"]
 CURVE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # densities that a report tries
@@ -46,14 +48,60 @@ def extract(
         or a regular expression on whole names. What else differs counts as lost.
     on_progress: called with the share of the work that is done, 0 to 1.
 
-    It holds one tensor of either checkpoint and the adapter. `report(adapter)` says how much of ΔW is
-    kept, and what other densities would keep.
+    Checkpoints on disk are read piece by piece; the adapter is in memory, while `extract_to` writes it to a file.
+    `report(adapter)` says how much of ΔW is kept, and what other densities would keep.
 
     Raises CheckpointError if the checkpoints cannot be read, do not match, do not differ, or differ too much for `density`
     None; MaskError for another density; TargetError for targets that match nothing; AdapterError for another scope or kind.
 
         shira.extract("SmolLM2-135M", "SmolLM2-135M-Instruct", density=0.05).save("instruct.safetensors")
     """
+    tensors: dict[str, SparseTensor] = {}
+    metadata = _extract(
+        base,
+        tuned,
+        tensors.__setitem__,
+        density=density,
+        scope=scope,
+        kind=kind,
+        targets=targets,
+        name=name,
+        license=license,
+        on_progress=on_progress,
+    )
+    return Adapter(tensors, metadata)
+
+
+def extract_to(path: str | os.PathLike[str], base: Source, tuned: Source, **options: Any) -> None:
+    """Write the file that `extract(base, tuned, **options).save(path)` would, byte for byte, each tensor as it is found: what
+    is held is what is taken of one tensor.
+
+    Raises what `extract` raises, or OSError, with any file already under that name unchanged.
+
+        shira.extraction.extract_to("instruct.safetensors", "SmolLM2-135M", "SmolLM2-135M-Instruct", density=0.05)
+    """
+    for source in (base, tuned) if os.path.exists(path) else ():
+        if isinstance(source, str | os.PathLike) and any(file.samefile(path) for file in Checkpoint(source).shards):
+            raise CheckpointError(f"{path} is a file of {identity(source)}, which is read; name another one")
+    metadata: dict[str, Any] = {}
+    with saving(path, metadata) as add:
+        metadata |= _extract(base, tuned, add, **options)
+
+
+def _extract(
+    base: Source,
+    tuned: Source,
+    receive: Callable[[str, SparseTensor], None],
+    *,
+    density: float | None = None,
+    scope: Scope = "tensor",
+    kind: Kind = "overwrite",
+    targets: str | Iterable[str] | None = None,
+    name: str | None = None,
+    license: str | None = None,
+    on_progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Hand out an adapter's tensors, one by one; returns its metadata."""
     for what, value, known in (("scope", scope, get_args(Scope)), ("kind", kind, get_args(Kind))):
         if value not in known:
             raise AdapterError(f"unknown {what} {value!r}; {did_you_mean(str(value), known)}")
@@ -87,8 +135,12 @@ def extract(
     taken: dict[str, _Taken] = {}
     for group in groups:
         level = cut(group, _budget(group, density or 1.0), watch)
-        taken |= {found.pair.name: _take(found.pair, level, kind, watch) for found in group}
-    taken = {tensor: part for tensor, part in taken.items() if part.sparse.nnz}
+        for found in group:
+            sparse, part = _take(found.pair, level, kind, watch)
+            if sparse.nnz:
+                receive(found.pair.name, sparse)
+                taken[found.pair.name] = part
+            del sparse
     facts |= _facts_taken(surveys, taken) | {"not_compared": sorted(not_compared)}
     dtypes = sorted({str(found.pair.dtype).removeprefix("torch.") for found in in_reach})
     metadata = {
@@ -99,7 +151,7 @@ def extract(
         "license": license,
         "fingerprints": {tensor: part.fingerprint for tensor, part in taken.items()},
     }
-    return Adapter({tensor: part.sparse for tensor, part in taken.items()}, {k: v for k, v in metadata.items() if v})
+    return {key: value for key, value in metadata.items() if value}
 
 
 def report(adapter: Adapter) -> dict[str, Any]:
@@ -120,7 +172,6 @@ def report(adapter: Adapter) -> dict[str, Any]:
 
 
 class _Taken(NamedTuple):
-    sparse: SparseTensor
     fingerprint: str  # of the base values there
     square: float  # Σ ΔW² there
 
@@ -129,7 +180,7 @@ def _budget(group: Sequence[Survey], density: float) -> int:
     return masks.budget((sum(found.pair.numel for found in group),), density=density)
 
 
-def _take(pair: Pair, level: Cut, kind: Kind, watch: Watch) -> _Taken:
+def _take(pair: Pair, level: Cut, kind: Kind, watch: Watch) -> tuple[SparseTensor, _Taken]:
     """What a cut leaves of one tensor; the ties that it takes are taken off the cut."""
     held = pair.dtype if kind == "overwrite" else torch.promote_types(pair.dtype, torch.float32)
     indices, values, below, square = bytearray(), bytearray(), bytearray(), 0.0  # many small tensors would scatter the heap
@@ -145,7 +196,7 @@ def _take(pair: Pair, level: Cut, kind: Kind, watch: Watch) -> _Taken:
         below += _bytes(chunk.before[where])
         square += square_of(chunk.change[where])
     positions, held_values = _tensor(indices, index_dtype(pair.numel)), _tensor(values, held)
-    return _Taken(SparseTensor(pair.shape, positions, held_values, kind), fingerprint(_tensor(below, pair.dtype)), square)
+    return SparseTensor(pair.shape, positions, held_values, kind), _Taken(fingerprint(_tensor(below, pair.dtype)), square)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -6,21 +6,20 @@ Nothing in a file is believed until it is checked, and a file appears under its 
 import contextlib
 import json
 import os
-import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from . import encoding, masks
 from .adapter import Adapter, SparseTensor
-from .errors import AdapterError, FormatError
+from .errors import AdapterError, CheckpointError, FormatError
+from .tensorfiles import Entry, read_header, read_tensor, spooled
 
-__all__ = ["FORMAT_VERSION", "load", "neighbour", "opened", "save", "write_whole"]
+__all__ = ["FORMAT_VERSION", "load", "neighbour", "opened", "save", "saving"]
 
 FORMAT_VERSION = 2
 READABLE = {("1", "plain"), ("2", "gap")}  # (format version, encoding)
@@ -36,30 +35,44 @@ def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
     Raises AdapterError if the metadata cannot be written as JSON; OSError (a full disk, a missing folder) with any
     file already under that name unchanged.
     """
+    with saving(path, adapter.metadata, like=like) as add:
+        for name, tensor in adapter.tensors.items():
+            add(name, tensor)
+
+
+@contextlib.contextmanager
+def saving(
+    path: Path_, metadata: Mapping[str, Any], *, like: Path_ | None = None
+) -> Iterator[Callable[[str, SparseTensor], None]]:
+    """The file of an adapter whose tensors come one by one: `add(name, tensor)` writes each to the disk, in any order, and the
+    file is there at the end, the same that `save` writes; if anything fails before, none is.
+
+    metadata: may be filled until the end, but for what its "mask" says of positions that a rule draws.
+    Raises what `save` raises.
+    """
     path = Path(path)
     beside = neighbour(path, like) if like is not None else {}
-    flat: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
-    for name, tensor in sorted(adapter.tensors.items()):
-        indices = tensor.indices.detach().cpu().contiguous()
-        stored = encoding.encode(indices, tensor.shape, _rules(adapter, name, tensor))
-        if stored.array is not None and name in beside and torch.equal(beside[name].indices, indices):
-            stored = encoding.Stored({"file": Path(like or "").name, "crc32": encoding.checksum(indices)}, None)
-        described[name] = {"shape": list(tensor.shape), "kind": tensor.kind, "positions": stored.positions}
-        if stored.array is not None:
-            flat[f"{name}.indices"] = stored.array
-        flat[f"{name}.values"] = tensor.values.detach().cpu().contiguous()
-    try:
-        header = {
-            "format": "shira",
-            "format_version": str(FORMAT_VERSION),
-            "encoding": "gap",
-            "tensors": json.dumps(described),
-            "metadata": json.dumps(adapter.metadata, allow_nan=False),
-        }
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
-    write_whole(path, safetensors.torch.save(flat, header))
+    header: dict[str, str] = {}
+    with spooled(path, header) as add_array:
+
+        def add(name: str, tensor: SparseTensor) -> None:
+            indices = tensor.indices.detach().cpu().contiguous()
+            stored = encoding.encode(indices, tensor.shape, _rules(metadata, name, tensor))
+            if stored.array is not None and name in beside and torch.equal(beside[name].indices, indices):
+                stored = encoding.Stored({"file": Path(like or "").name, "crc32": encoding.checksum(indices)}, None)
+            described[name] = {"shape": list(tensor.shape), "kind": tensor.kind, "positions": stored.positions}
+            if stored.array is not None:
+                add_array(f"{name}.indices", stored.array)
+            add_array(f"{name}.values", tensor.values)
+
+        yield add
+        header |= {"format": "shira", "format_version": str(FORMAT_VERSION), "encoding": "gap"}
+        try:
+            header["tensors"] = json.dumps(dict(sorted(described.items())))
+            header["metadata"] = json.dumps(metadata, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
 
 
 def neighbour(path: Path_, like: Path_) -> dict[str, SparseTensor]:
@@ -76,29 +89,25 @@ def _neighbour(path: Path, like: Path) -> Iterator[Mapping[str, SparseTensor]]:
     """The same, each tensor read when it is asked for."""
     if like.resolve().parent != path.resolve().parent or like.resolve() == path.resolve():
         raise AdapterError(f"{like} must be another file in the folder of {path}, to be found again")
-    with _opened(like) as file:
-        described = _read_header(like, file.metadata() or {})
+    with open(like, "rb", buffering=0) as file:
+        described = _read_header(like, _entries(like, file)[1])
     if any(_names_a_file(_entry(like, name, entry)) for name, entry in described.items()):
         raise AdapterError(f"{like} takes its positions from a file itself; name that one")
     with opened(like) as adapter:
         yield adapter.tensors
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, opened; what is wrong with it as such is a FormatError, a file that cannot be read an OSError."""
-    with open(path, "rb"):  # safetensors tells a missing file from a broken one less clearly
-        pass
+def _entries(path: Path, file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What lies where in an opened file, and its metadata. Raises FormatError if it is no safetensors file."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except safetensors.SafetensorError as error:
-        raise FormatError(f"{path} is not a whole safetensors file: {error}; get it again") from error
+        return read_header(file, any_dtype=False)
+    except CheckpointError as error:
+        raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _rules(adapter: Adapter, name: str, tensor: SparseTensor) -> list[dict[str, Any]]:
+def _rules(metadata: Mapping[str, Any], name: str, tensor: SparseTensor) -> list[dict[str, Any]]:
     """Rules that may draw this tensor's positions again, by what the metadata says of its mask; tried before they are used."""
-    mask = adapter.metadata.get("mask") or {}
+    mask = metadata.get("mask") or {}
     if mask.get("name") == "rand" and isinstance(mask.get("seed"), int):
         return [{"mask": "rand", "seed": masks.seed_of(mask["seed"], name)}]
     if mask.get("name") == "struct" and len(tensor.shape) == 2 and tensor.nnz:
@@ -113,29 +122,6 @@ def _rules(adapter: Adapter, name: str, tensor: SparseTensor) -> list[dict[str, 
             for frequency in masks.frequencies(tensor.shape[0], tensor.shape[1], direction, tensor.nnz, offset, diagonal)
         ]
     return []
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises OSError, with any file already under that name unchanged."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot save to {path} ({error.strerror}); nothing was written there, any older file is intact"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def load(path: Path_) -> Adapter:
@@ -158,25 +144,33 @@ def opened(path: Path_) -> Iterator[Adapter]:
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_opened(path))
-        header = file.metadata() or {}
+        file = stack.enter_context(open(path, "rb", buffering=0))
+        places, header = _entries(path, file)
         described = _read_header(path, header)
-        stored = set(file.keys())
         entries = {name: _entry(path, name, entry).get("positions", "plain") for name, entry in described.items()}
         with_array = {name for name, positions in entries.items() if isinstance(positions, str)}
         expected = {f"{name}.values" for name in described} | {f"{name}.indices" for name in with_array}
-        if stored != expected:
-            missing, extra = sorted(expected - stored), sorted(stored - expected)
+        if places.keys() != expected:
+            missing, extra = sorted(expected - places.keys()), sorted(places.keys() - expected)
             raise FormatError(f"{path}: tensors missing: {missing or 'none'}; not described: {extra or 'none'}")
         neighbours: dict[str, Mapping[str, SparseTensor]] = {}
+
+        one_at_a_time = threading.Lock()  # a file has one place at which it is read
+
+        def array_of(name: str) -> Tensor:
+            with one_at_a_time:
+                try:
+                    return read_tensor(file, places[name])
+                except CheckpointError as error:
+                    raise FormatError(str(error)) from error
 
         def read(name: str) -> SparseTensor:
             entry = described[name]
             if _names_a_file(entry):
                 array: Tensor | None = _borrowed(path, name, entry, neighbours, stack)
             else:
-                array = file.get_tensor(f"{name}.indices") if name in with_array else None
-            return _sparse_tensor(path, name, entry, array, file.get_tensor(f"{name}.values"))
+                array = array_of(f"{name}.indices") if name in with_array else None
+            return _sparse_tensor(path, name, entry, array, array_of(f"{name}.values"))
 
         yield Adapter(_Tensors(described, read), _json_object(path, header, "metadata"))  # type: ignore[arg-type]  # read only
 

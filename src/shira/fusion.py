@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-import math
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .adapter import Adapter, SparseTensor, fingerprint
+from .adapter import Adapter, Kind, SparseTensor, fingerprint
 from .distributed import is_sharded
 from .errors import AdapterError, BaseMismatch, did_you_mean
 from .format import opened
@@ -21,7 +21,7 @@ from .methods import Method, Part, resolve
 from .quantized import is_quantized, shape_of
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
-__all__ = ["check_base", "combine", "fuse"]
+__all__ = ["check_base", "check_tensor", "combine", "fuse", "known_in_part"]
 
 Base = nn.Module | Mapping[str, Tensor]
 Item = TypeVar("Item")
@@ -63,6 +63,7 @@ def fuse(
         }
         if weights is None:
             _check_recorded_bases(parts)
+        in_part = {label: known_in_part(part) for label, part in parts.items()}
         scales = {label: strengths_of(label, strengths[label], part.tensors) for label, part in parts.items()}
         wanted: dict[str, dict[str, float]] = {}
         for label, scale in scales.items():
@@ -74,7 +75,7 @@ def fuse(
             held = {label: parts[label].tensors[name] for label in wanted[name]}
             if weights is None:
                 return _fused_deltas(name, held, wanted[name], chosen), None
-            return _fused_over(name, held, wanted[name], parts, weights, chosen)
+            return _fused_over(name, held, wanted[name], parts, weights, chosen, in_part)
 
         fused = dict(zip(sorted(wanted), _side_by_side(fuse_one, sorted(wanted)), strict=True))
         metadata = _metadata(parts, strengths, chosen, {name: found for name, (_, found) in fused.items() if found})
@@ -146,14 +147,41 @@ def check_base(
     if all of them are: then nothing else tells the base.
     label: what to call the adapter in the message. base_at(weight, indices): the base values there.
     """
-    weights = {name: _check_form(label, name, sparse, tensors) for name, sparse in adapter.tensors.items()}
-    # a delta may be added to another base
-    told = {
-        name: sparse for name, sparse in adapter.tensors.items() if sparse.kind == "overwrite" and name in adapter.fingerprints
-    }
-    parts = {name: sparse for name, sparse in told.items() if sparse.nnz < math.prod(sparse.shape)}
-    for name, sparse in (parts or told).items():
-        _check_values(label, name, adapter, base_at(weights[name], sparse.indices), weights[name].dtype)
+    in_part = known_in_part(adapter)
+    for name in adapter.tensors:
+        check_tensor(label, name, adapter, tensors, base_at, in_part)
+
+
+def check_tensor(
+    label: str,
+    name: str,
+    adapter: Adapter,
+    tensors: Mapping[str, Tensor],
+    base_at: Callable[[Tensor, Tensor], Tensor],
+    in_part: Callable[[], bool],
+) -> None:
+    """`check_base` of one tensor; either side may be in a file, and is given back here. in_part: `known_in_part(adapter)`."""
+    sparse = adapter.tensors[name]
+    weight = _check_form(label, name, sparse, tensors)
+    if _tells(name, sparse, adapter, in_part):
+        _check_values(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
+
+
+def known_in_part(adapter: Adapter) -> Callable[[], bool]:
+    """Whether the base is known by a tensor that is overwritten in part; looked for when it is asked, once."""
+    return functools.cache(
+        lambda: any(
+            sparse.kind == "overwrite" and sparse.nnz < sparse.numel and name in adapter.fingerprints
+            for name, sparse in adapter.tensors.items()
+        )
+    )
+
+
+def _tells(name: str, sparse: SparseTensor, adapter: Adapter, in_part: Callable[[], bool]) -> bool:
+    """Whether the values under a tensor say if the base is the adapter's. A delta may be added to another base."""
+    if sparse.kind == "delta" or name not in adapter.fingerprints:
+        return False
+    return sparse.nnz < sparse.numel or not in_part()
 
 
 def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -200,6 +228,7 @@ def _fused_over(
     adapters: Mapping[str, Adapter],
     weights: Mapping[str, Tensor],
     method: Method,
+    in_part: Mapping[str, Callable[[], bool]],
 ) -> tuple[SparseTensor, str]:
     """One tensor's new entries over a base, checked first; and the fingerprint of the base there."""
     for label, tensor in held.items():
@@ -207,8 +236,9 @@ def _fused_over(
     labels = list(held)
 
     def check(number: int, base: Tensor) -> None:
-        if name in adapters[labels[number]].fingerprints:
-            _check_values(labels[number], name, adapters[labels[number]], base, weights[name].dtype)
+        label = labels[number]
+        if _tells(name, held[label], adapters[label], in_part[label]):
+            _check_values(label, name, adapters[label], base, weights[name].dtype)
 
     weight = weights[name].detach()
     parts = [(tensor, scale[label]) for label, tensor in held.items()]
@@ -222,7 +252,7 @@ def _fused_over(
         overlap = kernels.merge([tensor.indices for tensor, _ in parts])
         base = kernels.gather(weight, overlap.indices.to(weight.device)).to(overlap.indices.device)
         indices, values, base = combine(name, parts, overlap, base, method, check=check)
-    return SparseTensor(tuple(weight.shape), indices.cpu(), values.cpu()), fingerprint(base)
+    return _sparse(name, tuple(weight.shape), indices, values, "overwrite"), fingerprint(base)
 
 
 def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[str, float], method: Method) -> SparseTensor:
@@ -238,11 +268,19 @@ def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[st
         dtype = torch.promote_types(dtype, tensor.values.dtype)
     fused = _in_one_pass(parts, None, dtype, method)
     if fused is not None:
-        return SparseTensor(parts[0][0].shape, fused.indices, fused.values, "delta")
+        return _sparse(name, parts[0][0].shape, fused.indices, fused.values, "delta")
     overlap = kernels.merge([tensor.indices for tensor, _ in parts])
     zeros = torch.zeros(overlap.indices.numel(), dtype=dtype, device=overlap.indices.device)
     indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
-    return SparseTensor(parts[0][0].shape, indices.cpu(), values.cpu(), "delta")
+    return _sparse(name, parts[0][0].shape, indices, values, "delta")
+
+
+def _sparse(name: str, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> SparseTensor:
+    """A fused tensor. Raises AdapterError if its values are not finite."""
+    try:
+        return SparseTensor(shape, indices.cpu(), values.cpu(), kind)
+    except AdapterError as error:
+        raise AdapterError(f"'{name}' as {values.dtype}: {error}; use smaller strengths, or check the base") from error
 
 
 def _in_one_pass(

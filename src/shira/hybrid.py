@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 
 from .adapter import Adapter, SparseTensor
 from .factors import Factors
-from .format import write_whole
 from .masters import Held, Masters
+from .tensorfiles import write_whole
 
 __all__ = ["Hybrid", "kept", "save"]
 

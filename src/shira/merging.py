@@ -15,7 +15,7 @@ from . import kernels
 from .adapter import FLOAT_DTYPES, Adapter, SparseTensor, all_finite
 from .checkpoints import Checkpoint, identity, rewrite
 from .errors import AdapterError, BaseMismatch, CheckpointError
-from .format import load
+from .format import opened
 from .fusion import check_base, combine
 from .methods import Method
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
@@ -23,7 +23,7 @@ from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 __all__ = ["merge"]
 
 Path_ = str | os.PathLike[str]
-Part = tuple[SparseTensor, float]
+Part = tuple[Adapter, float]
 CHUNK = 2**20  # entries written together
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
@@ -45,7 +45,7 @@ def merge(
 
     Each entry has the bits that `Switcher.use` gives it; all other tensors are those of the base, byte for byte. The base's
     other files (configuration, tokenizer, licence) come along, but not its subfolders, or its weights in other formats; and
-    README.md ends on what was merged. It holds the adapters, one tensor of the base, and a piece of it.
+    README.md ends on what was merged. It holds one tensor of the base, and what adapters that lie in files have for it.
 
     Returns how many of the adapters' entries have the base's value still: changes too small for its dtype are rounded away.
 
@@ -58,7 +58,17 @@ def merge(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; name a folder that does not exist, or is empty")
     checkpoint = Checkpoint(base)
-    adapters = _loaded(adapter)
+    with contextlib.ExitStack() as files:
+        return _merge(checkpoint, _in_files(adapter, files), out, on_progress)
+
+
+def _merge(
+    checkpoint: Checkpoint,
+    adapters: Mapping[str, tuple[Adapter, Fixed]],
+    out: Path,
+    on_progress: Callable[[float], None] | None,
+) -> int:
+    """Check the adapters, then write all."""
     by_tensor: dict[str, list[Part]] = {}
     for label, (content, strength) in sorted(adapters.items()):
         check_base(label, content, checkpoint, kernels.gather)
@@ -67,7 +77,7 @@ def merge(
             if dtype not in FLOAT_DTYPES:
                 raise BaseMismatch(f"{label}: '{name}' is {dtype} in the base, which no adapter can change")
             if scale != 0:  # else the base's bits stay, as in Switcher.use
-                by_tensor.setdefault(name, []).append((content.tensors[name], scale))
+                by_tensor.setdefault(name, []).append((content, scale))
     stayed: list[int] = []  # entries of each piece
     seen, total = 0, sum(file.stat().st_size for file in checkpoint.shards)
 
@@ -89,32 +99,33 @@ def merge(
         for file in checkpoint.other_files():
             if not file.name.endswith(WEIGHTS) or file == checkpoint.index:
                 rewrite(file, folder / file.name, [])
-        _note(folder / "README.md", identity(base), adapters, sum(stayed))
+        _note(folder / "README.md", identity(checkpoint.path), adapters, sum(stayed))
     return sum(stayed)
 
 
-def _loaded(
-    adapter: Adapter | Path_ | Mapping[str, Strength] | Mapping[str, tuple[Adapter, Strength]],
+def _in_files(
+    adapter: Adapter | Path_ | Mapping[str, Strength] | Mapping[str, tuple[Adapter, Strength]], files: contextlib.ExitStack
 ) -> dict[str, tuple[Adapter, Fixed]]:
-    """Label -> adapter and strength, whatever way they were given."""
+    """Label -> adapter and strength, whatever way they were given. `files` closes those that are read."""
     if isinstance(adapter, Adapter):
         return {adapter.name or "the adapter": (adapter, 1.0)}
     if not isinstance(adapter, Mapping):
-        return {str(adapter): (load(adapter), 1.0)}
+        return {str(adapter): (files.enter_context(opened(adapter)), 1.0)}
     if not adapter:
         raise AdapterError("nothing to merge: give at least one adapter")
     strengths = check_strengths({str(key): value[1] if isinstance(value, tuple) else value for key, value in adapter.items()})
     return {
-        str(key): (value[0] if isinstance(value, tuple) else load(key), strengths[str(key)]) for key, value in adapter.items()
+        str(key): (value[0] if isinstance(value, tuple) else files.enter_context(opened(key)), strengths[str(key)])
+        for key, value in adapter.items()
     }
 
 
 def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Part], stayed: list[int]) -> Iterator[Tensor]:
     """One tensor with adapters in it, piece by piece, flat; and how many entries each piece has that are as they were."""
-    weight = checkpoint[name].view(-1)
-    for start in range(0, weight.numel(), CHUNK):
-        piece = weight[start : start + CHUNK].clone()
-        inside = [(_within(tensor, start, piece.numel()), strength) for tensor, strength in parts]
+    held = [(adapter.tensors[name], strength) for adapter, strength in parts]
+    for number, piece in enumerate(checkpoint.pieces(name, CHUNK)):
+        start = number * CHUNK
+        inside = [(_within(tensor, start, piece.numel()), strength) for tensor, strength in held]
         inside = [(tensor, strength) for tensor, strength in inside if tensor.nnz]
         if inside:
             overlap = kernels.merge([tensor.indices for tensor, _ in inside])

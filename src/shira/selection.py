@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import masks
 from .adapter import Adapter, index_dtype
-from .calibration import LEAST_MEMORY, LossFn, Progress, calibrate
+from .calibration import LossFn, Progress, calibrate
 from .distributed import full, groups_of, is_sharded, same_everywhere
 from .errors import BaseMismatch, did_you_mean
 from .format import load
@@ -22,6 +22,8 @@ from .quantized import dense, shape_of
 __all__ = ["Avoid", "Selector", "count_of", "entries_of"]
 
 TRAINING_BYTES = 16  # of an entry in training: a float32 master, its gradient and AdamW's two moments
+POOL_BYTES = 16  # of an entry that tensors compete for: `masks.Pool` holds up to two positions and scores for it
+LEAST_MEMORY = 2**20  # bytes that sums may always take: the peak of a process is not known any closer
 Avoid = Adapter | str | os.PathLike[str]
 Indices = dict[str, Tensor]  # tensor name -> positions [k], sorted
 
@@ -63,12 +65,13 @@ class Selector:
             if count is None:
                 pool.add(name, masks.score(self.mask, name, weight, seed=self.seed, **statistics), avoid)
             elif count:  # the proportion of a small number may be none
-                chosen[name] = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
+                found = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
+                chosen[name] = found.to(index_dtype(weight.numel()))
 
         calibrated = None
         wanted = [name for name in masks.needs(masks.resolve(self.mask)[1]) if name in masks.CALIBRATED]
         if wanted and calibration is not None:
-            memory = max(LEAST_MEMORY, TRAINING_BYTES * (plan.shared + sum(plan.counts.values())))
+            memory = TRAINING_BYTES * sum(plan.counts.values()) + (TRAINING_BYTES - POOL_BYTES) * plan.shared
             calibrated = calibrate(
                 model,
                 weights,
@@ -76,7 +79,7 @@ class Selector:
                 receive,
                 statistics=wanted,
                 loss_fn=self.loss_fn,
-                memory=memory,
+                memory=max(LEAST_MEMORY, memory),
                 progress=progress,
             )
         else:

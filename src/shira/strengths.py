@@ -9,6 +9,7 @@ from .targets import by_pattern
 
 __all__ = ["Fixed", "Strength", "as_given", "check_strengths", "strengths_of"]
 
+LARGEST = (2 - 2**-23) * 2.0**127  # that float32 holds, in which all is added up
 Strength = float | Mapping[str, float]  # of a whole adapter; or of its tensors, pattern -> strength
 Fixed = float | tuple[tuple[str, float], ...]  # the same, checked and hashable
 
@@ -27,8 +28,11 @@ def _fixed(what: str, strength: Any) -> Fixed:
 
 
 def _finite(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-        raise AdapterError(f"{what} must be a finite number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        too_large = isinstance(value, int | float) and LARGEST < abs(value) < math.inf
+        raise AdapterError(
+            f"{what} must be a finite number, found {value!r}" + (", which float32 does not hold" if too_large else "")
+        )
     return float(value)
 
 

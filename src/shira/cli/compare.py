@@ -10,7 +10,7 @@ from rich.table import Table
 from .. import analysis, report
 from ..checkpoints import Source
 from ..data.models import model_path
-from ..format import write_whole
+from ..tensorfiles import write_whole
 from .output import bytes_text, console, print_json, progress, waiting
 
 __all__ = ["compare"]

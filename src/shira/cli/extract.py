@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .. import extraction
 from ..data.models import model_path
+from ..format import opened
 from .output import bytes_text, console, print_json, progress
 
 __all__ = ["extract"]
@@ -40,36 +41,36 @@ def extract(
         raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
     names = [part.strip() for part in targets.split(",")] if targets and "," in targets else targets
     with progress("comparing", 100) as update:
-        adapter = extraction.extract(
+        extraction.extract_to(
+            output,
             model_path(base),
             model_path(tuned),
             density=density,
-            scope=scope,  # type: ignore[arg-type]  # extract checks it
-            kind=kind,  # type: ignore[arg-type]  # and this
+            scope=scope,
+            kind=kind,
             targets=names,
             name=name,
             license=license,
             on_progress=lambda share: update(int(100 * share), ""),
         )
-    adapter.save(output)
-    facts = extraction.report(adapter)
+    with opened(output) as adapter:
+        facts, share = extraction.report(adapter), adapter.density
+        taken = {tensor: sparse.nnz for tensor, sparse in adapter.tensors.items()}
+    nnz, size = sum(taken.values()), output.stat().st_size
     if as_json:
-        size = output.stat().st_size
-        print_json({"file": str(output), "bytes": size, "nnz": adapter.nnz, "density": adapter.density, **facts})
+        print_json({"file": str(output), "bytes": size, "nnz": nnz, "density": share, **facts})
         return
     if tensors:
         listing = Table("tensor", "entries", "that differ", "taken", "‖ΔW‖", "kept")
         for tensor, found in facts["tensors"].items():
-            taken = adapter.tensors[tensor].nnz if tensor in adapter.tensors else 0
             kept = f"{found['kept']:.1%}"
-            listing.add_row(
-                tensor, f"{found['entries']:,}", f"{found['changed']:,}", f"{taken:,}", f"{found['norm']:.4g}", kept
-            )
+            count = f"{taken.get(tensor, 0):,}"
+            listing.add_row(tensor, f"{found['entries']:,}", f"{found['changed']:,}", count, f"{found['norm']:.4g}", kept)
         console.print(listing)
     console.print(_curve(facts))
     left_out = f"; nothing is taken of {len(facts['left_out'])} tensors that differ" if facts["left_out"] else ""
     console.print(
-        f"{output}: {adapter.nnz:,} of {facts['changed']:,} entries that differ, {bytes_text(output.stat().st_size)}, "
+        f"{output}: {nnz:,} of {facts['changed']:,} entries that differ, {bytes_text(size)}, "
         f"{facts['kept']:.1%} of ‖ΔW‖{left_out}"
     )
 

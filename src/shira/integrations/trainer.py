@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtra, TuningError
-from ..format import write_whole
+from ..tensorfiles import write_whole
 from ..tuning import Tuner
 from .card import card
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration import without_cudnn_attention
 from ..data.models import model_path
 from ..data.tokens import IGNORED, Row, encode
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
@@ -380,7 +381,7 @@ def train(
             trainer.remove_callback(library.PrinterCallback)
         if held_out:
             evaluate()
-        with few_logits(model):
+        with few_logits(model), without_cudnn_attention():
             result = trainer.train()
     model.eval()
     summary = {

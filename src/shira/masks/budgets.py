@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter import index_dtype
 from ..errors import MaskError
 from .topk import top_k
 
@@ -153,8 +154,8 @@ class Pool:
         self.floors = dict(floors)
         self.open = shared - sum(floors.values())  # entries that the tensors compete for
         self.level = ABSENT  # scores below it have lost
-        self.reserved: dict[str, Tensor] = {}  # name -> positions int64
-        self.candidates: dict[str, tuple[Tensor, Tensor]] = {}  # name -> positions int64, sorted; their scores float32
+        self.reserved: dict[str, Tensor] = {}  # name -> positions
+        self.candidates: dict[str, tuple[Tensor, Tensor]] = {}  # name -> positions, sorted; their scores float32
 
     def __len__(self) -> int:
         """How many entries are held."""
@@ -171,7 +172,8 @@ class Pool:
         reserved = top_k(flat, self.floors[name])
         if bool((flat[reserved] == ABSENT).any()):
             raise MaskError(f"tensor '{name}': fewer than the {reserved.numel():,} entries of its floor have a score")
-        self.reserved[name] = reserved.cpu()
+        small = index_dtype(flat.numel())
+        self.reserved[name] = reserved.to("cpu", small)
         flat[reserved] = ABSENT
         positions = ((flat >= self.level) & (flat > ABSENT)).nonzero().view(-1)
         if positions.numel() > self.open:
@@ -179,7 +181,7 @@ class Pool:
         held = sum(p.numel() for p, _ in self.candidates.values())
         if held + positions.numel() > 2 * self.open:
             self._prune()
-        self.candidates[name] = positions.cpu(), flat[positions].cpu()
+        self.candidates[name] = positions.to("cpu", small), flat[positions].cpu()
 
     def positions(self) -> dict[str, Tensor]:
         """Tensor name -> positions int64, sorted, for each tensor that has any. Raises MaskError if too few have a score."""
@@ -187,9 +189,9 @@ class Pool:
         found = sum(p.numel() for p, _ in self.candidates.values())
         if found < self.open:
             raise MaskError(f"{self.open:,} more entries are to train over the model, but only {found:,} have a score")
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int32)
         merged = {
-            name: torch.cat([self.reserved.get(name, none), self.candidates.get(name, (none, none))[0]]).sort().values
+            name: torch.cat([self.reserved.get(name, none), self.candidates.get(name, (none, none))[0]]).long().sort().values
             for name in self.floors
         }
         return {name: positions for name, positions in merged.items() if positions.numel()}
