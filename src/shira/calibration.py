@@ -41,7 +41,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 @contextlib.contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Let attention be computed by torch's own kernels: on Hopper GPUs the gradients of cuDNN's are NaN where batches are padded
+    """Let torch's own kernels compute attention: on Hopper GPUs the gradients of cuDNN's are NaN where batches are padded
     to 64, 192, 320, … tokens (torch 2.11 to 2.13, pytorch/pytorch issue 196678)."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
