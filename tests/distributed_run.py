@@ -37,7 +37,6 @@ def train(model, forward, tuner, rank, ranks):
 
 
 def attach(model, mask="wm", *, targets=TARGETS, **variant):
-    shira.selection.LEAST_MEMORY = 0  # gradients of several batches are summed in groups of weights
     calibration = [family_batch("llama", seed) for seed in (7, 8)]
     return shira.attach(model, mask=mask, density=0.2, targets=targets, calibration=calibration, **variant)
 
@@ -314,6 +313,7 @@ def run_dies(folder, rank, ranks):
 def main():
     what, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
+    shira.selection.LEAST_MEMORY = 0  # gradients of several batches are summed in groups of weights
     run = globals()["run_" + what.replace("-", "_")]
     if what.startswith("accelerate"):
         run(folder)

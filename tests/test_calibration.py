@@ -350,3 +350,23 @@ def test_gradients_are_taken_without_cudnns_attention(tiny_llama):
         finally:
             torch.backends.cuda.enable_cudnn_sdp(before)
     assert len(seen) == 2 and not any(seen)
+
+
+def test_dropout_is_the_same_in_every_pass(tiny_llama):
+    """In however many groups weights are taken; and torch's random numbers go on as if nothing had been drawn."""
+    for layer in tiny_llama.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    tiny_llama.train()
+    weights = {name: weight for name, weight in tiny_llama.named_parameters() if "proj" in name}
+    found, batches = [], llama_batches(2)
+    for memory in (2**30, 0):
+        torch.manual_seed(5)
+        found.append({})
+        calibrate(tiny_llama, weights, batches, lambda name, got: found[-1].update({name: got["gradient"]}), memory=memory)
+        found[-1]["next"] = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(found[0]["next"], torch.rand(1))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    torch.manual_seed(6)
+    calibrate(tiny_llama, weights, batches, lambda name, got: found[1].update({name: got["gradient"]}))
+    assert not any(torch.equal(found[0][name], found[1][name]) for name in weights)  # there was dropout

@@ -21,7 +21,7 @@ from .errors import DataError, MaskError
 from .quantized import shape_of
 from .targets import is_conv1d
 
-__all__ = ["LossFn", "Progress", "calibrate", "model_loss", "without_cudnn_attention"]
+__all__ = ["LossFn", "Progress", "calibrate", "model_loss", "same_random_numbers", "without_cudnn_attention"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
@@ -37,6 +37,13 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise DataError("the model returned no loss; put 'labels' into the batch, or pass loss_fn=")
     return loss
+
+
+def same_random_numbers(weights: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Afterwards torch's random numbers go on as if nothing had been drawn, on the CPU and where these weights are."""
+    devices = {weight.device.index for weight in weights if weight.device.type == "cuda"}
+    fork: contextlib.AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
+    return fork
 
 
 @contextlib.contextmanager
@@ -76,9 +83,9 @@ def calibrate(
         first batch for other weights. One weight is the least a group holds. None: all weights are one group.
     progress(done, total) is called after each batch.
 
-    Returns what was done, for an adapter's metadata. The model runs in the mode (train or eval) it is in, and afterwards
-    has its gradients and `requires_grad` flags as before. Raises MaskError if there is no batch, a loss is not finite, or a
-    weight gets no gradient or no input.
+    Returns what was done, for an adapter's metadata. The model runs in the mode (train or eval) it is in, with the same
+    dropout in every pass; afterwards it has its gradients and `requires_grad` flags as before, and torch its random numbers.
+    Raises MaskError if there is no batch, a loss is not finite, or a weight gets no gradient or no input.
     """
     batches = list(batches)
     if not batches:
@@ -145,6 +152,7 @@ def _gradients(
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(without_cudnn_attention())
+        undo.enter_context(same_random_numbers(weights.values()))  # dropout is the same for every group
         for name, weight in weights.items():
             weight.requires_grad_(True)
             undo.callback(weight.requires_grad_, False)
@@ -196,7 +204,7 @@ def _activations(
         squares[name] = squares.get(name, 0) + norms.double().square()
 
     transposed: set[str] = set()
-    with contextlib.ExitStack() as hooks, torch.no_grad():
+    with contextlib.ExitStack() as hooks, torch.no_grad(), same_random_numbers(weights.values()):
         for module in model.modules():
             name = names.get(id(module._parameters.get("weight")))
             if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
@@ -239,7 +247,7 @@ def _inputs_kept(
         elif address and address not in parameters:
             kept[running[-1]][address] = held[-1].nbytes()
 
-    with contextlib.ExitStack() as undo, torch.enable_grad():
+    with contextlib.ExitStack() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
         for module in model.modules():
             name = names.get(id(module._parameters.get("weight")))
             if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):

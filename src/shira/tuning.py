@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import consolidation, hybrid, masks, refresh, resuming, variants
 from . import targets as target_names
 from .adapter import Adapter, SparseTensor, fingerprint
-from .calibration import LossFn, Progress
+from .calibration import LossFn, Progress, same_random_numbers
 from .distributed import average_after_backward, check_plain, check_positions, groups_of, is_sharded, reshard
 from .entries import Entry, with_hook, with_values
 from .errors import AdapterError, TuningError
@@ -269,7 +269,7 @@ class Tuner:
         if "stay_near" in self._mask or "refresh" in self._mask:
             raise TuningError("stay_near is called once, before any refresh")
         consolidation.check(masters, reach, passes)
-        with self.reference(), _same_random_numbers(masters.values()):
+        with self.reference():
             loss_fn = loss_fn or self._selector.loss_fn
             pull, done = consolidation.pulls(self.model, masters, batches, reach, loss_fn=loss_fn, progress=progress)
         self.at_detach.callback(consolidation.hold(masters, pull, passes))
@@ -368,13 +368,6 @@ class Tuner:
         self.detach()
 
 
-def _same_random_numbers(masters: Collection[Masters]) -> contextlib.AbstractContextManager[None]:
-    """Afterwards torch's random numbers go on as if nothing had been drawn."""
-    devices = {each.weight.device.index for each in masters if each.weight.device.type == "cuda"}
-    fork: contextlib.AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
-    return fork
-
-
 @contextlib.contextmanager
 def _dense(masters: Collection[Masters]) -> Iterator[None]:
     """Let the layers compute with their whole weights, up to date, which then have gradients; keep the random numbers."""
@@ -382,7 +375,7 @@ def _dense(masters: Collection[Masters]) -> Iterator[None]:
         each.write()
         each.dense = True
     try:
-        with _same_random_numbers(masters):
+        with same_random_numbers(each.weight for each in masters):
             yield
     finally:
         for each in masters:
