@@ -14,12 +14,27 @@
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
-#define PREFETCH(address) __builtin_prefetch((address), 0, 0) /* past the second-level cache: each line is used once */
+#define PREFETCH(address, level) __builtin_prefetch((address), 0, (level))
 #else
-#define PREFETCH(address) ((void)0)
+#define PREFETCH(address, level) ((void)0)
 #endif
 
-enum { AHEAD = 64, MAX_THREADS = 64 }; /* positions to fetch ahead */
+/* How many positions to fetch ahead, and where to: past the second-level cache, since each line is used once; or into it, and
+ * further ahead, on AMD's processors, where more lines may be under way to it. docs/performance.md has the figures. */
+static int64_t fetch_ahead = 64;
+static int fetch_second_level = 0;
+
+static void choose_fetching(void) {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("amd")) {
+        fetch_ahead = 256;
+        fetch_second_level = 1;
+    }
+#endif
+}
+
+enum { MAX_THREADS = 64 };
 enum { KEEP_AND_WRITE, WRITE, RESTORE }; /* what to do with a part; RESTORE writes what was kept */
 
 /* One tensor's part of a plan; native.py fills an array of these. */
@@ -39,8 +54,14 @@ typedef struct {
         const INDEX *indices = (const INDEX *)part->indices;                     \
         const ENTRY *values = (const ENTRY *)part->values;                       \
         ENTRY *stash = (ENTRY *)part->stash;                                     \
+        const int64_t ahead = fetch_ahead;                                       \
+        const int second_level = fetch_second_level;                             \
         for (int64_t i = begin; i < end; i++) {                                  \
-            if (i + AHEAD < end) PREFETCH(&weight[indices[i + AHEAD]]);          \
+            if (i + ahead < end) {                                               \
+                const ENTRY *next = &weight[indices[i + ahead]];                 \
+                if (second_level) PREFETCH(next, 1);                             \
+                else PREFETCH(next, 0);                                          \
+            }                                                                    \
             const INDEX where = indices[i];                                      \
             if (stash) stash[i] = weight[where];                                 \
             if (values) weight[where] = values[i];                               \
@@ -297,6 +318,7 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__native(void) {
+    choose_fetching();
 #ifdef __linux__
     *(void **)&gomp_thread = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
     *(void **)&gomp_threads = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
