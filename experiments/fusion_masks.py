@@ -350,7 +350,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             if row["chosen"]:
                 axes.annotate(rule, (row["alone"], row["fused"]), (6, -3), textcoords="offset points", fontsize=9, color=colour)
     axes.set(xlabel="accuracy alone, % (mean of three tasks)", ylabel="accuracy when two are added, % (mean of three pairs)")
-    axes.set_title("filled: the learning rate that validation chose, three seeds; hollow: the others, one seed", fontsize=9)
+    axes.set_title(
+        "filled: the learning rate that validation chose, up to three seeds; hollow: the others, one seed", fontsize=9
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 

@@ -109,7 +109,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
             )
     text.append(markdown(["method", f"fusion (seeds: {len(recipe['other_seeds'])})", "strength", *tasks, "average"], other))
     text.append(markdown(["method (first seed)", *apart_head(tasks)], apart_rows(recipe, store)))
-    if plots is not None and strengths:
+    if plots is not None and any(len(found) > 1 for found in strengths.values()):
         plot(strengths, average(base)[0], plots / f"{store.path.stem}.png")
     return "\n\n".join(text)
 
