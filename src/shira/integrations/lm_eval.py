@@ -145,7 +145,7 @@ def _live() -> Any:
                 chances = _chances(self.model, [requests[members[0]][1:] for members in batch], self.max_length)
                 totals, greedy = [], []
                 for members, after in zip(batch, chances, strict=True):
-                    wanted = torch.tensor([requests[number][2] for number in members]).to(after.device, non_blocking=True)
+                    wanted = torch.tensor([requests[number][2] for number in members], device=after.device)
                     totals.append(after.gather(-1, wanted.T).sum(0))
                     greedy.append((after.argmax(-1) == wanted).all(1))
                 found = zip(torch.cat(totals).tolist(), torch.cat(greedy).tolist(), strict=True)  # a GPU is waited for once
