@@ -116,9 +116,9 @@ def test_what_decides_a_run_is_in_its_number(name):
     recipe = settings.named(name)
     assert all(isinstance(rate, float) for method in recipe["methods"].values() for rate in method["rates"])
     key = importlib.import_module(f"experiments.language.{recipe['experiment']}").train_key
-    keys = [key(recipe, method, rate, 0) for method in recipe["methods"].values() for rate in method["rates"]]
-    apart = [method.get("apart") for method in recipe["methods"].values()].count(True)
-    assert len({number(key) for key in keys}) == len(keys) - apart  # those that lie apart also name what they avoid
+    methods = [method for method in recipe["methods"].values() if not method.get("apart")]  # searched as if they did not
+    keys = [key(recipe, method, rate, 0) for method in methods for rate in method["rates"]]
+    assert len({number(key) for key in keys}) == len(keys)
 
 
 @pytest.fixture
@@ -144,6 +144,7 @@ def bench(tmp_path, monkeypatch, tiny_llama):
         "validation": 6,
         "test": 10,
         "text": 3,
+        "most_rates": 1,
         "strengths": [0.5],
         "data": ["one", "two"],
     }
@@ -173,7 +174,7 @@ def test_three_adapters_fused(bench, tmp_path, capfd):
     apart = [key for key in made if key["kind"] == "train" and "avoid" in key]
     assert len(apart) == 2 and all(store.line(run)["key"]["data"] == "one" for key in apart for run in key["avoid"])
     text = fused.report(bench, store, tmp_path)
-    assert "| wm-apart | 2 |" in text and "| lora | linear | 1 |" in text and "| wm | sum | 0.5 |" in text
+    assert "| wm-apart | 0.01 (1) | 2 |" in text and "| lora | linear | 1 |" in text and "| wm | sum | 0.5 |" in text
     assert (tmp_path / "results.png").stat().st_size > 5000
     assert "| method (first seed) | base to one | base to two | one and two | one and two, AWOR |" in text
     near = next(key for key in made if "reach" in key.get("method", {}))
@@ -204,6 +205,20 @@ def test_one_adapter_for_all_by_the_rate_that_validation_chose(bench, tmp_path, 
     run = number(score_key(recipe, [], "one"))
     assert store.forget(lambda line: line["run"] == run) == 1
     assert [number(key) for key in run_all(recipe, store)] == [run]
+
+
+def test_the_rate_of_adapters_to_be_fused_is_the_best_for_them_together(bench, tmp_path):
+    """What is best for one of two benchmarks is not the best."""
+    method = bench["methods"]["wm-apart"] | {"rates": [0.01, 0.02]}
+    store = Store(tmp_path / "results.jsonl")
+    assert fused.trained(bench, store, method, 0) == []
+    for rate, losses in ((0.01, (1.0, 4.0)), (0.02, (2.0, 2.0))):
+        for key, loss in zip(fused.a_benchmark_each(bench, method, rate, 0), losses, strict=True):
+            store.add(key, {"validation_loss": loss}, 0)
+    first, second = fused.trained(bench, store, method, 1)
+    assert first["rate"] == 0.02 and first["seed"] == 1 and second["avoid"] == [number(first)]
+    wanted = list(fused.wanted(bench | {"methods": {"wm-apart": method}}, store))
+    assert all(key["rate"] == 0.02 for key in wanted if key.get("avoid")) and first in wanted
 
 
 def test_an_adapter_that_is_gone_is_trained_again_to_the_bit(bench, tmp_path, capfd):
@@ -277,7 +292,7 @@ def test_the_command(bench, tmp_path, run):
     assert code == 0 and "no results yet" in out
     code, out, err = run(f"{line} --plots {tmp_path}/plots")
     assert code == 0, err
-    assert "| wm | 1 |" in out and "1 left" in err and (tmp_path / "plots" / "r.png").exists()
+    assert "| wm | 0.01 (1) | 1 |" in out and "1 left" in err and (tmp_path / "plots" / "r.png").exists()
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     code, out, err = run(f"{line} --again {lines[-1]['run']}")
     assert code == 0 and err.count("left") == 1

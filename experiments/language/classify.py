@@ -44,6 +44,11 @@ def train_key(
     return {"kind": "train", **settings, **which, "method": made, "rate": rate, "seed": seed}
 
 
+def one(recipe: Recipe, method: Mapping[str, Any], rate: float, seed: int) -> list[Key]:
+    """The run of the search."""
+    return [train_key(recipe, method, rate, seed)]
+
+
 def score_key(recipe: Mapping[str, Any], trained: Key) -> Key:
     """What decides a score: the run that made the adapter, by number, and what is asked."""
     settings = {name: recipe[name] for name in MODEL}
@@ -59,7 +64,7 @@ def folds(recipe: Mapping[str, Any], data: str) -> int:
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
     """For each method the search for its rate; then every task, fold by fold, on the first seed; then the other seeds."""
     for method in recipe["methods"].values():
-        yield from (train_key(recipe, method, rate, recipe["seeds"][0]) for rate in rates(recipe, method, store, train_key))
+        yield from (train_key(recipe, method, rate, recipe["seeds"][0]) for rate in rates(recipe, method, store, one))
     more = recipe["more_seeds"]
     cells = [(name, task, seed) for seed in recipe["seeds"] for task in recipe["tasks"] for name in recipe["tasks"][task]]
     cells += [(name, recipe["search"], seed) for seed in sorted({s for seeds in more.values() for s in seeds}) for name in more]
@@ -72,7 +77,7 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
 
 def trainings(recipe: Recipe, store: Store, name: str, task: str, seed: int) -> list[Key]:
     """The runs of a method at its best rate, one for each fold; none before that rate is known."""
-    rate = best_rate(recipe, recipe["methods"][name], store, train_key)
+    rate = best_rate(recipe, recipe["methods"][name], store, one)
     if rate is None:
         return []
     return [train_key(recipe, recipe["methods"][name], rate, seed, task, fold) for fold in range(folds(recipe, task))]
@@ -259,7 +264,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         method = recipe["methods"][name]
         trained = trainings(recipe, store, name, recipe["search"], recipe["seeds"][0])[0]
         made = store.get(trained) or {}
-        line = [name, f"{trained['rate']:g} ({len(losses(recipe, method, store, train_key))})"]
+        line = [name, f"{trained['rate']:g} ({len(losses(recipe, method, store, one))})"]
         line += [f"{made['parameters'] / 1e3:.0f}", f"{made['file_bytes'] / 1e3:.0f}"]
         line += [cell(found[name][task], of[task], task) if task in of else "" for task in tasks]
         line += [apart(of, means[other], [recipe["search"]], name == other)]

@@ -2,13 +2,14 @@
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.store import Key, Store, number
 
 from .runs import compare_key, score_key, train_key
+from .search import best_rate, losses, rates
 from .settings import Recipe
 from .tables import Answers, average, chance, difference, markdown, mean_answers, share
 
@@ -16,17 +17,22 @@ __all__ = ["report", "wanted"]
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The base; for each seed and method the adapters, alone and added; on some seeds other fusions and strengths."""
+    """The base; for each method the search for its rate, on the first seed; then for each seed and method the adapters, alone
+    and added; on some seeds other fusions and strengths."""
+    first = recipe["seeds"][0]
     for task in recipe["data"]:
         yield score_key(recipe, [], task)
+    for method in recipe["methods"].values():
+        for rate in rates(recipe, method, store, a_benchmark_each):
+            yield from a_benchmark_each(recipe, method, rate, first)
     for seed in recipe["seeds"]:
         for method in recipe["methods"].values():
-            runs = trained(recipe, method, seed)
+            runs = trained(recipe, store, method, seed)
             yield from (run for run in runs if all(store.line(before) for before in run.get("avoid", ())))
-            if any(store.get(run) is None for run in runs):
+            if not runs or any(store.get(run) is None for run in runs):
                 continue
             adapters = [number(run) for run in runs]
-            if seed == recipe["seeds"][0]:
+            if seed == first:
                 yield compare_key(recipe, adapters)
             for task, adapter in zip(recipe["data"], adapters, strict=True):
                 yield score_key(recipe, [adapter], task)
@@ -42,13 +48,20 @@ def ways(recipe: Recipe, method: dict[str, Any], seed: int) -> list[dict[str, An
     return fusions + strengths if seed in recipe["other_seeds"] else [{"fusion": "sum"}]
 
 
-def trained(recipe: Recipe, method: dict[str, Any], seed: int) -> list[Key]:
-    """The runs that make a method's adapters, one a benchmark; if they are to lie apart, each avoids those before."""
+def a_benchmark_each(recipe: Recipe, method: Mapping[str, Any], rate: float, seed: int) -> list[Key]:
+    """The runs that make a method's adapters, one a benchmark, none of which knows of another."""
+    return [train_key(recipe | {"data": task}, method, rate, seed) for task in recipe["data"]]
+
+
+def trained(recipe: Recipe, store: Store, method: Mapping[str, Any], seed: int) -> list[Key]:
+    """The runs that make a method's adapters at the rate that is best for them together; none before that rate is known. If
+    they are to lie apart, each avoids those before."""
+    rate = best_rate(recipe, method, store, a_benchmark_each)
+    if rate is None:
+        return []
     runs: list[Key] = []
-    (rate,) = method["rates"]
-    for task in recipe["data"]:
-        apart = {"avoid": [number(run) for run in runs]} if method.get("apart") and runs else {}
-        runs.append(train_key(recipe | {"data": task}, method, rate, seed, **apart))
+    for run in a_benchmark_each(recipe, method, rate, seed):
+        runs.append(run | ({"avoid": [number(before) for before in runs]} if method.get("apart") and runs else {}))
     return runs
 
 
@@ -69,13 +82,14 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
     base = answers(recipe, store, [[[]] * len(tasks)])
     if base is None:
         return "no results yet"
-    head = ["method", "seeds", *tasks, "alone", *(f"{task}, fused" for task in tasks), "fused", "lost", "lost, % of alone"]
-    rows = [["base", "1", *cells(base), share(*average(base)), *[""] * len(tasks), "", "", ""]]
+    head = ["method", "rate (tried)", "seeds", *tasks, "alone"]
+    head += [*(f"{task}, fused" for task in tasks), "fused", "lost", "lost, % of alone"]
+    rows = [["base", "", "1", *cells(base), share(*average(base)), *[""] * len(tasks), "", "", ""]]
     other: list[list[str]] = []
     drops: dict[str, Answers] = {}
     strengths: dict[str, dict[float, Answers]] = {}
     for name, method in recipe["methods"].items():
-        made = [[number(run) for run in trained(recipe, method, seed)] for seed in recipe["seeds"]]
+        made = [[number(run) for run in trained(recipe, store, method, seed)] for seed in recipe["seeds"]]
         apart = [[[run] for run in runs] for runs in made]
         together = [[runs] * len(tasks) for runs in made]
         seeds = [
@@ -90,7 +104,9 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         assert alone is not None and fused is not None
         lost = difference(alone, fused)
         drops[name] = {task: [a - b for a, b in zip(alone[task], fused[task], strict=True)] for task in tasks}
-        row = [name, str(len(seeds)), *cells(alone), share(*average(alone)), *cells(fused), share(*average(fused))]
+        tried = losses(recipe, method, store, a_benchmark_each)
+        row = [name, f"{best_rate(recipe, method, store, a_benchmark_each):g} ({len(tried)})", str(len(seeds))]
+        row += [*cells(alone), share(*average(alone)), *cells(fused), share(*average(fused))]
         rows.append([*row, share(*lost), f"{100 * lost[0] / average(alone)[0]:.1f}"])
         for how in ways(recipe, method, recipe["other_seeds"][0]):
             found = answers(recipe, store, [together[recipe["seeds"].index(seed)] for seed in recipe["other_seeds"]], **how)
@@ -123,7 +139,7 @@ def apart_rows(recipe: Recipe, store: Store) -> list[list[str]]:
     """A line a method: L2 distances (Table 13), and of sparse ones the share of zeros in A₁ᵀA₂."""
     rows = []
     for name, method in recipe["methods"].items():
-        runs = [number(run) for run in trained(recipe, method, recipe["seeds"][0])]
+        runs = [number(run) for run in trained(recipe, store, method, recipe["seeds"][0])]
         found = store.get(compare_key(recipe, runs))
         if found is not None:
             awor = [f"{share:.3f}" for share in found.get("awor", ())] or [""] * len(found["distance"])

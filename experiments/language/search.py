@@ -1,5 +1,6 @@
 """The learning rate of each method, by the loss on validation examples: as many tries for all."""
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,12 @@ from .settings import Recipe
 __all__ = ["best_rate", "losses", "rates", "rates_to_try"]
 
 Method = Mapping[str, Any]
-KeyOf = Callable[[Recipe, Method, float, int], Key]  # (recipe, method, learning rate, seed) -> what decides the run
+KeysOf = Callable[[Recipe, Method, float, int], list[Key]]  # (recipe, method, learning rate, seed) -> what decides the runs
+
+
+def one(recipe: Recipe, method: Method, rate: float, seed: int) -> list[Key]:
+    """One adapter for all that the recipe has."""
+    return [train_key(recipe, method, rate, seed)]
 
 
 def rates_to_try(first: Iterable[float], losses: Mapping[float, float], most: int) -> list[float]:
@@ -26,28 +32,28 @@ def rates_to_try(first: Iterable[float], losses: Mapping[float, float], most: in
     return tried
 
 
-def losses(recipe: Recipe, method: Method, store: Store, key: KeyOf = train_key) -> dict[float, float]:
-    """Learning rate -> loss on the validation examples, as far as they were tried, on the first seed."""
+def losses(recipe: Recipe, method: Method, store: Store, keys: KeysOf = one) -> dict[float, float]:
+    """Learning rate -> loss on the validation examples, a mean over the runs, as far as they were tried, on the first seed."""
     found: dict[float, float] = {}
     while True:
         tried = rates_to_try(method["rates"], found, recipe["most_rates"])
         new = [rate for rate in tried if rate not in found]
         for rate in new:
-            result = store.get(key(recipe, method, rate, recipe["seeds"][0]))
-            if result is not None:
-                found[rate] = result["validation_loss"]
+            results = [store.get(key) for key in keys(recipe, method, rate, recipe["seeds"][0])]
+            if all(results):
+                found[rate] = statistics.fmean(result["validation_loss"] for result in results if result)
         if not new or not all(rate in found for rate in new):
             return found
 
 
-def rates(recipe: Recipe, method: Method, store: Store, key: KeyOf = train_key) -> list[float]:
+def rates(recipe: Recipe, method: Method, store: Store, keys: KeysOf = one) -> list[float]:
     """The learning rates to try, as far as can be said by now."""
-    return rates_to_try(method["rates"], losses(recipe, method, store, key), recipe["most_rates"])
+    return rates_to_try(method["rates"], losses(recipe, method, store, keys), recipe["most_rates"])
 
 
-def best_rate(recipe: Recipe, method: Method, store: Store, key: KeyOf = train_key) -> float | None:
+def best_rate(recipe: Recipe, method: Method, store: Store, keys: KeysOf = one) -> float | None:
     """The learning rate of the lowest validation loss, or None while some are untried."""
-    found = losses(recipe, method, store, key)
+    found = losses(recipe, method, store, keys)
     if any(rate not in found for rate in rates_to_try(method["rates"], found, recipe["most_rates"])):
         return None
     return min(found, key=lambda rate: found[rate])
