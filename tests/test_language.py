@@ -95,6 +95,7 @@ def test_averages_and_paired_differences():
     mean, error = tables.difference({"a": [1.0, 1.0, 0.0, 1.0]}, {"a": [0.0, 1.0, 0.0, 0.0]})
     assert mean == 0.5 and error == pytest.approx((1 / 3 / 4) ** 0.5)
     assert tables.chance(1.96, 1) == pytest.approx(0.05, abs=1e-4) and tables.chance(0, 0) == 1
+    assert tables.points(0.031, 0.01) == "+3.1 ± 2.0 (p 0.002)" and tables.probability(1, 0.1) == "p < 0.001"
     assert tables.mean_answers([{"a": "110"}, {"a": "011"}]) == {"a": [0.5, 1.0, 0.5]}
 
 
@@ -174,7 +175,8 @@ def test_three_adapters_fused(bench, tmp_path, capfd):
     apart = [key for key in made if key["kind"] == "train" and "avoid" in key]
     assert len(apart) == 2 and all(store.line(run)["key"]["data"] == "one" for key in apart for run in key["avoid"])
     text = fused.report(bench, store, tmp_path)
-    assert "| wm-apart | 0.01 (1) | 2 |" in text and "| lora | linear | 1 |" in text and "| wm | sum | 0.5 |" in text
+    assert "| wm-apart | 0.01 (1) | 2 |" in text and "| lora | linear | " in text and "| wm | sum | " in text
+    assert "| α = 0.5 | α = 1 |" in text and text.count("; seeds ") == 4
     assert (tmp_path / "results.png").stat().st_size > 5000
     assert "| method (first seed) | base to one | base to two | one and two | one and two, AWOR |" in text
     near = next(key for key in made if "reach" in key.get("method", {}))
@@ -187,6 +189,7 @@ def test_three_adapters_fused(bench, tmp_path, capfd):
 
 def test_one_adapter_for_all_by_the_rate_that_validation_chose(bench, tmp_path, capfd):
     recipe = bench | {"experiment": "combined", "data": "one", "more_seeds": {"wm": [1]}, "most_rates": 3, "seeds": [0]}
+    recipe["without"] = []
     recipe["methods"] = {"lora": bench["methods"]["lora"], "wm": bench["methods"]["wm"] | {"rates": [0.01, 0.02]}}
     store = Store(tmp_path / "results.jsonl")
     assert combined.report(recipe, store, None) == "no results yet"

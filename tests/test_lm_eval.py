@@ -1,6 +1,7 @@
 """The harness on a live model gives what our own scores give, adapters and all."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -59,12 +60,36 @@ def test_two_tasks_with_an_adapter(live):
 def test_generated_answers_must_be_the_choice(live):
     model, tokenizer = live
     ids = tokenizer(SINGLE[0].prompt, return_tensors="pt")
+    model.config.max_position_embeddings = 128
     with torch.no_grad():
-        written = tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1:])
-    choices = (written, "zz")
-    examples = [Example(SINGLE[0].prompt, written, choices, 0), Example(SINGLE[0].prompt, "zz", choices, 1)]
-    (score,) = evaluate(model, tokenizer, [task_of("written", examples, kind="generated")])
-    assert score.right[1] is False and len(score.right) == 2
+        model.get_output_embeddings().weight[[0, 1, 2, 96]] = 0.0  # else it writes spaces
+        written = model.generate(**ids, max_new_tokens=64, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    line = tokenizer.decode(written)
+
+    def right(choices):
+        examples = [Example(SINGLE[0].prompt, choice, choices, label) for label, choice in enumerate(choices)]
+        return evaluate(model, tokenizer, [task_of("written", examples, kind="generated")])[0].right
+
+    assert right((line[0], "zz")) == (True, False)
+    many = (line, *(f"no choice {number}" for number in range(30)))
+    assert right(many) == (True, *[False] * 30)
+
+
+@pytest.mark.parametrize(
+    ("choices", "text", "found"),
+    [
+        ((" A", " B"), " B. because A", "B"),
+        ((" A", " B"), "Ah, a better one: A", "A"),
+        ((" yes", " no"), " Yes, not no", "Yes"),
+        ((" ab", " ab c"), " ab c", "ab c"),
+        ((" c++", " c"), "c++", "c++"),
+        ((" A", " B"), " none", None),
+    ],
+)
+def test_the_answer_is_the_first_choice_that_is_mentioned(choices, text, found):
+    task = task_of("x", [Example("q", choices[0], choices, 0)], kind="generated")
+    (pattern,) = [f["regex_pattern"] for f in task["filter_list"][0]["filter"] if "regex_pattern" in f]
+    assert re.findall(pattern, text)[:1] == ([] if found is None else [found])
 
 
 def test_what_cannot_be_asked(live):

@@ -22,7 +22,7 @@ from shira.integrations import transformers as hf
 from . import glue, methods, runs
 from .search import best_rate, losses, rates
 from .settings import Recipe
-from .tables import Answers, average, chance, difference, markdown, mean_answers, share
+from .tables import Answers, average, difference, markdown, mean_answers, points, share
 
 __all__ = ["Lab", "report", "score_key", "train_key", "wanted"]
 
@@ -285,5 +285,4 @@ def apart(ours: Answers, others: Answers, tasks: Sequence[str], same: bool) -> s
     """A difference in points with its interval, and how probable one so large is by chance."""
     if same or not all(task in ours and task in others for task in tasks):
         return ""
-    mean, error = difference({task: ours[task] for task in tasks}, others)
-    return f"{100 * mean:+.1f} ± {196 * error:.1f} (p {chance(mean, error):.2f})"
+    return points(*difference({task: ours[task] for task in tasks}, others))

@@ -1,7 +1,7 @@
 """Tables 2 and 3: one adapter for all benchmarks, as many parameters for every method, a learning rate of its own."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from experiments.store import Key, Store, number
 from .runs import score_key, train_key
 from .search import best_rate, losses, rates
 from .settings import Recipe
-from .tables import average, chance, difference, markdown, mean_answers, share
+from .tables import average, difference, markdown, mean_answers, points, share
 
 __all__ = ["report", "wanted"]
 
@@ -96,15 +96,16 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         *tasks,
         "average",
         f"minus {recipe['compare_with']}",
+        *(
+            f"{what} without {left_out}"
+            for left_out in recipe["without"]
+            for what in ("average", f"minus {recipe['compare_with']}")
+        ),
         "text loss",
     ]
     lines = []
     for row in rows:
         over_seeds = f"; seeds ± {100 * statistics.stdev(row.averages):.1f}" if row.seeds > 1 else ""
-        apart = ""
-        if against is not None and row is not against:
-            mean, error = difference(row.answers, against.answers)
-            apart = f"{100 * mean:+.1f} ± {196 * error:.1f} (p {chance(mean, error):.2f})"
         lines.append(
             [
                 row.name,
@@ -114,11 +115,24 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
                 f"{row.file_bytes / 1e6:.1f}",
                 *(f"{100 * statistics.fmean(row.answers[task]):.1f}" for task in tasks),
                 share(*average(row.answers)) + over_seeds,
-                apart,
+                more_than(against, row, tasks),
+                *(cell for left_out in recipe["without"] for cell in on_the_rest(against, row, tasks, left_out)),
                 f"{row.text_loss:.3f}",
             ]
         )
     return markdown(head, lines)
+
+
+def more_than(against: Row | None, row: Row, tasks: Sequence[str]) -> str:
+    """How many points more a method has than another on some benchmarks, and how likely that is by chance."""
+    if against is None or row is against:
+        return ""
+    return points(*difference({task: row.answers[task] for task in tasks}, against.answers))
+
+
+def on_the_rest(against: Row | None, row: Row, tasks: Sequence[str], left_out: str) -> list[str]:
+    rest = [task for task in tasks if task != left_out]
+    return [share(*average({task: row.answers[task] for task in rest})), more_than(against, row, rest)]
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -11,7 +11,7 @@ from experiments.store import Key, Store, number
 from .runs import compare_key, score_key, train_key
 from .search import best_rate, losses, rates
 from .settings import Recipe
-from .tables import Answers, average, chance, difference, markdown, mean_answers, share
+from .tables import Answers, average, difference, markdown, mean_answers, probability, share
 
 __all__ = ["report", "wanted"]
 
@@ -89,6 +89,9 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
     drops: dict[str, Answers] = {}
     strengths: dict[str, dict[float, Answers]] = {}
     for name, method in recipe["methods"].items():
+        rate = best_rate(recipe, method, store, a_benchmark_each)
+        if rate is None:
+            continue
         made = [[number(run) for run in trained(recipe, store, method, seed)] for seed in recipe["seeds"]]
         apart = [[[run] for run in runs] for runs in made]
         together = [[runs] * len(tasks) for runs in made]
@@ -105,29 +108,47 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         lost = difference(alone, fused)
         drops[name] = {task: [a - b for a, b in zip(alone[task], fused[task], strict=True)] for task in tasks}
         tried = losses(recipe, method, store, a_benchmark_each)
-        row = [name, f"{best_rate(recipe, method, store, a_benchmark_each):g} ({len(tried)})", str(len(seeds))]
+        row = [name, f"{rate:g} ({len(tried)})", str(len(seeds))]
         row += [*cells(alone), share(*average(alone)), *cells(fused), share(*average(fused))]
-        rows.append([*row, share(*lost), f"{100 * lost[0] / average(alone)[0]:.1f}"])
+        apiece = [lost_on(recipe, store, apart[n], together[n]) for n in seeds]
+        over_seeds = f"; seeds {', '.join(f'{100 * each:.1f}' for each in apiece)}" if len(apiece) > 1 else ""
+        rows.append([*row, share(*lost) + over_seeds, f"{100 * lost[0] / average(alone)[0]:.1f}"])
         for how in ways(recipe, method, recipe["other_seeds"][0]):
             found = answers(recipe, store, [together[recipe["seeds"].index(seed)] for seed in recipe["other_seeds"]], **how)
             if found is None:
                 continue
             if how["fusion"] == "sum":
                 strengths.setdefault(name, {})[how.get("strength", 1.0)] = found
-            text = how["fusion"] + "".join(f", {key} {value}" for key, value in how.get("options", {}).items())
-            other.append([name, text, f"{how.get('strength', 1.0):g}", *cells(found), share(*average(found))])
+            if "strength" not in how:
+                text = how["fusion"] + "".join(f", {key} {value}" for key, value in how.get("options", {}).items())
+                other.append([name, text, *cells(found), share(*average(found))])
     text = [markdown(head, rows)]
     if recipe["compare_with"] in drops:
         for name in (name for name in drops if name != recipe["compare_with"]):
             mean, error = difference(drops[recipe["compare_with"]], drops[name])
             text.append(
-                f"{recipe['compare_with']} loses {share(mean, error)} points more than {name} (p {chance(mean, error):.2f})."
+                f"{recipe['compare_with']} loses {share(mean, error)} points more than {name} ({probability(mean, error)})."
             )
-    text.append(markdown(["method", f"fusion (seeds: {len(recipe['other_seeds'])})", "strength", *tasks, "average"], other))
+    text.append(markdown(["method", f"fusion (seeds: {len(recipe['other_seeds'])})", *tasks, "average"], other))
+    at = sorted({1.0, *recipe["strengths"]})
+    if len(at) > 1:
+        head = [f"method, added (seeds: {len(recipe['other_seeds'])})", *(f"α = {strength:g}" for strength in at)]
+        text.append(markdown(head, [[name, *averages(found, at)] for name, found in strengths.items()]))
     text.append(markdown(["method (first seed)", *apart_head(tasks)], apart_rows(recipe, store)))
     if plots is not None and any(len(found) > 1 for found in strengths.values()):
         plot(strengths, average(base)[0], plots / f"{store.path.stem}.png")
     return "\n\n".join(text)
+
+
+def lost_on(recipe: Recipe, store: Store, apart: Sequence[Sequence[str]], together: Sequence[Sequence[str]]) -> float:
+    """The share that is lost on one seed."""
+    alone, fused = answers(recipe, store, [apart]), answers(recipe, store, [together], fusion="sum")
+    assert alone is not None and fused is not None
+    return average(alone)[0] - average(fused)[0]
+
+
+def averages(found: Mapping[float, Answers], strengths: Sequence[float]) -> list[str]:
+    return [share(*average(found[strength])) if strength in found else "" for strength in strengths]
 
 
 def apart_head(tasks: Sequence[str]) -> list[str]:

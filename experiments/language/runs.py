@@ -12,7 +12,7 @@ from torch import nn
 
 from experiments.store import Key, Store, artefacts, number, on_accelerator
 from shira.data.packages import rename_whole
-from shira.data.tokens import encode
+from shira.data.tokens import Row, encode
 from shira.errors import DataError
 from shira.integrations import lm_eval
 from shira.integrations import transformers as hf
@@ -72,6 +72,12 @@ class Lab:
         model = on_accelerator(self.load(name, dtype))
         return model, hf.load_tokenizer(name), methods.checksum(model)
 
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def own_text(self, name: str, dtype: str) -> list[Row]:
+        """What the model writes from nothing: the same each time, so once is enough."""
+        model, tokenizer, _ = self.model(name, dtype)
+        return hf.own_text(model, tokenizer)
+
     def run(self, key: Key) -> dict[str, Any]:
         """Make a run; the model must come out of it as it went in."""
         model, _, before = self.model(key["model"], key["dtype"])
@@ -107,7 +113,7 @@ class Lab:
                 folder,
                 targets=key["targets"],
                 avoid=[self.folder(run) / methods.OURS for run in key.get("avoid", ())],
-                general=lambda: hf.batches(hf.own_text(model, tokenizer), model, GENERAL_BATCH, pad),
+                general=lambda: hf.batches(self.own_text(key["model"], key["dtype"]), model, GENERAL_BATCH, pad),
                 steps=key["steps"],
                 batch_size=key["batch_size"],
                 learning_rate=key["rate"],

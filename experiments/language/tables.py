@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-__all__ = ["Answers", "average", "chance", "difference", "markdown", "mean_answers", "share"]
+__all__ = ["Answers", "average", "chance", "difference", "markdown", "mean_answers", "points", "probability", "share"]
 
 Answers = Mapping[str, Sequence[float]]  # benchmark -> for each question the share of seeds that answered it rightly
 
@@ -32,6 +32,16 @@ def difference(ours: Answers, others: Answers) -> tuple[float, float]:
 def chance(mean: float, error: float) -> float:
     """How probable a mean this far from zero is if the true one is zero (two-sided z test; of yes and no, McNemar's)."""
     return math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
+
+
+def points(mean: float, error: float) -> str:
+    """A difference in points with its 95 % interval, and how probable one so large is by chance: '+3.1 ± 1.0 (p 0.02)'."""
+    return f"{100 * mean:+.1f} ± {196 * error:.1f} ({probability(mean, error)})"
+
+
+def probability(mean: float, error: float) -> str:
+    found = chance(mean, error)
+    return "p < 0.001" if found < 0.001 else f"p {found:.3f}" if found < 0.01 else f"p {found:.2f}"
 
 
 def share(mean: float, error: float) -> str:

@@ -10,8 +10,9 @@ import itertools
 import json
 import logging
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from .transformers import few_logits, left_padded, takes
 __all__ = ["Score", "evaluate", "task_of"]
 
 KINDS = ("likelihood", "generated")
+FEW = 26  # choices that are looked for in what a model writes
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,18 @@ def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood")
     """A task of the harness out of examples with choices; its questions go into a file of the user cache.
 
     kind: "likelihood", the answer is the most probable choice, if choices have several words for its length in characters (the
-        harness's acc and acc_norm); "generated", what the model writes, up to the end of the line, must be the choice.
+        harness's acc and acc_norm); "generated", what the model writes up to the end of the line: where all questions have
+        the same few choices, the first that it mentions; else the line must be the choice.
     Raises DataError if an example has no choices.
     """
     if kind not in KINDS:
         raise DataError(f"kind must be one of {', '.join(KINDS)}, found {kind!r}")
     if not examples or any(len(e.choices) < 2 or not 0 <= e.label < len(e.choices) for e in examples):
         raise DataError(f"task {name!r} needs examples with 'choices' and 'label'")
-    rows = [{"prompt": e.prompt, "choices": list(e.choices), "label": e.label, "answer": e.choices[e.label]} for e in examples]
+    rows = [
+        {"prompt": e.prompt, "choices": list(e.choices), "label": e.label, "answer": e.choices[e.label].strip()}
+        for e in examples
+    ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     folder = cache_folder() / "harness"
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,14 +83,22 @@ def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood")
             "doc_to_target": "label",
             "metric_list": metrics,
         }
-    longest = max(len(choice) for example in examples for choice in example.choices)
+    choices = {choice.strip() for example in examples for choice in example.choices}
+    found = {"function": "regex", "regex_pattern": _mentioned(choices) if len(choices) <= FEW else r"\S.*"}
     return common | {
         "output_type": "generate_until",
         "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": min(64, longest), "do_sample": False},
-        "filter_list": [{"name": "line", "filter": [{"function": "take_first"}]}],
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": min(64, max(16, *map(len, choices))), "do_sample": False},
+        "filter_list": [{"name": "answer", "filter": [found, {"function": "take_first"}]}],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}],
     }
+
+
+def _mentioned(choices: Iterable[str]) -> str:
+    """A pattern for any of these as whole words, in either case unless one is a single letter: "A" is not "a"."""
+    longest_first = sorted(choices, key=lambda choice: (-len(choice), choice))
+    either_case = "" if len(longest_first[-1]) == 1 else "(?i)"
+    return rf"{either_case}(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)"
 
 
 def evaluate(
@@ -130,6 +144,9 @@ def _live() -> Any:
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
             """Log-probability of each continuation, and whether it is what greedy decoding gives. Continuations of one token
