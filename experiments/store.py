@@ -115,19 +115,25 @@ def work(
     run: Callable[[Key], dict[str, Any]],
     store: Store,
     on_run: Callable[[Key, int], None] = lambda key, left: None,
+    on_failure: Callable[[Key, str], None] = lambda key, what: None,
 ) -> None:
     """Run what is wanted and not yet done, one after another, beside any other processes that do the same.
 
     wanted() is asked anew after each run, since what is wanted may depend on what came out. on_run(key, how many are left) is
-    called before each.
+    called before each. A run that fails is left out, for lack of memory say, and the others go on: on_failure(key, error).
     """
-    while left := [key for key in wanted() if store.get(key) is None]:
+    failed: set[str] = set()
+    while left := [key for key in wanted() if store.get(key) is None and number(key) not in failed]:
         for key in left:
             with claim(number(key)) as mine:
                 if mine and store.get(key) is None:
                     on_run(key, len(left))
                     start = time.monotonic()
-                    store.add(key, run(key), time.monotonic() - start)
+                    try:
+                        store.add(key, run(key), time.monotonic() - start)
+                    except Exception as error:
+                        failed.add(number(key))
+                        on_failure(key, f"{type(error).__name__}: {error}")
                     break
         else:
             time.sleep(WAIT)

@@ -72,6 +72,20 @@ def test_work_is_shared_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert made == [0, 1, 1, 2] and [store.get(key)["square"] for key in keys] == [0, 1, 4]
 
 
+def test_a_run_that_fails_is_left_and_the_others_go_on(tmp_path):
+    store, failed = Store(tmp_path / "r.jsonl"), []
+
+    def run(key):
+        if key["n"] == 1 and not failed:
+            raise MemoryError("not enough")
+        return {"square": key["n"] ** 2}
+
+    for _ in range(2):  # a second time it is tried again
+        work(lambda: [{"n": n} for n in range(3)], run, store, on_failure=lambda key, what: failed.append((key["n"], what)))
+        assert store.get({"n": 2}) == {"square": 4} and failed == [(1, "MemoryError: not enough")]
+    assert store.get({"n": 1}) == {"square": 1}
+
+
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
@@ -300,6 +314,10 @@ def test_the_command(bench, tmp_path, run):
     code, out, err = run(f"{line} --again {lines[-1]['run']}")
     assert code == 0 and err.count("left") == 1
     assert run(f"{line} --again 123")[0] == 1
+    recipe["methods"] |= {"none": {"options": {"mask": "wm", "density": 7.0}, "rates": [0.01], "fusions": {"sum": {}}}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, err = run(line)
+    assert code == 1 and "| wm | 0.01 (1) | 1 |" in out and "2 runs failed" in err and "density" in err
     code, out, err = run("experiment")
     assert code == 0 and "table2" in out and "Table 4" in out
     assert language.label(lines[0]["key"]).endswith("score the base on one")

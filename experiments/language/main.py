@@ -1,5 +1,6 @@
 """Run a recipe: what is not in the results yet, then the tables."""
 
+import functools
 import importlib
 import re
 from collections.abc import Callable
@@ -23,8 +24,9 @@ def main(
     again: str | None = None,
     plots: Path | None = None,
     on_run: Callable[[str, int], None] = lambda label, left: None,
+    on_failure: Callable[[str, str], None] = lambda label, what: None,
 ) -> str:
-    """Make the runs of a recipe that the results lack, and return its tables in Markdown.
+    """Make the runs of a recipe that the results lack, and return its tables in Markdown. on_run and on_failure: see `work`.
 
     Raises DataError for a recipe, or a run to be made again, that does not exist.
     """
@@ -35,7 +37,8 @@ def main(
         raise DataError(f"{results}: no run {again!r}")
     if run:
         lab = getattr(experiment, "Lab", Lab)(store)
-        work(lambda: experiment.wanted(recipe, store), lab.run, store, lambda key, left: on_run(label(key), left))
+        wanted = functools.partial(experiment.wanted, recipe, store)
+        work(wanted, lab.run, store, lambda k, left: on_run(label(k), left), lambda k, what: on_failure(label(k), what))
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
     text: str = experiment.report(recipe, store, plots)

@@ -79,11 +79,18 @@ class Lab:
         return hf.own_text(model, tokenizer)
 
     def run(self, key: Key) -> dict[str, Any]:
-        """Make a run; the model must come out of it as it went in."""
+        """Make a run; the model must come out of it as it went in, or is loaded anew for the next one."""
         model, _, before = self.model(key["model"], key["dtype"])
-        result: dict[str, Any] = {"train": self.train, "score": self.score, "compare": self.compare}[key["kind"]](key)
-        if methods.checksum(model) != before:
-            raise RuntimeError(f"run {number(key)} has changed the base model")
+        try:
+            result: dict[str, Any] = {"train": self.train, "score": self.score, "compare": self.compare}[key["kind"]](key)
+            if methods.checksum(model) != before:
+                raise RuntimeError(f"run {number(key)} has changed the base model")
+        except Exception:
+            type(self).model.cache_clear()
+            raise
+        finally:
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()  # other processes may share the GPU
         return result
 
     def folder(self, run: str) -> Path:

@@ -47,5 +47,14 @@ def experiment(
     def on_run(label: str, left: int) -> None:
         errors.print(f"{label}, {left} left", markup=False, highlight=False)
 
-    text = language.main(name, results, run=not only_report, again=again, plots=plots, on_run=on_run)
+    failed = []
+
+    def on_failure(label: str, what: str) -> None:
+        failed.append(label)
+        errors.print(f"{label} FAILED: {what}", markup=False, highlight=False)
+
+    text = language.main(name, results, run=not only_report, again=again, plots=plots, on_run=on_run, on_failure=on_failure)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        errors.print(f"{len(failed)} runs failed, and are tried again the next time", markup=False, highlight=False)
+        raise typer.Exit(1)
