@@ -297,5 +297,7 @@ def test_what_no_kernel_fuses():
         assert kernels.fused(None, [change], torch.float32, "sum") is None
         assert kernels.fused(None, [narrow], torch.float16, "sum") is None
         assert kernels.fused(None, [narrow], torch.float32, "ties") is None
+        assert kernels.fused(None, [narrow] * 255, torch.float32, "mean").values.tolist() == [1.0]
+        assert kernels.fused(None, [narrow] * 256, torch.float32, "mean") is None  # meetings are counted in a byte
     with kernels.backend("torch"):
         assert kernels.fused(None, [narrow], torch.float32, "sum") is None
