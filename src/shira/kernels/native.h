@@ -45,5 +45,6 @@ static inline float widened(uint16_t half) {
 
 PyObject *merge(PyObject *self, PyObject *args); /* merge.c */
 PyObject *fused(PyObject *self, PyObject *args); /* fused.c */
+PyObject *sha256(PyObject *self, PyObject *args); /* sha256.c */
 
 #endif

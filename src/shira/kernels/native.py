@@ -24,6 +24,7 @@ except ImportError:
 
 __all__ = [
     "available",
+    "fingerprints",
     "fused",
     "gather",
     "merge",
@@ -47,6 +48,7 @@ CHANGE = np.dtype(  # as in fused.c
 MODES = {"sum": 0, "mean": 1, "max": 2}
 MOST = 255  # changes that are counted in a byte
 SLACK = 16  # entries that may be written beyond the last
+MESSAGE = np.dtype([("values", "u8"), ("digest", "u8"), ("count", "i8"), ("entry", "i8")])  # as in sha256.c
 
 PLAIN = False  # do without instructions that not all processors have: for tests
 
@@ -164,6 +166,23 @@ def _room(count: int, *dtypes: torch.dtype) -> list[Tensor]:
 def _kept(tensor: Tensor, count: int) -> Tensor:
     """Its first entries, without the room for others where that is more than an eighth."""
     return tensor[:count] if 8 * count > 7 * tensor.numel() else tensor[:count].clone()
+
+
+def fingerprints(values: Sequence[Tensor]) -> list[str] | None:
+    """See `kernels.fingerprints`: two at a time, for float32 or bfloat16, where the processor has instructions for SHA-256."""
+    dtypes = {tensor.dtype for tensor in values}
+    if PLAIN or dtypes not in ({torch.float32}, {torch.bfloat16}):
+        return None
+    values = [tensor.detach().contiguous() for tensor in values]
+    digests = np.zeros((len(values), 32), dtype=np.uint8)
+    table = np.zeros(len(values), dtype=MESSAGE)
+    table["values"] = [tensor.data_ptr() for tensor in values]
+    table["digest"] = digests.ctypes.data + 32 * np.arange(len(values))
+    table["count"] = [tensor.numel() for tensor in values]
+    table["entry"] = values[0].itemsize
+    table = table[np.argsort(-table["count"])]  # the longest beside all others
+    done: bool = _native.sha256(table.ctypes.data, len(values))
+    return [digest.tobytes().hex()[:32] for digest in digests] if done else None
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
