@@ -249,7 +249,7 @@ def _fused_over(
         base_print, *prints = kernels.fingerprints([fused.base, *(fused.under[number] for number in telling)])
         for number, found in zip(telling, prints, strict=True):
             check(number, found)
-        return _sparse(name, tuple(weight.shape), fused.indices, fused.values, "overwrite"), base_print
+        return _sparse(name, tuple(weight.shape), fused.indices, fused.values, "overwrite", SparseTensor.of_kernel), base_print
 
     def check_under(number: int, under: Tensor) -> None:
         if number in telling:
@@ -274,17 +274,24 @@ def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[st
         dtype = torch.promote_types(dtype, tensor.values.dtype)
     fused = _in_one_pass(parts, None, dtype, method)
     if fused is not None:
-        return _sparse(name, parts[0][0].shape, fused.indices, fused.values, "delta")
+        return _sparse(name, parts[0][0].shape, fused.indices, fused.values, "delta", SparseTensor.of_kernel)
     overlap = kernels.merge([tensor.indices for tensor, _ in parts])
     zeros = torch.zeros(overlap.indices.numel(), dtype=dtype, device=overlap.indices.device)
     indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
     return _sparse(name, parts[0][0].shape, indices, values, "delta")
 
 
-def _sparse(name: str, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> SparseTensor:
+def _sparse(
+    name: str,
+    shape: tuple[int, ...],
+    indices: Tensor,
+    values: Tensor,
+    kind: Kind,
+    make: Callable[[tuple[int, ...], Tensor, Tensor, Kind], SparseTensor] = SparseTensor,
+) -> SparseTensor:
     """A fused tensor. Raises AdapterError if its values are not finite."""
     try:
-        return SparseTensor(shape, indices.cpu(), values.cpu(), kind)
+        return make(shape, indices.cpu(), values.cpu(), kind)
     except AdapterError as error:
         raise AdapterError(f"'{name}' as {values.dtype}: {error}; use smaller strengths, or check the base") from error
 
