@@ -12,7 +12,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 native = Extension(
     "shira.kernels._native",
-    ["src/shira/kernels/native.c", "src/shira/kernels/fusion.c"],
+    [f"src/shira/kernels/{name}.c" for name in ("native", "merge", "fused", "sha256")],
     depends=["src/shira/kernels/native.h"],
     extra_compile_args=[] if sys.platform == "win32" else FLAGS,
     extra_link_args=[] if sys.platform == "win32" else ["-pthread"],

@@ -1,5 +1,6 @@
 """Tiny random models, and how to compare bits."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -16,10 +17,20 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 import shira
-from shira import cli
+from shira import cli, kernels
 
 settings.register_profile("shira", deadline=None)  # machines are shared: no example is timed
 settings.load_profile("shira")
+
+
+@contextlib.contextmanager
+def plain_c():
+    """The kernels in C without the instructions that not all processors have."""
+    kernels.native.PLAIN = True
+    try:
+        yield
+    finally:
+        kernels.native.PLAIN = False
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shira
-from conftest import all_bits, bits, mlp, random_adapter, same_bits
+from conftest import all_bits, bits, mlp, plain_c, random_adapter, same_bits
 from shira import AdapterError, BaseMismatch, SparseTensor, Switcher, kernels
 
 STRENGTHS = st.sampled_from([1.0, 0.5, -0.25, 2.0])
@@ -63,11 +63,13 @@ def test_one_pass_gives_the_bits_of_the_reference(method, numel, base_dtype, par
         prints = {} if base is None else {"w": shira.adapter.fingerprint(base["w"][where])}
         adapters[f"{number}"] = (shira.Adapter({"w": tensor}, {"fingerprints": prints}), strength)
     found = {}
-    for name in kernels.BACKENDS:
-        with kernels.backend(name):
+    backends = {name: kernels.backend(name) for name in kernels.BACKENDS} | {"plain C": plain_c()}
+    for name, forced in backends.items():
+        with forced:
             found[name] = shira.fuse(adapters, base=base, method=method)
     expected = found.pop("reference")
     for fused in found.values():
+        SparseTensor(**vars(fused.tensors["w"]))  # checks it
         assert torch.equal(fused.tensors["w"].indices, expected.tensors["w"].indices)
         assert fused.tensors["w"].values.dtype == expected.tensors["w"].values.dtype
         assert torch.equal(bits(fused.tensors["w"].values), bits(expected.tensors["w"].values))

@@ -68,11 +68,23 @@ class SparseTensor:
         if self.indices.device != self.values.device:
             raise AdapterError(f"indices are on {self.indices.device}, values on {self.values.device}")
         self._check_positions()
+        self._check_values()
+        object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)).contiguous())
+        object.__setattr__(self, "values", self.values.contiguous())
+
+    @classmethod
+    def of_kernel(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> "SparseTensor":
+        """What a kernel made, all as it should be by how it was made; only that values are finite is still asked."""
+        made = object.__new__(cls)
+        for name, value in {"shape": shape, "indices": indices, "values": values, "kind": kind}.items():
+            object.__setattr__(made, name, value)
+        made._check_values()
+        return made
+
+    def _check_values(self) -> None:
         if not all_finite(self.values):
             where = int(torch.isfinite(self.values).logical_not().nonzero()[0])
             raise AdapterError(f"values must be finite, found {float(self.values[where])} as value {where}")
-        object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)).contiguous())
-        object.__setattr__(self, "values", self.values.contiguous())
 
     def _check_positions(self) -> None:
         if self.nnz == 0:

@@ -164,7 +164,7 @@ def check_tensor(
     sparse = adapter.tensors[name]
     weight = _check_form(label, name, sparse, tensors)
     if _tells(name, sparse, adapter, in_part):
-        _check_values(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
+        _check_print(label, name, adapter, fingerprint(base_at(weight, sparse.indices)), weight.dtype)
 
 
 def known_in_part(adapter: Adapter) -> Callable[[], bool]:
@@ -201,9 +201,9 @@ def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[st
     return weight
 
 
-def _check_values(label: str, name: str, adapter: Adapter, base: Tensor, dtype: torch.dtype) -> None:
-    """Compare base values with those that an adapter was trained over."""
-    found, expected = fingerprint(base), adapter.fingerprints[name]
+def _check_print(label: str, name: str, adapter: Adapter, found: str, dtype: torch.dtype) -> None:
+    """Compare the fingerprint of base values with that of those which an adapter was trained over."""
+    expected = adapter.fingerprints[name]
     if found != expected:
         recorded = adapter.metadata.get("base") or {}
         raise BaseMismatch(
@@ -233,25 +233,31 @@ def _fused_over(
     """One tensor's new entries over a base, checked first; and the fingerprint of the base there."""
     for label, tensor in held.items():
         _check_form(label, name, tensor, weights)
-    labels = list(held)
-
-    def check(number: int, base: Tensor) -> None:
-        label = labels[number]
-        if _tells(name, held[label], adapters[label], in_part[label]):
-            _check_values(label, name, adapters[label], base, weights[name].dtype)
-
     weight = weights[name].detach()
+    telling = {
+        number: label
+        for number, (label, tensor) in enumerate(held.items())
+        if _tells(name, tensor, adapters[label], in_part[label])
+    }
+
+    def check(number: int, found: str) -> None:
+        _check_print(telling[number], name, adapters[telling[number]], found, weight.dtype)
+
     parts = [(tensor, scale[label]) for label, tensor in held.items()]
     fused = _in_one_pass(parts, weight, weight.dtype, method)
     if fused is not None:
-        for number, (tensor, _) in enumerate(parts):
-            if tensor.kind == "overwrite":
-                check(number, fused.under[number])
-        indices, values, base = fused[:3]
-    else:
-        overlap = kernels.merge([tensor.indices for tensor, _ in parts])
-        base = kernels.gather(weight, overlap.indices.to(weight.device)).to(overlap.indices.device)
-        indices, values, base = combine(name, parts, overlap, base, method, check=check)
+        base_print, *prints = kernels.fingerprints([fused.base, *(fused.under[number] for number in telling)])
+        for number, found in zip(telling, prints, strict=True):
+            check(number, found)
+        return _sparse(name, tuple(weight.shape), fused.indices, fused.values, "overwrite", SparseTensor.of_kernel), base_print
+
+    def check_under(number: int, under: Tensor) -> None:
+        if number in telling:
+            check(number, fingerprint(under))
+
+    overlap = kernels.merge([tensor.indices for tensor, _ in parts])
+    base = kernels.gather(weight, overlap.indices.to(weight.device)).to(overlap.indices.device)
+    indices, values, base = combine(name, parts, overlap, base, method, check=check_under)
     return _sparse(name, tuple(weight.shape), indices, values, "overwrite"), fingerprint(base)
 
 
@@ -268,17 +274,24 @@ def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[st
         dtype = torch.promote_types(dtype, tensor.values.dtype)
     fused = _in_one_pass(parts, None, dtype, method)
     if fused is not None:
-        return _sparse(name, parts[0][0].shape, fused.indices, fused.values, "delta")
+        return _sparse(name, parts[0][0].shape, fused.indices, fused.values, "delta", SparseTensor.of_kernel)
     overlap = kernels.merge([tensor.indices for tensor, _ in parts])
     zeros = torch.zeros(overlap.indices.numel(), dtype=dtype, device=overlap.indices.device)
     indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
     return _sparse(name, parts[0][0].shape, indices, values, "delta")
 
 
-def _sparse(name: str, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> SparseTensor:
+def _sparse(
+    name: str,
+    shape: tuple[int, ...],
+    indices: Tensor,
+    values: Tensor,
+    kind: Kind,
+    make: Callable[[tuple[int, ...], Tensor, Tensor, Kind], SparseTensor] = SparseTensor,
+) -> SparseTensor:
     """A fused tensor. Raises AdapterError if its values are not finite."""
     try:
-        return SparseTensor(shape, indices.cpu(), values.cpu(), kind)
+        return make(shape, indices.cpu(), values.cpu(), kind)
     except AdapterError as error:
         raise AdapterError(f"'{name}' as {values.dtype}: {error}; use smaller strengths, or check the base") from error
 

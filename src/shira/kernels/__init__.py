@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter import fingerprint
 from . import native, opaque, reference, torch_ops, triton_ops
 from .pattern import Pattern, find_pattern
 from .plan import Change, Fused, Overlap, Plan, Sum, Write
@@ -32,6 +33,7 @@ __all__ = [
     "backend",
     "change_",
     "find_pattern",
+    "fingerprints",
     "fuse_",
     "fused",
     "fuses",
@@ -155,6 +157,12 @@ def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, 
     """
     tensors = [tensor for change in changes for tensor in change[:2]] + ([] if weight is None else [weight])
     return native.fused(weight, changes, dtype, method) if _for(*tensors) is native else None
+
+
+def fingerprints(values: Sequence[Tensor]) -> list[str]:
+    """`adapter.fingerprint` of each."""
+    found = native.fingerprints(values) if _for(*values) is native else None
+    return [fingerprint(tensor) for tensor in values] if found is None else found
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-/* Switching and sampling, for the CPU; fusion.c has the rest. reference.py says what they must do; native.py calls them.
+/* Switching and sampling, for the CPU. reference.py says what they must do; native.py calls them.
  *
  * swap: move entries between weights and the values that wait for them. One pass over the touched cache lines: each is
  * fetched ahead of its use, since sparse positions are too far apart for the hardware to guess.
@@ -311,7 +311,8 @@ static PyMethodDef methods[] = {
     {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, address of begun, threads)"},
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
     {"merge", merge, METH_VARARGS, "merge(address of an array of runs, how many, past the last position, merged, touched, index bytes)"},
-    {"fused", fused, METH_VARARGS, "fused(address of an array of changes, how many, value bytes, weight, its entry bytes, past the last position, positions, values, base, mode)"},
+    {"fused", fused, METH_VARARGS, "fused(address of an array of changes, how many, value bytes, weight, its entry bytes, past the last position, positions, values, base, mode, whether plain)"},
+    {"sha256", sha256, METH_VARARGS, "sha256(address of an array of messages, how many)"},
     {NULL, NULL, 0, NULL},
 };
 

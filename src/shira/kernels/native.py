@@ -1,4 +1,4 @@
-"""The kernels in C (native.c, fusion.c), for the CPU: one call for a whole plan, on torch's number of threads.
+"""The kernels in C, for the CPU: one call for a whole plan, on torch's number of threads.
 
 Sparse positions miss every cache and no hardware prefetcher sees them coming; the loop fetches them ahead. And it can
 not be interrupted, so keeping and writing may share one pass. Where the extension was not built, `_native` is None and
@@ -22,19 +22,35 @@ try:
 except ImportError:
     _native = None
 
-__all__ = ["available", "fused", "gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = [
+    "available",
+    "fingerprints",
+    "fused",
+    "gather",
+    "merge",
+    "overwrite_",
+    "restore_",
+    "sampled_gradient",
+    "swap_",
+    "write_",
+]
 
 PART = np.dtype(  # as in native.c
     [("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("count", "i8"), ("entry", "i4"), ("index", "i4")]
 )
-RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])  # as in fusion.c
-CHANGE = np.dtype(
+RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])  # as in merge.c
+CHANGE = np.dtype(  # as in fused.c
     [
         *[("positions", "u8"), ("values", "u8"), ("under", "u8"), ("count", "i8"), ("done", "i8")],
         *[("strength", "f4"), ("is_delta", "i4"), ("is_exact", "i4"), ("", "i4")],
     ]
 )
 MODES = {"sum": 0, "mean": 1, "max": 2}
+MOST = 255  # changes that are counted in a byte
+SLACK = 16  # entries that may be written beyond the last
+MESSAGE = np.dtype([("values", "u8"), ("digest", "u8"), ("count", "i8"), ("entry", "i8")])  # as in sha256.c
+
+PLAIN = False  # do without instructions that not all processors have: for tests
 
 KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
@@ -103,10 +119,31 @@ def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, 
     """See `kernels.fused`: a window of positions at a time, without finding first where they meet. For sums, means and the
     largest, in float32 and bfloat16, below 2³¹ entries; deltas may have any dtype."""
     indices = [change.indices.contiguous() for change in changes]
-    if method not in MODES or dtype not in (torch.float32, torch.bfloat16) or any(i.dtype != torch.int32 for i in indices):
+    known = method in MODES and dtype in (torch.float32, torch.bfloat16) and len(changes) <= MOST
+    if not known or any(where.dtype != torch.int32 for where in indices):
         return None
     common = torch.bfloat16 if all(change.values.dtype == dtype == torch.bfloat16 for change in changes) else torch.float32
     values = [change.values.to(common).contiguous() for change in changes]
+    end = _checked_end(weight, indices, values, dtype)
+    sizes = [where.numel() for where in indices]
+    room = sum(sizes) + SLACK
+    found_at, fresh = _room(room, torch.int32, dtype)
+    base, *under = [fresh[:0]] * (1 + len(sizes))
+    if weight is not None:
+        base, *under = _room(room + sum(sizes), dtype)[0].split([room, *sizes])
+    table = np.zeros(len(changes), dtype=CHANGE)
+    for field, tensors in (("positions", indices), ("values", values), ("under", under)):
+        table[field] = [tensor.data_ptr() for tensor in tensors]
+    table["count"] = sizes
+    for field in ("strength", "is_delta", "is_exact"):
+        table[field] = [getattr(change, field) for change in changes]
+    given = (table.ctypes.data, len(changes), common.itemsize, 0 if weight is None else weight.data_ptr(), dtype.itemsize, end)
+    found = _native.fused(*given, found_at.data_ptr(), fresh.data_ptr(), base.data_ptr(), MODES[method], PLAIN)
+    return Fused(_kept(found_at, found), _kept(fresh, found), base[:found], under)
+
+
+def _checked_end(weight: Tensor | None, indices: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype) -> int:
+    """Past the last position. Raises IndexError for what C would not notice, and memory would pay for."""
     end = max((int(where[-1]) + 1 for where in indices if where.numel()), default=0)  # they are sorted
     size = end if weight is None else weight.numel()
     if end > size or any(where.numel() and int(where[0]) < 0 for where in indices):
@@ -115,24 +152,37 @@ def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, 
         raise IndexError("there must be as many values as positions")
     if weight is not None and not (weight.is_contiguous() and weight.dtype == dtype):
         raise IndexError(f"the base must be contiguous and {dtype}, found {weight.dtype}")
-    under = [torch.empty(0 if weight is None else where.numel(), dtype=dtype) for where in indices]
-    table = np.zeros(len(changes), dtype=CHANGE)
-    for field, tensors in (("positions", indices), ("values", values), ("under", under)):
-        table[field] = [tensor.data_ptr() for tensor in tensors]
-    table["count"] = [where.numel() for where in indices]
-    for field in ("strength", "is_delta", "is_exact"):
-        table[field] = [getattr(change, field) for change in changes]
-    room = sum(where.numel() for where in indices)
-    found_at, fresh = torch.empty(room, dtype=torch.int32), torch.empty(room, dtype=dtype)
-    base = torch.empty(0 if weight is None else room, dtype=dtype)
-    given = (table.ctypes.data, len(changes), common.itemsize, 0 if weight is None else weight.data_ptr(), dtype.itemsize, end)
-    found = _native.fused(*given, found_at.data_ptr(), fresh.data_ptr(), base.data_ptr(), MODES[method])
-    return Fused(_kept(found_at, found), _kept(fresh, found), base[:found], under)
+    return end
+
+
+def _room(count: int, *dtypes: torch.dtype) -> list[Tensor]:
+    """Memory for `count` entries of each dtype, the widest first, in one piece: from numpy, which asks for large pages if it is
+    large, since to be given many small ones takes longer than to fill them."""
+    content = torch.from_numpy(np.empty(count * sum(dtype.itemsize for dtype in dtypes), dtype=np.uint8))
+    pieces = content.split([count * dtype.itemsize for dtype in dtypes])
+    return [piece.view(dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]
 
 
 def _kept(tensor: Tensor, count: int) -> Tensor:
     """Its first entries, without the room for others where that is more than an eighth."""
     return tensor[:count] if 8 * count > 7 * tensor.numel() else tensor[:count].clone()
+
+
+def fingerprints(values: Sequence[Tensor]) -> list[str] | None:
+    """See `kernels.fingerprints`: two at a time, for float32 or bfloat16, where the processor has instructions for SHA-256."""
+    dtypes = {tensor.dtype for tensor in values}
+    if PLAIN or dtypes not in ({torch.float32}, {torch.bfloat16}):
+        return None
+    values = [tensor.detach().contiguous() for tensor in values]
+    digests = np.zeros((len(values), 32), dtype=np.uint8)
+    table = np.zeros(len(values), dtype=MESSAGE)
+    table["values"] = [tensor.data_ptr() for tensor in values]
+    table["digest"] = digests.ctypes.data + 32 * np.arange(len(values))
+    table["count"] = [tensor.numel() for tensor in values]
+    table["entry"] = values[0].itemsize
+    table = table[np.argsort(-table["count"])]  # the longest beside all others
+    done: bool = _native.sha256(table.ctypes.data, len(values))
+    return [digest.tobytes().hex()[:32] for digest in digests] if done else None
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

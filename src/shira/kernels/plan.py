@@ -35,7 +35,7 @@ class Fused(NamedTuple):
     indices: Tensor  # [n], all of theirs, sorted and unique
     values: Tensor  # [n], new, in the base's dtype
     base: Tensor  # [n], the base's there
-    under: list[Tensor]  # of each change [k], the base's at its own positions
+    under: list[Tensor]  # of each overwrite [k], the base's at its own positions; of a delta nothing
 
 
 class Write(NamedTuple):
