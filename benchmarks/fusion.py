@@ -29,7 +29,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
             entries = 0
             for number, path in enumerate(paths):
                 entries += save(model, number, kind, path)
-            figures = measure(paths, model if kind == "overwrite" else None, 1 if quick else 2)
+            figures = measure(paths, model if kind == "overwrite" else None, 1 if quick else 5)
             setup = f"{len(paths)} {kind} adapters, {len(shapes)} tensors"
             rows.append(report("fusion", setup=setup, million_entries=round(entries / 1e6, 1), ms=figures))
     show("fusion", rows, lambda row: str(row["setup"]), plot)

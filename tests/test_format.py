@@ -238,8 +238,10 @@ def test_positions_by_rule_and_by_gap_by_hand(tmp_path):
     ],
 )
 def test_hostile_positions_are_refused(tmp_path, file, words):
-    with pytest.raises(FormatError, match=rf"(?s)evil\.safetensors.*{words}"):
-        shira.load(write(tmp_path / "evil.safetensors", *file))
+    path = write(tmp_path / "evil.safetensors", *file)
+    for use in (shira.load, lambda path: shira.fuse({path: 1.0})):
+        with pytest.raises(FormatError, match=rf"(?s)evil\.safetensors.*{words}"):
+            use(path)
 
 
 def test_headers_that_are_no_safetensors_are_refused(tmp_path):

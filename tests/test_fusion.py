@@ -76,6 +76,35 @@ def test_one_pass_gives_the_bits_of_the_reference(method, numel, base_dtype, par
         assert fused.metadata == expected.metadata
 
 
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@pytest.mark.parametrize(("density", "units"), [(0.05, torch.uint8), (1e-4, torch.uint16)])
+@pytest.mark.parametrize("kind", ["overwrite", "delta"])
+def test_files_are_fused_as_their_adapters_are(tmp_path, kind, density, units, backend):
+    """Positions are gaps in a file, of one byte or two, some of several: they need not be decoded first."""
+    generator = torch.Generator().manual_seed(0)
+    shape, adapters = (1200, 1000), {}
+    base = {"w": torch.randn(shape, generator=generator).bfloat16()}
+    for number in range(3):
+        where = (torch.rand(1_200_000, generator=generator) < density).nonzero().view(-1)
+        where = where[(where < 300_000) | (where >= 500_000)]  # and a gap that is longer than any unit
+        tensor = SparseTensor(shape, where, torch.randn(where.numel(), generator=generator).bfloat16(), kind)
+        prints = {"w": shira.adapter.fingerprint(base["w"].view(-1)[where])}
+        adapters[f"{tmp_path}/{number}.safetensors"] = (
+            shira.Adapter({"w": tensor}, {"fingerprints": prints}),
+            0.5 + number / 2,
+        )
+    for path, (adapter, _) in adapters.items():
+        adapter.save(path)
+        with shira.format.opened(path) as stored:
+            assert shira.format.as_stored(stored, "w").units.dtype == units
+            assert torch.equal(shira.format.as_stored(stored, "w").indices, adapter.tensors["w"].indices)
+    over = base if kind == "overwrite" else None
+    expected = shira.fuse(adapters, base=over).tensors["w"]
+    with kernels.backend(backend):
+        found = shira.fuse({path: strength for path, (_, strength) in adapters.items()}, base=over).tensors["w"]
+    assert torch.equal(found.indices, expected.indices) and torch.equal(bits(found.values), bits(expected.values))
+
+
 @pytest.mark.parametrize("method", ["sum", "max"])
 def test_a_base_that_is_not_finite_is_no_obstacle_where_it_is_overwritten(method):
     """And where a delta would be added to it, an error in every backend; likewise a sum that overflows."""

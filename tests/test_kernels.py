@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import bits, plain_c
-from shira import kernels
+from shira import AdapterError, encoding, kernels
 from shira.adapter import fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -295,12 +295,45 @@ def test_merge_refuses_positions_below_zero_in_c():
         (torch.tensor([1]), torch.ones(2), torch.zeros(4)),
         (torch.tensor([1]), torch.ones(1), torch.zeros(4).double()),
         (torch.tensor([1]), torch.ones(1), torch.zeros(4, 4).T[:2]),
+        (torch.tensor([[1]]), torch.ones(1), torch.zeros(4)),
     ],
 )
 def test_fusing_in_one_pass_reads_no_other_memory(indices, values, weight):
     change = kernels.Change(indices.int(), values, 1.0, False, True)
     with kernels.backend("native"), pytest.raises(IndexError):
-        kernels.fused(weight, [change], torch.float32, "sum")
+        kernels.fused(weight, [change], torch.float32, "sum", 0 if weight is None else weight.numel())
+
+
+@pytest.mark.parametrize(
+    "units",
+    [
+        [3, 0],
+        [255, 255, 0, 5],
+        [254, 9],
+        [255, 255, 255, 233, 0],
+        [3],
+        [3, 0, 1],
+        [3, 0, 255],
+        [255, 255, 255, 235, 0],
+        [3, 255],
+    ]
+    + [[], [0] * 1000, [255] * 9, [65_535, 1], [998, 0], [999, 0]],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_gaps_are_fused_as_positions_are_or_not_at_all(units, dtype):
+    """Two values in a tensor of a thousand entries: what leads elsewhere, or to another number of positions, is left alone."""
+    array = torch.tensor(units).clamp(max=torch.iinfo(dtype).max).to(dtype)
+    try:
+        expected = encoding.decode(encoding.Stored("gap", array), (1000,), 2).tolist()
+    except AdapterError:
+        expected = None
+    change = kernels.Change(array, torch.tensor([1.5, 2.5]), 1.0, True, True)
+    with kernels.backend("native"):
+        for weight, count in ((None, 2), (torch.zeros(1000), 1)):
+            fused = kernels.fused(weight, [change] * count, torch.float32, "sum", 1000)
+            assert (fused and (fused.indices.tolist(), fused.values.tolist())) == (
+                expected and (expected, [1.5 * count, 2.5 * count])
+            )
 
 
 def test_what_no_kernel_fuses():
@@ -308,11 +341,11 @@ def test_what_no_kernel_fuses():
     change = kernels.Change(torch.tensor([1]), torch.ones(1), 1.0, False, True)
     narrow = change._replace(indices=change.indices.int())
     with kernels.backend("native"):
-        assert kernels.fused(None, [narrow], torch.float32, "sum").values.tolist() == [1.0]
-        assert kernels.fused(None, [change], torch.float32, "sum") is None
-        assert kernels.fused(None, [narrow], torch.float16, "sum") is None
-        assert kernels.fused(None, [narrow], torch.float32, "ties") is None
-        assert kernels.fused(None, [narrow] * 255, torch.float32, "mean").values.tolist() == [1.0]
-        assert kernels.fused(None, [narrow] * 256, torch.float32, "mean") is None  # meetings are counted in a byte
+        assert kernels.fused(None, [narrow], torch.float32, "sum", 4).values.tolist() == [1.0]
+        assert kernels.fused(None, [change], torch.float32, "sum", 4) is None
+        assert kernels.fused(None, [narrow], torch.float16, "sum", 4) is None
+        assert kernels.fused(None, [narrow], torch.float32, "ties", 4) is None
+        assert kernels.fused(None, [narrow] * 255, torch.float32, "mean", 4).values.tolist() == [1.0]
+        assert kernels.fused(None, [narrow] * 256, torch.float32, "mean", 4) is None  # meetings are counted in a byte
     with kernels.backend("torch"):
-        assert kernels.fused(None, [narrow], torch.float32, "sum") is None
+        assert kernels.fused(None, [narrow], torch.float32, "sum", 4) is None

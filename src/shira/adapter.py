@@ -51,15 +51,9 @@ class SparseTensor:
     kind: Kind = "overwrite"
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise AdapterError(f"kind must be 'overwrite' or 'delta', found {self.kind!r}")
-        if not all(isinstance(side, int) and side >= 0 for side in self.shape):
-            raise AdapterError(f"shape must hold whole numbers from 0 on, found {self.shape!r}")
-        object.__setattr__(self, "shape", tuple(self.shape))
+        self._check_form()
         if self.indices.dtype not in (torch.int32, torch.int64):
             raise AdapterError(f"indices must be int32 or int64, found {_plain(self.indices.dtype)}")
-        if self.values.dtype not in FLOAT_DTYPES:
-            raise AdapterError(f"values must be floating point, found {_plain(self.values.dtype)}")
         if self.indices.ndim != 1 or self.values.shape != self.indices.shape:
             raise AdapterError(
                 "indices and values must be 1-D and of one length, found shapes "
@@ -71,6 +65,15 @@ class SparseTensor:
         self._check_values()
         object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)).contiguous())
         object.__setattr__(self, "values", self.values.contiguous())
+
+    def _check_form(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise AdapterError(f"kind must be 'overwrite' or 'delta', found {self.kind!r}")
+        if not all(isinstance(side, int) and side >= 0 for side in self.shape):
+            raise AdapterError(f"shape must hold whole numbers from 0 on, found {self.shape!r}")
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.values.dtype not in FLOAT_DTYPES:
+            raise AdapterError(f"values must be floating point, found {_plain(self.values.dtype)}")
 
     @classmethod
     def of_kernel(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> "SparseTensor":
@@ -108,7 +111,7 @@ class SparseTensor:
     @property
     def nnz(self) -> int:
         """Entries that the adapter holds."""
-        return self.indices.numel()
+        return self.values.numel()
 
     @property
     def nbytes(self) -> int:

@@ -4,6 +4,7 @@ Nothing in a file is believed until it is checked, and a file appears under its 
 """
 
 import contextlib
+import functools
 import json
 import os
 import threading
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 
 from . import encoding, masks
-from .adapter import Adapter, SparseTensor
+from .adapter import Adapter, Kind, SparseTensor
 from .errors import AdapterError, CheckpointError, FormatError
 from .tensorfiles import Entry, read_header, read_tensor, spooled
 
-__all__ = ["FORMAT_VERSION", "load", "neighbour", "opened", "save", "saving"]
+__all__ = ["FORMAT_VERSION", "Gaps", "as_stored", "load", "neighbour", "opened", "save", "saving"]
 
 FORMAT_VERSION = 2
 READABLE = {("1", "plain"), ("2", "gap")}  # (format version, encoding)
@@ -164,33 +165,67 @@ def opened(path: Path_) -> Iterator[Adapter]:
                 except CheckpointError as error:
                     raise FormatError(str(error)) from error
 
-        def read(name: str) -> SparseTensor:
+        def read(name: str, decoded: bool) -> SparseTensor:
             entry = described[name]
             if _names_a_file(entry):
                 array: Tensor | None = _borrowed(path, name, entry, neighbours, stack)
             else:
                 array = array_of(f"{name}.indices") if name in with_array else None
-            return _sparse_tensor(path, name, entry, array, array_of(f"{name}.values"))
+            return _sparse_tensor(path, name, entry, array, array_of(f"{name}.values"), decoded)
 
         yield Adapter(_Tensors(described, read), _json_object(path, header, "metadata"))  # type: ignore[arg-type]  # read only
+
+
+class Gaps(SparseTensor):
+    """A tensor whose positions are gaps, as its file holds them: decoded, and checked, when they are first asked for.
+
+    units: uint8 or uint16 [any], see docs/format.md. Raises AdapterError for values that are not finite and the like.
+    """
+
+    units: Tensor
+    _decoded: Callable[[], Tensor]
+
+    def __init__(
+        self, shape: tuple[int, ...], values: Tensor, kind: Kind, units: Tensor, decoded: Callable[[], Tensor]
+    ) -> None:
+        given = {"shape": shape, "values": values.contiguous(), "kind": kind, "units": units, "_decoded": decoded}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        self._check_form()
+        self._check_values()
+
+    @functools.cached_property
+    def indices(self) -> Tensor:
+        return self._decoded()
 
 
 class _Tensors(Mapping[str, SparseTensor]):
     """An adapter's tensors that are still in their file."""
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], SparseTensor]) -> None:
+    def __init__(self, names: Iterable[str], read: Callable[[str, bool], SparseTensor]) -> None:
         self._names = dict.fromkeys(names)
         self._read = read
 
     def __getitem__(self, name: str) -> SparseTensor:
         self._names[name]  # KeyError
-        return self._read(name)
+        return self._read(name, True)
+
+    def as_stored(self, name: str) -> SparseTensor:
+        """A tensor whose positions are not decoded before they are asked for, if they are gaps."""
+        return self._read(name, False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def as_stored(adapter: Adapter, name: str) -> SparseTensor:
+    """A tensor of an adapter that may be in its file still: then `Gaps`, if that is how its positions are stored there."""
+    tensors: Any = adapter.tensors
+    tensor: SparseTensor = tensors.as_stored(name) if isinstance(tensors, _Tensors) else tensors[name]
+    return tensor
 
 
 def _read_header(path: Path, header: dict[str, str]) -> dict[str, Any]:
@@ -257,11 +292,17 @@ def _borrowed(
     return tensor.indices
 
 
-def _sparse_tensor(path: Path, name: str, entry: dict[str, Any], array: Tensor | None, values: Tensor) -> SparseTensor:
-    shape = tuple(entry["shape"])
+def _sparse_tensor(
+    path: Path, name: str, entry: dict[str, Any], array: Tensor | None, values: Tensor, decoded: bool = True
+) -> SparseTensor:
+    shape: tuple[int, ...] = tuple(entry["shape"])
+    kind: Any = entry.get("kind")  # which is checked
+    positions = "plain" if _names_a_file(entry) else entry.get("positions", "plain")
+    gaps = positions == "gap" and array is not None and array.dtype in encoding.UNITS and array.ndim == values.ndim == 1
     try:
-        stored = encoding.Stored("plain" if _names_a_file(entry) else entry.get("positions", "plain"), array)
-        indices = encoding.decode(stored, shape, values.numel())
-        return SparseTensor(shape, indices, values, entry.get("kind"))  # type: ignore[arg-type]  # which checks it
+        if gaps and array is not None and not decoded:
+            return Gaps(shape, values, kind, array, lambda: _sparse_tensor(path, name, entry, array, values).indices)
+        indices = encoding.decode(encoding.Stored(positions, array), shape, values.numel())
+        return SparseTensor(shape, indices, values, kind)
     except AdapterError as error:
         raise FormatError(f"{path}: tensor '{name}': {error}") from error

@@ -15,7 +15,7 @@ from . import kernels
 from .adapter import Adapter, Kind, SparseTensor, fingerprint
 from .distributed import is_sharded
 from .errors import AdapterError, BaseMismatch, did_you_mean
-from .format import opened
+from .format import Gaps, as_stored, opened
 from .kernels import Change, Fused, Overlap
 from .methods import Method, Part, resolve
 from .quantized import is_quantized, shape_of
@@ -72,7 +72,7 @@ def fuse(
                     wanted.setdefault(name, {})[label] = strength
 
         def fuse_one(name: str) -> tuple[SparseTensor, str | None]:
-            held = {label: parts[label].tensors[name] for label in wanted[name]}
+            held = {label: as_stored(parts[label], name) for label in wanted[name]}
             if weights is None:
                 return _fused_deltas(name, held, wanted[name], chosen), None
             return _fused_over(name, held, wanted[name], parts, weights, chosen, in_part)
@@ -300,9 +300,10 @@ def _in_one_pass(
     parts: Sequence[tuple[SparseTensor, float]], weight: Tensor | None, dtype: torch.dtype, method: Method
 ) -> Fused | None:
     """What `combine` would return over the base in `weight`, or over zeros, where a kernel does it all at once; else None."""
+    gaps = kernels.takes_gaps(weight, sum(tensor.nnz for tensor, _ in parts))
     changes = [
         Change(
-            tensor.indices,
+            tensor.units if gaps and isinstance(tensor, Gaps) else tensor.indices,
             tensor.values if tensor.kind == "delta" else tensor.values.to(dtype),
             strength,
             tensor.kind == "delta",
@@ -310,7 +311,7 @@ def _in_one_pass(
         )
         for tensor, strength in parts
     ]
-    return kernels.fused(weight, changes, dtype, method.name)
+    return kernels.fused(weight, changes, dtype, method.name, parts[0][0].numel)
 
 
 def _metadata(

@@ -45,6 +45,7 @@ __all__ = [
     "restore_",
     "sampled_gradient",
     "swap_",
+    "takes_gaps",
     "write_",
 ]
 
@@ -149,14 +150,20 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
     return overlap
 
 
-def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, method: str) -> Fused | None:
+def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, method: str, numel: int) -> Fused | None:
     """The base and what a method makes of the changes to it: in float32, in their order, rounded once to `dtype`.
 
-    weight: the base, of that dtype; None for zeros, and neither `base` nor `under` then hold anything.
-    Returns None where no kernel does this: it is up to `fusion.combine` then, which says what is right.
+    weight: the base, of that dtype and `numel` entries; None for zeros, and neither `base` nor `under` then hold anything.
+    Returns None where no kernel does this, or gaps do not lead to positions as they should: it is up to `fusion.combine` then,
+    which says what is right.
     """
     tensors = [tensor for change in changes for tensor in change[:2]] + ([] if weight is None else [weight])
-    return native.fused(weight, changes, dtype, method) if _for(*tensors) is native else None
+    return native.fused(weight, changes, dtype, method, numel) if _for(*tensors) is native else None
+
+
+def takes_gaps(weight: Tensor | None, entries: int) -> bool:
+    """Whether `fused` is to be given gaps rather than positions, for changes of so many entries in all."""
+    return _for(*(() if weight is None else (weight,))) is native and native.takes_gaps(weight, entries)
 
 
 def fingerprints(values: Sequence[Tensor]) -> list[str]:

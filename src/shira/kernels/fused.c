@@ -24,13 +24,16 @@
 
 /* What one adapter makes of some entries; native.py fills an array of these. */
 typedef struct {
-    const int32_t *positions; /* [count], strictly rising, at least 0 */
-    const void *values;       /* [count] */
-    void *under;              /* [count], of an overwrite gets the base under each */
-    int64_t count, done;      /* how many; how many lie before the window */
+    const void *positions; /* [count], int32, strictly rising, at least 0; or gaps as a file holds them (docs/format.md) */
+    const void *values;    /* [count] */
+    void *under;           /* [count], of an overwrite gets the base under each */
+    int64_t count, done;   /* how many; how many lie before the window */
+    int64_t units, read;   /* of gaps: how many units; how many have been read */
+    int64_t least;         /* of gaps: where the next position lies at least */
     float strength;
     int32_t is_delta; /* or an overwrite, whose change is its difference from the base */
-    int32_t is_exact; /* where it is alone, its value comes out bit for bit */
+    int32_t is_exact;   /* where it is alone, its value comes out bit for bit */
+    int32_t unit_bytes; /* 1 or 2, of gaps; or 0 */
 } Change;
 
 /* What comes out: positions, new values and the base there, with room for all changes and SLACK more. And how it is made. */
@@ -54,7 +57,8 @@ typedef struct {
     } fresh;                                /* the new value */
     uint8_t met[NEAR];           /* how many changes */
     uint16_t meetings[NEAR + 1]; /* where there are several */
-    int64_t met_at, start;       /* how many such; the first position */
+    int32_t decoded[NEAR];       /* positions of the change that is being added, out of gaps */
+    int64_t met_at, start, stop; /* how many such; the first position; behind the last one that there is */
     int every_line;              /* most lines of the base are wanted: all are fetched, in order, not for each entry */
 } Window;
 
@@ -70,18 +74,39 @@ static inline uint16_t rounded(float value) {
     return value == value ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0; /* to even; NaN stays */
 }
 
+/* The positions of a change in a window out of its gaps: how many. Stops before what lies behind the window, or is too much. */
+#define DECODE(NAME, UNIT, LARGEST_UNIT)                                                                              \
+    static int64_t NAME(Change *change, Window *window) {                                                             \
+        const UNIT *units = (const UNIT *)change->positions;                                                          \
+        const int64_t most = change->count - change->done, stop = window->stop;                                       \
+        int64_t read = change->read, least = change->least, found = 0;                                                \
+        for (; read < change->units && found < most && least + units[read] < stop; read++) {                          \
+            least += units[read];                                                                                     \
+            if (units[read] == LARGEST_UNIT) continue;                                                                \
+            window->decoded[found++] = (int32_t)least++;                                                              \
+        }                                                                                                             \
+        change->read = read, change->least = least;                                                                   \
+        return found;                                                                                                 \
+    }
+DECODE(decode_bytes, uint8_t, UINT8_MAX)
+DECODE(decode_shorts, uint16_t, UINT16_MAX)
+
 /* NAME: add all changes to a window. NAME_one: one adapter's, compiled for each kind of change. weight: NULL for deltas, which
  * do not ask for the base, unless their values are not exact. */
 #define ADD(NAME, VALUE, WIDE_VALUE, BASE, WIDE_BASE, NARROW, SAME)                                                    \
     INLINE void NAME##_one(Change *change, const BASE *weight, Window *window, int is_delta, int is_exact, int largest) { \
-        const int32_t *positions = change->positions;                                                                 \
-        const VALUE *values = (const VALUE *)change->values;                                                          \
-        BASE *under = (BASE *)change->under, *fresh = (BASE *)&window->fresh;                                         \
-        const int64_t count = change->count, start = window->start;                                                   \
+        const int64_t decoded = change->unit_bytes == 1   ? decode_bytes(change, window)                              \
+                                : change->unit_bytes == 2 ? decode_shorts(change, window)                             \
+                                                          : -1;                                                       \
+        const int64_t count = decoded < 0 ? change->count - change->done : decoded;                                   \
+        const int32_t *positions = decoded < 0 ? (const int32_t *)change->positions + change->done : window->decoded; \
+        const VALUE *values = (const VALUE *)change->values + change->done;                                           \
+        BASE *under = is_delta ? NULL : (BASE *)change->under + change->done, *fresh = (BASE *)&window->fresh;        \
+        const int64_t start = window->start, stop = window->stop;                                                     \
         const float strength = change->strength;                                                                      \
         const int64_t fetched = weight && !window->every_line ? count - SOON : 0;                                     \
-        int64_t i = change->done, met_at = window->met_at;                                                            \
-        for (; i < count && positions[i] - start < NEAR; i++) {                                                       \
+        int64_t i = 0, met_at = window->met_at;                                                                       \
+        for (; i < count && positions[i] < stop; i++) {                                                               \
             const int64_t where = positions[i], at = where - start;                                                   \
             if (weight && i < fetched) FETCH(&weight[positions[i + SOON]]);                                           \
             const BASE bits = weight ? weight[where] : 0;                                                             \
@@ -94,7 +119,7 @@ static inline uint16_t rounded(float value) {
             met_at += window->met[at]++ == 1;                                                                         \
         }                                                                                                             \
         window->met_at = met_at;                                                                                      \
-        change->done = i;                                                                                             \
+        change->done += i;                                                                                            \
     }                                                                                                                 \
     INLINE void NAME##_all(Change *changes, Py_ssize_t count, const BASE *weight, Window *window, int largest) {      \
         for (Py_ssize_t c = 0; c < count; c++) {                                                                      \
@@ -243,6 +268,9 @@ static int64_t entries_of(const Change *changes, Py_ssize_t count) {
     return entries;
 }
 
+/* Whether all its entries were found below the end, and no more. Positions are known to be so. */
+static int is_whole(const Change *change) { return change->done == change->count && change->read == change->units; }
+
 static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base_bytes, int64_t last, Result to, int plain) {
     void (*const add)(Change *, Py_ssize_t, const void *, int, Window *) =
         base_bytes == 4 ? add_floats : value_bytes == 2 ? add_halves : add_mixed;
@@ -254,13 +282,16 @@ static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base
     memset(&window, 0, sizeof window);
     window.every_line = to.weight && entries_of(changes, count) > last * base_bytes / LINE;
     for (; window.start < last; window.start += NEAR) {
+        window.stop = window.start + NEAR < last ? window.start + NEAR : last;
         add(changes, count, to.weight, to.mode, &window);
         found = write(&window, to, found);
     }
+    for (Py_ssize_t c = 0; c < count; c++)
+        if (!is_whole(&changes[c])) return -1;
     return found;
 }
 
-/* Base and what comes of at most 255 changes, all below `last`. One thread: several may do this. */
+/* Base and what comes of at most 255 changes, all below `last`; -1 if gaps lead elsewhere. One thread: several may do this. */
 PyObject *fused(PyObject *self, PyObject *args) {
     unsigned long long address, weight, positions, values, base;
     Py_ssize_t count;

@@ -32,6 +32,7 @@ __all__ = [
     "restore_",
     "sampled_gradient",
     "swap_",
+    "takes_gaps",
     "write_",
 ]
 
@@ -42,10 +43,13 @@ RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done",
 CHANGE = np.dtype(  # as in fused.c
     [
         *[("positions", "u8"), ("values", "u8"), ("under", "u8"), ("count", "i8"), ("done", "i8")],
-        *[("strength", "f4"), ("is_delta", "i4"), ("is_exact", "i4"), ("", "i4")],
+        *[("units", "i8"), ("read", "i8"), ("least", "i8")],
+        *[("strength", "f4"), ("is_delta", "i4"), ("is_exact", "i4"), ("unit_bytes", "i4")],
     ]
 )
 MODES = {"sum": 0, "mean": 1, "max": 2}
+GAPS = (torch.uint8, torch.uint16)  # instead of positions: how a file holds them
+LINE = 64  # bytes that are fetched at once
 MOST = 255  # changes that are counted in a byte
 SLACK = 16  # entries that may be written beyond the last
 MESSAGE = np.dtype([("values", "u8"), ("digest", "u8"), ("count", "i8"), ("entry", "i8")])  # as in sha256.c
@@ -115,44 +119,63 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
     return Overlap(indices[:found].clone(), places, counts[:found])  # positions are kept: without the room
 
 
-def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, method: str) -> Fused | None:
+def takes_gaps(weight: Tensor | None, entries: int) -> bool:
+    """Whether `fused` does as well without positions to look ahead at: there is no base, or so many entries that it is
+    fetched line by line."""
+    return _native is not None and (weight is None or LINE * entries > weight.nbytes)
+
+
+def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, method: str, numel: int) -> Fused | None:
     """See `kernels.fused`: a window of positions at a time, without finding first where they meet. For sums, means and the
     largest, in float32 and bfloat16, below 2³¹ entries; deltas may have any dtype."""
-    indices = [change.indices.contiguous() for change in changes]
+    where = [change.indices.contiguous() for change in changes]
     known = method in MODES and dtype in (torch.float32, torch.bfloat16) and len(changes) <= MOST
-    if not known or any(where.dtype != torch.int32 for where in indices):
+    if not known or numel >= 2**31 or any(at.dtype not in (torch.int32, *GAPS) for at in where):
         return None
     common = torch.bfloat16 if all(change.values.dtype == dtype == torch.bfloat16 for change in changes) else torch.float32
     values = [change.values.to(common).contiguous() for change in changes]
-    end = _checked_end(weight, indices, values, dtype)
-    sizes = [where.numel() for where in indices]
+    _check_addresses(weight, where, values, dtype, numel)
+    sizes = [given.numel() for given in values]
     room = sum(sizes) + SLACK
     found_at, fresh = _room(room, torch.int32, dtype)
     base, *under = [fresh[:0]] * (1 + len(sizes))
     if weight is not None:
         base, *under = _room(room + sum(sizes), dtype)[0].split([room, *sizes])
     table = np.zeros(len(changes), dtype=CHANGE)
-    for field, tensors in (("positions", indices), ("values", values), ("under", under)):
+    for field, tensors in (("positions", where), ("values", values), ("under", under)):
         table[field] = [tensor.data_ptr() for tensor in tensors]
     table["count"] = sizes
+    table["unit_bytes"] = [at.itemsize if at.dtype in GAPS else 0 for at in where]
+    table["units"] = [at.numel() if at.dtype in GAPS else 0 for at in where]
     for field in ("strength", "is_delta", "is_exact"):
         table[field] = [getattr(change, field) for change in changes]
-    given = (table.ctypes.data, len(changes), common.itemsize, 0 if weight is None else weight.data_ptr(), dtype.itemsize, end)
+    given = (
+        table.ctypes.data,
+        len(changes),
+        common.itemsize,
+        0 if weight is None else weight.data_ptr(),
+        dtype.itemsize,
+        numel,
+    )
     found = _native.fused(*given, found_at.data_ptr(), fresh.data_ptr(), base.data_ptr(), MODES[method], PLAIN)
+    if found < 0:
+        return None
     return Fused(_kept(found_at, found), _kept(fresh, found), base[:found], under)
 
 
-def _checked_end(weight: Tensor | None, indices: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype) -> int:
-    """Past the last position. Raises IndexError for what C would not notice, and memory would pay for."""
-    end = max((int(where[-1]) + 1 for where in indices if where.numel()), default=0)  # they are sorted
-    size = end if weight is None else weight.numel()
-    if end > size or any(where.numel() and int(where[0]) < 0 for where in indices):
-        raise IndexError(f"positions below 0, or up to {end - 1} in a tensor of {size} entries")
-    if any(given.shape != where.shape for given, where in zip(values, indices, strict=True)):
-        raise IndexError("there must be as many values as positions")
-    if weight is not None and not (weight.is_contiguous() and weight.dtype == dtype):
-        raise IndexError(f"the base must be contiguous and {dtype}, found {weight.dtype}")
-    return end
+def _check_addresses(
+    weight: Tensor | None, where: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, numel: int
+) -> None:
+    """Raises IndexError for what C would not notice, and memory would pay for."""
+    for at, given in zip(where, values, strict=True):
+        if at.dtype in GAPS:
+            continue
+        if at.numel() and (int(at[0]) < 0 or int(at[-1]) >= numel):  # they are sorted
+            raise IndexError(f"positions below 0, or up to {int(at[-1])} in a tensor of {numel} entries")
+        if at.shape != given.shape:
+            raise IndexError("there must be as many values as positions")
+    if weight is not None and not (weight.is_contiguous() and weight.dtype == dtype and weight.numel() == numel):
+        raise IndexError(f"the base must be contiguous, {dtype}, of {numel} entries, found {weight.dtype}, {weight.numel()}")
 
 
 def _room(count: int, *dtypes: torch.dtype) -> list[Tensor]:

@@ -22,7 +22,7 @@ class Overlap(NamedTuple):
 class Change(NamedTuple):
     """What one adapter changes in a tensor: by strength · (values − base), or of a delta strength · values."""
 
-    indices: Tensor  # [k], int32 or int64
+    indices: Tensor  # [k], int32 or int64; or gaps, uint8 or uint16, as a file holds them, where `takes_gaps` says so
     values: Tensor  # [k], floating point; of an overwrite in the base's dtype
     strength: float
     is_delta: bool
