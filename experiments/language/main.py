@@ -68,6 +68,7 @@ def fill(text: str, results: Path) -> str:
 if __name__ == "__main__":  # docs/results.md and its pictures
     root = Path(__file__).parents[2]
     stored, page = root / "experiments" / "language" / "results", root / "docs" / "results.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), stored), encoding="utf-8")
-    for path in stored.glob("*.jsonl"):
-        main(path.stem, path, run=False, plots=root / "docs" / "pictures")
+    text = fill(page.read_text(encoding="utf-8"), stored)
+    page.write_text(text, encoding="utf-8")
+    for name in re.findall(r"\(pictures/([a-z0-9-]+)\.png\)", text):
+        main(name, stored / f"{name}.jsonl", run=False, plots=root / "docs" / "pictures")
