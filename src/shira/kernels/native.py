@@ -122,7 +122,7 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:
     """Whether `fused` does as well without positions to look ahead at: there is no base, or so many entries that it is
     fetched line by line."""
-    return _native is not None and (weight is None or LINE * entries > weight.nbytes)
+    return weight is None or LINE * entries > weight.nbytes
 
 
 def fused(weight: Tensor | None, changes: Sequence[Change], dtype: torch.dtype, method: str, numel: int) -> Fused | None:
