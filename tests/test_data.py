@@ -159,7 +159,7 @@ def test_a_batch_with_few_logits_has_the_loss_of_the_whole(lengths):
         ids = torch.randint(1, 97, (prompt + completion,), generator=generator).tolist()
         rows.append({"input_ids": ids, "labels": [hf.IGNORED] * prompt + ids[prompt:]})
     batch = hf.collate(rows, model)
-    assert batch["logits_to_keep"] <= max(completion for _, completion in lengths) + 1
+    assert len(batch["logits_to_keep"]) <= max(completion for _, completion in lengths) + 1
     total = count = 0
     for row in rows:
         labels = torch.tensor([row["labels"]])
@@ -167,13 +167,21 @@ def test_a_batch_with_few_logits_has_the_loss_of_the_whole(lengths):
         losses = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=hf.IGNORED, reduction="sum")
         total, count = total + losses, count + int((labels[0, 1:] != hf.IGNORED).sum())
     if count:
-        with hf.few_logits(model):
-            torch.testing.assert_close(model(**batch).loss.double(), (total / count).double(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(**batch).loss.double(), (total / count).double(), rtol=1e-4, atol=1e-5)
         with pytest.MonkeyPatch.context() as patch:  # a model that cannot leave logits out
             patch.setattr(hf, "takes", lambda model, argument: argument != "logits_to_keep")
             whole = hf.collate(rows, model)
         assert whole["labels"].shape == whole["input_ids"].shape
         torch.testing.assert_close(model(**whole).loss.double(), (total / count).double(), rtol=1e-4, atol=1e-5)
+
+
+def test_few_logits_do_not_copy_the_output_layer(tiny_llama):
+    """On a slice of the sequence the CPU would, once for each row of the batch."""
+    seen = []
+    tiny_llama.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    (batch,) = hf.batches([{"input_ids": [1, 2, 3, 4], "labels": [hf.IGNORED, hf.IGNORED, 3, 4]}] * 3, tiny_llama, 3)
+    tiny_llama(**batch)
+    assert seen[0].shape[:2] == (3, 3) and seen[0].is_contiguous()
 
 
 def test_choice_scores_agree_with_plain_log_probabilities(tiny_llama):

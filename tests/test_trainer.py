@@ -302,6 +302,9 @@ def test_tuners_that_cannot_be_trained_so_are_refused(tmp_path):
             trainer_of(other, tmp_path, [callback])
         with pytest.raises(TuningError, match="bf16_full_eval"):
             trainer_of(model, tmp_path, [callback], bf16_full_eval=True)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(TuningError, match="copy the model to 2 GPUs"):
+            patch.setattr(TrainingArguments, "n_gpu", 2)
+            trainer_of(model, tmp_path, [callback])
         trainer = trainer_of(model, tmp_path, [callback], save_strategy="no")
     with pytest.raises(TuningError, match="only an attached tuner"):
         trainer.train()

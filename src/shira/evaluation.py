@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .data.tasks import Example
 from .errors import DataError
-from .integrations.transformers import few_logits, left_padded, takes
+from .integrations.transformers import answer_logprobs
 
 __all__ = ["accuracy", "answered", "choice_scores", "interval", "mcnemar"]
 
@@ -84,7 +83,7 @@ def choice_scores(model: nn.Module, tokenizer: Any, examples: Sequence[Example])
         else:
             shares.append((list(range(len(rows), len(rows) + len(choices))), choices))
             rows += [(prompt, choice) for choice in choices]
-    logprobs = _answer_logprobs(model, tokenizer, rows)
+    logprobs = answer_logprobs(model, rows, tokenizer.pad_token_id or 0)
     scores = []
     for numbers, choices in shares:
         if len(numbers) == 1:
@@ -97,15 +96,3 @@ def choice_scores(model: nn.Module, tokenizer: Any, examples: Sequence[Example])
                 ]
             )
     return scores
-
-
-def _answer_logprobs(model: nn.Module, tokenizer: Any, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
-    """For each (prompt, answer) the log-probabilities [len(answer), vocabulary] at the places of the answer's tokens."""
-    device = next(model.parameters()).device
-    kept = max(len(answer) for _, answer in rows)
-    inputs = left_padded([prompt + answer[:-1] for prompt, answer in rows], tokenizer.pad_token_id or 0)
-    arguments: dict[str, Any] = {key: value.to(device) for key, value in inputs.items()}
-    arguments = arguments | {"logits_to_keep": kept, "use_cache": False}
-    with torch.no_grad(), few_logits(model):
-        logits = model(**{key: value for key, value in arguments.items() if takes(model, key)}).logits
-    return [logits[row, -len(answer) :].float().log_softmax(-1) for row, (_, answer) in enumerate(rows)]

@@ -22,7 +22,7 @@ from torch import nn
 from ..data.packages import cache_folder
 from ..data.tasks import Example
 from ..errors import DataError, MissingExtra
-from .transformers import few_logits, left_padded, takes
+from .transformers import answer_logprobs
 
 __all__ = ["Score", "evaluate", "task_of"]
 
@@ -159,7 +159,7 @@ def _live() -> Any:
             done = 0
             for start in range(0, len(passes), self.batch_size):
                 batch = passes[start : start + self.batch_size]
-                chances = _chances(self.model, [requests[members[0]][1:] for members in batch], self.max_length)
+                chances = answer_logprobs(self.model, [requests[members[0]][1:] for members in batch], longest=self.max_length)
                 totals, greedy = [], []
                 for members, after in zip(batch, chances, strict=True):
                     wanted = torch.tensor([requests[number][2] for number in members], device=after.device)
@@ -173,18 +173,6 @@ def _live() -> Any:
             return answers
 
     return Live
-
-
-def _chances(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], longest: int) -> list[torch.Tensor]:
-    """For each (context, continuation) the log-probabilities [len(continuation), vocabulary] at the continuation's places. What
-    is too long loses its beginning."""
-    device = next(model.parameters()).device
-    kept = max(len(continuation) for _, continuation in rows)
-    inputs: dict[str, Any] = left_padded([(context + continuation)[:-1][-longest:] for context, continuation in rows], 0)
-    inputs = {key: value.to(device) for key, value in inputs.items()} | {"logits_to_keep": kept, "use_cache": False}
-    with torch.no_grad(), few_logits(model):
-        logits = model(**{key: value for key, value in inputs.items() if takes(model, key)}).logits
-    return [logits[row, -len(continuation) :].float().log_softmax(-1) for row, (_, continuation) in enumerate(rows)]
 
 
 @contextlib.contextmanager

@@ -101,6 +101,11 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
                 f"with {engines[0]} the Trainer saves and loads weights in ways of its own; use DDP, or a loop of your own "
                 "(docs/distributed.md)"
             )
+        if args.n_gpu > 1:
+            raise TuningError(
+                f"the Trainer would copy the model to {args.n_gpu} GPUs (nn.DataParallel), and the copies would not train the "
+                "values; start a process for each (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES=0"
+            )
         if args.bf16_full_eval or args.fp16_full_eval:
             raise TuningError("bf16_full_eval and fp16_full_eval cast the masters and the base; use bf16=True instead")
         if getattr(args, "sync_ref_model", False):

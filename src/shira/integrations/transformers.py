@@ -116,11 +116,9 @@ def _pretrained(kind: str, model: str, **options: Any) -> Any:
         raise DataError(f"cannot load {model!r}: no model in that {what} ({str(error).strip().splitlines()[0]})") from error
 
 
-def left_padded(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
-    """Token ids [rows, longest], padded on the left, with their attention mask and position ids.
-
-    On the left, so that all rows end together and logits are needed at the last few places only.
-    """
+def left_padded(rows: Sequence[list[int]], pad: int) -> dict[str, Any]:
+    """Token ids [rows, longest], padded on the left, with their attention mask and position ids: all rows end together, and
+    logits are needed at the last few places only."""
     longest = max(map(len, rows))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
@@ -128,9 +126,26 @@ def left_padded(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
+def last_places(count: int) -> Tensor:
+    """The last places [count] of a sequence, for `logits_to_keep`. Given as a number, Transformers would slice, and the CPU
+    then copies the output layer's weight once for each row of the batch."""
+    return torch.arange(-count, 0)
+
+
 def takes(model: nn.Module, argument: str) -> bool:
     """Whether a model's forward names an argument; what it takes as **kwargs it may well ignore."""
     return argument in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def answer_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], ...]], pad: int = 0, longest: int = 0) -> list[Tensor]:
+    """For each (prompt, answer) the log-probabilities [len(answer), vocabulary], in float32, at the places of the answer's
+    tokens. What is longer than `longest` tokens, if given, loses its beginning."""
+    inputs = left_padded([(prompt + answer[:-1])[-longest:] for prompt, answer in rows], pad)
+    kept = last_places(max(len(answer) for _, answer in rows))
+    arguments = inputs | {"logits_to_keep": kept, "use_cache": False}
+    logits = model(**to_device({key: value for key, value in arguments.items() if takes(model, key)}, model)).logits
+    return [logits[row, -len(answer) :].float().log_softmax(-1) for row, (_, answer) in enumerate(rows)]
 
 
 def collate(rows: Sequence[Row], model: nn.Module, pad: int = 0) -> dict[str, Any]:
@@ -145,7 +160,8 @@ def collate(rows: Sequence[Row], model: nn.Module, pad: int = 0) -> dict[str, An
     labels = [[IGNORED] * (longest - len(row["labels"]) + 1) + row["labels"][1:] for row in rows]
     if takes(model, "logits_to_keep"):
         first = min((number for row in labels for number, label in enumerate(row) if label != IGNORED), default=longest)
-        kept = batch["logits_to_keep"] = min(kept, longest - first + 1)
+        kept = min(kept, longest - first + 1)
+        batch["logits_to_keep"] = last_places(kept)
     if any("position_ids" in row for row in rows):
         positions = [row["position_ids"] for row in rows]
         batch["position_ids"] = torch.tensor([[0] * (longest - len(row)) + row for row in positions])
@@ -172,22 +188,6 @@ def check_packing(model: nn.Module) -> None:
     tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 1e-2
     if not takes(model, "position_ids") or float((one - other).abs().max()) > tolerance * float(one.abs().max()):
         raise DataError(f"{type(model).__name__} mixes the examples of a packed row; train it without packing")
-
-
-@contextlib.contextmanager
-def few_logits(model: nn.Module) -> Iterator[None]:
-    """Make the output layer's input contiguous: on a slice of the sequence (`logits_to_keep`), the CPU otherwise copies
-    the layer's weight once for each row of the batch."""
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    hook = None
-    if isinstance(output, nn.Module):
-        hook = output.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
 
 
 def batches(rows: Sequence[Row], model: nn.Module, size: int, pad: int = 0) -> list[dict[str, Any]]:
@@ -245,8 +245,7 @@ def mean_loss(
         for start in range(0, len(rows), size):
             batch = to_device(collate(rows[start : start + size], model, pad), model)
             counted = int((batch["labels"][:, 1:] != IGNORED).sum())
-            with few_logits(model):
-                total += counted * float(model(**batch).loss)
+            total += counted * float(model(**batch).loss)
             count += counted
             if on_batch is not None:
                 on_batch(min(start + size, len(rows)), len(rows))
@@ -366,6 +365,7 @@ def train(
             label_names=["labels"],
             use_cpu=not torch.accelerator.is_available(),
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # the copies of nn.DataParallel would not train the values
         trainer = library.Trainer(
             model=model,
             args=arguments,
@@ -381,7 +381,7 @@ def train(
             trainer.remove_callback(library.PrinterCallback)
         if held_out:
             evaluate()
-        with few_logits(model), without_cudnn_attention():
+        with without_cudnn_attention():
             result = trainer.train()
     model.eval()
     summary = {
