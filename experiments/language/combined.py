@@ -52,6 +52,7 @@ class Row(NamedTuple):
     file_bytes: int
     answers: dict[str, list[float]]
     averages: list[float]  # a seed each
+    validation_loss: float | None  # by which the rate was chosen
     text_loss: float
 
 
@@ -59,7 +60,7 @@ def summary(recipe: Recipe, store: Store) -> list[Row]:
     """A row for the base, and for each method that has been scored."""
     result = store.get(score_key(recipe, [], recipe["data"]))
     base = mean_answers([result["right"]]) if result else {}
-    rows = [Row("base", 0, 0, 1, 0, 0, base, [average(base)[0]], result["text_loss"])] if result else []
+    rows = [Row("base", 0, 0, 1, 0, 0, base, [average(base)[0]], None, result["text_loss"])] if result else []
     for name, method in recipe["methods"].items():
         rate = best_rate(recipe, method, store)
         if rate is None:
@@ -71,8 +72,8 @@ def summary(recipe: Recipe, store: Store) -> list[Row]:
             continue
         answers, loss = mean_answers([score["right"] for score in scored]), statistics.fmean(s["text_loss"] for s in scored)
         averages = [average(mean_answers([score["right"]]))[0] for score in scored]
-        tried, sizes = len(losses(recipe, method, store)), (made["parameters"], made["file_bytes"])
-        rows.append(Row(name, rate, tried, len(scored), *sizes, answers, averages, loss))
+        tried, sizes = losses(recipe, method, store), (made["parameters"], made["file_bytes"])
+        rows.append(Row(name, rate, len(tried), len(scored), *sizes, answers, averages, tried[rate], loss))
     return rows
 
 
@@ -82,9 +83,8 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
     if not rows:
         return "no results yet"
     if plots is not None:
-        plot(rows, plots / f"{store.path.stem}.png")
-        if any(len(curve) > 1 for curve in curves(rows).values()):
-            plot_curves(rows, plots / f"{store.path.stem}-curves.png")
+        sized = any(len(curve) > 1 for curve in curves(rows).values())
+        (plot_curves if sized else plot)(rows, plots / f"{store.path.stem}.png")
     against = next((row for row in rows if row.name == recipe["compare_with"]), None)
     tasks = list(rows[0].answers)
     head = [
@@ -101,6 +101,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
             for left_out in recipe["without"]
             for what in ("average", f"minus {recipe['compare_with']}")
         ),
+        "validation loss",
         "text loss",
     ]
     lines = []
@@ -117,6 +118,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
                 share(*average(row.answers)) + over_seeds,
                 more_than(against, row, tasks),
                 *(cell for left_out in recipe["without"] for cell in on_the_rest(against, row, tasks, left_out)),
+                "" if row.validation_loss is None else f"{row.validation_loss:.3f}",
                 f"{row.text_loss:.3f}",
             ]
         )
@@ -177,28 +179,30 @@ def curves(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def plot_curves(rows: list[Row], path: Path) -> None:
-    """Average accuracy over parameters, and over the file's bytes."""
+    """Average accuracy, and the loss on the validation questions, over parameters and over the file's bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for axes, size in zip(both, ("parameters", "file_bytes"), strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharex="col", sharey="row")
+    for size, (top, bottom) in zip(("parameters", "file_bytes"), axes.T, strict=True):
         for name, found in curves(rows).items():
             found = sorted(found, key=lambda row: row.parameters)
+            at = [getattr(row, size) / 1e6 for row in found]
             means, errors = zip(*(average(row.answers) for row in found), strict=True)
             heights, bars = [100 * mean for mean in means], [196 * error for error in errors]
             colour = "black" if name == "lora" else None
-            axes.errorbar(
-                [getattr(row, size) / 1e6 for row in found], heights, bars, fmt="o-", capsize=3, label=name, color=colour
-            )
+            (line, *_) = top.errorbar(at, heights, bars, fmt="o-", capsize=3, label=name, color=colour)
+            bottom.plot(at, [row.validation_loss for row in found], "o-", color=line.get_color())
         for row in rows:
             if row.name == "base":
-                axes.axhline(100 * average(row.answers)[0], color="0.6", linewidth=0.8)
-        axes.set(xscale="log", xlabel="parameters, millions" if size == "parameters" else "file, MB")
-        axes.spines[["top", "right"]].set_visible(False)
-    both[0].set_ylabel("average accuracy, % (grey: the base)")
-    both[0].legend(frameon=False)
+                top.axhline(100 * average(row.answers)[0], color="0.6", linewidth=0.8)
+        bottom.set(xscale="log", xlabel="parameters, millions" if size == "parameters" else "file, MB")
+        for each in (top, bottom):
+            each.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("average accuracy, % (grey: the base)")
+    axes[1, 0].set_ylabel("loss on validation questions")
+    axes[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
