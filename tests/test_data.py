@@ -184,6 +184,28 @@ def test_few_logits_do_not_copy_the_output_layer(tiny_llama):
     assert seen[0].shape[:2] == (3, 3) and seen[0].is_contiguous()
 
 
+def test_one_process_trains_on_one_gpu(tiny_llama, monkeypatch):
+    """Where the Trainer sees two it would copy the model to both, and the copies would not train the values."""
+    import transformers
+
+    class Two(transformers.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    class Watched(transformers.Trainer):
+        def __init__(self, **options):
+            seen.append(options["args"].n_gpu)
+            super().__init__(**options)
+
+    seen = []
+    monkeypatch.setattr(transformers, "TrainingArguments", Two)
+    monkeypatch.setattr(transformers, "Trainer", Watched)
+    with shira.attach(tiny_llama, density=0.1) as tuner:
+        hf.train(tuner, tiny_llama, [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], steps=1, learning_rate=1e-3, batch_size=1)
+    assert seen == [1]
+
+
 def test_choice_scores_agree_with_plain_log_probabilities(tiny_llama):
     """One token a choice (one run a prompt), several tokens a choice (one run a choice), mixed in one batch."""
     examples = [
