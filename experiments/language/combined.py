@@ -83,8 +83,12 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
     if not rows:
         return "no results yet"
     if plots is not None:
-        sized = any(len(curve) > 1 for curve in curves(rows).values())
-        (plot_curves if sized else plot)(rows, plots / f"{store.path.stem}.png")
+        path = plots / f"{store.path.stem}.png"
+        if any(len(curve) > 1 for curve in curves(rows).values()):
+            plot_curves(rows, path)
+        else:
+            options = {name: method["options"] for name, method in recipe["methods"].items()}
+            plot(rows, [name for name, of in options.items() if "mask" in of and of.get("density") != 1], path)
     against = next((row for row in rows if row.name == recipe["compare_with"]), None)
     tasks = list(rows[0].answers)
     head = [
@@ -137,8 +141,8 @@ def on_the_rest(against: Row | None, row: Row, tasks: Sequence[str], left_out: s
     return [share(*average({task: row.answers[task] for task in rest})), more_than(against, row, rest)]
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Average accuracy with its interval, a line a method; and accuracy over what was forgotten."""
+def plot(rows: list[Row], sparse: Sequence[str], path: Path) -> None:
+    """Average accuracy with its interval, a line a method, our masks' in colour; and accuracy over what was forgotten."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,20 +152,17 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.3 * len(rows)), layout="constrained", sharey=False)
     for place, row in enumerate(rows):
         mean, error = average(row.answers)
-        colour = (
-            "black"
-            if row.name == "base"
-            else "tab:gray"
-            if any(p in row.name for p in ("lora", "dora", "peft"))
-            else "tab:orange"
-        )
+        colour = "black" if row.name == "base" else "tab:orange" if row.name in sparse else "tab:gray"
         left.errorbar(100 * mean, place, xerr=196 * error, fmt="o", color=colour, capsize=3)
         right.plot(row.text_loss, 100 * mean, "o", color=colour)
-        right.annotate(row.name, (row.text_loss, 100 * mean), (5, 3), textcoords="offset points", fontsize=8)
+    for place, row in enumerate(sorted(rows, key=lambda row: row.text_loss)):
+        away = 6 if place % 2 else -13  # names of methods that come close do not cover each other
+        at = (row.text_loss, 100 * average(row.answers)[0])
+        right.annotate(row.name, at, (0, away), textcoords="offset points", ha="center", fontsize=8)
     left.set_yticks(range(len(rows)), [row.name for row in rows])
     left.set(xlabel="average accuracy, %, and its 95 % interval over questions")
     right.set(xlabel="loss on unrelated text", ylabel="average accuracy, %")
-    right.margins(x=0.15)
+    right.margins(0.1)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -181,7 +181,9 @@ def plot(strengths: dict[str, dict[float, Answers]], base: float, path: Path) ->
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.axhline(100 * base, color="0.6", linewidth=0.8)
-    axes.annotate("base", (0, 100 * base), (2, 3), textcoords="offset points", fontsize=8, color="0.4")
+    axes.annotate(
+        "base", (1, 100 * base), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color="0.4"
+    )
     for name, found in strengths.items():
         at = sorted(found)
         means = [100 * average(found[strength])[0] for strength in at]
