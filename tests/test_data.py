@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 import shira
 from shira import DataError
+from shira.data import batches as batching
 from shira.data import packages, tasks
 from shira.data.packages import Package, fetch
 from shira.data.reading import examples_of, read_examples
 from shira.data.tasks import Example, Task
+from shira.data.tokens import IGNORED
 from shira.evaluation import accuracy, answered, choice_scores
 from shira.integrations import transformers as hf
 from shira.recipes import Recipe, load_recipe, save_recipe
@@ -137,7 +139,7 @@ class Letters:
 
 def test_the_loss_counts_completions_only():
     rows = hf.encode(Letters(), [Example("ab", "cd"), Example("", "xy"), Example("q", "a", ("a", "b"), 0)])
-    assert [row["labels"].count(hf.IGNORED) for row in rows] == [3, 0, 2]
+    assert [row["labels"].count(IGNORED) for row in rows] == [3, 0, 2]
     assert [row["input_ids"][-1] == 1 for row in rows] == [True, True, False]  # a choice ends nothing
     (short,) = hf.encode(Letters(), [Example("abcdef", "gh")], max_length=4)
     assert len(short["input_ids"]) == 4
@@ -157,20 +159,20 @@ def test_a_batch_with_few_logits_has_the_loss_of_the_whole(lengths):
     rows = []
     for prompt, completion in lengths:
         ids = torch.randint(1, 97, (prompt + completion,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [hf.IGNORED] * prompt + ids[prompt:]})
-    batch = hf.collate(rows, model)
+        rows.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
+    batch = batching.collate(rows, model)
     assert len(batch["logits_to_keep"]) <= max(completion for _, completion in lengths) + 1
     total = count = 0
     for row in rows:
         labels = torch.tensor([row["labels"]])
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=hf.IGNORED, reduction="sum")
-        total, count = total + losses, count + int((labels[0, 1:] != hf.IGNORED).sum())
+        losses = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORED, reduction="sum")
+        total, count = total + losses, count + int((labels[0, 1:] != IGNORED).sum())
     if count:
         torch.testing.assert_close(model(**batch).loss.double(), (total / count).double(), rtol=1e-4, atol=1e-5)
         with pytest.MonkeyPatch.context() as patch:  # a model that cannot leave logits out
-            patch.setattr(hf, "takes", lambda model, argument: argument != "logits_to_keep")
-            whole = hf.collate(rows, model)
+            patch.setattr(batching, "takes", lambda model, argument: argument != "logits_to_keep")
+            whole = batching.collate(rows, model)
         assert whole["labels"].shape == whole["input_ids"].shape
         torch.testing.assert_close(model(**whole).loss.double(), (total / count).double(), rtol=1e-4, atol=1e-5)
 
@@ -179,7 +181,7 @@ def test_few_logits_do_not_copy_the_output_layer(tiny_llama):
     """On a slice of the sequence the CPU would, once for each row of the batch."""
     seen = []
     tiny_llama.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    (batch,) = hf.batches([{"input_ids": [1, 2, 3, 4], "labels": [hf.IGNORED, hf.IGNORED, 3, 4]}] * 3, tiny_llama, 3)
+    (batch,) = batching.batches([{"input_ids": [1, 2, 3, 4], "labels": [IGNORED, IGNORED, 3, 4]}] * 3, tiny_llama, 3)
     tiny_llama(**batch)
     assert seen[0].shape[:2] == (3, 3) and seen[0].is_contiguous()
 

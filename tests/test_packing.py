@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import shira
 from conftest import letter_tokenizer
 from shira import DataError, MissingExtra
+from shira.data.batches import collate
 from shira.data.tasks import Example
 from shira.data.tokens import IGNORED, Rows, encode, pack
 from shira.integrations import transformers as hf
@@ -68,7 +69,7 @@ def test_packed_losses_and_gradients_are_those_of_single_examples(kind, attentio
         model.zero_grad()
         for size in (1,) if chosen is rows else (len(packed),):
             for start in range(0, len(chosen), size):
-                batch = hf.collate(chosen[start : start + size], model)
+                batch = collate(chosen[start : start + size], model)
                 model(**batch, num_items_in_batch=count).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from experiments.store import Key, Store, number
 from shira.calibration import without_cudnn_attention
+from shira.data.batches import left_padded, to_device
 from shira.data.models import model_path
-from shira.integrations import transformers as hf
 
 from . import glue, methods, runs
 from .search import best_rate, losses, rates
@@ -208,8 +208,8 @@ def encoded(tokenizer: Any, key: Key, texts: Sequence[glue.Text]) -> list[Row]:
 
 def batch_of(rows: Sequence[Row], model: nn.Module) -> dict[str, Tensor]:
     config: Any = model.config
-    padded = hf.left_padded([tokens for tokens, _ in rows], config.pad_token_id)
-    return hf.to_device(padded | {"labels": torch.tensor([label for _, label in rows])}, model)
+    padded = left_padded([tokens for tokens, _ in rows], config.pad_token_id)
+    return to_device(padded | {"labels": torch.tensor([label for _, label in rows])}, model)
 
 
 @torch.no_grad()

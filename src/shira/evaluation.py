@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from .data.batches import answer_logprobs
 from .data.tasks import Example
 from .errors import DataError
-from .integrations.transformers import answer_logprobs
 
 __all__ = ["accuracy", "answered", "choice_scores", "interval", "mcnemar"]
 

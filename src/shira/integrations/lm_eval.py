@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.batches import answer_logprobs
 from ..data.packages import cache_folder
 from ..data.tasks import Example
 from ..errors import DataError, MissingExtra
-from .transformers import answer_logprobs
 
 __all__ = ["Score", "evaluate", "task_of"]
 

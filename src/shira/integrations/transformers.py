@@ -1,8 +1,7 @@
-"""Transformers: models and tokenizers, batches out of examples, and training with its Trainer."""
+"""Transformers: models and tokenizers, and training with its Trainer on batches of `data.batches`."""
 
 import collections
 import contextlib
-import inspect
 import math
 import tempfile
 import time
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import without_cudnn_attention
+from ..data.batches import batches, check_packing, collate, mean_loss
 from ..data.models import model_path
-from ..data.tokens import IGNORED, Row, encode
+from ..data.tokens import Row, encode
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
 from ..refresh import check_cap
 from ..tuning import Tuner
@@ -116,85 +116,6 @@ def _pretrained(kind: str, model: str, **options: Any) -> Any:
         raise DataError(f"cannot load {model!r}: no model in that {what} ({str(error).strip().splitlines()[0]})") from error
 
 
-def left_padded(rows: Sequence[list[int]], pad: int) -> dict[str, Any]:
-    """Token ids [rows, longest], padded on the left, with their attention mask and position ids: all rows end together, and
-    logits are needed at the last few places only."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-
-
-def last_places(count: int) -> Tensor:
-    """The last places [count] of a sequence, for `logits_to_keep`. Given as a number, Transformers would slice, and the CPU
-    then copies the output layer's weight once for each row of the batch."""
-    return torch.arange(-count, 0)
-
-
-def takes(model: nn.Module, argument: str) -> bool:
-    """Whether a model's forward names an argument; what it takes as **kwargs it may well ignore."""
-    return argument in inspect.signature(model.forward).parameters
-
-
-@torch.no_grad()
-def answer_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], ...]], pad: int = 0, longest: int = 0) -> list[Tensor]:
-    """For each (prompt, answer) the log-probabilities [len(answer), vocabulary], in float32, at the places of the answer's
-    tokens. What is longer than `longest` tokens, if given, loses its beginning."""
-    inputs = left_padded([(prompt + answer[:-1])[-longest:] for prompt, answer in rows], pad)
-    kept = last_places(max(len(answer) for _, answer in rows))
-    arguments = inputs | {"logits_to_keep": kept, "use_cache": False}
-    logits = model(**to_device({key: value for key, value in arguments.items() if takes(model, key)}, model)).logits
-    return [logits[row, -len(answer) :].float().log_softmax(-1) for row, (_, answer) in enumerate(rows)]
-
-
-def collate(rows: Sequence[Row], model: nn.Module, pad: int = 0) -> dict[str, Any]:
-    """One batch for a model. Logits and labels only from the place before the first completion on, if the model can: most
-    of a small model's step would go into logits over the prompts, which the loss does not count.
-
-    Rows of several examples say so by their position ids and no attention mask: Transformers then lets none attend to
-    another (`check_packing`)."""
-    batch: dict[str, Any] = left_padded([row["input_ids"] for row in rows], pad)
-    longest = kept = batch["input_ids"].shape[1]
-    # a row's first token has nothing before it to be predicted from, but padding
-    labels = [[IGNORED] * (longest - len(row["labels"]) + 1) + row["labels"][1:] for row in rows]
-    if takes(model, "logits_to_keep"):
-        first = min((number for row in labels for number, label in enumerate(row) if label != IGNORED), default=longest)
-        kept = min(kept, longest - first + 1)
-        batch["logits_to_keep"] = last_places(kept)
-    if any("position_ids" in row for row in rows):
-        positions = [row["position_ids"] for row in rows]
-        batch["position_ids"] = torch.tensor([[0] * (longest - len(row)) + row for row in positions])
-        del batch["attention_mask"]
-        batch["use_cache"] = False  # with a cache, position ids mean something else
-    if not takes(model, "position_ids"):
-        del batch["position_ids"]
-    batch["labels"] = torch.tensor([row[longest - kept :] for row in labels])
-    return batch
-
-
-@torch.no_grad()
-def check_packing(model: nn.Module) -> None:
-    """Raises DataError if what stands first in a packed row changes what the model makes of the example after it."""
-    rows = [[1, 2, 3, 4, 4, 4], [3, 1, 2, 4, 4, 4]]
-    packed = [{"input_ids": row, "labels": row, "position_ids": [0, 1, 2, 0, 1, 2]} for row in rows]
-    training = model.training
-    model.eval()
-    try:
-        batch = to_device(collate(packed, model), model)
-        one, other = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, 3:].float()
-    finally:
-        model.train(training)
-    tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 1e-2
-    if not takes(model, "position_ids") or float((one - other).abs().max()) > tolerance * float(one.abs().max()):
-        raise DataError(f"{type(model).__name__} mixes the examples of a packed row; train it without packing")
-
-
-def batches(rows: Sequence[Row], model: nn.Module, size: int, pad: int = 0) -> list[dict[str, Any]]:
-    """All rows in their order, as batches of `size` for a model; what calibration takes."""
-    return [collate(rows[start : start + size], model, pad) for start in range(0, len(rows), size)]
-
-
 @torch.no_grad()
 def own_text(
     model: nn.Module, tokenizer: Any, on_token: Callable[[int, int], None] | None = None, *, rows: int = 64, length: int = 96
@@ -226,32 +147,6 @@ def own_text(
             stopping_criteria=[watch],
         )
     return [{"input_ids": ids, "labels": ids} for ids in written.tolist()]
-
-
-def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-@torch.no_grad()
-def mean_loss(
-    model: nn.Module, rows: Sequence[Row], size: int, pad: int = 0, on_batch: Callable[[int, int], None] | None = None
-) -> float:
-    """The mean loss of all tokens that count, in evaluation mode, in batches of `size`; on_batch(rows done, rows in all)."""
-    training = model.training
-    model.eval()
-    total = count = 0.0
-    try:
-        for start in range(0, len(rows), size):
-            batch = to_device(collate(rows[start : start + size], model, pad), model)
-            counted = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += counted * float(model(**batch).loss)
-            count += counted
-            if on_batch is not None:
-                on_batch(min(start + size, len(rows)), len(rows))
-    finally:
-        model.train(training)
-    return total / count
 
 
 def reporters(report_to: str) -> list[str]:
