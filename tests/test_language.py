@@ -131,7 +131,8 @@ def test_what_decides_a_run_is_in_its_number(name):
     recipe = settings.named(name)
     assert all(isinstance(rate, float) for method in recipe["methods"].values() for rate in method["rates"])
     key = importlib.import_module(f"experiments.language.{recipe['experiment']}").train_key
-    methods = [method for method in recipe["methods"].values() if not method.get("apart")]  # searched as if they did not
+    # those that lie apart are searched as if they did not; those at a rate that lost a search share its runs
+    methods = [method for method in recipe["methods"].values() if not {"apart", "most_rates"} & method.keys()]
     keys = [key(recipe, method, rate, 0) for method in methods for rate in method["rates"]]
     assert len({number(key) for key in keys}) == len(keys)
 
@@ -212,6 +213,8 @@ def test_one_adapter_for_all_by_the_rate_that_validation_chose(bench, tmp_path, 
     assert len(losses) == 3  # the better of two is at an end
     best = min(losses, key=losses.get)
     assert combined.best_rate(recipe, recipe["methods"]["wm"], store) == best
+    alone = recipe["methods"]["wm"] | {"rates": [0.01], "most_rates": 1}  # as it is, though it may have lost
+    assert combined.best_rate(recipe, alone, store) == 0.01
     report = combined.report(recipe, store, tmp_path)
     assert f"| wm | {best:g} (3) | 2 |" in report and (tmp_path / "results.png").exists()
     sized = [combined.summary(recipe, store)[-1]._replace(name=f"wm-{size}") for size in (0.01, 0.1)]

@@ -32,11 +32,16 @@ def rates_to_try(first: Iterable[float], losses: Mapping[float, float], most: in
     return tried
 
 
+def wanted_rates(recipe: Recipe, method: Method, found: Mapping[float, float]) -> list[float]:
+    """The learning rates to try, after these losses; a method may say itself how many, to be run at one that lost a search."""
+    return rates_to_try(method["rates"], found, method.get("most_rates", recipe["most_rates"]))
+
+
 def losses(recipe: Recipe, method: Method, store: Store, keys: KeysOf = one) -> dict[float, float]:
     """Learning rate -> loss on the validation examples, a mean over the runs, as far as they were tried, on the first seed."""
     found: dict[float, float] = {}
     while True:
-        tried = rates_to_try(method["rates"], found, recipe["most_rates"])
+        tried = wanted_rates(recipe, method, found)
         new = [rate for rate in tried if rate not in found]
         for rate in new:
             results = [store.get(key) for key in keys(recipe, method, rate, recipe["seeds"][0])]
@@ -48,12 +53,12 @@ def losses(recipe: Recipe, method: Method, store: Store, keys: KeysOf = one) -> 
 
 def rates(recipe: Recipe, method: Method, store: Store, keys: KeysOf = one) -> list[float]:
     """The learning rates to try, as far as can be said by now."""
-    return rates_to_try(method["rates"], losses(recipe, method, store, keys), recipe["most_rates"])
+    return wanted_rates(recipe, method, losses(recipe, method, store, keys))
 
 
 def best_rate(recipe: Recipe, method: Method, store: Store, keys: KeysOf = one) -> float | None:
     """The learning rate of the lowest validation loss, or None while some are untried."""
     found = losses(recipe, method, store, keys)
-    if any(rate not in found for rate in rates_to_try(method["rates"], found, recipe["most_rates"])):
+    if any(rate not in found for rate in wanted_rates(recipe, method, found)):
         return None
     return min(found, key=lambda rate: found[rate])
