@@ -17,6 +17,8 @@ LAYERS = [
     {"adapter", "distributed", "tensorfiles"},
     {"kernels"},
     {"quantized"},
+    {"model_tensors"},
+    {"owners"},
     {"masks", "targets"},
     {"calibration"},
     {"encoding", "checkpoints", "linalg"},
