@@ -256,9 +256,9 @@ def test_the_switcher_keeps_methods_apart():
     assert same_bits(all_bits(model), state)
     assert switcher.method == {"method": "dare", "drop": 0.3, "seed": 6}
     switcher.use(both, method="ties")
-    count = len(switcher._ready)
+    count = len(switcher._ready.here)
     switcher.use(both, method="ties", density=0.2)  # the default, said
-    assert len(switcher._ready) == count
+    assert len(switcher._ready.here) == count
     switcher.use(None, method="ties")
     assert (switcher.active, switcher.method) == ({}, {"method": "sum"})
 

@@ -112,7 +112,7 @@ def test_what_is_launched_is_kept_with_a_selection():
         for _ in range(3):
             for selection in ("one", "twin", "other"):
                 switcher.use(selection)
-            made.append([[id(each) for each in plan.launches.values()] for plan in switcher._ready.values()])
+            made.append([[id(each) for each in held.plan.launches.values()] for held in switcher._ready.here.values()])
     assert made[0] == made[1] == made[2]
 
 
@@ -132,23 +132,23 @@ def test_what_is_no_longer_ready_waits_in_host_memory(on, tmp_path):
             switcher.add(name, tmp_path / name)
         for name in ("one", "other", "twin"):
             switcher.use(name)
-        assert [dict(key.strengths) for key in switcher._waiting] == [{"one": 1.0}, {"other": 1.0}]
+        assert [dict(key.strengths) for key in switcher._ready.waiting] == [{"one": 1.0}, {"other": 1.0}]
         for name in ("one", "other", "twin"):
             (tmp_path / name).unlink()  # nothing is read again
         switcher.prefetch("one")
         assert same_bits(expected["twin"], all_bits(model)) and switcher.active == {"twin": 1.0}
-        assert len(switcher._arriving) == len(switcher._ready) == 1
+        assert len(switcher._ready.arriving) == len(switcher._ready.here) == 1
         switcher.prefetch("one")
         for name in ("one", "other", "twin", "one", None, "other", None):
             switcher.use(name)
             assert same_bits(expected[name], all_bits(model))
-        assert len(switcher._ready) == 1 and len(switcher._waiting) == 3 and not switcher._arriving
+        assert len(switcher._ready.here) == 1 and len(switcher._ready.waiting) == 3 and not switcher._ready.arriving
         switcher.prefetch("delta")  # never prepared: read and checked now
-        assert {"delta": 1.0} in [dict(key.strengths) for key in switcher._ready]
+        assert {"delta": 1.0} in [dict(key.strengths) for key in switcher._ready.here]
         switcher.prefetch(None)
         for name in adapters:
             switcher.remove(name)
-        assert not switcher._ready and not switcher._waiting and not switcher._arriving
+        assert not switcher._ready.here and not switcher._ready.waiting and not switcher._ready.arriving
     assert same_bits(expected[None], all_bits(model))
 
 
@@ -157,9 +157,9 @@ def test_waiting_takes_six_bytes_an_entry_in_bfloat16():
     switcher = switcher_of(model, adapters, ready=1, host=1)
     switcher.use("one")
     switcher.use("other")
-    (waiting,) = switcher._waiting.values()
+    ((waiting, _),) = switcher._ready.waiting.values()
     assert 6 * adapters["one"].nnz <= waiting.nbytes < 6 * adapters["one"].nnz + 100
-    with pytest.raises(SwitchError, match="host at least 0"):
+    with pytest.raises(SwitchError, match="host must be a whole number from 0 on"):
         Switcher(model, host=-1)
 
 

@@ -27,6 +27,7 @@ LAYERS = [
     {"fusion", "selection", "masters", "factors"},
     {"refresh", "layers", "resuming", "entries", "decomposed", "hybrid", "deltas", "consolidation"},
     {"variants", "sides"},
+    {"sources", "ready", "putting_back", "model_now"},
     {"tuning", "switching", "extraction", "merging", "analysis"},
     {"report"},
     {"data"},

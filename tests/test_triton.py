@@ -1,6 +1,7 @@
 """The kernels for GPUs against the specification: on a GPU where there is one, else in Triton's interpreter."""
 
-import numpy as np
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -86,7 +87,7 @@ def test_switches_keep_and_put_back_every_bit(windows, seed, kinds, densities, m
         assert equal(states(weights), with_first[0])
         twin = Plan.of([part._replace(values=part.values.flip(0)) for part in first.parts])
         over = twin.over(first)
-        kernels.write_(over)
+        kernels.write_(over, first)
         for part in twin.parts:
             assert torch.equal(bits(kernels.gather(part.weight, part.indices)), bits(part.values))
         kernels.change_(over, second)
@@ -256,7 +257,7 @@ def test_nothing_is_launched_that_would_write_elsewhere(indices, values):
     weight = torch.zeros(40, device=DEVICE)
     values, stash = values.to(DEVICE), torch.zeros_like(values, device=DEVICE)
     indices = indices.to(DEVICE)[::2] if len(indices) == 3 else indices.to(DEVICE)  # a copy to a device has no gaps
-    plan = Plan((Write(weight, indices, values),), (stash,), np.zeros(1, dtype=np.int64))
+    plan = replace(Plan.of([Write(weight, indices, values)]), stash=(stash,))
     with kernels.backend("triton"), pytest.raises(IndexError):
         kernels.swap_(plan)
     assert not plan.begun.any() and not bits(weight).any()

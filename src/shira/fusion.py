@@ -18,6 +18,7 @@ from .errors import AdapterError, BaseMismatch, did_you_mean
 from .format import Gaps, as_stored, opened
 from .kernels import Change, Fused, Overlap
 from .methods import Method, Part, resolve
+from .model_tensors import named_tensors
 from .quantized import is_quantized, shape_of
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
@@ -52,7 +53,7 @@ def fuse(
     if len(given) < max(1, len(adapters)):
         raise AdapterError("one adapter is given twice" if given else "nothing to fuse: give at least one adapter")
     strengths = check_strengths({label: value[1] if isinstance(value, tuple) else value for label, value in given.items()})
-    weights = dict(base.named_parameters(remove_duplicate=False)) if isinstance(base, nn.Module) else base
+    weights = named_tensors(base) if isinstance(base, nn.Module) else base
     sharded = next((name for name, weight in (weights or {}).items() if is_sharded(weight)), None)
     if sharded is not None:
         raise BaseMismatch(f"'{sharded}' is sharded in this base; give a whole one, or let Switcher.use fuse on the model")

@@ -204,6 +204,6 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool]) -> Iterator
         for each in masters:
             each.dense = False
         if still():
-            kernels.restore_(plan)
+            kernels.restore_(plan, look=False)
             for each, written, may_have_stepped in known:  # what an optimizer may have written meanwhile is gone
                 each.written, each.may_have_stepped = written, may_have_stepped

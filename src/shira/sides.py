@@ -1,6 +1,6 @@
 """Adapters on quantized layers: nothing is overwritten, a sparse product of what is active is added to each layer's output."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +29,11 @@ class Sides:
     """The quantized linear layers of a model, and what is added to their outputs now."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._mark = object()  # of our own hooks
         self._users: dict[int, list[nn.Linear]] = {}
         for module in model.modules():
             if isinstance(module, nn.Linear) and is_quantized(module.weight):
                 self._users.setdefault(id(module.weight), []).append(module)
-        self._removes: list[Callable[[], None]] = []
 
     def split(self, title: str, adapter: Adapter, weights: Mapping[str, Tensor]) -> tuple[Adapter, dict[str, SparseTensor]]:
         """An adapter's part for plain weights, and its deltas for quantized ones.
@@ -60,22 +60,29 @@ class Sides:
         plain = {name: tensor for name, tensor in adapter.tensors.items() if name not in beside}
         return Adapter(plain, adapter.metadata), beside
 
-    def show(self, products: list[Product]) -> None:
+    def show(self, products: Sequence[Product]) -> None:
         """Add these products, and no others, to the outputs."""
-        for remove in self._removes:
-            remove()
-        self._removes = []
+        if not self._users:
+            return
+        for modules in self._users.values():
+            for module in modules:
+                hooks = module._forward_hooks
+                for key in [key for key, hook in hooks.items() if isinstance(hook, _Adding) and hook.owner is self._mark]:
+                    del hooks[key]
         for product in products:
             for module in self._users[id(product.weight)]:
-                self._removes.append(module.register_forward_hook(_adding(product)).remove)
+                module.register_forward_hook(_Adding(product, self._mark))
 
 
-def _adding(product: Product) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def add(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        beside: Tensor = product.layout.product(inputs[0], product.values)
+class _Adding:
+    """A hook that adds a product to a layer's output; known by its owner, so that none can be forgotten in a layer."""
+
+    def __init__(self, product: Product, owner: object) -> None:
+        self._product, self.owner = product, owner
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        beside: Tensor = self._product.layout.product(inputs[0], self._product.values)
         return output + beside.to(output.dtype)
-
-    return add
 
 
 def product(name: str, weight: Tensor, parts: list[tuple[SparseTensor, float]], method: Method) -> Product:

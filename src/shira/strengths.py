@@ -7,7 +7,7 @@ from typing import Any
 from .errors import AdapterError, TargetError
 from .targets import by_pattern
 
-__all__ = ["Fixed", "Strength", "as_given", "check_strengths", "strengths_of"]
+__all__ = ["Fixed", "Strength", "as_given", "check_strengths", "is_there", "strengths_of"]
 
 LARGEST = (2 - 2**-23) * 2.0**127  # that float32 holds, in which all is added up
 Strength = float | Mapping[str, float]  # of a whole adapter; or of its tensors, pattern -> strength
@@ -39,6 +39,11 @@ def _finite(what: str, value: Any) -> float:
 def as_given(strength: Fixed) -> float | dict[str, float]:
     """A checked strength in the form it was given in."""
     return strength if isinstance(strength, float) else dict(strength)
+
+
+def is_there(strength: Fixed) -> bool:
+    """Whether any of it is not 0."""
+    return strength != 0 if isinstance(strength, float) else any(value != 0 for _, value in strength)
 
 
 def strengths_of(label: str, strength: Fixed, names: Iterable[str]) -> dict[str, float]:

@@ -1,14 +1,17 @@
 """One live model, many adapters: overwrite a few entries in place, put the old bits back.
 
 The model is always just the model. While adapters are active the switcher holds what lay under their entries (the
-stash), and whatever it does starts from there: base values are never computed, only kept.
+stash), and whatever it does starts from there: base values are never computed, only kept. What it has written, and what it
+has kept for that, is one value (`_State`), swapped at once: whoever is interrupted leaves a state from which the next call
+finds the base. What others do to the model between two calls is looked for at each.
 """
 
 import contextlib
+import functools
 import os
-from collections import OrderedDict
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,36 +19,42 @@ from torch import Tensor, nn
 
 from . import kernels, sides
 from .adapter import Adapter, SparseTensor, all_finite
-from .distributed import gather_pieces, is_sharded, piece_of, reshard
-from .errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
-from .format import load
-from .fusion import check_base, combine
-from .kernels import Plan, Sum, Waiting, Write
+from .distributed import reshard
+from .errors import AdapterError, SwitchError, did_you_mean
+from .fusion import combine
+from .kernels import Plan, Sum, WeightChanged, Write
 from .methods import Method, resolve
+from .model_now import ModelNow
+from .model_tensors import ModelTensors, plain_model
+from .owners import check_free, taking
+from .putting_back import put_back
 from .quantized import is_quantized
-from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
+from .ready import BASE, Chosen, Prepared, Ready
+from .sources import Source
+from .strengths import Strength, as_given, check_strengths, is_there, strengths_of
 
 __all__ = ["Switcher"]
 
 Selection = str | Mapping[str, Strength] | None
 
 
-class _Chosen(NamedTuple):
-    """What can be active: adapters in order, with their strengths, and how they are combined."""
-
-    strengths: tuple[tuple[str, Fixed], ...]
-    method: Method
+AS_IT_IS = contextlib.nullcontext()
 
 
-BASE = _Chosen((), Method("sum"))
-NOTHING = Plan.of([])
+class _State(NamedTuple):
+    """What is in the weights."""
+
+    chosen: Chosen | None  # None: on the way from one to another
+    plans: tuple[Plan, ...] = ()  # written over the base, with what lay there; what is to be put back first comes first
 
 
 class Switcher:
     """Switches a model among adapters, and sums of them, in place (SHiRA §3.2 and Appendix I, arXiv 2406.13175).
 
-    It owns the adapted entries: nobody else may change them, and no forward pass may run, while it switches. If the model is
-    sharded over processes (`fully_shard`), each of them must make the same calls.
+    While something is active the model is its own: a tuner, or another switcher, is refused. Calls from several threads take
+    turns; a forward pass in one thread while another switches computes with a mixture, so keep these apart. If the model is
+    sharded over processes (`fully_shard`), each of them must make the same calls. docs/guarantees.md says what may be done to
+    the model meanwhile.
 
     ready: how many selections (an adapter, or a sum) are held ready to switch to, positions, values and room for the
         stash in memory; the one used longest ago goes first. An adapter added as a file is otherwise left on disk.
@@ -61,21 +70,17 @@ class Switcher:
     """
 
     def __init__(self, model: nn.Module, *, ready: int = 8, host: int = 0) -> None:
-        if ready < 1 or host < 0:
-            raise SwitchError(f"ready must be at least 1 and host at least 0, found {ready} and {host}")
-        self._model = model
-        self._weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self._pieces = {id(weight): piece_of(name, weight) for name, weight in self._weights.items() if is_sharded(weight)}
-        self._sources: dict[str, _Source] = {}
-        self._sides = sides.Sides(model)
-        self._beside: dict[_Chosen, list[sides.Product]] = {}  # of what is ready or waiting, on quantized weights
-        self._ready: OrderedDict[_Chosen, Plan] = OrderedDict()
-        self._waiting: OrderedDict[_Chosen, Waiting] = OrderedDict()
-        self._arriving: OrderedDict[_Chosen, Plan] = OrderedDict()
-        self._capacity, self._host = ready, host
-        self._active = BASE
-        self._plan = NOTHING  # what is written over the base, with what lay there
-        self._leaving = NOTHING  # what was, while another takes its place
+        self._model = plain_model(model, SwitchError, "shira.Switcher(model)")
+        for option, value, least in (("ready", ready, 1), ("host", host, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SwitchError(f"{option} must be a whole number from {least} on, found {value!r}")
+        self._turn = threading.RLock()
+        self._sources: dict[str, Source] = {}
+        self._ready = Ready(ready, host)
+        self._nothing = Plan.of([])
+        self._state: _State = _State(BASE)
+        self._owner = functools.partial(_owner, weakref.ref(self))
+        self._now = ModelNow(self._model, self._owner)
 
     @property
     def names(self) -> list[str]:
@@ -85,39 +90,51 @@ class Switcher:
     @property
     def active(self) -> dict[str, float | dict[str, float]]:
         """Name -> strength of what is active, as `use` was given it; empty on the base."""
-        return {name: as_given(strength) for name, strength in self._active.strengths}
+        return {name: as_given(strength) for name, strength in self._chosen_now().strengths}
 
     @property
     def method(self) -> dict[str, Any]:
         """The method that combines what is active, and all its options: {"method": "ties", "density": 0.2}."""
-        return self._active.method.described()
+        return self._chosen_now().method.described()
+
+    def _chosen_now(self) -> Chosen:
+        with self._turn, _writable():
+            if self._state.chosen is None:
+                self._settle()
+            return self._state.chosen or BASE
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
         """Register an adapter, or a file of one, under a name, after checking that it belongs to this model.
 
         A file is read again when it is used after others have taken its place, so it must stay where it is.
 
-        Raises SwitchError if the name is taken; FormatError or OSError for the file; BaseMismatch if a tensor is missing,
-        has another shape or, for an overwrite adapter, other base values. The model is not written to.
+        Raises SwitchError if the name is taken, or somebody else has the model; FormatError or OSError for the file;
+        BaseMismatch if a tensor is missing, has another shape or, for an overwrite adapter, other base values. The model is not
+        written to.
         """
         if not isinstance(name, str) or not name:
-            raise SwitchError(f"a name must be a string that is not empty, found {name!r}")
-        if name in self._sources:
-            raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
-        source = _Source(adapter)
-        self._checked(name, source)
-        self._sources[name] = source
+            raise SwitchError(f'a name must be a string that is not empty, found {name!r}: add("poet", adapter)')
+        if not isinstance(adapter, Adapter | str | os.PathLike):
+            kind = type(adapter).__name__
+            raise SwitchError(
+                f'an adapter must be a shira.Adapter or a file of one, found a {kind}: add("{name}", "x.safetensors")'
+            )
+        with self._turn, _writable():
+            if name in self._sources:
+                raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
+            self._follow()
+            source = Source(adapter)
+            self._checked(name, source)
+            self._sources[name] = source
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Raises SwitchError if it is unknown or active."""
-        self._known(name)
-        if name in dict(self._active.strengths):
-            raise SwitchError(f"adapter {name!r} is active; switch to another or to None first")
-        del self._sources[name]
-        held: tuple[OrderedDict[_Chosen, Any], ...] = (self._ready, self._waiting, self._arriving)
-        for selections in held:
-            for key in [key for key in selections if name in dict(key.strengths)]:
-                del selections[key]
+        with self._turn, _writable():
+            self._known(name)
+            if name in dict(self._chosen_now().strengths):
+                raise SwitchError(f"adapter {name!r} is active; switch to another or to None first")
+            self._ready.drop(name)
+            del self._sources[name]
 
     def use(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Activate one adapter, several with strengths (the paper's α), or None: the base, bit for bit.
@@ -129,11 +146,13 @@ class Switcher:
         Several are base + what the method makes of the changes α · (value − base), in float32, in the order of the names,
         rounded once; an entry that one adapter alone touches at strength 1 gets its value bit for bit.
 
-        Raises SwitchError for an unknown name, AdapterError for a method, option or strength that cannot be, or a result that
-        overflows, and what `add` raises if a file has changed: then nothing has changed here. After any other exception,
-        half way, the base is active.
+        Raises SwitchError for an unknown name, if somebody else has the model, or if what lies under what is active cannot be
+        told any more (docs/guarantees.md); AdapterError for a method, option or strength that cannot be, or a result that
+        overflows, and what `add` raises if a file or the model has changed: then nothing has changed here. After any other
+        exception, half way, the base is active.
         """
-        self._activate(self._chosen(selection, method, options))
+        with self._turn, _writable():
+            self._activate(self._chosen(selection, method, options))
 
     def prefetch(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Make ready what `use` will be asked for, while a forward pass may still run: what waits in host memory is sent to the
@@ -145,252 +164,229 @@ class Switcher:
             model(**inputs)  # with what is active now
             switcher.use("coder")
         """
-        key = self._chosen(selection, method, options)
-        if key in self._ready or key in self._arriving or not key.strengths:
-            return
-        if key in self._waiting:
-            self._waiting.move_to_end(key)
-            self._arriving[key] = self._waiting[key].arrive()
-            if len(self._arriving) > self._capacity:
-                self._arriving.popitem(last=False)
-        else:
-            kernels.prepare(self._prepare(key))
+        with self._turn, _writable():
+            key = self._chosen(selection, method, options)
+            self._follow()
+            if key.strengths and not self._ready.fetch(key):
+                kernels.prepare(self._prepare(key).plan)
 
-    def _chosen(self, selection: Selection, method: str, options: Mapping[str, float]) -> _Chosen:
-        wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)
-        for name in wanted:
-            self._known(name)
-        strengths = sorted((name, fixed) for name, fixed in check_strengths(wanted).items() if _is_there(fixed))
-        chosen = resolve(method, options)
-        return _Chosen(tuple(strengths), chosen) if strengths else BASE
+    def release(self) -> None:
+        """Give the model up as it is: nothing is written, and whatever is in its weights now is the base from here on.
 
-    def _activate(self, wanted: _Chosen) -> None:
-        if wanted == self._active:
-            return
-        plan, before, finite = self._prepare(wanted), self._active, True
-        try:
-            same_positions = plan.over(self._plan)
-            if same_positions is not None:
-                self._plan = same_positions
-                kernels.write_(same_positions)
-            else:
-                self._leaving, self._plan = self._plan, plan
-                if any(plan.sums):
-                    finite = kernels.fuse_(plan, self._leaving)
-                else:
-                    kernels.change_(self._leaving, plan)
-                self._leaving = NOTHING
-            self._sides.show(self._beside.get(wanted, []))
-            self._active = wanted
-        except BaseException:
-            self._restore()
-            self._active = BASE
-            raise
-        finally:
-            if self._pieces:  # what was gathered of them is out of date
-                reshard(self._model)
-        if not finite:
-            self._undo_overflow(plan, before)
-
-    def _undo_overflow(self, plan: Plan, before: _Chosen) -> None:
-        """Sums that were computed as they were written, some of them infinite: back to what was active."""
-        weight = next(part.weight for part in plan.parts if not all_finite(part.values))
-        name = next(name for name, other in self._weights.items() if other is weight)
-        self._restore()
-        self._ready.pop(self._active)
-        self._active = BASE
-        self._activate(before)
-        raise AdapterError(_overflow(name, weight))
-
-    def _restore(self) -> None:
-        """The base, bit for bit."""
-        self._sides.show([])
-        for plan in (self._plan, self._leaving):
-            if plan.parts:
-                kernels.restore_(plan)
-                plan.begun[0] = 0
-        self._plan = self._leaving = NOTHING
+        For a model whose base is not known any more, after `use` has said so; or to keep an adapter in the weights for good.
+        """
+        with self._turn, _writable():
+            self._now.sides.show(())
+            self._state = _State(BASE)
+            self._take_up()
 
     @contextlib.contextmanager
     def using(self, selection: Selection, method: str = "sum", **options: float) -> Iterator[None]:
         """`use` inside a `with`, then whatever was active before."""
-        before = self._active
-        self.use(selection, method, **options)
+        with self._turn, _writable():
+            before = self._chosen_now()
+            self._activate(self._chosen(selection, method, options))
         try:
             yield
         finally:
-            for name, _ in before.strengths:
-                self._known(name)
-            self._activate(before)
+            with self._turn, _writable():
+                for name, _ in before.strengths:
+                    self._known(name)
+                self._activate(before)
+
+    def _settle(self) -> None:
+        """The base, after an interruption half way. Can itself be interrupted: the next call begins with it."""
+        state = self._state
+        self._now.sides.show(())
+        try:
+            for plan in state.plans:
+                if plan.begun[0]:
+                    kernels.restore_(plan, look=False)
+                    plan.begun[0] = 0
+        except WeightChanged:
+            self._put_back(state)
+        self._state = _State(BASE)
+
+    def _put_back(self, state: _State) -> None:
+        active = " + ".join(repr(name) for name, _ in (state.chosen or BASE).strengths) or "an adapter"
+        put_back(state.plans, self._now.names(), ModelTensors(self._model), active)
+
+    def _follow(self) -> None:
+        """Take note of what was done to the model since the last call; what is active stays so."""
+        if self._state.chosen is None:
+            self._settle()
+        try:
+            check_free(self._now.claim, SwitchError)
+            for plan in self._state.plans:
+                plan.check()
+            if not self._now.is_another():
+                return
+        except WeightChanged:
+            pass
+        before = self._state.chosen or BASE
+        self._adopt()
+        self._switch(before)
+
+    def _adopt(self) -> None:
+        """The base of the model as it is now, with nothing active; and all that is known is of that."""
+        if self._state.plans:
+            self._put_back(self._state)
+        self._now.sides.show(())
+        self._state = _State(BASE)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Begin anew with the model as it is now, of which nothing is known yet."""
+        self._ready.drop()
+        for source in self._sources.values():
+            source.check_again()
+        self._now = ModelNow(self._model, self._owner)
+
+    def _activate(self, wanted: Chosen) -> None:
+        if self._state.chosen is None:
+            self._settle()
+        if not (wanted.strengths or self._state.plans):
+            return  # the model may be somebody else's
+        if self._now.is_another():
+            check_free(self._now.claim, SwitchError)
+            self._adopt()
+        try:
+            self._switch(wanted)
+        except WeightChanged:  # before anything was written
+            self._adopt()
+            self._switch(wanted)
+
+    def _switch(self, wanted: Chosen) -> None:
+        state = self._state
+        if wanted == state.chosen:
+            return
+        prepared = self._prepare(wanted)
+        leaving = state.plans[0] if state.plans else self._nothing
+        over = prepared.plan.over(leaving)
+        coming = prepared.plan if over is None else over
+        finite = True
+        with taking:
+            check_free(self._now.claim, SwitchError)
+            self._state = _State(None, (coming, leaving))
+        try:
+            if over is not None:
+                kernels.write_(over, leaving)
+            elif any(coming.sums):
+                finite = kernels.fuse_(coming, leaving)
+            else:
+                kernels.change_(leaving, coming)
+            self._now.sides.show(prepared.beside)
+            self._now.was_written()
+            if finite:
+                self._state = _State(wanted, (coming,)) if wanted.strengths else _State(BASE)
+        except WeightChanged:
+            self._state = state
+            raise
+        except BaseException:
+            self._settle()
+            self._now.was_written()
+            raise
+        finally:
+            if self._now.pieces:  # what was gathered of them is out of date
+                reshard(self._model)
+        if not finite:
+            self._undo_overflow(wanted, coming, state.chosen or BASE)
+
+    def _undo_overflow(self, wanted: Chosen, plan: Plan, before: Chosen) -> None:
+        """Sums that were computed as they were written, some of them infinite: back to what was active."""
+        weight = next(part.weight for part in plan.parts if not all_finite(part.values))
+        name = next(name for name, other in self._now.weights.items() if other is weight)
+        self._ready.forget(wanted)
+        self._settle()
+        self._now.was_written()
+        self._switch(before)
+        raise AdapterError(_overflow(name, weight))
+
+    def _chosen(self, selection: Selection, method: str, options: Mapping[str, float]) -> Chosen:
+        if not isinstance(method, str) and isinstance(selection, str):
+            raise SwitchError(f"a strength belongs to its name: use({{{selection!r}: {method!r}}})")
+        if not (selection is None or isinstance(selection, str | Mapping)):
+            meant = 'a name, use("poet"); names with strengths, use({"poet": 1.0, "coder": 0.5}); or use(None) for the base'
+            raise SwitchError(f"expected {meant}; found {selection!r}")
+        wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)
+        for name in wanted:
+            self._known(name)
+        strengths = sorted((name, fixed) for name, fixed in check_strengths(wanted).items() if is_there(fixed))
+        chosen = resolve(method, options)
+        return Chosen(tuple(strengths), chosen) if strengths else BASE
 
     def _known(self, name: str) -> None:
-        if name not in self._sources:
+        if not isinstance(name, str) or name not in self._sources:
             raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
-    def _prepare(self, key: _Chosen) -> Plan:
+    def _prepare(self, key: Chosen) -> Prepared:
         """What to write over the base, every value computed and checked; made once, kept while it is among the latest."""
-        if key in self._ready:
-            self._ready.move_to_end(key)
-            return self._ready[key]
-        if key in self._arriving or key in self._waiting:
-            plan = self._arriving.pop(key, None) or self._waiting[key].arrive()
-            return self._hold(key, kernels.arrived(plan))
+        if not key.strengths:
+            return Prepared(self._nothing)
+        held = self._ready.take(key)
+        if held is not None:
+            return held
         by_weight: dict[int, tuple[str, list[tuple[SparseTensor, float]]]] = {}
         for adapter_name, fixed in key.strengths:
             tensors = self._checked(adapter_name, self._sources[adapter_name])
             for tensor_name, strength in strengths_of(repr(adapter_name), fixed, tensors).items():
                 if strength != 0:
-                    parts = by_weight.setdefault(id(self._weights[tensor_name]), (tensor_name, []))[1]
+                    parts = by_weight.setdefault(id(self._now.weights[tensor_name]), (tensor_name, []))[1]
                     parts.append((tensors[tensor_name], strength))
         made, products = [], []
         for name, parts in by_weight.values():
-            if is_quantized(self._weights[name]):
-                products.append(sides.product(name, self._weights[name], parts, key.method))
+            if is_quantized(self._now.weights[name]):
+                products.append(sides.product(name, self._now.weights[name], parts, key.method))
             else:
                 made.append(self._write(name, parts, key.method))
         plan = Plan.of([write for write, _ in made], [total for _, total in made])
-        if not key.strengths:  # the base needs no room
-            return plan
-        self._beside[key] = products
-        return self._hold(key, plan)
+        return self._ready.hold(key, Prepared(plan, tuple(products)))
 
-    def _hold(self, key: _Chosen, plan: Plan) -> Plan:
-        """Hold a plan ready. What no longer fits waits in host memory, or is gone."""
-        self._ready[key] = plan
-        while len(self._ready) > self._capacity:
-            gone, its_plan = self._ready.popitem(last=False)
-            if self._host and not any(its_plan.sums):
-                if gone not in self._waiting:
-                    self._waiting[gone] = Waiting(its_plan)
-                self._waiting.move_to_end(gone)
-            if len(self._waiting) > self._host:
-                self._waiting.popitem(last=False)
-        held = (self._ready, self._waiting, self._arriving)
-        self._beside = {key: products for key, products in self._beside.items() if any(key in each for each in held)}
-        return plan
+    def _checked(self, name: str, source: Source) -> dict[str, SparseTensor]:
+        adapter, is_new = source.read()
+        tensors = self._now.checked(source.label(name), adapter, self._state.plans, is_new=is_new)
+        source.is_checked()
+        return tensors
 
     def _write(self, name: str, parts: list[tuple[SparseTensor, float]], method: Method) -> tuple[Write, Sum | None]:
         """What becomes of one tensor; and of what its values are summed when they are written, if they are not yet."""
-        weight = self._weights[name]
+        weight = self._now.weights[name]
         tensor, strength = parts[0]
         if len(parts) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
-            return self._here(weight, tensor.indices, tensor.values), None
+            return self._here(weight, tensor.indices, tensor.values.clone()), None
         overlap = kernels.merge([part.indices for part, _ in parts])
         as_written = method.name == "sum" and all(part.kind == "overwrite" for part, _ in parts)
-        if as_written and id(weight) not in self._pieces and kernels.fuses(weight):
+        if as_written and id(weight) not in self._now.pieces and kernels.fuses(weight):
             room = torch.empty_like(overlap.indices, dtype=weight.dtype)
             total = Sum.of(overlap, [(part.values, strength) for part, strength in parts])
             return self._here(weight, overlap.indices, room), total
-        indices, values, _ = combine(name, parts, overlap, self._base_at(weight, overlap.indices), method)
+        indices, values, _ = combine(
+            name, parts, overlap, self._now.base_at(weight, overlap.indices, self._state.plans), method
+        )
         if not all_finite(values):
             raise AdapterError(_overflow(name, weight))
         return self._here(weight, indices, values), None
 
     def _here(self, weight: Tensor, indices: Tensor, values: Tensor) -> Write:
         """A write to a weight, or, if it is sharded, to what lies here of it."""
-        piece = self._pieces.get(id(weight))
+        piece = self._now.pieces.get(id(weight))
         if piece is not None:
             span = piece.span(indices)
             weight, indices, values = piece.local, indices[span] - piece.start, values[span]
-        return Write(weight, self._shared(weight, indices), values)
-
-    def _shared(self, weight: Tensor, indices: Tensor) -> Tensor:
-        """These positions, or the very tensor of a plan that is ready and has the same ones: adapters of one mask then hold
-        them once, and switch among each other in one pass."""
-        for plan in self._ready.values():
-            for part in plan.parts:
-                if part.weight is weight and part.indices.numel() == indices.numel() and torch.equal(part.indices, indices):
-                    return part.indices
-        return indices
-
-    def _checked(self, name: str, source: "_Source") -> dict[str, SparseTensor]:
-        """An adapter's tensors, ready to be written to this model: on its devices, overwrites in its dtypes, one for each
-        tied weight. The base is compared when the content is new."""
-        adapter, is_new = source.read()
-        label = source.label(name)
-        plain, _ = self._sides.split(label, adapter, self._weights)
-        if is_new:
-            check_base(label, plain, self._weights, self._base_at)
-        tensors: dict[str, SparseTensor] = {}
-        owners: dict[int, str] = {}
-        for tensor_name, tensor in adapter.tensors.items():
-            weight = self._weights[tensor_name]
-            other = owners.setdefault(id(weight), tensor_name)
-            if other == tensor_name:
-                tensors[tensor_name] = _on(weight, tensor_name, tensor)
-            elif not _same(tensor, adapter.tensors[other]):
-                raise BaseMismatch(f"{label}: '{tensor_name}' and '{other}' are one tied tensor here, two in the adapter")
-        source.is_checked()
-        return tensors
-
-    def _base_at(self, weight: Tensor, indices: Tensor) -> Tensor:
-        """Base values at positions [k] of a weight: the live ones, or the stashed ones under active entries."""
-        indices = indices.to(weight.device)
-        piece = self._pieces.get(id(weight))
-        if piece is None:
-            return self._base_here(weight, indices)
-        return gather_pieces(weight, indices, self._base_here(piece.local, indices[piece.span(indices)] - piece.start))
-
-    def _base_here(self, weight: Tensor, indices: Tensor) -> Tensor:
-        values = kernels.gather(weight, indices)
-        for part, stash in zip(self._plan.parts, self._plan.stash, strict=True):
-            if part.weight is weight and part.indices.numel():
-                place = torch.searchsorted(part.indices, indices.to(part.indices.dtype))
-                place.clamp_(max=part.indices.numel() - 1)
-                hit = part.indices[place] == indices
-                values[hit] = stash[place[hit]]
-        return values
+        return Write(weight, self._ready.own(weight, indices), values)
 
 
-class _Source:
-    """Where an adapter comes from: memory, or a file, which is read again when it is needed again."""
+def _owner(switcher: "weakref.ref[Switcher]") -> str:
+    """What is said to others who want its model."""
+    state = _State(BASE) if (alive := switcher()) is None else alive._state
+    active = " + ".join(repr(name) for name, _ in (state.chosen or BASE).strengths) or "an adapter"
+    return f"a Switcher has {active} active in it; call its use(None) first" if state.plans else ""
 
-    def __init__(self, adapter: Adapter | str | os.PathLike[str]) -> None:
-        self._content = adapter if isinstance(adapter, Adapter) else Path(adapter)
-        self._found: tuple[int, ...] = ()  # the file's state when it was last read
-        self._checked: tuple[int, ...] | None = None  # and when it was last found to belong to the model
 
-    def label(self, name: str) -> str:
-        return repr(name) if isinstance(self._content, Adapter) else str(self._content)
-
-    def read(self) -> tuple[Adapter, bool]:
-        """The adapter, and whether it is another than the one that was checked."""
-        if isinstance(self._content, Adapter):
-            return self._content, self._checked is None
-        status = self._content.stat()
-        self._found = (status.st_ino, status.st_size, status.st_mtime_ns)
-        return load(self._content), self._found != self._checked
-
-    def is_checked(self) -> None:
-        self._checked = self._found
+def _writable() -> contextlib.AbstractContextManager[Any]:
+    """Outside of inference mode, whose tensors cannot be written to later."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else AS_IT_IS
 
 
 def _overflow(name: str, weight: Tensor) -> str:
     return f"'{name}' would overflow {weight.dtype} at these strengths; use smaller ones"
-
-
-def _is_there(strength: Fixed) -> bool:
-    """Whether any of it is not 0."""
-    return strength != 0 if isinstance(strength, float) else any(value != 0 for _, value in strength)
-
-
-def _on(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:
-    """A sparse tensor ready to be written: on the weight's device, overwrites in its dtype."""
-    dtype = weight.dtype if tensor.kind == "overwrite" else tensor.values.dtype  # of a quantized weight there are only deltas
-    if (tensor.values.device, tensor.values.dtype) == (weight.device, dtype):
-        return tensor
-    try:
-        return SparseTensor(tensor.shape, tensor.indices.to(weight.device), tensor.values.to(weight.device, dtype), tensor.kind)
-    except AdapterError as error:
-        raise BaseMismatch(
-            f"'{name}' is {weight.dtype} in this model, which does not hold the adapter's values: {error}"
-        ) from error
-
-
-def _same(one: SparseTensor, other: SparseTensor) -> bool:
-    """Whether two sparse tensors agree to the bit."""
-    return (
-        (one.shape, one.kind, one.values.dtype) == (other.shape, other.kind, other.values.dtype)
-        and torch.equal(one.indices, other.indices)
-        and torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
-    )

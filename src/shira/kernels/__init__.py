@@ -16,18 +16,20 @@ from torch import Tensor
 from ..adapter import fingerprint
 from . import native, opaque, reference, torch_ops, triton_ops
 from .pattern import Pattern, find_pattern
-from .plan import Change, Fused, Overlap, Plan, Sum, Write
+from .plan import Change, Form, Fused, Overlap, Plan, Sum, WeightChanged, Write, same_bits
 from .waiting import Waiting, arrived
 
 __all__ = [
     "BACKENDS",
     "Change",
+    "Form",
     "Fused",
     "Overlap",
     "Pattern",
     "Plan",
     "Sum",
     "Waiting",
+    "WeightChanged",
     "Write",
     "arrived",
     "backend",
@@ -43,6 +45,7 @@ __all__ = [
     "overwrite_",
     "prepare",
     "restore_",
+    "same_bits",
     "sampled_gradient",
     "swap_",
     "takes_gaps",
@@ -87,39 +90,54 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     _for(weight, indices, values).overwrite_(weight, indices, values)
 
 
-def write_(plan: Plan) -> None:
-    """Write a plan's values at its positions, bit for bit, in place; its stash stays as it is."""
-    _for(*(part.weight for part in plan.parts)).write_(plan)
+def write_(plan: Plan, over: Plan) -> None:
+    """Write a plan's values over those of another that is active at the very same positions, bit for bit, in place; its stash
+    stays as it is. Raises WeightChanged, before anything is written, if a weight is not what it was, or holds other values."""
+    plan.check()
+    _of(plan).write_(plan, over)
 
 
 def swap_(plan: Plan) -> None:
-    """Keep what lies under a plan in its stash, and write it."""
-    _for(*(part.weight for part in plan.parts)).swap_(plan)
+    """Keep what lies under a plan in its stash, and write it. Raises WeightChanged, before that, if a weight is not what it was
+    when the plan was made."""
+    plan.check()
+    _of(plan).swap_(plan)
 
 
-def restore_(plan: Plan) -> None:
-    """Put back what a plan's stash holds, as far as it was begun."""
-    _for(*(part.weight for part in plan.parts)).restore_(plan)
+def restore_(plan: Plan, *, look: bool = True) -> None:
+    """Put back what a plan's stash holds, as far as it was begun. Raises WeightChanged, before anything is written, if a weight
+    is not what it was, or, with `look`, no longer holds the plan's values (Triton does not look)."""
+    plan.check()
+    _of(plan).restore_(plan, look=look)
 
 
 def change_(leaving: Plan, coming: Plan) -> None:
     """`restore_` a plan that is active, then `swap_` another; in one launch where the backend can. Whatever happens half way,
     `restore_` of the coming plan, then of the leaving one, is the base."""
+    leaving.check()
+    coming.check()
     if leaving.begun[0] and coming.parts and _launches(leaving) and _launches(coming):
         return triton_ops.change_(leaving, coming)
     _put_back(leaving)
     if coming.parts:
-        swap_(coming)
+        _of(coming).swap_(coming)
+
+
+def _of(plan: Plan) -> Any:
+    """The backend of a plan."""
+    if _forced.get() is None and plan.on_cpu and native.available():
+        return native
+    return _for(*(part.weight for part in plan.parts))
 
 
 def _launches(plan: Plan) -> bool:
-    """Whether a plan is Triton's: asked of one weight first, since most are not."""
-    return _for(plan.parts[0].weight) is triton_ops and _for(*(part.weight for part in plan.parts)) is triton_ops
+    """Whether a plan is Triton's."""
+    return _of(plan) is triton_ops
 
 
 def _put_back(plan: Plan) -> None:
     if plan.begun[0]:
-        restore_(plan)
+        _of(plan).restore_(plan, look=True)
         plan.begun[0] = 0
 
 
@@ -131,6 +149,9 @@ def fuses(*weights: Tensor) -> bool:
 def fuse_(plan: Plan, leaving: Plan | None = None) -> bool:
     """`swap_` a plan with sums, or `change_` to it from an active one; they become its values. Whether all of them are finite:
     if not, restore it."""
+    plan.check()
+    if leaving is not None:
+        leaving.check()
     fusing = fuses(*(part.weight for part in plan.parts))
     together = fusing and leaving is not None and bool(leaving.begun[0]) and _launches(leaving)
     if leaving is not None and not together:

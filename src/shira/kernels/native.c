@@ -43,7 +43,9 @@ typedef struct {
     const void *indices; /* [count], int32 or int64 */
     const void *values;  /* [count], what to write; NULL: write nothing */
     void *stash;         /* [count], where to keep what was there; NULL: keep nothing */
+    const void *written; /* [count], what must be there, bit for bit, before anything is written; NULL: anything */
     int64_t count;
+    int64_t entries;     /* of the weight */
     int32_t entry_bytes; /* 1, 2, 4 or 8 */
     int32_t index_bytes; /* 4 or 8 */
 } Part;
@@ -84,6 +86,32 @@ static void swap_part(const Part *part, int64_t begin, int64_t end) {
     case 4: (wide ? swap_4_8 : swap_4_4)(part, begin, end); break;
     case 8: (wide ? swap_8_8 : swap_8_4)(part, begin, end); break;
     }
+}
+
+/* Whether `step` apart the entries are what was written there: looked at in a few places only, since to look at each would take
+ * a fifth of the time of writing it. */
+static int holds(const Part *part, int64_t step) {
+    const char *weight = (const char *)part->weight, *written = (const char *)part->written;
+    const int64_t bytes = part->entry_bytes;
+    for (int64_t i = 0; i < part->count; i += step) {
+        const int64_t where = part->index_bytes == 8 ? ((const int64_t *)part->indices)[i] : ((const int32_t *)part->indices)[i];
+        if (memcmp(weight + where * bytes, written + i * bytes, (size_t)bytes)) return 0;
+    }
+    return 1;
+}
+
+/* Whether all positions lie in the weight: without a branch for each, so that several are compared at once. */
+static int inside(const Part *part) {
+    int outside = 0;
+    if (part->index_bytes == 8) {
+        const int64_t *indices = (const int64_t *)part->indices;
+        for (int64_t i = 0; i < part->count; i++) outside |= (uint64_t)indices[i] >= (uint64_t)part->entries;
+    } else {
+        const int32_t *indices = (const int32_t *)part->indices;
+        const uint32_t entries = part->entries > INT32_MAX ? (uint32_t)INT32_MAX + 1 : (uint32_t)part->entries;
+        for (int64_t i = 0; i < part->count; i++) outside |= (uint32_t)indices[i] >= entries;
+    }
+    return !outside;
 }
 
 /* One thread's share of a job: from begin to end - 1. */
@@ -174,21 +202,51 @@ static int64_t entries_of(const Part *parts, Py_ssize_t count) {
     return total;
 }
 
+enum { LOOKS = 128, LEAST_LOOKS = 16 }; /* at so many entries of a plan, but at so many of each part */
+
+/* The first part that does not hold what was written; -1 if all do. */
+static Py_ssize_t changed(const Part *parts, Py_ssize_t count) {
+    const int64_t looks = count && LOOKS / count > LEAST_LOOKS ? LOOKS / count : LEAST_LOOKS;
+    for (Py_ssize_t p = 0; p < count; p++)
+        if (parts[p].written && !holds(&parts[p], parts[p].count / looks + 1)) return p;
+    return -1;
+}
+
+/* The first part with a position outside of its weight; -1 if there is none. */
+static PyObject *outside(PyObject *self, PyObject *args) {
+    unsigned long long address;
+    Py_ssize_t count, found = -1;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "Kn", &address, &count)) return NULL;
+    const Part *parts = (const Part *)(uintptr_t)address;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t p = 0; p < count && found < 0; p++)
+        if (!inside(&parts[p])) found = p;
+    Py_END_ALLOW_THREADS
+    return PyLong_FromSsize_t(found);
+}
+
 /* Once begun it ends: no signal and no exception comes between the entries. `begun` gets the number of parts as it begins,
- * so that whoever is interrupted around this call knows whether the stash holds what it should. */
+ * so that whoever is interrupted around this call knows whether the stash holds what it should. Returns -1, or, before anything
+ * is written, the first part that does not hold what was written. */
 static PyObject *swap(PyObject *self, PyObject *args) {
     unsigned long long address, begun;
     Py_ssize_t parts;
     int mode;
+    int look;
     long threads;
+    Py_ssize_t found = -1;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KniKl", &address, &parts, &mode, &begun, &threads)) return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    if (begun) *(int64_t *)(uintptr_t)begun = parts;
+    if (!PyArg_ParseTuple(args, "KniiKl", &address, &parts, &mode, &look, &begun, &threads)) return NULL;
     const Swap job = {(const Part *)(uintptr_t)address, parts, mode};
-    in_parallel(swap_share, &job, entries_of(job.parts, parts), threads, 4096);
+    Py_BEGIN_ALLOW_THREADS
+    if (look) found = changed(job.parts, parts);
+    if (found < 0) {
+        if (begun) *(int64_t *)(uintptr_t)begun = parts;
+        in_parallel(swap_share, &job, entries_of(job.parts, parts), threads, 4096);
+    }
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return PyLong_FromSsize_t(found);
 }
 
 /* out[i] += rows[r] · columns[c] for position r * width + c, r and c being `length` floats long. Four positions of a row at a
@@ -308,7 +366,8 @@ static PyObject *sampled(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, address of begun, threads)"},
+    {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, whether to look first, address of begun, threads)"},
+    {"outside", outside, METH_VARARGS, "outside(address of an array of parts, how many)"},
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
     {"merge", merge, METH_VARARGS, "merge(address of an array of runs, how many, past the last position, merged, touched, index bytes)"},
     {"fused", fused, METH_VARARGS, "fused(address of an array of changes, how many, value bytes, weight, its entry bytes, past the last position, positions, values, base, mode, whether plain)"},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
-from .plan import Change, Fused, Overlap, Plan, Write
+from .plan import Change, Fused, Overlap, Plan, WeightChanged, Write
 
 try:
     _native: Any = importlib.import_module("._native", __package__)
@@ -37,7 +37,10 @@ __all__ = [
 ]
 
 PART = np.dtype(  # as in native.c
-    [("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("count", "i8"), ("entry", "i4"), ("index", "i4")]
+    [
+        *[("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("written", "u8")],
+        *[("count", "i8"), ("entries", "i8"), ("entry", "i4"), ("index", "i4")],
+    ]
 )
 RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])  # as in merge.c
 CHANGE = np.dtype(  # as in fused.c
@@ -52,11 +55,11 @@ GAPS = (torch.uint8, torch.uint16)  # instead of positions: how a file holds the
 LINE = 64  # bytes that are fetched at once
 MOST = 255  # changes that are counted in a byte
 SLACK = 16  # entries that may be written beyond the last
+KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 MESSAGE = np.dtype([("values", "u8"), ("digest", "u8"), ("count", "i8"), ("entry", "i8")])  # as in sha256.c
 
 PLAIN = False  # do without instructions that not all processors have: for tests
 
-KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
 DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}
 SAMPLED_NS = 0.03
@@ -74,30 +77,35 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
     values = torch.empty(indices.numel(), dtype=weight.dtype)
     table = _table([Write(weight, indices, values)])
     table["stash"], table["values"] = table["values"], 0
-    _native.swap(table.ctypes.data, 1, KEEP_AND_WRITE, 0, torch.get_num_threads())
+    _native.swap(table.ctypes.data, 1, KEEP_AND_WRITE, False, 0, torch.get_num_threads())
     return values
 
 
 def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """See `reference.overwrite_`."""
     table = _table([Write(weight, indices, values)])
-    _native.swap(table.ctypes.data, 1, WRITE, 0, torch.get_num_threads())
+    _native.swap(table.ctypes.data, 1, WRITE, False, 0, torch.get_num_threads())
     torch.autograd.graph.increment_version(weight)
 
 
-def write_(plan: Plan) -> None:
-    """See `reference.write_`."""
-    _run(plan, WRITE, len(plan.parts))
+def write_(plan: Plan, over: Plan) -> None:
+    """See `reference.write_`; it looks at a few entries."""
+    compiled = _compiled(plan)
+    compiled.table["written"] = _compiled(over).table["values"]
+    try:
+        _run(plan, compiled, WRITE, len(plan.parts), look=True)
+    finally:
+        compiled.table["written"] = compiled.table["values"]
 
 
 def swap_(plan: Plan) -> None:
     """See `reference.swap_`: keeping and writing in one pass."""
-    _run(plan, KEEP_AND_WRITE, len(plan.parts))
+    _run(plan, _compiled(plan), KEEP_AND_WRITE, len(plan.parts))
 
 
-def restore_(plan: Plan) -> None:
-    """See `reference.restore_`."""
-    _run(plan, RESTORE, int(plan.begun[0]))
+def restore_(plan: Plan, *, look: bool) -> None:
+    """See `reference.restore_`; it looks at a few entries."""
+    _run(plan, _compiled(plan), RESTORE, int(plan.begun[0]), look=look)
 
 
 def merge(runs: Sequence[Tensor]) -> Overlap:
@@ -212,10 +220,11 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     """See `reference.sampled_gradient`: dot products at the positions alone, in float32, or, where that is faster, the dense
     product of `torch_ops`. The choice depends on the sizes only, so that a run repeats to the bit."""
     (tokens, rows), columns = grad_output.shape, input.shape[1]
-    if not sampling_wins(grad_output.dtype, rows, columns, indices.numel()):
+    fits = grad_output.dtype == input.dtype and input.shape[0] == tokens and indices.dtype in (torch.int32, torch.int64)
+    if not fits or not sampling_wins(grad_output.dtype, rows, columns, indices.numel()):
         return torch_ops.sampled_gradient(grad_output, input, indices)
     grad_output, input, indices = grad_output.contiguous(), input.contiguous(), indices.contiguous()
-    out = torch.zeros(indices.numel())
+    out = torch.zeros(indices.numel(), dtype=torch.float32)
     scratch = _scratch(BLOCK * (rows + columns))
     _native.sampled(
         grad_output.data_ptr(),
@@ -239,7 +248,7 @@ def _scratch(size: int) -> Tensor:
     """Room for `size` floats, kept for the next call of this thread: fresh memory would have to be paged in each time."""
     room: Tensor | None = getattr(_rooms, "room", None)
     if room is None or room.numel() < size:
-        room = _rooms.room = torch.empty(size)
+        room = _rooms.room = torch.empty(size, dtype=torch.float32)
     return room
 
 
@@ -257,42 +266,55 @@ class _Compiled(NamedTuple):
     address: int
     begun: int
     weights: list[Tensor]
-    places: list[int]  # where the weights were when it was made
 
 
-def _run(plan: Plan, mode: int, parts: int) -> None:
-    """Write, and move the version counters: the weights change behind torch's back, and autograd must know.
+def _compiled(plan: Plan) -> _Compiled:
+    """Made once: `kernels` asks before every call whether the weights are still what they were; all else is the plan's own."""
+    if plan.compiled is None:
+        if plan.writer is not None and plan.keeper is not None:
+            table = _compiled(plan.writer).table.copy()
+            table["stash"] = _compiled(plan.keeper).table["stash"]
+        else:
+            table = _table(plan.parts, plan.stash)
+            table["written"] = table["values"]
+        plan.compiled = _Compiled(table, table.ctypes.data, plan.begun.ctypes.data, [part.weight for part in plan.parts])
+    compiled: _Compiled = plan.compiled
+    return compiled
 
-    What C sees is made once; a weight that has moved since gets its new address."""
-    compiled: _Compiled | None = plan.compiled
-    if compiled is None or compiled.places != [weight.data_ptr() for weight in compiled.weights]:
-        table = _table(plan.parts, plan.stash)
-        weights = [part.weight for part in plan.parts]
-        places = [weight.data_ptr() for weight in weights]
-        compiled = plan.compiled = _Compiled(table, table.ctypes.data, plan.begun.ctypes.data, weights, places)
+
+def _run(plan: Plan, compiled: _Compiled, mode: int, parts: int, *, look: bool = False) -> None:
+    """Write, and move the version counters: the weights change behind torch's back, and autograd must know."""
     begun = compiled.begun if mode == KEEP_AND_WRITE else 0
-    _native.swap(compiled.address, parts, mode, begun, torch.get_num_threads())
+    wrong = _native.swap(compiled.address, parts, mode, look, begun, torch.get_num_threads())
+    if wrong >= 0:
+        raise WeightChanged(f"a weight {list(plan.parts[wrong].weight.shape)} no longer holds what was written")
     torch.autograd.graph.increment_version(compiled.weights[:parts])
 
 
 def _table(parts: "tuple[Write, ...] | list[Write]", stash: tuple[Tensor, ...] = ()) -> "np.ndarray[Any, Any]":
-    """Addresses and sizes. What C would not notice, and memory would pay for, is checked here: layout, dtypes, range.
+    """Addresses and sizes. What C would not notice, and memory would pay for, is checked here: layout, dtypes, device, range.
 
     Raises IndexError.
     """
-    for weight, indices, values in parts:
+    for part in parts:
+        weight, indices, values = part
         plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
         fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
-        if not (plain and fits):
-            raise IndexError(f"cannot write {values.dtype} {list(values.shape)} into {weight.dtype} {list(weight.shape)}")
-        if indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < weight.numel():  # they are sorted
-            raise IndexError(f"positions {int(indices[0])} to {int(indices[-1])} in a tensor of {weight.numel()} entries")
+        if not (plain and fits and available(*part) and weight.itemsize in (1, 2, 4, 8)):
+            raise IndexError(
+                f"cannot write {values.dtype} {list(values.shape)} on {values.device} into {weight.dtype} {list(weight.shape)} "
+                f"on {weight.device}"
+            )
     table = np.zeros(len(parts), dtype=PART)
     for field in ("weight", "indices", "values"):
         table[field] = [getattr(part, field).data_ptr() for part in parts]
     table["count"] = [part.indices.numel() for part in parts]
+    table["entries"] = [part.weight.numel() for part in parts]
     table["entry"] = [part.weight.itemsize for part in parts]
     table["index"] = [part.indices.itemsize for part in parts]
     if stash:
         table["stash"] = [kept.data_ptr() for kept in stash]
+    wrong = _native.outside(table.ctypes.data, len(parts))
+    if wrong >= 0:
+        raise IndexError(f"a position outside of a tensor of {parts[wrong].weight.numel()} entries")
     return table

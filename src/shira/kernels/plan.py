@@ -1,6 +1,8 @@
 """What kernels work on: what a switch writes, over all tensors of a model, as one flat list; where sparse tensors meet."""
 
-from collections.abc import Sequence
+import functools
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -8,7 +10,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Change", "Fused", "Overlap", "Plan", "Sum", "Write"]
+from ..errors import ShiraError
+
+__all__ = ["Change", "Form", "Fused", "Overlap", "Plan", "Sum", "WeightChanged", "Write", "same_bits"]
+
+
+class WeightChanged(ShiraError):
+    """A weight is another than when its plan was made (cast, moved, replaced), or no longer holds what was written."""
+
+
+class Form(NamedTuple):
+    """Which memory a weight is, and how its entries lie there."""
+
+    storage: Callable[[], Any]  # a weak reference: an address may be given out again, and a number, but not this
+    layout: tuple[int, torch.dtype, torch.Size, tuple[int, ...]]  # address, dtype, shape, strides
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Form":
+        storage = weakref.ref(weight.untyped_storage())
+        return cls(storage, (weight.data_ptr(), weight.dtype, weight.shape, weight.stride()))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape agree to the bit: NaN is NaN, and 0.0 is not -0.0."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 class Overlap(NamedTuple):
@@ -69,6 +94,7 @@ class Plan:
     """Writes, and room for what lies under them.
 
     stash: for each part [k], what was there, once `begun` says so.
+    forms: what each weight was when the plan was made: it is for these, and no others.
     begun: int64 [1], the number of leading parts whose stash holds what was there and whose weight may have been written.
         A kernel moves it before it writes, so that after an interruption at any point it is known what to put back.
     sums: for each part what its values are still to become, if they are to; `kernels.fuse_` computes them, and they are gone.
@@ -77,6 +103,7 @@ class Plan:
     parts: tuple[Write, ...]
     stash: tuple[Tensor, ...]
     begun: np.ndarray[tuple[int], np.dtype[np.int64]]
+    forms: tuple[Form, ...]
     sums: tuple[Sum | None, ...] = ()
     compiled: Any = None  # native.py's own form of it
     launches: dict[torch.device, Any] = field(default_factory=dict)  # triton_ops.py's
@@ -97,7 +124,25 @@ class Plan:
             key = (part.values.dtype, part.values.device)
             stash.append(room[key][: part.values.numel()])
             room[key] = room[key][part.values.numel() :]
-        return cls(tuple(parts), tuple(stash), np.zeros(1, dtype=np.int64), tuple(sums))
+        forms = tuple(Form.of(part.weight) for part in parts)
+        return cls(tuple(parts), tuple(stash), np.zeros(1, dtype=np.int64), forms, tuple(sums))
+
+    @functools.cached_property
+    def on_cpu(self) -> bool:
+        """Whether all of it is: where a weight is cannot change without its form."""
+        return all(tensor.device.type == "cpu" for part in self.parts for tensor in part)
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Of the weights when the plan was made."""
+        return [form.layout[2] for form in self.forms]
+
+    def check(self) -> None:
+        """Raise WeightChanged unless every weight is what it was when the plan was made: a third of a microsecond each."""
+        for (weight, _, _), (storage, layout) in zip(self.parts, self.forms, strict=True):
+            here = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+            if storage() is not weight.untyped_storage() or here != layout:
+                raise WeightChanged("a weight was cast, moved or replaced since its entries were chosen")
 
     @property
     def nnz(self) -> int:
@@ -118,4 +163,5 @@ class Plan:
         )
         if not same or any(self.sums):
             return None
-        return Plan(self.parts, other.stash, other.begun, writer=self, keeper=other.keeper or other)
+        keeper = other.keeper or other
+        return Plan(self.parts, other.stash, other.begun, self.forms, writer=self, keeper=keeper)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .plan import Overlap, Plan, Sum
+from .plan import Overlap, Plan, Sum, WeightChanged, same_bits
 
-__all__ = ["fuse_", "gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["fuse_", "gather", "look_at", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -20,14 +20,26 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
 
 def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """Set the entries of `weight` at `indices` [k] to `values` [k] of the weight's dtype, bit for bit, in place."""
-    with torch.no_grad():
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
         weight.view(-1)[indices.long()] = values
 
 
-def write_(plan: Plan) -> None:
-    """Write the plan's values at its positions, bit for bit, in place; its stash stays as it is."""
+def write_(plan: Plan, over: Plan) -> None:
+    """Write the plan's values at its positions, bit for bit, in place; its stash stays as it is.
+
+    over: the plan of the same positions that is active. Raises WeightChanged, before anything is written, unless the weights
+    hold its values.
+    """
+    look_at(over)
     for part in plan.parts:
         overwrite_(*part)
+
+
+def look_at(plan: Plan) -> None:
+    """Raise WeightChanged unless the weights hold the values of the parts that were begun."""
+    for part in plan.parts[: int(plan.begun[0])]:
+        if not same_bits(gather(part.weight, part.indices), part.values):
+            raise WeightChanged(f"a weight {list(part.weight.shape)} no longer holds what was written")
 
 
 def swap_(plan: Plan) -> None:
@@ -38,8 +50,13 @@ def swap_(plan: Plan) -> None:
         overwrite_(*part)
 
 
-def restore_(plan: Plan) -> None:
-    """Put back what the stash holds of the parts that were begun."""
+def restore_(plan: Plan, *, look: bool) -> None:
+    """Put back what the stash holds of the parts that were begun.
+
+    look: raise WeightChanged, before anything is written, unless the weights hold the plan's values.
+    """
+    if look:
+        look_at(plan)
     for part, stash in list(zip(plan.parts, plan.stash, strict=True))[: int(plan.begun[0])]:
         overwrite_(part.weight, part.indices, stash)
 

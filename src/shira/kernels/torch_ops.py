@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .plan import Plan
-from .reference import merge
+from .reference import look_at, merge
 
 __all__ = ["gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
 
@@ -20,12 +20,13 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
 
 def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """See `reference.overwrite_`."""
-    with torch.no_grad():
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
         weight.view(-1).index_copy_(0, indices.long(), values)
 
 
-def write_(plan: Plan) -> None:
+def write_(plan: Plan, over: Plan) -> None:
     """See `reference.write_`."""
+    look_at(over)
     for part in plan.parts:
         overwrite_(*part)
 
@@ -38,8 +39,10 @@ def swap_(plan: Plan) -> None:
         overwrite_(*part)
 
 
-def restore_(plan: Plan) -> None:
+def restore_(plan: Plan, *, look: bool) -> None:
     """See `reference.restore_`."""
+    if look:
+        look_at(plan)
     for number in range(int(plan.begun[0])):
         overwrite_(plan.parts[number].weight, plan.parts[number].indices, plan.stash[number])
 

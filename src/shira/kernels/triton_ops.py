@@ -61,7 +61,6 @@ class _Launch(NamedTuple):
     ends: list[int]  # how many programs the first 0, 1, 2 … parts have
     numbers: list[int]  # which of the plan's parts they are
     weights: list[Tensor]
-    addresses: list[int]  # where the weights were when it was made
     flag: Tensor  # int64 [1], the number of the switch whose stash is kept
     switch: list[int]  # that of the latest switch that was asked for
     alive: list[Tensor]  # what the table points to and nobody else holds
@@ -82,18 +81,18 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
 
 def prepare(plan: Plan) -> None:
-    """Make what a launch needs, if it is not made yet or weights have moved. Raises IndexError for a plan that does not fit."""
-    launches = plan.launches
-    if launches and all(_still(launch) for launch in launches.values()):
+    """Make what a launch needs, if it is not made yet: `kernels` asks before every call whether the weights are still what they
+    were. Raises IndexError for a plan that does not fit."""
+    if plan.launches:
         return
     by_device: dict[torch.device, list[int]] = {}
     for number, part in enumerate(plan.parts):
         by_device.setdefault(part.weight.device, []).append(number)
-    plan.launches = {device: _launch(plan, device, numbers, launches.get(device)) for device, numbers in by_device.items()}
+    plan.launches = {device: _launch(plan, device, numbers) for device, numbers in by_device.items()}
 
 
-def write_(plan: Plan) -> None:
-    """See `reference.write_`."""
+def write_(plan: Plan, over: Plan) -> None:
+    """See `reference.write_`; but it is not asked what the weights hold, which would cost a launch and a wait."""
     _run("write", plan.writer or plan)
     _moved(plan)
 
@@ -106,8 +105,8 @@ def swap_(plan: Plan) -> None:
     _moved(plan)
 
 
-def restore_(plan: Plan) -> None:
-    """See `reference.restore_`."""
+def restore_(plan: Plan, *, look: bool) -> None:
+    """See `reference.restore_`; but it is not asked what the weights hold, which would cost a launch and a wait."""
     _run("restore", plan.keeper or plan, parts=int(plan.begun[0]))
     _moved(plan)
 
@@ -256,16 +255,12 @@ def _side_by_side(old: _Launch, new: _Launch) -> tuple[Tensor, Tensor, Tensor, l
     return tables[0], tables[1], *_windows(new.table.device, tuple(weight.numel() for weight in weights.values()), WINDOW)
 
 
-def _still(launch: _Launch) -> bool:
-    return launch.addresses == [weight.data_ptr() for weight in launch.weights]
-
-
 def _moved(plan: Plan) -> None:
     """The weights have changed behind torch's back: autograd must know."""
     torch.autograd.graph.increment_version([part.weight for part in plan.parts])
 
 
-def _launch(plan: Plan, device: torch.device, numbers: list[int], before: _Launch | None) -> _Launch:
+def _launch(plan: Plan, device: torch.device, numbers: list[int]) -> _Launch:
     from . import triton_switch as kernels
 
     rows = np.zeros((len(numbers), kernels.COLUMNS), dtype=np.int64)
@@ -292,9 +287,8 @@ def _launch(plan: Plan, device: torch.device, numbers: list[int], before: _Launc
         ends_of_parts,
         numbers,
         weights,
-        [weight.data_ptr() for weight in weights],
-        before.flag if before else torch.zeros(1, dtype=torch.int64, device=device),
-        before.switch if before else [0],
+        torch.zeros(1, dtype=torch.int64, device=device),
+        [0],
         alive + starts,
     )
 

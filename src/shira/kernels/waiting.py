@@ -23,6 +23,7 @@ class Waiting:
     def __init__(self, plan: Plan) -> None:
         """Copy a plan, whose values are computed, from its devices."""
         self._weights = [part.weight for part in plan.parts]
+        self._forms = plan.forms
         self._pieces: dict[_Key, Tensor] = {}
         sizes: dict[_Key, int] = {}
         held: list[tuple[_Place, Tensor]] = []
@@ -54,6 +55,7 @@ class Waiting:
                 if starts is not None:
                     triton_ops.remember_starts(parts[-1].indices, weight.numel(), here[starts[0]][starts[1]])
             plan = Plan.of(parts)
+            plan.forms = self._forms  # what its values were chosen for
             if all(starts is not None for _, _, starts in self._places):
                 triton_ops.prepare(plan)  # by addresses alone; and before the copies, since it waits for what it sends
             for key, piece in self._pieces.items():
