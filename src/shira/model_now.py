@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .adapter import Adapter, SparseTensor
-from .distributed import gather_pieces, is_sharded, piece_of
+from .distributed import gather_pieces, is_sharded, piece_of, reshard
 from .errors import AdapterError, BaseMismatch
 from .fusion import check_base
 from .kernels import Plan
@@ -26,6 +26,8 @@ class ModelNow:
     """
 
     def __init__(self, model: nn.Module, owner: Callable[[], str]) -> None:
+        reshard(model)  # after a forward pass a sharded model may hold gathered weights, which are none of its own
+        self._model = model
         self.tensors = ModelTensors(model)
         self.weights = self.tensors.by_name
         self.pieces = {id(weight): piece_of(name, weight) for name, weight in self.weights.items() if is_sharded(weight)}
@@ -36,6 +38,8 @@ class ModelNow:
 
     def is_another(self) -> bool:
         """Whether modules or tensors of the model were replaced, or written to in the ways of torch, since our last write."""
+        if self.pieces:
+            reshard(self._model)
         return not self.tensors.same() or self._versions != [weight._version for weight in self._watched]
 
     def was_written(self) -> None:

@@ -50,6 +50,10 @@ class Claim:
     def owner(self) -> str:
         return self._owner if isinstance(self._owner, str) else self._owner()
 
+    def is_of(self, other: "Claim") -> bool:
+        """Whether two claims are one's, who made the second when the model had become another."""
+        return self is other or (not isinstance(self._owner, str) and self._owner is other._owner)
+
     def __reduce__(self) -> Any:
         """A copy of a model is nobody's: what is copied or pickled with it is a claim on nothing."""
         return _nothing, ()
@@ -75,7 +79,7 @@ def check_free(mine: Claim, error: type[ShiraError]) -> None:
     """Raise `error` if what one has, or wants to have, a claim on is somebody else's, in part or whole."""
     for reference in list(_claims):
         other = reference()
-        if other is not None and other is not mine and other.owner and other.extent.meets(mine.extent):
+        if other is not None and not other.is_of(mine) and other.owner and other.extent.meets(mine.extent):
             raise error(f"this model's weights are in other hands: {other.owner}")
 
 

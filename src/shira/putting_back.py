@@ -6,7 +6,7 @@ base's, become by one and the same cast. Then so does the stash, and the base is
 Anything else is refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,14 +116,12 @@ def _bases(entries: _Entries) -> Bases:
     return found
 
 
-def _ways(weight: Tensor) -> Iterator[torch.dtype | None]:
+def _ways(weight: Tensor) -> list[torch.dtype | None]:
     """What may have been done to a weight of which each entry is still in its place: a cast, or two. Two are possible only if
     the dtype between holds all that it holds."""
-    yield None
     whole = weight.detach()
-    for between in BETWEEN:
-        if between != weight.dtype and bool(_same(_cast(whole, between, weight.dtype), whole).all()):
-            yield between
+    others = [between for between in BETWEEN if between != weight.dtype]
+    return [None, *(each for each in others if bool(_same(_cast(whole, each, weight.dtype), whole).all()))]
 
 
 def _cast(tensor: Tensor, between: torch.dtype | None, dtype: torch.dtype) -> Tensor:

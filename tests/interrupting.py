@@ -1,0 +1,67 @@
+"""KeyboardInterrupt wherever shira's own Python code can be interrupted: at any line, and again while that is dealt with."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import shira
+
+HERE = str(Path(shira.__file__).parent)
+
+
+@contextlib.contextmanager
+def interrupted(line, later=0):
+    """KeyboardInterrupt before the `line`-th line of shira that runs, and, if `later`, a second one at the `later`-th event (a
+    line, call or return) after that. Yields a list of what is still to come: empty once all have struck."""
+    left = [line] + [later] * bool(later)
+    total = len(left)
+
+    def strike(frame):
+        if not left or not frame.f_code.co_filename.startswith(HERE):
+            return
+        left[0] -= 1
+        if left[0] == 0:
+            del left[0]
+            raise KeyboardInterrupt
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.startswith(HERE):
+            return None
+        if event == "line" and (len(left) == total or later):
+            strike(frame)
+        return trace
+
+    def profile(frame, event, _):
+        """Python drops a trace function that has raised: it is put back at the next call or return, for frames to come."""
+        if later and len(left) == 1 and total == 2:
+            sys.settrace(trace)
+            strike(frame)
+
+    before = sys.gettrace(), sys.getprofile()
+    try:
+        sys.setprofile(profile)
+        sys.settrace(trace)
+        yield left
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(before[1])  # first, since it puts the trace function back
+        sys.settrace(before[0])
+
+
+def every_moment(attempt, *, every=7, most=24):
+    """Call attempt(line, later) with each line, and with pairs of moments of which about one in `every` is tried, all with the
+    environment variable SHIRA_LONG, until none strikes any more; returns how many lines there are.
+
+    attempt: whether all interrupts struck. most: how much later the second one comes.
+    """
+    step = 1 if os.environ.get("SHIRA_LONG") else every
+    line = 1
+    while attempt(line, 0):
+        for later in range(1 + line % step, most + 1, step):
+            if not attempt(line, later):
+                break
+        line += 1
+        assert line < 5000, "the call never ends"
+    return line - 1
