@@ -88,9 +88,11 @@ class ModelNow:
         here = _base_here(piece.local, indices[piece.span(indices)] - piece.start, plans)
         return gather_pieces(weight, indices, here)
 
-    def names(self) -> dict[int, str]:
-        """Number of a weight, or of what lies here of it -> its name."""
-        names = {id(weight): name for name, weight in reversed(self.weights.items())}
+    def names(self) -> dict[int, list[str]]:
+        """Number of a weight, or of what lies here of it -> its names."""
+        names: dict[int, list[str]] = {}
+        for name, weight in self.weights.items():
+            names.setdefault(id(weight), []).append(name)
         return names | {id(piece.local): names[key] for key, piece in self.pieces.items()}
 
 

@@ -40,10 +40,10 @@ class _Entries(NamedTuple):
 Bases = dict[torch.dtype | None, Tensor]  # by what a weight was cast to in between, or None -> the base's entries [k]
 
 
-def put_back(plans: Sequence[Plan], names: Mapping[int, str], tensors: ModelTensors, active: str) -> None:
+def put_back(plans: Sequence[Plan], names: Mapping[int, list[str]], tensors: ModelTensors, active: str) -> None:
     """Write the base under these plans into the weights as they are now.
 
-    names: number of a plan's weight -> its name. tensors: the model's as they are now. active: what is active, for messages.
+    names: number of a plan's weight -> its names. tensors: the model's as they are now. active: what is active, for messages.
     Raises SwitchError, before anything is written, if what lies under the adapter is not known any more.
     """
     found: list[tuple[_Entries, Bases]] = []
@@ -51,14 +51,16 @@ def put_back(plans: Sequence[Plan], names: Mapping[int, str], tensors: ModelTens
     for plan in plans:
         for number in range(int(plan.begun[0])):
             part, stash, shape = plan.parts[number], plan.stash[number], plan.shapes[number]
-            name = names[id(part.weight)]
-            now = tensors.by_name.get(name, part.weight)
-            for weight in [part.weight] if now is part.weight else [part.weight, now]:
+            now = {id(part.weight): (names[id(part.weight)][0], part.weight)}
+            for name in names[id(part.weight)]:  # several, if the weight was tied; it may be no longer
+                weight = tensors.by_name.get(name, part.weight)
+                now.setdefault(id(weight), (name, weight))
+            for name, weight in now.values():
                 entries = _entries(name, weight, shape, part.indices, part.values, stash)
                 bases = {} if entries is None else _bases(entries)
                 if entries is not None and bases:
                     found.append((entries, bases))
-                elif weight is now or id(weight) in present:
+                elif id(weight) in present or len(now) == 1:
                     raise _unknown(name, weight, active)
     ways: dict[tuple[torch.dtype, torch.dtype], set[torch.dtype | None]] = {}
     for entries, bases in found:
