@@ -13,15 +13,17 @@ SOURCE = Path(shira.__file__).parent
 
 # Imports, as modules are loaded, only go up this list: a layer may import those above it. docs/architecture.md shows it.
 LAYERS = [
+    {"texts"},
     {"errors"},
-    {"adapter", "distributed", "tensorfiles"},
+    {"files", "adapter", "distributed"},
+    {"tensorfiles"},
     {"kernels"},
     {"quantized"},
     {"masks", "targets"},
     {"calibration"},
-    {"encoding", "checkpoints", "linalg"},
+    {"encoding", "checkpoints", "linalg", "foreign"},
     {"format", "differences"},
-    {"strengths", "methods"},
+    {"sources", "strengths", "methods"},
     {"fusion", "selection", "masters", "factors"},
     {"refresh", "layers", "resuming", "entries", "decomposed", "hybrid", "deltas", "consolidation"},
     {"variants", "sides"},

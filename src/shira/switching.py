@@ -8,7 +8,6 @@ import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +17,11 @@ from . import kernels, sides
 from .adapter import Adapter, SparseTensor, all_finite
 from .distributed import gather_pieces, is_sharded, piece_of, reshard
 from .errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
-from .format import load
 from .fusion import check_base, combine
 from .kernels import Plan, Sum, Waiting, Write
 from .methods import Method, resolve
 from .quantized import is_quantized
+from .sources import Source
 from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
 
 __all__ = ["Switcher"]
@@ -66,7 +65,7 @@ class Switcher:
         self._model = model
         self._weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self._pieces = {id(weight): piece_of(name, weight) for name, weight in self._weights.items() if is_sharded(weight)}
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, Source] = {}
         self._sides = sides.Sides(model)
         self._beside: dict[_Chosen, list[sides.Product]] = {}  # of what is ready or waiting, on quantized weights
         self._ready: OrderedDict[_Chosen, Plan] = OrderedDict()
@@ -104,7 +103,7 @@ class Switcher:
             raise SwitchError(f"a name must be a string that is not empty, found {name!r}")
         if name in self._sources:
             raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
-        source = _Source(adapter)
+        source = Source(adapter)
         self._checked(name, source)
         self._sources[name] = source
 
@@ -303,7 +302,7 @@ class Switcher:
                     return part.indices
         return indices
 
-    def _checked(self, name: str, source: "_Source") -> dict[str, SparseTensor]:
+    def _checked(self, name: str, source: Source) -> dict[str, SparseTensor]:
         """An adapter's tensors, ready to be written to this model: on its devices, overwrites in its dtypes, one for each
         tied weight. The base is compared when the content is new."""
         adapter, is_new = source.read()
@@ -340,29 +339,6 @@ class Switcher:
                 hit = part.indices[place] == indices
                 values[hit] = stash[place[hit]]
         return values
-
-
-class _Source:
-    """Where an adapter comes from: memory, or a file, which is read again when it is needed again."""
-
-    def __init__(self, adapter: Adapter | str | os.PathLike[str]) -> None:
-        self._content = adapter if isinstance(adapter, Adapter) else Path(adapter)
-        self._found: tuple[int, ...] = ()  # the file's state when it was last read
-        self._checked: tuple[int, ...] | None = None  # and when it was last found to belong to the model
-
-    def label(self, name: str) -> str:
-        return repr(name) if isinstance(self._content, Adapter) else str(self._content)
-
-    def read(self) -> tuple[Adapter, bool]:
-        """The adapter, and whether it is another than the one that was checked."""
-        if isinstance(self._content, Adapter):
-            return self._content, self._checked is None
-        status = self._content.stat()
-        self._found = (status.st_ino, status.st_size, status.st_mtime_ns)
-        return load(self._content), self._found != self._checked
-
-    def is_checked(self) -> None:
-        self._checked = self._found
 
 
 def _overflow(name: str, weight: Tensor) -> str:
