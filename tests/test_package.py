@@ -22,7 +22,7 @@ LAYERS = [
     {"masks", "targets"},
     {"calibration"},
     {"encoding", "checkpoints", "linalg", "foreign"},
-    {"format", "differences"},
+    {"format", "differences", "renaming"},
     {"sources", "strengths", "methods"},
     {"fusion", "selection", "masters", "factors"},
     {"refresh", "layers", "resuming", "entries", "decomposed", "hybrid", "deltas", "consolidation"},

@@ -163,7 +163,9 @@ class Adapter:
     def __post_init__(self) -> None:
         if not isinstance(self.tensors, Mapping) or not isinstance(self.metadata, dict):
             wrong = self.metadata if isinstance(self.tensors, Mapping) else self.tensors
-            raise AdapterError(f"an adapter is Adapter({{name: SparseTensor}}, {{...}}), two dictionaries; found {described(wrong)}")
+            raise AdapterError(
+                f"an adapter is Adapter({{name: SparseTensor}}, {{...}}), two dictionaries; found {described(wrong)}"
+            )
         for name, tensor in self.tensors.items() if isinstance(self.tensors, dict) else ():  # else they are in a file still
             if not isinstance(name, str) or not isinstance(tensor, SparseTensor):
                 raise AdapterError(
@@ -227,7 +229,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of the metadata: wha
     **dict.fromkeys(("mask", "base", "training", "fused", "fingerprints", "extraction"), (_is_object, "an object")),
     **dict.fromkeys(("mask.name", "base.id", "fused.method"), (_is_text, "a text")),
     **dict.fromkeys(("mask.options", "fused.strengths"), (_is_object, "an object")),
-    "base.dtype": (lambda value: all(map(_is_text, value if isinstance(value, list) else [value])), "a text, or a list of them"),
+    "base.dtype": (lambda value: all(map(_is_text, value if isinstance(value, list) else [value])), "a text, or several"),
 }
 
 

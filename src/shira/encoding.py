@@ -115,7 +115,9 @@ def _from_rule(rule: dict[str, Any], shape: tuple[int, ...], count: int) -> Tens
     written = rule.pop("crc32", None)
     drawn = _draw(rule, shape, count)
     if drawn is None or drawn.numel() != count:
-        raise AdapterError(f"the rule {shown(rule)} does not give one position for each of {count} values in shape {list(shape)}")
+        raise AdapterError(
+            f"the rule {shown(rule)} does not give one position for each of {count} values in shape {list(shape)}"
+        )
     drawn = drawn.to(index_dtype(_numel(shape)))
     if type(written) is not int or checksum(drawn) != written:
         raise AdapterError(f"the rule {shown(rule)} gives other positions than were written (checksum)")

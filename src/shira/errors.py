@@ -37,7 +37,10 @@ __all__ = [
 
 
 class ShiraError(Exception):
-    """The root: catch this to catch everything that shira raises on purpose. What a message quotes out of files is shown as text."""
+    """The root: catch this to catch everything that shira raises on purpose.
+
+    What a message quotes, out of files that others wrote, is shown as text: it does not control the terminal.
+    """
 
     def __str__(self) -> str:
         return visible(super().__str__())

@@ -1,7 +1,7 @@
-"""Files as the system has them: what may be read, what may be replaced, and temporary files that do not outlive their process.
+"""Files as the system has them: what may be read, what may be replaced, and temporary files that their process cleans up.
 
-A temporary file or folder lies beside what it becomes, so that it can be renamed, and its process holds a lock on it. The system
-drops the lock when the process ends, in whatever way: who makes the next one there removes those that nobody holds.
+A temporary file or folder lies beside what it becomes, so that it can be renamed, and its process holds a lock on it. The
+system drops the lock when the process ends, in whatever way: who makes the next one there removes those that nobody holds.
 """
 
 import contextlib
@@ -45,12 +45,12 @@ def path_of(path: object, call: str, error: type[ShiraError]) -> Path:
 def open_regular(path: Path, error: type[ShiraError] = CheckpointError) -> BinaryIO:
     """Open a file to be read, unbuffered. What is no regular file is refused with `error`, without waiting for who would write
     into a FIFO. Raises OSError if it cannot be opened, or is a folder."""
-    file = open(path, "rb", buffering=0, opener=_without_waiting)
+    file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115  # it is given back open
     kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
     if kind != stat.S_IFREG:
         file.close()
         raise error(f"{path} is a {KINDS.get(kind, 'special file')}; expected a regular file")
-    return file  # type: ignore[return-value]  # a raw file
+    return file
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -66,7 +66,7 @@ def state_of(file: BinaryIO) -> State:
 def destination(path: Path) -> Path:
     """Where a file of this name is to be written: a symbolic link is followed, and stays.
 
-    Raises OSError for what is there and is no regular file: a folder, and what a rename would replace by a file, a FIFO or device.
+    Raises OSError for what is there and is no regular file: a folder; and a FIFO or a device, which a rename would replace.
     """
     target = Path(os.path.realpath(path))
     try:

@@ -115,7 +115,8 @@ def _rules(metadata: Mapping[str, Any], name: str, tensor: SparseTensor) -> list
     if mask.get("name") == "rand" and isinstance(mask.get("seed"), int):
         return [{"mask": "rand", "seed": masks.seed_of(mask["seed"], name)}]
     if mask.get("name") == "struct" and len(tensor.shape) == 2 and tensor.nnz:
-        options = mask.get("options") if isinstance(mask.get("options"), dict) else {}
+        given = mask.get("options")
+        options = given if isinstance(given, dict) else {}
         offset, diagonal = options.get("offset", 0), options.get("diagonal", True) is not False
         if type(offset) is not int or not 0 <= offset < max(tensor.shape):
             return []
@@ -173,8 +174,9 @@ def opened(path: Path_) -> Iterator[Adapter]:
 
 
 def check_unchanged(adapter: Adapter) -> tuple[State, ...]:
-    """The state of the opened files that an adapter lies in, none if it is in memory. Raises FormatError if one has changed since
-    it was opened."""
+    """The state of the opened files that an adapter lies in; none if it is in memory.
+
+    Raises FormatError if one of them has changed since it was opened."""
     return adapter.tensors.state() if isinstance(adapter.tensors, _Tensors) else ()
 
 

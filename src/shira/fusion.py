@@ -52,7 +52,7 @@ def fuse(
     given = given_strengths("shira.fuse", adapters)
     strengths = check_strengths({label: strength for label, (_, strength) in given.items()})
     if base is not None and not isinstance(base, nn.Module | Mapping):
-        raise AdapterError(f"base must be a model, or its tensors by name, not where they lie: load it; found {described(base)}")
+        raise AdapterError(f"base must be a model, loaded, or its tensors by name; found {described(base)}")
     weights = dict(base.named_parameters(remove_duplicate=False)) if isinstance(base, nn.Module) else base
     sharded = next((name for name, weight in (weights or {}).items() if is_sharded(weight)), None)
     if sharded is not None:

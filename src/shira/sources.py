@@ -19,7 +19,7 @@ class Source:
     def __init__(self, adapter: Adapter | str | os.PathLike[str]) -> None:
         call = "switcher.add('poet', 'poet.safetensors')"
         self._content = adapter if isinstance(adapter, Adapter) else path_of(adapter, call, AdapterError)
-        self._found: tuple[State, ...] | None = ()  # the state of the files when they were last read; None if it may tell nothing
+        self._found: tuple[State, ...] | None = ()  # the files' state when they were last read; None if it tells nothing
         self._checked: tuple[State, ...] | None = None  # and when they were last found to belong to the model
 
     def label(self, name: str) -> str:
@@ -29,8 +29,8 @@ class Source:
     def read(self) -> tuple[Adapter, bool]:
         """The adapter, and whether it may be another than the one that was checked.
 
-        The state is that of what was opened, so it does not matter what takes the file's name meanwhile. A file that had only just
-        been changed may be changed again without another time, so it is checked the next time as well.
+        The state is that of what was opened, so it does not matter what takes the file's name meanwhile. A file that had only
+        just been changed may be changed again without another time, so it is checked the next time as well.
         """
         if isinstance(self._content, Adapter):
             return self._content, self._checked is None

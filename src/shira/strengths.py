@@ -36,7 +36,8 @@ def given_strengths(call: str, adapters: Any) -> dict[str, tuple[Adapter | Path,
         else:
             given[str(key)] = path_of(key, f"{{{'poet.safetensors'!r}: 1.0}}", AdapterError), value
     if len(given) < max(1, len(adapters)):
-        raise AdapterError("one adapter is given twice" if given else f"nothing to {call.split('.')[-1]}: give at least one adapter")
+        verb = call.rpartition(".")[2]
+        raise AdapterError("one adapter is given twice" if given else f"nothing to {verb}: give at least one adapter")
     return given
 
 

@@ -185,7 +185,10 @@ def _entry(name: str, described: dict[str, Any], start: int, any_dtype: bool) ->
     """One tensor of a header. Raises ValueError, TypeError or KeyError if it is malformed."""
     begin, end = described["data_offsets"]
     shape = tuple(described["shape"])
-    numel = numel_of(shape)
+    try:
+        numel = numel_of(shape)
+    except ValueError as error:
+        raise ValueError(f"tensor {shown(name)}: {error}") from None
     if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= MOST_ENTRIES:
         raise ValueError(f"tensor {shown(name)}: it lies at {shown(begin)} to {shown(end)}")
     dtype = DTYPES.get(described["dtype"])
