@@ -62,9 +62,9 @@ def merge(
     out = Path(os.path.realpath(path_of(out, call, CheckpointError)))  # a link to a folder stays one
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; name a folder that does not exist, or is empty")
-    checkpoint = Checkpoint(base)
     with contextlib.ExitStack() as files:
-        return _merge(checkpoint, _in_files(adapter, files), out, on_progress)
+        adapters = _in_files(adapter, files)
+        return _merge(Checkpoint(base), adapters, out, on_progress)
 
 
 def _merge(

@@ -40,8 +40,8 @@ def names_in(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[st
     why = "several prefixes map all of them" if found else "no one prefix maps all of them"
     raise BaseMismatch(
         f"{checkpoint.path} names its tensors otherwise than the model in memory, whose names an adapter has: '{missing[0]}' "
-        f"may be '{alike[missing[0]][0]}' there, but {why}. Load that model, activate the adapter with Switcher.use, and save it "
-        "with model.save_pretrained(folder)"
+        f"may be '{alike[missing[0]][0]}' there, but {why}. Load that model, activate the adapter with Switcher.use, and save "
+        "it with model.save_pretrained(folder)"
     )
 
 

@@ -22,7 +22,7 @@ from .texts import visible
 __all__ = ["check_tensor", "needs_matplotlib", "page", "tables"]
 
 CELLS = 160  # of a drawn mask, along its longer side
-LONGEST = 40  # signs of a name in a picture
+LONGEST, SHORT = 40, 16  # signs of a name in a picture; and where it stands along an edge
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:0 auto;padding:1rem;color:#222}
 h1,h2{overflow-wrap:anywhere}h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .3rem}
 img{max-width:100%;height:auto;display:block;margin:.5rem auto}
@@ -151,10 +151,10 @@ def _escaped(text: str) -> str:
     return html.escape(visible(text))
 
 
-def _drawn(name: str) -> str:
+def _drawn(name: str, most: int = LONGEST) -> str:
     """A name as matplotlib draws it as text: a dollar would begin a formula, and a legend leaves out what begins with _."""
     text = visible(name)
-    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
     return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
@@ -190,7 +190,7 @@ def _matrices(pyplot: Any, found: Comparison) -> Any:
         "AWOR": lambda pair: pair.awor,
         "cosine": lambda pair: pair.cosine,
     }
-    short = [_drawn(name if len(name) <= 12 else f"{name[:11]}…") for name in names]
+    short = [_drawn(name, 12) for name in names]
     few = len(names) <= 4
     figure, axes = _panels(pyplot, len(fields), 2.5 if few else 1.0 + 0.45 * len(names), 3 if few else 1)
     for axis, (title, field) in zip(axes, fields.items(), strict=True):
@@ -239,7 +239,9 @@ def _heat_maps(pyplot: Any, found: Comparison) -> Any:
         bar.ax.set_title("%", fontsize=8)
         every = -(-len(layers) // 16)
         axis.set_yticks(range(0, len(layers), every), ["–" if layer < 0 else str(layer) for layer in layers[::every]])
-        axis.set_xticks(range(len(modules)), list(map(_drawn, modules)), rotation=60, ha="right", rotation_mode="anchor")
+        axis.set_xticks(
+            range(len(modules)), [_drawn(module, SHORT) for module in modules], rotation=60, ha="right", rotation_mode="anchor"
+        )
         axis.set_title(_drawn(adapter), fontsize=10)
         axis.tick_params(labelsize=8)
     return figure
