@@ -1,5 +1,7 @@
 """Calls that were meant otherwise: each is refused by us, and says what it takes."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -43,10 +45,10 @@ def test_every_refusal_is_ours(tmp_path):
             lambda: Switcher(mlp()).add("x", 5),
             lambda: Switcher(mlp()).add("x", [adapter]),
         ],
-        "finite number": [lambda: shira.fuse({str(tmp_path / "a"): value}) for value in ("1", None, [1], 10**5000, True, 1j)],
-        "base must be a model": [lambda: shira.fuse({"x": (adapter, 1.0)}, base) for base in ("org/model", 5, [1])],
+        "finite number": [partial(shira.fuse, {str(tmp_path / "a"): value}) for value in ("1", None, [1], 10**5000, True, 1j)],
+        "base must be a model": [partial(shira.fuse, {"x": (adapter, 1.0)}, base) for base in ("org/model", 5, [1])],
         "must be a tensor of the base": [lambda: shira.fuse({"x": (adapter, 1.0)}, dict.fromkeys(adapter.tensors, [1.0]))],
-        "unknown fusion method": [lambda: shira.fuse({"x": (adapter, 1.0)}, method=name) for name in (5, ["sum"], None)],
+        "unknown fusion method": [partial(shira.fuse, {"x": (adapter, 1.0)}, method=name) for name in (5, ["sum"], None)],
         "Checkpoint|checkpoint": [
             lambda: shira.merge(5, adapter, tmp_path / "out"),
             lambda: shira.extract(5, 5),

@@ -15,7 +15,7 @@ from torch import nn
 
 import shira
 from conftest import all_bits, mlp, random_adapter, same_bits
-from shira import AdapterError, CheckpointError, FormatError, ShiraError, Switcher
+from shira import AdapterError, CheckpointError, FormatError, Switcher
 from shira.files import sweep, temporary_file, temporary_folder
 from shira.sources import SETTLED
 from shira.tensorfiles import write_whole

@@ -1,4 +1,4 @@
-"""Files that were made to do harm, or were damaged: each is read as what it says, or refused with one of our errors, at once."""
+"""Files that were made to do harm, or were damaged: each is read as what it says, or refused by us, at once."""
 
 import json
 import os
@@ -142,11 +142,11 @@ def test_a_shape_that_no_tensor_has_is_refused(tmp_path, shape):
 
 
 TEXTS = {
-    "a number of thousands of digits": '{"w": {"shape": [%s], "kind": "delta"}}' % HUGE,
-    "such a float": '{"w": {"shape": [1], "kind": "delta", "more": %s.5}}' % HUGE,
+    "a number of thousands of digits": f'{{"w": {{"shape": [{HUGE}], "kind": "delta"}}}}',
+    "such a float": f'{{"w": {{"shape": [1], "kind": "delta", "more": {HUGE}.5}}}}',
     "infinity": '{"w": {"shape": [1], "kind": "delta", "more": 1e999}}',
     "not a number": '{"w": {"shape": [1], "kind": "delta", "more": NaN}}',
-    "deep": '{"w": {"shape": [1], "kind": "delta", "more": %s}}' % DEEP,
+    "deep": f'{{"w": {{"shape": [1], "kind": "delta", "more": {DEEP}}}}}',
     "deeper": "[" * 10**6,
     "a key twice": '{"w": {"shape": [1], "kind": "delta"}, "w": {"shape": [1], "kind": "delta"}}',
     "half a character": r'{"\ud800": {"shape": [1], "kind": "delta"}}',

@@ -1,4 +1,4 @@
-"""Text that others wrote is shown as text: on a terminal, in a page, in Markdown, in pictures; and recipes are read strictly."""
+"""Text that others wrote is shown as text: on a terminal, a page, in Markdown, in pictures; and recipes are read strictly."""
 
 import html
 import json
