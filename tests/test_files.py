@@ -297,3 +297,15 @@ def test_a_checkpoint_whose_names_cannot_be_mapped_says_so(tmp_path):
     with pytest.raises(shira.BaseMismatch, match="does not belong to this model"):
         shira.merge(tmp_path / "both.safetensors", shira.Adapter({"m.0.weight": other}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_refused(tmp_path):
+    path = tmp_path / "base.safetensors"
+    safetensors.torch.save_file({"w": torch.zeros(4)}, path)
+    checkpoint = shira.checkpoints.Checkpoint(path)
+    assert checkpoint["w"].tolist() == [0.0] * 4
+    safetensors.torch.save_file({"w": torch.ones(4)}, tmp_path / "other")
+    os.replace(tmp_path / "other", path)
+    for read in (lambda: checkpoint["w"], lambda: list(checkpoint.pieces("w", 2))):
+        with pytest.raises(CheckpointError, match="has changed since"):
+            read()

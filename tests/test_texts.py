@@ -7,6 +7,7 @@ import time
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 
 import shira
@@ -219,3 +220,18 @@ def test_a_checkpoint_holds_finite_floats_and_marks_only():
         after = tuner.state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before)
         tuner.load_state_dict(state)
+
+
+def test_a_merged_checkpoint_tells_what_was_merged_as_text(tmp_path):
+    (tmp_path / "base").mkdir()
+    safetensors.torch.save_file({"w": torch.randn(16, 8)}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "README.md").write_text("# Base\n")
+    path = tmp_path / "a|b`<img>\x1b[2J.safetensors"
+    Adapter(delta(), {"license": "MIT |\n# [x](http://y) <script>"}).save(path)
+    shira.merge(tmp_path / "base", path, tmp_path / "out")
+    added = (tmp_path / "out" / "README.md").read_text().split("## Merged adapters")[1]
+    assert not CONTROL.search(added) and "\n#" not in added
+    (row,) = [line for line in added.splitlines() if "14" in line]
+    cells = re.split(r"(?<!\\)\|", row)
+    assert len(cells) == 7 and cells[1] == r" ``a\|b`<img>\x1b[2J.safetensors`` "
+    assert cells[5] == r" `MIT \|\n# [x](http://y) <script>` "

@@ -6,13 +6,14 @@ A tensor is read when it is asked for, and gone from memory with the last refere
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import is_sharded
 from .errors import CheckpointError
-from .files import open_regular, path_of
+from .files import State, open_regular, path_of, state_of
 from .quantized import is_quantized
 from .tensorfiles import BLOCK, Entry, Form, malformed, read_header, read_tensor
 from .texts import described, shown, strict_json
@@ -37,7 +38,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, path: Path_) -> None:
         self.path = path_of(path, "Checkpoint('SmolLM2-135M')", CheckpointError)
-        self.shards = {file: _entries(file) for file in _weight_files(self.path)}
+        read = {file: _entries(file) for file in _weight_files(self.path)}
+        self.shards = {file: entries for file, (entries, _) in read.items()}
+        self._states = {file: state for file, (_, state) in read.items()}
         self._files: dict[str, Path] = {}
         for file, entries in self.shards.items():
             for name in entries:
@@ -54,7 +57,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
-        with open_regular(file) as opened:
+        with self._open(file) as opened:
             return read_tensor(opened, self.shards[file][name])
 
     def pieces(self, name: str, length: int) -> Iterator[Tensor]:
@@ -62,10 +65,18 @@ class Checkpoint(Mapping[str, Tensor]):
         file = self._files[name]
         form, first, end = self.shards[file][name]
         step = length * form.dtype.itemsize
-        with open_regular(file) as opened:
+        with self._open(file) as opened:
             for begin in range(first, end, step):
                 size = min(step, end - begin)
                 yield read_tensor(opened, Entry(Form((size // form.dtype.itemsize,), form.dtype), begin, begin + size))
+
+    def _open(self, file: Path) -> BinaryIO:
+        """A shard, if it is still the one whose header was read."""
+        opened = open_regular(file)
+        if state_of(opened) != self._states[file]:
+            opened.close()
+            raise CheckpointError(f"{file} has changed since it was first looked at; begin again when nobody writes to it")
+        return opened
 
     def form(self, name: str) -> Form:
         """Shape and dtype of a tensor, which is not read."""
@@ -231,6 +242,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return files
 
 
-def _entries(file: Path) -> dict[str, Entry]:
+def _entries(file: Path) -> tuple[dict[str, Entry], State]:
+    """What lies where in a file, and the state of what was read."""
     with open_regular(file) as opened:
-        return read_header(opened)[0]
+        return read_header(opened)[0], state_of(opened)

@@ -151,6 +151,8 @@ def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
+            if os.name == "nt":  # where an open file cannot be renamed
+                file.close()
             os.replace(temporary, destination(path))
     with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
         opened = os.open(folder, os.O_RDONLY)
