@@ -75,7 +75,7 @@ def test_struct_leaves_out_single_entries_and_refuses_lines_that_are_held_whole(
     mask = functools.partial(masks.struct, direction=direction)
     k = data.draw(st.integers(min(sum(shape), weight.numel()), weight.numel()))
     pattern = mask(weight, k)
-    frequency = masks.frequencies(*shape, direction, pattern.numel())[0]
+    frequency = masks.frequency_of(pattern, *shape, direction)
     free = torch.ones(shape, dtype=torch.bool)
     free.view(-1)[avoid] = False
     if bool(free.any(1 if direction == "rows" else 0)[::frequency].all()):

@@ -424,7 +424,7 @@ def test_an_adapter_that_is_changed_after_it_was_added():
         (lambda s: s.use({"a": 1.0}, method=None), "method"),
         (lambda s: s.use("a", method="sum", strength=2), "strength"),
         (lambda s: s.prefetch(["a"]), r'use\("poet"\)'),
-        (lambda s: s.add("x", 5), r'add\("x", "x.safetensors"\)'),
+        (lambda s: s.add("x", 5), r"switcher.add\('poet', 'poet.safetensors'\)"),
         (lambda s: s.add(["x"], random_adapter(mlp(), 1)), 'add\\("poet", adapter\\)'),
         (lambda s: s.remove(["a"]), "no adapter"),
         (lambda s: s.using(["a"]).__enter__(), r'use\("poet"\)'),

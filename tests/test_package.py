@@ -13,17 +13,19 @@ SOURCE = Path(shira.__file__).parent
 
 # Imports, as modules are loaded, only go up this list: a layer may import those above it. docs/architecture.md shows it.
 LAYERS = [
+    {"texts"},
     {"errors"},
-    {"adapter", "distributed", "tensorfiles"},
+    {"files", "adapter", "distributed"},
+    {"tensorfiles"},
     {"kernels"},
     {"quantized"},
     {"model_tensors"},
     {"owners"},
     {"masks", "targets"},
     {"calibration"},
-    {"encoding", "checkpoints", "linalg"},
-    {"format", "differences"},
-    {"strengths", "methods"},
+    {"encoding", "checkpoints", "linalg", "foreign"},
+    {"format", "differences", "renaming"},
+    {"sources", "strengths", "methods"},
     {"fusion", "selection", "masters", "factors"},
     {"refresh", "layers", "resuming", "entries", "decomposed", "hybrid", "deltas", "consolidation"},
     {"variants", "sides"},

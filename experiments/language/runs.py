@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from experiments.store import Key, Store, artefacts, number, on_accelerator
 from shira.data.packages import rename_whole
 from shira.data.tokens import Row, encode
 from shira.errors import DataError
+from shira.files import temporary_folder
 from shira.integrations import lm_eval
 from shira.integrations import transformers as hf
 from shira.recipes import GENERAL_BATCH
@@ -158,8 +158,8 @@ class Lab:
 @contextlib.contextmanager
 def new_folder(key: Key) -> Iterator[Path]:
     """An empty folder, which becomes the run's own if all goes well inside."""
-    with tempfile.TemporaryDirectory(dir=artefacts(), prefix=".train-") as temporary:
-        folder = Path(temporary) / number(key)
+    with temporary_folder(artefacts()) as temporary:
+        folder = temporary / number(key)
         folder.mkdir()
         yield folder
         rename_whole(folder, artefacts() / number(key))

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shira.errors import DataError, did_you_mean
+from shira.recipes import read_settings
 
 __all__ = ["Recipe", "named", "read", "recipes"]
 
@@ -29,9 +28,7 @@ def named(name: str) -> Recipe:
 def read(path: Path) -> Recipe:
     """A recipe with what it extends. Raises DataError for a setting that the extended one lacks, unless it is of another
     experiment."""
-    own = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(own, dict):
-        raise DataError(f"{path} must hold settings, one 'name: value' a line, found {type(own).__name__}")
+    own = read_settings(path)
     if "extends" not in own:
         return own
     base = read(path.parent / f"{own.pop('extends')}.yaml")

@@ -6,7 +6,7 @@ Data only; no model, no file. Whatever holds a `SparseTensor` may rely on it: it
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,17 +14,38 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterError
+from .texts import described, shown
 
-__all__ = ["Adapter", "Kind", "SparseTensor", "all_finite", "fingerprint", "index_dtype"]
+__all__ = [
+    "MOST_ENTRIES",
+    "Adapter",
+    "Kind",
+    "SparseTensor",
+    "all_finite",
+    "check_metadata",
+    "fingerprint",
+    "index_dtype",
+    "numel_of",
+]
 
 Kind = Literal["overwrite", "delta"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_ENTRIES, MOST_SIDES = 2**62, 64  # of a tensor: sums of positions stay within int64
 
 
 def index_dtype(numel: int) -> torch.dtype:
     """The dtype of positions in a tensor of `numel` entries: int32 below 2³¹ entries, int64 from there on."""
     return torch.int32 if numel < 2**31 else torch.int64
+
+
+def numel_of(shape: tuple[int, ...]) -> int:
+    """Entries of a tensor of a shape that somebody states. Raises ValueError for what can be no shape, also of no entries."""
+    if len(shape) > MOST_SIDES or not all(type(side) is int and 0 <= side <= MOST_ENTRIES for side in shape):
+        raise ValueError(f"shape must hold whole numbers from 0 on, found {shown(list(shape))}")
+    if math.prod(max(1, side) for side in shape) > MOST_ENTRIES:
+        raise ValueError(f"shape {list(shape)} has more than 2^62 entries")
+    return math.prod(shape)
 
 
 def all_finite(values: Tensor) -> bool:
@@ -52,6 +73,7 @@ class SparseTensor:
 
     def __post_init__(self) -> None:
         self._check_form()
+        _check_plain("indices", self.indices)
         if self.indices.dtype not in (torch.int32, torch.int64):
             raise AdapterError(f"indices must be int32 or int64, found {_plain(self.indices.dtype)}")
         if self.indices.ndim != 1 or self.values.shape != self.indices.shape:
@@ -67,11 +89,15 @@ class SparseTensor:
         object.__setattr__(self, "values", self.values.contiguous())
 
     def _check_form(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise AdapterError(f"kind must be 'overwrite' or 'delta', found {self.kind!r}")
-        if not all(isinstance(side, int) and side >= 0 for side in self.shape):
-            raise AdapterError(f"shape must hold whole numbers from 0 on, found {self.shape!r}")
-        object.__setattr__(self, "shape", tuple(self.shape))
+        if not isinstance(self.kind, str) or self.kind not in get_args(Kind):
+            raise AdapterError(f"kind must be 'overwrite' or 'delta', found {shown(self.kind)}")
+        try:
+            object.__setattr__(self, "shape", tuple(self.shape))
+            numel_of(self.shape)
+        except (TypeError, ValueError) as error:
+            what = str(error) if isinstance(error, ValueError) else f"found {described(self.shape)}"
+            raise AdapterError(f"a sparse tensor is SparseTensor((rows, columns), indices, values): {what}") from None
+        _check_plain("values", self.values)
         if self.values.dtype not in FLOAT_DTYPES:
             raise AdapterError(f"values must be floating point, found {_plain(self.values.dtype)}")
 
@@ -134,6 +160,20 @@ class Adapter:
     tensors: dict[str, SparseTensor]
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensors, Mapping) or not isinstance(self.metadata, dict):
+            wrong = self.metadata if isinstance(self.tensors, Mapping) else self.tensors
+            raise AdapterError(
+                f"an adapter is Adapter({{name: SparseTensor}}, {{...}}), two dictionaries; found {described(wrong)}"
+            )
+        for name, tensor in self.tensors.items() if isinstance(self.tensors, dict) else ():  # else they are in a file still
+            if not isinstance(name, str) or not isinstance(tensor, SparseTensor):
+                raise AdapterError(
+                    "an adapter's tensors are {name: SparseTensor}; "
+                    f"found {described(tensor) if isinstance(name, str) else described(name)} as the "
+                    f"{f'tensor {shown(name)}' if isinstance(name, str) else 'name of a tensor'}"
+                )
+
     @property
     def nnz(self) -> int:
         """Entries that the adapter holds, in all tensors."""
@@ -158,7 +198,7 @@ class Adapter:
     def fingerprints(self) -> Mapping[str, str]:
         """Tensor name -> fingerprint of the base values under it; empty if unknown."""
         known: dict[str, str] = self.metadata.get("fingerprints") or {}
-        return known
+        return known if isinstance(known, dict) else {}
 
     @property
     def fingerprint(self) -> str | None:
@@ -174,6 +214,44 @@ class Adapter:
         from .format import save
 
         save(self, path, like=like)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of the metadata: what readers may rely on (docs/format.md)
+    **dict.fromkeys(("name", "license"), (_is_text, "a text")),
+    **dict.fromkeys(("mask", "base", "training", "fused", "fingerprints", "extraction"), (_is_object, "an object")),
+    **dict.fromkeys(("mask.name", "base.id", "fused.method"), (_is_text, "a text")),
+    **dict.fromkeys(("mask.options", "fused.strengths"), (_is_object, "an object")),
+    "base.dtype": (lambda value: all(map(_is_text, value if isinstance(value, list) else [value])), "a text, or several"),
+}
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise AdapterError if a field that docs/format.md describes is of another kind than it says. All others are free."""
+    for field_name, (fits, expected) in FIELDS.items():
+        value: Any = metadata
+        for key in field_name.split("."):
+            value = value.get(key) if value is not None else None
+        if value is not None and not fits(value):
+            raise AdapterError(f"metadata '{field_name}' must be {expected}, found {shown(value)}")
+    for name, value in (metadata.get("fingerprints") or {}).items():
+        if not isinstance(value, str):
+            raise AdapterError(f"metadata 'fingerprints' must hold texts, found {shown(value)} for {shown(name)}")
+
+
+def _check_plain(what: str, tensor: Any) -> None:
+    """Raise AdapterError unless this is a tensor with its entries one after another in memory."""
+    if not isinstance(tensor, Tensor):
+        raise AdapterError(f"{what} must be a tensor, as in torch.tensor([1, 5]); found {described(tensor)}")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise AdapterError(f"{what} must be a plain tensor with data, found {tensor.layout} on {tensor.device}")
 
 
 def fingerprint(values: Tensor) -> str:

@@ -20,12 +20,15 @@ from .adapter import Adapter, SparseTensor, all_finite
 from .checkpoints import Source, tensors_of
 from .errors import AdapterError, BaseMismatch
 from .format import load
-from .fusion import check_tensor, known_in_part
+from .fusion import check_described, check_tensor, known_in_part
+from .texts import described
 
 __all__ = ["BINS", "Change", "Comparison", "Pair", "Part", "compare", "deltas", "named"]
 
 Path_ = str | os.PathLike[str]
 BINS = tuple(round(-10 + 0.2 * step, 1) for step in range(66))  # edges of the histogram, log10 |ΔW|
+
+LINES, LINES_AN_ENTRY = 2**24, 64  # rows and columns that a tensor may have of which nothing but the adapter's file is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +174,13 @@ def named(adapters: Sequence[Adapter | Path_]) -> dict[str, Adapter]:
         raise AdapterError("nothing to compare: give at least one adapter")
     found: dict[str, Adapter] = {}
     for number, given in enumerate(adapters, start=1):
+        if not isinstance(given, Adapter | str | os.PathLike):
+            raise AdapterError(
+                f"adapters are given one by one, as in shira.compare('poet.safetensors', coder); found {described(given)}"
+            )
         adapter = given if isinstance(given, Adapter) else load(given)
         label = adapter.name or (str(number) if isinstance(given, Adapter) else Path(given).stem)
+        check_described(label, adapter)
         label = next(each for each in _numbered(label) if each not in found)
         found[label] = Adapter(adapter.tensors, {**adapter.metadata, "name": label})
     return found
@@ -198,6 +206,13 @@ def deltas(
         shapes = {tensor.shape for tensor in held.values()}
         if tensors is None and len(shapes) > 1:
             raise AdapterError(f"'{tensor_name}' has different shapes in the adapters: {sorted(map(list, shapes))}")
+        for name, tensor in held.items() if tensors is None else ():
+            sides = (tensor.shape[0], math.prod(tensor.shape[1:])) if tensor.shape else (1, 1)
+            if sum(sides) > LINES + LINES_AN_ENTRY * tensor.nnz:
+                raise AdapterError(
+                    f"{name}: '{tensor_name}' states the shape {list(tensor.shape)} for {tensor.nnz} entries; comparing takes "
+                    "memory for every row and column, which is only taken if a base has them too: pass base="
+                )
         changes = {}
         for name, tensor in held.items():
             values = tensor.values.cpu().double()

@@ -3,18 +3,20 @@
 A tensor is read when it is asked for, and gone from memory with the last reference to it.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import is_sharded
 from .errors import CheckpointError
+from .files import State, open_regular, path_of, state_of
 from .quantized import is_quantized
 from .tensorfiles import BLOCK, Entry, Form, malformed, read_header, read_tensor
+from .texts import described, shown, strict_json
 
 __all__ = ["Checkpoint", "Form", "Source", "form_of", "identity", "pieces_of", "rewrite", "tensors_of"]
 
@@ -35,8 +37,10 @@ class Checkpoint(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path_) -> None:
-        self.path = Path(path)
-        self.shards = {file: _entries(file) for file in _weight_files(self.path)}
+        self.path = path_of(path, "Checkpoint('SmolLM2-135M')", CheckpointError)
+        read = {file: _entries(file) for file in _weight_files(self.path)}
+        self.shards = {file: entries for file, (entries, _) in read.items()}
+        self._states = {file: state for file, (_, state) in read.items()}
         self._files: dict[str, Path] = {}
         for file, entries in self.shards.items():
             for name in entries:
@@ -53,7 +57,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
-        with open(file, "rb", buffering=0) as opened:
+        with self._open(file) as opened:
             return read_tensor(opened, self.shards[file][name])
 
     def pieces(self, name: str, length: int) -> Iterator[Tensor]:
@@ -61,10 +65,18 @@ class Checkpoint(Mapping[str, Tensor]):
         file = self._files[name]
         form, first, end = self.shards[file][name]
         step = length * form.dtype.itemsize
-        with open(file, "rb", buffering=0) as opened:
+        with self._open(file) as opened:
             for begin in range(first, end, step):
                 size = min(step, end - begin)
                 yield read_tensor(opened, Entry(Form((size // form.dtype.itemsize,), form.dtype), begin, begin + size))
+
+    def _open(self, file: Path) -> BinaryIO:
+        """A shard, if it is still the one whose header was read."""
+        opened = open_regular(file)
+        if state_of(opened) != self._states[file]:
+            opened.close()
+            raise CheckpointError(f"{file} has changed since it was first looked at; begin again when nobody writes to it")
+        return opened
 
     def form(self, name: str) -> Form:
         """Shape and dtype of a tensor, which is not read."""
@@ -97,7 +109,14 @@ def tensors_of(source: Source) -> Mapping[str, Tensor]:
                 raise CheckpointError(f"'{name}' is {state} in this model; give a plain model or checkpoint")
         return dict(source.state_dict())
     if isinstance(source, Mapping):
+        for name, tensor in {} if isinstance(source, Checkpoint) else source.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise CheckpointError(f"expected tensors by name, found {described(tensor if isinstance(name, str) else name)}")
         return source
+    if not isinstance(source, str | os.PathLike):
+        raise CheckpointError(
+            f"expected a checkpoint's folder or .safetensors file, a model, or tensors by name; found {described(source)}"
+        )
     return Checkpoint(source)
 
 
@@ -146,7 +165,7 @@ def rewrite(
     replaced: where a tensor lies, and its new content as flat tensors that together fill it; in the order of the file.
     wrote: called with the number of bytes after each piece.
     """
-    with open(file, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
+    with open_regular(file) as reader, open(target, "xb", buffering=0) as writer:
 
         def write(block: memoryview) -> None:
             while block:  # a raw file may take a part only
@@ -214,15 +233,16 @@ def _index(path: Path) -> Path | None:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> name of a file in the same folder."""
     with malformed(index):
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = content["weight_map"]
+        with open_regular(index) as opened:
+            weight_map = strict_json(opened.read())["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
     for name, file in files.items():
-        if file in ("", ".", "..") or Path(file).name != file:
-            raise CheckpointError(f"{index}: tensor '{name}' must lie in a file of the same folder, found {file!r}")
+        if file in ("", ".", "..") or Path(file).name != file or "\0" in file:
+            raise CheckpointError(f"{index}: tensor '{name}' must lie in a file of the same folder, found {shown(file)}")
     return files
 
 
-def _entries(file: Path) -> dict[str, Entry]:
-    with open(file, "rb", buffering=0) as opened:
-        return read_header(opened)[0]
+def _entries(file: Path) -> tuple[dict[str, Entry], State]:
+    """What lies where in a file, and the state of what was read."""
+    with open_regular(file) as opened:
+        return read_header(opened)[0], state_of(opened)

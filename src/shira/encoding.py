@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .adapter import index_dtype
+from .adapter import index_dtype, numel_of
 from .errors import AdapterError, MaskError
+from .texts import shown
 
 __all__ = ["Stored", "checksum", "decode", "encode"]
 
 UNITS = {torch.uint8: 255, torch.uint16: 65535}  # the largest unit: add it and go on
 PIECE = 2**16  # positions encoded together
-LONGEST = 2**62  # entries of a tensor: sums of positions stay within int64
 
 
 class Stored(NamedTuple):
@@ -36,7 +36,7 @@ def encode(indices: Tensor, shape: tuple[int, ...], rules: list[dict[str, Any]])
         drawn = _draw(rule, shape, indices.numel())
         if drawn is not None and torch.equal(drawn, indices.long()):
             return Stored(rule | {"crc32": checksum(indices)}, None)
-    plain = indices.to(index_dtype(torch.Size(shape).numel()))
+    plain = indices.to(index_dtype(_numel(shape)))
     sizes = dict.fromkeys(UNITS, 0)
     for gaps in _gaps(indices):
         for dtype, largest in UNITS.items():
@@ -72,7 +72,7 @@ def decode(stored: Stored, shape: tuple[int, ...], count: int) -> Tensor:
             raise AdapterError("positions are given by a rule and by an array; expected one of them")
         return _from_rule(dict(positions), shape, count)
     if array is None:
-        raise AdapterError(f"positions {positions!r} need an array of indices, found none")
+        raise AdapterError(f"positions {shown(positions)} need an array of indices, found none")
     if positions == "plain":
         if array.dtype != index_dtype(_numel(shape)):
             expected, found = (str(dtype).removeprefix("torch.") for dtype in (index_dtype(_numel(shape)), array.dtype))
@@ -80,7 +80,7 @@ def decode(stored: Stored, shape: tuple[int, ...], count: int) -> Tensor:
         return array
     if positions == "gap":
         return _from_gaps(array, _numel(shape), count)
-    raise AdapterError(f"positions must be 'plain', 'gap' or a rule, found {positions!r}")
+    raise AdapterError(f"positions must be 'plain', 'gap' or a rule, found {shown(positions)}")
 
 
 def _gap_units(gaps: "np.ndarray[Any, Any]", dtype: torch.dtype) -> "np.ndarray[Any, Any]":
@@ -115,10 +115,12 @@ def _from_rule(rule: dict[str, Any], shape: tuple[int, ...], count: int) -> Tens
     written = rule.pop("crc32", None)
     drawn = _draw(rule, shape, count)
     if drawn is None or drawn.numel() != count:
-        raise AdapterError(f"the rule {rule} does not give one position for each of {count} values in shape {list(shape)}")
+        raise AdapterError(
+            f"the rule {shown(rule)} does not give one position for each of {count} values in shape {list(shape)}"
+        )
     drawn = drawn.to(index_dtype(_numel(shape)))
-    if checksum(drawn) != written:
-        raise AdapterError(f"the rule {rule} gives other positions than were written (checksum)")
+    if type(written) is not int or checksum(drawn) != written:
+        raise AdapterError(f"the rule {shown(rule)} gives other positions than were written (checksum)")
     return drawn
 
 
@@ -126,11 +128,12 @@ def _draw(rule: Mapping[str, Any], shape: tuple[int, ...], count: int) -> Tensor
     """The positions of a rule, int64; None if it is no rule, or cannot give `count`. Takes no more memory than they."""
     try:
         match rule:
-            case {"mask": "rand", "seed": int(seed), **rest} if not rest and 0 <= seed < 2**63 and count <= _numel(shape):
+            case {"mask": "rand", "seed": int(seed), **rest} if not rest and 0 <= seed < 2**63 and type(seed) is int:
                 return masks.draw(_numel(shape), count, seed)
             case {"mask": "struct", "direction": "rows" | "columns" as direction, "frequency": int(frequency), **rest}:
                 offset, diagonal = rest.pop("offset", 0), rest.pop("diagonal", True)
-                if not rest and len(shape) == 2 and type(offset) is int and 0 <= offset < frequency and type(diagonal) is bool:
+                whole = type(frequency) is int and type(offset) is int and 0 <= offset < frequency
+                if not rest and len(shape) == 2 and whole and type(diagonal) is bool and _numel(shape) >= count:
                     return masks.lines(shape[0], shape[1], frequency, direction, count, offset, diagonal)
     except MaskError:
         return None
@@ -143,9 +146,7 @@ def checksum(indices: Tensor) -> int:
 
 
 def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for side in shape:
-        numel *= side
-    if numel > LONGEST:
-        raise AdapterError(f"shape {list(shape)} has more than 2^62 entries")
-    return numel
+    try:
+        return numel_of(shape)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None

@@ -18,6 +18,8 @@ Failures of the operating system (a full disk, a missing folder) stay OSError.
 import difflib
 from collections.abc import Iterable
 
+from .texts import visible
+
 __all__ = [
     "AdapterError",
     "BaseMismatch",
@@ -35,7 +37,13 @@ __all__ = [
 
 
 class ShiraError(Exception):
-    """The root: catch this to catch everything that shira raises on purpose."""
+    """The root: catch this to catch everything that shira raises on purpose.
+
+    What a message quotes, out of files that others wrote, is shown as text: it does not control the terminal.
+    """
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class AdapterError(ShiraError):

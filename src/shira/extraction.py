@@ -13,8 +13,10 @@ from .adapter import Adapter, Kind, SparseTensor, fingerprint, index_dtype
 from .checkpoints import Checkpoint, Source, identity, tensors_of
 from .differences import Cut, Pair, Survey, Watch, chunks, cut, largest, paired, square_of, survey
 from .errors import AdapterError, CheckpointError, MaskError, TargetError, did_you_mean
+from .files import path_of
 from .format import saving
 from .targets import KEYWORDS
+from .texts import described, shown
 
 __all__ = ["extract", "extract_to", "report"]
 
@@ -80,6 +82,7 @@ def extract_to(path: str | os.PathLike[str], base: Source, tuned: Source, **opti
 
         shira.extraction.extract_to("instruct.safetensors", "SmolLM2-135M", "SmolLM2-135M-Instruct", density=0.05)
     """
+    path = path_of(path, "extract_to('instruct.safetensors', base, tuned)", AdapterError)
     for source in (base, tuned) if os.path.exists(path) else ():
         if isinstance(source, str | os.PathLike) and any(file.samefile(path) for file in Checkpoint(source).shards):
             raise CheckpointError(f"{path} is a file of {identity(source)}, which is read; name another one")
@@ -103,10 +106,13 @@ def _extract(
 ) -> dict[str, Any]:
     """Hand out an adapter's tensors, one by one; returns its metadata."""
     for what, value, known in (("scope", scope, get_args(Scope)), ("kind", kind, get_args(Kind))):
-        if value not in known:
-            raise AdapterError(f"unknown {what} {value!r}; {did_you_mean(str(value), known)}")
-    if density is not None and not 0 < density <= 1:
-        raise MaskError(f"density must be above 0 and at most 1, found {density}")
+        if not isinstance(value, str) or value not in known:
+            raise AdapterError(f"unknown {what} {shown(value)}; {did_you_mean(str(value), known)}")
+    if density is not None and (type(density) not in (int, float) or not 0 < density <= 1):
+        raise MaskError(f"density must be above 0 and at most 1, found {described(density)}")
+    for what, text in (("name", name), ("license", license)):
+        if text is not None and not isinstance(text, str):
+            raise AdapterError(f"{what} must be a text, found {described(text)}")
     before, after = tensors_of(base), tensors_of(tuned)
     chosen = _chosen(targets, sorted(set(before) | set(after)))
     pairs, not_compared = paired(before, after, chosen)
@@ -165,7 +171,7 @@ def report(adapter: Adapter) -> dict[str, Any]:
 
     Raises AdapterError if it was not extracted.
     """
-    found = adapter.metadata.get("extraction")
+    found = adapter.metadata.get("extraction") if isinstance(adapter, Adapter) else None
     if not isinstance(found, dict):
         raise AdapterError("the adapter's metadata has no 'extraction': it was not made by shira.extract")
     return found
@@ -264,7 +270,10 @@ def _chosen(targets: str | Iterable[str] | None, names: Sequence[str]) -> set[st
     if targets == "all-linear":
         raise TargetError("a checkpoint does not say which tensors are linear layers; give names, or leave targets out for all")
     if not isinstance(targets, str):
-        wanted = list(targets)
+        wanted = list(targets) if isinstance(targets, Iterable) else [targets]
+        for entry in wanted:
+            if not isinstance(entry, str):
+                raise TargetError(f"targets are names, as in ['q_proj', 'v_proj'], or a pattern; found {described(entry)}")
         for entry in wanted or [""]:
             if not entry or not any(_matches(name, entry) for name in names):
                 raise TargetError(f"target {entry!r} matches no tensor; {did_you_mean(entry, _words(names))}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .adapter import Adapter, Kind, SparseTensor, fingerprint
+from .adapter import Adapter, Kind, SparseTensor, check_metadata, fingerprint
 from .distributed import is_sharded
 from .errors import AdapterError, BaseMismatch, did_you_mean
 from .format import Gaps, as_stored, opened
@@ -20,9 +20,10 @@ from .kernels import Change, Fused, Overlap
 from .methods import Method, Part, resolve
 from .model_tensors import named_tensors
 from .quantized import is_quantized, shape_of
-from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
+from .strengths import Fixed, Strength, as_given, check_strengths, given_strengths, strengths_of
+from .texts import described
 
-__all__ = ["check_base", "check_tensor", "combine", "fuse", "known_in_part"]
+__all__ = ["check_base", "check_described", "check_tensor", "combine", "fuse", "known_in_part"]
 
 Base = nn.Module | Mapping[str, Tensor]
 Item = TypeVar("Item")
@@ -49,19 +50,21 @@ def fuse(
         both = shira.fuse({"poet.safetensors": 1.0, "coder.safetensors": 0.5}, base=model, method="ties", density=0.5)
     """
     chosen = resolve(method, options)
-    given = {str(key): value for key, value in sorted(adapters.items(), key=lambda item: str(item[0]))}
-    if len(given) < max(1, len(adapters)):
-        raise AdapterError("one adapter is given twice" if given else "nothing to fuse: give at least one adapter")
-    strengths = check_strengths({label: value[1] if isinstance(value, tuple) else value for label, value in given.items()})
+    given = given_strengths("shira.fuse", adapters)
+    strengths = check_strengths({label: strength for label, (_, strength) in given.items()})
+    if base is not None and not isinstance(base, nn.Module | Mapping):
+        raise AdapterError(f"base must be a model, loaded, or its tensors by name; found {described(base)}")
     weights = named_tensors(base) if isinstance(base, nn.Module) else base
     sharded = next((name for name, weight in (weights or {}).items() if is_sharded(weight)), None)
     if sharded is not None:
         raise BaseMismatch(f"'{sharded}' is sharded in this base; give a whole one, or let Switcher.use fuse on the model")
     with contextlib.ExitStack() as stack:
         parts = {
-            label: value[0] if isinstance(value, tuple) else stack.enter_context(opened(label))
-            for label, value in given.items()
+            label: content if isinstance(content, Adapter) else stack.enter_context(opened(content))
+            for label, (content, _) in given.items()
         }
+        for label, part in parts.items():
+            check_described(label, part)
         if weights is None:
             _check_recorded_bases(parts)
         in_part = {label: known_in_part(part) for label, part in parts.items()}
@@ -148,9 +151,18 @@ def check_base(
     if all of them are: then nothing else tells the base.
     label: what to call the adapter in the message. base_at(weight, indices): the base values there.
     """
+    check_described(label, adapter)
     in_part = known_in_part(adapter)
     for name in adapter.tensors:
         check_tensor(label, name, adapter, tensors, base_at, in_part)
+
+
+def check_described(label: str, adapter: Adapter) -> None:
+    """`check_metadata` of an adapter. Raises AdapterError with the label."""
+    try:
+        check_metadata(adapter.metadata)
+    except AdapterError as error:
+        raise AdapterError(f"{label}: {error}") from None
 
 
 def check_tensor(
@@ -190,6 +202,8 @@ def _check_form(label: str, name: str, sparse: SparseTensor, tensors: Mapping[st
     weight = tensors.get(name)
     if weight is None:
         raise BaseMismatch(f"{label} does not belong to this model: it has no tensor '{name}'; {did_you_mean(name, tensors)}")
+    if not isinstance(weight, Tensor):
+        raise BaseMismatch(f"{label}: '{name}' must be a tensor of the base, found {described(weight)}")
     if is_quantized(weight):
         raise BaseMismatch(f"{label}: '{name}' is quantized in this model; give a plain base, or fuse deltas without one")
     if shape_of(weight) != sparse.shape:

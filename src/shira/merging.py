@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,10 +13,13 @@ from . import kernels
 from .adapter import FLOAT_DTYPES, Adapter, SparseTensor, all_finite
 from .checkpoints import Checkpoint, identity, rewrite
 from .errors import AdapterError, BaseMismatch, CheckpointError
-from .format import opened
+from .files import path_of, temporary_folder
+from .format import check_unchanged, opened
 from .fusion import check_base, combine
 from .methods import Method
-from .strengths import Fixed, Strength, as_given, check_strengths, strengths_of
+from .renaming import names_in, renamed
+from .strengths import Fixed, Strength, as_given, check_strengths, given_strengths, strengths_of
+from .texts import markdown
 
 __all__ = ["merge"]
 
@@ -47,6 +48,9 @@ def merge(
     other files (configuration, tokenizer, licence) come along, but not its subfolders, or its weights in other formats; and
     README.md ends on what was merged. It holds one tensor of the base, and what adapters that lie in files have for it.
 
+    A checkpoint may name its tensors otherwise than the model in memory: GPT-2's are "h.0…" on the Hub, and "transformer.h.0…"
+    in a language model. If one prefix in place of another makes all of the adapters' names its own, they are merged there.
+
     Returns how many of the adapters' entries have the base's value still: changes too small for its dtype are rounded away.
 
     Raises CheckpointError if base cannot be read or out is not empty; BaseMismatch for an adapter of another base;
@@ -54,12 +58,13 @@ def merge(
 
         shira.merge("SmolLM2-135M-Instruct", {"poet.safetensors": 1.0, "coder.safetensors": 0.5}, "SmolLM2-poet-coder")
     """
-    out = Path(out).absolute()
+    call = "shira.merge('base', 'poet.safetensors', 'merged')"
+    out = Path(os.path.realpath(path_of(out, call, CheckpointError)))  # a link to a folder stays one
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; name a folder that does not exist, or is empty")
-    checkpoint = Checkpoint(base)
     with contextlib.ExitStack() as files:
-        return _merge(checkpoint, _in_files(adapter, files), out, on_progress)
+        adapters = _in_files(adapter, files)
+        return _merge(Checkpoint(base), adapters, out, on_progress)
 
 
 def _merge(
@@ -69,15 +74,18 @@ def _merge(
     on_progress: Callable[[float], None] | None,
 ) -> int:
     """Check the adapters, then write all."""
+    names = names_in(checkpoint, {label: content for label, (content, _) in adapters.items()})
     by_tensor: dict[str, list[Part]] = {}
     for label, (content, strength) in sorted(adapters.items()):
-        check_base(label, content, checkpoint, kernels.gather)
+        there = renamed(content, names)
+        check_base(label, there, checkpoint, kernels.gather)
         for name, scale in strengths_of(label, strength, content.tensors).items():
+            name = names.get(name, name)
             dtype = checkpoint.form(name).dtype
             if dtype not in FLOAT_DTYPES:
                 raise BaseMismatch(f"{label}: '{name}' is {dtype} in the base, which no adapter can change")
             if scale != 0:  # else the base's bits stay, as in Switcher.use
-                by_tensor.setdefault(name, []).append((content, scale))
+                by_tensor.setdefault(name, []).append((there, scale))
     stayed: list[int] = []  # entries of each piece
     seen, total = 0, sum(file.stat().st_size for file in checkpoint.shards)
 
@@ -100,6 +108,8 @@ def _merge(
             if not file.name.endswith(WEIGHTS) or file == checkpoint.index:
                 rewrite(file, folder / file.name, [])
         _note(folder / "README.md", identity(checkpoint.path), adapters, sum(stayed))
+        for content, _ in adapters.values():
+            check_unchanged(content)
     return sum(stayed)
 
 
@@ -109,14 +119,13 @@ def _in_files(
     """Label -> adapter and strength, whatever way they were given. `files` closes those that are read."""
     if isinstance(adapter, Adapter):
         return {adapter.name or "the adapter": (adapter, 1.0)}
-    if not isinstance(adapter, Mapping):
+    if isinstance(adapter, str | os.PathLike):
         return {str(adapter): (files.enter_context(opened(adapter)), 1.0)}
-    if not adapter:
-        raise AdapterError("nothing to merge: give at least one adapter")
-    strengths = check_strengths({str(key): value[1] if isinstance(value, tuple) else value for key, value in adapter.items()})
+    given = given_strengths("shira.merge", adapter)
+    strengths = check_strengths({label: strength for label, (_, strength) in given.items()})
     return {
-        str(key): (value[0] if isinstance(value, tuple) else files.enter_context(opened(key)), strengths[str(key)])
-        for key, value in adapter.items()
+        label: (content if isinstance(content, Adapter) else files.enter_context(opened(content)), strengths[label])
+        for label, (content, _) in given.items()
     }
 
 
@@ -147,16 +156,13 @@ def _within(tensor: SparseTensor, start: int, length: int) -> SparseTensor:
 @contextlib.contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which gets its name if all goes well, and goes away otherwise."""
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
     try:
-        temporary.mkdir()
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, out)
+        with temporary_folder(out.parent) as temporary:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, out)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {out} ({error.strerror}); nothing was left there") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     _flush(out.parent)
 
 
@@ -177,16 +183,16 @@ def _note(readme: Path, base: str | None, adapters: Mapping[str, tuple[Adapter, 
         "",
         "## Merged adapters",
         "",
-        f"`shira merge` (shira-adapters {__version__}) wrote these sparse adapters into the weights of `{base}`:",
+        f"`shira merge` (shira-adapters {__version__}) wrote these sparse adapters into the weights of {markdown(base)}:",
         "",
         "| adapter | strength | entries | base values | licence |",
         "|---|---|---|---|---|",
     ]
     for label, (adapter, strength) in sorted(adapters.items()):
-        name = os.path.basename(label).replace("|", "\\|")
-        stated = adapter.metadata.get("license") or "not stated"
-        given = f"{strength:g}" if isinstance(strength, float) else json.dumps(as_given(strength))
-        lines.append(f"| {name} | {given} | {adapter.nnz} | {adapter.fingerprint or 'not recorded'} | {stated} |")
+        given = f"{strength:g}" if isinstance(strength, float) else json.dumps(as_given(strength), ensure_ascii=False)
+        cells = [os.path.basename(label), given, adapter.nnz, adapter.fingerprint or "not recorded"]
+        cells.append(adapter.metadata.get("license") or "not stated")
+        lines.append(f"| {' | '.join(map(markdown, cells))} |")
     if stayed:
         lines += ["", f"{stayed} entries have the value of the base: no change, or one smaller than its dtype can hold."]
     with open(readme, "a", encoding="utf-8") as file:

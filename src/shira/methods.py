@@ -23,6 +23,7 @@ from .errors import AdapterError, did_you_mean
 from .kernels import Overlap, overwrite_
 from .masks import seed_of, top_k
 from .masks.uniform import coin
+from .texts import shown
 
 __all__ = ["METHODS", "Method", "Part", "drop", "elect", "largest", "mean", "resolve", "total", "trim"]
 
@@ -145,9 +146,9 @@ METHODS: Mapping[str, _Steps] = {
 
 def resolve(name: str, options: Mapping[str, Any]) -> Method:
     """A method by its name, options completed and checked. Raises AdapterError for what is unknown or out of range."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         hint = "; to negate an adapter, give it a negative strength" if name in ("negation", "negate") else ""
-        raise AdapterError(f"unknown fusion method {name!r}; {did_you_mean(str(name), METHODS)}{hint}")
+        raise AdapterError(f"unknown fusion method {shown(name)}; {did_you_mean(str(name), METHODS)}{hint}")
     thin = METHODS[name].thin
     chosen = {key: p.default for key, p in inspect.signature(thin).parameters.items() if key != "part"} if thin else {}
     for key, value in options.items():
@@ -155,6 +156,6 @@ def resolve(name: str, options: Mapping[str, Any]) -> Method:
             raise AdapterError(f"fusion method {name!r} has no option {key!r}; {did_you_mean(key, chosen)}")
         expected, holds = RANGES[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
-            raise AdapterError(f"{key} must be {expected}, found {value!r}")
+            raise AdapterError(f"{key} must be {expected}, found {shown(value)}")
         chosen[key] = value if key == "seed" else float(value)
     return Method(name, tuple(chosen.items()))

@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import random
+import sys
 import time
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +20,22 @@ from .data.reading import examples_of
 from .data.tasks import Example
 from .data.tokens import Row, encode, pack
 from .errors import DataError, MissingExtra, did_you_mean
+from .files import open_regular, path_of
 from .integrations import transformers as hf
+from .tensorfiles import write_whole
+from .texts import shown
 from .tuning import attach
 
-__all__ = ["Recipe", "load_recipe", "save_recipe", "train_adapter"]
+__all__ = ["Recipe", "load_recipe", "read_settings", "save_recipe", "train_adapter"]
 
 
 LOWEST = {"steps": 1, "batch_size": 1, "accumulate": 1, "calibration": 1, "max_length": 2, "seed": 0, "refresh_every": 0}
 OWN_TEXT = "own"
 GENERAL_BATCH = 4  # rows; their gradients are squared batch by batch
 BUDGETS = ("density", "rank", "total")  # one of them
+LARGEST = 2**63 - 1  # whole number in a recipe
+LONGEST = 2**20  # bytes of a recipe
+DEEPEST = 8  # settings in settings
 
 
 @dataclass(frozen=True)
@@ -74,57 +83,108 @@ class Recipe:
     log_folder: str = "runs"  # where TensorBoard finds the runs
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(Recipe).items():
+            if not _fits(getattr(self, name), hint):
+                expected = EXPECTED.get(name) or _told(hint)
+                raise DataError(f"recipe: {name} must be {expected}, found {shown(getattr(self, name))}")
         for name, low in LOWEST.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise DataError(f"recipe: {name} must be a whole number from {low} on, found {value!r}")
-        if self.overrides is not None and not isinstance(self.overrides, dict):
-            raise DataError(f"recipe: overrides must be 'name pattern: budget', one a line, found {self.overrides!r}")
-        if self.exclude is not None and not isinstance(self.exclude, list):
-            raise DataError(f"recipe: exclude must be a list of names, found {self.exclude!r}")
-        if self.layers is not None and not (isinstance(self.layers, list) and all(isinstance(n, int) for n in self.layers)):
-            raise DataError(f"recipe: layers must be a list of numbers, found {self.layers!r}")
-        if self.avoid is not None and not isinstance(self.avoid, list):
-            raise DataError(f"recipe: avoid must be a list of adapter files, found {self.avoid!r}")
-        if not isinstance(self.lr, int | float) or not 0 < self.lr < float("inf"):
+            if getattr(self, name) < low:
+                raise DataError(f"recipe: {name} must be {EXPECTED[name]}, found {getattr(self, name)!r}")
+        if not self.lr > 0:
             raise DataError(f"recipe: lr must be a number above 0, found {self.lr!r}")
-        if not isinstance(self.warmup, int | float) or not 0 <= self.warmup <= 1:
+        if not 0 <= self.warmup <= 1:
             raise DataError(f"recipe: warmup must be from 0 to 1, found {self.warmup!r}")
-        if not isinstance(self.eval_share, int | float) or not 0 <= self.eval_share < 1:
+        if not 0 <= self.eval_share < 1:
             raise DataError(f"recipe: eval_share must be from 0 to below 1, found {self.eval_share!r}")
         if self.eval_share and self.eval_data:
             raise DataError("recipe: give eval_data or eval_share, not both")
-        for name in ("model", "data", "report_to", "log_folder"):
-            if not isinstance(getattr(self, name), str):
-                raise DataError(f"recipe: {name} must be a text, found {getattr(self, name)!r}")
-        if not isinstance(self.pack, bool):
-            raise DataError(f"recipe: pack must be true or false, found {self.pack!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise DataError(f"recipe: dtype must be auto, float32, bfloat16 or float16, found {self.dtype!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type of a setting: numbers finite, and whole ones such as a tensor may hold."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(hint))
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if kind in (int, float):
+        return type(value) in (int, kind) and abs(value) <= (LARGEST if type(value) is int else sys.float_info.max)
+    return isinstance(value, kind)
+
+
+def _told(hint: Any) -> str:
+    """The type of a setting in words."""
+    words: dict[Any, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+    words |= {list[str]: "a list of names", list[int]: "a list of numbers"}
+    each = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(words[kind] for kind in each if kind in words)
+
+
+EXPECTED = {name: f"a whole number from {low} on" for name, low in LOWEST.items()} | {
+    "overrides": "'name pattern: budget', one a line",
+    "avoid": "a list of adapter files",
+}
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, plain values only.
+
+    Raises DataError for a file that is no YAML mapping, is as large or deep as no recipe is, has a key twice, or repeats a part
+    of itself (by aliases, of which a few lines can stand for gigabytes); OSError if it cannot be read.
+    """
+    yaml = _yaml()
+    place = path_of(path, "load_recipe('spam.yaml')", DataError)
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]  # yaml is looked for when it is needed
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"an alias in line {self.peek_event().start_mark.line + 1}; write the part out")
+            self.depth += 1
+            if self.depth > DEEPEST:
+                raise ValueError(f"it nests deeper than {DEEPEST}")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            found = super().construct_mapping(node, deep=deep)
+            if len(found) < len(node.value):
+                raise ValueError(f"a key stands there twice, from line {node.start_mark.line + 1} on")
+            return found
+
+    try:
+        with open_regular(place, DataError) as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise ValueError(f"it has more than {LONGEST} bytes")
+        read = yaml.load(content.decode(), Loader)
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise DataError(f"{path} is not YAML of plain settings: {' '.join(str(error).split())}") from error
+    if not isinstance(read, dict):
+        raise DataError(f"{path} must hold settings, one 'name: value' a line, found {type(read).__name__}")
+    return read
 
 
 def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
     """A recipe out of a YAML file (or none) and what was given beside it, which wins.
 
-    Raises DataError for a file that is no YAML mapping, or a setting that does not exist; OSError if it cannot be read.
+    Raises DataError for what `read_settings` refuses, a setting that does not exist, or is of another type; OSError if the file
+    cannot be read.
     """
-    settings: dict[str, Any] = {}
-    if path is not None:
-        yaml = _yaml()
-        try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is not YAML: {error}") from error
-        if not isinstance(read, dict):
-            raise DataError(f"{path} must hold settings, one 'name: value' a line, found {type(read).__name__}")
-        settings = read
+    settings = read_settings(path) if path is not None else {}
     if given.keys() & set(BUDGETS):  # one replaces another
         settings = {key: value for key, value in settings.items() if key not in BUDGETS}
     settings = settings | dict(given)
     names = [field.name for field in dataclasses.fields(Recipe)]
     for name in settings:
         if name not in names:
-            raise DataError(f"{path}: unknown setting {name!r}; {did_you_mean(str(name), names)}")
+            raise DataError(f"{path}: unknown setting {shown(name)}; {did_you_mean(str(name), names)}")
     recipe = Recipe(**settings)
     if not recipe.data:
         raise DataError("no data to train on: give --data: a built-in task, a JSONL or Parquet file, or a data set")
@@ -137,7 +197,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
     versions = f"# shira-adapters {__version__}, torch {torch.__version__}, transformers {hf.version()}\n"
-    Path(path).write_text(versions + _yaml().safe_dump(settings, sort_keys=False), encoding="utf-8")
+    write_whole(Path(path), (versions + _yaml().safe_dump(settings, sort_keys=False)).encode())
 
 
 def train_adapter(

@@ -17,10 +17,12 @@ from .adapter import Adapter, SparseTensor
 from .analysis import BINS, Comparison, deltas
 from .checkpoints import Source
 from .errors import AdapterError, MissingExtra, did_you_mean
+from .texts import visible
 
 __all__ = ["check_tensor", "needs_matplotlib", "page", "tables"]
 
 CELLS = 160  # of a drawn mask, along its longer side
+LONGEST, SHORT = 40, 16  # signs of a name in a picture; and where it stands along an edge
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:0 auto;padding:1rem;color:#222}
 h1,h2{overflow-wrap:anywhere}h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .3rem}
 img{max-width:100%;height:auto;display:block;margin:.5rem auto}
@@ -59,11 +61,11 @@ def page(found: Comparison, adapters: Mapping[str, Adapter], base: Source | None
         tensor = max(found.tensors, key=lambda name: sum(c.l2**2 for c in found.tensors[name].changes.values()))
     check_tensor(adapters, tensor)
     _, shape, changes = next(deltas(adapters, base, tensor))
-    called = html.escape(tensor)
+    called = _escaped(tensor)
     broken = called.replace(".", ".<wbr>")
     about, *pairs = tables(found, adapters)
     pieces = [
-        f"<h1>{html.escape(' · '.join(found.adapters))}</h1>",
+        f"<h1>{_escaped(' · '.join(found.adapters))}</h1>",
         _table(*about[1:]),
         '<p class="note">Effective rank: of ΔW, the mean over its tensors. LoRA\'s rank: of a LoRA with as many parameters. '
         "LoRA holds: the most of ‖ΔW‖² that a change of that rank can.</p>",
@@ -96,7 +98,7 @@ def page(found: Comparison, adapters: Mapping[str, Adapter], base: Source | None
         _table(["tensor", "adapter", "entries", "‖ΔW‖", "effective rank", "LoRA's rank", "smallest AWOR"], _tensor_rows(found)),
         "</details>",
     ]
-    title = html.escape(" and ".join(found.adapters))
+    title = _escaped(" and ".join(found.adapters))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title} compared</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>\n'
@@ -145,9 +147,20 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
+def _escaped(text: str) -> str:
+    return html.escape(visible(text))
+
+
+def _drawn(name: str, most: int = LONGEST) -> str:
+    """A name as matplotlib draws it as text: a dollar would begin a formula, and a legend leaves out what begins with _."""
+    text = visible(name)
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return " " * text.startswith("_") + text.replace("$", r"\$")
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = ["".join(f"<td>{_escaped(cell)}</td>" for cell in row) for row in rows]
+    titles = "".join(f"<th>{_escaped(cell)}</th>" for cell in head)
     return f'<div class="wide"><table><tr>{titles}</tr>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
 
@@ -177,7 +190,7 @@ def _matrices(pyplot: Any, found: Comparison) -> Any:
         "AWOR": lambda pair: pair.awor,
         "cosine": lambda pair: pair.cosine,
     }
-    short = [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
+    short = [_drawn(name, 12) for name in names]
     few = len(names) <= 4
     figure, axes = _panels(pyplot, len(fields), 2.5 if few else 1.0 + 0.45 * len(names), 3 if few else 1)
     for axis, (title, field) in zip(axes, fields.items(), strict=True):
@@ -226,8 +239,10 @@ def _heat_maps(pyplot: Any, found: Comparison) -> Any:
         bar.ax.set_title("%", fontsize=8)
         every = -(-len(layers) // 16)
         axis.set_yticks(range(0, len(layers), every), ["–" if layer < 0 else str(layer) for layer in layers[::every]])
-        axis.set_xticks(range(len(modules)), modules, rotation=60, ha="right", rotation_mode="anchor")
-        axis.set_title(adapter, fontsize=10)
+        axis.set_xticks(
+            range(len(modules)), [_drawn(module, SHORT) for module in modules], rotation=60, ha="right", rotation_mode="anchor"
+        )
+        axis.set_title(_drawn(adapter), fontsize=10)
         axis.tick_params(labelsize=8)
     return figure
 
@@ -254,7 +269,7 @@ def _masks(pyplot: Any, shape: tuple[int, ...], changes: Mapping[str, SparseTens
     most = max(float(image.max()) for image in images.values())
     for axis, (name, image) in zip(axes, images.items(), strict=True):
         shown = axis.imshow((100 * image).numpy(), cmap="magma_r", vmin=0, vmax=max(100 * most, 1e-9), interpolation="nearest")
-        axis.set_title(f"{name}: {drawn[name].numel():,}", fontsize=9)
+        axis.set_title(f"{_drawn(name)}: {drawn[name].numel():,}", fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
     bar = figure.colorbar(shown, ax=axes, shrink=0.7, aspect=30)
@@ -267,15 +282,15 @@ def _cells(shape: tuple[int, ...], indices: Tensor) -> Tensor:
     """The share of entries held in each cell of a picture of at most CELLS × CELLS; a vector is drawn as a row."""
     rows, columns = (shape[0], int(torch.Size(shape[1:]).numel())) if len(shape) > 1 else (1, int(torch.Size(shape).numel()))
     step = max(1, -(-max(rows, columns) // CELLS))
-    down, across = -(-rows // step), -(-columns // step)
+    down, across = max(1, -(-rows // step)), max(1, -(-columns // step))
 
     def count(row: Tensor, column: Tensor) -> Tensor:
         return torch.bincount(row // step * across + column // step, minlength=down * across).view(down, across)
 
-    held = count(indices // columns, indices % columns)
+    held = count(indices // max(1, columns), indices % max(1, columns))
     tall = torch.full((down,), step).scatter_(0, torch.tensor([down - 1]), rows - step * (down - 1))
     wide = torch.full((across,), step).scatter_(0, torch.tensor([across - 1]), columns - step * (across - 1))
-    return held / (tall[:, None] * wide)
+    return held / (tall[:, None] * wide).clamp_(min=1)
 
 
 def _histograms(pyplot: Any, found: Comparison) -> Any:
@@ -284,7 +299,7 @@ def _histograms(pyplot: Any, found: Comparison) -> Any:
     first, last = (int(used[0]), int(used[-1]) + 1) if used.numel() else (0, len(BINS) - 1)
     for number, (name, (negative, positive)) in enumerate(found.histograms.items()):
         colour = f"C{number % 10}"
-        axis.stairs(positive[first:last], BINS[first : last + 1], color=colour, label=name)
+        axis.stairs(positive[first:last], BINS[first : last + 1], color=colour, label=_drawn(name))
         axis.stairs([-count for count in negative[first:last]], BINS[first : last + 1], color=colour)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xlabel("log₁₀ |ΔW|", fontsize=9)
@@ -304,7 +319,7 @@ def _spectra(pyplot: Any, shape: tuple[int, ...], changes: Mapping[str, SparseTe
             found.counts.cumsum(0)[above].numpy(),
             found.values[above].numpy(),
             color=f"C{number % 10}",
-            label=name,
+            label=_drawn(name),
             linewidth=1.2,
         )
         axis.axvline(tensor.nnz / max(1, sum(sparse.shape)), color=f"C{number % 10}", linestyle=":")

@@ -15,6 +15,7 @@ from .encoding import checksum
 from .errors import BaseMismatch, TuningError
 from .masters import Masters
 from .quantized import shape_of
+from .texts import described, shown
 
 __all__ = ["load_state", "state_of"]
 
@@ -41,14 +42,17 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
 
     Raises TuningError or BaseMismatch, before anything is written, if it is not of the same tensors, positions and base.
     """
+    if not isinstance(state, Mapping):
+        raise TuningError(f"a checkpoint is what tuner.state_dict() gave, tensors by name; found {described(state)}")
     held = {name: {name + VALUES + end: p for end, p in entries.parameters().items()} for name, entries in masters.items()}
     expected = {key for name, parameters in held.items() for key in (*parameters, name + MARK)}
     if not any(name in state for name in expected):
         raise TuningError("the checkpoint holds nothing that this tuner trains; it is of another model, or no shira checkpoint")
     if expected != state.keys():
-        missing, extra = sorted(expected - state.keys()), sorted(state.keys() - expected)
+        missing, extra = sorted(expected - state.keys()), sorted(map(str, state.keys() - expected))
+        few = [shown(names[:3]) if names else "none" for names in (missing, extra)]
         raise TuningError(
-            f"the checkpoint is of other targets: missing {missing[:3] or 'none'}, not trained here {extra[:3] or 'none'}; "
+            f"the checkpoint is of other targets: missing {few[0]}, not trained here {few[1]}; "
             "attach with the settings that it was made with"
         )
     for name, entries in masters.items():
@@ -66,8 +70,15 @@ def _mark(entries: Masters) -> Tensor:
 
 
 def _check(name: str, entries: Masters, held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    for key in (*held, name + MARK):
+        tensor: object = state[key]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise TuningError(f"'{key}' must be a plain tensor with data in a checkpoint, found {described(tensor)}")
     *shape, positions, base = _mark(entries).tolist()
-    found = state[name + MARK].tolist()
+    mark = state[name + MARK]
+    if mark.dtype != torch.int64 or mark.ndim != 1 or mark.numel() < 2:
+        raise TuningError(f"'{name + MARK}' must be whole numbers, int64 [sides + 2], found {mark.dtype} {list(mark.shape)}")
+    found = mark.tolist()
     if found[:-2] != shape:
         raise BaseMismatch(f"the checkpoint is of another model: '{name}' is {found[:-2]} there and {shape} here")
     for key, parameter in held.items():
@@ -75,6 +86,13 @@ def _check(name: str, entries: Masters, held: Mapping[str, Tensor], state: Mappi
             raise TuningError(
                 f"the checkpoint is of another mask: {state[key].numel()} entries of '{name}' train there and "
                 f"{parameter.numel()} here; attach with its density or rank"
+            )
+        if not state[key].is_floating_point():
+            raise TuningError(f"'{key}' must be floating point in a checkpoint, found {state[key].dtype}")
+        if not bool(state[key].to(parameter.dtype).isfinite().all()):
+            raise TuningError(
+                f"'{key}' holds values that are not finite as {parameter.dtype}; the run went wrong before this checkpoint was "
+                "saved, or it is damaged: take an earlier one"
             )
     if found[-2] != positions:
         raise TuningError(

@@ -114,16 +114,11 @@ class Switcher:
         """
         if not isinstance(name, str) or not name:
             raise SwitchError(f'a name must be a string that is not empty, found {name!r}: add("poet", adapter)')
-        if not isinstance(adapter, Adapter | str | os.PathLike):
-            kind = type(adapter).__name__
-            raise SwitchError(
-                f'an adapter must be a shira.Adapter or a file of one, found a {kind}: add("{name}", "x.safetensors")'
-            )
+        source = Source(adapter)
         with self._turn, _writable():
             if name in self._sources:
                 raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
             self._follow()
-            source = Source(adapter)
             self._checked(name, source)
             self._sources[name] = source
 

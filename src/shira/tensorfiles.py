@@ -6,11 +6,8 @@ writing a shard piece by piece has to know; and its `save` wants all tensors at 
 """
 
 import contextlib
-import errno
 import json
-import math
 import os
-import secrets
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from .adapter import MOST_ENTRIES, numel_of
 from .errors import CheckpointError
+from .files import destination, sweep, temporary_file
+from .texts import shown, strict_json
 
 __all__ = ["BLOCK", "Entry", "Form", "malformed", "read_header", "read_tensor", "spooled", "write_whole"]
 
@@ -60,7 +60,7 @@ def read_header(file: BinaryIO, *, any_dtype: bool = True) -> tuple[dict[str, En
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(size - 8, LONGEST_HEADER):
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        described = json.loads(file.read(length))
+        described = strict_json(file.read(length))
         metadata = described.pop("__metadata__", {})
         entries = {name: _entry(name, entry, 8 + length, any_dtype) for name, entry in described.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
@@ -70,7 +70,7 @@ def read_header(file: BinaryIO, *, any_dtype: bool = True) -> tuple[dict[str, En
     for name, entry in ordered.items():
         if entry.begin != end:
             raise CheckpointError(
-                f"{file.name}: tensor '{name}' should begin at byte {end}, it begins at {entry.begin}; get it again"
+                f"{file.name}: tensor {shown(name)} should begin at byte {end}, it begins at {entry.begin}; get it again"
             )
         end = entry.end
     if end != size:
@@ -103,9 +103,9 @@ def spooled(path: Path, metadata: Mapping[str, str]) -> Iterator[Callable[[str, 
     entries: dict[str, Entry] = {}
     with contextlib.ExitStack() as stack:
         with _saving(path):
-            if path.is_dir():  # not only at the end
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            spool = stack.enter_context(tempfile.TemporaryFile(dir=path.parent, buffering=0))
+            folder = destination(path).parent  # what cannot be replaced is known before the work is done
+            sweep(folder)
+            spool = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
 
         def add(name: str, tensor: Tensor) -> None:
             begin = spool.tell()
@@ -141,23 +141,25 @@ def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file whole or not at all. Raises OSError, with any file already under that name unchanged."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with _saving(path):
-            with open(temporary, "xb") as file:
-                file.writelines([content] if isinstance(content, bytes) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file whole or not at all; a symbolic link is followed, and stays.
+
+    Raises OSError, with any file already under that name unchanged: also for a FIFO, device or folder of that name.
+    """
+    with _saving(path):
+        folder = destination(path).parent
+        with temporary_file(folder) as (temporary, file):
+            file.writelines([content] if isinstance(content, bytes) else content)
+            file.flush()
+            os.fsync(file.fileno())
+            if os.name == "nt":  # where an open file cannot be renamed
+                file.close()
+            os.replace(temporary, destination(path))
     with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
-        folder = os.open(path.parent, os.O_RDONLY)
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 @contextlib.contextmanager
@@ -185,13 +187,17 @@ def _entry(name: str, described: dict[str, Any], start: int, any_dtype: bool) ->
     """One tensor of a header. Raises ValueError, TypeError or KeyError if it is malformed."""
     begin, end = described["data_offsets"]
     shape = tuple(described["shape"])
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or begin > end:
-        raise ValueError(f"tensor '{name}': shape {list(shape)} at {begin} to {end}")
+    try:
+        numel = numel_of(shape)
+    except ValueError as error:
+        raise ValueError(f"tensor {shown(name)}: {error}") from None
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= MOST_ENTRIES:
+        raise ValueError(f"tensor {shown(name)}: it lies at {shown(begin)} to {shown(end)}")
     dtype = DTYPES.get(described["dtype"])
     if dtype is None and not any_dtype:
-        raise ValueError(f"tensor '{name}': dtype {described['dtype']!r} is unknown here")
+        raise ValueError(f"tensor {shown(name)}: dtype {shown(described['dtype'])} is unknown here")
     if dtype is None:
         return Entry(Form((end - begin,), torch.uint8), start + begin, start + end)
-    if math.prod(shape) * dtype.itemsize != end - begin:
-        raise ValueError(f"tensor '{name}': {end - begin} bytes for {described['dtype']} {list(shape)}")
+    if numel * dtype.itemsize != end - begin:
+        raise ValueError(f"tensor {shown(name)}: {end - begin} bytes for {described['dtype']} {shown(list(shape))}")
     return Entry(Form(shape, dtype), start + begin, start + end)

@@ -6,7 +6,7 @@ import typer
 
 from ..errors import ShiraError
 from . import bench, compare, demo, estimate, evaluate, experiment, extract, fuse, inspect, masks, merge, targets, train
-from .output import errors
+from .output import fail
 
 __all__ = ["app", "main"]
 
@@ -38,6 +38,5 @@ def main() -> None:
     try:
         app(prog_name="shira")
     except (ShiraError, OSError) as error:
-        errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        fail(error)
         sys.exit(1)

@@ -11,7 +11,7 @@ from .. import analysis, report
 from ..checkpoints import Source
 from ..data.models import model_path
 from ..tensorfiles import write_whole
-from .output import bytes_text, console, print_json, progress, waiting
+from .output import bytes_text, cell, console, print_json, progress, waiting
 
 __all__ = ["compare"]
 
@@ -52,12 +52,12 @@ def compare(
     for title, head, rows in report.tables(found, loaded):
         if len(rows) <= 4:  # upright, as long rows of figures do not fit a terminal of 80 columns
             head, *rows = map(list, zip(head, *rows, strict=True))
-        table = Table(*head, title=title, title_justify="left")
+        table = Table(*map(cell, head), title=title, title_justify="left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(cell, row))
         console.print(table)
     if out is not None:
-        console.print(f"{out / 'index.html'}: {bytes_text(len(page.encode()))}")
+        console.print(f"{cell(out / 'index.html')}: {bytes_text(len(page.encode()))}")
 
 
 def _tensors(base: str) -> Source:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..errors import DataError
 from ..recipes import Recipe
-from .output import bytes_text, console, print_json, waiting
+from .output import bytes_text, cell, console, print_json, waiting
 from .targets import parse_targets
 
 __all__ = ["estimate"]
@@ -83,6 +83,6 @@ def estimate(
     table.add_section()
     table.add_row("peak", bytes_text(found.total), "")
     note = ", checkpointing" * checkpointing
-    console.print(f"{model}, {method.value}, {setup['dtype']}, {batch_size} x {length} tokens{note}", highlight=False)
+    console.print(f"{cell(model)}, {method.value}, {setup['dtype']}, {batch_size} x {length} tokens{note}", highlight=False)
     console.print(table)
     console.print(f"{found.parameters:,} entries train; see docs/memory.md for what is not counted", highlight=False)

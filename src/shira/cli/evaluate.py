@@ -15,7 +15,7 @@ from ..format import load
 from ..strengths import Strength
 from ..switching import Switcher
 from .fuse import Density, Drop, MethodName, Seed, method_options
-from .output import console, parse_adapter, print_json, progress, waiting
+from .output import cell, console, parse_adapter, print_json, progress, waiting
 
 __all__ = ["evaluate"]
 
@@ -82,10 +82,11 @@ def evaluate(
         print_json({"model": model, "method": switcher.method, "examples": counts, "accuracy": results})
         return
     title = "accuracy, %" if method == "sum" else f"accuracy, %; fused by {method}"
-    table = Table("active", *(f"{name} ({len(chosen)})" for name, chosen in examples.items()), title=title)
+    table = Table("active", *(f"{cell(name)} ({len(chosen)})" for name, chosen in examples.items()), title=title)
     for row in results:
         table.add_row(
-            row["active"], *(_cell(row[name], len(chosen), row.get("p", {}).get(name)) for name, chosen in examples.items())
+            cell(row["active"]),
+            *(_cell(row[name], len(chosen), row.get("p", {}).get(name)) for name, chosen in examples.items()),
         )
     console.print(table)
 

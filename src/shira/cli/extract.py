@@ -9,7 +9,7 @@ from rich.table import Table
 from .. import extraction
 from ..data.models import model_path
 from ..format import opened
-from .output import bytes_text, console, print_json, progress
+from .output import bytes_text, cell, console, print_json, progress
 
 __all__ = ["extract"]
 
@@ -65,12 +65,12 @@ def extract(
         for tensor, found in facts["tensors"].items():
             kept = f"{found['kept']:.1%}"
             count = f"{taken.get(tensor, 0):,}"
-            listing.add_row(tensor, f"{found['entries']:,}", f"{found['changed']:,}", count, f"{found['norm']:.4g}", kept)
+            listing.add_row(cell(tensor), f"{found['entries']:,}", f"{found['changed']:,}", count, f"{found['norm']:.4g}", kept)
         console.print(listing)
     console.print(_curve(facts))
     left_out = f"; nothing is taken of {len(facts['left_out'])} tensors that differ" if facts["left_out"] else ""
     console.print(
-        f"{output}: {nnz:,} of {facts['changed']:,} entries that differ, {bytes_text(size)}, "
+        f"{cell(output)}: {nnz:,} of {facts['changed']:,} entries that differ, {bytes_text(size)}, "
         f"{facts['kept']:.1%} of ‖ΔW‖{left_out}"
     )
 

@@ -11,7 +11,7 @@ from ..errors import DataError
 from ..format import opened
 from ..methods import resolve
 from ..strengths import Strength, check_strengths
-from .output import bytes_text, console, parse_adapter, waiting
+from .output import bytes_text, cell, console, parse_adapter, waiting
 
 __all__ = ["Density", "Drop", "MethodName", "Seed", "fuse", "method_options"]
 
@@ -59,7 +59,8 @@ def fuse(
     recorded = set()
     for file in strengths:
         with opened(file) as adapter:
-            recorded.add(str((adapter.metadata.get("base") or {}).get("dtype", "auto")))
+            dtype = (adapter.metadata.get("base") or {}).get("dtype")
+            recorded.add(dtype if isinstance(dtype, str) else "auto")
     model = None
     if base is not None:
         from ..integrations.transformers import load_model
@@ -71,4 +72,4 @@ def fuse(
     if name:
         fused.metadata["name"] = name
     fused.save(output)
-    console.print(f"{output}: {fused.nnz:,} entries, {bytes_text(output.stat().st_size)}")
+    console.print(f"{cell(output)}: {fused.nnz:,} entries, {bytes_text(output.stat().st_size)}")

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..adapter import Adapter
 from ..format import load
-from .output import bytes_text, console, print_json
+from .output import bytes_text, cell, console, print_json
 
 __all__ = ["describe", "inspect"]
 
@@ -22,12 +22,11 @@ def inspect(
 
     Example: shira inspect spam.safetensors --tensors
     """
-    adapter = load(file)
-    facts = describe(adapter, file)
+    facts = describe(load(file), file)
     if as_json:
         print_json(facts)
         return
-    table = Table("what", "value", title=str(file), show_header=False, title_justify="left")
+    table = Table("what", "value", title=cell(file), show_header=False, title_justify="left")
     settings = _listed(facts["mask"])
     base = ", ".join(map(str, facts["base"].values())) if facts["base"] else "not recorded"
     rows = {
@@ -45,17 +44,17 @@ def inspect(
         "license": facts["license"] or "not recorded",
     }
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(key, cell(value))
     if facts["fused"]:
         method = {key: value for key, value in facts["fused"].items() if key != "strengths"}
-        strengths = ", ".join(f"{name} × {strength}" for name, strength in facts["fused"]["strengths"].items())
-        table.add_row("fused", f"{_listed(method)}: {strengths}")
+        strengths = ", ".join(f"{name} × {strength}" for name, strength in (facts["fused"].get("strengths") or {}).items())
+        table.add_row("fused", cell(f"{_listed(method)}: {strengths}"))
     console.print(table)
     if tensors:
         listing = Table("tensor", "shape", "entries", "density", "kind", "values")
         for name, entry in facts["tensors"].items():
             shape = " × ".join(map(str, entry["shape"]))
-            listing.add_row(name, shape, f"{entry['nnz']:,}", f"{entry['density']:.3%}", entry["kind"], entry["dtype"])
+            listing.add_row(cell(name), shape, f"{entry['nnz']:,}", f"{entry['density']:.3%}", entry["kind"], entry["dtype"])
         console.print(listing)
 
 

@@ -8,7 +8,7 @@ import typer
 from .. import merging
 from ..data.models import model_path
 from ..errors import DataError
-from .output import bytes_text, console, parse_adapter, progress
+from .output import bytes_text, cell, console, parse_adapter, progress
 
 __all__ = ["merge"]
 
@@ -28,6 +28,6 @@ def merge(
     with progress("merging", 100) as update:
         stayed = merging.merge(model_path(base), dict(parts), output, on_progress=lambda share: update(int(100 * share), ""))
     files = [file.stat().st_size for file in output.iterdir()]
-    console.print(f"{output}: {len(files)} files, {bytes_text(sum(files))}")
+    console.print(f"{cell(output)}: {len(files)} files, {bytes_text(sum(files))}")
     if stayed:
         console.print(f"{stayed} entries have the value of the base: no change, or one smaller than its dtype can hold")

@@ -1,10 +1,13 @@
-"""How the commands speak: tables and results on stdout, progress and errors on stderr."""
+"""How the commands speak: tables and results on stdout, progress and errors on stderr.
+
+What is printed is text, whoever wrote it: a console here knows no markup, and shows what would control a terminal as escapes.
+What a file or an argument says goes through `cell` as well, so that it cannot break a line either.
+"""
 
 import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,32 +20,61 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from ..errors import DataError
 from ..strengths import Strength
+from ..texts import shown, strict_json, visible
 
-__all__ = ["bytes_text", "console", "errors", "parse_adapter", "print_json", "progress", "waiting"]
+__all__ = ["bytes_text", "cell", "console", "errors", "fail", "parse_adapter", "print_json", "progress", "waiting"]
+
+LONGEST_CELL, LONGEST_ERROR = 1000, 4000  # signs
 
 IS_FIRST = os.environ.get("RANK", "0") == "0"  # of several processes that torchrun started, one writes and saves
 
-console = Console(quiet=not IS_FIRST)
-errors = Console(stderr=True)
+
+class _Plain(Console):
+    """A console for text: no markup, no emoji names, no control characters but the end of a line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text, keep="\n"), **options)
+
+
+console = _Plain(quiet=not IS_FIRST)
+errors = _Plain(stderr=True)
+
+
+def cell(value: object) -> str:
+    """A value out of a file, or a path, as it stands in a line or a table: in one line, and not without end."""
+    text = visible(str(value))
+    return text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + "…"
+
+
+def fail(error: Exception) -> None:
+    """One line on stderr that says what went wrong."""
+    text = visible(str(error))
+    errors.print(Text(type(error).__name__, "bold red"), end=": ")
+    errors.print(text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + "…", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr; yields update(done, note), or update(done, note, what, total) for the next stage."""
     with Progress(
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=errors,
         disable=not IS_FIRST,
     ) as bar:
+        what = cell(what)
         task = bar.add_task(what, total=total, note="")
 
         stage = what
@@ -55,7 +87,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
                     task = bar.add_task(what, total=total, note="")
                 else:
                     bar.reset(task, description=what, total=total)
-            bar.update(task, completed=done, note=note)
+            bar.update(task, completed=done, note=cell(note))
 
         yield update
 
@@ -64,7 +96,11 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 def waiting(what: str) -> Iterator[None]:
     """A spinner on stderr, with the time that has passed, for what cannot tell how far it is."""
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description:<26}"), TimeElapsedColumn(), console=errors, disable=not IS_FIRST
+        SpinnerColumn(),
+        TextColumn("{task.description:<26}", markup=False),
+        TimeElapsedColumn(),
+        console=errors,
+        disable=not IS_FIRST,
     ) as bar:
         bar.add_task(what, total=None)
         yield
@@ -72,7 +108,7 @@ def waiting(what: str) -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, for programs."""
-    print(json.dumps(value, indent=2))
+    print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
 
 
 def bytes_text(count: int) -> str:
@@ -91,12 +127,14 @@ def parse_adapter(text: str) -> tuple[str, Strength]:
     In place of a number, a JSON object may map patterns of tensor names to numbers.
     """
     path, equals, strength = text.partition("={") if text.endswith("}") else text.rpartition("=")
-    if not equals or Path(text).exists():
+    if not equals or os.path.exists(text):
         return text, 1.0
     try:
         if not text.endswith("}"):
             return path, float(strength)
-        patterns: dict[str, float] = json.loads("{" + strength)
+        patterns: dict[str, float] = strict_json("{" + strength)
         return path, patterns
     except ValueError:
-        raise DataError(f"{text!r}: the strength after '=' must be a number or a JSON object, found {strength!r}") from None
+        raise DataError(
+            f"{shown(text)}: the strength after '=' must be a number or a JSON object, found {shown(strength)}"
+        ) from None

@@ -8,7 +8,7 @@ from rich.table import Column, Table
 
 from .. import masks
 from .. import targets as target_names
-from .output import console, print_json
+from .output import cell, console, print_json
 
 __all__ = ["parse_layers", "parse_targets", "targets"]
 
@@ -46,7 +46,7 @@ def targets(
     for (name, *_), members in groups.items():
         first = members[0]
         shape = "×".join(map(str, first["shape"]))
-        table.add_row(name, str(len(members)), shape, first["layer"], f"{first['trained']:,}")
+        table.add_row(cell(name), str(len(members)), shape, first["layer"], f"{first['trained']:,}")
     console.print(table)
     trained, entries = sum(row["trained"] for row in rows), sum(row["entries"] for row in rows)
     console.print(f"{len(rows)} tensors, {trained:,} of {entries:,} entries ({trained / entries:.2%})")

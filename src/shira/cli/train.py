@@ -7,7 +7,7 @@ import typer
 
 from ..format import neighbour
 from ..recipes import load_recipe, save_recipe, train_adapter
-from .output import IS_FIRST, bytes_text, console, progress, waiting
+from .output import IS_FIRST, bytes_text, cell, console, progress, waiting
 from .targets import parse_layers, parse_targets
 
 __all__ = ["train"]
@@ -135,4 +135,6 @@ def train(
             console.print(f"{summary[key]:,} examples {what}", highlight=False)
     if held_out := summary.get("held_out"):
         console.print(f"loss of what was held out: {held_out['loss_before']}, now {held_out['loss']}", highlight=False)
-    console.print(f"{output}: {adapter.nnz:,} entries, {bytes_text(output.stat().st_size)}; the recipe is {recipe_file}")
+    console.print(
+        f"{cell(output)}: {adapter.nnz:,} entries, {bytes_text(output.stat().st_size)}; the recipe is {cell(recipe_file)}"
+    )

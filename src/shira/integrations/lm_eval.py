@@ -9,9 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +21,7 @@ from ..data.batches import answer_logprobs
 from ..data.packages import cache_folder
 from ..data.tasks import Example
 from ..errors import DataError, MissingExtra
+from ..tensorfiles import write_whole
 
 __all__ = ["Score", "evaluate", "task_of"]
 
@@ -63,9 +62,7 @@ def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
     if not path.exists():
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        write_whole(path, text.encode())
     common = {
         "task": name,
         "dataset_path": "json",

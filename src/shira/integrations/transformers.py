@@ -17,6 +17,7 @@ from ..data.batches import batches, check_packing, collate, mean_loss
 from ..data.models import model_path
 from ..data.tokens import Row, encode
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
+from ..files import temporary_folder
 from ..refresh import check_cap
 from ..tuning import Tuner
 
@@ -239,9 +240,9 @@ def train(
             if refresh_every and state.global_step % refresh_every == 0 and state.global_step < state.max_steps:
                 moved.append(tuner.refresh(known["optimizer"], calibration=calibration, cap=refresh_cap))
 
-    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder; the adapter is saved by who asked for it
+    with temporary_folder(Path(tempfile.gettempdir())) as scratch:  # the Trainer wants one; who asked for it saves the adapter
         arguments = library.TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(scratch),
             max_steps=steps,
             learning_rate=learning_rate,
             per_device_train_batch_size=batch_size,

@@ -268,6 +268,21 @@ static int64_t entries_of(const Change *changes, Py_ssize_t count) {
     return entries;
 }
 
+/* Behind an empty window, where the one starts in which the next position lies at the earliest; `last` if there is none. What
+ * lies between positions far apart is not walked through. */
+static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t last) {
+    int64_t next = last;
+    for (Py_ssize_t c = 0; c < count; c++) {
+        const Change *change = &changes[c];
+        if (change->done == change->count || (change->unit_bytes && change->read == change->units)) continue;
+        const int64_t at = change->unit_bytes == 1   ? change->least + ((const uint8_t *)change->positions)[change->read]
+                           : change->unit_bytes == 2 ? change->least + ((const uint16_t *)change->positions)[change->read]
+                                                     : ((const int32_t *)change->positions)[change->done];
+        if (at < next) next = at;
+    }
+    return next < last ? next & ~(int64_t)(NEAR - 1) : last;
+}
+
 /* Whether all its entries were found below the end, and no more. Positions are known to be so. */
 static int is_whole(const Change *change) { return change->done == change->count && change->read == change->units; }
 
@@ -281,7 +296,9 @@ static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base
     int64_t found = 0;
     memset(&window, 0, sizeof window);
     window.every_line = to.weight && entries_of(changes, count) > last * base_bytes / LINE;
-    for (; window.start < last; window.start += NEAR) {
+    for (int64_t before; window.start < last;
+         window.start = found > before ? window.start + NEAR : next_window(changes, count, last)) {
+        before = found;
         window.stop = window.start + NEAR < last ? window.start + NEAR : last;
         add(changes, count, to.weight, to.mode, &window);
         found = write(&window, to, found);

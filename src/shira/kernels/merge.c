@@ -13,12 +13,22 @@ enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
 
 #define BELOW(bit) (((uint64_t)1 << (bit)) - 1)
 
-/* merged: gets the union; touched: how many runs have each. Returns its size. */
+/* merged: gets the union; touched: how many runs have each. Returns its size. NAME_next: behind an empty window, where the
+ * one of the next position starts, `end` if there is none: what lies between positions far apart is not walked through. */
 #define MERGE(NAME, INDEX)                                                                                      \
+    static int64_t NAME##_next(const Run *runs, Py_ssize_t count, int64_t end) {                                \
+        int64_t next = end;                                                                                     \
+        for (Py_ssize_t r = 0; r < count; r++)                                                                  \
+            if (runs[r].done < runs[r].count && ((const INDEX *)runs[r].positions)[runs[r].done] < next)        \
+                next = ((const INDEX *)runs[r].positions)[runs[r].done];                                        \
+        return next < end ? next & ~(int64_t)(WINDOW - 1) : end;                                                \
+    }                                                                                                           \
     FAST_VERSIONS                                                                                               \
     static int64_t NAME(Run *runs, Py_ssize_t count, int64_t last, INDEX *merged, int32_t *touched) {           \
         int64_t found = 0;                                                                                      \
-        for (int64_t start = 0; start < last; start += WINDOW) {                                                \
+        for (int64_t start = 0, then; start < last;                                                             \
+             start = found > then ? start + WINDOW : NAME##_next(runs, count, last)) {                          \
+            then = found;                                                                                       \
             uint64_t held[WORDS] = {0};                                                                         \
             int32_t before[WORDS];                                                                              \
             for (Py_ssize_t r = 0; r < count; r++) {                                                            \

@@ -51,7 +51,7 @@ from .selecting import (
     select,
 )
 from .sets import difference, from_adapter, intersection, union
-from .structured import frequencies, lines, struct
+from .structured import frequency_of, lines, struct
 from .topk import top_k
 from .uniform import draw, rand
 
@@ -70,7 +70,7 @@ __all__ = [
     "difference",
     "draw",
     "fisher",
-    "frequencies",
+    "frequency_of",
     "from_adapter",
     "grad",
     "intersection",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import MaskError
 
-__all__ = ["frequencies", "lines", "struct"]
+__all__ = ["frequency_of", "lines", "struct"]
 
 Direction = Literal["rows", "columns"]
 
@@ -82,22 +82,37 @@ def lines(
 
     Returns int64 [count], sorted. Raises MaskError, before it takes memory, if they are not `count`.
     """
-    if _count(rows, columns, frequency, direction, offset, diagonal) != count:
+    across = rows if direction == "rows" else columns
+    frequency = min(frequency, max(1, across))  # one line is one line, however far away the next would be
+    if not 0 <= offset < max(1, across) or _count(rows, columns, frequency, direction, offset, diagonal) != count:
         raise MaskError(f"{direction} {frequency} apart from {offset} in {rows} x {columns} are not {count} positions")
+    if not count:
+        return torch.empty(0, dtype=torch.int64)
     if direction == "rows":
         whole = (torch.arange(offset, rows, frequency)[:, None] * columns + torch.arange(columns)).view(-1)
     else:
         whole = (torch.arange(rows)[:, None] * columns + torch.arange(offset, columns, frequency)).view(-1)
     if not diagonal:
         return whole
-    across = torch.arange(min(rows, columns))
-    return torch.cat([whole, across[across % frequency != offset] * (columns + 1)]).sort().values
+    crossing = torch.arange(min(rows, columns))
+    return torch.cat([whole, crossing[crossing % frequency != offset] * (columns + 1)]).sort().values
 
 
-def frequencies(rows: int, columns: int, direction: Direction, count: int, offset: int = 0, diagonal: bool = True) -> list[int]:
-    """The distances at which rows (or columns), with or without the diagonal, are `count` positions."""
+def frequency_of(indices: Tensor, rows: int, columns: int, direction: Direction, offset: int = 0) -> int:
+    """The distance at which rows (or columns) from the offset on, with or without the diagonal, may be these positions: if any
+    is, this one. It is where the second line lies; if there is none, whatever leads out of the matrix.
+
+    indices: [n], sorted, flat in [rows, columns].
+    """
+    line, place = indices.long() // max(1, columns), indices.long() % max(1, columns)
+    if direction == "columns":
+        line, place = place[line == 0], line
+    lines_held, entries = line.unique(return_counts=True)
+    if direction == "rows" and columns > 1:
+        lines_held = lines_held[entries > 1]  # the others hold the diagonal alone
+    further = lines_held[lines_held > offset]
     across = rows if direction == "rows" else columns
-    return [f for f in range(offset + 1, across + 1) if _count(rows, columns, f, direction, offset, diagonal) == count]
+    return int(further[0]) - offset if further.numel() else max(offset + 1, across - offset)
 
 
 def _count(rows: int, columns: int, frequency: int, direction: Direction, offset: int, diagonal: bool) -> int:

@@ -1,0 +1,106 @@
+"""Text that others wrote, out of files and arguments: read strictly, and shown as text, whatever it would mean to a terminal,
+to Markdown, or to a reader of JSON."""
+
+import json
+import math
+import os
+import re
+import reprlib
+from typing import Any
+
+__all__ = ["described", "markdown", "shown", "strict_json", "visible"]
+
+LONGEST_NUMBER = 40  # digits
+DEEPEST = 32  # objects and lists in each other
+PLAIN = re.compile(r"(?!.*www\.)(?:[^\W_]|[ .,%()+=/;'-])*")  # that means nothing in Markdown
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 8, 8, 8
+_short.maxstring, _short.maxlong, _short.maxother = 100, 40, 100
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""The same text with all that is not seen as a sign of its own written as Python does: "\x1b[2J", "\n", "\u202e".
+
+    So it cannot move a cursor, break a line, or turn the direction of what follows. keep: signs to let through.
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in keep else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def shown(value: object) -> str:
+    """A value as an error quotes it: short, in one line, however large or deep it is."""
+    try:
+        return visible(_short.repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, or what nests as deep
+        return f"a huge {type(value).__name__}"
+
+
+def described(value: object) -> str:
+    """What somebody passed where something else was meant: "'x' (str)", "a list"."""
+    kind = type(value).__name__
+    if value is None or isinstance(value, str | bytes | int | float | os.PathLike):
+        return f"{shown(value)} ({kind})"
+    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def markdown(text: object) -> str:
+    """Text as it stands in Markdown, also in a cell of a table: as it is, or as code if anything in it has a meaning there."""
+    plain = visible(str(text))
+    if PLAIN.fullmatch(plain):
+        return plain
+    fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
+    space = " " if plain.startswith("`") or plain.endswith("`") else ""
+    return f"{fence}{space}{plain}{space}{fence}".replace("|", "\\|")
+
+
+def strict_json(content: str | bytes) -> Any:
+    """What a JSON text says, if it says it in one way: no key twice, every number finite and of a few digits, nothing nested
+    deeper than data of ours, and all text such as can be written again. Raises ValueError."""
+    text = content.decode() if isinstance(content, bytes) else content
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole, parse_float=_real, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, str):
+                each.isascii() or each.encode()  # half of a surrogate pair is no text: UnicodeEncodeError, a ValueError
+            elif isinstance(each, dict):
+                below += each
+                below += each.values()
+            elif isinstance(each, list):
+                below += each
+        level = below
+    if level:
+        raise ValueError(f"it nests deeper than {DEEPEST}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} stands there twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"a number that is not finite: {shown(digits)}")
+    return value
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"a number that is not finite: {word}")
