@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-quantized test-deepspeed test-gpu lint clean
+.PHONY: help demo test test-slow test-quantized test-deepspeed test-gpu test-sanitized soak lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -40,6 +40,15 @@ test-deepspeed: .venv/ready ## tests on DeepSpeed's ZeRO-3, which it installs, w
 test-gpu: .venv/ready ## the kernels for GPUs, on one or in Triton's interpreter (installs Triton, about 300 MB)
 	$(PIP) --editable '.[gpu]' --no-build-isolation
 	$(BIN)/python -m pytest tests/test_triton.py tests/test_gpu_switching.py tests/test_gpu_bench.py
+
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+test-sanitized: .venv/ready ## the kernels in C under AddressSanitizer and UBSan, over 24,000 mutants of files and plans (ten minutes)
+	CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build --build-lib build/sanitized --build-temp build/sanitized
+	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized $(BIN)/python tests/sanitized.py
+
+soak: .venv/ready ## 100,000 operations on models whose base must never be lost, and interrupts at every pair of moments (half an hour)
+	$(BIN)/python tests/soak.py --operations 100000
+	SHIRA_LONG=1 $(BIN)/python -m pytest tests/test_interrupted_switching.py tests/test_interrupts.py
 
 lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check .

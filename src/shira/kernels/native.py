@@ -112,8 +112,8 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
     """See `reference.merge`: a bit for each position of a window at a time, no sorting."""
     dtype = torch.int32 if all(run.dtype == torch.int32 for run in runs) else torch.int64
     runs = [run.to(dtype).contiguous() for run in runs]
-    if any(run.numel() and int(run[0]) < 0 for run in runs):
-        raise IndexError("positions below 0")
+    if any(run.numel() and not 0 <= int(run[0]) <= int(run[-1]) < 2**62 for run in runs):
+        raise IndexError("positions below 0, or from 2^62 on")
     places = [torch.empty(run.numel(), dtype=torch.int32) for run in runs]
     table = np.zeros(len(runs), dtype=RUN)
     table["positions"] = [run.data_ptr() for run in runs]
