@@ -90,6 +90,10 @@ def test_a_folder_is_refused_with_the_file_in_it(tmp_path):
 
     refused("is a folder; pass an adapter's .safetensors file; there is none in it")
     write_whole(tmp_path / "model.safetensors", b"no adapter")
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    adapter.save(tmp_path / "any")
+    refused(f"is a folder; pass the file in it: '{tmp_path}/any'")
+    (tmp_path / "any").unlink()
     adapter.save(tmp_path / "poet.safetensors")
     refused(f"is a folder; pass the file in it: '{tmp_path}/poet.safetensors'")
     adapter.save(tmp_path / "coder.safetensors")

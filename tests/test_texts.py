@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 import shira
+import shira.data.reading
 from conftest import mlp
 from shira import Adapter, DataError, SparseTensor, report
 from shira.errors import ShiraError
@@ -235,3 +236,11 @@ def test_a_merged_checkpoint_tells_what_was_merged_as_text(tmp_path):
     cells = re.split(r"(?<!\\)\|", row)
     assert len(cells) == 7 and cells[1] == r" ``a\|b`<img>\x1b[2J.safetensors`` "
     assert cells[5] == r" `MIT \|\n# [x](http://y) <script>` "
+
+
+@pytest.mark.parametrize("line", ["[" * 10**5, '{"prompt": ' + "[" * 200 + "]" * 200 + "}", '{"text": ' + "9" * 5000 + "}"])
+def test_a_row_of_data_that_means_harm_is_one_error(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(line)
+    with pytest.raises(DataError, match="line 1") as caught:
+        list(shira.data.reading.read_examples(tmp_path / "x.jsonl"))
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()

@@ -26,7 +26,7 @@ def instead(path: Path, tensors: Iterable[str] = ()) -> str:
         peft = path.name in PEFT_FILES or (path.parent / PEFT_FILES[0]).is_file()
         return PEFT if peft or any(name.startswith(PEFT_PREFIX) for name in tensors) else "pass an adapter's .safetensors file"
     try:
-        files = sorted(file for file in path.iterdir() if file.suffix == ".safetensors" or file.name in PEFT_FILES)
+        files = sorted(path.iterdir(), key=lambda file: (file.suffix != ".safetensors", file.name))
     except OSError:
         return "pass the .safetensors file in it"
     ours = [file for file in files[:MANY] if _is_ours(file)]

@@ -66,6 +66,10 @@ def saving(
     with spooled(path, header) as add_array:
 
         def add(name: str, tensor: SparseTensor) -> None:
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise AdapterError(f"a file holds no tensor of the name {shown(name)}, which is no text") from None
             indices = tensor.indices.detach().cpu().contiguous()
             stored = encoding.encode(indices, tensor.shape, _rules(metadata, name, tensor))
             if stored.array is not None and name in beside and torch.equal(beside[name].indices, indices):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, MissingExtra, did_you_mean
+from ..texts import shown
 from .commonsense import COMMONSENSE
 from .tasks import TASKS, Example
 
@@ -60,7 +61,7 @@ def _jsonl(path: str) -> Iterator[tuple[str, object]]:
                 origin = f"{path}, line {number}"
                 try:
                     yield origin, json.loads(line)
-                except ValueError as error:  # also what is not UTF-8
+                except (ValueError, RecursionError) as error:  # also what is not UTF-8
                     raise DataError(f"{origin}: expected a JSON object with {EXPECTED}; it is not JSON ({error})") from error
 
 
@@ -117,7 +118,7 @@ def _columns(data: str, names: list[str]) -> list[str]:
 def example_of(row: object, origin: str) -> Example:
     """The example that a row holds. Raises DataError, which begins with the origin, if it holds none."""
     if not isinstance(row, Mapping):
-        raise DataError(f"{origin}: expected an object with {EXPECTED}; found {_shown(row)}")
+        raise DataError(f"{origin}: expected an object with {EXPECTED}; found {shown(row)}")
     row = {key: value for key, value in row.items() if value is not None}  # tables write what is missing as null
     try:
         if "choices" in row:
@@ -140,29 +141,29 @@ def example_of(row: object, origin: str) -> Example:
 def _question(row: Mapping[str, Any], origin: str) -> Example:
     choices, label = row["choices"], row["label"]
     if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) for c in choices)):
-        raise TypeError(f"'choices' must be a list of at least two strings, found {_shown(choices)}")
+        raise TypeError(f"'choices' must be a list of at least two strings, found {shown(choices)}")
     if type(label) is not int or not 0 <= label < len(choices):
-        raise TypeError(f"label must be from 0 to {len(choices) - 1}, found {_shown(label)}")
+        raise TypeError(f"label must be from 0 to {len(choices) - 1}, found {shown(label)}")
     return Example(_text(row["prompt"], "prompt"), choices[label], tuple(choices), label, origin=origin)
 
 
 def _chat(prompt: tuple[dict[str, Any], ...], completion: tuple[dict[str, Any], ...], origin: str) -> Example:
     if not any(message["role"] == "assistant" for message in completion):
         raise TypeError(
-            "expected a turn of the role 'assistant' to learn from; found " + _shown([m["role"] for m in completion])
+            "expected a turn of the role 'assistant' to learn from; found " + shown([m["role"] for m in completion])
         )
     return Example(messages=prompt + completion, first=len(prompt), origin=origin)
 
 
 def _messages(value: object, column: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not value:
-        raise TypeError(f"expected '{column}' to be a list of messages, found {_shown(value)}")
+        raise TypeError(f"expected '{column}' to be a list of messages, found {shown(value)}")
     messages = []
     for number, message in enumerate(value, start=1):
         fits = isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not fits:
             raise TypeError(
-                f"message {number} of '{column}' must have 'role' and 'content', two strings; found {_shown(message)}"
+                f"message {number} of '{column}' must have 'role' and 'content', two strings; found {shown(message)}"
             )
         messages.append({key: part for key, part in message.items() if part is not None})
     return tuple(messages)
@@ -170,13 +171,8 @@ def _messages(value: object, column: str) -> tuple[dict[str, Any], ...]:
 
 def _text(value: object, column: str) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"'{column}': expected a string, found {_shown(value)}")
+        raise TypeError(f"'{column}': expected a string, found {shown(value)}")
     return value
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 100 else shown[:97] + "..."
 
 
 def _library(name: str) -> Any:
