@@ -14,11 +14,12 @@ SOURCE = Path(shira.__file__).parent
 # Imports, as modules are loaded, only go up this list: a layer may import those above it. docs/architecture.md shows it.
 LAYERS = [
     {"errors"},
-    {"adapter", "distributed", "tensorfiles"},
+    {"undoing", "adapter", "tensorfiles"},
+    {"distributed"},
     {"kernels"},
     {"quantized"},
     {"model_tensors"},
-    {"owners"},
+    {"owners", "statistics"},
     {"masks", "targets"},
     {"calibration"},
     {"encoding", "checkpoints", "linalg"},
@@ -27,6 +28,7 @@ LAYERS = [
     {"fusion", "selection", "masters", "factors"},
     {"refresh", "layers", "resuming", "entries", "decomposed", "hybrid", "deltas", "consolidation"},
     {"variants", "sides"},
+    {"tuner"},
     {"tuning", "switching", "extraction", "merging", "analysis"},
     {"report"},
     {"data"},

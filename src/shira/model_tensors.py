@@ -1,7 +1,7 @@
 """A model's tensors as they are at this moment: what a checkpoint calls them, and which of them are one memory.
 
-A model may change between two calls: weights are cast, moved, tied and replaced. So nothing here is remembered: whoever needs to know
-asks again, and `ModelTensors.same` says whether the answer is still the last one.
+A model may change between two calls: weights are cast, moved, tied and replaced. So nothing here is remembered: whoever needs
+to know asks again, and `ModelTensors.same` says whether the answer is still the last one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,11 +28,10 @@ def plain_model(model: Any, error: type[ShiraError], call: str) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise error(f"a model must be a torch.nn.Module, found {type(model).__name__}; load it first, then call {call}")
-    while isinstance(model._modules.get(COMPILED), nn.Module):
-        inner = model._modules[COMPILED]
-        assert inner is not None
-        model = inner
-    return model
+    plain: nn.Module = model
+    while (inner := plain._modules.get(COMPILED)) is not None:
+        plain = inner
+    return plain
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -54,14 +53,14 @@ class ModelTensors:
 
     def __init__(self, model: nn.Module) -> None:
         found = list(_walk(model, ""))
-        self._children = list(_children(model))
-        self._held = [(where, key, tensor) for _, tensor, (where, key) in found] + self._children
+        held = [(where, key, tensor) for _, tensor, (where, key) in found] + list(_children(model))
+        self._where, self._keys, self._held = ([each[n] for each in held] for n in range(3))
         self.by_name, self.overlapping = _by_memory({name: tensor for name, tensor, _ in found})
         self._all = {name: tensor for name, tensor, _ in found}
 
     def same(self) -> bool:
         """Whether the model still consists of the same modules and tensors: objects, not what is in them."""
-        return all(map(is_, (where.get(key) for where, key, _ in self._held), (held for _, _, held in self._held)))
+        return all(map(is_, map(dict.get, self._where, self._keys), self._held))
 
     def objects(self, names: Iterator[str] | list[str]) -> list[Tensor]:
         """Every parameter object that stands for one of these weights: several, if they are one memory."""
@@ -101,11 +100,11 @@ def _by_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
         if is_sharded(tensor) or is_quantized(tensor) or not torch._C._has_storage(tensor):
             by_name[name] = tensor
             continue
-        storage, begin = tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.itemsize
+        storage, begin = tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.itemsize
         key = (storage, begin, tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
         by_name[name] = first.setdefault(key, tensor)
         if by_name[name] is tensor and tensor.numel():
-            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            reach = sum((int(size) - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
             spans.setdefault(storage, []).append((begin, begin + (reach + 1) * tensor.itemsize, name))
     overlapping: dict[str, str] = {}
     for together in spans.values():
