@@ -88,7 +88,8 @@ def calibrate(
         up after an interrupt.
 
     Returns what was done, for an adapter's metadata. The model runs in the mode (train or eval) it is in, with the same
-    dropout in every pass; afterwards it has its gradients, buffers and `requires_grad` flags as before, and torch its random numbers.
+    dropout in every pass; afterwards gradients, buffers, `requires_grad` flags and torch's random
+    numbers are as before.
     Raises MaskError if there is no batch, a loss is not finite, or a weight gets no gradient or no input.
     """
     batches = list(batches)

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels
 from .adapter import Kind
-from .masters import Held, Kept, Masters
+from .following import Held, Kept
+from .masters import Masters
 from .quantized import dense, shape_of
 from .targets import Use
 

@@ -8,7 +8,7 @@ values and positions are few and whole on every process; only what is written to
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch

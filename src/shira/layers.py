@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from .distributed import is_partitioned
 from .errors import TuningError
-from .masters import Masters, value_name
+from .following import value_name
+from .masters import Masters
 from .targets import Use
 from .undoing import Undo, hooks_of, set_hook
 

@@ -1,7 +1,7 @@
 """State that is not a weight: buffers that move in training, such as BatchNorm's statistics and spectral norm's vectors.
 
-They are part of what a model computes. So they are put back with the base, and those that a checkpoint holds are part of what was
-trained.
+They are part of what a model computes. So they are put back with the base, and those that a checkpoint holds are
+part of what was trained.
 """
 
 from collections.abc import Iterator

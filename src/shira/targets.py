@@ -161,8 +161,8 @@ def _targets(model: nn.Module, weights: "_Weights", chosen: Iterable[str]) -> li
         other = now.overlapping.get(tensor_name)
         if other is not None or is_buffer(weight):
             raise TargetError(
-                f"'{name}' shares a part of its memory with '{other or tensor_name}', so no entry of it can be trained by itself; "
-                "give each a tensor of its own, or leave it out of the targets"
+                f"'{name}' shares a part of its memory with '{other or tensor_name}', so no entry of it can be trained by "
+                "itself; give each a tensor of its own, or leave it out of the targets"
             )
         why = next(filter(None, (_why_not(use.module, use.attribute) for use in uses)), None)
         if why:
@@ -180,9 +180,10 @@ def _check_parametrized(model: nn.Module, wanted: str | list[str], exclude: list
             path = f"{name}.{attribute}".lstrip(".")
             if any(f".{entry}." in f".{path}." for entry in exclude) or not _wants(wanted, module, name, path):
                 continue
-            below = [f"{name}.parametrizations.{attribute}.{key}" for key, _ in _own(module.parametrizations[attribute])]  # type: ignore[index,operator,union-attr]
+            originals: Any = module.parametrizations[attribute]
+            below = [f"{name}.parametrizations.{attribute}.{key}".lstrip(".") for key, _ in _own(originals)]
             raise TargetError(
-                f"'{path}' is parametrized, computed from {' and '.join(repr(each.lstrip('.')) for each in below)}; name those, "
+                f"'{path}' is parametrized, computed from {' and '.join(map(repr, below))}; name those, "
                 f"or remove the parametrization first, or exclude '{name}'"
             )
 
@@ -219,7 +220,9 @@ def by_pattern(names: Iterable[str], patterns: Mapping[str, Value]) -> dict[str,
 def _why_not(module: nn.Module, attribute: str) -> str | None:
     """What keeps a module's weight from being trained in place."""
     for hook in module._forward_pre_hooks.values():
-        if type(hook).__module__.startswith("torch.nn.utils.") and attribute.startswith(f"{getattr(hook, 'name', None) or getattr(hook, '_tensor_name', '')}_"):
+        if type(hook).__module__.startswith("torch.nn.utils.") and attribute.startswith(
+            f"{getattr(hook, 'name', None) or getattr(hook, '_tensor_name', '')}_"
+        ):
             kind = type(hook).__module__.rpartition(".")[2]
             return f"{type(module).__name__} under torch.nn.utils.{kind}, which computes with copies of it; remove that first"
     if isinstance(module, nn.RNNBase):

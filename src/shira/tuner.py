@@ -9,30 +9,29 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as optimizers
 
-from . import consolidation, hybrid, masks, refresh, resuming
+from . import consolidation, hybrid, masks, refresh, resuming, steps
 from .adapter import Adapter, Kind, SparseTensor, fingerprint
-from .calibration import LossFn, Progress, same_random_numbers
+from .calibration import LossFn, Progress
 from .distributed import average_after_backward, check_positions, groups_of, reshard
 from .entries import Entry, with_hook, with_values
 from .errors import AdapterError, TuningError
 from .layers import install, let_checkpoints_see_gradients
-from .masters import Held, Masters, swapped, value_name
+from .masters import Held, Masters, swapped
 from .model_tensors import OWN
 from .owners import Claim, claim
 from .quantized import keep_differentiable, label, shape_of
 from .selection import Indices, Selector
 from .statistics import Buffers
 from .targets import Target
-from .undoing import Undo, hooks_of, set_hook
+from .undoing import Undo
 from .untrained import Watch
 from .variants import Make
 
@@ -73,7 +72,7 @@ class Tuner:
         if copied is not None:
             self._stage = GONE
             raise TuningError(
-                f"this model is a copy of one in training, it holds '{copied}'; copy the model before attach() or after detach()"
+                f"this model is a copy of one in training, it holds '{copied}'; copy a model before attach() or after detach()"
             )
         self._places = [
             (module._parameters, key, parameter.requires_grad)
@@ -117,53 +116,15 @@ class Tuner:
         install(((use, masters[target.name]) for target in chosen for use in target.uses), undo)
         forwards = {id(use.module): use.module.__dict__["forward"] for target in chosen for use in target.uses}
         self._watch = Watch(masters, forwards, {target.name: target.modules for target in chosen})
-        self._leave_out(chosen, masters)
-
-        # torch holds these hooks, for all optimizers: they must not hold the model, which may be dropped without detach()
-        for kind, register, hook in (
-            ("_global_optimizer_pre_hooks", optimizers.register_optimizer_step_pre_hook, _before_step),
-            ("_global_optimizer_post_hooks", optimizers.register_optimizer_step_post_hook, _after_step),
-        ):
-            step, hooks = functools.partial(hook, weakref.ref(self)), functools.partial(getattr, optimizers, kind)
-            gone = Undo()
-            undo.callback(weakref.finalize(self.model, gone.close).detach)
-            undo.callback(gone.close)
-            set_hook(gone, hooks, register, step)
+        steps.leave_out(self.model, chosen, masters, undo)
+        self._training = steps.Training(self.model, masters, self._watch, undo)
         pieces = [each for each in masters.values() if each.piece is not None]
         if not pieces:
             check_positions(self.model, (each.indices for each in masters.values()), undo)
             return
         undo.callback(reshard, self.model)
         average_after_backward(self.parameters(), groups_of(pieces[0].weight), undo)
-        # before fully_shard's own, which gathers the pieces
-        register = functools.partial(self.model.register_forward_pre_hook, prepend=True)
-        set_hook(undo, hooks_of(self.model, "_forward_pre_hooks"), register, functools.partial(_write_pieces, pieces))
-
-    def _leave_out(self, chosen: list[Target], masters: Mapping[str, Masters]) -> None:
-        """Keep others' hands off what modules hold for the tuner: Transformers' save_pretrained, and DDP, which would send
-        copies of the base to all processes in each step."""
-        model, undo = self.model, self.at_detach
-        names = {id(module): name for name, module in model.named_modules()}
-        paths = [
-            f"{names[id(use.holder)]}.{value_name(use.attribute)}{ending}".lstrip(".")
-            for target in chosen
-            for use in target.uses
-            for ending in masters[target.name].parameters()
-            if id(use.holder) in names
-        ]
-        set_hook(
-            undo,
-            hooks_of(model, "_state_dict_pre_hooks"),
-            model.register_state_dict_pre_hook,
-            functools.partial(_write_all, list(masters.values())),
-        )
-        buffers = [name for name, _ in model.named_buffers() if f".{OWN}" in f".{name}"]
-        for attribute, own in (("_keys_to_ignore_on_save", paths), ("_ddp_params_and_buffers_to_ignore", buffers)):
-            if attribute.startswith("_keys") and not hasattr(model, attribute):
-                continue
-            there, before = attribute in model.__dict__, getattr(model, attribute, None)
-            undo.callback(_reset_attribute, model, attribute, there, before)
-            model.__dict__[attribute] = [*(before or ()), *own]
+        steps.write_pieces_before(self.model, pieces, undo)
 
     @property
     def attached(self) -> bool:
@@ -203,7 +164,7 @@ class Tuner:
         states = refresh.movable(optimizer, masters)
         weights = {name: each.weight for name, each in masters.items()}
         counts = {name: each.indices.numel() for name, each in masters.items()}
-        with _dense(self._masters().values(), self.at_detach) as undo:
+        with steps.computing_dense(self._masters().values(), self.at_detach) as undo:
             chosen, _ = self._selector.select(self.model, weights, masks.Plan(counts, 0, {}), calibration, undo=undo)
         for name, indices in chosen.items():
             if indices.numel() != counts[name]:
@@ -261,7 +222,9 @@ class Tuner:
 
     def _check_whole(self) -> None:
         if self._torn:
-            raise TuningError("a refresh was interrupted half way, and values stand at other entries than theirs; call detach()")
+            raise TuningError(
+                "a refresh was interrupted half way, and values stand at other entries than theirs; call detach()"
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must be kept of a run, beside the optimizer's state, to resume it: the masters, and whose they are.
@@ -301,8 +264,8 @@ class Tuner:
         """What was trained so far, as an overwrite adapter in the weights' dtype, or deltas where they are quantized; and the
         floating-point buffers that have moved, such as BatchNorm's statistics.
 
-        Before or after `detach`. training: a summary for the file, anything that can be written as JSON. Warns (`NotTrained`) of
-        targets that got no gradient.
+        Before or after `detach`. training: a summary for the file, anything that can be written as JSON.
+        Warns (`NotTrained`) of targets that got no gradient.
         Raises TuningError if a trained value is not finite, or a weight was changed by others (docs/guarantees.md).
         """
         self._check_whole()
@@ -422,75 +385,8 @@ def _owner(reference: "weakref.ref[Tuner]") -> str:
         with torch.inference_mode(False), torch.no_grad():
             tuner.undo()
         return ""
-    first = f", to '{tuner._entries[0].name}'" if tuner._entries else ""
-    return f"a tuner is {tuner._stage}{' already' if tuner._stage == ATTACHED else ''}{first}; call its detach() first (model.{TUNER})"
-
-
-def _before_step(reference: "weakref.ref[Tuner]", optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    tuner = reference()
-    if tuner is not None and tuner._stage == ATTACHED:
-        for each in _stepped(tuner, optimizer):
-            each.look()
-
-
-def _after_step(reference: "weakref.ref[Tuner]", optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    tuner = reference()
-    if tuner is None or tuner._stage != ATTACHED:
-        return
-    stepped = _stepped(tuner, optimizer)
-    for each in stepped:
-        each.write_step()
-    if any(each.piece is not None for each in tuner._masters().values()):
-        reshard(tuner.model)
-    if stepped:
-        tuner._watch.of_ours()
-    else:
-        tuner._watch.of_another(optimizer, tuner.model)
-
-
-def _stepped(tuner: Tuner, optimizer: torch.optim.Optimizer) -> list[Masters]:
-    """The masters that an optimizer trains."""
-    its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    found = tuner._masters().values()
-    return [each for each in found if any(id(parameter) in its for parameter in each.parameters().values())]
-
-
-def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> None:
-    changed = any(each.version != each.written for each in pieces)
-    for each in pieces:
-        each.write()
-    if changed:  # not by an optimizer's step
-        reshard(module)
-
-
-def _write_all(masters: list[Masters], _module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
-    """Before a state_dict is made: the weights shall be up to date in it."""
-    for each in masters:
-        if not (each.dense or each.over or each.piece is not None):
-            each.write()
-
-
-def _reset_attribute(model: nn.Module, attribute: str, there: bool, before: Any) -> None:
-    if there:
-        model.__dict__[attribute] = before
-    else:
-        model.__dict__.pop(attribute, None)
-
-
-@contextlib.contextmanager
-def _dense(masters: Collection[Masters], undo: Undo) -> Iterator[Undo]:
-    """Let the layers compute with their whole weights, up to date, which then have gradients; keep the random numbers."""
-    for each in masters:
-        each.write()
-    with undo.part() as steps, same_random_numbers(each.weight for each in masters):
-        steps.callback(_computing_dense, masters, False)
-        _computing_dense(masters, True)
-        yield steps
-
-
-def _computing_dense(masters: Collection[Masters], dense: bool) -> None:
-    for each in masters:
-        each.dense = dense
+    first = f" already, to '{tuner._entries[0].name}'" if tuner._stage == ATTACHED else ""
+    return f"a tuner is {tuner._stage}{first}; call its detach() first (model.{TUNER})"
 
 
 def _describe_base(model: nn.Module, chosen: list[Target]) -> dict[str, Any]:

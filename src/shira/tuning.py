@@ -10,7 +10,6 @@ pass; in the backward pass the weight's gradient is formed one layer at a time a
 a copy of the base, full-size gradients and full-size optimizer state: it is here to be read, and to check the other.
 """
 
-
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -142,7 +141,7 @@ def attach(
         return tuner
 
 
-def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: str | list[str]) -> list[Target]:
+def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: str | Iterable[str]) -> list[Target]:
     """What of a new head trains whole: not what was named among the targets, which then is up to the mask, nor what was frozen
     while the rest was not."""
     if not isinstance(targets, str):

@@ -1,4 +1,4 @@
-"""What is to be done to have something as it was: steps that are written down before the act, and may be taken any number of times.
+"""What is to be done to have something as it was: steps, written down before the act, that may be taken any number of times.
 
 An interrupt can come between any two lines, in the undoing too. So a step stays written down until all of them were taken, and
 each must be harmless when there is nothing, or nothing any more, to undo.

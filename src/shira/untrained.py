@@ -25,7 +25,9 @@ class Watch:
     Modules that no forward pass came by may be an expert without tokens in this batch: of them it is said at the end.
     """
 
-    def __init__(self, masters: Mapping[str, Masters], forwards: Mapping[int, Any], modules: Mapping[str, Iterable[nn.Module]]) -> None:
+    def __init__(
+        self, masters: Mapping[str, Masters], forwards: Mapping[int, Any], modules: Mapping[str, Iterable[nn.Module]]
+    ) -> None:
         self._masters, self._forwards, self._modules = masters, forwards, modules
         self._said: set[str] = set()
         self._steps = 0  # of optimizers that train these masters, after a backward pass that reached any
