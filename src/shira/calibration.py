@@ -237,7 +237,7 @@ def _activations(
 
 
 def _inputs_kept(
-    model: nn.Module, weights: Mapping[str, nn.Parameter], batch: Any, loss_fn: LossFn, steps: Undo
+    model: nn.Module, weights: Mapping[str, nn.Parameter], batch: Any, loss_fn: LossFn, steps: Undo | None = None
 ) -> dict[str, dict[int, int]]:
     """What a step of training keeps of a batch for the gradients of linear layers' weights, and for nothing else: tensor name
     -> {address: bytes}. With gradient checkpointing, or weights that are sharded and come and go, that is nothing."""
@@ -264,7 +264,7 @@ def _inputs_kept(
     def end(*_: Any) -> None:
         running.clear()
 
-    with steps.part() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
+    with (steps or Undo()).part() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
         for module in model.modules():
             name = names.get(id(module._parameters.get("weight")))
             if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):

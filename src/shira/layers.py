@@ -314,9 +314,26 @@ class _NeedGradient:
 
 
 def _needing_gradient(output: Any) -> Any:
-    """A copy, which may be changed in place; a leaf that needs a gradient may not."""
+    """The same, with a gradient that leads nowhere. No leaf: what needs a gradient and is one may not be changed in place."""
     if isinstance(output, tuple) and type(output) is tuple:
         return tuple(_needing_gradient(part) for part in output)
     if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
-        return output.detach().requires_grad_(True).clone()
+        wanted = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        needing: Tensor = _Needing.apply(output, wanted)  # type: ignore[no-untyped-call]
+        return needing
     return output
+
+
+class _Needing(torch.autograd.Function):
+    """A tensor as it is; of a view a copy, since autograd follows no view that it has not seen made."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, _wanted: Tensor) -> Tensor:
+        if output._is_view() or torch.compiler.is_compiling():
+            return output.clone()
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[None, None]:
+        return None, None

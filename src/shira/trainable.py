@@ -1,6 +1,9 @@
-"""Which weights entries can be trained in: those that can be overwritten where they are, and that nobody has frozen alone."""
+"""Which weights entries can be trained in: those that can be overwritten where they are, and that nobody has frozen alone; and
+what is known of their model."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -9,7 +12,7 @@ from .errors import TargetError
 from .quantized import is_quantized, label
 from .targets import Target
 
-__all__ = ["check_trainable"]
+__all__ = ["check_trainable", "describe_base"]
 
 
 def check_trainable(targets: Iterable[Target]) -> None:
@@ -44,3 +47,12 @@ def check_trainable(targets: Iterable[Target]) -> None:
             f"{len(frozen)} of {len(plain)} targets were frozen (requires_grad=False), the first is '{frozen[0]}'; exclude "
             "them, or unfreeze them before attach()"
         )
+
+
+def describe_base(model: nn.Module, chosen: list[Target]) -> dict[str, Any]:
+    """What is known of the base model: its id (of a local folder just the name) and the dtype of the adapted weights."""
+    identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+    if Path(identity).exists():
+        identity = Path(identity).resolve().name
+    dtypes = sorted({label(target.weight) for target in chosen})
+    return {"id": identity, "dtype": dtypes[0] if len(dtypes) == 1 else dtypes}

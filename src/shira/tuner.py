@@ -27,10 +27,11 @@ from .layers import install, let_checkpoints_see_gradients
 from .masters import Held, Masters, swapped
 from .model_tensors import OWN
 from .owners import Claim, claim
-from .quantized import keep_differentiable, label, shape_of
+from .quantized import keep_differentiable, shape_of
 from .selection import Indices, Selector
 from .statistics import Buffers
 from .targets import Target
+from .trainable import describe_base
 from .undoing import Undo
 from .untrained import Watch
 from .variants import Make
@@ -96,7 +97,7 @@ class Tuner:
     ) -> None:
         """Make these entries trainable, and nothing else. whole: names of the targets that no mask was asked for."""
         self._mask, self._selector, self._whole = mask, selector, tuple(whole)
-        self._base = _describe_base(self.model, chosen)
+        self._base = describe_base(self.model, chosen)
         model, undo = self.model, self.at_detach
         model.requires_grad_(False)
         let_checkpoints_see_gradients(model, (use.module for target in chosen for use in target.uses), undo)
@@ -350,8 +351,9 @@ class Tuner:
         if self._stage == MAKING or self._restore:
             for entry in self._entries:
                 entry.restore()
-            self._buffers.put_back()
         self.at_detach.close()
+        if self._stage == MAKING or self._restore:
+            self._buffers.put_back()  # last: a calibration that was interrupted puts back those of training
         for parameters, key, flag in self._places:
             parameter = parameters.get(key)
             if parameter is not None and (parameter.is_floating_point() or not flag):
@@ -367,13 +369,18 @@ class Tuner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._leave(restore=True, quiet=error is not None)
 
-    def __reduce__(self) -> Any:
-        """A copy of a model, which holds its tuner, is nobody's."""
-        return _no_tuner, ()
-
-
-def _no_tuner() -> None:
-    return None
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model, with which its tuner is copied, is nobody's: the copy only tells what was trained."""
+        return (
+            self.__dict__
+            | {name: None for name in ("_claim", "_training", "_selector")}
+            | {
+                "at_detach": Undo(),
+                "_places": [],
+                "_stage": GONE,
+                "_watch": Watch({}, {}, {}),
+            }
+        )
 
 
 def _owner(reference: "weakref.ref[Tuner]") -> str:
@@ -387,12 +394,3 @@ def _owner(reference: "weakref.ref[Tuner]") -> str:
         return ""
     first = f" already, to '{tuner._entries[0].name}'" if tuner._stage == ATTACHED else ""
     return f"a tuner is {tuner._stage}{first}; call its detach() first (model.{TUNER})"
-
-
-def _describe_base(model: nn.Module, chosen: list[Target]) -> dict[str, Any]:
-    """What is known of the base model: its id (of a local folder just the name) and the dtype of the adapted weights."""
-    identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-    if Path(identity).exists():
-        identity = Path(identity).resolve().name
-    dtypes = sorted({label(target.weight) for target in chosen})
-    return {"id": identity, "dtype": dtypes[0] if len(dtypes) == 1 else dtypes}

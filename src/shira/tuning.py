@@ -10,7 +10,8 @@ pass; in the backward pass the weight's gradient is formed one layer at a time a
 a copy of the base, full-size gradients and full-size optimizer state: it is here to be read, and to check the other.
 """
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -24,10 +25,12 @@ from .distributed import check_plain, is_sharded
 from .errors import TuningError
 from .masks import Mask
 from .model_tensors import named_tensors, plain_model
-from .selection import Avoid, Selector, count_of, entries_of
+from .owners import claim
+from .selection import Avoid, Indices, Selector, count_of, entries_of
 from .targets import Target
 from .trainable import check_trainable
 from .tuner import Tuner
+from .undoing import Undo
 
 __all__ = ["Tuner", "attach"]
 
@@ -87,6 +90,7 @@ def attach(
     """
     model = plain_model(model, TuningError, "shira.attach(model)")
     check_plain(model)
+    claim(model, "", TuningError)  # what was interrupted in making or leaving a tuner is finished first
     _check_kinds(mask, seed, overrides, calibration, loss_fn, progress)
     if method not in ("values", "hook"):
         raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
@@ -120,25 +124,40 @@ def attach(
     )
     selector = Selector(mask, seed, {target.name: target.matrix for target in chosen}, avoided, loss_fn)
     label, function = masks.resolve(mask)
-    with torch.inference_mode(False):
-        tuner = Tuner(model)
-        try:
-            indices, calibrated = selector.select(model, weights, plan, calibration, progress, tuner.at_detach)
-            settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density}
-            settings |= {"rank": rank, "total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
-            settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed}
-            settings |= {"targets": targets, "calibration": calibrated, "exclude": exclude or None, "layers": layers, **variant}
-            settings |= {"whole": [target.name for target in new] or None}
-            record = {key: value for key, value in settings.items() if value is not None}
-            taken = [target for target in chosen if target.name in indices] + new
-            for target in new:
-                entries = target.weight.numel()
-                indices[target.name] = torch.arange(entries, dtype=index_dtype(entries), device=target.weight.device)
-            tuner.begin(taken, indices, record, method, selector, make, [target.name for target in new])
-        except BaseException:
-            tuner.undo()
-            raise
+    settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density}
+    settings |= {"rank": rank, "total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
+    settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed, "targets": targets}
+    settings |= {"calibration": None, "exclude": exclude or None, "layers": layers, **variant}
+    settings |= {"whole": [target.name for target in new] or None}
+    select = functools.partial(selector.select, model, weights, plan, calibration, progress)
+    return _begun(model, chosen, new, settings, method, make, selector, select)
+
+
+@torch.inference_mode(False)
+def _begun(
+    model: nn.Module,
+    chosen: list[Target],
+    new: list[Target],
+    settings: dict[str, Any],
+    method: str,
+    make: variants.Make,
+    selector: Selector,
+    select: Callable[[Undo], tuple[Indices, dict[str, Any] | None]],
+) -> Tuner:
+    """Choose the entries, and begin. Whoever is interrupted here has no tuner, so the model is left as it was."""
+    tuner = Tuner(model)
+    try:
+        indices, calibrated = select(tuner.at_detach)
+        record = {key: value for key, value in (settings | {"calibration": calibrated}).items() if value is not None}
+        taken = [target for target in chosen if target.name in indices] + new
+        for target in new:
+            entries = target.weight.numel()
+            indices[target.name] = torch.arange(entries, dtype=index_dtype(entries), device=target.weight.device)
+        tuner.begin(taken, indices, record, method, selector, make, [target.name for target in new])
         return tuner
+    except BaseException:
+        tuner.undo()
+        raise
 
 
 def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: str | Iterable[str]) -> list[Target]:
