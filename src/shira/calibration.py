@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from .distributed import full, is_sharded
 from .errors import DataError, MaskError
 from .quantized import shape_of
+from .statistics import Buffers
 from .targets import is_conv1d
+from .undoing import Undo, hooks_of, set_hook
 
 __all__ = ["LossFn", "Progress", "calibrate", "model_loss", "same_random_numbers", "without_cudnn_attention"]
 
@@ -68,6 +70,7 @@ def calibrate(
     loss_fn: LossFn | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
+    undo: Undo | None = None,
 ) -> dict[str, Any]:
     """Call `receive(tensor name, {statistic: Tensor})` once for each weight; what it does not keep is dropped.
 
@@ -81,10 +84,12 @@ def calibrate(
     loss_fn(model, batch): by default `model(**batch).loss`; for activations alone no loss is needed.
     memory: bytes of training's parameters and optimizer; the sums of a group may take these, and what training keeps of the
         first batch for other weights. One weight is the least a group holds. None: all weights are one group.
-    progress(done, total) is called after each batch.
+    progress(done, total) is called after each batch. undo: where what must be undone is written down, if somebody can take it
+        up after an interrupt.
 
     Returns what was done, for an adapter's metadata. The model runs in the mode (train or eval) it is in, with the same
-    dropout in every pass; afterwards it has its gradients and `requires_grad` flags as before, and torch its random numbers.
+    dropout in every pass; afterwards gradients, buffers, `requires_grad` flags and torch's random
+    numbers are as before.
     Raises MaskError if there is no batch, a loss is not finite, or a weight gets no gradient or no input.
     """
     batches = list(batches)
@@ -99,13 +104,15 @@ def calibrate(
         if progress is not None:
             progress(done, passes * len(batches))
 
-    with _frozen(model):
+    with (undo or Undo()).part() as steps:
+        _freeze(model, steps)
+        steps.callback(Buffers(model).put_back)
         sums = {name: 4 * len(of_gradients) * math.prod(shape_of(weight)) for name, weight in weights.items()}
         groups = [list(sums)] if of_gradients else []
         if of_gradients and len(batches) > 1 and memory is not None and sum(sums.values()) > memory:
-            groups = _groups(sums, memory, _inputs_kept(model, weights, batches[0], loss_fn or model_loss))
+            groups = _groups(sums, memory, _inputs_kept(model, weights, batches[0], loss_fn or model_loss, steps))
         passes = len(groups) + ("activations" in statistics)
-        norms = _activations(model, weights, batches, loss_fn, count) if "activations" in statistics else {}
+        norms = _activations(model, weights, batches, loss_fn, count, steps) if "activations" in statistics else {}
         for group in groups:
             _gradients(
                 model,
@@ -115,6 +122,7 @@ def calibrate(
                 of_gradients,
                 loss_fn or model_loss,
                 count,
+                steps,
             )
     if not of_gradients:
         for name in weights:
@@ -130,6 +138,7 @@ def _gradients(
     statistics: Sequence[str],
     loss_fn: LossFn,
     count: Callable[[], None],
+    steps: Undo,
 ) -> None:
     """Hand out the gradients of these weights: of one batch each as soon as the backward pass has it, else when all are summed,
     since ranking takes memory, too, and the backward pass has given back its own by then."""
@@ -150,13 +159,13 @@ def _gradients(
             if len(batches) == 1:
                 hand_out(name)
 
-    with contextlib.ExitStack() as undo:
-        undo.enter_context(without_cudnn_attention())
-        undo.enter_context(same_random_numbers(weights.values()))  # dropout is the same for every group
+    # dropout is the same for every group
+    with without_cudnn_attention(), same_random_numbers(weights.values()), steps.part() as undo:
         for name, weight in weights.items():
-            weight.requires_grad_(True)
             undo.callback(weight.requires_grad_, False)
-            undo.callback(weight.register_post_accumulate_grad_hook(partial(take, name=name)).remove)
+            weight.requires_grad_(True)
+            kept = hooks_of(weight, "_post_accumulate_grad_hooks")
+            set_hook(undo, kept, weight.register_post_accumulate_grad_hook, partial(take, name=name))
         for number, batch in enumerate(batches, start=1):
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
@@ -190,6 +199,7 @@ def _activations(
     batches: Sequence[Any],
     loss_fn: LossFn | None,
     count: Callable[[], None],
+    steps: Undo,
 ) -> dict[str, Tensor]:
     """The 2-norm of each input feature of the layers that compute with these weights; sums of squares in float64."""
     names = {id(weight): name for name, weight in weights.items()}
@@ -204,12 +214,13 @@ def _activations(
         squares[name] = squares.get(name, 0) + norms.double().square()
 
     transposed: set[str] = set()
-    with contextlib.ExitStack() as hooks, torch.no_grad(), same_random_numbers(weights.values()):
+    with steps.part() as undo, torch.no_grad(), same_random_numbers(weights.values()):
         for module in model.modules():
             name = names.get(id(module._parameters.get("weight")))
             if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
                 transposed |= {name} if is_conv1d(module) else set()
-                hooks.callback(module.register_forward_pre_hook(partial(look, name=name)).remove)
+                hook = partial(look, name=name)
+                set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, hook)
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             shown = mask.to(next(model.parameters()).device).bool() if isinstance(mask, Tensor) else None
@@ -226,7 +237,7 @@ def _activations(
 
 
 def _inputs_kept(
-    model: nn.Module, weights: Mapping[str, nn.Parameter], batch: Any, loss_fn: LossFn
+    model: nn.Module, weights: Mapping[str, nn.Parameter], batch: Any, loss_fn: LossFn, steps: Undo | None = None
 ) -> dict[str, dict[int, int]]:
     """What a step of training keeps of a batch for the gradients of linear layers' weights, and for nothing else: tensor name
     -> {address: bytes}. With gradient checkpointing, or weights that are sharded and come and go, that is nothing."""
@@ -247,17 +258,24 @@ def _inputs_kept(
         elif address and address not in parameters:
             kept[running[-1]][address] = held[-1].nbytes()
 
-    with contextlib.ExitStack() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
+    def begin(_module: nn.Module, _inputs: Any, name: str) -> None:
+        running.append(name)
+
+    def end(*_: Any) -> None:
+        running.clear()
+
+    with (steps or Undo()).part() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
         for module in model.modules():
             name = names.get(id(module._parameters.get("weight")))
             if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
-                undo.callback(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)).remove)
-                undo.callback(module.register_forward_hook(lambda *_: running.clear()).remove)
+                first = partial(begin, name=name)
+                set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, first)
+                set_hook(undo, hooks_of(module, "_forward_hooks"), module.register_forward_hook, end)
         for weight in weights.values():
-            weight.requires_grad_(True)
             undo.callback(weight.requires_grad_, False)
-        undo.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept))
-        loss_fn(model, batch)
+            weight.requires_grad_(True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+            loss_fn(model, batch)
     return {name: {at: size for at, size in found.items() if at not in elsewhere} for name, found in kept.items()}
 
 
@@ -308,17 +326,17 @@ def _size(batches: Sequence[Any]) -> dict[str, int]:
     return {"examples": sum(len(batch["input_ids"]) for batch in batches), "tokens": sum(tokens)}
 
 
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient or has one; afterwards flags and gradients are as before."""
+def _freeze(model: nn.Module, undo: Undo) -> None:
+    """No parameter requires a gradient or has one; until `undo`."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        for parameter, _, _ in before:
-            parameter.grad = None
-        yield
-    finally:
+
+    def thaw() -> None:
         for parameter, flag, gradient in before:
             parameter.grad = None
             parameter.requires_grad_(flag)
             parameter.grad = gradient
+
+    undo.callback(thaw)
+    model.requires_grad_(False)
+    for parameter, _, _ in before:
+        parameter.grad = None

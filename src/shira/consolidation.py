@@ -5,7 +5,6 @@ A quadratic penalty pulls each entry back to the base, as strongly as general te
 gradient there. docs/masks.md has what that does for adapters that are added.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from .calibration import LossFn, Progress, calibrate
 from .errors import TuningError
 from .masters import Masters
 from .selection import LEAST_MEMORY
+from .undoing import Undo, hooks_of, set_hook
 
 __all__ = ["check", "hold", "pulls"]
 
@@ -40,6 +40,7 @@ def pulls(
     *,
     loss_fn: LossFn | None = None,
     progress: Progress | None = None,
+    undo: Undo | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensor name -> how strongly each entry is pulled back, gradient by change, float32 [k]; and what was done, for metadata.
 
@@ -64,16 +65,16 @@ def pulls(
         loss_fn=loss_fn,
         memory=memory,
         progress=progress,
+        undo=undo,
     )
     return found, done
 
 
-def hold(masters: Mapping[str, Masters], pull: Mapping[str, Tensor], passes: int) -> Callable[[], None]:
-    """Add pull · (value − base) / passes to each gradient of the masters from now on; returns what undoes it."""
-    undo = contextlib.ExitStack()
+def hold(masters: Mapping[str, Masters], pull: Mapping[str, Tensor], passes: int, undo: Undo) -> None:
+    """Add pull · (value − base) / passes to each gradient of the masters from now on, until `undo`."""
     for name, each in masters.items():
-        undo.callback(each.values.register_hook(_pulled(each, pull[name] / passes)).remove)
-    return undo.close
+        hook = _pulled(each, pull[name] / passes)
+        set_hook(undo, hooks_of(each.values, "_backward_hooks"), each.values.register_hook, hook)
 
 
 def _pulled(masters: Masters, pull: Tensor) -> Callable[[Tensor], Tensor]:

@@ -49,16 +49,18 @@ class Decomposed(Masters):
         return self._direction() * (self.magnitude / self.norms)[self._line()]  # exactly the base's while nothing has changed
 
     def write(self) -> None:
-        self.follow_weight()
+        self.look()
         if self.version != self.written or self.may_have_stepped:
             self.norms = self._norms()
         super().write()
 
-    def follow_weight(self) -> None:
-        super().follow_weight()
-        if self.norms.device != self.weight.device:
-            self.norms = self.norms.to(self.weight.device)
-            self.fixed = self.fixed if self.fixed is None else self.fixed.to(self.weight.device)
+    def _are_float32(self) -> bool:
+        return all(parameter.dtype is torch.float32 for parameter in self.parameters().values())
+
+    def followed(self) -> None:
+        if self.fixed is not None:
+            self.fixed = self._squares(self.weight.new_zeros(self.indices.numel()))
+        self.norms = self._norms()
 
     def _line(self) -> Tensor:
         """The output of each position."""

@@ -5,6 +5,7 @@ S holds the differences at the mask's positions; a change in training adds nothi
 
 import functools
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels
 from .adapter import Kind
-from .masters import Held, Masters
+from .following import Held, Kept
+from .masters import Masters
 from .quantized import dense, shape_of
+from .targets import Use
 
 __all__ = ["Deltas", "Layout"]
 
@@ -114,12 +117,14 @@ class Deltas(Masters):
     kind: Kind = "delta"
     in_place = False
 
-    def __init__(self, weight: nn.Parameter, indices: Tensor) -> None:
+    def __init__(self, name: str, weight: nn.Parameter, indices: Tensor) -> None:
         out, inner = shape_of(weight)
-        self.weight, self.indices, self.matrix, self.piece = weight, indices, (out, inner), None
-        self.base = kernels.gather(dense(weight), indices)
-        self.values = nn.Parameter(torch.zeros(indices.numel(), device=indices.device))
+        self.name, self.weight, self.matrix, self.piece = name, weight, (out, inner), None
+        self.kept = Kept(indices, indices[:0], kernels.gather(dense(weight), indices), None, "")
+        self.values = nn.Parameter(torch.zeros(indices.numel(), dtype=torch.float32, device=indices.device))
         self.layout = Layout(indices, self.matrix)
+        self.uses = []
+        self._seen = None
         self.side = self._product
         self.dense = self.may_have_stepped = False
         self.written = 0
@@ -131,11 +136,28 @@ class Deltas(Masters):
     def held(self) -> Held:
         return Held(self.indices, self.base, self.values.detach())
 
-    def write(self) -> None:
-        """Only where the positions are can change: nothing is written."""
+    def live_in(self, uses: Collection[Use]) -> None:
+        self.uses = [(use.holder, use.attribute, self.weight) for use in uses]
+
+    def look(self) -> None:
+        """What is kept of a quantized weight does not depend on how it is stored; it must be where the weight is."""
+        if self.over:
+            return
+        for holder, attribute, _ in self.uses:
+            found = holder._parameters.get(attribute)
+            if found is None or shape_of(found) != self.matrix:
+                self._refuse("was replaced", "put it back")
+            self.weight = found
+        if self.values.dtype is not torch.float32:
+            self.put_back_to_float32()
         if self.indices.device != self.weight.device:
-            self.indices, self.base = self.indices.to(self.weight.device), self.base.to(self.weight.device)
+            kept, device = self.kept, self.weight.device
+            self.kept = kept._replace(indices=kept.indices.to(device), left=kept.left.to(device), bits=kept.bits.to(device))
             self.layout = Layout(self.indices, self.matrix)
+
+    def write(self) -> None:
+        """Nothing is written."""
+        self.look()
 
     def write_step(self) -> None:
         self.write()

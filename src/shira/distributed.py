@@ -5,16 +5,17 @@ A piece of a sharded tensor is a span of its flat entries. Positions are sorted,
 values and positions are few and whole on every process; only what is written to weights, and read of them, goes by pieces.
 """
 
-import contextlib
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import TargetError, TuningError
+from .undoing import Undo, hooks_of, set_hook
 
 __all__ = [
     "Piece",
@@ -142,9 +143,9 @@ def gather_pieces(weight: Any, indices: Tensor, values: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def average_after_backward(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> Callable[[], None]:
+def average_after_backward(parameters: Sequence[nn.Parameter], groups: Sequence[Any], undo: Undo) -> None:
     """At the end of every backward pass, make the parameters' gradients their mean over groups of processes, in one message of
-    four bytes an entry; returns what undoes it. Every process must run as many backward passes."""
+    four bytes an entry, until `undo`. Every process must run as many backward passes."""
     waiting = False
 
     def send() -> None:
@@ -158,10 +159,9 @@ def average_after_backward(parameters: Sequence[nn.Parameter], groups: Sequence[
             waiting = True
             torch.autograd.Variable._execution_engine.queue_callback(send)
 
-    undo = contextlib.ExitStack()
     for parameter in parameters:
-        undo.callback(parameter.register_post_accumulate_grad_hook(ask).remove)
-    return undo.close
+        kept = hooks_of(parameter, "_post_accumulate_grad_hooks")
+        set_hook(undo, kept, parameter.register_post_accumulate_grad_hook, ask)
 
 
 def _average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
@@ -169,7 +169,7 @@ def _average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
     import torch.distributed as dist
 
     device = parameters[0].device
-    here = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=device)
+    here = torch.tensor([float(p.grad is not None) for p in parameters], dtype=torch.float32, device=device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     message = torch.cat([*(gradient.detach().view(-1) for gradient in gradients), here])
     for group in groups:
@@ -194,40 +194,40 @@ def same_everywhere(indices: Tensor, groups: Sequence[Any]) -> Tensor:
     return indices
 
 
-def check_positions(model: nn.Module, positions: Iterable[Tensor]) -> Callable[[], None]:
+def check_positions(model: nn.Module, positions: Iterable[Tensor], undo: Undo) -> None:
     """Where several processes have the whole model each, make the first forward pass after DDP has begun raise TuningError if
-    they train other positions: DDP would average entries that have nothing to do with each other. Returns what undoes it.
+    they train other positions: DDP would average entries that have nothing to do with each other. Until `undo`.
 
     DDP copies the first process's buffers to all; here one holds a checksum.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return lambda: None
+        return
     digest = hashlib.sha256()
     for indices in positions:
         digest.update(indices.cpu().long().numpy().tobytes())
     own = int.from_bytes(digest.digest()[:7], "big")
     device = next(model.parameters()).device
+    undo.callback(_forget_checksum, model)
     model.register_buffer(CHECKSUM, torch.tensor([own], device=device), persistent=False)
-    seen = getattr(model, CHECKSUM)._version
+    hook = functools.partial(_compare_checksum, own, getattr(model, CHECKSUM)._version)
+    set_hook(undo, hooks_of(model, "_forward_pre_hooks"), model.register_forward_pre_hook, hook)
 
-    def compare(module: nn.Module, _inputs: Any) -> None:
-        buffer = getattr(module, CHECKSUM)
-        if buffer._version != seen:
-            handle.remove()  # DDP copies it again and again
-            if int(buffer) != own:
-                raise TuningError(
-                    f"process {torch.distributed.get_rank()} chose other positions to train than the first; give all of them "
-                    "the same seed, and the same calibration batches"
-                )
 
-    handle = model.register_forward_pre_hook(compare)
+def _compare_checksum(own: int, seen: int, module: nn.Module, _inputs: Any) -> None:
+    buffer = module._buffers.get(CHECKSUM)
+    if buffer is not None and buffer._version != seen:
+        found = int(buffer)
+        _forget_checksum(module)  # DDP copies it again and again
+        if found != own:
+            raise TuningError(
+                f"process {torch.distributed.get_rank()} chose other positions to train than the first; give all of them "
+                "the same seed, and the same calibration batches"
+            )
 
-    def undo() -> None:
-        handle.remove()
-        model._buffers.pop(CHECKSUM, None)
-        model._non_persistent_buffers_set.discard(CHECKSUM)
 
-    return undo
+def _forget_checksum(model: nn.Module) -> None:
+    model._buffers.pop(CHECKSUM, None)
+    model._non_persistent_buffers_set.discard(CHECKSUM)
 
 
 def check_plain(model: nn.Module) -> None:

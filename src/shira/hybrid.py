@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -44,6 +45,9 @@ class Hybrid(Masters):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {"": self.values, **self.factors.parameters()}
+
+    def _are_float32(self) -> bool:
+        return all(parameter.dtype is torch.float32 for parameter in self.parameters().values())
 
     def _product(self, input: Tensor) -> Tensor:
         first, second = self._inner_and_outer()

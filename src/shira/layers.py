@@ -16,10 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from .distributed import is_partitioned
 from .errors import TuningError
+from .following import value_name
 from .masters import Masters
-from .targets import VALUES, Use
+from .targets import Use
+from .undoing import Undo, hooks_of, set_hook
 
-__all__ = ["SparseLinear", "install", "let_checkpoints_see_gradients"]
+__all__ = ["SparseLinear", "install", "is_installed", "let_checkpoints_see_gradients"]
+
+SWITCH = "gradient_checkpointing"  # the attribute by which Transformers turns it on, of blocks and of stacks of blocks
 
 
 class Tap(NamedTuple):
@@ -30,33 +34,56 @@ class Tap(NamedTuple):
     masters: Masters
 
 
-def install(uses: Iterable[tuple[Use, Masters]]) -> Callable[[], None]:
-    """Let modules compute with masters, which they hold as parameters from here on, so that any trainer finds them; returns
-    what undoes it."""
+def install(uses: Iterable[tuple[Use, Masters]], undo: Undo) -> None:
+    """Let modules compute with masters, which they hold as parameters from here on, so that any trainer finds them."""
     taps: dict[int, tuple[nn.Module, list[Tap]]] = {}
     for use, masters in uses:
         taps.setdefault(id(use.module), (use.module, []))[1].append(Tap(use.holder, use.attribute, masters))
-    undo = contextlib.ExitStack()
     for module, its_taps in taps.values():
         for holder, attribute, masters in its_taps:
-            name = VALUES if attribute == "weight" else f"{VALUES}_{attribute}"
+            name = value_name(attribute)
             for ending, parameter in masters.parameters().items():
+                undo.callback(_forget, holder, name + ending)
                 if is_partitioned(masters.weight):  # of what a module has registered, ZeRO-3 wants a piece
                     holder.__dict__[name + ending] = parameter
-                    undo.callback(holder.__dict__.pop, name + ending)
-                    continue
-                holder.register_parameter(name + ending, parameter)
-                undo.callback(holder._parameters.pop, name + ending)
-        usual = module.__dict__.get("forward")
-        undo.callback(_reset_forward, module, usual)
-        module.forward = _forward_of(module, its_taps)
-    return undo.close
+                else:
+                    holder.register_parameter(name + ending, parameter)
+        usual = _usual_forward(module)
+        if usual is None:
+            module.__dict__.pop("forward", None)
+        forward = _forward_of(module, its_taps)
+        undo.callback(_reset_forward, module, forward, usual)
+        module.forward = forward
 
 
-def _reset_forward(module: nn.Module, usual: Callable[..., Any] | None) -> None:
-    del module.forward
+def _forget(holder: nn.Module, name: str) -> None:
+    holder.__dict__.pop(name, None)
+    holder._parameters.pop(name, None)
+
+
+def _usual_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward that somebody has put on a module; None if it is the class's, or only a tuner's that is over and that another
+    library has put back."""
+    forward = module.__dict__.get("forward")
+    while isinstance(forward, functools.partial) and forward.func in (_linear, _conv1d, _embedding, _tapped, _beside):
+        forward = forward.args[0] if forward.func in (_tapped, _beside) else None
+    return None if getattr(forward, "__func__", None) is type(module).forward else forward
+
+
+def is_installed(module: nn.Module, forward: Any) -> bool:
+    """Whether a forward pass of a module comes by the tuner's, as far as that can be seen: it has it, or calls it."""
+    current = module.__dict__.get("forward")
+    return current is forward or module.__dict__.get("_old_forward") is forward  # the latter is Accelerate's name
+
+
+def _reset_forward(module: nn.Module, forward: Callable[..., Any], usual: Callable[..., Any] | None) -> None:
+    """Others may have wrapped the tuner's forward meanwhile: that stays, and passes through to the usual one."""
+    if module.__dict__.get("forward") is not forward:
+        return
     if usual is not None:
         module.forward = usual
+    else:
+        del module.forward
 
 
 def _forward_of(module: nn.Module, taps: list[Tap]) -> Callable[..., Any]:
@@ -81,9 +108,9 @@ def _beside(
     forward: Callable[..., Any], masters: Masters, side: Callable[[Tensor], Tensor], module: nn.Module, input: Tensor
 ) -> Any:
     """The module's own forward, and what masters add to its output."""
-    _ready(masters, module, module.weight)
+    _ready(masters, module)
     output = forward(input)
-    if masters.dense:  # the base is wanted
+    if masters.dense or masters.over:  # the base is wanted
         return output
     return output + side(input).to(output.dtype)  # which differ under autocast
 
@@ -96,18 +123,15 @@ def _kind(module: nn.Module) -> str:
     return type(module).__name__ if known and "forward" not in module.__dict__ and not by_frequency else ""
 
 
-def _ready(masters: Masters, module: nn.Module, weight: Any) -> bool:
-    """Bring the weight up to date; whether its entries need a gradient from this forward pass. Raises TuningError if the module
-    no longer computes with the weight that trains, or the values were frozen."""
-    if masters.dense:
+def _ready(masters: Masters, module: nn.Module) -> bool:
+    """Bring the weight up to date; whether its entries need a gradient from this forward pass. Raises TuningError if the weight
+    is not the one that trains any more (`Masters.look`), or the values were frozen."""
+    if masters.dense or masters.over:
         return False
-    if masters.piece is None and (weight is not masters.weight or is_partitioned(weight)):
-        raise TuningError(
-            f"the weight of a {type(module).__name__} was replaced after attach(), as fully_shard and DeepSpeed's ZeRO-3 do; "
-            "shard the model first, then attach (docs/distributed.md)"
-        )
-    if masters.piece is None and not torch.compiler.is_compiling():  # for those, the tuner writes before and after
-        masters.write()
+    if not torch.compiler.is_compiling():  # for compiled code, the tuner writes before and after
+        masters.calls += 1
+        if masters.piece is None:
+            masters.write()
     if not torch.is_grad_enabled():
         return False
     if module.training and not any(parameter.requires_grad for parameter in masters.parameters().values()):
@@ -115,12 +139,14 @@ def _ready(masters: Masters, module: nn.Module, weight: Any) -> bool:
             "the trained values were frozen (requires_grad=False) after attach(), so nothing would train; freeze what you "
             "want frozen before it, or call requires_grad_(True) on tuner.parameters()"
         )
+    if not torch.compiler.is_compiling():
+        masters.runs += 1
     return True
 
 
 def _tapped(forward: Callable[..., Any], taps: list[Tap], *args: Any, **kwargs: Any) -> Any:
     """The module's own forward, with tensors whose gradients are sampled in place of the parameters."""
-    ready = [tap for tap in taps if _ready(tap.masters, tap.holder, tap.holder._parameters[tap.attribute])]
+    ready = [tap for tap in taps if _ready(tap.masters, tap.holder)]
     with _in_place_of_parameters(ready):
         return forward(*args, **kwargs)
 
@@ -152,7 +178,7 @@ class _Sampled(torch.autograd.Function):
 
 
 def _linear(module: nn.Linear, masters: Masters, input: Tensor) -> Tensor:
-    if not _ready(masters, module, module.weight):
+    if not _ready(masters, module):
         return nn.functional.linear(input, module.weight, module.bias)
     output: Tensor = SparseLinear.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
     return output
@@ -183,7 +209,7 @@ class SparseLinear(torch.autograd.Function):
 
 
 def _conv1d(module: Any, masters: Masters, input: Tensor) -> Tensor:
-    if not _ready(masters, module, module.weight):
+    if not _ready(masters, module):
         return _product(input, module.weight, module.bias)
     output: Tensor = _Conv1D.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
     return output
@@ -220,7 +246,7 @@ class _Conv1D(torch.autograd.Function):
 
 
 def _embedding(module: nn.Embedding, masters: Masters, ids: Tensor) -> Tensor:
-    if not _ready(masters, module, module.weight):
+    if not _ready(masters, module):
         return nn.functional.embedding(ids, module.weight, module.padding_idx)
     output: Tensor = _Embedding.apply(ids, module.weight, masters.current(), masters, module.padding_idx)  # type: ignore[no-untyped-call]
     return output
@@ -248,19 +274,66 @@ class _Embedding(torch.autograd.Function):
 OWN_BACKWARD: dict[str, Callable[..., Tensor]] = {"Linear": _linear, "Conv1D": _conv1d, "Embedding": _embedding}
 
 
-def let_checkpoints_see_gradients(model: nn.Module) -> Callable[[], Any]:
-    """Reentrant gradient checkpointing drops every gradient of a block none of whose inputs needs one; the embeddings
-    are frozen, so make their output need one while checkpointing is on."""
+def let_checkpoints_see_gradients(model: nn.Module, trained: Iterable[nn.Module], undo: Undo) -> None:
+    """Reentrant gradient checkpointing drops every gradient of a block none of whose inputs needs one. What comes first is
+    frozen: the embeddings, or in an encoder of sound its convolutions. So what begins a stack of blocks and has no part that
+    trains makes its output need a gradient while checkpointing is on."""
+    switches = [module for module in model.modules() if hasattr(module, SWITCH)]
+    trains = {id(module) for module in trained}
+    first: dict[int, nn.Module] = {}
+    for stack in switches:
+        if any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(stack).__mro__):  # a block, not a stack of them
+            continue
+        parts = [(part, {id(module) for module in part.modules()}) for part in stack.children()]
+        if any(trains & inside for _, inside in parts):
+            first |= {id(part): part for part, inside in parts if not trains & inside and _has_parameters(part)}
     get_input = getattr(model, "get_input_embeddings", None)
-    embedding = None
     with contextlib.suppress(NotImplementedError):
         embedding = get_input() if callable(get_input) else None
-    if not isinstance(embedding, nn.Module):
-        return lambda: None
+        if isinstance(embedding, nn.Module):
+            first[id(embedding)] = embedding
+    hook = _NeedGradient(switches)
+    for module in first.values():
+        set_hook(undo, hooks_of(module, "_forward_hooks"), module.register_forward_hook, hook)
 
-    def need_gradient(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        wanted = isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad
-        if wanted and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            output.requires_grad_(True)
 
-    return embedding.register_forward_hook(need_gradient).remove
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+class _NeedGradient:
+    """A hook after which a module's output needs a gradient, if checkpointing is on in one of these modules."""
+
+    def __init__(self, switches: list[nn.Module]) -> None:
+        self.switches = switches
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if torch.is_grad_enabled() and any(getattr(module, SWITCH, False) for module in self.switches):
+            return _needing_gradient(output)
+        return None
+
+
+def _needing_gradient(output: Any) -> Any:
+    """The same, with a gradient that leads nowhere. No leaf: what needs a gradient and is one may not be changed in place."""
+    if isinstance(output, tuple) and type(output) is tuple:
+        return tuple(_needing_gradient(part) for part in output)
+    if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
+        wanted = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        needing: Tensor = _Needing.apply(output, wanted)  # type: ignore[no-untyped-call]
+        return needing
+    return output
+
+
+class _Needing(torch.autograd.Function):
+    """A tensor as it is; of a view a copy, since autograd follows no view that it has not seen made."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, _wanted: Tensor) -> Tensor:
+        if output._is_view() or torch.compiler.is_compiling():
+            return output.clone()
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[None, None]:
+        return None, None

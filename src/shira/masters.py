@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +10,10 @@ from . import kernels
 from .adapter import Kind
 from .distributed import full, is_sharded, piece_of
 from .errors import TuningError
+from .following import BASE, Followed, Held, Kept
 from .masks import top_k
 
 __all__ = ["Held", "Masters", "overlap", "swapped"]
-
-
-class Held(NamedTuple):
-    """Entries of one weight: positions [n], sorted; the base's values there and the present ones [n], the weight's dtype."""
-
-    indices: Tensor
-    base: Tensor
-    values: Tensor
 
 
 def overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +25,7 @@ def overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     return place[in_new], in_new
 
 
-class Masters:
+class Masters(Followed):
     """Float32 masters of one weight's entries, and whether the weight has them.
 
     Two signs that it may not: the masters' version counter, which every optimizer of plain torch operators moves, and a
@@ -44,20 +36,23 @@ class Masters:
     """
 
     kind: Kind = "overwrite"
-    in_place = True  # whether the weight holds the entries
     side: Callable[[Tensor], Tensor] | None = None  # what is added to the module's output, of its input
+    calls = 0  # forward passes that came by, those of compiled code not counted
+    runs = 0  # of them, those that had a gradient to give
+    learnt = False  # whether there ever was a gradient
 
     def __init__(self, name: str, weight: nn.Parameter, indices: Tensor, matrix: tuple[int, int]) -> None:
         """matrix: the rows and columns that the weight's entries are seen as, in the same order."""
-        self.weight, self.indices, self.matrix = weight, indices, matrix
+        self.name, self.weight, self.matrix = name, weight, matrix
         self.piece = piece_of(name, weight) if is_sharded(weight) else None
-        self.base = kernels.gather(full(weight), indices)
-        self.pattern = kernels.find_pattern(indices, *matrix)
-        self.left = Held(indices[:0], self.base[:0], self.base[:0])
-        self.values = nn.Parameter(self.base.to(torch.float32, copy=True))
-        self.written = self.values._version
-        self.may_have_stepped = False
+        base = kernels.gather(full(weight), indices)
+        self.kept = Kept(indices, indices[:0], base, kernels.find_pattern(indices, *matrix), BASE)
+        self.uses = []
+        self.values = nn.Parameter(base.to(torch.float32, copy=True))
         self.dense = False  # whether layers compute with the weight as any other, so that it has a gradient
+        self.may_have_stepped = False
+        self.written = self.values._version
+        self._seen = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What may train, by the endings of the names under which modules hold it."""
@@ -74,17 +69,21 @@ class Masters:
     def has_gradient(self) -> bool:
         return any(parameter.grad is not None for parameter in self.parameters().values())
 
+    def _are_float32(self) -> bool:
+        return self.values.dtype is torch.float32
+
     def rounded(self) -> Tensor:
         return self.current().detach().to(self.weight.dtype)
 
     def write(self) -> None:
-        """Bring the weight up to date if the masters have changed, or may have."""
-        self.follow_weight()
+        """Bring the weight up to date if the masters have changed, or may have. Raises what `look` does."""
+        self.look()
         changed = self.version != self.written
         if changed or self.may_have_stepped:
             # known to have changed: autograd shall complain of a backward pass through the weight as it was; if not, most
             # likely the same values are written again, of which it need not know
             self._put(self.indices, self.rounded(), self.weight if changed else self.weight.data)
+            self._note()
             self.written = self.version
             self.may_have_stepped = self.has_gradient()
 
@@ -97,7 +96,7 @@ class Masters:
     def _note_backward(self) -> None:
         """Compiled code has no side effects; there, the optimizer's step alone is the sign."""
         if not torch.compiler.is_compiling():
-            self.may_have_stepped = True
+            self.may_have_stepped = self.learnt = True
 
     def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
         """The masters' gradient [k], of grad_outputᵀ · input: from grad_output [tokens, rows] and what `keep` kept of the input
@@ -149,19 +148,27 @@ class Masters:
         gone[in_held] = False
         left = Held(*(part[gone] for part in held))
         change = (left.values.double() - left.base.double()).abs()
-        kept = torch.zeros_like(change, dtype=torch.bool)
-        kept[top_k(change, min(room, change.numel()))] = True
-        kernels.overwrite_(self.weight, left.indices[~kept], left.base[~kept])
-        self.indices, self.base, self.left = indices, below, Held(*(part[kept] for part in left))
-        self.pattern = kernels.find_pattern(indices, *self.matrix)
+        stays = torch.zeros_like(change, dtype=torch.bool)
+        stays[top_k(change, min(room, change.numel()))] = True
+        old, holder = self.kept.name, self.uses[0][0]
+        bits = torch.cat([below, left.base[stays], left.values[stays]])
+        name = old[:-1] if old.endswith("_") else old + "_"  # another one, so that either is whole at any moment
+        if self.piece is None:
+            holder.register_buffer(name, bits, persistent=False)
+        kernels.overwrite_(self.weight, left.indices[~stays], left.base[~stays])
+        self._note()
+        self.kept = Kept(indices, left.indices[stays], bits, kernels.find_pattern(indices, *self.matrix), name)
+        holder._buffers.pop(old, None)
         with torch.no_grad():
             self.values.copy_(values)
         self.written = self.version
 
     def restore(self) -> None:
-        self.follow_weight()
+        """Put the base back. Raises what `look` does."""
+        self.look()
         self._put(self.indices, self.base, self.weight)
         self._put(self.left.indices, self.left.base, self.weight)
+        self._note()
 
     def _put(self, indices: Tensor, values: Tensor, weight: Tensor) -> None:
         """Write entries of the weight, or of what lies here of it."""
@@ -170,40 +177,46 @@ class Masters:
             weight, indices, values = self.piece.local, indices[span] - self.piece.start, values[span]
         kernels.overwrite_(weight, indices, values)
 
-    def follow_weight(self) -> None:
-        """The masters move with the model, being its parameters; positions and base values must be told."""
-        if self.indices.device != self.weight.device:
-            self.indices, self.base = self.indices.to(self.weight.device), self.base.to(self.weight.device)
-            self.left = Held(*(part.to(self.weight.device) for part in self.left))
-            self.pattern = self.pattern and self.pattern.to(self.weight.device)
-
 
 @contextlib.contextmanager
 def swapped(masters: Collection[Masters], still: Callable[[], bool]) -> Iterator[None]:
     """Let the weights hold the base, and the layers compute with them as they are; then what was there before, if `still`.
 
-    Autograd is not told: by its backward pass the weights have the bits again that it saw in the forward pass.
+    Autograd is not told: by its backward pass the weights have the bits again that it saw in the forward pass. If they were
+    cast or moved inside, the masters are written into what became of them.
     Raises TuningError for weights that are sharded.
     """
     if any(each.piece is not None for each in masters):
         raise TuningError("an adapter cannot be switched off on sharded weights; train with DDP, or load the base again")
     parts = []
     for each in masters:
-        each.follow_weight()
+        each.look()
         held = each.held()
         if each.in_place:
             parts.append(kernels.Write(each.weight.data, held.indices, held.base))
     plan = kernels.Plan.of(parts)
     known = [(each, each.written, each.may_have_stepped) for each in masters]
+
+    def back() -> None:
+        if still():
+            if all(each._is_as_seen() or not each.in_place for each in masters):
+                kernels.restore_(plan, look=False)
+                for each, written, may_have_stepped in known:  # what an optimizer may have written meanwhile is gone
+                    each.written, each.may_have_stepped = written, may_have_stepped
+            else:
+                for each in masters:
+                    each.written = -1
+        for each in masters:
+            each.dense = False
+
     try:
         for each in masters:
             each.dense = True
         kernels.swap_(plan)
         yield
     finally:
-        for each in masters:
-            each.dense = False
-        if still():
-            kernels.restore_(plan, look=False)
-            for each, written, may_have_stepped in known:  # what an optimizer may have written meanwhile is gone
-                each.written, each.may_have_stepped = written, may_have_stepped
+        try:
+            back()
+        except KeyboardInterrupt:
+            back()
+            raise

@@ -79,8 +79,11 @@ def check_free(mine: Claim, error: type[ShiraError]) -> None:
     """Raise `error` if what one has, or wants to have, a claim on is somebody else's, in part or whole."""
     for reference in list(_claims):
         other = reference()
-        if other is not None and not other.is_of(mine) and other.owner and other.extent.meets(mine.extent):
-            raise error(f"this model's weights are in other hands: {other.owner}")
+        if other is None or other.is_of(mine) or not other.extent.meets(mine.extent):
+            continue
+        owner = other.owner  # which may finish what its owner was interrupted in
+        if owner:
+            raise error(f"this model's weights are in other hands: {owner}")
 
 
 def _nothing() -> Claim:

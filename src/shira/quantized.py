@@ -4,13 +4,13 @@ bitsandbytes keeps four bits an entry in a flat `Params4bit`, torchao a tensor s
 is imported before there is such a weight: who has one has the library.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .undoing import Undo
 
 __all__ = ["dense", "is_quantized", "keep_differentiable", "label", "shape_of"]
 
@@ -47,22 +47,20 @@ def dense(weight: Tensor) -> Tensor:
     return values.contiguous()
 
 
-def keep_differentiable(model: nn.Module) -> Callable[[], None]:
-    """Let bitsandbytes' layers hand gradients to their inputs, until what is returned is called.
+def keep_differentiable(model: nn.Module, undo: Undo) -> None:
+    """Let bitsandbytes' layers hand gradients to their inputs, until `undo`.
 
     On CPUs with AVX512-BF16 an evaluation repacks their codes for good, scales rounded to bfloat16, for a product that has no
     backward pass: layers before it would then train on part of their gradient, without a word.
     """
-    undo = contextlib.ExitStack()
     for module in model.modules():
         layer: Any = module
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             weight = layer.weight
             if _is_packed(weight):
                 weight.data, weight.quant_state = _canonical(weight)
-            layer.support_avx512bf16_for_cpu = False
             undo.callback(setattr, layer, "support_avx512bf16_for_cpu", True)
-    return undo.close
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _canonical(weight: Any) -> tuple[Tensor, Any]:

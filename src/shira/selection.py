@@ -18,6 +18,7 @@ from .errors import BaseMismatch, did_you_mean
 from .format import load
 from .masks import Mask, Plan
 from .quantized import dense, shape_of
+from .undoing import Undo
 
 __all__ = ["Avoid", "Selector", "count_of", "entries_of"]
 
@@ -49,6 +50,7 @@ class Selector:
         plan: Plan,
         calibration: Iterable[Any] | None,
         progress: Progress | None = None,
+        undo: Undo | None = None,
     ) -> tuple[Indices, dict[str, Any] | None]:
         """Positions for each weight that gets any, and what was calibrated (None if the mask needs nothing of that kind).
 
@@ -81,6 +83,7 @@ class Selector:
                 loss_fn=self.loss_fn,
                 memory=max(LEAST_MEMORY, memory),
                 progress=progress,
+                undo=undo,
             )
         else:
             for name in weights:

@@ -1,19 +1,21 @@
 """Which weights of a model an adapter may touch, what they are called, and which modules compute with them."""
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from .distributed import check_pieces, is_sharded
 from .errors import TargetError, did_you_mean
-from .quantized import is_quantized, label, shape_of
+from .model_tensors import COMPILED, OWN, ModelTensors, is_buffer, named_tensors
+from .quantized import shape_of
 
-__all__ = ["KEYWORDS", "Target", "Use", "by_pattern", "check_trainable", "is_conv1d", "resolve"]
+__all__ = ["KEYWORDS", "Target", "Use", "by_pattern", "is_conv1d", "plain_name", "resolve", "whole_modules"]
 
 Value = TypeVar("Value")
 Layers = int | Iterable[int]
@@ -98,57 +100,103 @@ def resolve(
     """
     weights = _Weights(model)
     names = [targets] if isinstance(targets, str) else list(targets)
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    for entry in (*names, *exclude):
+        if not isinstance(entry, str) or not entry:
+            raise TargetError(f'a target must be a name, targets=["q_proj", "mlp.up_proj"], found {entry!r}')
+    _check_parametrized(model, targets if isinstance(targets, str) else names, exclude)
     chosen = _by_string(weights, targets) if isinstance(targets, str) else _by_names(weights, names)
-    chosen = _in_layers(_without(weights, chosen, [exclude] if isinstance(exclude, str) else list(exclude)), layers)
+    return _targets(model, weights, _in_layers(_without(weights, chosen, exclude), layers))
+
+
+def whole_modules(model: nn.Module, wanted: str | Iterable[str], *, exclude: str | Iterable[str] = ()) -> list[Target]:
+    """Every parameter of the modules that train whole, in the model's order.
+
+    wanted: names of modules or suffixes of them; or "auto": what Transformers' models for classification have beside their base
+    model, a head that is new unless it was loaded.
+
+    Raises TargetError if a name matches nothing, or what `resolve` raises.
+    """
+    weights = _Weights(model)
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    found = {plain_name(name): module for name, module in model.named_modules()}
+    chosen = []
+    for entry in _heads(model) if wanted == "auto" else [wanted] if isinstance(wanted, str) else wanted:
+        meant = [name for name in found if isinstance(entry, str) and entry and _matches(name, entry)]
+        below = [name for name in weights.owners if any(name.startswith(f"{module}.") for module in meant)]
+        if not below:
+            known = _suffixes(name for name in found if name)
+            raise TargetError(f"whole={entry!r} matches no module with parameters; {did_you_mean(str(entry), known)}")
+        chosen += below
+    kept = {name for name in chosen if not any(f".{entry}." in f".{name}." for entry in exclude)}
+    return _targets(model, weights, [name for name in weights.owners if name in kept])
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """The modules of a model for classification that are not its base model, and have parameters."""
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    base = model._modules.get(str(getattr(model, "base_model_prefix", "")))
+    if base is None or not any("For" in name and name.endswith("Classification") for name in kinds):
+        return []
+    return [name for name, part in model.named_children() if part is not base and next(part.parameters(), None) is not None]
+
+
+def _targets(model: nn.Module, weights: "_Weights", chosen: Iterable[str]) -> list[Target]:
+    """The weights of these names, each with all that computes with its memory."""
+    now = ModelTensors(model)
+    first = {id(tensor): now.by_name[name] for name, tensor in named_tensors(model).items()}
+    tensor_names: dict[int, str] = {}
+    for name, tensor in now.by_name.items():
+        tensor_names.setdefault(id(tensor), name)
     users: dict[int, list[Use]] = {}
     for module in model.modules():
         for attribute, parameter in _own(module):
-            users.setdefault(id(parameter), []).append(Use(weights.callers.get(id(module), module), module, attribute))
-    tensor_names = {id(parameter): name for name, parameter in model.named_parameters()}
+            use = Use(weights.callers.get(id(module), module), module, attribute)
+            users.setdefault(id(first[id(parameter)]), []).append(use)
     resolved: dict[int, Target] = {}
     for name in chosen:
         module, attribute = weights.owners[name]
-        weight = module._parameters[attribute]
-        assert weight is not None  # _own leaves empty ones out
-        uses = users[id(weight)]
-        why = next(filter(None, (_why_not(use.module) for use in uses)), None)
+        weight: Any = first[id(module._parameters[attribute])]
+        uses, tensor_name = users[id(weight)], tensor_names[id(weight)]
+        other = now.overlapping.get(tensor_name)
+        if other is not None or is_buffer(weight):
+            raise TargetError(
+                f"'{name}' shares a part of its memory with '{other or tensor_name}', so no entry of it can be trained by "
+                "itself; give each a tensor of its own, or leave it out of the targets"
+            )
+        why = next(filter(None, (_why_not(use.module, use.attribute) for use in uses)), None)
         if why:
             raise TargetError(f"'{name}' belongs to a {why}; leave it out of the targets")
         stacked = _is_stack_of_experts(module, weight)
-        resolved.setdefault(id(weight), Target(tensor_names[id(weight)], weight, tuple(uses), stacked))
+        resolved.setdefault(id(weight), Target(tensor_name, weight, tuple(uses), stacked))
     return list(resolved.values())
 
 
-def check_trainable(targets: Iterable[Target]) -> None:
-    """Raise TargetError, with its name, for a weight whose entries cannot be overwritten, or that alone was frozen.
-
-    Quantized weights of linear layers pass: deltas train beside them.
-    """
-    targets = list(targets)
-    for target in targets:
-        weight = target.weight
-        if is_quantized(weight):
-            other = next((use.module for use in target.uses if not isinstance(use.module, nn.Linear)), None)
-            if other is not None:
-                raise TargetError(
-                    f"'{target.name}' is {label(weight)} and used by a {type(other).__name__}; of quantized weights only those "
-                    "of linear layers can be trained, leave it out of the targets"
-                )
-            continue
-        if is_sharded(weight):
-            check_pieces(target.name, weight)
-        if not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
+def _check_parametrized(model: nn.Module, wanted: str | list[str], exclude: list[str]) -> None:
+    """Raise TargetError if a weight is wanted that is computed from others before each forward pass."""
+    for full_name, module in model.named_modules():
+        name = plain_name(full_name)
+        for attribute in getattr(module, "parametrizations", None) or () if is_parametrized(module) else ():
+            path = f"{name}.{attribute}".lstrip(".")
+            if any(f".{entry}." in f".{path}." for entry in exclude) or not _wants(wanted, module, name, path):
+                continue
+            originals: Any = module.parametrizations[attribute]
+            below = [f"{name}.parametrizations.{attribute}.{key}".lstrip(".") for key, _ in _own(originals)]
             raise TargetError(
-                f"'{target.name}' must be a contiguous floating-point tensor with data, found {weight.dtype} on "
-                f"{weight.device}{'' if weight.is_contiguous() else ', not contiguous'}"
+                f"'{path}' is parametrized, computed from {' and '.join(map(repr, below))}; name those, "
+                f"or remove the parametrization first, or exclude '{name}'"
             )
-    plain = [target for target in targets if not is_quantized(target.weight)]
-    frozen = [target.name for target in plain if not target.weight.requires_grad]
-    if 0 < len(frozen) < len(plain):  # who freezes the whole model means the base; who freezes a part of it means it
-        raise TargetError(
-            f"{len(frozen)} of {len(plain)} targets were frozen (requires_grad=False), the first is '{frozen[0]}'; exclude "
-            "them, or unfreeze them before attach()"
-        )
+
+
+def _wants(wanted: str | list[str], module: nn.Module, name: str, path: str) -> bool:
+    if isinstance(wanted, list):
+        return any(_matches(each, entry) for entry in wanted for each in (name, path))
+    if wanted in KEYWORDS:
+        linear = isinstance(module, nn.Linear | nn.MultiheadAttention) or is_conv1d(module)
+        return linear and any(KEYWORDS[wanted].search(part) for part in path.split("."))
+    with contextlib.suppress(re.error):
+        return wanted != "auto" and any(re.fullmatch(wanted, each) for each in (name, path))
+    return False
 
 
 def by_pattern(names: Iterable[str], patterns: Mapping[str, Value]) -> dict[str, Value]:
@@ -169,8 +217,14 @@ def by_pattern(names: Iterable[str], patterns: Mapping[str, Value]) -> dict[str,
     return {name: found[name] for name in names if name in found}
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """What keeps a module's weights from being trained in place."""
+def _why_not(module: nn.Module, attribute: str) -> str | None:
+    """What keeps a module's weight from being trained in place."""
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils.") and attribute.startswith(
+            f"{getattr(hook, 'name', None) or getattr(hook, '_tensor_name', '')}_"
+        ):
+            kind = type(hook).__module__.rpartition(".")[2]
+            return f"{type(module).__name__} under torch.nn.utils.{kind}, which computes with copies of it; remove that first"
     if isinstance(module, nn.RNNBase):
         return f"{type(module).__name__}, which computes with copies of its weights"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
@@ -195,7 +249,8 @@ class _Weights:
         self.callers: dict[int, nn.Module] = {}  # a module whose forward is never called -> the one that computes with it
         get_output = getattr(model, "get_output_embeddings", None)
         output = get_output() if callable(get_output) else None
-        for name, module in model.named_modules():
+        for full_name, module in model.named_modules():
+            name = plain_name(full_name)
             own = {attribute: parameter for attribute, parameter in _own(module)}
             matrices = [a for a, parameter in own.items() if len(shape_of(parameter)) > 1 and not a.startswith("bias")]
             paths = {attribute: f"{name}.{attribute}".lstrip(".") for attribute in own}
@@ -215,7 +270,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return (
         (name, parameter)
         for name, parameter in module._parameters.items()
-        if parameter is not None and not name.startswith(VALUES)
+        if parameter is not None and not name.startswith(OWN)
     )
 
 
@@ -226,6 +281,11 @@ def _is_linear(module: nn.Module, weight: nn.Parameter) -> bool:
 def _is_stack_of_experts(module: nn.Module, weight: nn.Parameter) -> bool:
     """Transformers keeps the experts of a mixture as 3-D parameters [experts, out, in] of a module called ...Experts."""
     return len(shape_of(weight)) == 3 and "expert" in type(module).__name__.lower()
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor in a checkpoint, whether or not modules are compiled."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def _means(pattern: str, name: str) -> bool:

@@ -10,31 +10,27 @@ pass; in the backward pass the weight's gradient is formed one layer at a time a
 a copy of the base, full-size gradients and full-size optimizer state: it is here to be read, and to check the other.
 """
 
-import contextlib
-import os
-import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import nn
 
-from . import consolidation, hybrid, masks, refresh, resuming, variants
+from . import masks, variants
 from . import targets as target_names
-from .adapter import Adapter, SparseTensor, fingerprint
-from .calibration import LossFn, Progress, same_random_numbers
-from .distributed import average_after_backward, check_plain, check_positions, groups_of, is_sharded, reshard
-from .entries import Entry, with_hook, with_values
-from .errors import AdapterError, TuningError
-from .layers import install, let_checkpoints_see_gradients
+from .adapter import index_dtype
+from .calibration import LossFn, Progress
+from .distributed import check_plain, is_sharded
+from .errors import TuningError
 from .masks import Mask
-from .masters import Masters, swapped
-from .quantized import keep_differentiable, label, shape_of
-from .selection import Avoid, Selector, count_of, entries_of
-from .targets import VALUES
+from .model_tensors import named_tensors, plain_model
+from .owners import claim
+from .selection import Avoid, Indices, Selector, count_of, entries_of
+from .targets import Target
+from .trainable import check_trainable
+from .tuner import Tuner
+from .undoing import Undo
 
 __all__ = ["Tuner", "attach"]
 
@@ -60,7 +56,8 @@ def attach(
     method: Literal["values", "hook"] = "values",
     decompose: bool | int = False,
     low_rank: int | None = None,
-) -> "Tuner":
+    whole: str | Iterable[str] = "auto",
+) -> Tuner:
     """Make a few entries of the model's weights trainable, and nothing else.
 
     mask: a name from `shira.masks.available()` or a function of that form.
@@ -82,28 +79,39 @@ def attach(
     decompose: train the entries as those of a DoRA of this rank (the paper's SHiRA-WM-DoRA), or True: of one whose direction is
         free at the mask's positions. low_rank: train a low-rank product beside the entries (docs/variants.md).
 
+    whole: modules all of whose parameters train, beside the targets and whatever the mask, and are in the adapter: "auto", the
+        head of one of Transformers' models for classification, which is new at each load; a list of names; or () for none.
+
+    The model, or a compiled one, which is trained as it is inside, is in the tuner's hands until `detach`.
     Raises TargetError, MaskError, BaseMismatch or TuningError before anything in the model has changed.
 
         tuner = shira.attach(model, mask="snip", density=0.01, calibration=batches)
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
     """
+    model = plain_model(model, TuningError, "shira.attach(model)")
     check_plain(model)
+    claim(model, "", TuningError)  # what was interrupted in making or leaving a tuner is finished first
+    _check_kinds(mask, seed, overrides, calibration, loss_fn, progress)
     if method not in ("values", "hook"):
         raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
     if density is None and rank is None and total is None:
         density = 0.01
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-    layers = [layers] if isinstance(layers, int) else layers if layers is None else list(layers)
+    targets, exclude, wanted = _names("targets", targets), _names("exclude", exclude), _names("whole", whole)
+    exclude = [exclude] if isinstance(exclude, str) else exclude
+    layers = _layers(layers)
     chosen = target_names.resolve(model, targets, exclude=exclude, layers=layers)
-    target_names.check_trainable(chosen)
-    if method == "hook" and any(is_sharded(target.weight) for target in chosen):
+    new = target_names.whole_modules(model, wanted, exclude=exclude)
+    if wanted == "auto":
+        new = _unless_meant_otherwise(new, chosen, targets)
+    weights_of_new = {id(target.weight) for target in new}
+    chosen = [target for target in chosen if id(target.weight) not in weights_of_new]
+    check_trainable(chosen)
+    check_trainable(new)
+    if method == "hook" and any(is_sharded(target.weight) for target in (*chosen, *new)):
         raise TuningError("method='hook' needs whole weights; on sharded ones train with method='values'")
-    for target in chosen:
-        if any(name.startswith(VALUES) for use in target.uses for name in (*use.holder._parameters, *use.holder.__dict__)):
-            raise TuningError(f"a tuner is attached already, to '{target.name}'; call its detach() first")
     make, variant = variants.choose(chosen, mask, method, decompose, low_rank, seed)
     weights = {target.name: target.weight for target in chosen}
-    avoided, avoided_names = entries_of(avoid, dict(model.named_parameters(remove_duplicate=False)), weights)
+    avoided, avoided_names = entries_of(avoid, named_tensors(model), weights)
     plan = masks.plan(
         {target.name: target.sides for target in chosen},
         density=density,
@@ -115,277 +123,93 @@ def attach(
         avoided=count_of(avoided),
     )
     selector = Selector(mask, seed, {target.name: target.matrix for target in chosen}, avoided, loss_fn)
-    indices, calibrated = selector.select(model, weights, plan, calibration, progress)
     label, function = masks.resolve(mask)
-    settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density, "rank": rank}
-    settings |= {"total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
-    settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed}
-    settings |= {"targets": targets if isinstance(targets, str) else list(targets), "calibration": calibrated}
-    settings |= {"exclude": exclude or None, "layers": layers, **variant}
-    record = {key: value for key, value in settings.items() if value is not None}
-    return Tuner(model, [target for target in chosen if target.name in indices], indices, record, method, selector, make)
+    settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density}
+    settings |= {"rank": rank, "total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
+    settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed, "targets": targets}
+    settings |= {"calibration": None, "exclude": exclude or None, "layers": layers, **variant}
+    settings |= {"whole": [target.name for target in new] or None}
+    select = functools.partial(selector.select, model, weights, plan, calibration, progress)
+    return _begun(model, chosen, new, settings, method, make, selector, select)
 
 
-class Tuner:
-    """A model in training, from `attach` to `detach`. Also a context manager that detaches at its end.
-
-    model, attached: what it was attached to, and whether it still is. at_detach: closed when it is detached.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        chosen: list[target_names.Target],
-        indices: dict[str, Tensor],
-        mask: dict[str, Any],
-        method: str,
-        selector: Selector,
-        make: variants.Make,
-    ) -> None:
-        self.model, self._mask, self._selector = model, mask, selector
-        self._base = _describe_base(model, chosen)
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self.attached = True
-        model.requires_grad_(False)
-        self.at_detach = contextlib.ExitStack()
-        self.at_detach.callback(let_checkpoints_see_gradients(model))
-        self.at_detach.callback(keep_differentiable(model))
-        self._entries: list[Entry] = []
-        try:
-            if method == "hook":
-                self._entries += [with_hook(target, indices[target.name]) for target in chosen]
-            else:
-                self._entries += [with_values(target, make(target, indices[target.name])) for target in chosen]
-                self._install(chosen)
-        except BaseException:
-            self.detach()
-            raise
-
-    def _install(self, chosen: list[target_names.Target]) -> None:
-        """Let the modules compute with the masters, and every optimizer write what it has stepped on into the weights."""
-        masters = {target.name: entry.masters for target, entry in zip(chosen, self._entries, strict=True) if entry.masters}
-        self.at_detach.callback(install((use, masters[target.name]) for target in chosen for use in target.uses))
-
-        # torch holds this hook, for all optimizers: it must not hold the model, which may be dropped without detach()
-        known = [weakref.ref(each) for each in masters.values()]
-        model = weakref.ref(self.model)
-
-        def write(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            alive = [each for each in (reference() for reference in known) if each is not None]
-            for each in alive:
-                if any(id(parameter) in stepped for parameter in each.parameters().values()):
-                    each.write_step()
-            whole = model()
-            if whole is not None and any(each.piece is not None for each in alive):
-                reshard(whole)
-
-        hook = register_optimizer_step_post_hook(write)
-        self.at_detach.callback(hook.remove)
-        weakref.finalize(self.model, hook.remove)
-        pieces = [each for each in masters.values() if each.piece is not None]
-        if not pieces:
-            self.at_detach.callback(check_positions(self.model, (each.indices for each in masters.values())))
-            return
-        self.at_detach.callback(reshard, self.model)
-        self.at_detach.callback(average_after_backward(self.parameters(), groups_of(pieces[0].weight)))
-
-        def write_pieces(module: nn.Module, _inputs: Any) -> None:
-            changed = any(each.version != each.written for each in pieces)
-            for each in pieces:
-                each.write()
-            if changed:  # not by an optimizer's step
-                reshard(module)
-
-        # before fully_shard's own, which gathers the pieces
-        self.at_detach.callback(self.model.register_forward_pre_hook(write_pieces, prepend=True).remove)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer trains: one float32 tensor [k] a target (or a variant's; with the hook, the weights)."""
-        return [p for e in self._entries for p in (e.masters.parameters().values() if e.masters else [e.parameter])]
-
-    @property
-    def nnz(self) -> int:
-        """How many entries of the model train."""
-        return sum(entry.count for entry in self._entries)
-
-    def refresh(self, optimizer: torch.optim.Optimizer, *, calibration: Iterable[Any] | None = None, cap: float = 1.0) -> int:
-        """Select again, on the weights as they are now, and train those entries from here on; returns how many are new.
-
-        Call it after an optimizer's step. Each tensor keeps its number of entries, and the optimizer its parameters: the
-        masters and moments of the entries that stay move with them bit for bit; new entries start at the base's values,
-        their moments at zero. If the mask has not moved, nothing changes.
-
-        calibration: batches, if the mask needs gradients. They leave torch's random numbers as they were.
-        cap: how many entries the adapter may hold, in budgets, tensor by tensor. Entries that leave keep their trained values
-            while there is room, those that changed the most first; others are set back to the base. With 1 all of them are.
-
-        Raises TuningError, or what `attach` raises for a mask, before anything has changed.
-        """
-        masters = self.masters("refreshed")
-        if any(type(each) is not Masters for each in masters.values()):
-            raise TuningError("a tuner with decompose, low_rank or a quantized base cannot be refreshed")
-        if any(each.piece is not None for each in masters.values()):
-            raise TuningError("a mask cannot move on weights that are sharded; train without refresh, or with DDP")
-        if "stay_near" in self._mask:
-            raise TuningError("a mask cannot move after stay_near, which knows the entries that trained when it was called")
-        refresh.check_cap(cap)
-        states = refresh.movable(optimizer, masters)
-        weights = {entry.name: entry.weight for entry in self._entries}
-        counts = {entry.name: entry.count for entry in self._entries}
-        with _dense(masters.values()):
-            chosen, _ = self._selector.select(self.model, weights, masks.Plan(counts, 0, {}), calibration)
-        for name, indices in chosen.items():
-            if indices.numel() != counts[name]:
-                raise TuningError(
-                    f"the mask now chose {indices.numel()} entries of '{name}', and {counts[name]} train; a mask that is to be "
-                    "refreshed must always return as many"
-                )
-        moved = sum(refresh.move(masters[name], indices, states[name], cap) for name, indices in chosen.items())
-        times = self._mask.get("refresh", {}).get("times", 0) + 1
-        self._mask = self._mask | {"refresh": {"times": times, "cap": cap}}
-        return moved
-
-    def stay_near(
-        self,
-        batches: Iterable[Any],
-        *,
-        reach: float = 0.01,
-        passes: int = 1,
-        loss_fn: LossFn | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Pull the entries that train back to the base, the more the more these batches, of general text, are sensitive to them
-        (elastic weight consolidation, arXiv 1612.00796). Adapters that are added disturb each other less then (docs/masks.md).
-
-        To be called once, before training; it leaves torch's random numbers as they were.
-        reach: the change, in units of the weights, at which an entry of the tensor's mean sensitivity is pulled as much as a
-            typical gradient of the batches pulls. passes: backward passes a step of the optimizer (gradient accumulation).
-        loss_fn, progress: as for `attach`.
-
-        Raises TuningError or MaskError before anything has changed.
-        """
-        masters = self.masters("held near its base")
-        if "stay_near" in self._mask or "refresh" in self._mask:
-            raise TuningError("stay_near is called once, before any refresh")
-        consolidation.check(masters, reach, passes)
-        with self.reference():
-            loss_fn = loss_fn or self._selector.loss_fn
-            pull, done = consolidation.pulls(self.model, masters, batches, reach, loss_fn=loss_fn, progress=progress)
-        self.at_detach.callback(consolidation.hold(masters, pull, passes))
-        self._mask = self._mask | {"stay_near": {"reach": reach, "calibration": done}}
-
-    def masters(self, wish: str) -> dict[str, Masters]:
-        """Tensor name -> its entries in training. Raises TuningError, which says what was wished, if none may change now."""
-        masters = self._masters()
-        if not self.attached or len(masters) < len(self._entries) or any(each.dense for each in masters.values()):
-            raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
-        return masters
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What must be kept of a run, beside the optimizer's state, to resume it: the masters, and whose they are.
-
-        Raises TuningError if the mask has moved: positions are not kept.
-        """
-        return resuming.state_of(self.masters("saved"), moved="refresh" in self._mask)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up the masters of a `state_dict`, bit for bit; checked before anything has changed.
-
-        Raises TuningError if it belongs to another mask or density, BaseMismatch if to another model.
-        """
-        resuming.load_state(self.masters("resumed"), state)
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the model is its base, bit for bit: the reference of preference training, without a second copy.
-
-        Afterwards the weights are what they were; a backward pass through an earlier forward pass may follow.
-        Raises TuningError if the tuner is detached, has method="hook", or is inside already.
-
-            with tuner.reference(), torch.no_grad():
-                reference = model(**batch).logits
-        """
-        with swapped(self.masters("switched off").values(), lambda: self.attached):
-            yield
-
-    def adapter(
-        self, name: str | None = None, *, training: dict[str, Any] | None = None, license: str | None = None
-    ) -> Adapter:
-        """What was trained so far, as an overwrite adapter in the weights' dtype, or deltas where they are quantized.
-
-        Before or after `detach`. training: a summary for the file, anything that can be written as JSON.
-        Raises TuningError if a trained value is not finite.
-        """
-        tensors, prints = {}, {}
-        for entry in self._entries:
-            held = entry.held()
-            try:
-                tensors[entry.name] = SparseTensor(
-                    shape_of(entry.weight),
-                    held.indices.cpu(),
-                    held.values.detach().cpu().clone(),
-                    entry.masters.kind if entry.masters else "overwrite",
-                )
-            except AdapterError as error:
-                raise TuningError(f"training of '{entry.name}' went wrong: {error}; try a lower learning rate") from error
-            prints[entry.name] = fingerprint(held.base)
-        metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
-        metadata |= {"fingerprints": prints, "low_rank": hybrid.kept(self._masters())}
-        return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
-
-    def save_hybrid(self, folder: str | os.PathLike[str]) -> None:
-        """Write both parts of what was trained with low_rank: adapter.safetensors, and lora/ as PEFT loads it.
-
-        Raises TuningError without low_rank, or what `adapter` raises; OSError.
-        """
-        if hybrid.kept(self._masters()) is None:
-            raise TuningError("there is no low-rank part: attach(..., low_rank=8) trains one; save adapter() instead")
-        hybrid.save(Path(folder), self.adapter(), self._masters())
-
-    def _masters(self) -> dict[str, Masters]:
-        return {entry.name: entry.masters for entry in self._entries if entry.masters is not None}
-
-    def detach(self) -> None:
-        """Give the model back its base weights, bit for bit, and its `requires_grad` flags. Doing it twice is harmless."""
-        if not self.attached:
-            return
-        self.attached = False
-        for entry in self._entries:
-            held = entry.held()
-            snapshot = held._replace(values=held.values.detach().clone())
-            entry.held = lambda snapshot=snapshot: snapshot  # type: ignore[misc]
-            for undo in entry.undo:
-                undo()
-        self.at_detach.close()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.detach()
-
-
-@contextlib.contextmanager
-def _dense(masters: Collection[Masters]) -> Iterator[None]:
-    """Let the layers compute with their whole weights, up to date, which then have gradients; keep the random numbers."""
-    for each in masters:
-        each.write()
-        each.dense = True
+@torch.inference_mode(False)
+def _begun(
+    model: nn.Module,
+    chosen: list[Target],
+    new: list[Target],
+    settings: dict[str, Any],
+    method: str,
+    make: variants.Make,
+    selector: Selector,
+    select: Callable[[Undo], tuple[Indices, dict[str, Any] | None]],
+) -> Tuner:
+    """Choose the entries, and begin. Whoever is interrupted here has no tuner, so the model is left as it was."""
+    tuner = Tuner(model)
     try:
-        with same_random_numbers(each.weight for each in masters):
-            yield
-    finally:
-        for each in masters:
-            each.dense = False
+        indices, calibrated = select(tuner.at_detach)
+        record = {key: value for key, value in (settings | {"calibration": calibrated}).items() if value is not None}
+        taken = [target for target in chosen if target.name in indices] + new
+        for target in new:
+            entries = target.weight.numel()
+            indices[target.name] = torch.arange(entries, dtype=index_dtype(entries), device=target.weight.device)
+        tuner.begin(taken, indices, record, method, selector, make, [target.name for target in new])
+        return tuner
+    except BaseException:
+        tuner.undo()
+        raise
 
 
-def _describe_base(model: nn.Module, chosen: list[target_names.Target]) -> dict[str, Any]:
-    """What is known of the base model: its id (of a local folder just the name) and the dtype of the adapted weights."""
-    identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-    if Path(identity).exists():
-        identity = Path(identity).resolve().name
-    dtypes = sorted({label(target.weight) for target in chosen})
-    return {"id": identity, "dtype": dtypes[0] if len(dtypes) == 1 else dtypes}
+def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: str | Iterable[str]) -> list[Target]:
+    """What of a new head trains whole: not what was named among the targets, which then is up to the mask, nor what was frozen
+    while the rest was not."""
+    if not isinstance(targets, str):
+        named = {id(target.weight) for target in chosen}
+        new = [target for target in new if id(target.weight) not in named]
+    frozen = all(not target.weight.requires_grad for target in new) and any(target.weight.requires_grad for target in chosen)
+    return [] if frozen else new
+
+
+def _names(option: str, given: Any) -> Any:
+    """A name, or a list of names."""
+    if isinstance(given, str):
+        return given
+    if isinstance(given, nn.Module) or not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
+        raise TuningError(f'{option} must be names, {option}=["q_proj", "mlp"], found {type(given).__name__} {given!r:.60}')
+    names = list(given)
+    wrong = next((name for name in names if not isinstance(name, str) or not name), None)
+    if wrong is not None:
+        kind = type(wrong).__name__
+        raise TuningError(f'{option} must be names, {option}=["q_proj", "mlp"], found {kind} {wrong!r:.60} among them')
+    return names
+
+
+def _layers(given: Any) -> list[int] | None:
+    layers = [given] if isinstance(given, int) else given
+    if layers is None:
+        return None
+    if isinstance(layers, str | bytes | Mapping) or not isinstance(layers, Iterable):
+        raise TuningError(f"layers must be numbers of layers, layers=range(4, 12) or layers=3, found {given!r:.60}")
+    layers = list(layers)
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise TuningError(f"layers must be numbers of layers, layers=range(4, 12) or layers=3, found {given!r:.60}")
+    return layers
+
+
+def _check_kinds(mask: Any, seed: Any, overrides: Any, calibration: Any, loss_fn: Any, progress: Any) -> None:
+    """Raise TuningError, with what was meant, for arguments of another kind than they can be."""
+    if not isinstance(mask, str) and not callable(mask):
+        raise TuningError(f'mask must be a name or a function, mask="wm", found {type(mask).__name__} {mask!r:.60}')
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TuningError(f"seed must be a whole number, seed=0, found {seed!r:.60}")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TuningError(f'overrides must be a mapping, overrides={{"down_proj": 0.02}}, found {type(overrides).__name__}')
+    for pattern in overrides or ():
+        if not isinstance(pattern, str) or not pattern:
+            raise TuningError(f'overrides must have names as keys, overrides={{"down_proj": 0.02}}, found {pattern!r:.60}')
+    single = isinstance(calibration, nn.Module | Mapping | str | bytes | torch.Tensor)
+    if calibration is not None and (single or not isinstance(calibration, Iterable)):
+        raise TuningError(f"calibration must be batches, calibration=[batch, batch], found {type(calibration).__name__}")
+    for option, function in (("loss_fn", loss_fn), ("progress", progress)):
+        if function is not None and (not callable(function) or isinstance(function, nn.Module)):
+            raise TuningError(f"{option} must be a function, found {type(function).__name__}")

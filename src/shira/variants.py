@@ -52,11 +52,15 @@ def choose(
                         "leave it out of the targets"
                     )
 
+    names = {target.name for target in targets}
+
     def make(target: Target, indices: Tensor) -> Masters:
         name, weight, matrix, seeded = target.name, target.weight, target.matrix, seed_of(seed, f"{target.name}\nfactors")
         outputs = int(any(is_conv1d(use.module) for use in target.uses))
+        if target.name not in names:  # trains whole
+            return Masters(name, weight, indices, matrix)
         if is_quantized(weight):
-            return Deltas(weight, indices)
+            return Deltas(name, weight, indices)
         if low_rank is not None:
             return Hybrid(name, weight, indices, matrix, low_rank, seeded, outputs)
         if decompose is False or matrix[1] == 1:  # a vector has no direction

@@ -66,8 +66,8 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
 
     def _install(self, name: str, method: Callable[..., Any]) -> None:
         """Give the model a method of its own until the tuner is detached."""
-        self.tuner.model.__dict__[name] = method
         self.tuner.at_detach.callback(self.tuner.model.__dict__.pop, name, None)
+        self.tuner.model.__dict__[name] = method
 
     def on_init_end(self, args: Any, state: Any, _control: Any, **known: Any) -> None:
         self._check(args, known["model"])

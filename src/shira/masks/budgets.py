@@ -199,7 +199,7 @@ class Pool:
     def _prune(self) -> None:
         """Keep the best `open` candidates."""
         names = [name for name in self.floors if name in self.candidates]
-        scores = torch.cat([torch.empty(0), *(self.candidates[name][1] for name in names)])
+        scores = torch.cat([torch.empty(0, dtype=torch.float32), *(self.candidates[name][1] for name in names)])
         if scores.numel() <= self.open:
             return
         best = top_k(scores, self.open)

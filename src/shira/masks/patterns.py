@@ -25,7 +25,7 @@ def block(weight: Tensor, k: int, size: int = 16, by: str | Score = "wm", **inpu
     if weight.ndim != 2 or size < 1:
         raise MaskError(f"block needs a matrix and a size of at least 1, found shape {list(weight.shape)} and size {size}")
     scores = _scores(by, weight, inputs)
-    counts = _block_sums(torch.ones(weight.shape, device=weight.device), size)
+    counts = _block_sums(torch.ones(weight.shape, dtype=torch.float32, device=weight.device), size)
     means = _block_sums(scores, size) / counts
     order = means.view(-1).sort(descending=True, stable=True).indices
     sizes = counts.view(-1)[order].long()
