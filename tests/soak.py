@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import shira
-from conftest import all_bits, random_adapter, same_bits
+from conftest import all_bits, bits, random_adapter, same_bits
 from interrupting import interrupted
 from shira import ShiraError, Switcher, SwitchError, kernels
 
@@ -165,22 +165,43 @@ class Life:
             kernels.native._native = real
 
     def train(self):
-        self.switcher.use(None)
-        self.check()
-        mask, method = self.random.choice(["wm", "rand", "struct"]), self.random.choice(["values", "values", "hook"])
+        self.off()
+        options = {"mask": self.random.choice(["wm", "rand", "struct"]), "density": 0.4, "seed": self.random.randrange(99)}
+        options |= {"method": self.random.choice(["values", "values", "hook"]), "exclude": "norm"}
+        options |= {"targets": self.random.choice(["all-linear", ["embed", "conv", "inner.0"]])}
         tokens = torch.randint(0, 23, (2, 5), generator=self.generator)
-        with interrupted(self.random.randrange(1, 3000)):
-            with shira.attach(self.model, mask=mask, density=0.4, method=method, seed=self.random.randrange(99)) as tuner:
-                if method == "values" and self.random.random() < 0.3:
-                    self.act()
+        self.model.train(self.random.random() < 0.5)
+        tuner = None
+        try:
+            with interrupted(self.random.randrange(1, 4000), self.random.choice([0, self.random.randrange(1, 60)])):
+                tuner = shira.attach(self.model, **options)
                 optimizer = torch.optim.SGD(tuner.parameters(), 0.1)
                 for _ in range(self.random.choice([0, 1, 2])):
+                    if options["method"] == "values" and self.random.random() < 0.3:
+                        self.act()
                     self.model(tokens).float().square().mean().backward()
                     optimizer.step()
                     optimizer.zero_grad()
-            return
-        for _ in range(2):
-            shira.attach(self.model).detach()
+                tuner.adapter("trained")
+                tuner.detach()
+        except ShiraError as error:
+            self.counts[type(error).__name__] += 1
+        self.model.eval()
+        self.leave(tuner or getattr(self.model, "shira_tuner", None))
+
+    def leave(self, tuner):
+        try:
+            if tuner is not None:
+                tuner.detach()
+        except ShiraError as error:
+            assert "release()" in str(error)
+            self.counts["training refused"] += 1
+            self.load_base()
+            tuner.release()
+        shira.attach(self.model, exclude="norm").detach()  # finishes what was interrupted in attach
+        assert not [name for name, _ in self.model.named_parameters() if "shira" in name]
+        assert "forward" not in vars(self.model.inner[0]) and not any(m._forward_pre_hooks for m in self.model.modules())
+        self.check()
 
     def another_base(self):
         """While something is active: refused each time, until the base is loaded and the switcher let go."""
@@ -200,11 +221,14 @@ class Life:
 
     def put_right(self):
         """What the errors say: load the base, then call release()."""
+        self.load_base()
+        self.switcher.release()
+        self.check()
+
+    def load_base(self):
         self.model.load_state_dict(copy.deepcopy(self.base.state_dict()), assign=True)
         if self.base.out.weight is self.base.embed.weight:
             tie(self.model)
-        self.switcher.release()
-        self.check()
 
     def other(self):
         """Somebody else wants the model."""
@@ -215,7 +239,7 @@ class Life:
             other.use("x")
             other.use(None)
             return
-        for call in (lambda: other.add("x", adapter),):
+        for call in (lambda: other.add("x", adapter), lambda: shira.attach(self.model)):
             try:
                 call()
                 raise AssertionError("two owners")
@@ -224,14 +248,17 @@ class Life:
 
     def check(self):
         self.counts["checked"] += 1
-        base, now = all_bits(self.base), all_bits(self.model)
+        base, now = (
+            all_bits(model) | {name: bits(buffer) for name, buffer in model.named_buffers()}
+            for model in (self.base, self.model)
+        )
         lost = [name for name in base if name not in now or not same_bits({name: base[name]}, {name: now[name]})]
         if lost:
             raise AssertionError(f"the base is lost: {lost}")
 
     def step(self):
         moves = [self.use] * 12 + [self.prefetch, self.using, self.add, self.remove, self.fault] * 2 + [self.act] * 3
-        moves += [self.interrupt] * 3 + [self.other, self.another_base]
+        moves += [self.interrupt] * 3 + [self.other, self.another_base] + [self.train] * 2
         move = self.random.choice(moves)
         self.counts[move.__name__] += 1
         try:

@@ -246,6 +246,7 @@ def test_a_model_has_one_owner_at_a_time():
         lambda: second.add("c", random_adapter(mlp(), 4)),
         lambda: second.prefetch("b"),
         lambda: inner.use("x"),
+        lambda: shira.attach(model, density=0.1),
     ):
         with pytest.raises(ShiraError, match=r"a Switcher has 'a' active in it; call its use\(None\) first"):
             call()
