@@ -193,6 +193,7 @@ def _add(sums: dict[str, Tensor], gradient: Tensor, statistics: Sequence[str]) -
         sums["gradient"] = sums["gradient"].add_(gradient) if "gradient" in sums else gradient.float()
 
 
+@torch.no_grad()
 def _activations(
     model: nn.Module,
     weights: Mapping[str, nn.Parameter],
@@ -214,7 +215,7 @@ def _activations(
         squares[name] = squares.get(name, 0) + norms.double().square()
 
     transposed: set[str] = set()
-    with steps.part() as undo, torch.no_grad(), same_random_numbers(weights.values()):
+    with steps.part() as undo, same_random_numbers(weights.values()):
         for module in model.modules():
             name = names.get(id(module._parameters.get("weight")))
             if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import kernels
@@ -94,8 +93,7 @@ class _Hooked:
 
     def restore(self) -> None:
         self.look()
-        with torch.no_grad():
-            self.weight.copy_(self.base)
+        self.weight.detach().copy_(self.base)
 
 
 def _clear_off_mask(hooked: _Hooked, parameter: Tensor) -> None:
@@ -112,7 +110,6 @@ def _keep_off_mask(hooked: _Hooked, *_: Any) -> None:
     weight = hooked.weight
     if weight._version != hooked.seen:
         kept = kernels.gather(weight, hooked.indices)
-        with torch.no_grad():
-            weight.copy_(hooked.base)
+        weight.detach().copy_(hooked.base)
         kernels.overwrite_(weight, hooked.indices, kept)
         hooked.seen = weight._version

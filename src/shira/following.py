@@ -234,8 +234,9 @@ class Followed:
                 found = holder._parameters.get(value_name(attribute) + ending, parameter)
                 if found is not parameter:
                     self._refuse(
-                        "has trained values that were replaced, as load_state_dict(assign=True) does",
-                        "load without assign, or put tuner.parameters() back",
+                        "or what trains of it was replaced after attach(), as load_state_dict(assign=True), fully_shard and "
+                        "DeepSpeed's ZeRO-3 do",
+                        "load without assign, and shard the model first, then attach (docs/distributed.md)",
                     )
 
     def _check_entries(self, weight: Tensor, kept: Kept) -> None:

@@ -159,8 +159,7 @@ class Masters(Followed):
         self._note()
         self.kept = Kept(indices, left.indices[stays], bits, kernels.find_pattern(indices, *self.matrix), name)
         holder._buffers.pop(old, None)
-        with torch.no_grad():
-            self.values.copy_(values)
+        self.values.detach().copy_(values)
         self.written = self.version
 
     def restore(self) -> None:

@@ -63,9 +63,8 @@ def move(masters: Masters, indices: Tensor, state: list[Tensor], cap: float) -> 
     masters.move(indices, math.floor(cap * count) - count)
     if masters.values.grad is not None:
         state = [*state, masters.values.grad]
-    with torch.no_grad():
-        for values in state:
-            moved = torch.zeros_like(values)
-            moved[in_new] = values[in_old]
-            values.copy_(moved)
+    for values in state:
+        moved = torch.zeros_like(values)
+        moved[in_new] = values[in_old]
+        values.copy_(moved)
     return count - in_new.numel()

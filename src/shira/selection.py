@@ -14,7 +14,7 @@ from . import masks
 from .adapter import Adapter, index_dtype
 from .calibration import LossFn, Progress, calibrate
 from .distributed import full, groups_of, is_sharded, same_everywhere
-from .errors import BaseMismatch, did_you_mean
+from .errors import BaseMismatch, TuningError, did_you_mean
 from .format import load
 from .masks import Mask, Plan
 from .quantized import dense, shape_of
@@ -118,7 +118,14 @@ def entries_of(
     tensors: all of the model's, by every name they have.
     Raises BaseMismatch if an adapter names another tensor or shape; FormatError or OSError for a file.
     """
-    adapters = [avoid] if isinstance(avoid, Adapter | str | os.PathLike) else list(avoid)
+    adapters: Any = [avoid] if isinstance(avoid, Adapter | str | os.PathLike) else avoid
+    adapters = list(adapters) if isinstance(adapters, Iterable) and not isinstance(adapters, Mapping) else [adapters]
+    for given in adapters:
+        if not isinstance(given, Adapter | str | os.PathLike):
+            kind = type(given).__name__
+            raise TuningError(
+                f'avoid must be adapters or files of them, avoid=["poet.safetensors"], found {kind} {given!r:.60}'
+            )
     held: dict[int, list[Tensor]] = {}  # by identity: a tied weight has several names
     labels = []
     for number, given in enumerate(adapters, start=1):

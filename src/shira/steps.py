@@ -105,7 +105,7 @@ def leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[str
             continue
         there, before = attribute in model.__dict__, getattr(model, attribute, None)
         undo.callback(_reset_attribute, model, attribute, there, before)
-        model.__dict__[attribute] = [*(before or ()), *own]
+        model.__dict__[attribute] = type(before or [])([*(before or ()), *own])
 
 
 def _write_all(masters: list[Masters], _module: nn.Module, _prefix: str, _keep_vars: bool) -> None:

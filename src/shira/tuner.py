@@ -6,6 +6,7 @@ what undoes them, leaves a state that the next call takes up. The model itself h
 
 import contextlib
 import functools
+import itertools
 import os
 import threading
 import weakref
@@ -69,7 +70,8 @@ class Tuner:
         self._torn, self._restore = False, True
         self._watch = Watch({}, {}, {})
         self._claim: Claim | None = claim(model, functools.partial(_owner, weakref.ref(self)), TuningError)
-        copied = next((name for name, _ in model.named_parameters() if f".{OWN}" in f".{name}"), None)
+        names = (name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()))
+        copied = next((name for name in names if f".{OWN}" in f".{name}"), None)
         if copied is not None:
             self._stage = GONE
             raise TuningError(
@@ -141,6 +143,7 @@ class Tuner:
         """How many entries of the model train."""
         return sum(entry.count for entry in self._entries)
 
+    @torch.enable_grad()
     def refresh(self, optimizer: torch.optim.Optimizer, *, calibration: Iterable[Any] | None = None, cap: float = 1.0) -> int:
         """Select again, on the weights as they are now, and train those entries from here on; returns how many are new.
 
@@ -180,6 +183,7 @@ class Tuner:
         self._mask = self._mask | {"refresh": {"times": times, "cap": cap}}
         return moved
 
+    @torch.enable_grad()
     def stay_near(
         self,
         batches: Iterable[Any],
@@ -234,6 +238,7 @@ class Tuner:
         """
         return resuming.state_of(self.masters("saved"), moved="refresh" in self._mask)
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up the masters of a `state_dict`, bit for bit; checked before anything has changed.
 
@@ -326,26 +331,22 @@ class Tuner:
         """
         self._leave(restore=False)
 
+    @torch.inference_mode(False)
     def _leave(self, *, restore: bool, quiet: bool = False) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            if self._stage == ATTACHED:
-                for entry in self._entries if restore else ():
-                    entry.look()
-                self._trained = self._so_far() if restore else self._known()
-                self._restore, self._thread = restore, threading.get_ident()
-                self._stage = LEAVING
-            if self._stage != LEAVING:
-                return
-            self.undo()
+        if self._stage == ATTACHED:
+            for entry in self._entries if restore else ():
+                entry.look()
+            with contextlib.nullcontext() if restore else contextlib.suppress(TuningError, RuntimeError, IndexError):
+                self._trained = self._so_far()
+            self._restore, self._thread = restore, threading.get_ident()
+            self._stage = LEAVING
+        if self._stage != LEAVING:
+            return
+        self.undo()
         if not quiet:
             self._watch.at_the_end()
 
-    def _known(self) -> dict[str, Trained]:
-        """What was trained, of weights that may be anything now."""
-        with contextlib.suppress(TuningError, RuntimeError):
-            return self._so_far()
-        return {}
-
+    @torch.inference_mode(False)
     def undo(self) -> None:
         """Take back all that was done to the model. Can itself be interrupted, and called again."""
         if self._stage == MAKING or self._restore:
@@ -356,7 +357,7 @@ class Tuner:
             self._buffers.put_back()  # last: a calibration that was interrupted puts back those of training
         for parameters, key, flag in self._places:
             parameter = parameters.get(key)
-            if parameter is not None and (parameter.is_floating_point() or not flag):
+            if parameter is not None and (parameter.is_floating_point() or not flag) and not parameter.is_inference():
                 parameter.requires_grad_(flag)
         if self.model.__dict__.get(TUNER) is self:
             self.model.__dict__.pop(TUNER, None)
@@ -389,8 +390,7 @@ def _owner(reference: "weakref.ref[Tuner]") -> str:
     if tuner is None or tuner._stage == GONE:
         return ""
     if tuner._stage in (MAKING, LEAVING) and tuner._thread == threading.get_ident():
-        with torch.inference_mode(False), torch.no_grad():
-            tuner.undo()
+        tuner.undo()
         return ""
     first = f" already, to '{tuner._entries[0].name}'" if tuner._stage == ATTACHED else ""
     return f"a tuner is {tuner._stage}{first}; call its detach() first (model.{TUNER})"

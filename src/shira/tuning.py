@@ -164,8 +164,8 @@ def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: st
     """What of a new head trains whole: not what was named among the targets, which then is up to the mask, nor what was frozen
     while the rest was not."""
     if not isinstance(targets, str):
-        named = {id(target.weight) for target in chosen}
-        new = [target for target in new if id(target.weight) not in named]
+        named = {id(use.holder) for target in chosen for use in target.uses}
+        new = [target for target in new if not any(id(use.holder) in named for use in target.uses)]
     frozen = all(not target.weight.requires_grad for target in new) and any(target.weight.requires_grad for target in chosen)
     return [] if frozen else new
 

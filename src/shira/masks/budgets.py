@@ -49,10 +49,10 @@ def budget(shape: Shape, *, density: float | None = None, rank: int | None = Non
         experts, sides = math.prod(shape[:-2]), sum(shape[-2:])
         most = numel // max(1, experts * sides)
         if not _whole(rank) or not 1 <= rank <= most:
-            raise MaskError(f"rank must be from 1 to {most} for shape {list(shape)}, found {rank}")
+            raise MaskError(f"rank must be from 1 to {most} for shape {list(shape)}, found {rank!r}")
         return rank * experts * sides
-    if not isinstance(density, int | float) or not 0 < float(density) <= 1:
-        raise MaskError(f"density must be above 0 and at most 1, found {density}")
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < float(density) <= 1:
+        raise MaskError(f"density must be above 0 and at most 1, found {density!r}")
     return max(1, round(float(density) * numel))
 
 

@@ -1,0 +1,568 @@
+"""Whatever is done to a model while a tuner is attached: the base is what it makes of the base, or one error says so."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import shira
+from conftest import all_bits, bits, llama_batches, mlp, mlp_batches, mlp_loss, same_bits
+from families import family, family_batch
+from shira import TargetError, TuningError
+from shira.untrained import NotTrained
+
+
+def train(model, tuner, steps=2):
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+    for batch in mlp_batches(steps):
+        optimizer.zero_grad()
+        mlp_loss(model, batch).backward()
+        optimizer.step()
+
+
+def own_names(model):
+    state = [*model.state_dict(), *(name for name, _ in model.named_buffers())]
+    return [name for name in [*state, *vars(model)] if "shira" in name]
+
+
+VARIANTS = [{}, {"method": "hook"}, {"decompose": 2}, {"decompose": True}, {"low_rank": 2}, {"mask": "struct"}]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    "cast",
+    [lambda m: m.double(), lambda m: m.half().bfloat16(), lambda m: m.bfloat16().float()],
+    ids=["wider", "rounded twice", "there and back"],
+)
+def test_a_cast_makes_of_the_base_what_it_makes_of_a_base(cast, options):
+    model = mlp()
+    expected = all_bits(cast(mlp()))
+    tuner = shira.attach(model, density=0.3, **options)
+    train(model, tuner)
+    cast(model)
+    train(model, tuner, 1)
+    if "method" not in options:
+        assert {parameter.dtype for parameter in tuner.parameters()} == {torch.float32}
+    assert {tensor.values.dtype for tensor in tuner.adapter().tensors.values()} == {model[0].weight.dtype}
+    tuner.detach()
+    assert same_bits(all_bits(model), expected)
+    assert not own_names(model)
+
+
+def test_entries_that_have_left_a_mask_are_cast_too():
+    model, moved = mlp(), iter([10, 20, 30, 40])
+
+    def mask(weight, k):
+        start = next(moved)
+        return torch.arange(start % 30, start % 30 + k)
+
+    tuner = shira.attach(model, mask=mask, density=0.1)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=1.0)
+    mlp_loss(model, mlp_batches(1)[0]).backward()
+    optimizer.step()
+    assert tuner.refresh(optimizer, cap=2.0)
+    model.half().bfloat16()
+    train(model, tuner, 1)
+    tuner.detach()
+    assert same_bits(all_bits(model), all_bits(mlp().half().bfloat16()))
+    assert not own_names(model)
+
+
+def test_a_cast_inside_a_reference():
+    model = mlp()
+    with shira.attach(model, density=0.3) as tuner:
+        train(model, tuner)
+        before = tuner.adapter()
+        with tuner.reference():
+            model.bfloat16()
+            assert torch.equal(model[0].weight, mlp()[0].weight.bfloat16())
+        model(torch.ones(1, 13, dtype=torch.bfloat16))
+        for name, tensor in before.tensors.items():
+            live = model.get_parameter(name).detach().view(-1)[tensor.indices.long()]
+            assert torch.equal(live, tensor.values.bfloat16())
+    assert same_bits(all_bits(model), all_bits(mlp().bfloat16()))
+
+
+def other_weights(model):
+    model.load_state_dict(mlp(seed=5).state_dict(), strict=False)
+
+
+def other_parameter(model):
+    model[0].weight = nn.Parameter(torch.randn(11, 13))
+
+
+def other_shape(model):
+    model[0].weight = nn.Parameter(torch.randn(20, 13))
+
+
+def no_data(model):
+    model.to("meta")
+
+
+def cast_alone(model):
+    model[0].weight.data = model[0].weight.data.half()
+
+
+def other_layout(model):
+    model[0].weight.data = model[0].weight.data.t().contiguous().t()
+
+
+def taken_away(model):
+    model[0].weight = None
+
+
+def masters_replaced(model):
+    model.load_state_dict(model.state_dict(), assign=True)
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (other_weights, "written to or replaced by others"),
+        (other_parameter, "written to or replaced by others"),
+        (other_shape, r"of shape \[20, 13\]"),
+        (no_data, "no data any more"),
+        (cast_alone, "cast from float32 to float16 by itself"),
+        (other_layout, "not contiguous"),
+        (taken_away, "not there any more"),
+        (masters_replaced, r"load_state_dict\(assign=True\)"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_each_time_until_released(act, words):
+    model = mlp()
+    flags = [p.requires_grad for p in model.parameters()]
+    tuner = shira.attach(model, density=0.3)
+    train(model, tuner)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    act(model)
+    calls = [lambda: model(torch.ones(1, 13)), optimizer.step, tuner.adapter, tuner.state_dict, tuner.detach, tuner.detach]
+    now = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters() if "shira" not in name}
+    for call in calls:
+        with pytest.raises(TuningError, match=rf"'0.weight' .*{words}.*release\(\)"):
+            call()
+    assert {name: (p.data_ptr(), p._version) for name, p in model.named_parameters() if "shira" not in name} == now
+    tuner.release()
+    assert not tuner.attached and not own_names(model)
+    assert [p.requires_grad for p in model.parameters()][-3:] == flags[-3:]
+    if act not in (no_data, taken_away, other_shape, cast_alone, other_layout):
+        shira.attach(model).detach()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda model: model.load_state_dict(mlp().state_dict(), strict=False),
+        lambda model: model.load_state_dict(mlp().state_dict(), strict=False, assign=True),
+        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())),
+        lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
+        lambda model: setattr(model[0], "weight", nn.Parameter(model[0].weight.detach().clone())),
+    ],
+    ids=["base loaded", "base assigned", "own state loaded", "data moved", "same values, other parameter"],
+)
+def test_weights_that_hold_what_they_should_are_followed(act):
+    model = mlp()
+    tuner = shira.attach(model, density=0.3)
+    train(model, tuner)
+    before = tuner.adapter()
+    act(model)
+    model(torch.ones(1, 13))
+    for name, tensor in before.tensors.items():
+        assert torch.equal(model.get_parameter(name).detach().view(-1)[tensor.indices.long()], tensor.values)
+    train(model, tuner, 1)
+    tuner.detach()
+    assert same_bits(all_bits(model), all_bits(mlp()))
+
+
+def test_what_was_put_right_goes_on():
+    model = mlp()
+    tuner = shira.attach(model, density=0.3)
+    train(model, tuner)
+    kept = copy.deepcopy(model.state_dict())
+    other_weights(model)
+    with pytest.raises(TuningError):
+        tuner.detach()
+    model.load_state_dict(kept)
+    train(model, tuner, 1)
+    tuner.detach()
+    assert same_bits(all_bits(model), all_bits(mlp()))
+
+
+class Tied(nn.Module):
+    def __init__(self, overlap=36):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        flat = torch.randn(72, generator=torch.Generator().manual_seed(0))
+        self.a.weight.data = flat[:36].view(6, 6)
+        self.b.weight.data = flat[36 - overlap : 72 - overlap].view(6, 6)
+
+    def forward(self, x):
+        return self.b(self.a(x).tanh())
+
+
+def test_parameters_over_one_memory_are_one_target_and_parted_ones_are_refused():
+    model, twin = Tied(), Tied()
+    twin.b.weight = twin.a.weight
+    adapters = []
+    for each in (model, twin):
+        with shira.attach(each, density=0.5) as tuner:
+            assert tuner.nnz == 18
+            optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+            each(torch.ones(2, 6)).square().sum().backward()
+            optimizer.step()
+            adapters.append(tuner.adapter())
+    assert list(adapters[0].tensors) == ["a.weight"]
+    assert torch.equal(adapters[0].tensors["a.weight"].values, adapters[1].tensors["a.weight"].values)
+    assert torch.equal(model.a.weight, Tied().a.weight) and model.a.weight.data_ptr() == model.b.weight.data_ptr()
+    tuner = shira.attach(model, density=0.5)
+    model.bfloat16()
+    for call in (lambda: model(torch.ones(2, 6)), tuner.detach, tuner.detach):
+        with pytest.raises(TuningError, match=r"'a.weight' stood for several parameters.*parted"):
+            call()
+    tuner.release()
+
+
+def test_memory_that_is_shared_in_part_is_refused_by_both_names():
+    with pytest.raises(TargetError, match=r"'a.weight' shares a part of its memory with 'b.weight'"):
+        shira.attach(Tied(18))
+    with pytest.raises(TargetError, match=r"shares a part of its memory"):
+        shira.attach(Tied(18), targets=["b"])
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.two(self.norm(self.one(x)).relu().mean(-1))
+
+
+def test_statistics_come_back_and_are_in_the_adapter(tmp_path):
+    torch.manual_seed(0)
+    model = Normed()
+    base = copy.deepcopy(model)
+    inputs = torch.randn(8, 2, 9) + 1
+    kept = {name: bits(buffer) for name, buffer in model.named_buffers()}
+    options = {"calibration": [inputs], "loss_fn": lambda m, x: m(x).square().mean(), "mask": "snip", "density": 0.3}
+    with shira.attach(model, **options) as tuner:
+        assert {name: bits(b).tolist() for name, b in model.named_buffers() if "shira" not in name} == {
+            name: found.tolist() for name, found in kept.items()
+        }
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.1)
+        for _ in range(3):
+            model(inputs).square().mean().backward()
+            optimizer.step()
+        outputs = model.eval()(inputs)
+        with tuner.reference():
+            assert torch.equal(model(inputs), base.eval()(inputs))
+        assert torch.equal(model(inputs), outputs)
+        adapter = tuner.adapter("x")
+    assert same_bits(kept, {name: bits(buffer) for name, buffer in model.named_buffers()})
+    assert {"norm.running_mean", "norm.running_var"} <= adapter.tensors.keys() == adapter.fingerprints.keys()
+    assert tuner.adapter("x").tensors.keys() == adapter.tensors.keys()
+    adapter.save(tmp_path / "x.safetensors")
+    for name, tensor in shira.load(tmp_path / "x.safetensors").tensors.items():
+        live = base.state_dict()[name]
+        live.view(-1)[tensor.indices.long()] = tensor.values
+    torch.testing.assert_close(base(inputs), outputs)
+
+
+def test_statistics_are_cast_with_the_model():
+    model, expected = Normed(), None
+    tuner = shira.attach(model, density=0.3)
+    base = {name: buffer.clone() for name, buffer in model.named_buffers() if "shira" not in name}
+    model(torch.randn(8, 2, 9))
+    model.half().double()
+    tuner.detach()
+    expected = {name: b.half().double() if b.is_floating_point() else b for name, b in base.items()}
+    assert same_bits({name: bits(b) for name, b in model.named_buffers()}, {name: bits(b) for name, b in expected.items()})
+
+
+def test_a_new_head_trains_whole(tmp_path):
+    from transformers import BertConfig, BertForTokenClassification
+
+    sides = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20, "vocab_size": 30}
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(**sides, num_labels=3)).eval()
+    ids, labels = torch.randint(1, 30, (2, 5)), torch.randint(3, (2, 5))
+    with shira.attach(model, density=0.05) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+        outputs = model(input_ids=ids).logits
+        adapter = tuner.adapter("x")
+    assert adapter.metadata["mask"]["whole"] == ["classifier.weight", "classifier.bias"]
+    assert adapter.tensors["classifier.weight"].nnz == 48 and adapter.tensors["classifier.bias"].nnz == 3
+    assert not any("classifier" in name for name in adapter.fingerprints) and len(adapter.fingerprints) == 6
+    nn.init.normal_(model.classifier.weight)  # as at another load
+    nn.init.normal_(model.classifier.bias)
+    switcher = shira.Switcher(model)
+    switcher.add("x", adapter)
+    switcher.use("x")
+    torch.testing.assert_close(model(input_ids=ids).logits, outputs)
+    switcher.use(None)
+    for options, names in [
+        ({"exclude": "classifier"}, set()),
+        ({"whole": ()}, set()),
+        ({"whole": ["bert.embeddings.LayerNorm"]}, {"bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}),
+        ({"targets": ["query", "classifier"]}, set()),
+        ({"low_rank": 2}, {"classifier.weight", "classifier.bias"}),
+        ({"method": "hook", "scope": "model"}, {"classifier.weight", "classifier.bias"}),
+    ]:
+        with shira.attach(model, density=0.5, **options) as tuner:
+            assert set(tuner._whole) == names
+    with pytest.raises(TargetError, match="whole='head' matches no module"):
+        shira.attach(model, whole=["head"])
+
+
+class Aside(nn.Module):
+    """A layer whose weight is read without calling it, one that is never called, one whose output is dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.idle, self.lost, self.used = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        self.lost(x)
+        return self.used(x @ self.read.weight)
+
+
+def test_targets_that_never_learn_are_said_once():
+    model = Aside()
+    tuner = shira.attach(model, density=0.5)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.warns(NotTrained, match=r"1 of 4 targets got no gradient.*'lost.weight'; .*does not reach the loss"):
+        optimizer.step()
+    with pytest.warns(NotTrained, match=r"2 of 4 targets.*'read.weight', 'idle.weight'; their modules were never called"):
+        tuner.adapter()
+    tuner.adapter()
+    tuner.detach()
+
+
+def test_an_optimizer_that_was_made_before_attach_is_said():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with shira.attach(model, density=0.3):
+        mlp_loss(model, mlp_batches(1)[0]).backward()
+        with pytest.warns(NotTrained, match=r"none of tuner.parameters\(\).*after attach"):
+            optimizer.step()
+        optimizer.step()
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1).step()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_are_computed_from_others():
+    from torch.nn import utils
+    from torch.nn.utils import parametrizations
+
+    for wrap in (utils.weight_norm, utils.spectral_norm):
+        model = nn.Sequential(wrap(nn.Linear(5, 5)), nn.Linear(5, 5))
+        with pytest.raises(TargetError, match=r"'0.weight_.*' belongs to a Linear under torch.nn.utils"):
+            shira.attach(model)
+        shira.attach(model, exclude="0").detach()
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 5)), nn.Linear(5, 5))
+    for targets in ("all-linear", ["0"], r"\d"):
+        with pytest.raises(TargetError, match=r"'0.weight' is parametrized.*'0.parametrizations.weight.original1'"):
+            shira.attach(model, targets=targets)
+    with shira.attach(model, targets=["0.parametrizations.weight.original1"], density=0.5) as tuner:
+        model(torch.ones(2, 5)).square().sum().backward()
+        assert bool(tuner.parameters()[0].grad.any())
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        frozen = nn.Linear(4, 4)
+    with pytest.raises(TargetError, match="made under torch.inference_mode"):
+        shira.attach(frozen)
+    model = mlp()
+    with torch.inference_mode():
+        tuner = shira.attach(model, density=0.3)
+    train(model, tuner)
+    with torch.inference_mode():
+        tuner.detach()
+    assert same_bits(all_bits(model), all_bits(mlp()))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_pickled_model_in_training_computes_the_same_and_is_nobodys(options):
+    model = mlp()
+    file = io.BytesIO()
+    with shira.attach(model, density=0.3, **options) as tuner:
+        train(model, tuner)
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        batch = mlp_batches(1)[0]
+        assert torch.equal(loaded(batch[0]), model(batch[0]))
+        mlp_loss(loaded, batch).backward()
+        with pytest.raises(TuningError, match="a copy of one in training"):
+            shira.attach(loaded)
+        told = loaded.shira_tuner.adapter("x")
+        assert told.tensors.keys() == tuner.adapter("x").tensors.keys()
+    assert same_bits(all_bits(model), all_bits(mlp()))
+
+
+def test_another_librarys_hooks_put_on_and_taken_off():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = mlp()
+    tuner = shira.attach(model, density=0.3)
+    hooks.add_hook_to_module(model[0], hooks.ModelHook())
+    train(model, tuner)
+    outputs = model(torch.ones(1, 13))
+    adapter = tuner.adapter()
+    tuner.detach()
+    assert same_bits(all_bits(model), all_bits(mlp()))
+    assert torch.equal(model(torch.ones(1, 13)), mlp()(torch.ones(1, 13))) and not torch.equal(
+        model(torch.ones(1, 13)), outputs
+    )
+    hooks.remove_hook_from_module(model[0])
+    with shira.attach(model, density=0.3) as tuner:  # the forward that was put back passes through, and is replaced
+        train(model, tuner)
+        again = tuner.adapter()
+    assert all(torch.equal(adapter.tensors[name].values, again.tensors[name].values) for name in adapter.tensors)
+    assert all("forward" not in vars(module) for module in model)
+    hooks.add_hook_to_module(model[0], hooks.ModelHook())
+    tuner = shira.attach(model, density=0.3)
+    hooks.remove_hook_from_module(model[0])
+    with pytest.warns(NotTrained, match="'0.weight'; their modules were given another forward"):
+        train(model, tuner)
+        tuner.adapter()
+    tuner.detach()
+
+
+def test_a_model_that_was_compiled_and_has_run_trains_in_its_wrapper():
+    torch.compiler.reset()
+    plain, model = family("llama").train(), family("llama").train()
+    compiled = torch.compile(model, backend="eager")
+    adapters = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled(**family_batch("llama"))
+        for each, forward in ((plain, plain), (compiled, compiled)):
+            with shira.attach(each, density=0.1) as tuner:
+                optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+                for seed in range(2):
+                    optimizer.zero_grad()
+                    forward(**family_batch("llama", seed)).loss.backward()
+                    optimizer.step()
+                adapters.append(tuner.adapter())
+        assert torch.equal(compiled(**family_batch("llama")).logits, family("llama").train()(**family_batch("llama")).logits)
+    torch.compiler.reset()
+    assert adapters[0].tensors.keys() == adapters[1].tensors.keys()
+    for name, tensor in adapters[0].tensors.items():
+        torch.testing.assert_close(tensor.values, adapters[1].tensors[name].values)
+
+
+def test_save_pretrained_has_the_weights_of_now_and_no_more(tiny_llama, tmp_path):
+    from safetensors.torch import load_file
+
+    ignored = tiny_llama._keys_to_ignore_on_save
+    with shira.attach(tiny_llama, density=0.1) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        tiny_llama(**llama_batches(1)[0]).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            tuner.parameters()[0].add_(1)
+        tiny_llama.save_pretrained(tmp_path)
+        saved, adapter = load_file(tmp_path / "model.safetensors"), tuner.adapter()
+    assert not [name for name in saved if "shira" in name]
+    for name, tensor in adapter.tensors.items():
+        assert torch.equal(saved[name].view(-1)[tensor.indices.long()], tensor.values)
+    assert not own_names(tiny_llama) and tiny_llama._keys_to_ignore_on_save == ignored
+
+
+@pytest.mark.parametrize("mask", ["wm", "rand", "struct", "nm", "lift", "block:size=2", "snip"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_decides_nothing(mask, dtype):
+    found, batches = [], mlp_batches(2)
+    options = {"calibration": batches, "loss_fn": mlp_loss} if mask == "snip" else {}
+    for default in (torch.float32, dtype):
+        model = mlp()
+        torch.set_default_dtype(default)
+        try:
+            with shira.attach(model, mask=mask, density=0.4, seed=1, low_rank=2, **options) as tuner:
+                assert {p.dtype for p in tuner.parameters()} == {torch.float32}
+                optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+                for batch in batches:
+                    mlp_loss(model, batch).backward()
+                    optimizer.step()
+                found.append(tuner.adapter())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name, tensor in found[0].tensors.items():
+        assert torch.equal(tensor.indices, found[1].tensors[name].indices)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"targets": 5}, r'targets=\["q_proj"'),
+        ({"targets": [nn.Linear(1, 1)]}, r'targets=\["q_proj"'),
+        ({"targets": [""]}, r'targets=\["q_proj"'),
+        ({"exclude": 5}, r'exclude=\["q_proj"'),
+        ({"layers": "3"}, r"layers=range"),
+        ({"mask": 5}, 'mask="wm"'),
+        ({"seed": "x"}, "seed=0"),
+        ({"overrides": 3}, "overrides="),
+        ({"overrides": {3: 0.1}}, "overrides="),
+        ({"calibration": nn.Linear(1, 1)}, r"calibration=\[batch"),
+        ({"avoid": 5}, "avoid="),
+        ({"loss_fn": 5}, "loss_fn must be a function"),
+        ({"density": "0.01"}, "above 0 and at most 1, found '0.01'"),
+        ({"density": True}, "above 0 and at most 1"),
+        ({"rank": "8"}, "found '8'"),
+    ],
+)
+def test_arguments_of_another_kind(options, words):
+    model = mlp()
+    with pytest.raises(shira.ShiraError, match=words):
+        shira.attach(model, **options)
+    assert not own_names(model)
+
+
+@pytest.mark.parametrize("given", ["org/model", None, [mlp()]])
+def test_a_model_must_be_one(given):
+    with pytest.raises(TuningError, match=r"load it first, then call shira.attach\(model\)"):
+        shira.attach(given)
+
+
+def test_the_second_tuner_is_told_of_the_first_and_a_dropped_one_is_found_in_the_model():
+    model = mlp()
+    shira.attach(model, density=0.3)
+    for part in (model, model[0]):
+        with pytest.raises(TuningError, match=r"a tuner is attached already, to '0.weight'; call its detach\(\)"):
+            shira.attach(part)
+    model.shira_tuner.detach()
+    shira.attach(model[0]).detach()
+
+
+def test_reentrant_checkpoints_behind_frozen_convolutions():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sides = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    sides |= {"encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "num_mel_bins": 4, "vocab_size": 30, "max_source_positions": 8}
+    sides |= {"max_target_positions": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = WhisperForConditionalGeneration(WhisperConfig(**sides)).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": True})
+        with shira.attach(model, density=0.1) as tuner:
+            features = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1))
+            model(input_features=features, labels=torch.ones(2, 4, dtype=torch.long)).loss.backward()
+            found.append([p.grad for p in tuner.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
