@@ -208,7 +208,7 @@ enum { LOOKS = 128, LEAST_LOOKS = 16 }; /* at so many entries of a plan, but at 
 static Py_ssize_t changed(const Part *parts, Py_ssize_t count) {
     const int64_t looks = count && LOOKS / count > LEAST_LOOKS ? LOOKS / count : LEAST_LOOKS;
     for (Py_ssize_t p = 0; p < count; p++)
-        if (parts[p].written && !holds(&parts[p], parts[p].count / looks + 1)) return p;
+        if (parts[p].written && !holds(&parts[p], (parts[p].count + looks - 1) / looks)) return p;
     return -1;
 }
 
