@@ -57,10 +57,9 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
         )
     for name, entries in masters.items():
         _check(name, entries, held[name], state)
-    with torch.no_grad():
-        for parameters in held.values():
-            for key, parameter in parameters.items():
-                parameter.copy_(state[key])
+    for parameters in held.values():
+        for key, parameter in parameters.items():
+            parameter.detach().copy_(state[key])  # no mode of autograd's is touched, which an interrupt could leave on
 
 
 def _mark(entries: Masters) -> Tensor:
