@@ -202,13 +202,12 @@ static int64_t entries_of(const Part *parts, Py_ssize_t count) {
     return total;
 }
 
-enum { LOOKS = 128, LEAST_LOOKS = 16 }; /* at so many entries of a plan, but at so many of each part */
+enum { LOOKS = 16 }; /* at so many entries of each part */
 
 /* The first part that does not hold what was written; -1 if all do. */
 static Py_ssize_t changed(const Part *parts, Py_ssize_t count) {
-    const int64_t looks = count && LOOKS / count > LEAST_LOOKS ? LOOKS / count : LEAST_LOOKS;
     for (Py_ssize_t p = 0; p < count; p++)
-        if (parts[p].written && !holds(&parts[p], (parts[p].count + looks - 1) / looks)) return p;
+        if (parts[p].written && !holds(&parts[p], (parts[p].count + LOOKS - 1) / LOOKS)) return p;
     return -1;
 }
 
