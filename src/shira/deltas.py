@@ -89,7 +89,7 @@ class _Product(torch.autograd.Function):
 def _times(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], input: Tensor) -> Tensor:
     """input · Sᵀ, S in compressed rows; in coordinates where torch was built without MKL."""
     if starts.device.type == "cpu" and not torch.backends.mkl.is_available():
-        rows = torch.repeat_interleave(torch.arange(shape[0]), starts.diff())
+        rows = torch.repeat_interleave(torch.arange(shape[0], device="cpu"), starts.diff())
         sparse = torch.sparse_coo_tensor(torch.stack([rows, columns.long()]), values, shape, check_invariants=False)
     else:
         sparse = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)

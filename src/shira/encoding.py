@@ -44,7 +44,7 @@ def encode(indices: Tensor, shape: tuple[int, ...], rules: list[dict[str, Any]])
     best = min(UNITS, key=lambda dtype: sizes[dtype] * dtype.itemsize)
     if sizes[best] * best.itemsize >= plain.nbytes:
         return Stored("plain", plain)
-    units = torch.empty(sizes[best], dtype=best)
+    units = torch.empty(sizes[best], dtype=best, device="cpu")
     end = 0
     for gaps in _gaps(indices):
         piece = _gap_units(gaps, best)

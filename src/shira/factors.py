@@ -24,7 +24,7 @@ class Factors:
     def __init__(self, matrix: tuple[int, int], rank: int, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(matrix[1])
-        down = torch.empty(rank, matrix[1], dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        down = torch.empty(rank, matrix[1], dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
         self.up = nn.Parameter(torch.zeros(rank, matrix[0], dtype=torch.float32, device=device))
         self.down = nn.Parameter(down.to(device))
 

@@ -65,7 +65,7 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
 def _mark(entries: Masters) -> Tensor:
     """The weight's sides, and checksums of the positions and of the base values that lay there."""
     base = zlib.crc32(fingerprint(entries.base).encode())
-    return torch.tensor([*shape_of(entries.weight), checksum(entries.indices.cpu()), base])
+    return torch.tensor([*shape_of(entries.weight), checksum(entries.indices.cpu()), base], device="cpu")
 
 
 def _check(name: str, entries: Masters, held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

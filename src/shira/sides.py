@@ -88,7 +88,7 @@ class _Adding:
 def product(name: str, weight: Tensor, parts: list[tuple[SparseTensor, float]], method: Method) -> Product:
     """What the method makes of deltas at their strengths, in float32. Raises AdapterError if it overflows."""
     overlap = merge([tensor.indices for tensor, _ in parts])
-    zeros = torch.zeros(overlap.indices.numel(), device=overlap.indices.device)
+    zeros = torch.zeros(overlap.indices.numel(), dtype=torch.float32, device=overlap.indices.device)
     indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
     if not all_finite(values):
         raise AdapterError(f"'{name}' would overflow torch.float32 at these strengths; use smaller ones")

@@ -80,7 +80,7 @@ def read_header(file: BinaryIO, *, any_dtype: bool = True) -> tuple[dict[str, En
 
 def read_tensor(file: BinaryIO, entry: Entry) -> Tensor:
     """A tensor of an opened file, in memory of its own. Raises CheckpointError if the file has become shorter."""
-    content = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+    content = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
     left = content.numpy().data
     file.seek(entry.begin)
     while left:

@@ -58,6 +58,7 @@ SLACK = 16  # entries that may be written beyond the last
 KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 MESSAGE = np.dtype([("values", "u8"), ("digest", "u8"), ("count", "i8"), ("entry", "i8")])  # as in sha256.c
 
+CPU = torch.device("cpu")  # where what C fills must lie, whatever torch.set_default_device says
 PLAIN = False  # do without instructions that not all processors have: for tests
 
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
@@ -74,7 +75,7 @@ def available(*tensors: Tensor) -> bool:
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
     """See `reference.gather`."""
-    values = torch.empty(indices.numel(), dtype=weight.dtype)
+    values = torch.empty(indices.numel(), dtype=weight.dtype, device=CPU)
     table = _table([Write(weight, indices, values)])
     table["stash"], table["values"] = table["values"], 0
     _native.swap(table.ctypes.data, 1, KEEP_AND_WRITE, False, 0, torch.get_num_threads())
@@ -114,14 +115,14 @@ def merge(runs: Sequence[Tensor]) -> Overlap:
     runs = [run.to(dtype).contiguous() for run in runs]
     if any(run.numel() and not 0 <= int(run[0]) <= int(run[-1]) < 2**62 for run in runs):
         raise IndexError("positions below 0, or from 2^62 on")
-    places = [torch.empty(run.numel(), dtype=torch.int32) for run in runs]
+    places = [torch.empty(run.numel(), dtype=torch.int32, device=CPU) for run in runs]
     table = np.zeros(len(runs), dtype=RUN)
     table["positions"] = [run.data_ptr() for run in runs]
     table["places"] = [place.data_ptr() for place in places]
     table["count"] = [run.numel() for run in runs]
     end = max((int(run[-1]) + 1 for run in runs if run.numel()), default=0)
     room = sum(place.numel() for place in places)
-    indices, counts = torch.empty(room, dtype=dtype), torch.empty(room, dtype=torch.int32)
+    indices, counts = (torch.empty(room, dtype=kind, device=CPU) for kind in (dtype, torch.int32))
     given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
     found = _native.merge(*given)
     return Overlap(indices[:found].clone(), places, counts[:found])  # positions are kept: without the room
@@ -224,7 +225,7 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     if not fits or not sampling_wins(grad_output.dtype, rows, columns, indices.numel()):
         return torch_ops.sampled_gradient(grad_output, input, indices)
     grad_output, input, indices = grad_output.contiguous(), input.contiguous(), indices.contiguous()
-    out = torch.zeros(indices.numel(), dtype=torch.float32)
+    out = torch.zeros(indices.numel(), dtype=torch.float32, device=CPU)
     scratch = _scratch(BLOCK * (rows + columns))
     _native.sampled(
         grad_output.data_ptr(),
@@ -248,7 +249,7 @@ def _scratch(size: int) -> Tensor:
     """Room for `size` floats, kept for the next call of this thread: fresh memory would have to be paged in each time."""
     room: Tensor | None = getattr(_rooms, "room", None)
     if room is None or room.numel() < size:
-        room = _rooms.room = torch.empty(size, dtype=torch.float32)
+        room = _rooms.room = torch.empty(size, dtype=torch.float32, device=CPU)
     return room
 
 

@@ -34,7 +34,7 @@ class Waiting:
             held += [(place, tensor) for place, tensor in zip(places, found, strict=True) if place and tensor is not None]
             self._places.append((places[0], places[1], places[2]))  # type: ignore[arg-type]
         for key, size in sizes.items():
-            self._pieces[key] = torch.empty(size, dtype=key[1], pin_memory=key[0].type == "cuda")
+            self._pieces[key] = torch.empty(size, dtype=key[1], device="cpu", pin_memory=key[0].type == "cuda")
         for (key, span), tensor in held:
             self._pieces[key][span].copy_(tensor)
 

@@ -189,7 +189,7 @@ class Pool:
         found = sum(p.numel() for p, _ in self.candidates.values())
         if found < self.open:
             raise MaskError(f"{self.open:,} more entries are to train over the model, but only {found:,} have a score")
-        none = torch.empty(0, dtype=torch.int32)
+        none = torch.empty(0, dtype=torch.int32, device="cpu")
         merged = {
             name: torch.cat([self.reserved.get(name, none), self.candidates.get(name, (none, none))[0]]).long().sort().values
             for name in self.floors
@@ -199,7 +199,7 @@ class Pool:
     def _prune(self) -> None:
         """Keep the best `open` candidates."""
         names = [name for name in self.floors if name in self.candidates]
-        scores = torch.cat([torch.empty(0, dtype=torch.float32), *(self.candidates[name][1] for name in names)])
+        scores = torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *(self.candidates[name][1] for name in names)])
         if scores.numel() <= self.open:
             return
         best = top_k(scores, self.open)

@@ -45,7 +45,9 @@ def best_of_rank(weight: Tensor, rank: int, seed: int) -> Tensor:
         best: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
         return best
     generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(weight.shape[1], rank + OVERSAMPLED, generator=generator, dtype=torch.float32).to(weight.device)
+    sketch = torch.randn(weight.shape[1], rank + OVERSAMPLED, generator=generator, dtype=torch.float32, device="cpu").to(
+        weight.device
+    )
     basis = torch.linalg.qr(weight @ sketch).Q  # [out, rank + OVERSAMPLED]
     for _ in range(ROUNDS):
         basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q

@@ -146,7 +146,7 @@ def select(
     Returns int64 [at most k], sorted, on the weight's device. Raises MaskError that names the tensor.
     """
     label, function = resolve(mask)
-    taken = torch.empty(0, dtype=torch.int64) if avoid is None else avoid.long()
+    taken = torch.empty(0, dtype=torch.int64, device="cpu") if avoid is None else avoid.long()
     inputs = _inputs(name, weight, seed, statistics) | {"k": k, "avoid": taken.to(weight.device)}
     _check_calibrated(label, function, inputs)
     try:

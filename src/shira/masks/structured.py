@@ -87,15 +87,19 @@ def lines(
     if not 0 <= offset < max(1, across) or _count(rows, columns, frequency, direction, offset, diagonal) != count:
         raise MaskError(f"{direction} {frequency} apart from {offset} in {rows} x {columns} are not {count} positions")
     if not count:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     if direction == "rows":
-        whole = (torch.arange(offset, rows, frequency)[:, None] * columns + torch.arange(columns)).view(-1)
+        whole = (_numbers(offset, rows, frequency)[:, None] * columns + _numbers(0, columns)).view(-1)
     else:
-        whole = (torch.arange(rows)[:, None] * columns + torch.arange(offset, columns, frequency)).view(-1)
+        whole = (_numbers(0, rows)[:, None] * columns + _numbers(offset, columns, frequency)).view(-1)
     if not diagonal:
         return whole
-    crossing = torch.arange(min(rows, columns))
+    crossing = _numbers(0, min(rows, columns))
     return torch.cat([whole, crossing[crossing % frequency != offset] * (columns + 1)]).sort().values
+
+
+def _numbers(first: int, stop: int, step: int = 1) -> Tensor:
+    return torch.arange(first, stop, step, device="cpu")
 
 
 def frequency_of(indices: Tensor, rows: int, columns: int, direction: Direction, offset: int = 0) -> int:

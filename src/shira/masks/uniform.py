@@ -34,8 +34,8 @@ def draw(numel: int, k: int, seed: int) -> Tensor:
     if not 0 <= k <= numel:
         raise MaskError(f"{k} positions asked of {numel} entries")
     half = max(1, ((max(1, numel - 1)).bit_length() + 1) // 2)
-    keys = _mix(torch.arange(1, ROUNDS + 1) * 0x632BE59BD9B4E019 + seed)
-    drawn = _permute(torch.arange(k), half, keys)
+    keys = _mix(torch.arange(1, ROUNDS + 1, device="cpu") * 0x632BE59BD9B4E019 + seed)
+    drawn = _permute(torch.arange(k, device="cpu"), half, keys)
     outside = (drawn >= numel).nonzero().view(-1)
     while outside.numel():
         drawn[outside] = _permute(drawn[outside], half, keys)
