@@ -240,3 +240,32 @@ def test_values_frozen_after_attach_are_an_error_before_the_first_step():
             model(torch.randn(2, 3))
         model.eval()
         model(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_what_follows_a_target_may_change_its_output_in_place(kind):
+    """As after a layer of torch, whose outputs are no views; the gradients are those of a copy out of place."""
+
+    class Model(nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            torch.manual_seed(0)
+            self.in_place = in_place
+            conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 6)
+            self.layer = {"linear": nn.Linear(6, 6), "conv1d": conv1d, "embedding": nn.Embedding(9, 6)}[kind]
+
+        def forward(self, x):
+            hidden = self.layer(x)
+            hidden = hidden if self.in_place else hidden.clone()
+            hidden += 0.5
+            return nn.functional.relu(hidden, inplace=True).square().mean()
+
+    inputs = torch.arange(8).view(2, 4) if kind == "embedding" else torch.randn(2, 4, 6)
+    found = []
+    for in_place in (False, True):
+        model = Model(in_place)
+        with shira.attach(model, targets=["layer"], density=0.5) as tuner:
+            loss = model(inputs)
+            loss.backward()
+            found.append((loss.detach(), *(parameter.grad for parameter in tuner.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -441,3 +441,108 @@ def test_a_wrong_call_shows_the_one_that_was_meant(call, words):
     with pytest.raises(ShiraError, match=words):
         call(switcher)
     assert switcher.active == {} and same_bits(base, all_bits(model))
+
+
+def test_a_switch_inside_autocast_is_seen():
+    model = mlp()
+    inputs = torch.randn(3, 13)
+    switcher = switcher_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(inputs)
+        switcher.use("a")
+        adapted = model(inputs)
+        switcher.use(None)
+        assert torch.equal(model(inputs), plain) and not torch.equal(adapted, plain)
+    switcher.use("a")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(inputs), adapted)
+
+
+@pytest.mark.parametrize("act", ["weight_norm", "parametrized", "removed"])
+def test_a_weight_that_is_taken_away_is_an_error_each_time(act):
+    model = mlp()
+    if act == "removed":
+        nn.utils.parametrizations.weight_norm(model[0])
+    switcher = Switcher(model)
+    switcher.add("a", shira.Adapter(random_adapter(model, 1).tensors))
+    switcher.use("a")
+    match act:
+        case "weight_norm":
+            nn.utils.parametrizations.weight_norm(model[0])
+        case "parametrized":  # the very same Parameter, under another name
+            nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+            switcher.use(None)
+            assert torch.equal(model[0].weight, mlp()[0].weight)
+            return
+        case "removed":
+            nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    for _ in range(2):
+        with pytest.raises(SwitchError, match=r"while 'a' was active in it: found nothing of that name.*release\(\)"):
+            switcher.use(None)
+        assert switcher.active == {"a": 1.0}
+    switcher.release()
+
+
+def test_scalars_are_followed():
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(2.3))
+    switcher = Switcher(model)
+    switcher.add("x", shira.Adapter({"scale": SparseTensor((), torch.tensor([0]), torch.tensor([7.7]))}))
+    switcher.use("x")
+    model.half()
+    switcher.use(None)
+    assert torch.equal(model.scale, torch.tensor(2.3).half())
+
+
+def test_a_module_that_is_put_on_later_is_found():
+    model = mlp()
+    switcher = switcher_of(model)
+    switcher.use("a")
+    held = all_bits(model)
+    model.add_module("score", nn.Linear(7, 2))
+    switcher.add("head", shira.Adapter({"score.weight": SparseTensor((2, 7), torch.tensor([3]), torch.ones(1))}))
+    assert switcher.active == {"a": 1.0} and same_bits(held, {name: bits(model.get_parameter(name)) for name in held})
+    switcher.use("head")
+    assert model.score.weight.view(-1)[3] == 1
+    switcher.use(None)
+
+
+def test_sums_over_a_buffer_are_of_what_it_is_now():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    switcher = Switcher(model)
+    switcher.add("x", shira.Adapter({"0.running_mean": SparseTensor((4,), torch.arange(4), torch.ones(4))}))
+    for before in (0.0, 10.0):
+        model[0].running_mean.fill_(before)
+        switcher.use({"x": 0.5})
+        assert torch.equal(model[0].running_mean, torch.full((4,), (before + 1) / 2))
+        switcher.use(None)
+        assert torch.equal(model[0].running_mean, torch.full((4,), before))
+
+
+def test_blocks_that_overlap_end_on_what_was_before_the_first():
+    model = mlp()
+    base = all_bits(model)
+    switcher = switcher_of(model)
+    for order in ((0, 1), (1, 0)):
+        blocks = [switcher.using("a"), switcher.using("b")]
+        for block in blocks:
+            block.__enter__()
+        for number in order:
+            blocks[number].__exit__(None, None, None)
+        assert switcher.active == {} and same_bits(base, all_bits(model))
+    with switcher.using("a"), switcher.using("b"):
+        assert switcher.active == {"b": 1.0}
+    assert same_bits(base, all_bits(model))
+
+
+def test_a_cast_model_lays_no_claim_on_the_memory_that_it_gave_back():
+    held = []
+    for seed in range(20):
+        model = mlp(seed=seed)
+        switcher = Switcher(model)
+        switcher.add("a", shira.Adapter(random_adapter(model, 1).tensors))
+        switcher.use("a")
+        model.half()
+        held.append((model, switcher))
+        for other in [mlp(seed=number) for number in range(3)]:
+            shira.attach(other, density=0.1).detach()

@@ -191,7 +191,7 @@ class SparseLinear(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, masters: Masters) -> Tensor:
         ctx.save_for_backward(masters.keep(input) if ctx.needs_input_grad[3] else None, weight)
         ctx.masters, ctx.input_dtype = masters, input.dtype
-        return nn.functional.linear(input, weight, bias)
+        return _unviewed(nn.functional.linear(input, weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -206,6 +206,14 @@ class SparseLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_values = ctx.masters.gradient(flat, kept.reshape(-1, kept.shape[-1]).to(grad_output.dtype))
         return grad_input, None, grad_bias, grad_values, None
+
+
+def _unviewed(output: Tensor) -> Tensor:
+    """The same memory as no view: what follows may change it in place, as after a layer of torch."""
+    if torch.compiler.is_compiling() or not output._is_view():
+        return output
+    plain: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return plain
 
 
 def _conv1d(module: Any, masters: Masters, input: Tensor) -> Tensor:
@@ -227,7 +235,7 @@ class _Conv1D(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, values: Tensor, masters: Masters) -> Tensor:
         ctx.save_for_backward(input if ctx.needs_input_grad[3] else None, weight)
         ctx.masters, ctx.input_dtype = masters, input.dtype
-        return _product(input, weight, bias)
+        return _unviewed(_product(input, weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -259,7 +267,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, masters: Masters, padding: int | None) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.masters, ctx.padding = masters, padding
-        return nn.functional.embedding(ids, weight)
+        return _unviewed(nn.functional.embedding(ids, weight))
 
     @staticmethod
     @once_differentiable

@@ -49,6 +49,7 @@ class ModelTensors:
 
     by_name: each tensor by every name that it has in a checkpoint; tensors that are one memory are one here, the first.
     overlapping: the name of a tensor -> that of another one that shares a part of its memory, but is not the same.
+    numbers: of every tensor object in the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,6 +58,7 @@ class ModelTensors:
         self._where, self._keys, self._held = ([each[n] for each in held] for n in range(3))
         self.by_name, self.overlapping = _by_memory({name: tensor for name, tensor, _ in found})
         self._all = {name: tensor for name, tensor, _ in found}
+        self.numbers = {id(tensor) for tensor in self._all.values()}
 
     def same(self) -> bool:
         """Whether the model still consists of the same modules and tensors: objects, not what is in them."""

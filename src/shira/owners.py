@@ -26,13 +26,17 @@ class Extent:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = frozenset(id(module) for module in model.modules())
-        self._storages = frozenset(_storage(tensor) for tensor in named_tensors(model).values())
+        self._storages = dict(map(_storage, named_tensors(model).values()))
         self._model = weakref.ref(model)  # numbers of modules mean nothing once it is gone
 
     def meets(self, other: "Extent") -> bool:
         """Whether two models have a module or a weight in common."""
-        alive = self._model() is not None and other._model() is not None
-        return alive and not (self._modules.isdisjoint(other._modules) and self._storages.isdisjoint(other._storages))
+        if self._model() is None or other._model() is None:
+            return False
+        return not self._modules.isdisjoint(other._modules) or any(
+            (storage := self._storages[number]()) is not None and storage is other._storages[number]()
+            for number in self._storages.keys() & other._storages.keys()  # a number is given out again, an object is not
+        )
 
 
 class Claim:
@@ -90,8 +94,10 @@ def _nothing() -> Claim:
     return Claim(Extent(nn.Module()), "")
 
 
-def _storage(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> "tuple[int, weakref.ref[Any]]":
+    """What a tensor's memory is known by: a number, and the object while it lives."""
     try:
-        return id(tensor) if is_sharded(tensor) else tensor.untyped_storage()._cdata
+        memory: Any = tensor if is_sharded(tensor) else tensor.untyped_storage()
+        return (id(memory) if memory is tensor else memory._cdata), weakref.ref(memory)
     except (RuntimeError, NotImplementedError):  # quantized weights are made of other tensors
-        return id(tensor)
+        return id(tensor), weakref.ref(tensor)

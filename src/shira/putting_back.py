@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .distributed import is_sharded
 from .errors import SwitchError
 from .kernels import Plan
 from .model_tensors import ModelTensors, is_buffer
@@ -47,14 +48,17 @@ def put_back(plans: Sequence[Plan], names: Mapping[int, list[str]], tensors: Mod
     Raises SwitchError, before anything is written, if what lies under the adapter is not known any more.
     """
     found: list[tuple[_Entries, Bases]] = []
-    present = {id(tensor) for tensor in tensors.by_name.values()}
+    present = tensors.numbers
     for plan in plans:
         for number in range(int(plan.begun[0])):
             part, stash, shape = plan.parts[number], plan.stash[number], plan.shapes[number]
             now = {id(part.weight): (names[id(part.weight)][0], part.weight)}
-            for name in names[id(part.weight)]:  # several, if the weight was tied; it may be no longer
-                weight = tensors.by_name.get(name, part.weight)
+            there = [(name, tensors.by_name.get(name, part.weight)) for name in names[id(part.weight)]]
+            in_pieces = any(is_sharded(weight) for _, weight in there)  # of which the plan has what lies here
+            for name, weight in there if not in_pieces else ():  # several, if it was tied; it may be no longer
                 now.setdefault(id(weight), (name, weight))
+            if not in_pieces and not present & now.keys():
+                raise _unknown(names[id(part.weight)][0], None, active)
             for name, weight in now.values():
                 entries = _entries(name, weight, shape, part.indices, part.values, stash)
                 bases = {} if entries is None else _bases(entries)
@@ -75,35 +79,35 @@ def put_back(plans: Sequence[Plan], names: Mapping[int, list[str]], tensors: Mod
         _write(entries, base)
 
 
-def _unknown(name: str, weight: Tensor, active: str) -> SwitchError:
+def _unknown(name: str, weight: Tensor | None, active: str) -> SwitchError:
+    found = "nothing of that name" if weight is None else f"{weight.dtype} {list(weight.shape)} on {weight.device}"
     return SwitchError(
-        f"'{name}' was changed by somebody else while {active} was active in it: found {weight.dtype} {list(weight.shape)} on "
-        f"{weight.device}, and what lies under the adapter cannot be told from its entries any more. Load the base's weights "
-        "into the model, then call release(), which takes the model as it is for the base; next time call use(None) first"
+        f"'{name}' was changed by somebody else while {active} was active in it: found {found}, and what lies under the "
+        "adapter cannot be told from its entries any more. Load the base's weights into the model, then call release(), which "
+        "takes the model as it is for the base; next time call use(None) first"
     )
 
 
 def _entries(name: str, weight: Tensor, shape: torch.Size, indices: Tensor, written: Tensor, stash: Tensor) -> _Entries | None:
     """The entries as they are now; None if they cannot be read or written. shape: of the weight when they were written."""
-    if (
-        not weight.ndim
-        or weight.ndim != len(shape)
-        or weight.shape[1:] != shape[1:]
-        or weight.is_meta
-        or not weight.is_floating_point()
-    ):
+    if weight.ndim != len(shape) or weight.shape[1:] != shape[1:] or weight.is_meta or not weight.is_floating_point():
         return None
     if torch._debug_has_internal_overlap(weight) == 1:
         return None
     indices = indices.long().to(weight.device)
     there = indices < weight.numel()  # rows may be gone, as of an embedding that was made smaller
     indices, written, stash = indices[there], written.to(weight.device)[there], stash.to(weight.device)[there]
-    return _Entries(name, weight, indices, weight.detach()[_places(weight, indices)], written, stash)
+    return _Entries(name, weight, indices, _sides(weight)[_places(weight, indices)], written, stash)
+
+
+def _sides(weight: Tensor) -> Tensor:
+    """The weight, detached, with a side at least."""
+    return weight.detach() if weight.ndim else weight.detach().view(1)
 
 
 def _places(weight: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
     """Positions in the weight's own shape, whatever its layout in memory."""
-    return torch.unravel_index(indices, weight.shape)
+    return torch.unravel_index(indices, weight.shape or (1,))
 
 
 def _bases(entries: _Entries) -> Bases:
@@ -136,6 +140,5 @@ def _same(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _write(entries: _Entries, base: Tensor) -> None:
-    weight = entries.weight.detach()
-    with torch.inference_mode(weight.is_inference()):
-        weight[_places(weight, entries.indices)] = base
+    with torch.inference_mode(entries.weight.is_inference()):
+        _sides(entries.weight)[_places(entries.weight, entries.indices)] = base

@@ -1,18 +1,20 @@
 """What a switcher holds ready: selections whose values are all computed and checked, a bounded number of them."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import kernels
+from .errors import SwitchError
 from .kernels import Plan, Waiting
-from .methods import Method
+from .methods import Method, resolve
 from .sides import Product
-from .strengths import Fixed
+from .strengths import Fixed, Strength, check_strengths, is_there
 
-__all__ = ["BASE", "Chosen", "Prepared", "Ready"]
+__all__ = ["BASE", "Chosen", "Prepared", "Ready", "Selection", "chosen"]
 
 
 class Chosen(NamedTuple):
@@ -23,6 +25,22 @@ class Chosen(NamedTuple):
 
 
 BASE = Chosen((), Method("sum"))
+Selection = str | Mapping[str, Strength] | None
+
+
+def chosen(selection: Selection, method: str, options: Mapping[str, float], check: Callable[[str], None]) -> Chosen:
+    """What a user's words mean: see `Switcher.use`. check: raises what is to be said of a name that is not known."""
+    if not isinstance(method, str) and isinstance(selection, str):
+        raise SwitchError(f"a strength belongs to its name: use({{{selection!r}: {method!r}}})")
+    if not (selection is None or isinstance(selection, str | Mapping)):
+        meant = 'a name, use("poet"); names with strengths, use({"poet": 1.0, "coder": 0.5}); or use(None) for the base'
+        raise SwitchError(f"expected {meant}; found {selection!r}")
+    wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)
+    for name in wanted:
+        check(name)
+    strengths = sorted((name, fixed) for name, fixed in check_strengths(wanted).items() if is_there(fixed))
+    resolved = resolve(method, options)
+    return Chosen(tuple(strengths), resolved) if strengths else BASE
 
 
 class Prepared(NamedTuple):

@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,20 +23,17 @@ from .distributed import reshard
 from .errors import AdapterError, SwitchError, did_you_mean
 from .fusion import combine
 from .kernels import Plan, Sum, WeightChanged, Write
-from .methods import Method, resolve
+from .methods import Method
 from .model_now import ModelNow
-from .model_tensors import ModelTensors, plain_model
+from .model_tensors import ModelTensors, is_buffer, named_tensors, plain_model
 from .owners import check_free, taking
 from .putting_back import put_back
 from .quantized import is_quantized
-from .ready import BASE, Chosen, Prepared, Ready
+from .ready import BASE, Chosen, Prepared, Ready, Selection, chosen
 from .sources import Source
-from .strengths import Strength, as_given, check_strengths, is_there, strengths_of
+from .strengths import as_given, strengths_of
 
 __all__ = ["Switcher"]
-
-Selection = str | Mapping[str, Strength] | None
-
 
 AS_IT_IS = contextlib.nullcontext()
 
@@ -78,6 +75,7 @@ class Switcher:
         self._sources: dict[str, Source] = {}
         self._ready = Ready(ready, host)
         self._nothing = Plan.of([])
+        self._blocks: list[list[Chosen]] = []  # of `using`, those that are open
         self._state: _State = _State(BASE)
         self._owner = functools.partial(_owner, weakref.ref(self))
         self._now = ModelNow(self._model, self._owner)
@@ -99,8 +97,7 @@ class Switcher:
 
     def _chosen_now(self) -> Chosen:
         with self._turn, _writable():
-            if self._state.chosen is None:
-                self._settle()
+            self._settle()
             return self._state.chosen or BASE
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
@@ -119,6 +116,8 @@ class Switcher:
             if name in self._sources:
                 raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
             self._follow()
+            if named_tensors(self._model).keys() != self._now.weights.keys():  # a head was put on meanwhile
+                self._begin_again()
             self._checked(name, source)
             self._sources[name] = source
 
@@ -147,7 +146,7 @@ class Switcher:
         exception, half way, the base is active.
         """
         with self._turn, _writable():
-            self._activate(self._chosen(selection, method, options))
+            self._activate(chosen(selection, method, options, self._known))
 
     def prefetch(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Make ready what `use` will be asked for, while a forward pass may still run: what waits in host memory is sent to the
@@ -160,7 +159,7 @@ class Switcher:
             switcher.use("coder")
         """
         with self._turn, _writable():
-            key = self._chosen(selection, method, options)
+            key = chosen(selection, method, options, self._known)
             self._follow()
             if key.strengths and not self._ready.fetch(key):
                 kernels.prepare(self._prepare(key).plan)
@@ -177,21 +176,40 @@ class Switcher:
 
     @contextlib.contextmanager
     def using(self, selection: Selection, method: str = "sum", **options: float) -> Iterator[None]:
-        """`use` inside a `with`, then whatever was active before."""
+        """`use` inside a `with`, then whatever was active before.
+
+        There is one model: of blocks that overlap in time (in threads, asyncio, generators) the latest one has it, and when all
+        are left, what was active before the first is active again.
+        """
+        block = [BASE]  # what is active after it
         with self._turn, _writable():
-            before = self._chosen_now()
-            self._activate(self._chosen(selection, method, options))
+            block[0] = self._chosen_now()
+            self._activate(chosen(selection, method, options, self._known))
+            self._blocks = [*self._blocks, block]
         try:
             yield
         finally:
             with self._turn, _writable():
-                for name, _ in before.strengths:
-                    self._known(name)
-                self._activate(before)
+                self._leave(block)
+
+    def _leave(self, block: list[Chosen]) -> None:
+        """Activate what was active before a block; if others were entered after it, leave that to the next of them."""
+        later = [each for each in self._blocks if each is not block]
+        place = next(number for number, each in enumerate(self._blocks) if each is block)
+        if place < len(later):
+            later[place][0] = block[0]
+            self._blocks = later
+            return
+        self._blocks = later
+        for name, _ in block[0].strengths:
+            self._known(name)
+        self._activate(block[0])
 
     def _settle(self) -> None:
-        """The base, after an interruption half way. Can itself be interrupted: the next call begins with it."""
+        """The base, if a call was interrupted half way. Can itself be interrupted: the next call begins with it."""
         state = self._state
+        if state.chosen is not None:
+            return
         self._now.sides.show(())
         try:
             for plan in state.plans:
@@ -200,16 +218,21 @@ class Switcher:
                     plan.begun[0] = 0
         except WeightChanged:
             self._put_back(state)
+        self._was_written()
         self._state = _State(BASE)
+
+    def _was_written(self) -> None:
+        self._now.was_written()
+        torch.clear_autocast_cache()  # which may hold casts of what the weights were
 
     def _put_back(self, state: _State) -> None:
         active = " + ".join(repr(name) for name, _ in (state.chosen or BASE).strengths) or "an adapter"
         put_back(state.plans, self._now.names(), ModelTensors(self._model), active)
+        torch.clear_autocast_cache()
 
     def _follow(self) -> None:
         """Take note of what was done to the model since the last call; what is active stays so."""
-        if self._state.chosen is None:
-            self._settle()
+        self._settle()
         try:
             check_free(self._now.claim, SwitchError)
             for plan in self._state.plans:
@@ -218,6 +241,10 @@ class Switcher:
                 return
         except WeightChanged:
             pass
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        """See the model as it is now, with the same active in it."""
         before = self._state.chosen or BASE
         self._adopt()
         self._switch(before)
@@ -238,8 +265,7 @@ class Switcher:
         self._now = ModelNow(self._model, self._owner)
 
     def _activate(self, wanted: Chosen) -> None:
-        if self._state.chosen is None:
-            self._settle()
+        self._settle()
         if not (wanted.strengths or self._state.plans):
             return  # the model may be somebody else's
         if self._now.is_another():
@@ -271,7 +297,7 @@ class Switcher:
             else:
                 kernels.change_(leaving, coming)
             self._now.sides.show(prepared.beside)
-            self._now.was_written()
+            self._was_written()
             if finite:
                 self._state = _State(wanted, (coming,)) if wanted.strengths else _State(BASE)
         except WeightChanged:
@@ -279,7 +305,6 @@ class Switcher:
             raise
         except BaseException:
             self._settle()
-            self._now.was_written()
             raise
         finally:
             if self._now.pieces:  # what was gathered of them is out of date
@@ -293,22 +318,8 @@ class Switcher:
         name = next(name for name, other in self._now.weights.items() if other is weight)
         self._ready.forget(wanted)
         self._settle()
-        self._now.was_written()
         self._switch(before)
         raise AdapterError(_overflow(name, weight))
-
-    def _chosen(self, selection: Selection, method: str, options: Mapping[str, float]) -> Chosen:
-        if not isinstance(method, str) and isinstance(selection, str):
-            raise SwitchError(f"a strength belongs to its name: use({{{selection!r}: {method!r}}})")
-        if not (selection is None or isinstance(selection, str | Mapping)):
-            meant = 'a name, use("poet"); names with strengths, use({"poet": 1.0, "coder": 0.5}); or use(None) for the base'
-            raise SwitchError(f"expected {meant}; found {selection!r}")
-        wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)
-        for name in wanted:
-            self._known(name)
-        strengths = sorted((name, fixed) for name, fixed in check_strengths(wanted).items() if is_there(fixed))
-        chosen = resolve(method, options)
-        return Chosen(tuple(strengths), chosen) if strengths else BASE
 
     def _known(self, name: str) -> None:
         if not isinstance(name, str) or name not in self._sources:
@@ -335,7 +346,9 @@ class Switcher:
             else:
                 made.append(self._write(name, parts, key.method))
         plan = Plan.of([write for write, _ in made], [total for _, total in made])
-        return self._ready.hold(key, Prepared(plan, tuple(products)))
+        prepared = Prepared(plan, tuple(products))
+        moves = any(is_buffer(part.weight) for part in plan.parts)  # its sums hold for what it is now
+        return prepared if moves else self._ready.hold(key, prepared)
 
     def _checked(self, name: str, source: Source) -> dict[str, SparseTensor]:
         adapter, is_new = source.read()

@@ -17,8 +17,9 @@ from ..data.tasks import TASKS
 from ..errors import ShiraError
 from ..evaluation import accuracy
 from ..format import load
+from ..ready import Selection
 from ..recipes import Recipe, save_recipe, train_adapter
-from ..switching import Selection, Switcher
+from ..switching import Switcher
 from .output import bytes_text, console, print_json, progress, waiting
 
 __all__ = ["demo"]
