@@ -11,9 +11,9 @@ HERE = str(Path(shira.__file__).parent)
 
 
 @contextlib.contextmanager
-def interrupted(line, later=0):
-    """KeyboardInterrupt before the `line`-th line of shira that runs, and, if `later`, a second one at the `later`-th event (a
-    line, call or return) after that. Yields a list of what is still to come: empty once all have struck."""
+def interrupted(line, later=0, error=KeyboardInterrupt):
+    """KeyboardInterrupt, or another error, before the `line`-th line of shira that runs, and, if `later`, a second one at the
+    `later`-th event (a line, call or return) after that. Yields a list of what is still to come: empty once all have struck."""
     left = [line] + [later] * bool(later)
     total = len(left)
 
@@ -23,7 +23,7 @@ def interrupted(line, later=0):
         left[0] -= 1
         if left[0] == 0:
             del left[0]
-            raise KeyboardInterrupt
+            raise error
 
     def trace(frame, event, _):
         if not frame.f_code.co_filename.startswith(HERE):
@@ -43,7 +43,7 @@ def interrupted(line, later=0):
         sys.setprofile(profile)
         sys.settrace(trace)
         yield left
-    except KeyboardInterrupt:
+    except error:
         pass
     finally:
         sys.setprofile(before[1])  # first, since it puts the trace function back

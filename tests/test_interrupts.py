@@ -1,50 +1,13 @@
 """An interrupt at any line of a tuner's calls, and another one in what undoes them: the next call finds the exact base."""
 
-import contextlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import shira
 from conftest import all_bits, bits, same_bits
-
-HERE = str(Path(shira.__file__).parent)
-
-
-@contextlib.contextmanager
-def struck(line, event=0):
-    """KeyboardInterrupt before the line-th line of shira's code that runs, and, with `event`, at the event-th call, return or
-    line after that. Yields a list of what has not struck."""
-    left = [line, *[event] * bool(event)]
-
-    def strike(frame):
-        if left and frame.f_code.co_filename.startswith(HERE):
-            left[0] -= 1
-            if not left[0]:
-                del left[0]
-                raise KeyboardInterrupt
-
-    def trace(frame, kind, _argument):
-        if kind == "line" and len(left) == 1 + bool(event):
-            strike(frame)
-        return trace if frame.f_code.co_filename.startswith(HERE) else None
-
-    def profile(frame, _kind, _argument):
-        if event and len(left) == 1:
-            strike(frame)
-
-    try:
-        sys.setprofile(profile)
-        sys.settrace(trace)
-        yield left
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
-        sys.setprofile(None)
+from interrupting import interrupted
+from shira import optimizers
 
 
 class Model(nn.Module):
@@ -163,7 +126,7 @@ def base_is_back(call, line, event=0):
     model, held = made(), []
     before = everything(model)
     act, back = call(model)
-    with struck(line, event) as left:
+    with interrupted(line, event) as left:
         held.append(act())
     back()
     for tuner in held:
@@ -191,6 +154,7 @@ def lines_of(call, begin, step, second):
 def test_an_interrupt_at_any_line(call):
     from torch.optim.optimizer import _global_optimizer_post_hooks
 
+    optimizers.watch()
     hooks = len(_global_optimizer_post_hooks)
     assert lines_of(call, 2, 13, 0) > 20
     assert len(_global_optimizer_post_hooks) == hooks

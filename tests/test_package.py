@@ -15,7 +15,7 @@ SOURCE = Path(shira.__file__).parent
 LAYERS = [
     {"texts"},
     {"errors"},
-    {"undoing", "files", "adapter"},
+    {"undoing", "files", "adapter", "optimizers"},
     {"distributed", "tensorfiles"},
     {"kernels"},
     {"quantized"},

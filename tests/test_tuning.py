@@ -9,7 +9,7 @@ from torch import nn
 
 import shira
 from conftest import all_bits, bits, llama_batches, mlp, mlp_batches, mlp_loss, same_bits
-from shira import DataError, MaskError, TargetError, TuningError
+from shira import DataError, MaskError, TargetError, TuningError, optimizers
 
 MASKS = {"struct": 0.3, "rand": 0.1, "wm": 0.1, "grad": 0.1, "snip": 0.1}
 
@@ -374,13 +374,37 @@ def test_the_adapter_says_where_it_comes_from(tiny_llama):
 
 
 def test_a_model_that_is_dropped_without_detach_is_freed():
+    """Torch keeps one pair of hooks for the whole process: it is never taken off, and holds no model."""
     from torch.optim.optimizer import _global_optimizer_post_hooks
 
-    hooks = len(_global_optimizer_post_hooks)
+    def told():
+        return sum(known() is not None for known in optimizers._told)
+
+    optimizers.watch()
+    hooks, before = len(_global_optimizer_post_hooks), told()
     model = mlp()
     tuner = shira.attach(model, density=0.3)
-    assert len(_global_optimizer_post_hooks) == hooks + 1
+    assert told() == before + 1
     gone = weakref.ref(model)
     del model, tuner
     gc.collect()
-    assert gone() is None and len(_global_optimizer_post_hooks) == hooks
+    assert gone() is None and told() == before and len(_global_optimizer_post_hooks) == hooks
+
+
+def test_models_that_are_collected_while_a_step_is_taken():
+    """To take a hook off while torch runs its hooks would be an error of the step."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    model = mlp()
+    handle = register_optimizer_step_post_hook(lambda *_: gc.collect())
+    try:
+        with shira.attach(model, density=0.3) as tuner:
+            optimizer = torch.optim.AdamW(tuner.parameters())
+            for seed in range(3):
+                dropped = mlp(seed=seed)
+                shira.attach(dropped, density=0.1)
+                del dropped
+                model(torch.randn(5, 13)).sum().backward()
+                optimizer.step()
+    finally:
+        handle.remove()

@@ -327,6 +327,10 @@ def _size(batches: Sequence[Any]) -> dict[str, int]:
     return {"examples": sum(len(batch["input_ids"]) for batch in batches), "tokens": sum(tokens)}
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
+
+
 def _freeze(model: nn.Module, undo: Undo) -> None:
     """No parameter requires a gradient or has one; until `undo`."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -335,7 +339,8 @@ def _freeze(model: nn.Module, undo: Undo) -> None:
         for parameter, flag, gradient in before:
             parameter.grad = None
             parameter.requires_grad_(flag)
-            parameter.grad = gradient
+            if gradient is None or _alike(gradient, parameter):  # it may have been cast meanwhile
+                parameter.grad = gradient
 
     undo.callback(thaw)
     model.requires_grad_(False)

@@ -202,6 +202,8 @@ class Followed:
         first = found[0]
         if first is None or any(weight is None for weight in found):
             self._refuse("is not there any more", "put it back")
+        if not all(isinstance(weight, nn.Parameter) for weight in found):
+            self._refuse("is a tensor and no Parameter here, as in torch.func.functional_call", "call the model itself")
         if is_sharded(first):
             self._refuse(
                 "was replaced after attach(), as fully_shard and DeepSpeed's ZeRO-3 do",

@@ -18,6 +18,7 @@ from .distributed import is_partitioned
 from .errors import TuningError
 from .following import value_name
 from .masters import Masters
+from .model_tensors import OWN
 from .targets import Use
 from .undoing import Undo, hooks_of, set_hook
 
@@ -59,6 +60,18 @@ def install(uses: Iterable[tuple[Use, Masters]], undo: Undo) -> None:
 def _forget(holder: nn.Module, name: str) -> None:
     holder.__dict__.pop(name, None)
     holder._parameters.pop(name, None)
+
+
+def forget_copies(model: nn.Module) -> None:
+    """Take out of a model what copies of modules in training, put into it meanwhile, have brought with them."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name in [name for name in held if name.startswith(OWN)]:
+                held.pop(name)
+                module._non_persistent_buffers_set.discard(name)
+        forward, usual = module.__dict__.get("forward"), _usual_forward(module)
+        if forward is not None and usual is not forward:
+            _reset_forward(module, forward, usual)
 
 
 def _usual_forward(module: nn.Module) -> Callable[..., Any] | None:

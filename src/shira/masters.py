@@ -12,6 +12,7 @@ from .distributed import full, is_sharded, piece_of
 from .errors import TuningError
 from .following import BASE, Followed, Held, Kept
 from .masks import top_k
+from .undoing import Undo
 
 __all__ = ["Held", "Masters", "overlap", "swapped"]
 
@@ -64,7 +65,8 @@ class Masters(Followed):
 
     @property
     def version(self) -> int:
-        return sum(parameter._version for parameter in self.parameters().values())
+        """Another number when what trains has another value: by torch's operators, or another tensor as its `data`."""
+        return sum(parameter._version + parameter.data_ptr() for parameter in self.parameters().values())
 
     def has_gradient(self) -> bool:
         return any(parameter.grad is not None for parameter in self.parameters().values())
@@ -90,6 +92,8 @@ class Masters(Followed):
     def write_step(self) -> None:
         """Bring the weight up to date after the step of an optimizer that trains the masters."""
         self.may_have_stepped |= self.has_gradient()
+        if self.dense:  # the base is wanted: the weight is written when it is no more
+            return
         self.write()
         self.may_have_stepped = False
 
@@ -178,8 +182,9 @@ class Masters(Followed):
 
 
 @contextlib.contextmanager
-def swapped(masters: Collection[Masters], still: Callable[[], bool]) -> Iterator[None]:
+def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo) -> Iterator[Undo]:
     """Let the weights hold the base, and the layers compute with them as they are; then what was there before, if `still`.
+    Yields steps that are taken before that. undo: takes them, too, if an interrupt does not let them be taken in time.
 
     Autograd is not told: by its backward pass the weights have the bits again that it saw in the forward pass. If they were
     cast or moved inside, the masters are written into what became of them.
@@ -200,22 +205,17 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool]) -> Iterator
         if still():
             if all(each._is_as_seen() or not each.in_place for each in masters):
                 kernels.restore_(plan, look=False)
-                for each, written, may_have_stepped in known:  # what an optimizer may have written meanwhile is gone
-                    each.written, each.may_have_stepped = written, may_have_stepped
+                for each, written, may_have_stepped in known:  # a step may have been taken meanwhile, and is not written yet
+                    each.written, each.may_have_stepped = written, each.may_have_stepped or may_have_stepped
             else:
                 for each in masters:
                     each.written = -1
         for each in masters:
             each.dense = False
 
-    try:
+    with undo.part() as steps:
+        steps.callback(back)
         for each in masters:
             each.dense = True
         kernels.swap_(plan)
-        yield
-    finally:
-        try:
-            back()
-        except KeyboardInterrupt:
-            back()
-            raise
+        yield steps

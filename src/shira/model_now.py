@@ -12,6 +12,7 @@ from .errors import AdapterError, BaseMismatch
 from .fusion import check_base
 from .kernels import Plan
 from .model_tensors import ModelTensors, is_buffer
+from .optimizers import watch
 from .owners import claim
 from .sides import Sides
 
@@ -33,6 +34,7 @@ class ModelNow:
         self.pieces = {id(weight): piece_of(name, weight) for name, weight in self.weights.items() if is_sharded(weight)}
         self.sides = Sides(model)
         self.claim = claim(model, owner, None)
+        watch()
         self._watched: list[Tensor] = []  # what any adapter has been checked against
         self._versions: list[int] = []  # their version counters after our own last write
 

@@ -4,7 +4,7 @@ A model may change between two calls: weights are cast, moved, tied and replaced
 to know asks again, and `ModelTensors.same` says whether the answer is still the last one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -15,7 +15,7 @@ from .distributed import is_sharded
 from .errors import ShiraError
 from .quantized import is_quantized
 
-__all__ = ["OWN", "ModelTensors", "is_buffer", "named_tensors", "plain_model"]
+__all__ = ["OWN", "ModelTensors", "Tree", "is_buffer", "named_tensors", "plain_model"]
 
 OWN = "shira_"  # the beginning of every name under which a tuner keeps something in a module
 COMPILED = "_orig_mod"  # the name under which torch.compile keeps a module in its wrapper
@@ -44,6 +44,19 @@ def is_buffer(tensor: Tensor) -> bool:
     return not isinstance(tensor, nn.Parameter)
 
 
+class Tree:
+    """The modules that a model consists of, when this was made; and what else is held in some of their dictionaries."""
+
+    def __init__(self, model: nn.Module, further: Sequence[tuple[dict[str, Any], str, Any]] = ()) -> None:
+        held = [*further, *_children(model)]
+        self._where: list[dict[str, Any]] = [where for where, _, _ in held]
+        self._keys, self._held = [key for _, key, _ in held], [each for _, _, each in held]
+
+    def same(self) -> bool:
+        """Whether they are still where they were: objects, not what is in them."""
+        return all(map(is_, map(dict.get, self._where, self._keys), self._held))
+
+
 class ModelTensors:
     """What a model's tensors were when this was made.
 
@@ -54,15 +67,14 @@ class ModelTensors:
 
     def __init__(self, model: nn.Module) -> None:
         found = list(_walk(model, ""))
-        held = [(where, key, tensor) for _, tensor, (where, key) in found] + list(_children(model))
-        self._where, self._keys, self._held = ([each[n] for each in held] for n in range(3))
+        self._tree = Tree(model, [(where, key, tensor) for _, tensor, (where, key) in found])
         self.by_name, self.overlapping = _by_memory({name: tensor for name, tensor, _ in found})
         self._all = {name: tensor for name, tensor, _ in found}
         self.numbers = {id(tensor) for tensor in self._all.values()}
 
     def same(self) -> bool:
         """Whether the model still consists of the same modules and tensors: objects, not what is in them."""
-        return all(map(is_, map(dict.get, self._where, self._keys), self._held))
+        return self._tree.same()
 
     def objects(self, names: Iterator[str] | list[str]) -> list[Tensor]:
         """Every parameter object that stands for one of these weights: several, if they are one memory."""

@@ -50,16 +50,13 @@ class Buffers:
         for known in self._known:
             self._put(known.module, known.name, known.before)
 
-    def swap(self) -> list[_Known]:
-        """Let the buffers be what they were; returns what they are, for `put`."""
+    def moved(self) -> list[_Known]:
+        """Copies of those that are no longer what they were, for `put`."""
         self._follow()
-        present = [known._replace(before=now.detach().clone()) for known, now in self._moved()]
-        for known in present:
-            self._put(known.module, known.name, next(k.before for k in self._known if k[:2] == known[:2]))
-        return present
+        return [known._replace(before=now.detach().clone()) for known, now in self._moved()]
 
     def put(self, present: list[_Known]) -> None:
-        """Let buffers be what `swap` has found."""
+        """Let buffers be what `moved` has found."""
         for known in present:
             self._put(known.module, known.name, known.before)
 
@@ -90,7 +87,6 @@ class Buffers:
             module._buffers.pop(BEFORE + name, None)
             module._non_persistent_buffers_set.discard(BEFORE + name)
 
-    @torch.no_grad()
     def _put(self, module: nn.Module, name: str, before: Tensor) -> None:
         now = module._buffers.get(name)
         if now is None:
@@ -98,7 +94,7 @@ class Buffers:
         if not _alike(before, now) or now.is_inference():
             module._buffers[name] = before.clone()
         elif not torch.equal(_bits(before), _bits(now)):
-            now.copy_(before)
+            now.detach().copy_(before)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -2,44 +2,68 @@
 
 import contextlib
 import functools
-import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import optimizer as optimizers
 
+from . import optimizers
 from .calibration import same_random_numbers
 from .distributed import reshard
+from .errors import TuningError
 from .following import value_name
 from .masters import Masters
-from .model_tensors import OWN
+from .model_tensors import OWN, Tree
 from .targets import Target
 from .undoing import Undo, hooks_of, set_hook
 from .untrained import Watch
 
-__all__ = ["Training", "computing_dense", "leave_out", "write_pieces_before"]
+__all__ = ["Holders", "Training", "computing_dense", "leave_out", "write_pieces_before"]
+
+
+class Holders:
+    """The modules in which a tuner keeps what it needs: as long as they are in the model, the base is."""
+
+    def __init__(self, model: nn.Module, chosen: Collection[Target]) -> None:
+        holders = {id(use.holder) for target in chosen for use in target.uses}
+        self._model = model
+        self._held = [(name, module) for name, module in model.named_modules() if id(module) in holders]
+        self._tree = Tree(model)
+
+    def check(self) -> None:
+        """Raise TuningError unless all of them are in the model still, wherever."""
+        if self._tree.same():
+            return
+        inside = {id(module) for module in self._model.modules()}
+        gone = next((name for name, module in self._held if id(module) not in inside), None)
+        if gone is not None:
+            raise TuningError(
+                f"the module '{gone}' was replaced or taken out while a tuner is attached, and its base with it; put it back, "
+                "or call tuner.release(), which lets go of the model as it is"
+            )
 
 
 class Training:
-    """Lets every optimizer of torch write what it has stepped on into the weights, until `undo`."""
+    """Lets every optimizer of torch write what it has stepped on into the weights, until `undo`.
 
-    def __init__(self, model: nn.Module, masters: Mapping[str, Masters], watch: Watch, undo: Undo) -> None:
-        self._masters, self._watch = masters, watch
+    check: raises what is to be said before a step, if the model is another.
+    """
+
+    def __init__(
+        self, model: nn.Module, masters: Mapping[str, Masters], watch: Watch, undo: Undo, check: Callable[[], None]
+    ) -> None:
+        self._masters, self._watch, self._check = masters, watch, check
         self._model = model
-        # torch holds these hooks, for all optimizers: they must not hold the model, which may be dropped without detach()
-        for kind, register, hook in (
-            ("_global_optimizer_pre_hooks", optimizers.register_optimizer_step_pre_hook, _before),
-            ("_global_optimizer_post_hooks", optimizers.register_optimizer_step_post_hook, _after),
-        ):
-            gone = undo.part()
-            undo.callback(weakref.finalize(model, gone.close).detach)
-            set_hook(gone, functools.partial(getattr, optimizers, kind), register, functools.partial(hook, weakref.ref(self)))
+        undo.callback(optimizers.forget, self)
+        optimizers.tell(self)
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise what `Masters.look` raises, before a step is taken on what cannot be written."""
-        for each in self._stepped(optimizer):
+        stepped = self._stepped(optimizer)
+        if stepped:
+            self._check()
+        for each in stepped:
             each.look()
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
@@ -61,18 +85,6 @@ class Training:
         return [each for each in found if any(id(p) in its for p in each.parameters().values()) and not each.over]
 
 
-def _before(reference: "weakref.ref[Training]", optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    training = reference()
-    if training is not None:
-        training.before(optimizer)
-
-
-def _after(reference: "weakref.ref[Training]", optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    training = reference()
-    if training is not None:
-        training.after(optimizer)
-
-
 def write_pieces_before(model: nn.Module, pieces: list[Masters], undo: Undo) -> None:
     """Before each forward pass bring sharded weights up to date; before fully_shard's own hook, which gathers them."""
     register = functools.partial(model.register_forward_pre_hook, prepend=True)
@@ -90,6 +102,8 @@ def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> Non
 def leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[str, Masters], undo: Undo) -> None:
     """Let a state_dict have weights that are up to date; and keep what modules hold for the tuner out of Transformers'
     save_pretrained, and out of DDP's hands, which would send copies of the base to all processes in each step."""
+    fill = functools.partial(_fill_in, list(masters.values()))
+    set_hook(undo, hooks_of(model, "_load_state_dict_pre_hooks"), model.register_load_state_dict_pre_hook, fill)
     write = functools.partial(_write_all, list(masters.values()))
     set_hook(undo, hooks_of(model, "_state_dict_pre_hooks"), model.register_state_dict_pre_hook, write)
     names = {id(module): name for name, module in model.named_modules()}
@@ -111,7 +125,16 @@ def leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[str
 def _write_all(masters: list[Masters], _module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
     for each in masters:
         if not (each.dense or each.over or each.piece is not None):
+            each.may_have_stepped = True  # also in a way that nobody sees: `parameter.data.copy_()`
             each.write()
+
+
+def _fill_in(masters: list[Masters], model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state_dict of the base has no masters: then those that are there stay."""
+    known = {id(parameter) for each in masters for parameter in each.parameters().values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in known:
+            state.setdefault(prefix + name, parameter)
 
 
 def _reset_attribute(model: nn.Module, attribute: str, there: bool, before: Any) -> None:

@@ -24,7 +24,7 @@ from .calibration import LossFn, Progress
 from .distributed import average_after_backward, check_positions, groups_of, reshard
 from .entries import Entry, with_hook, with_values
 from .errors import AdapterError, TuningError
-from .layers import install, let_checkpoints_see_gradients
+from .layers import forget_copies, install, let_checkpoints_see_gradients
 from .masters import Held, Masters, swapped
 from .model_tensors import OWN
 from .owners import Claim, claim
@@ -101,6 +101,7 @@ class Tuner:
         self._mask, self._selector, self._whole = mask, selector, tuple(whole)
         self._base = describe_base(self.model, chosen)
         model, undo = self.model, self.at_detach
+        self._holders = steps.Holders(model, chosen)
         model.requires_grad_(False)
         let_checkpoints_see_gradients(model, (use.module for target in chosen for use in target.uses), undo)
         keep_differentiable(model, undo)
@@ -120,7 +121,7 @@ class Tuner:
         forwards = {id(use.module): use.module.__dict__["forward"] for target in chosen for use in target.uses}
         self._watch = Watch(masters, forwards, {target.name: target.modules for target in chosen})
         steps.leave_out(self.model, chosen, masters, undo)
-        self._training = steps.Training(self.model, masters, self._watch, undo)
+        self._training = steps.Training(self.model, masters, self._watch, undo, self._holders.check)
         pieces = [each for each in masters.values() if each.piece is not None]
         if not pieces:
             check_positions(self.model, (each.indices for each in masters.values()), undo)
@@ -218,9 +219,11 @@ class Tuner:
     def masters(self, wish: str) -> dict[str, Masters]:
         """Tensor name -> its entries in training. Raises TuningError, which says what was wished, if none may change now."""
         masters = self._masters()
+        self.at_detach.finish_parts()
         if self._stage != ATTACHED or len(masters) < len(self._entries) or any(each.dense for each in masters.values()):
             raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
         self._check_whole()
+        self._holders.check()
         for each in masters.values():
             each.look()
         return masters
@@ -256,13 +259,11 @@ class Tuner:
             with tuner.reference(), torch.no_grad():
                 reference = model(**batch).logits
         """
-        with swapped(self.masters("switched off").values(), lambda: self._stage == ATTACHED):
-            moved = self._buffers.swap()
-            try:
-                yield
-            finally:
-                if self._stage == ATTACHED:
-                    self._buffers.put(moved)
+        with swapped(self.masters("switched off").values(), lambda: self._stage == ATTACHED, self.at_detach) as steps:
+            moved = self._buffers.moved()
+            steps.callback(lambda: self._buffers.put(moved) if self._stage == ATTACHED else None)
+            self._buffers.put_back()
+            yield
 
     def adapter(
         self, name: str | None = None, *, training: dict[str, Any] | None = None, license: str | None = None
@@ -276,6 +277,7 @@ class Tuner:
         """
         self._check_whole()
         if self._trained is None:
+            self._holders.check()
             for entry in self._entries:
                 entry.look()
             self._watch.at_the_end()
@@ -334,13 +336,15 @@ class Tuner:
     @torch.inference_mode(False)
     def _leave(self, *, restore: bool, quiet: bool = False) -> None:
         if self._stage == ATTACHED:
+            if restore:
+                self._holders.check()
             for entry in self._entries if restore else ():
                 entry.look()
             with contextlib.nullcontext() if restore else contextlib.suppress(TuningError, RuntimeError, IndexError):
                 self._trained = self._so_far()
             self._restore, self._thread = restore, threading.get_ident()
             self._stage = LEAVING
-        if self._stage != LEAVING:
+        if self._stage == GONE:
             return
         self.undo()
         if not quiet:
@@ -359,6 +363,7 @@ class Tuner:
             parameter = parameters.get(key)
             if parameter is not None and (parameter.is_floating_point() or not flag) and not parameter.is_inference():
                 parameter.requires_grad_(flag)
+        forget_copies(self.model)
         if self.model.__dict__.get(TUNER) is self:
             self.model.__dict__.pop(TUNER, None)
         self._stage = GONE
@@ -372,16 +377,8 @@ class Tuner:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model, with which its tuner is copied, is nobody's: the copy only tells what was trained."""
-        return (
-            self.__dict__
-            | {name: None for name in ("_claim", "_training", "_selector")}
-            | {
-                "at_detach": Undo(),
-                "_places": [],
-                "_stage": GONE,
-                "_watch": Watch({}, {}, {}),
-            }
-        )
+        told = {"at_detach": Undo(), "_places": [], "_stage": GONE, "_watch": Watch({}, {}, {})}
+        return self.__dict__ | dict.fromkeys(("_claim", "_training", "_selector")) | told
 
 
 def _owner(reference: "weakref.ref[Tuner]") -> str:

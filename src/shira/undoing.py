@@ -4,10 +4,10 @@ An interrupt can come between any two lines, in the undoing too. So a step stays
 each must be harmless when there is nothing, or nothing any more, to undo.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, MutableMapping
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,32 +15,50 @@ __all__ = ["Undo", "hooks_of", "set_hook"]
 
 
 class Undo:
-    """Steps, the last one first. Also a context manager that takes them at its end."""
+    """Steps, the last one first."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], Any]] = []
+        self._parts: list[Undo] = []
+        self._inside = False  # of the `with` that it is a part in
 
     def callback(self, step: Callable[..., Any], *arguments: Any) -> None:
         """Write down a step, before what it undoes is done."""
         self._steps.append(functools.partial(step, *arguments))
 
-    def part(self) -> "Undo":
-        """Steps that can be taken by themselves; while they were not, they are some of these."""
+    @contextlib.contextmanager
+    def part(self) -> "Iterator[Undo]":
+        """Steps that are taken at the end of the `with`; if an interrupt does not let them be taken, they are some of these."""
         part = Undo()
-        self.callback(part.close)
-        return part
+        part._inside = True
+        self._parts = [*(each for each in self._parts if each._inside or each._is_left()), part]
+        try:
+            try:
+                yield part
+            finally:
+                part._inside = False
+                part.close()
+        except BaseException:  # an interrupt may come in the lines above, of all places; a step bears to be taken again
+            part._inside = False
+            part.close()
+            raise
+
+    def _is_left(self) -> bool:
+        return bool(self._steps) or any(part._is_left() for part in self._parts)
+
+    def finish_parts(self) -> None:
+        """Take the steps of parts that were left by an interrupt before all were taken."""
+        for part in reversed(self._parts):
+            if not part._inside:
+                part.close()
 
     def close(self) -> None:
         """Take all steps. Whoever is interrupted calls it again."""
+        for part in reversed(self._parts):
+            part.close()
         for step in reversed(self._steps):
             step()
         self._steps = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def set_hook(undo: Undo, hooks: Callable[[], Mapping[int, Any] | None], register: Callable[[Any], Any], hook: Any) -> None:
@@ -57,5 +75,6 @@ def hooks_of(owner: nn.Module | Tensor, kind: str) -> Callable[[], Mapping[int, 
 
 def _drop(hooks: Callable[[], MutableMapping[int, Any] | None], hook: Any) -> None:
     known = hooks() or {}
-    for number in [number for number, other in list(known.items()) if other is hook]:
+    ours = [number for number, other in list(known.items()) if other is hook or getattr(other, "hook", None) is hook]
+    for number in ours:
         known.pop(number, None)
