@@ -212,3 +212,35 @@ def test_what_was_trained_survives_an_interrupt_in_reference(error):
     while attempt(line):
         line += 1
     assert line > 60
+
+
+def test_a_copied_layer_does_not_write_over_what_another_has_made_of_it():
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4))
+    inputs = torch.randn(3, 4, 9)
+    with shira.attach(model, density=0.3, targets=["0"]) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.05)
+        model(inputs).square().sum().backward()
+        optimizer.step()
+        fused = nn.utils.fusion.fuse_conv_bn_eval(model.eval()[0], model[1])
+        made = bits(fused.weight)
+        with pytest.raises(TuningError, match="written to or replaced by others"):
+            fused(inputs)
+        assert torch.equal(made, bits(fused.weight))
+
+
+def test_lazy_modules_and_sparse_gradients():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with pytest.raises(TuningError, match="'0.weight' is of a lazy module"):
+        shira.attach(model, targets=["1"], density=0.5)
+    shira.Switcher(model).use(None)
+    model(torch.randn(2, 3))
+    shira.attach(model, density=0.5).detach()
+    ids = torch.tensor([[1, 2, 3]])
+    for options in ({"mask": "snip", "calibration": [ids]}, {"method": "hook"}):
+        model = nn.Sequential(nn.Embedding(20, 4, sparse=True), nn.Linear(4, 2))
+        base = all_bits(model)
+        loss = lambda model, batch: model(batch).square().sum()  # noqa: E731
+        with shira.attach(model, targets=["0"], density=0.1, loss_fn=loss, **options) as tuner:
+            loss(model, ids).backward()
+            torch.optim.SGD(tuner.parameters(), lr=0.1).step()
+        assert same_bits(base, all_bits(model))

@@ -155,7 +155,8 @@ def _gradients(
     def take(weight: Tensor, name: str) -> None:
         gradient, weight.grad = weight.grad, None
         if gradient is not None:
-            _add(sums.setdefault(name, {}), full(gradient), statistics)
+            gradient = gradient.to_dense() if gradient.is_sparse else full(gradient)
+            _add(sums.setdefault(name, {}), gradient, statistics)
             if len(batches) == 1:
                 hand_out(name)
 

@@ -99,6 +99,8 @@ class _Hooked:
 def _clear_off_mask(hooked: _Hooked, parameter: Tensor) -> None:
     if parameter.grad is not None:
         hooked.look()
+        if parameter.grad.is_sparse:  # of an embedding that was made so
+            parameter.grad = parameter.grad.to_dense()
         kept = kernels.gather(parameter.grad, hooked.indices)
         parameter.grad.zero_()
         kernels.overwrite_(parameter.grad, hooked.indices, kept)

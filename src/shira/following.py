@@ -174,7 +174,7 @@ class Followed:
             kept = kept._replace(indices=kept.indices.to(weight.device), left=kept.left.to(weight.device), pattern=pattern)
         version = sum(found._version for _, _, found in now if found is not None)
         together = bits is not self.kept.bits and same and self._seen is not None and version == self._seen.version
-        if not together and self._seen is not None:  # a copy of a model was not seen yet
+        if not together:
             self._check_entries(weight, kept)
         self.uses = [(holder, attribute, found) for holder, attribute, found in now if found is not None]
         self.weight, self.kept = weight, kept

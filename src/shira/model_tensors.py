@@ -86,9 +86,9 @@ _Place = tuple[dict[str, Any], str]  # the dictionary of a module in which a ten
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, _Place]]:
-    """Name, tensor and place of everything that an adapter may touch."""
+    """Name, tensor and place of everything that an adapter may touch; what a lazy module will make once it is called is not."""
     for key, parameter in module._parameters.items():
-        if parameter is not None and not key.startswith(OWN):
+        if parameter is not None and not key.startswith(OWN) and not nn.parameter.is_lazy(parameter):
             yield prefix + key, parameter, (module._parameters, key)
     for key, buffer in module._buffers.items():
         kept = buffer is not None and key not in module._non_persistent_buffers_set and not key.startswith(OWN)

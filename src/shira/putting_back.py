@@ -92,7 +92,8 @@ def _entries(name: str, weight: Tensor, shape: torch.Size, indices: Tensor, writ
     """The entries as they are now; None if they cannot be read or written. shape: of the weight when they were written."""
     if weight.ndim != len(shape) or weight.shape[1:] != shape[1:] or weight.is_meta or not weight.is_floating_point():
         return None
-    if torch._debug_has_internal_overlap(weight) == 1:
+    memory = weight.untyped_storage().nbytes()  # which others may have given back
+    if torch._debug_has_internal_overlap(weight) == 1 or memory < weight.numel() * weight.itemsize:
         return None
     indices = indices.long().to(weight.device)
     there = indices < weight.numel()  # rows may be gone, as of an embedding that was made smaller

@@ -90,6 +90,9 @@ def attach(
     """
     model = plain_model(model, TuningError, "shira.attach(model)")
     check_plain(model)
+    lazy = next((name for name, each in model.named_parameters() if nn.parameter.is_lazy(each)), None)
+    if lazy is not None:
+        raise TuningError(f"'{lazy}' is of a lazy module that has not been called yet; run one forward pass, then attach")
     claim(model, "", TuningError)  # what was interrupted in making or leaving a tuner is finished first
     _check_kinds(mask, seed, overrides, calibration, loss_fn, progress)
     if method not in ("values", "hook"):

@@ -207,6 +207,8 @@ def _positions(answer: Any, weight: Tensor, k: int, avoid: Tensor) -> Tensor:
     if not isinstance(answer, Tensor) or answer.dtype not in (torch.bool, torch.int32, torch.int64):
         found = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
         raise MaskError(f"expected a tensor of integer positions or a boolean mask, found {found}")
+    if answer.is_meta:
+        raise MaskError("it returned positions without data, on the meta device")
     if answer.dtype == torch.bool:
         if answer.shape != weight.shape:
             raise MaskError(f"expected a boolean mask of shape {list(weight.shape)}, found {list(answer.shape)}")
