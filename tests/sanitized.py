@@ -25,7 +25,7 @@ ODD_INDICES = (-1, -(2**31), 2**31 - 1, 2**31, 2**40, -(2**63), 2**63 - 1)
 
 
 def files(count):
-    """Returns how many mutants of files there were, and how many of them were refused."""
+    """Returns how many mutants of files there were, and how many of them are not even read."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 40))
     base, refused, done = bits(model[0].weight), 0, 0
@@ -40,13 +40,11 @@ def files(count):
             for content in mutants((folder / original).read_bytes(), count // 4):
                 path.write_bytes(content)
                 done += 1
-                failed = 0
-                for use in uses(path, model).values():
+                for label, use in uses(path, model).items():
                     try:
                         use()
                     except (ShiraError, OSError):
-                        failed += 1
-                refused += failed > 0
+                        refused += label == "load"
     assert torch.equal(base, bits(model[0].weight))
     return done, refused
 
@@ -150,7 +148,7 @@ def main():
     assert native.available(), "the extension was not built"
     began = time.monotonic()
     done, refused = files(given.files)
-    print(f"{done} mutants of files, {refused} refused, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{done} mutants of files, {refused} refused when read, {time.monotonic() - began:.0f} s", flush=True)
     total = refused = 0
     for number in range(given.plans):
         draw, generator = random.Random(number), torch.Generator().manual_seed(number)

@@ -10,6 +10,7 @@ from torch import nn
 
 import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
+from interrupting import interrupted
 from shira import BaseMismatch, ShiraError, SparseTensor, Switcher, SwitchError
 
 CASTS = {
@@ -546,3 +547,17 @@ def test_a_cast_model_lays_no_claim_on_the_memory_that_it_gave_back():
         held.append((model, switcher))
         for other in [mlp(seed=number) for number in range(3)]:
             shira.attach(other, density=0.1).detach()
+
+
+def test_an_interrupt_leaves_no_other_model_waiting():
+    """Whatever line it strikes at: another thread's switcher, over another model, goes on."""
+    others = mlp()
+    elsewhere = switcher_of(others)
+    for line in range(1, 400):
+        switcher = switcher_of(mlp())
+        with interrupted(line):
+            switcher.use("a")
+        thread = threading.Thread(target=lambda: (elsewhere.use("b"), elsewhere.use(None)))
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive(), f"line {line}"

@@ -5,7 +5,7 @@ other's values. So a tuner from `attach` to `detach`, and a switcher while somet
 whoever comes second is refused, and told whom to ask.
 """
 
-import threading
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +16,7 @@ from .distributed import is_sharded
 from .errors import ShiraError
 from .model_tensors import named_tensors
 
-__all__ = ["Claim", "Extent", "check_free", "claim", "taking"]
-
-taking = threading.RLock()  # held while it is looked whether a model is free, and it is taken
+__all__ = ["Claim", "Extent", "check_free", "claim"]
 
 
 class Extent:
@@ -69,14 +67,26 @@ _claims: "list[weakref.ref[Claim]]" = []  # without callbacks, in which an inter
 def claim(model: nn.Module, owner: str | Callable[[], str], error: type[ShiraError] | None) -> Claim:
     """Take a model for oneself; owner: as of a `Claim`.
 
-    Raises `error`, unless it is None, if the model, or a part of it, is somebody else's.
+    Raises `error`, unless it is None, if the model, or a part of it, is somebody else's. Of two who come at once, in two
+    threads, both may be refused: each is seen before it looks, so no lock is needed, which an interrupt could leave locked.
     """
     made = Claim(Extent(model), owner)
-    with taking:
+    known = weakref.ref(made)
+    _claims.append(known)
+    for gone in [each for each in list(_claims) if each() is None]:
+        _drop(gone)
+    try:
         if error is not None:
             check_free(made, error)
-        _claims[:] = [known for known in _claims if known() is not None] + [weakref.ref(made)]
+    except BaseException:
+        _drop(known)
+        raise
     return made
+
+
+def _drop(known: "weakref.ref[Claim]") -> None:
+    with contextlib.suppress(ValueError):  # another thread has
+        _claims.remove(known)
 
 
 def check_free(mine: Claim, error: type[ShiraError]) -> None:

@@ -26,7 +26,7 @@ from .kernels import Plan, Sum, WeightChanged, Write
 from .methods import Method
 from .model_now import ModelNow
 from .model_tensors import ModelTensors, is_buffer, named_tensors, plain_model
-from .owners import check_free, taking
+from .owners import check_free
 from .putting_back import put_back
 from .quantized import is_quantized
 from .ready import BASE, Chosen, Prepared, Ready, Selection, chosen
@@ -286,10 +286,10 @@ class Switcher:
         over = prepared.plan.over(leaving)
         coming = prepared.plan if over is None else over
         finite = True
-        with taking:
-            check_free(self._now.claim, SwitchError)
-            self._state = _State(None, (coming, leaving))
+        self._state = _State(None, (coming, leaving))
         try:
+            if not state.plans:  # then it is taken now: what others see of that is there before it looks for others
+                check_free(self._now.claim, SwitchError)
             if over is not None:
                 kernels.write_(over, leaving)
             elif any(coming.sums):
@@ -300,7 +300,7 @@ class Switcher:
             self._was_written()
             if finite:
                 self._state = _State(wanted, (coming,)) if wanted.strengths else _State(BASE)
-        except WeightChanged:
+        except (WeightChanged, SwitchError):  # before anything was written
             self._state = state
             raise
         except BaseException:

@@ -69,6 +69,8 @@ class Tuner:
         self._trained: dict[str, Trained] | None = None
         self._torn, self._restore = False, True
         self._watch = Watch({}, {}, {})
+        self._places: list[tuple[dict[str, Any], str, bool]] = []
+        self._buffers = Buffers(nn.Module())
         self._claim: Claim | None = claim(model, functools.partial(_owner, weakref.ref(self)), TuningError)
         names = (name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()))
         copied = next((name for name in names if f".{OWN}" in f".{name}"), None)
