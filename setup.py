@@ -11,9 +11,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")  # where the processor has it: native.h has it chosen when it is loaded
 
 native = Extension(
-    "shira.kernels._native",
-    [f"src/shira/kernels/{name}.c" for name in ("native", "merge", "fused", "sha256")],
-    depends=["src/shira/kernels/native.h"],
+    "shira.kernels.cpu._native",
+    [f"src/shira/kernels/cpu/{name}.c" for name in ("native", "unite", "combine", "sha256")],
+    depends=["src/shira/kernels/cpu/native.h"],
     extra_compile_args=[] if sys.platform == "win32" else FLAGS,
     extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
     py_limited_api=True,

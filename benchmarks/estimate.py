@@ -20,8 +20,8 @@ from torch import nn
 
 import shira
 from shira.data.models import SMOLLM2
-from shira.estimate import METHODS, estimate
 from shira.integrations.transformers import load_config, untrained
+from shira.runs.estimate import METHODS, estimate
 
 from .common import TARGETS, report
 

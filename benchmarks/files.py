@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import shira
-from shira import encoding
+from shira.files import encoding
 
 from .common import alternate, report, show
 from .switch import LLAMA2_7B, adapter_for, model_of, random_positions

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import shira
-from shira.fusion import Base
-from shira.methods import METHODS
+from shira.fusion.fusing import Base
+from shira.fusion.methods import METHODS
 
 from .common import alternate, report, show
 from .switch import LLAMA2_7B, adapter_for, model_of
@@ -42,7 +42,7 @@ def save(model: torch.nn.Module, number: int, kind: str, path: str) -> int:
     tensors, prints = {}, {}
     for name, tensor in adapter_for(weights, number).tensors.items():
         tensors[name] = shira.SparseTensor(tensor.shape, tensor.indices, tensor.values, kind)
-        prints[name] = shira.adapter.fingerprint(shira.kernels.gather(weights[name], tensor.indices))
+        prints[name] = shira.sparse.tensor.fingerprint(shira.kernels.gather(weights[name], tensor.indices))
     adapter = shira.Adapter(tensors, {"fingerprints": prints})
     adapter.save(path)
     return adapter.nnz

@@ -24,7 +24,8 @@ from torch import Tensor
 
 import shira
 from shira import kernels
-from shira.kernels import products, triton_ops
+from shira.kernels.gpu import ops as triton_ops
+from shira.kernels.gpu import products
 
 from .common import TARGETS, alternate, report, show
 from .switch import DENSITY, LLAMA2_7B, RANK, adapter_for, lora_fuses, model_of, random_positions, sparse_delta

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from shira import linalg, masks
+from shira import masks
+from shira.analysis import spectra as linalg
 
 from .common import report
 
@@ -83,7 +84,7 @@ def struct(side: int, generator: torch.Generator) -> Pair:
 
 def sparse(side: int, where: Tensor, generator: torch.Generator) -> Tensor:
     """A matrix with normal values at these positions."""
-    return linalg.matrix((side, side), where, torch.randn(where.numel(), generator=generator, dtype=torch.float64))
+    return linalg.as_matrix((side, side), where, torch.randn(where.numel(), generator=generator, dtype=torch.float64))
 
 
 KINDS: dict[str, Callable[[int, torch.Generator], Pair]] = {

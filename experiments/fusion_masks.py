@@ -27,12 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import shira
-from shira import calibration, masks, targets
+from shira import masks
 from shira.data.models import SMOLLM2
 from shira.data.tasks import TASKS, Example
-from shira.evaluation import accuracy
 from shira.integrations import transformers as hf
-from shira.recipes import GENERAL_BATCH
+from shira.masks import calibration
+from shira.runs.evaluation import accuracy
+from shira.runs.recipes import GENERAL_BATCH
+from shira.weights import targets
 
 from .store import Key, Store, on_accelerator
 

@@ -19,10 +19,10 @@ from torch.nn.functional import linear
 import shira
 from shira.data.models import SMOLLM2
 from shira.data.tasks import TASKS
-from shira.evaluation import accuracy
 from shira.integrations import transformers as hf
-from shira.quantized import dense
-from shira.recipes import Recipe, train_adapter
+from shira.runs.evaluation import accuracy
+from shira.runs.recipes import Recipe, train_adapter
+from shira.weights.quantized import dense
 
 TOKENS = (1, 16, 512)
 SHAPES = ((1536, 576), (4096, 4096))

@@ -71,7 +71,7 @@ def random_adapter(model: nn.Module, seed: int, density: float = 0.3, kind: str 
             chosen = (torch.rand(parameter.numel(), generator=generator) < density).nonzero().view(-1)
             values = torch.randn(chosen.numel(), generator=generator).to(parameter.dtype)
             tensors[name] = shira.SparseTensor(tuple(parameter.shape), chosen, values, kind)
-            prints[name] = shira.adapter.fingerprint(parameter.detach().view(-1)[chosen])
+            prints[name] = shira.sparse.tensor.fingerprint(parameter.detach().view(-1)[chosen])
     return shira.Adapter(tensors, {"name": f"random{seed}", "fingerprints": prints})
 
 

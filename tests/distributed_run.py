@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import shira
 from conftest import all_bits, same_bits
 from families import family, family_batch
-from shira.distributed import full
+from shira.weights.distributed import full
 
 VARIANTS = {"direction": {"decompose": True}, "factors": {"decompose": 2}, "beside": {"low_rank": 2}}
 TARGETS = ["q_proj", "o_proj", "down_proj", "embed_tokens", "norm"]
@@ -313,7 +313,7 @@ def run_dies(folder, rank, ranks):
 def main():
     what, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    shira.selection.LEAST_MEMORY = 0  # gradients of several batches are summed in groups of weights
+    shira.masks.selection.LEAST_MEMORY = 0  # gradients of several batches are summed in groups of weights
     run = globals()["run_" + what.replace("-", "_")]
     if what.startswith("accelerate"):
         run(folder)

@@ -17,7 +17,8 @@ from torch import nn
 import shira
 from conftest import bits
 from shira import ShiraError, kernels
-from shira.kernels import Change, native, reference
+from shira.kernels import Contribution, reference
+from shira.kernels.cpu import native
 from test_hostile_files import mutants, uses
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,8 +79,8 @@ def plan(draw, generator):
         indices = indices.repeat_interleave(2)[::2]
     before = bits(weight)
     try:
-        made = kernels.Plan.of([kernels.Write(weight, indices, values)])
-        twin = kernels.Plan.of([kernels.Write(weight, indices, values.flip(0))])
+        made = kernels.WritePlan.of([kernels.Write(weight, indices, values)])
+        twin = kernels.WritePlan.of([kernels.Write(weight, indices, values.flip(0))])
         kernels.swap_(made)
         kernels.write_(over := twin.over(made), made) if indices.numel() else None
         kernels.restore_(over if indices.numel() else made)
@@ -103,11 +104,11 @@ def merging(draw, generator):
     numel = draw.choice([1, 64, 5000, 200_000])
     runs = [run.sort().values.unique() for run in random_runs(draw, generator, numel, draw.choice([1, 2, 5]))]
     try:
-        found = native.merge(runs)
+        found = native.unite(runs)
     except IndexError:
         assert any(run.numel() and not 0 <= int(run[0]) <= int(run[-1]) < 2**62 for run in runs)
         return True
-    expected = reference.merge(runs)
+    expected = reference.unite(runs)
     assert torch.equal(found.indices.long(), expected.indices.long()) and torch.equal(found.counts, expected.counts)
     dtype = draw.choice(DTYPES[:2])
     weight = torch.randn(numel, generator=generator).to(dtype) if draw.random() < 0.7 else None
@@ -115,15 +116,17 @@ def merging(draw, generator):
     for run in runs:
         values = torch.randn(run.numel(), generator=generator).to(dtype)
         changes.append(
-            Change(run.int() if run.numel() and int(run[-1]) < 2**31 else run, values, draw.choice([1.0, 0.5]), False, True)
+            Contribution(
+                run.int() if run.numel() and int(run[-1]) < 2**31 else run, values, draw.choice([1.0, 0.5]), False, True
+            )
         )
     if draw.random() < 0.4:  # gaps of any kind, which need not lead anywhere
         units = torch.randint(0, 256, (draw.choice([0, 1, 50, 3000]),), generator=generator).to(torch.uint8)
         units = units.to(draw.choice([torch.uint8, torch.uint16]))
         count = max(0, int((units != 255).sum()) + draw.choice([0, 0, 1, -1]))
-        changes.append(Change(units, torch.randn(count, generator=generator).to(dtype), 0.5, weight is None, False))
+        changes.append(Contribution(units, torch.randn(count, generator=generator).to(dtype), 0.5, weight is None, False))
     try:
-        native.fused(weight, changes, dtype, draw.choice(["sum", "mean", "max"]), numel)
+        native.combine(weight, changes, dtype, draw.choice(["sum", "mean", "max"]), numel)
     except IndexError:
         return True
     return False

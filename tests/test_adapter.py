@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from conftest import bits
 from shira import Adapter, AdapterError, SparseTensor
-from shira.adapter import all_finite, fingerprint, index_dtype
+from shira.sparse.positions import index_dtype
+from shira.sparse.tensor import all_finite, fingerprint
 
 
 def test_small_tensors_have_int32_positions_and_large_ones_int64():

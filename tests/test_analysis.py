@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import shira
 from conftest import mlp, random_adapter
-from shira import AdapterError, BaseMismatch, CheckpointError, SparseTensor, linalg
+from shira import AdapterError, BaseMismatch, CheckpointError, SparseTensor
+from shira.analysis import spectra as linalg
 
 SEEDS = st.integers(0, 2**31)
 
@@ -22,7 +23,7 @@ def sparse(dense):
     """A dense matrix as linalg's."""
     flat = dense.double().reshape(-1)
     where = flat.nonzero().view(-1)
-    return linalg.matrix(tuple(dense.shape), where, flat[where])
+    return linalg.as_matrix(tuple(dense.shape), where, flat[where])
 
 
 def scattered(shape, density, seed, dtype=torch.float64):
@@ -286,7 +287,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(run, tmp_path):
 
 
 def test_a_report_of_deltas_and_odd_shapes(tmp_path):
-    from shira import analysis, report
+    from shira.analysis import comparison as analysis
+    from shira.analysis import pictures, report
 
     tensors = {"bias": delta([1.0, -2.0]), "conv.weight": delta([1.0, 2.0], (3, 2, 2, 2)), "<b>": delta([0.0], (1, 2000))}
     adapters = analysis.named([shira.Adapter(tensors), shira.Adapter({"bias": delta([1.0])})])
@@ -294,8 +296,8 @@ def test_a_report_of_deltas_and_odd_shapes(tmp_path):
         found = analysis.compare(*adapters.values())
         page = report.page(found, adapters, None, tensor)
         assert "<b>" not in page and page.count("<img") == 5
-    assert report._cells((3, 500), torch.arange(1500)).eq(1).all()
-    assert report._cells((500, 320), torch.tensor([0, 159_999])).sum() == pytest.approx(1 / 16 + 1 / 16)
+    assert pictures._cells((3, 500), torch.arange(1500)).eq(1).all()
+    assert pictures._cells((500, 320), torch.tensor([0, 159_999])).sum() == pytest.approx(1 / 16 + 1 / 16)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import shira
 from conftest import all_bits, llama_batches, mlp, mlp_batches, mlp_loss, random_adapter, same_bits
 from shira import MaskError, TargetError, masks
-from shira.targets import by_pattern
+from shira.weights.targets import by_pattern
 
 NAMES = ["e.weight", "c.weight", "a.weight", "b.weight", "d.weight"]  # the model's order is not the alphabet's
 

@@ -17,9 +17,9 @@ from shira.data.packages import Package, fetch
 from shira.data.reading import examples_of, read_examples
 from shira.data.tasks import Example, Task
 from shira.data.tokens import IGNORED
-from shira.evaluation import accuracy, answered, choice_scores
 from shira.integrations import transformers as hf
-from shira.recipes import Recipe, load_recipe, save_recipe
+from shira.runs.evaluation import accuracy, answered, choice_scores
+from shira.runs.recipes import Recipe, load_recipe, save_recipe
 
 
 @pytest.fixture

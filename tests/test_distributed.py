@@ -14,7 +14,7 @@ import shira
 from conftest import letter_tokenizer
 from distributed_run import VARIANTS, attach, attach_variant, train
 from families import family
-from shira.distributed import Piece
+from shira.weights.distributed import Piece
 
 HERE = Path(__file__).parent
 

@@ -12,8 +12,8 @@ import torch
 import shira
 from shira import DataError, TargetError, TuningError
 from shira.cli.demo import peak_memory_gb
-from shira.estimate import _Log, estimate
 from shira.integrations.transformers import untrained
+from shira.runs.estimate import _Log, estimate
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["q_proj", "up_proj", "down_proj"]

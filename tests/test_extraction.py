@@ -8,10 +8,11 @@ from safetensors.torch import save_file
 
 import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
-from shira import AdapterError, CheckpointError, MaskError, Switcher, TargetError, differences
-from shira.adapter import fingerprint
-from shira.checkpoints import Checkpoint
-from shira.extraction import extract_to, report
+from shira import AdapterError, CheckpointError, MaskError, Switcher, TargetError
+from shira.checkpoints import differences
+from shira.checkpoints.checkpoint import Checkpoint
+from shira.checkpoints.extraction import extract_to, summary
+from shira.sparse.tensor import fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -76,7 +77,7 @@ def test_it_takes_what_sorting_would_take(seed, dtype, density, scope, chunk):
     change = {name: tuned[name].double() - base[name].double() for name in base}
     whole = sum(float(c.square().sum()) for c in change.values())
     kept = sum(float(change[name].view(-1)[torch.tensor(where)].square().sum()) for name, where in wanted.items())
-    facts = report(adapter)
+    facts = summary(adapter)
     assert facts["kept"] == pytest.approx((kept / whole) ** 0.5, rel=1e-5)
     assert facts["norm"] == pytest.approx(whole**0.5, rel=1e-5)
     assert facts["changed"] == sum(int(differing(base[name], tuned[name]).sum()) for name in base)
@@ -100,7 +101,7 @@ def test_the_level_is_found_where_numbers_are_many_and_equal_ones_too():
         assert torch.equal(adapter.tensors[name].indices.long(), order.sort().values)
     both = shira.extract(base, tuned, density=0.5, scope="model")
     assert both.tensors["normal"].nnz + both.tensors["ties"].nnz == round(0.5 * 2 * 701_000)
-    facts = report(shira.extract(base, {"normal": tuned["normal"], "ties": base["ties"]}, density=0.1))
+    facts = summary(shira.extract(base, {"normal": tuned["normal"], "ties": base["ties"]}, density=0.1))
     for density, share in facts["curve"]:  # of a normal distribution
         assert share == pytest.approx(tail_share(tuned["normal"], density), abs=0.002)
 
@@ -126,7 +127,7 @@ def test_an_exact_adapter_makes_the_tuned_model(dtype):
         assert torch.equal(tensor.indices, adapter.tensors[name].indices)
         assert torch.equal(bits(tensor.values), bits(adapter.tensors[name].values))
     assert exact.fingerprint == adapter.fingerprint
-    assert report(exact)["kept"] == 1.0
+    assert summary(exact)["kept"] == 1.0
     assert {t.values.dtype for t in deltas.tensors.values()} == {torch.promote_types(dtype, torch.float32)}
     switcher.add("exact", exact)
     switcher.use("exact")
@@ -150,7 +151,7 @@ def test_targets_and_what_they_leave_out():
     for targets in (["weight"], r".*\.weight", r"[abc]"):
         chosen = {"a.weight", "b.weight", "c.weight"} | ({"a.bias"} if targets == "[abc]" else set())
         adapter = shira.extract(base, tuned, density=1.0, targets=targets)
-        facts = report(adapter)
+        facts = summary(adapter)
         assert set(adapter.tensors) == chosen & set(facts["tensors"])
         assert set(facts["left_out"]) == set(facts["tensors"]) - chosen
         lost = sum(entry["norm"] ** 2 for name, entry in facts["tensors"].items() if name not in chosen)
@@ -184,13 +185,13 @@ def test_checkpoints_that_do_not_match():
             shira.extract(base, other, density=0.1)
     without = {k: v for k, v in tuned.items() if k != "a.bias"} | {"a.weight": torch.ones(2)}
     adapter = shira.extract(base, without, density=0.1, targets=["b"])
-    assert report(adapter)["not_compared"] == ["a.bias", "a.weight"]
+    assert summary(adapter)["not_compared"] == ["a.bias", "a.weight"]
     whole = {"steps": torch.tensor([1, 2])}
     assert shira.extract(base | whole, tuned | whole, density=0.1).nnz
     with pytest.raises(CheckpointError, match="'steps' differs and is int64"):
         shira.extract(base | whole, tuned | {"steps": torch.tensor([1, 3])}, density=0.1)
     aside = shira.extract(base | whole, tuned | {"steps": torch.tensor([1, 3])}, density=0.1, targets=["a"])
-    assert report(aside)["not_compared"] == ["steps"]
+    assert summary(aside)["not_compared"] == ["steps"]
     holes = {"a.bias": torch.full((13,), float("nan"))}  # the same on both sides is no difference
     assert shira.extract(base | holes, tuned | holes, density=0.1).nnz
 
@@ -205,7 +206,7 @@ def test_settings_that_cannot_be():
     with pytest.raises(AdapterError, match="unknown kind 'deltas'; did you mean 'delta'"):
         shira.extract(base, tuned, density=0.1, kind="deltas")
     with pytest.raises(AdapterError, match="not made by shira.extract"):
-        report(shira.Adapter({}))
+        summary(shira.Adapter({}))
 
 
 def test_tied_tensors_that_one_checkpoint_holds_once():
@@ -249,7 +250,7 @@ def test_folders_shards_and_files(tmp_path, tiny_llama):
             assert torch.equal(tensor.indices, other.tensors[name].indices)
             assert torch.equal(bits(tensor.values), bits(other.tensors[name].values))
     one.save(tmp_path / "one.safetensors")
-    assert report(shira.load(tmp_path / "one.safetensors")) == json.loads(json.dumps(report(one)))
+    assert summary(shira.load(tmp_path / "one.safetensors")) == json.loads(json.dumps(summary(one)))
     switcher = Switcher(tiny_llama)
     with torch.no_grad():
         for name, parameter in tiny_llama.named_parameters():

@@ -16,9 +16,9 @@ from torch import nn
 import shira
 from conftest import all_bits, mlp, random_adapter, same_bits
 from shira import AdapterError, CheckpointError, FormatError, Switcher
-from shira.files import sweep, temporary_file, temporary_folder
-from shira.sources import SETTLED
-from shira.tensorfiles import write_whole
+from shira.files.paths import sweep, temporary_file, temporary_folder
+from shira.files.tensorfiles import write_whole
+from shira.switching.sources import SETTLED
 
 PLACE = "adapter.safetensors"
 
@@ -34,7 +34,7 @@ def test_a_fifo_or_a_device_is_refused_without_waiting(tmp_path):
     with pytest.raises(CheckpointError, match="FIFO"):
         shira.extract(tmp_path / "fifo.safetensors", tmp_path / "fifo.safetensors")
     with pytest.raises(shira.DataError, match="FIFO"):
-        shira.recipes.load_recipe(tmp_path / "fifo.safetensors", {})
+        shira.runs.recipes.load_recipe(tmp_path / "fifo.safetensors", {})
 
 
 def test_saving_replaces_regular_files_only(tmp_path):
@@ -154,7 +154,7 @@ def test_a_file_that_lends_its_positions_is_looked_at_as_well(registered):
     adapter = shira.load(path)
     adapter.save(path.with_name("heir.safetensors"), like=path)
     time.sleep(2e-9 * SETTLED)
-    source = shira.sources.Source(path.with_name("heir.safetensors"))
+    source = shira.switching.sources.AdapterSource(path.with_name("heir.safetensors"))
     assert source.read()[1]
     source.is_checked()
     assert not source.read()[1]
@@ -165,7 +165,7 @@ def test_a_file_that_lends_its_positions_is_looked_at_as_well(registered):
 def test_an_unchanged_file_is_not_compared_with_the_base_again(registered, monkeypatch):
     switcher, path, _, _ = registered
     compared = []
-    monkeypatch.setattr(shira.model_now, "check_base", lambda label, *_: compared.append(label))
+    monkeypatch.setattr(shira.switching.model_now, "check_base", lambda label, *_: compared.append(label))
     switcher.use("poet")
     switcher.use("other")
     switcher.use("poet")
@@ -181,7 +181,7 @@ def test_what_killed_processes_left_goes_away_and_nothing_else(tmp_path):
     code = """
         import sys, time
         from pathlib import Path
-        from shira.files import temporary_file, temporary_folder
+        from shira.files.paths import temporary_file, temporary_folder
         with temporary_file(Path(sys.argv[1])) as (path, file), temporary_folder(Path(sys.argv[1])) as folder:
             file.write(b"x" * 1000)
             file.flush()
@@ -245,7 +245,7 @@ def test_temporary_files_go_away_also_when_work_fails_or_they_were_renamed(tmp_p
 
 
 def test_a_file_swept_away_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    flock, struck = shira.files.fcntl.flock, []
+    flock, struck = shira.files.paths.fcntl.flock, []
 
     def late(descriptor, operation):
         if not struck:
@@ -255,9 +255,9 @@ def test_a_file_swept_away_before_it_is_locked_is_made_again(tmp_path, monkeypat
 
     for make in (temporary_file, temporary_folder):
         struck.clear()
-        monkeypatch.setattr(shira.files.fcntl, "flock", late)
+        monkeypatch.setattr(shira.files.paths.fcntl, "flock", late)
         with make(tmp_path) as made:
-            monkeypatch.setattr(shira.files.fcntl, "flock", flock)
+            monkeypatch.setattr(shira.files.paths.fcntl, "flock", flock)
             sweep(tmp_path)
             assert struck and [path.name for path in tmp_path.iterdir()] == [(made if isinstance(made, Path) else made[0]).name]
         assert os.listdir(tmp_path) == []
@@ -306,7 +306,7 @@ def test_a_checkpoint_whose_names_cannot_be_mapped_says_so(tmp_path):
 def test_a_checkpoint_that_changes_meanwhile_is_refused(tmp_path):
     path = tmp_path / "base.safetensors"
     safetensors.torch.save_file({"w": torch.zeros(4)}, path)
-    checkpoint = shira.checkpoints.Checkpoint(path)
+    checkpoint = shira.checkpoints.checkpoint.Checkpoint(path)
     assert checkpoint["w"].tolist() == [0.0] * 4
     safetensors.torch.save_file({"w": torch.ones(4)}, tmp_path / "other")
     os.replace(tmp_path / "other", path)

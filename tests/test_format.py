@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import shira
 from conftest import bits, mlp, random_adapter
-from shira import Adapter, FormatError, SparseTensor, encoding
+from shira import Adapter, FormatError, SparseTensor
+from shira.files import encoding
 
 
 def write(path, tensors=None, header=None):
@@ -268,7 +269,7 @@ def test_a_file_that_is_cut_short_while_it_is_open_is_refused(tmp_path):
     """A file that is mapped would end the process."""
     path = tmp_path / "a.safetensors"
     Adapter({"w": SparseTensor((1000, 1000), torch.arange(100_000), torch.ones(100_000))}).save(path)
-    with pytest.raises(FormatError, match="changed while it was read"), shira.format.opened(path) as adapter:
+    with pytest.raises(FormatError, match="changed while it was read"), shira.adapter.opened(path) as adapter:
         os.truncate(path, 10_000)
         with pytest.raises(FormatError, match="a.safetensors became shorter while it was read"):
             adapter.tensors["w"]
@@ -316,7 +317,7 @@ def test_gaps_round_trip(positions, shape):
     stored = encoding.encode(indices, shape, [])
     decoded = encoding.decode(stored, shape, len(positions))
     assert torch.equal(decoded.long(), indices)
-    assert decoded.dtype == shira.adapter.index_dtype(shape[0] * shape[1])
+    assert decoded.dtype == shira.sparse.positions.index_dtype(shape[0] * shape[1])
 
 
 @pytest.fixture

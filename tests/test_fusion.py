@@ -60,7 +60,7 @@ def test_one_pass_gives_the_bits_of_the_reference(method, numel, base_dtype, par
         where = (torch.rand(numel, generator=generator) < density).nonzero().view(-1)
         kind = "delta" if is_delta or base is None else "overwrite"
         tensor = SparseTensor((numel,), where, jagged(where.numel(), dtype, generator), kind)
-        prints = {} if base is None else {"w": shira.adapter.fingerprint(base["w"][where])}
+        prints = {} if base is None else {"w": shira.sparse.tensor.fingerprint(base["w"][where])}
         adapters[f"{number}"] = (shira.Adapter({"w": tensor}, {"fingerprints": prints}), strength)
     found = {}
     backends = {name: kernels.backend(name) for name in kernels.BACKENDS} | {"plain C": plain_c()}
@@ -88,16 +88,16 @@ def test_files_are_fused_as_their_adapters_are(tmp_path, kind, density, units, b
         where = (torch.rand(1_200_000, generator=generator) < density).nonzero().view(-1)
         where = where[(where < 300_000) | (where >= 500_000)]  # and a gap that is longer than any unit
         tensor = SparseTensor(shape, where, torch.randn(where.numel(), generator=generator).bfloat16(), kind)
-        prints = {"w": shira.adapter.fingerprint(base["w"].view(-1)[where])}
+        prints = {"w": shira.sparse.tensor.fingerprint(base["w"].view(-1)[where])}
         adapters[f"{tmp_path}/{number}.safetensors"] = (
             shira.Adapter({"w": tensor}, {"fingerprints": prints}),
             0.5 + number / 2,
         )
     for path, (adapter, _) in adapters.items():
         adapter.save(path)
-        with shira.format.opened(path) as stored:
-            assert shira.format.as_stored(stored, "w").units.dtype == units
-            assert torch.equal(shira.format.as_stored(stored, "w").indices, adapter.tensors["w"].indices)
+        with shira.adapter.opened(path) as stored:
+            assert shira.adapter.as_stored(stored, "w").units.dtype == units
+            assert torch.equal(shira.adapter.as_stored(stored, "w").indices, adapter.tensors["w"].indices)
     over = base if kind == "overwrite" else None
     expected = shira.fuse(adapters, base=over).tensors["w"]
     with kernels.backend(backend):
@@ -119,7 +119,7 @@ def test_a_base_that_is_not_finite_is_no_obstacle_where_it_is_overwritten(method
             fused = shira.fuse({"over": (over, 1.0)}, base=base, method=method)
             expected = bits(torch.tensor([1.0, -0.0], dtype=torch.bfloat16))
             assert torch.equal(bits(fused.tensors["w"].values), expected)
-            assert fused.fingerprints["w"] == shira.adapter.fingerprint(base["w"][:2])
+            assert fused.fingerprints["w"] == shira.sparse.tensor.fingerprint(base["w"][:2])
             for wrong in (delta, more):
                 with pytest.raises(AdapterError, match="must be finite"):
                     shira.fuse({"wrong": (wrong, 1.0)}, base=base, method=method)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
-from shira import AdapterError, SparseTensor, Switcher, kernels, methods
-from shira.masks.uniform import coin
+from shira import AdapterError, SparseTensor, Switcher, kernels
+from shira.fusion import methods
+from shira.sparse.positions import coin
 
 METHODS = [
     ("sum", {}),

@@ -10,7 +10,8 @@ import torch
 import shira
 from conftest import bits
 from shira import kernels
-from shira.kernels import Plan, Sum, Write, products
+from shira.kernels import Sum, Write, WritePlan
+from shira.kernels.gpu import products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -96,23 +97,23 @@ def test_sums_as_they_are_written_by_hand(dtype):
     weight = torch.arange(1.0, 7.0, dtype=dtype, device=DEVICE)
     runs = [torch.tensor([0, 2, 4], device=DEVICE), torch.tensor([2, 3, 4], device=DEVICE)]
     values = [torch.tensor([10.0, -0.0, 30.0], device=DEVICE), torch.tensor([7.0, 8.0, 9.0], device=DEVICE)]
-    overlap = kernels.merge(runs)
+    overlap = kernels.unite(runs)
     total = Sum.of(overlap, [(values[0].to(dtype), 1.0), (values[1].to(dtype), 0.5)])
     assert [place.tolist() for place in total.places] == [[0, 1, -1, 2], [-1, 0, 1, 2]]
-    plan = Plan.of([Write(weight, overlap.indices, torch.empty(4, dtype=dtype, device=DEVICE))], [total])
+    plan = WritePlan.of([Write(weight, overlap.indices, torch.empty(4, dtype=dtype, device=DEVICE))], [total])
     before = bits(weight)
     with kernels.backend("reference"):
-        assert kernels.fuse_(plan) and not plan.sums
+        assert kernels.write_sums_(plan) and not plan.sums
     assert weight.tolist() == [10, 2, 3 + (0 - 3) + 0.5 * (7 - 3), 4 + 0.5 * (8 - 4), 5 + 25 + 0.5 * (9 - 5), 6]
     kernels.restore_(plan)
     assert torch.equal(bits(weight), before)
-    one = Sum.of(kernels.merge(runs[:1]), [(torch.full((3,), -0.0, dtype=dtype, device=DEVICE), 1.0)])
-    plan = Plan.of([Write(weight, runs[0], torch.empty(3, dtype=dtype, device=DEVICE))], [one])
-    assert kernels.fuse_(plan)
+    one = Sum.of(kernels.unite(runs[:1]), [(torch.full((3,), -0.0, dtype=dtype, device=DEVICE), 1.0)])
+    plan = WritePlan.of([Write(weight, runs[0], torch.empty(3, dtype=dtype, device=DEVICE))], [one])
+    assert kernels.write_sums_(plan)
     assert all(math.copysign(1, float(weight[n])) == -1 for n in (0, 2, 4))  # its bits, not base + (value - base)
     kernels.restore_(plan)
-    huge = Sum.of(kernels.merge(runs[:1]), [(torch.full((3,), torch.finfo(dtype).max, dtype=dtype, device=DEVICE), 4.0)])
-    plan = Plan.of([Write(weight, runs[0], torch.empty(3, dtype=dtype, device=DEVICE))], [huge])
-    assert not kernels.fuse_(plan)
+    huge = Sum.of(kernels.unite(runs[:1]), [(torch.full((3,), torch.finfo(dtype).max, dtype=dtype, device=DEVICE), 4.0)])
+    plan = WritePlan.of([Write(weight, runs[0], torch.empty(3, dtype=dtype, device=DEVICE))], [huge])
+    assert not kernels.write_sums_(plan)
     kernels.restore_(plan)
     assert torch.equal(bits(weight), before)

@@ -97,8 +97,8 @@ def test_an_interrupted_change_leaves_the_base(monkeypatch):
         for step in ("_ask", "_run", "_moved"):
             switcher.use("one")
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                run, rest = getattr(kernels.triton_ops, step), [interrupt]
-                patch.setattr(kernels.triton_ops, step, lambda *a, **k: rest.pop()() if rest else run(*a, **k))  # noqa: B023
+                run, rest = getattr(kernels.gpu, step), [interrupt]
+                patch.setattr(kernels.gpu, step, lambda *a, **k: rest.pop()() if rest else run(*a, **k))  # noqa: B023
                 switcher.use("other")
             assert same_bits(base, all_bits(model)) and switcher.active == {}
 
@@ -164,8 +164,8 @@ def test_waiting_takes_six_bytes_an_entry_in_bfloat16():
 
 
 def test_importing_shira_finds_triton_only_when_it_is_asked():
-    assert not kernels.triton_ops.available() and not kernels.triton_ops.available(torch.zeros(1))
-    assert kernels.triton_ops.available(torch.zeros(1, device="cuda")) if DEVICE == "cuda" else True
+    assert not kernels.gpu.available() and not kernels.gpu.available(torch.zeros(1))
+    assert kernels.gpu.available(torch.zeros(1, device="cuda")) if DEVICE == "cuda" else True
 
 
 @on_a_gpu

@@ -15,8 +15,8 @@ from torch import nn
 import shira
 from conftest import bits, mlp, random_adapter
 from shira import Adapter, AdapterError, FormatError, ShiraError, SparseTensor, Switcher
+from shira.adapter import opened
 from shira.cli.inspect import describe
-from shira.format import opened
 
 SECONDS, MEGABYTES = 5, 300  # that anything here may take: thousands of times what it needs
 FORM = {"format": "shira", "format_version": "2", "encoding": "gap"}
@@ -339,13 +339,13 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkey
     path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     random_adapter(mlp(), 1).save(path)
     random_adapter(mlp(), 2).save(other)
-    wanted, read = shira.load(other), shira.format.read_tensor
+    wanted, read = shira.load(other), shira.files.reading.read_tensor
 
     def replacing(file, entry):
         if other.exists():
             os.replace(other, path)
         return read(file, entry)
 
-    monkeypatch.setattr(shira.format, "read_tensor", replacing)
+    monkeypatch.setattr(shira.files.reading, "read_tensor", replacing)
     found = shira.load(path)
     assert all(torch.equal(bits(t.values), bits(found.tensors[name].values)) for name, t in wanted.tensors.items())

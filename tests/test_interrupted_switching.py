@@ -7,7 +7,8 @@ from torch import nn
 import shira
 from conftest import all_bits, same_bits
 from interrupting import every_moment, interrupted
-from shira import SparseTensor, Switcher, kernels, owners
+from shira import SparseTensor, Switcher, kernels
+from shira.weights import owners
 
 POSITIONS = torch.randperm(64, generator=torch.Generator().manual_seed(0))
 

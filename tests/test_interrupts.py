@@ -7,7 +7,7 @@ from torch import nn
 import shira
 from conftest import all_bits, bits, same_bits
 from interrupting import interrupted
-from shira import optimizers
+from shira.weights import optimizers
 
 
 class Model(nn.Module):

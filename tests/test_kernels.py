@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import bits, plain_c
-from shira import AdapterError, encoding, kernels
-from shira.adapter import fingerprint
+from shira import AdapterError, kernels
+from shira.files import encoding
+from shira.sparse.tensor import fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ODD = torch.tensor([float("nan"), float("inf"), -0.0, 0.0, 1.5, -2.25])
@@ -69,7 +70,7 @@ def plan_over(weights, density, seed):
         indices = (torch.rand(weight.numel(), generator=generator) < density).nonzero().view(-1)
         values = ODD[torch.randint(len(ODD), (indices.numel(),), generator=generator)].to(weight.dtype)
         parts.append(kernels.Write(weight, indices.to(torch.int32 if seed % 2 else torch.int64), values))
-    return kernels.Plan.of(parts)
+    return kernels.WritePlan.of(parts)
 
 
 @pytest.mark.parametrize("name", kernels.BACKENDS)
@@ -118,7 +119,7 @@ def test_only_what_was_begun_is_restored(name):
 def test_a_plan_is_for_the_weights_it_was_made_for(name, act):
     """Nothing goes to an address that was taken down earlier, even if the allocator has given it out again."""
     weight = torch.nn.Parameter(torch.arange(16.0).view(4, 4) / 3)
-    plan = kernels.Plan.of([kernels.Write(weight, torch.tensor([1]), torch.ones(1))])
+    plan = kernels.WritePlan.of([kernels.Write(weight, torch.tensor([1]), torch.ones(1))])
     for active in (False, True):
         if active:
             kernels.swap_(plan)
@@ -156,7 +157,7 @@ def test_entries_that_others_have_written_are_seen_and_nothing_is_written(name, 
     weights = [torch.randn(500 if large else 1, 40), torch.randn(900 if large else 1, 30).bfloat16()]
     plan = plan_over(weights, 0.5 if large else 0.2, 1)
     assert large or all(0 < part.indices.numel() <= 16 for part in plan.parts)
-    other = kernels.Plan.of([part._replace(values=part.values.flip(0)) for part in plan.parts])
+    other = kernels.WritePlan.of([part._replace(values=part.values.flip(0)) for part in plan.parts])
     before = [bits(weight) for weight in weights]
     with kernels.backend(name):
         kernels.swap_(plan)
@@ -195,7 +196,7 @@ def test_the_native_kernel_never_writes_where_it_must_not(weight, indices, value
     with kernels.backend("native"), pytest.raises(IndexError):
         kernels.overwrite_(weight, indices, values)
     with kernels.backend("native"), pytest.raises(IndexError):
-        kernels.swap_(kernels.Plan.of([kernels.Write(weight, indices, values)]))
+        kernels.swap_(kernels.WritePlan.of([kernels.Write(weight, indices, values)]))
     assert torch.equal(bits(weight), before)
 
 
@@ -207,7 +208,7 @@ def test_a_position_outside_is_found_wherever_it_stands(dtype, wrong):
     weight = torch.zeros(200, 200)
     indices = torch.arange(0, 40_000, 2, dtype=dtype)
     indices[12_345] = wrong
-    plan = kernels.Plan.of([kernels.Write(weight, indices, torch.ones(20_000))])
+    plan = kernels.WritePlan.of([kernels.Write(weight, indices, torch.ones(20_000))])
     with kernels.backend("native"), pytest.raises(IndexError, match="outside of a tensor of 40000"):
         kernels.swap_(plan)
     assert not weight.any() and not plan.begun.any()
@@ -319,7 +320,7 @@ def test_merge_finds_the_union_and_each_place_in_it(seed, densities, numel, inde
         held[run.long()] += 1
     for name in kernels.BACKENDS:
         with kernels.backend(name):
-            indices, places, counts = kernels.merge(runs)
+            indices, places, counts = kernels.unite(runs)
         assert torch.equal(indices, held.nonzero().view(-1).to(index)) and indices.dtype == index
         assert torch.equal(counts, held[held > 0]) and counts.dtype == torch.int32
         for run, place in zip(runs, places, strict=True):
@@ -343,7 +344,7 @@ def test_fingerprints_are_those_of_each(dtype):
 def test_merge_refuses_positions_below_zero_in_c():
     if "native" in kernels.BACKENDS:
         with kernels.backend("native"), pytest.raises(IndexError):
-            kernels.merge([torch.tensor([-5, 3])])
+            kernels.unite([torch.tensor([-5, 3])])
 
 
 @pytest.mark.parametrize(
@@ -359,9 +360,9 @@ def test_merge_refuses_positions_below_zero_in_c():
     ],
 )
 def test_fusing_in_one_pass_reads_no_other_memory(indices, values, weight):
-    change = kernels.Change(indices.int(), values, 1.0, False, True)
+    change = kernels.Contribution(indices.int(), values, 1.0, False, True)
     with kernels.backend("native"), pytest.raises(IndexError):
-        kernels.fused(weight, [change], torch.float32, "sum", 0 if weight is None else weight.numel())
+        kernels.combine(weight, [change], torch.float32, "sum", 0 if weight is None else weight.numel())
 
 
 @pytest.mark.parametrize(
@@ -387,10 +388,10 @@ def test_gaps_are_fused_as_positions_are_or_not_at_all(units, dtype):
         expected = encoding.decode(encoding.Stored("gap", array), (1000,), 2).tolist()
     except AdapterError:
         expected = None
-    change = kernels.Change(array, torch.tensor([1.5, 2.5]), 1.0, True, True)
+    change = kernels.Contribution(array, torch.tensor([1.5, 2.5]), 1.0, True, True)
     with kernels.backend("native"):
         for weight, count in ((None, 2), (torch.zeros(1000), 1)):
-            fused = kernels.fused(weight, [change] * count, torch.float32, "sum", 1000)
+            fused = kernels.combine(weight, [change] * count, torch.float32, "sum", 1000)
             assert (fused and (fused.indices.tolist(), fused.values.tolist())) == (
                 expected and (expected, [1.5 * count, 2.5 * count])
             )
@@ -398,14 +399,14 @@ def test_gaps_are_fused_as_positions_are_or_not_at_all(units, dtype):
 
 def test_what_no_kernel_fuses():
     """It says so, and the general way is taken."""
-    change = kernels.Change(torch.tensor([1]), torch.ones(1), 1.0, False, True)
+    change = kernels.Contribution(torch.tensor([1]), torch.ones(1), 1.0, False, True)
     narrow = change._replace(indices=change.indices.int())
     with kernels.backend("native"):
-        assert kernels.fused(None, [narrow], torch.float32, "sum", 4).values.tolist() == [1.0]
-        assert kernels.fused(None, [change], torch.float32, "sum", 4) is None
-        assert kernels.fused(None, [narrow], torch.float16, "sum", 4) is None
-        assert kernels.fused(None, [narrow], torch.float32, "ties", 4) is None
-        assert kernels.fused(None, [narrow] * 255, torch.float32, "mean", 4).values.tolist() == [1.0]
-        assert kernels.fused(None, [narrow] * 256, torch.float32, "mean", 4) is None  # meetings are counted in a byte
+        assert kernels.combine(None, [narrow], torch.float32, "sum", 4).values.tolist() == [1.0]
+        assert kernels.combine(None, [change], torch.float32, "sum", 4) is None
+        assert kernels.combine(None, [narrow], torch.float16, "sum", 4) is None
+        assert kernels.combine(None, [narrow], torch.float32, "ties", 4) is None
+        assert kernels.combine(None, [narrow] * 255, torch.float32, "mean", 4).values.tolist() == [1.0]
+        assert kernels.combine(None, [narrow] * 256, torch.float32, "mean", 4) is None  # meetings are counted in a byte
     with kernels.backend("torch"):
-        assert kernels.fused(None, [narrow], torch.float32, "sum", 4) is None
+        assert kernels.combine(None, [narrow], torch.float32, "sum", 4) is None

@@ -230,11 +230,12 @@ def test_a_file_holds_struct_as_a_rule(options, tmp_path):
     read = shira.load(tmp_path / "x.safetensors")
     assert torch.equal(bits(read.tensors["0.weight"].indices), bits(adapter.tensors["0.weight"].indices))
     tensor = adapter.tensors["0.weight"]
-    stored = shira.encoding.encode(tensor.indices, (50, 60), shira.format._rules(adapter.metadata, "0.weight", tensor))
+    rules = shira.files.writing._rules(adapter.metadata, "0.weight", tensor)
+    stored = shira.files.encoding.encode(tensor.indices, (50, 60), rules)
     assert stored.array is None and isinstance(stored.positions, dict)
     for wrong in ({"offset": -1}, {"offset": 50}, {"offset": True}, {"diagonal": 0}, {"mood": 1}):
         with pytest.raises(shira.AdapterError, match="does not give|other positions"):
-            shira.encoding.decode(shira.encoding.Stored(stored.positions | wrong, None), (50, 60), adapter.nnz)
+            shira.files.encoding.decode(shira.files.encoding.Stored(stored.positions | wrong, None), (50, 60), adapter.nnz)
 
 
 def test_from_adapter_takes_the_positions_of_another():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shira
 from shira import MaskError, masks
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -35,7 +36,7 @@ def test_top_k_by_a_guess_is_as_exact(numel, levels, share, seed, sample):
         scores[:: max(1, numel // sample)] = levels + 1  # just what the sample sees
     k = int(share * numel)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks.topk, "SAMPLE", sample)
+        patch.setattr(shira.sparse.topk, "SAMPLE", sample)
         found = masks.top_k(scores, k)
     expected = scores.sort(descending=True, stable=True).indices[:k].sort().values
     assert torch.equal(found, expected)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import shira
 from conftest import all_bits, bits, llama_batches, mlp, random_adapter, same_bits
-from shira import AdapterError, BaseMismatch, CheckpointError, FormatError, SparseTensor, Switcher, merging
+from shira import AdapterError, BaseMismatch, CheckpointError, FormatError, SparseTensor, Switcher
+from shira.checkpoints import merging
 from shira.integrations.transformers import load_model
 
 STRENGTHS = st.sampled_from([1.0, 0.5, -0.25, 0.0, 2.0])

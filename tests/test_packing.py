@@ -15,7 +15,7 @@ from shira.data.batches import collate
 from shira.data.tasks import Example
 from shira.data.tokens import IGNORED, Rows, encode, pack
 from shira.integrations import transformers as hf
-from shira.recipes import Recipe, train_adapter
+from shira.runs.recipes import Recipe, train_adapter
 
 EXAMPLES = [Example("ab", "cde"), Example("", "fghij"), Example("k", "l"), Example("mnopqr", "s"), Example("t", "uvw")]
 

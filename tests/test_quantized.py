@@ -12,8 +12,8 @@ import shira
 from conftest import bits, mlp, random_adapter
 from families import family, family_batch
 from shira import BaseMismatch, CheckpointError, MaskError, TargetError, TuningError
-from shira.deltas import Layout
-from shira.quantized import dense, is_quantized, label, shape_of
+from shira.kernels.sparse_product import SparseLayout
+from shira.weights.quantized import dense, is_quantized, label, shape_of
 
 
 def quietly(module):
@@ -104,7 +104,7 @@ def test_the_sparse_product_and_its_gradients_are_the_dense_ones(columns, dtype)
     values = torch.randn(indices.numel(), generator=generator).requires_grad_()
     twin_x, twin_values = x.detach().float().requires_grad_(), values.detach().clone().requires_grad_()
     expected = twin_x @ torch.zeros(7, 9).masked_scatter(chosen, twin_values).T
-    output = Layout(indices, (7, 9)).product(x, values)
+    output = SparseLayout(indices, (7, 9)).product(x, values)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
     torch.testing.assert_close(output.float(), expected, **tolerance)
     weights = torch.randn(output.shape, generator=generator)
@@ -117,9 +117,9 @@ def test_the_sparse_product_and_its_gradients_are_the_dense_ones(columns, dtype)
 
 def test_a_product_without_mkl_and_without_entries(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    layout = Layout(torch.tensor([1, 5], dtype=torch.int32), (2, 3))
+    layout = SparseLayout(torch.tensor([1, 5], dtype=torch.int32), (2, 3))
     assert layout.product(torch.eye(3), torch.tensor([2.0, 7.0])).tolist() == [[0, 0], [2, 0], [0, 7]]
-    empty = Layout(torch.tensor([], dtype=torch.int32), (2, 3))
+    empty = SparseLayout(torch.tensor([], dtype=torch.int32), (2, 3))
     assert empty.product(torch.ones(1, 3), torch.tensor([])).tolist() == [[0, 0]]
 
 

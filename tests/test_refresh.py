@@ -10,7 +10,7 @@ from torch import nn
 import shira
 from conftest import all_bits, bits, llama_batches, mlp, mlp_batches, mlp_loss, same_bits
 from shira import MaskError, TuningError
-from shira.adapter import fingerprint
+from shira.sparse.tensor import fingerprint
 
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),

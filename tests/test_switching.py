@@ -63,7 +63,7 @@ class SwitcherMachine(RuleBasedStateMachine):
         for tensor_name, tensor in list(made.tensors.items()):  # a NaN in the base stays out of the sums
             keep = ~self.base[tensor_name].view(-1)[tensor.indices.long()].isnan()
             made.tensors[tensor_name] = SparseTensor(tensor.shape, tensor.indices[keep], tensor.values[keep], kind)
-            made.metadata["fingerprints"][tensor_name] = shira.adapter.fingerprint(
+            made.metadata["fingerprints"][tensor_name] = shira.sparse.tensor.fingerprint(
                 self.base[tensor_name].view(-1)[made.tensors[tensor_name].indices.long()]
             )
         if name in self.adapters:

@@ -7,8 +7,8 @@ from torch import nn
 from families import family
 from shira import TargetError
 from shira.cli.targets import parse_layers, parse_targets
-from shira.targets import resolve
-from shira.trainable import check_trainable
+from shira.training.trainable import check_trainable
+from shira.weights.targets import resolve
 
 
 def names(model, targets):

@@ -13,10 +13,11 @@ import torch
 import shira
 import shira.data.reading
 from conftest import mlp
-from shira import Adapter, DataError, SparseTensor, report
+from shira import Adapter, DataError, SparseTensor
+from shira.analysis import report
 from shira.errors import ShiraError
 from shira.integrations.card import card
-from shira.recipes import Recipe, load_recipe
+from shira.runs.recipes import Recipe, load_recipe
 from shira.texts import described, markdown, shown, strict_json, visible
 
 HOSTILE = {
@@ -83,7 +84,7 @@ def test_inspect_and_compare_show_text(run, tmp_path, monkeypatch, text, place):
 def test_a_page_and_its_pictures_show_text(text):
     adapters = [Adapter(delta(), {"name": text}), Adapter(delta(count=20) | delta(f"layers.0.{text}.weight"), {"name": "x"})]
     found = shira.compare(*adapters)
-    named = shira.analysis.named(adapters)
+    named = shira.analysis.comparison.named(adapters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         page = report.page(found, named, None, f"layers.0.{text}.weight")

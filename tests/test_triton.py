@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from conftest import bits
 from shira import SparseTensor, kernels
-from shira.fusion import combine
-from shira.kernels import Plan, Sum, Write, reference, triton_ops
-from shira.methods import resolve
+from shira.fusion.combining import combine
+from shira.fusion.methods import resolve
+from shira.kernels import Sum, Write, WritePlan, reference
+from shira.kernels.gpu import ops as triton_ops
 
 pytest.importorskip("triton", reason="Triton is not installed: `make test-gpu` installs it and runs these tests")
 
-from shira.kernels import triton_switch  # noqa: E402
+from shira.kernels.gpu import switch as triton_switch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # numpy, in which the interpreter computes, warns of infinities that are meant
@@ -74,7 +75,7 @@ def test_switches_keep_and_put_back_every_bit(windows, seed, kinds, densities, m
     """Base to A; A to B, with entries in common and tensors that only one has; A over A; back. Of all dtypes at once."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape, dtype in kinds]
-    first, second = (Plan.of(random_plan(weights, generator, densities)[skip:]) for skip in missing)
+    first, second = (WritePlan.of(random_plan(weights, generator, densities)[skip:]) for skip in missing)
     base = states(weights)
     with_first, with_second = (after(reference.swap_, plan, weights) for plan in (first, second))
     with kernels.backend("triton"):
@@ -85,7 +86,7 @@ def test_switches_keep_and_put_back_every_bit(windows, seed, kinds, densities, m
         assert not first.begun.any() and second.begun == len(second.parts)
         kernels.change_(second, first)
         assert equal(states(weights), with_first[0])
-        twin = Plan.of([part._replace(values=part.values.flip(0)) for part in first.parts])
+        twin = WritePlan.of([part._replace(values=part.values.flip(0)) for part in first.parts])
         over = twin.over(first)
         kernels.write_(over, first)
         for part in twin.parts:
@@ -115,7 +116,7 @@ def test_sums_are_those_of_fuse_to_the_bit(windows, seed, kinds, densities, stre
             random_plan([weight], generator, densities[n % len(densities) :])[0].indices.int() for n in range(len(strengths))
         ]
         held = [(scale * torch.randn(run.numel(), generator=generator)).to(weight.dtype).to(DEVICE) for run in runs]
-        overlap = reference.merge(runs)
+        overlap = reference.unite(runs)
         sums.append(Sum.of(overlap, list(zip(held, strengths, strict=True))))
         parts.append(Write(weight, overlap.indices, torch.empty_like(overlap.indices, dtype=weight.dtype)))
         if all(value.isfinite().all() for value in held):
@@ -126,19 +127,19 @@ def test_sums_are_those_of_fuse_to_the_bit(windows, seed, kinds, densities, stre
             base = reference.gather(weight, overlap.indices)
             expected.append(bits(combine("w", tensors, overlap, base, resolve("sum", {}))[1]))
     base = states(weights)
-    plan = Plan.of(parts, sums)
+    plan = WritePlan.of(parts, sums)
     finite = []
-    wanted = after(lambda plan: finite.append(reference.fuse_(plan)), plan, weights)
+    wanted = after(lambda plan: finite.append(reference.write_sums_(plan)), plan, weights)
     values = states(part.values for part in parts)
     assert len(expected) < len(parts) or equal(values, expected)
     for part in parts:
         part.values.fill_(7)
-    plan = Plan.of(parts, sums)
-    leaving = Plan.of(random_plan(weights, generator, [0.5])) if change else None
+    plan = WritePlan.of(parts, sums)
+    leaving = WritePlan.of(random_plan(weights, generator, [0.5])) if change else None
     with kernels.backend("triton"):
         if leaving is not None:
             kernels.swap_(leaving)
-        assert kernels.fuse_(plan, leaving) == finite[0]
+        assert kernels.write_sums_(plan, leaving) == finite[0]
         assert equal(states(plan.stash), wanted[1])
         if finite[0]:  # else some value is NaN, whose bits nobody is promised
             assert equal(states(weights), wanted[0]) and equal(states(part.values for part in parts), values)
@@ -153,7 +154,7 @@ def test_sums_are_those_of_fuse_to_the_bit(windows, seed, kinds, densities, stre
 def test_the_real_windows():
     weight = torch.randn(3, 50_021).to(DEVICE, torch.bfloat16)
     base = bits(weight)
-    first, second = (Plan.of(random_plan([weight], torch.Generator().manual_seed(seed), [0.02])) for seed in (1, 2))
+    first, second = (WritePlan.of(random_plan([weight], torch.Generator().manual_seed(seed), [0.02])) for seed in (1, 2))
     wanted = after(reference.swap_, second, [weight])
     with kernels.backend("triton"):
         kernels.swap_(first)
@@ -167,7 +168,7 @@ def test_a_launch_that_never_was_puts_nothing_back(monkeypatch):
     """Interrupted between the announcement and the launch: the stash holds nothing, and the base is there."""
     weight = torch.arange(40.0, device=DEVICE)
     first, second = (
-        Plan.of(
+        WritePlan.of(
             [Write(weight, torch.arange(n, 30, n, device=DEVICE), torch.full((len(range(n, 30, n)),), -1.0, device=DEVICE))]
         )
         for n in (2, 3)
@@ -211,7 +212,7 @@ def test_a_launch_that_never_was_puts_nothing_back(monkeypatch):
 def test_what_is_launched_is_made_once_for_weights_that_stay():
     weights = [torch.nn.Parameter(torch.zeros(50, device=DEVICE)) for _ in range(2)]
     parts = [Write(weight, torch.tensor([1, 49], device=DEVICE), torch.ones(2, device=DEVICE)) for weight in weights]
-    first, second = Plan.of(parts), Plan.of(parts)
+    first, second = WritePlan.of(parts), WritePlan.of(parts)
     with kernels.backend("triton"):
         kernels.prepare(first)
         kernels.prepare(second)
@@ -260,7 +261,7 @@ def test_nothing_is_launched_that_would_write_elsewhere(indices, values):
     weight = torch.zeros(40, device=DEVICE)
     values, stash = values.to(DEVICE), torch.zeros_like(values, device=DEVICE)
     indices = indices.to(DEVICE)[::2] if len(indices) == 3 else indices.to(DEVICE)  # a copy to a device has no gaps
-    plan = replace(Plan.of([Write(weight, indices, values)]), stash=(stash,))
+    plan = replace(WritePlan.of([Write(weight, indices, values)]), stash=(stash,))
     with kernels.backend("triton"), pytest.raises(IndexError):
         kernels.swap_(plan)
     assert not plan.begun.any() and not bits(weight).any()

@@ -12,7 +12,7 @@ import shira
 from conftest import all_bits, bits, llama_batches, mlp, mlp_batches, mlp_loss, same_bits
 from families import family, family_batch
 from shira import TargetError, TuningError
-from shira.untrained import NotTrained
+from shira.training.untrained import NotTrained
 
 
 def train(model, tuner, steps=2):

@@ -9,7 +9,8 @@ from torch import nn
 
 import shira
 from conftest import all_bits, bits, llama_batches, mlp, mlp_batches, mlp_loss, same_bits
-from shira import DataError, MaskError, TargetError, TuningError, optimizers
+from shira import DataError, MaskError, TargetError, TuningError
+from shira.weights import optimizers
 
 MASKS = {"struct": 0.3, "rand": 0.1, "wm": 0.1, "grad": 0.1, "snip": 0.1}
 

@@ -11,7 +11,7 @@ import shira
 from conftest import all_bits, mlp, mlp_batches, mlp_loss, same_bits
 from families import family, family_batch
 from shira import TargetError, TuningError
-from shira.factors import Factors, row_blocks
+from shira.training.variants.factors import Factors, row_blocks
 
 BATCHES = mlp_batches(6)
 
@@ -206,7 +206,7 @@ def test_the_base_as_reference_and_a_run_taken_up_again(variant):
 
 
 def test_a_product_at_positions_and_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr("shira.factors.BLOCK", 30)
+    monkeypatch.setattr("shira.training.variants.factors.BLOCK", 30)
     factors = Factors((11, 13), 4, seed=3, device=torch.device("cpu"))
     with torch.no_grad():
         factors.up.normal_(generator=torch.Generator().manual_seed(0))

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from shira import masks
-from shira.calibration import calibrate
 from shira.data.models import SMOLLM2
 from shira.data.tasks import examples_of
 from shira.integrations import transformers as hf
+from shira.masks.calibration import calibrate
 
 HERE, SIDE, DENSITY = Path(__file__).parent, 48, 0.09
 NAME = "model.layers.9.self_attn.o_proj.weight"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.store import Key, Store, number
-from shira.calibration import without_cudnn_attention
 from shira.data.batches import left_padded, to_device
 from shira.data.models import model_path
+from shira.masks.calibration import without_cudnn_attention
 
 from . import glue, methods, runs
 from .search import best_rate, losses, rates

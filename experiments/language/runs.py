@@ -13,10 +13,10 @@ from experiments.store import Key, Store, artefacts, number, on_accelerator
 from shira.data.packages import rename_whole
 from shira.data.tokens import Row, encode
 from shira.errors import DataError
-from shira.files import temporary_folder
+from shira.files.paths import temporary_folder
 from shira.integrations import lm_eval
 from shira.integrations import transformers as hf
-from shira.recipes import GENERAL_BATCH
+from shira.runs.recipes import GENERAL_BATCH
 
 from . import methods
 from .questions import examples, parts, sentences

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from shira.errors import DataError, did_you_mean
-from shira.recipes import read_settings
+from shira.runs.recipes import read_settings
 
 __all__ = ["Recipe", "named", "read", "recipes"]
 

@@ -1,8 +1,10 @@
 """Sparse High Rank Adapters (SHiRA, arXiv 2406.13175): train, store, switch and fuse 1-2 % of a model's own weights."""
 
 from . import masks
-from .adapter import Adapter, SparseTensor
-from .analysis import compare
+from .adapter import Adapter, load
+from .analysis.comparison import compare
+from .checkpoints.extraction import extract
+from .checkpoints.merging import merge
 from .errors import (
     AdapterError,
     BaseMismatch,
@@ -16,12 +18,12 @@ from .errors import (
     TargetError,
     TuningError,
 )
-from .extraction import extract
-from .format import load
-from .fusion import fuse
-from .merging import merge
-from .switching import Switcher
-from .tuning import Tuner, attach
+from .fusion.fusing import fuse
+from .sparse.tensor import SparseTensor
+from .switching.switcher import Switcher
+from .training.tuner import Tuner
+from .training.tuning import attach
+from .version import __version__ as __version__
 
 __all__ = [
     "Adapter",
@@ -47,4 +49,3 @@ __all__ = [
     "masks",
     "merge",
 ]
-__version__ = "0.1.0"

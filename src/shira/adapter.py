@@ -3,146 +3,21 @@
 Data only; no model, no file. Whatever holds a `SparseTensor` may rely on it: it is validated once, when it is made.
 """
 
+import contextlib
 import hashlib
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from .errors import AdapterError
+from .errors import AdapterError, FormatError
+from .files.paths import State, path_of
+from .files.reading import FileChanged, Path_, StoredTensors
+from .files.writing import saving
+from .sparse.tensor import SparseTensor
 from .texts import described, shown
 
-__all__ = [
-    "MOST_ENTRIES",
-    "Adapter",
-    "Kind",
-    "SparseTensor",
-    "all_finite",
-    "check_metadata",
-    "fingerprint",
-    "index_dtype",
-    "numel_of",
-]
-
-Kind = Literal["overwrite", "delta"]
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST_ENTRIES, MOST_SIDES = 2**62, 64  # of a tensor: sums of positions stay within int64
-
-
-def index_dtype(numel: int) -> torch.dtype:
-    """The dtype of positions in a tensor of `numel` entries: int32 below 2³¹ entries, int64 from there on."""
-    return torch.int32 if numel < 2**31 else torch.int64
-
-
-def numel_of(shape: tuple[int, ...]) -> int:
-    """Entries of a tensor of a shape that somebody states. Raises ValueError for what can be no shape, also of no entries."""
-    if len(shape) > MOST_SIDES or not all(type(side) is int and 0 <= side <= MOST_ENTRIES for side in shape):
-        raise ValueError(f"shape must hold whole numbers from 0 on, found {shown(list(shape))}")
-    if math.prod(max(1, side) for side in shape) > MOST_ENTRIES:
-        raise ValueError(f"shape {list(shape)} has more than 2^62 entries")
-    return math.prod(shape)
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: by the smallest and the largest, ten times faster than asking each."""
-    return not values.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
-
-
-@dataclass(frozen=True, eq=False)
-class SparseTensor:
-    """A few entries of one tensor.
-
-    shape: of the whole tensor.
-    indices: [nnz], flat positions in C order, strictly increasing; int32 below 2³¹ entries, int64 from there on
-        (either is accepted and brought to that).
-    values: [nnz], floating point, finite.
-    kind: "overwrite", the values are the tensor's new entries; or "delta", they are added to its old ones.
-
-    Raises AdapterError if any of this does not hold.
-    """
-
-    shape: tuple[int, ...]
-    indices: Tensor
-    values: Tensor
-    kind: Kind = "overwrite"
-
-    def __post_init__(self) -> None:
-        self._check_form()
-        _check_plain("indices", self.indices)
-        if self.indices.dtype not in (torch.int32, torch.int64):
-            raise AdapterError(f"indices must be int32 or int64, found {_plain(self.indices.dtype)}")
-        if self.indices.ndim != 1 or self.values.shape != self.indices.shape:
-            raise AdapterError(
-                "indices and values must be 1-D and of one length, found shapes "
-                f"{list(self.indices.shape)} and {list(self.values.shape)}"
-            )
-        if self.indices.device != self.values.device:
-            raise AdapterError(f"indices are on {self.indices.device}, values on {self.values.device}")
-        self._check_positions()
-        self._check_values()
-        object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)).contiguous())
-        object.__setattr__(self, "values", self.values.contiguous())
-
-    def _check_form(self) -> None:
-        if not isinstance(self.kind, str) or self.kind not in get_args(Kind):
-            raise AdapterError(f"kind must be 'overwrite' or 'delta', found {shown(self.kind)}")
-        try:
-            object.__setattr__(self, "shape", tuple(self.shape))
-            numel_of(self.shape)
-        except (TypeError, ValueError) as error:
-            what = str(error) if isinstance(error, ValueError) else f"found {described(self.shape)}"
-            raise AdapterError(f"a sparse tensor is SparseTensor((rows, columns), indices, values): {what}") from None
-        _check_plain("values", self.values)
-        if self.values.dtype not in FLOAT_DTYPES:
-            raise AdapterError(f"values must be floating point, found {_plain(self.values.dtype)}")
-
-    @classmethod
-    def of_kernel(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> "SparseTensor":
-        """What a kernel made, all as it should be by how it was made; only that values are finite is still asked."""
-        made = object.__new__(cls)
-        for name, value in {"shape": shape, "indices": indices, "values": values, "kind": kind}.items():
-            object.__setattr__(made, name, value)
-        made._check_values()
-        return made
-
-    def _check_values(self) -> None:
-        if not all_finite(self.values):
-            where = int(torch.isfinite(self.values).logical_not().nonzero()[0])
-            raise AdapterError(f"values must be finite, found {float(self.values[where])} as value {where}")
-
-    def _check_positions(self) -> None:
-        if self.nnz == 0:
-            return
-        first, last = int(self.indices[0]), int(self.indices[-1])
-        rising = self.indices[1:] > self.indices[:-1]
-        if not bool(rising.all()):
-            where = int(rising.logical_not().nonzero()[0])
-            here, then = int(self.indices[where]), int(self.indices[where + 1])
-            fault = "twice the position" if here == then else f"position {then} after"
-            raise AdapterError(f"indices must be sorted and unique, found {fault} {here} (index {where + 1})")
-        if first < 0 or last >= self.numel:
-            wrong = first if first < 0 else last
-            raise AdapterError(f"indices must be from 0 to {self.numel - 1} (shape {list(self.shape)}), found {wrong}")
-
-    @property
-    def numel(self) -> int:
-        """Entries of the whole tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def nnz(self) -> int:
-        """Entries that the adapter holds."""
-        return self.values.numel()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of positions and values in memory."""
-        return self.indices.nbytes + self.values.nbytes
+__all__ = ["Adapter", "as_stored", "check_unchanged", "load", "opened", "read", "save"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,59 +86,76 @@ class Adapter:
 
         like: a file beside it with an adapter of the same mask, whose positions need not be written again.
         """
-        from .format import save
+        from .adapter import save
 
         save(self, path, like=like)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+ATTEMPTS = 3  # to read a file that is being replaced
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
+    """Write an adapter to one safetensors file: to a temporary file beside it, flushed, then renamed.
 
+    like: a file in the same folder that holds an adapter of the same mask; positions that are the same are then not
+        written again, but read from there, so it must stay beside this one.
+    A symbolic link is followed: the file that it leads to is replaced, and the link stays.
 
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of the metadata: what readers may rely on (docs/format.md)
-    **dict.fromkeys(("name", "license"), (_is_text, "a text")),
-    **dict.fromkeys(("mask", "base", "training", "fused", "fingerprints", "extraction"), (_is_object, "an object")),
-    **dict.fromkeys(("mask.name", "base.id", "fused.method"), (_is_text, "a text")),
-    **dict.fromkeys(("mask.options", "fused.strengths"), (_is_object, "an object")),
-    "base.dtype": (lambda value: all(map(_is_text, value if isinstance(value, list) else [value])), "a text, or several"),
-}
-
-
-def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raise AdapterError if a field that docs/format.md describes is of another kind than it says. All others are free."""
-    for field_name, (fits, expected) in FIELDS.items():
-        value: Any = metadata
-        for key in field_name.split("."):
-            value = value.get(key) if value is not None else None
-        if value is not None and not fits(value):
-            raise AdapterError(f"metadata '{field_name}' must be {expected}, found {shown(value)}")
-    for name, value in (metadata.get("fingerprints") or {}).items():
-        if not isinstance(value, str):
-            raise AdapterError(f"metadata 'fingerprints' must hold texts, found {shown(value)} for {shown(name)}")
-
-
-def _check_plain(what: str, tensor: Any) -> None:
-    """Raise AdapterError unless this is a tensor with its entries one after another in memory."""
-    if not isinstance(tensor, Tensor):
-        raise AdapterError(f"{what} must be a tensor, as in torch.tensor([1, 5]); found {described(tensor)}")
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise AdapterError(f"{what} must be a plain tensor with data, found {tensor.layout} on {tensor.device}")
-
-
-def fingerprint(values: Tensor) -> str:
-    """A fingerprint of base values: SHA-256 over them as little-endian float32, the first 128 bits in hex.
-
-    Taken in float32, it is the same for a bfloat16 checkpoint loaded as bfloat16 and as float32.
+    Raises AdapterError if the path is a folder, or the metadata cannot be written as JSON; OSError (a full disk, a missing
+    folder, a FIFO or device of that name) with any file already under that name unchanged.
     """
-    digest = hashlib.sha256()
-    for piece in values.detach().reshape(-1).split(2**18):  # what is widened stays in cache
-        digest.update(piece.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).data)
-    return digest.hexdigest()[:32]
+    with saving(path, adapter.metadata, like=like) as add:
+        for name, tensor in adapter.tensors.items():
+            add(name, tensor)
 
 
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def load(path: Path_) -> Adapter:
+    """Read an adapter and check all of it.
+
+    Raises FormatError, which names the file, the tensor, what was expected and what was found; OSError if there is no
+    such file or it may not be read.
+
+        adapter = shira.load("poet.safetensors")
+    """
+    return read(path)[0]
+
+
+def read(path: Path_) -> tuple[Adapter, tuple[State, ...]]:
+    """`load`, and the state of the files that it read, the adapter's first: of what was opened, not of what has the name now.
+
+    Raises what `load` raises; a file that another one takes the place of meanwhile is read once more.
+    """
+    for _ in range(ATTEMPTS):
+        try:
+            with opened(path) as adapter:
+                return Adapter(dict(adapter.tensors), adapter.metadata), check_unchanged(adapter)
+        except FileChanged as error:
+            changed = error
+    raise changed
+
+
+@contextlib.contextmanager
+def opened(path: Path_) -> Iterator[Adapter]:
+    """An adapter that stays in its file: as long as that is open, each tensor is read, and checked, when it is asked for.
+
+    Raises what `load` raises; also at the end, if the file was changed in between.
+    """
+    found = path_of(path, "shira.load('poet.safetensors')", FormatError)
+    with contextlib.ExitStack() as stack:
+        tensors = StoredTensors(found, stack)
+        adapter = Adapter(tensors, tensors.metadata)  # type: ignore[arg-type]  # read only
+        yield adapter
+        check_unchanged(adapter)
+
+
+def check_unchanged(adapter: Adapter) -> tuple[State, ...]:
+    """The state of the opened files that an adapter lies in; none if it is in memory.
+
+    Raises FormatError if one of them has changed since it was opened."""
+    return adapter.tensors.state() if isinstance(adapter.tensors, StoredTensors) else ()
+
+
+def as_stored(adapter: Adapter, name: str) -> SparseTensor:
+    """A tensor of an adapter that may be in its file still: then `Gaps`, if that is how its positions are stored there."""
+    tensors = adapter.tensors
+    return tensors.tensor(name, decoded=False) if isinstance(tensors, StoredTensors) else tensors[name]

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .. import analysis, report
-from ..checkpoints import Source
+from ..analysis import comparison, pictures, report
+from ..checkpoints.checkpoint import CheckpointSource
 from ..data.models import model_path
-from ..tensorfiles import write_whole
+from ..files.tensorfiles import write_whole
 from .output import bytes_text, cell, console, print_json, progress, waiting
 
 __all__ = ["compare"]
@@ -32,14 +32,16 @@ def compare(
 
     Example: shira compare spam.safetensors questions.safetensors --base SmolLM2-135M-Instruct --out report/
     """
-    loaded = analysis.named(adapters)
+    loaded = comparison.named(adapters)
     if tensor is not None:
-        report.check_tensor(loaded, tensor)
+        report.check_held(loaded, tensor)
     if out is not None:
-        report.needs_matplotlib()
+        pictures.needs_matplotlib()
     tensors = _tensors(base) if base is not None else None
     with progress("comparing", len({name for adapter in loaded.values() for name in adapter.tensors})) as update:
-        found = analysis.compare(*loaded.values(), base=tensors, spectra=spectra, on_progress=lambda done, _: update(done, ""))
+        found = comparison.compare(
+            *loaded.values(), base=tensors, spectra=spectra, on_progress=lambda done, _: update(done, "")
+        )
     if out is not None:
         with waiting("drawing"):
             page = report.page(found, loaded, tensors, tensor)
@@ -60,7 +62,7 @@ def compare(
         console.print(f"{cell(out / 'index.html')}: {bytes_text(len(page.encode()))}")
 
 
-def _tensors(base: str) -> Source:
+def _tensors(base: str) -> CheckpointSource:
     """A folder of safetensors files is read tensor by tensor, without Transformers; anything else as a model."""
     folder = Path(model_path(base))
     if any(folder.glob("*.safetensors")):

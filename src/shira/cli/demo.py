@@ -12,14 +12,14 @@ import typer
 from rich.table import Table
 from torch import nn
 
+from ..adapter import load
 from ..data.models import SMOLLM2, model_path
 from ..data.tasks import TASKS
 from ..errors import ShiraError
-from ..evaluation import accuracy
-from ..format import load
-from ..ready import Selection
-from ..recipes import Recipe, save_recipe, train_adapter
-from ..switching import Switcher
+from ..runs.evaluation import accuracy
+from ..runs.recipes import Recipe, save_recipe, train_adapter
+from ..switching.ready import Selection
+from ..switching.switcher import Switcher
 from .output import bytes_text, console, print_json, progress, waiting
 
 __all__ = ["demo"]

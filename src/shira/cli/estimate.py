@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from ..errors import DataError
-from ..recipes import Recipe
+from ..runs.recipes import Recipe
 from .output import bytes_text, cell, console, print_json, waiting
 from .targets import parse_targets
 
@@ -48,8 +48,8 @@ def estimate(
     """
     import torch
 
-    from .. import estimate as library
     from ..integrations.transformers import load_config, untrained
+    from ..runs import estimate as library
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in ("auto", *dtypes):

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..adapter import load
 from ..data.reading import examples_of
 from ..data.tasks import Example
 from ..errors import DataError
-from ..evaluation import answered, interval, mcnemar
-from ..format import load
-from ..strengths import Strength
-from ..switching import Switcher
+from ..fusion.strengths import Strength
+from ..runs.evaluation import answered, interval, mcnemar
+from ..switching.switcher import Switcher
 from .fuse import Density, Drop, MethodName, Seed, method_options
 from .output import cell, console, parse_adapter, print_json, progress, waiting
 

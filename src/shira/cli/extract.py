@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .. import extraction
+from ..adapter import opened
+from ..checkpoints import extraction
 from ..data.models import model_path
-from ..format import opened
 from .output import bytes_text, cell, console, print_json, progress
 
 __all__ = ["extract"]
@@ -54,7 +54,7 @@ def extract(
             on_progress=lambda share: update(int(100 * share), ""),
         )
     with opened(output) as adapter:
-        facts, share = extraction.report(adapter), adapter.density
+        facts, share = extraction.summary(adapter), adapter.density
         taken = {tensor: sparse.nnz for tensor, sparse in adapter.tensors.items()}
     nnz, size = sum(taken.values()), output.stat().st_size
     if as_json:

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .. import fusion
+from ..adapter import opened
 from ..errors import DataError
-from ..format import opened
-from ..methods import resolve
-from ..strengths import Strength, check_strengths
+from ..fusion import fusing
+from ..fusion.methods import resolve
+from ..fusion.strengths import Strength, check_strengths
 from .output import bytes_text, cell, console, parse_adapter, waiting
 
 __all__ = ["Density", "Drop", "MethodName", "Seed", "fuse", "method_options"]
@@ -68,7 +68,7 @@ def fuse(
         with waiting("loading the base"):
             model = load_model(base, recorded.pop() if len(recorded) == 1 else "auto")
     with waiting("fusing"):
-        fused = fusion.fuse(strengths, model, method, **options)
+        fused = fusing.fuse(strengths, model, method, **options)
     if name:
         fused.metadata["name"] = name
     fused.save(output)

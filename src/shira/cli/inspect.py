@@ -6,8 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..adapter import Adapter
-from ..format import load
+from ..adapter import Adapter, load
 from .output import bytes_text, cell, console, print_json
 
 __all__ = ["describe", "inspect"]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .. import merging
+from ..checkpoints import merging
 from ..data.models import model_path
 from ..errors import DataError
 from .output import bytes_text, cell, console, parse_adapter, progress

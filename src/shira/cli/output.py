@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ..errors import DataError
-from ..strengths import Strength
+from ..fusion.strengths import Strength
 from ..texts import shown, strict_json, visible
 
 __all__ = ["bytes_text", "cell", "console", "errors", "fail", "parse_adapter", "print_json", "progress", "waiting"]

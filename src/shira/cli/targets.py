@@ -7,7 +7,7 @@ import typer
 from rich.table import Column, Table
 
 from .. import masks
-from .. import targets as target_names
+from ..weights import targets as target_names
 from .output import cell, console, print_json
 
 __all__ = ["parse_layers", "parse_targets", "targets"]

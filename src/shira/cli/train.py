@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..format import neighbour
-from ..recipes import load_recipe, save_recipe, train_adapter
+from ..files.reading import neighbour
+from ..runs.recipes import load_recipe, save_recipe, train_adapter
 from .output import IS_FIRST, bytes_text, cell, console, progress, waiting
 from .targets import parse_layers, parse_targets
 

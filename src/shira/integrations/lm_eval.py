@@ -21,16 +21,16 @@ from ..data.batches import answer_logprobs
 from ..data.packages import cache_folder
 from ..data.tasks import Example
 from ..errors import DataError, MissingExtra
-from ..tensorfiles import write_whole
+from ..files.tensorfiles import write_whole
 
-__all__ = ["Score", "evaluate", "task_of"]
+__all__ = ["TaskScore", "evaluate", "task_of"]
 
 KINDS = ("likelihood", "generated")
 FEW = 26  # choices that are looked for in what a model writes
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """What came out for one task: which questions, in order, were answered rightly."""
 
     task: str
@@ -106,7 +106,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> list[Score]:
+) -> list[TaskScore]:
     """Scores of a model as it is now, adapters and all: one for each task, `task_of`'s or a name the harness knows.
 
     limit: that many questions of each task. on_progress is called with the number of sequences scored.
@@ -119,7 +119,7 @@ def evaluate(
         manager = harness.tasks.TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
         loaded = manager.load(list(tasks))
         found = harness.evaluator.evaluate(live, loaded, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
-    return [Score(task, _right(task, samples)) for task, samples in found["samples"].items()]
+    return [TaskScore(task, _right(task, samples)) for task, samples in found["samples"].items()]
 
 
 def _right(task: str, samples: list[dict[str, Any]]) -> tuple[bool, ...]:

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtra, TuningError
-from ..tensorfiles import write_whole
-from ..tuning import Tuner
+from ..files.tensorfiles import write_whole
+from ..training.tuner import Tuner
 from .card import card
+
+__all__ = ["ADAPTER", "ReferenceModel", "ShiraCallback", "set_aside"]
 
 try:
     import accelerate
     import transformers
 except ImportError as error:
     raise MissingExtra(f"this needs transformers and accelerate: pip install 'shira-adapters[train]' ({error})") from error
-
-__all__ = ["ADAPTER", "ReferenceModel", "ShiraCallback", "set_aside"]
 
 ADAPTER = "adapter.safetensors"
 MASTERS = "model.safetensors"  # the name under which the Trainer looks for what load_state_dict takes

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import without_cudnn_attention
 from ..data.batches import batches, check_packing, collate, mean_loss
 from ..data.models import model_path
 from ..data.tokens import Row, encode
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
-from ..files import temporary_folder
-from ..refresh import check_cap
-from ..tuning import Tuner
+from ..files.paths import temporary_folder
+from ..masks.calibration import without_cudnn_attention
+from ..training.refresh import check_cap
+from ..training.tuner import Tuner
 
 __all__ = [
     "batches",

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
+from . import torch_ops
+from .backends import backend_for
+
 __all__ = ["gather", "gradient_of_rows", "sampled_gradient"]
 
 
 @torch.library.custom_op("shira::gather", mutates_args=())
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
     """See `kernels.gather`."""
-    from . import gather
-
-    return gather(weight, indices)
+    values: Tensor = backend_for(weight, indices).gather(weight, indices)
+    return values
 
 
 @gather.register_fake
@@ -22,9 +24,8 @@ def _(weight: Tensor, indices: Tensor) -> Tensor:
 @torch.library.custom_op("shira::sampled_gradient", mutates_args=())
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """See `kernels.sampled_gradient`."""
-    from . import sampled_gradient
-
-    return sampled_gradient(grad_output, input, indices)
+    gradient: Tensor = backend_for(grad_output, input, indices).sampled_gradient(grad_output, input, indices)
+    return gradient
 
 
 @sampled_gradient.register_fake
@@ -35,9 +36,7 @@ def _(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
 @torch.library.custom_op("shira::gradient_of_rows", mutates_args=())
 def gradient_of_rows(rows: Tensor, gradients: Tensor, indices: Tensor) -> Tensor:
     """See `kernels.gradient_of_rows`."""
-    from . import gradient_of_rows
-
-    return gradient_of_rows(rows, gradients, indices)
+    return torch_ops.gradient_of_rows(rows, gradients, indices)
 
 
 @gradient_of_rows.register_fake

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from ..errors import ShiraError
 
-__all__ = ["Change", "Form", "Fused", "Overlap", "Plan", "Sum", "WeightChanged", "Write", "same_bits"]
+__all__ = ["Combined", "Contribution", "Overlap", "Sum", "WeightChanged", "WeightMemory", "Write", "WritePlan", "same_bits"]
 
 
 class WeightChanged(ShiraError):
     """A weight is another than when its plan was made (cast, moved, replaced), or no longer holds what was written."""
 
 
-class Form(NamedTuple):
+class WeightMemory(NamedTuple):
     """Which memory a weight is, and how its entries lie there."""
 
     storage: Callable[[], Any]  # a weak reference: an address may be given out again, and a number, but not this
     layout: tuple[int, torch.dtype, torch.Size, tuple[int, ...]]  # address, dtype, shape, strides
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Form":
+    def of(cls, weight: Tensor) -> "WeightMemory":
         storage = weakref.ref(weight.untyped_storage())
         return cls(storage, (weight.data_ptr(), weight.dtype, weight.shape, weight.stride()))
 
@@ -44,7 +44,7 @@ class Overlap(NamedTuple):
     counts: Tensor  # [n], int32, how many hold each
 
 
-class Change(NamedTuple):
+class Contribution(NamedTuple):
     """What one adapter changes in a tensor: by strength · (values − base), or of a delta strength · values."""
 
     indices: Tensor  # [k], int32 or int64; or gaps, uint8 or uint16, as a file holds them, where `takes_gaps` says so
@@ -54,7 +54,7 @@ class Change(NamedTuple):
     is_exact: bool  # where no other has a change, its value comes out bit for bit
 
 
-class Fused(NamedTuple):
+class Combined(NamedTuple):
     """What comes of several changes."""
 
     indices: Tensor  # [n], all of theirs, sorted and unique
@@ -90,29 +90,29 @@ class Sum(NamedTuple):
 
 
 @dataclass(eq=False)
-class Plan:
+class WritePlan:
     """Writes, and room for what lies under them.
 
     stash: for each part [k], what was there, once `begun` says so.
     forms: what each weight was when the plan was made: it is for these, and no others.
     begun: int64 [1], the number of leading parts whose stash holds what was there and whose weight may have been written.
         A kernel moves it before it writes, so that after an interruption at any point it is known what to put back.
-    sums: for each part what its values are still to become, if they are to; `kernels.fuse_` computes them, and they are gone.
+    sums: for each part the sum that its values are still to become, or None; `kernels.write_sums_` computes and removes them.
     """
 
     parts: tuple[Write, ...]
     stash: tuple[Tensor, ...]
     begun: np.ndarray[tuple[int], np.dtype[np.int64]]
-    forms: tuple[Form, ...]
+    forms: tuple[WeightMemory, ...]
     sums: tuple[Sum | None, ...] = ()
-    compiled: Any = None  # native.py's own form of it
-    launches: dict[torch.device, Any] = field(default_factory=dict)  # triton_ops.py's
-    arrival: list[Any] = field(default_factory=list)  # waiting.py's: copies that are under way
-    writer: "Plan | None" = None  # of `over`: the plan with these values, and that with this stash
-    keeper: "Plan | None" = None
+    compiled: Any = None  # cpu/native.py's own form of it
+    launches: dict[torch.device, Any] = field(default_factory=dict)  # gpu/ops.py's
+    arrival: list[Any] = field(default_factory=list)  # gpu/waiting.py's: copies that are under way
+    writer: "WritePlan | None" = None  # of `over`: the plan with these values, and that with this stash
+    keeper: "WritePlan | None" = None
 
     @classmethod
-    def of(cls, parts: Sequence[Write], sums: Sequence[Sum | None] = ()) -> "Plan":
+    def of(cls, parts: Sequence[Write], sums: Sequence[Sum | None] = ()) -> "WritePlan":
         """A plan of these writes, its stash in one piece for each dtype and device."""
         sizes: dict[tuple[torch.dtype, torch.device], int] = {}
         for part in parts:
@@ -124,7 +124,7 @@ class Plan:
             key = (part.values.dtype, part.values.device)
             stash.append(room[key][: part.values.numel()])
             room[key] = room[key][part.values.numel() :]
-        forms = tuple(Form.of(part.weight) for part in parts)
+        forms = tuple(WeightMemory.of(part.weight) for part in parts)
         return cls(tuple(parts), tuple(stash), np.zeros(1, dtype=np.int64), forms, tuple(sums))
 
     @functools.cached_property
@@ -154,7 +154,7 @@ class Plan:
         """Bytes of its positions, values and stash."""
         return sum(part.indices.nbytes + 2 * part.values.nbytes for part in self.parts)
 
-    def over(self, other: "Plan") -> "Plan | None":
+    def over(self, other: "WritePlan") -> "WritePlan | None":
         """This plan with the stash of another that is active, if both write the very same positions (the same tensors in
         memory), so that it can be written over it; else None."""
         same = len(self.parts) == len(other.parts) and all(
@@ -164,4 +164,4 @@ class Plan:
         if not same or any(self.sums):
             return None
         keeper = other.keeper or other
-        return Plan(self.parts, other.stash, other.begun, self.forms, writer=self, keeper=keeper)
+        return WritePlan(self.parts, other.stash, other.begun, self.forms, writer=self, keeper=keeper)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .plan import Overlap, Plan, Sum, WeightChanged, same_bits
+from .plan import Overlap, Sum, WeightChanged, WritePlan, same_bits
 
-__all__ = ["fuse_", "gather", "look_at", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["gather", "look_at", "overwrite_", "restore_", "sampled_gradient", "swap_", "unite", "write_", "write_sums_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
         weight.view(-1)[indices.long()] = values
 
 
-def write_(plan: Plan, over: Plan) -> None:
+def write_(plan: WritePlan, over: WritePlan) -> None:
     """Write the plan's values at its positions, bit for bit, in place; its stash stays as it is.
 
     over: the plan of the same positions that is active. Raises WeightChanged, before anything is written, unless the weights
@@ -35,14 +35,14 @@ def write_(plan: Plan, over: Plan) -> None:
         overwrite_(*part)
 
 
-def look_at(plan: Plan) -> None:
+def look_at(plan: WritePlan) -> None:
     """Raise WeightChanged unless the weights hold the values of the parts that were begun."""
     for part in plan.parts[: int(plan.begun[0])]:
         if not same_bits(gather(part.weight, part.indices), part.values):
             raise WeightChanged(f"a weight {list(part.weight.shape)} no longer holds what was written")
 
 
-def swap_(plan: Plan) -> None:
+def swap_(plan: WritePlan) -> None:
     """Keep what lies under each part in the plan's stash, then write the part."""
     for number, (part, stash) in enumerate(zip(plan.parts, plan.stash, strict=True), start=1):
         stash.copy_(gather(part.weight, part.indices))
@@ -50,7 +50,7 @@ def swap_(plan: Plan) -> None:
         overwrite_(*part)
 
 
-def restore_(plan: Plan, *, look: bool) -> None:
+def restore_(plan: WritePlan, *, look: bool) -> None:
     """Put back what the stash holds of the parts that were begun.
 
     look: raise WeightChanged, before anything is written, unless the weights hold the plan's values.
@@ -61,7 +61,7 @@ def restore_(plan: Plan, *, look: bool) -> None:
         overwrite_(part.weight, part.indices, stash)
 
 
-def fuse_(plan: Plan) -> bool:
+def write_sums_(plan: WritePlan) -> bool:
     """`swap_` of a plan some of whose values are sums, which are computed from what lies under them; whether all are finite."""
     finite = True
     for number, (part, stash, made) in enumerate(zip(plan.parts, plan.stash, plan.sums, strict=True), start=1):
@@ -93,7 +93,7 @@ def _summed(base: Tensor, made: Sum) -> Tensor:
     return torch.where((count == 1) & exact, alone, (wide + total).to(base.dtype))
 
 
-def merge(runs: Sequence[Tensor]) -> Overlap:
+def unite(runs: Sequence[Tensor]) -> Overlap:
     """The union of several tensors' positions, one or more runs [k] each sorted and unique."""
     indices, counts = torch.unique(torch.cat(list(runs)), return_counts=True)
     return Overlap(indices, [torch.searchsorted(indices, run, out_int32=True) for run in runs], counts.int())

@@ -7,10 +7,10 @@ a scalar loop and takes about a hundred times as long for the same bits.
 import torch
 from torch import Tensor
 
-from .plan import Plan
-from .reference import look_at, merge
+from .plan import WritePlan
+from .reference import look_at, unite
 
-__all__ = ["gather", "merge", "overwrite_", "restore_", "sampled_gradient", "swap_", "write_"]
+__all__ = ["gather", "gradient_of_rows", "overwrite_", "restore_", "sampled_gradient", "swap_", "unite", "write_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -24,14 +24,14 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
         weight.view(-1).index_copy_(0, indices.long(), values)
 
 
-def write_(plan: Plan, over: Plan) -> None:
+def write_(plan: WritePlan, over: WritePlan) -> None:
     """See `reference.write_`."""
     look_at(over)
     for part in plan.parts:
         overwrite_(*part)
 
 
-def swap_(plan: Plan) -> None:
+def swap_(plan: WritePlan) -> None:
     """See `reference.swap_`."""
     for number, (part, stash) in enumerate(zip(plan.parts, plan.stash, strict=True), start=1):
         torch.index_select(part.weight.detach().view(-1), 0, part.indices, out=stash)
@@ -39,7 +39,7 @@ def swap_(plan: Plan) -> None:
         overwrite_(*part)
 
 
-def restore_(plan: Plan, *, look: bool) -> None:
+def restore_(plan: WritePlan, *, look: bool) -> None:
     """See `reference.restore_`."""
     if look:
         look_at(plan)
@@ -50,3 +50,12 @@ def restore_(plan: Plan, *, look: bool) -> None:
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """See `reference.sampled_gradient`: a dense product in the inputs' own dtype, of which only the sample survives."""
     return (grad_output.T @ input).view(-1).index_select(0, indices).float()
+
+
+def gradient_of_rows(rows: Tensor, gradients: Tensor, indices: Tensor) -> Tensor:
+    """See `kernels.gradient_of_rows`."""
+    found, place = rows.unique(return_inverse=True)
+    sums = gradients.new_zeros(found.numel(), gradients.shape[1]).index_add_(0, place, gradients)
+    row = indices.long() // gradients.shape[1]
+    where = torch.searchsorted(found, row).clamp_(max=found.numel() - 1)
+    return sums[where, indices.long() % gradients.shape[1]].where(found[where] == row, 0)

@@ -29,39 +29,28 @@ import inspect
 import re
 from typing import NamedTuple
 
-from .activation import wanda, wanda_scores
-from .budgets import Plan, Pool, budget, plan, share_out
-from .gradient import fisher, fisher_scores, grad, grad_scores, snip, snip_scores
-from .lowrank import lift, lift_scores
-from .magnitude import wm, wm_scores
+from ..sparse.positions import draw, frequency_of, lines, seed_of
+from ..sparse.topk import top_k
+from .activation import wanda
+from .budgets import BudgetPlan, Pool, budget, plan, share_out
+from .catalogue import CATALOGUE, Mask, difference, intersection, needs, resolve, union
+from .gradient import fisher, grad, snip
+from .lowrank import lift
+from .magnitude import wm
 from .patterns import block, nm
-from .selecting import (
-    CALIBRATED,
-    CATALOGUE,
-    SCORES,
-    Mask,
-    Score,
-    needs,
-    options_of,
-    ranked,
-    resolve,
-    score,
-    score_of,
-    seed_of,
-    select,
-)
-from .sets import difference, from_adapter, intersection, union
-from .structured import frequency_of, lines, struct
-from .topk import top_k
-from .uniform import draw, rand
+from .scores import CALIBRATED, SCORES, Score
+from .selecting import options_of, ranked, score, score_of, select
+from .sets import from_adapter
+from .structured import struct
+from .uniform import rand
 
 __all__ = [
     "CALIBRATED",
     "CATALOGUE",
     "SCORES",
+    "BudgetPlan",
     "Mask",
     "MaskInfo",
-    "Plan",
     "Pool",
     "Score",
     "available",
@@ -95,27 +84,6 @@ __all__ = [
     "wanda",
     "wm",
 ]
-
-SCORES |= {
-    "wm": wm_scores,
-    "grad": grad_scores,
-    "snip": snip_scores,
-    "fisher": fisher_scores,
-    "wanda": wanda_scores,
-    "lift": lift_scores,
-}
-CATALOGUE |= {
-    "struct": struct,
-    "rand": rand,
-    "wm": wm,
-    "grad": grad,
-    "snip": snip,
-    "fisher": fisher,
-    "wanda": wanda,
-    "lift": lift,
-}
-CATALOGUE |= {"block": block, "nm": nm}
-CATALOGUE |= {"union": union, "intersection": intersection, "difference": difference, "from_adapter": from_adapter}
 
 
 class MaskInfo(NamedTuple):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..errors import MaskError
-from .topk import top_k
+from ..sparse.topk import top_k
 
 __all__ = ["wanda", "wanda_scores"]
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import index_dtype
 from ..errors import MaskError
-from .topk import top_k
+from ..sparse.positions import index_dtype
+from ..sparse.topk import top_k
 
-__all__ = ["Plan", "Pool", "budget", "plan", "share_out", "without"]
+__all__ = ["BudgetPlan", "Pool", "budget", "plan", "share_out", "without"]
 
 ABSENT = -math.inf  # the score of an entry that must not train
 
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """counts: tensor name -> how many of its entries train. shared: how many train in the tensors of `floors` together, over
     the model; floors: tensor name -> how many of them at least. Each tensor is in one of the two."""
 
@@ -66,7 +66,7 @@ def plan(
     floor: float = 0.0,
     overrides: Mapping[str, Any] | None = None,
     avoided: Mapping[str, int] | None = None,
-) -> Plan:
+) -> BudgetPlan:
     """Counts for tensors of these shapes, checked to fit.
 
     density, rank, total: one of them. `total` is exact and counts all tensors; it is shared out in proportion to the
@@ -104,14 +104,14 @@ def plan(
     if scope == "tensor":
         for name, count in counts.items():
             _check_room(name, count, shapes[name], avoided)
-        return Plan(own | counts, 0, {})
+        return BudgetPlan(own | counts, 0, {})
     floors = {name: min(count, math.ceil(floor * count)) for name, count in counts.items()}
     for name, count in floors.items():
         _check_room(name, count, shapes[name], avoided)
     shared, room = sum(counts.values()), sum(free[name] for name in others)
     if shared > room:
         raise MaskError(f"{shared:,} entries are to train over the model, but only {room:,} may: {_numbers(others, avoided)}")
-    return Plan(own, shared, floors)
+    return BudgetPlan(own, shared, floors)
 
 
 def share_out(total: int, sizes: Mapping[str, int], floors: Mapping[str, int]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .topk import top_k
+from ..sparse.topk import top_k
 
 __all__ = ["fisher", "fisher_scores", "grad", "grad_scores", "snip", "snip_scores"]
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MaskError
-from .topk import top_k
+from ..sparse.topk import top_k
 
 __all__ = ["best_of_rank", "lift", "lift_scores"]
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .topk import top_k
+from ..sparse.topk import top_k
 
 __all__ = ["wm", "wm_scores"]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import MaskError
-from .selecting import Score, call, find_score
-from .topk import top_k
+from ..sparse.topk import top_k
+from .scores import Score, call_score, find_score
 
 __all__ = ["block", "nm"]
 
@@ -69,7 +69,7 @@ def nm(weight: Tensor, k: int, n: int = 2, m: int = 4, by: str | Score = "wm", *
 
 def _scores(by: str | Score, weight: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Scores of the weight's shape, float32. Raises MaskError if they are not, or hold NaN."""
-    scores = call(find_score(by), {"weight": weight} | inputs)
+    scores = call_score(find_score(by), {"weight": weight} | inputs)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
         found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise MaskError(f"a score must be floating point and of the weight's shape {list(weight.shape)}, found {found}")

@@ -1,96 +1,22 @@
 """From a mask's name or function to positions: what it needs, what it is told, and whether its answer can be used."""
 
-import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import MaskError, did_you_mean
+from ..errors import MaskError
+from ..sparse.positions import seed_of
+from ..sparse.topk import top_k
 from .budgets import without
-from .topk import top_k
+from .catalogue import CATALOGUE, Mask, call, needs, resolve
+from .scores import CALIBRATED, SCORES, Score
 
-__all__ = [
-    "CALIBRATED",
-    "CATALOGUE",
-    "SCORES",
-    "Mask",
-    "Score",
-    "call",
-    "find_score",
-    "needs",
-    "options_of",
-    "ranked",
-    "resolve",
-    "score",
-    "score_of",
-    "seed_of",
-    "select",
-]
-
-Mask = Callable[..., Tensor]
-Score = Callable[..., Tensor]  # of a mask's inputs but k: float32 [the weight's shape], the larger the sooner an entry trains
-
-CALIBRATED = ("gradient", "squared_gradient", "activations")
-INPUTS = ("weight", "k", *CALIBRATED, "seed", "name", "avoid")
-
-CATALOGUE: dict[str, Mask] = {}  # both are filled in __init__.py
-SCORES: dict[str, Score] = {}
-
-
-def resolve(mask: str | Mask) -> tuple[str, Mask]:
-    """A mask's name and function. Raises MaskError for an unknown name, an unknown option or a function of another form.
-
-    A name may carry options after a colon, as a command line does: "block:by=snip,size=8", "union:of=wm+rand".
-    """
-    if isinstance(mask, str):
-        name, _, rest = mask.partition(":")
-        if name not in CATALOGUE:
-            raise MaskError(f"unknown mask {name!r}; {did_you_mean(name, CATALOGUE)}")
-        return name, _with_options(CATALOGUE[name], name, rest) if rest else CATALOGUE[name]
-    if not callable(mask):
-        raise MaskError(f"mask must be a name or a function, found {type(mask).__name__}")
-    needs(mask)
-    inner = mask.func if isinstance(mask, partial) else mask
-    return getattr(inner, "__name__", type(inner).__name__), mask
-
-
-def needs(function: Mask | Score) -> tuple[str, ...]:
-    """Which inputs a mask or a score asks for, those of its `by` and `of` included.
-
-    Raises MaskError if it asks for anything else.
-    """
-    wanted: list[str] = []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in INPUTS:
-            wanted.append(parameter.name)
-        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        elif parameter.default is parameter.empty:
-            raise MaskError(f"a mask may ask for {', '.join(INPUTS)}; {function!r} asks for {parameter.name!r}")
-        elif parameter.name == "by":
-            wanted += needs(find_score(parameter.default))
-        elif parameter.name == "of":
-            wanted += [name for mask in parameter.default for name in needs(resolve(mask)[1])]
-    return tuple(dict.fromkeys(wanted))
-
-
-def call(function: Mask | Score, inputs: Mapping[str, Any]) -> Any:
-    """A mask or a score of the inputs it asks for."""
-    return function(**{name: inputs[name] for name in needs(function)})
-
-
-def find_score(by: str | Score) -> Score:
-    """A score by its mask's name, or as it is if it is a function. Raises MaskError for an unknown name."""
-    if not isinstance(by, str):
-        return by
-    if by not in SCORES:
-        raise MaskError(f"unknown score {by!r}; {did_you_mean(by, SCORES)}")
-    return SCORES[by]
+__all__ = ["options_of", "ranked", "score", "score_of", "select"]
 
 
 def score_of(mask: str | Mask) -> Score | None:
@@ -197,11 +123,6 @@ def _top_k_without(mask: str | Mask, inputs: Mapping[str, Any]) -> Tensor:
     return top_k(without(call(function, inputs), inputs["avoid"]), inputs["k"])
 
 
-def seed_of(seed: int, name: str) -> int:
-    """A seed from 0 to 2⁶³ - 1 for one tensor."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8], "big") >> 1
-
-
 def _positions(answer: Any, weight: Tensor, k: int, avoid: Tensor) -> Tensor:
     """Positions in the one form, int64 and sorted, from a mask's answer."""
     if not isinstance(answer, Tensor) or answer.dtype not in (torch.bool, torch.int32, torch.int64):
@@ -225,26 +146,3 @@ def _positions(answer: Any, weight: Tensor, k: int, avoid: Tensor) -> Tensor:
     if avoid.numel() and bool((met := torch.isin(indices, avoid, assume_unique=True)).any()):
         raise MaskError(f"it returned {int(met.sum())} positions to avoid, the first is {int(indices[met][0])}")
     return indices
-
-
-def _with_options(mask: Mask, name: str, text: str) -> Mask:
-    """A mask with the options of "by=snip,size=8": whole numbers, true, false, words, and words joined by '+'."""
-    known = [p for p in inspect.signature(mask).parameters if p not in INPUTS and p != "inputs"]
-    options: dict[str, Any] = {}
-    for part in text.split(","):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if key not in known or not equals:
-            raise MaskError(f"mask {name!r}: {part!r} is no option=value; {did_you_mean(key, known)}")
-        options[key] = _value(value) if key != "of" else tuple(value.split("+"))
-    changed = partial(mask, **options)
-    needs(changed)
-    return changed
-
-
-def _value(text: str) -> int | bool | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return int(text)
-    except ValueError:
-        return text

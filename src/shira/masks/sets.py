@@ -1,69 +1,49 @@
-"""Masks of masks: what several choose together, what another adapter holds.
+"""Sets of positions: of several masks together, or as another adapter holds them.
 
 A set of masks has the budget of one. The masks in it are asked for more or fewer entries until what remains of them fills
 the budget, which takes five to twenty times as long as they do.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import MaskError
-from .selecting import Mask, call, resolve
 
-__all__ = ["difference", "from_adapter", "intersection", "union"]
+__all__ = ["Chooser", "common", "from_adapter", "joined", "left"]
 
-
-def union(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
-    """Positions of entries that any of several masks chooses, each asked for equally many (ours).
-
-    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
-    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if they do not fit together, or one of them does.
-    """
-    chosen = _each(of, weight, inputs)
-
-    def joined(count: int) -> Tensor:
-        return _all([choose(count) for choose in chosen])
-
-    return _fill(joined, k // len(chosen), k, k)
+Chooser = Callable[[int], Tensor]  # from a count to a mask's positions, int64 and sorted
 
 
-def intersection(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
-    """Positions of entries that all of several masks choose, each asked for equally many (ours).
+def joined(chosen: Sequence[Chooser], k: int) -> Tensor:
+    """Positions that any of several masks chooses, each asked for equally many: int64 [at most k]."""
+    return _fill(lambda count: _all([choose(count) for choose in chosen]), k // len(chosen), k, k)
 
-    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
-    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
-    """
-    chosen = _each(of, weight, inputs)
 
-    def common(count: int) -> Tensor:
+def common(chosen: Sequence[Chooser], k: int, limit: int) -> Tensor:
+    """Positions that all of several masks choose, each asked for equally many, up to a limit: int64 [at most k]."""
+
+    def at(count: int) -> Tensor:
         first, *others = (choose(count) for choose in chosen)
         for other in others:
             first = first[torch.isin(first, other, assume_unique=True)]
         return first
 
-    return _fill(common, k, weight.numel(), k)
+    return _fill(at, k, limit, k)
 
 
-def difference(weight: Tensor, k: int, of: Sequence[str | Mask] = ("snip", "wm"), **inputs: Any) -> Tensor:
-    """Positions of one mask's best entries that no other mask chooses with k (SHiRA's WM-non-overlap, arXiv 2406.13175).
-
-    With one mask twice it is "the next k", as the paper's second non-overlapping WM adapter.
-
-    of: names or functions of masks, the one that chooses first.
-    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
-    """
-    first, *others = _each(of, weight, inputs)
+def left(chosen: Sequence[Chooser], k: int, limit: int) -> Tensor:
+    """The first mask's positions that no other chooses with k; it is asked for more, up to a limit: int64 [at most k]."""
+    first, *others = chosen
     taken = _all([choose(k) for choose in others])
 
-    def left(count: int) -> Tensor:
+    def at(count: int) -> Tensor:
         positions = first(count)
         return positions[~torch.isin(positions, taken, assume_unique=True)]
 
-    return _fill(left, k, min(weight.numel(), k + taken.numel()), k)
+    return _fill(at, k, min(limit, k + taken.numel()), k)
 
 
 def from_adapter(weight: Tensor, k: int, name: str, adapter: Adapter | None = None) -> Tensor:
@@ -95,21 +75,6 @@ def _all(parts: list[Tensor]) -> Tensor:
     """Sorted positions that are in any part."""
     positions: Tensor = torch.cat(parts).unique()
     return positions
-
-
-def _each(of: Sequence[str | Mask], weight: Tensor, inputs: dict[str, Any]) -> list[Callable[[int], Tensor]]:
-    """For each mask, two or more, a function from a count to its positions, int64 and sorted."""
-    if isinstance(of, str) or len(of) < 2:
-        raise MaskError(f"a set of masks needs two or more of them, found {of!r}")
-
-    def chooser(mask: Mask) -> Callable[[int], Tensor]:
-        def choose(count: int) -> Tensor:
-            answer: Tensor = call(mask, inputs | {"weight": weight, "k": count})
-            return answer.reshape(-1).nonzero().view(-1) if answer.dtype == torch.bool else answer.long().sort().values
-
-        return choose
-
-    return [chooser(resolve(mask)[1]) for mask in of]
 
 
 def _fill(at: Callable[[int], Tensor], count: int, limit: int, k: int) -> Tensor:

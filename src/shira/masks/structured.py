@@ -1,15 +1,12 @@
 """Struct: whole rows or columns at a fixed distance, plus the diagonal."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ..errors import MaskError
+from ..sparse.positions import Direction, entries_of_lines, lines
 
-__all__ = ["frequency_of", "lines", "struct"]
-
-Direction = Literal["rows", "columns"]
+__all__ = ["struct"]
 
 
 def struct(
@@ -41,7 +38,7 @@ def struct(
     if frequency is not None and frequency < 1:
         raise MaskError(f"frequency must be at least 1, found {frequency}")
     rows, columns = weight.shape
-    smallest = _count(rows, columns, frequency or max(rows, columns), direction, offset if frequency else 0, diagonal)
+    smallest = entries_of_lines(rows, columns, frequency or max(rows, columns), direction, offset if frequency else 0, diagonal)
     if k < smallest:
         wanted = f"{direction} {frequency} apart" if frequency else f"one of the {direction}"
         raise MaskError(
@@ -55,7 +52,7 @@ def struct(
             f"offset must be from 0 to {min(frequency, across) - 1} for {direction} {frequency} apart in {rows} x {columns}, "
             f"found {offset}"
         )
-    count = _count(rows, columns, frequency, direction, offset, diagonal)
+    count = entries_of_lines(rows, columns, frequency, direction, offset, diagonal)
     if count > k:  # lines beyond the diagonal's end cross it less often
         raise MaskError(
             f"struct from offset {offset} needs {count} entries, but the budget is {k}; use a density of at least "
@@ -75,66 +72,9 @@ def struct(
     return left
 
 
-def lines(
-    rows: int, columns: int, frequency: int, direction: Direction, count: int, offset: int = 0, diagonal: bool = True
-) -> Tensor:
-    """Positions of rows (or columns) offset, offset + frequency, … of a matrix, and of its diagonal.
-
-    Returns int64 [count], sorted. Raises MaskError, before it takes memory, if they are not `count`.
-    """
-    across = rows if direction == "rows" else columns
-    frequency = min(frequency, max(1, across))  # one line is one line, however far away the next would be
-    if not 0 <= offset < max(1, across) or _count(rows, columns, frequency, direction, offset, diagonal) != count:
-        raise MaskError(f"{direction} {frequency} apart from {offset} in {rows} x {columns} are not {count} positions")
-    if not count:
-        return torch.empty(0, dtype=torch.int64, device="cpu")
-    if direction == "rows":
-        whole = (_numbers(offset, rows, frequency)[:, None] * columns + _numbers(0, columns)).view(-1)
-    else:
-        whole = (_numbers(0, rows)[:, None] * columns + _numbers(offset, columns, frequency)).view(-1)
-    if not diagonal:
-        return whole
-    crossing = _numbers(0, min(rows, columns))
-    return torch.cat([whole, crossing[crossing % frequency != offset] * (columns + 1)]).sort().values
-
-
-def _numbers(first: int, stop: int, step: int = 1) -> Tensor:
-    return torch.arange(first, stop, step, device="cpu")
-
-
-def frequency_of(indices: Tensor, rows: int, columns: int, direction: Direction, offset: int = 0) -> int:
-    """The distance at which rows (or columns) from the offset on, with or without the diagonal, may be these positions: if any
-    is, this one. It is where the second line lies; if there is none, whatever leads out of the matrix.
-
-    indices: [n], sorted, flat in [rows, columns].
-    """
-    line, place = indices.long() // max(1, columns), indices.long() % max(1, columns)
-    if direction == "columns":
-        line, place = place[line == 0], line
-    lines_held, entries = line.unique(return_counts=True)
-    if direction == "rows" and columns > 1:
-        lines_held = lines_held[entries > 1]  # the others hold the diagonal alone
-    further = lines_held[lines_held > offset]
-    across = rows if direction == "rows" else columns
-    return int(further[0]) - offset if further.numel() else max(offset + 1, across - offset)
-
-
-def _count(rows: int, columns: int, frequency: int, direction: Direction, offset: int, diagonal: bool) -> int:
-    """How many entries every f-th row (or column) from the offset and the diagonal hold."""
-    across, length = (rows, columns) if direction == "rows" else (columns, rows)
-    whole = _steps(across, frequency, offset) * length
-    crossing = min(rows, columns)
-    return whole + (crossing - _steps(crossing, frequency, offset) if diagonal else 0)
-
-
-def _steps(length: int, frequency: int, offset: int) -> int:
-    """How many of offset, offset + frequency, … lie below a length."""
-    return max(0, -(-(length - offset) // frequency))
-
-
 def _smallest_frequency(rows: int, columns: int, direction: Direction, k: int, diagonal: bool) -> int:
     """The smallest f whose pattern of offset 0 holds at most k entries."""
     frequency = max(1, -(-rows * columns // k))  # the lines alone hold at least entries / f
-    while _count(rows, columns, frequency, direction, 0, diagonal) > k:
+    while entries_of_lines(rows, columns, frequency, direction, 0, diagonal) > k:
         frequency += 1
     return frequency

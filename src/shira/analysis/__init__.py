@@ -1,0 +1,1 @@
+"""Analysis: adapters compared, as numbers, pictures and a report."""

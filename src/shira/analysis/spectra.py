@@ -1,0 +1,232 @@
+"""Sparse matrices in float64: what two of them have in common, and their singular values; never dense beyond a block.
+
+A matrix is a coalesced sparse COO tensor of float64 whose entries are all different from zero. COO, because torch multiplies
+that without MKL and, at the densities of adapters, as fast as the other layouts.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gram", "Spectrum", "as_matrix", "gram", "spectrum"]
+
+BLOCK = 2**22  # entries or terms of a product held at a time, about 150 MB
+DENSE_FROM = 1 / 16  # of all the terms that a dense product has
+EXACT_SIDE = 4096  # of the shorter side: up to here singular values are computed, 3 s for a square on two cores
+EXACT_NUMEL = 2**26  # and 512 MB; beyond, they are estimated
+PROBES = 8
+STEPS = 128
+
+
+class Gram(NamedTuple):
+    """What is in A₁ᵀA₂.
+
+    nonzero: entries (i, j) for which some row holds both column i of A₁ and column j of A₂. From positions alone, so exact.
+    cancelled: those among them whose terms add up to 0.0 in float64.
+    squares: the sum of all squared entries.
+    """
+
+    nonzero: int
+    cancelled: int
+    squares: float
+
+
+class Spectrum(NamedTuple):
+    """Singular values, falling; computed, or estimated.
+
+    values: float64 [k]. counts: float64 [k], how many singular values each stands for: 1 where they were computed.
+    error: the standard error of `effective_rank`, None where they were computed. squares: Σσ², of the entries themselves.
+    """
+
+    values: Tensor
+    counts: Tensor
+    error: float | None
+    squares: float
+
+    @property
+    def rank(self) -> int | None:
+        """Singular values above rounding, as `torch.linalg.matrix_rank` counts them; None if they were estimated."""
+        if self.error is not None:
+            return None
+        tiny = float(self.values[:1].sum()) * self.values.numel() * torch.finfo(torch.float64).eps
+        return int((self.values > tiny).sum())
+
+    @property
+    def stable_rank(self) -> float:
+        """Σσ² / σ₁² (Rudelson and Vershynin, arXiv math/0503442); 0 for an empty matrix."""
+        return self.squares / float(self.values[0]) ** 2 if self.squares else 0.0
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of σ / Σσ: as many equal singular values would have it (Roy and Vetterli, EUSIPCO 2007)."""
+        return float(_effective_rank(self.values, self.counts))
+
+    def energy(self, rank: float) -> float | None:
+        """The share of Σσ² in the `rank` largest: the most that any matrix of that rank can hold (Eckart and Young, 1936); None
+        if they were estimated. A fraction of a rank counts as that fraction of the next singular value."""
+        if self.error is not None:
+            return None
+        taken = (rank - torch.arange(self.values.numel())).clamp(0, 1)
+        return min(1.0, float((taken * self.values.square()).sum()) / self.squares) if self.squares else 0.0
+
+
+def as_matrix(shape: tuple[int, ...], indices: Tensor, values: Tensor) -> Tensor:
+    """Entries at sorted flat positions, as a sparse matrix without those that are zero.
+
+    A tensor of more than two dimensions is read as [first, all others], one of fewer as a column.
+    """
+    rows = shape[0] if shape else 1
+    columns = math.prod(shape[1:])
+    kept = values != 0
+    where = indices[kept].long()
+    coordinates = torch.stack([where // max(1, columns), where % max(1, columns)])
+    return _coo(coordinates, values[kept].double(), (rows, columns))
+
+
+def gram(one: Tensor, other: Tensor, block: int = BLOCK) -> Gram:
+    """What is in oneᵀ · other, a block of its rows at a time: the terms one by one, or dense products where those are fewer.
+
+    one, other: `matrix` [m, n] each. block: entries or terms of the product that may be held at once; a row is never divided.
+    """
+    (row, column), values = one.indices(), one.values()
+    order = (column * one.shape[0] + row).argsort()
+    row, column, values = row[order], column[order], values[order]
+    held = torch.bincount(other.indices()[0], minlength=one.shape[0])  # entries in each row of the other
+    terms = torch.zeros(one.shape[1], dtype=torch.int64).index_add_(0, column, held[row])  # in each row of the product
+    dense = int(terms.sum()) > DENSE_FROM * one.shape[0] * one.shape[1] * other.shape[1]
+    first_entry = held.cumsum(0) - held
+    right = other.to_dense() if dense else None
+    width = other.shape[1]
+    nonzero, cancelled, squares = 0, 0, 0.0
+    for start, stop in _blocks(terms if right is None else (terms > 0) * width, width, block):
+        first, last = torch.searchsorted(column, torch.tensor([start, stop])).tolist()
+        part = row[first:last], column[first:last] - start, values[first:last]
+        if right is None:
+            sums, met = _by_terms(*part, stop - start, other, held, first_entry)
+        else:
+            sums, met = _by_dense(*part, stop - start, right)
+        nonzero += int(met.sum())
+        cancelled += int((met & (sums == 0)).sum())
+        squares += float(sums.square().sum())
+    return Gram(nonzero, cancelled, squares)
+
+
+def _by_terms(
+    row: Tensor, column: Tensor, values: Tensor, count: int, other: Tensor, held: Tensor, first_entry: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`count` rows of a product [count · n], and which of its entries have terms: each entry of the one matrix with each of the
+    other in the same row."""
+    repeats = held[row]
+    left = torch.arange(row.numel()).repeat_interleave(repeats)
+    right = torch.arange(left.numel()) - (repeats.cumsum(0) - repeats - first_entry[row])[left]
+    place = column[left] * other.shape[1] + other.indices()[1][right]
+    met = torch.zeros(count * other.shape[1], dtype=torch.bool)
+    met[place] = True
+    sums = torch.zeros(met.numel(), dtype=torch.float64)
+    return sums.index_add_(0, place, values[left] * other.values()[right]), met
+
+
+def _by_dense(row: Tensor, column: Tensor, values: Tensor, count: int, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from dense products, of the values and of the masks."""
+    left = torch.zeros(count, right.shape[0], dtype=torch.float64)
+    left[column, row] = values
+    return left @ right, (left != 0).float() @ (right != 0).float() > 0
+
+
+def spectrum(sparse: Tensor, seed: int = 0) -> Spectrum:
+    """The singular values of a `matrix`; empty rows and columns are left out first, which takes nothing but zeros away.
+
+    Computed in float64 up to 4096 on the shorter side and 2²⁶ entries. Beyond, estimated by Lanczos quadrature (Ubaru, Chen and
+    Saad, SIAM J. Matrix Anal. 38, 2017) from `seed`: the largest is right to many digits, the others as a distribution.
+    """
+    (row, column), values = sparse.indices(), sparse.values()
+    rows, row = row.unique(return_inverse=True)
+    columns, column = column.unique(return_inverse=True)
+    shape = (rows.numel(), columns.numel())
+    if shape[0] < shape[1]:
+        shape = (shape[1], shape[0])
+        order = (column * shape[1] + row).argsort()
+        row, column, values = column[order], row[order], values[order]
+    squares = float(values.square().sum())
+    if shape[1] <= EXACT_SIDE and shape[0] * shape[1] <= EXACT_NUMEL:
+        dense = torch.zeros(shape, dtype=torch.float64)
+        dense[row, column] = values
+        found = torch.linalg.svdvals(dense)
+        return Spectrum(found, torch.ones_like(found), None, squares)
+    bidiagonal = _bidiagonal(_coo(torch.stack([row, column]), values, shape), seed)
+    nodes, weights = _quadrature(bidiagonal, shape[1])
+    coarse = _effective_rank(*_quadrature(bidiagonal[:, : STEPS // 2, : STEPS // 2], shape[1]))
+    fine = _effective_rank(nodes, weights)
+    error = math.hypot(float(fine.std()) / math.sqrt(PROBES), float((fine - coarse).mean()))
+    order = nodes.view(-1).argsort(descending=True)
+    return Spectrum(nodes.view(-1)[order], weights.view(-1)[order] / PROBES, error, squares)
+
+
+def _bidiagonal(sparse: Tensor, seed: int) -> Tensor:
+    """Golub and Kahan's bidiagonal matrices [probes, steps, steps] of a matrix [m, n], from random starts.
+
+    Only the shorter side's vectors are kept and made orthogonal again (Simon and Zha, SIAM J. Sci. Comput. 21, 2000).
+    """
+    rows, columns = sparse.shape
+    transposed = sparse.t().coalesce()
+    basis = torch.zeros(PROBES, columns, STEPS, dtype=torch.float64)
+    bidiagonal = torch.zeros(PROBES, STEPS, STEPS, dtype=torch.float64)
+    right = torch.randn(columns, PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    right /= right.norm(dim=0)
+    left, coupling = torch.zeros(rows, PROBES, dtype=torch.float64), torch.zeros(PROBES, dtype=torch.float64)
+    for step in range(STEPS):
+        basis[:, :, step] = right.T
+        left, length = _normal(torch.sparse.mm(sparse, right) - coupling * left, bidiagonal)
+        bidiagonal[:, step, step] = length
+        if step + 1 < STEPS:
+            right = torch.sparse.mm(transposed, left) - length * right
+            known = basis[:, :, : step + 1]
+            for _ in range(2):  # once leaves rounding, twice is enough
+                right = right - (known @ (known.mT @ right.T.unsqueeze(-1))).squeeze(-1).T
+            right, coupling = _normal(right, bidiagonal)
+            bidiagonal[:, step, step + 1] = coupling
+    return bidiagonal
+
+
+def _normal(vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [n, probes] of length one, and their lengths; what is only rounding, once a space is exhausted, becomes zero."""
+    length = vectors.norm(dim=0)
+    length = torch.where(length > 1e-10 * scale.amax(dim=(1, 2)), length, 0.0)
+    return torch.where(length > 0, vectors / length, 0.0), length
+
+
+def _quadrature(bidiagonal: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights [probes, steps]: for each probe, Σ weight · f(node) estimates Σ f(σ) over `side` singular values."""
+    _, nodes, turned = torch.linalg.svd(bidiagonal)
+    return nodes, side * turned[:, :, 0].square()
+
+
+def _effective_rank(values: Tensor, counts: Tensor) -> Tensor:
+    total = (counts * values).sum(-1)
+    logs = torch.where(values > 0, values.log(), 0.0)
+    entropy = total.log() - (counts * values * logs).sum(-1) / total
+    return torch.where(total > 0, entropy.exp(), 0.0)
+
+
+def _blocks(terms: Tensor, width: int, block: int) -> list[tuple[int, int]]:
+    """Ranges of rows that have at most `block` terms and `block` entries, or are one row; rows without terms are left out where
+    they are first or last."""
+    ranges: list[tuple[int, int]] = []
+    total = 0
+    for row, count in enumerate(terms.tolist()):
+        if not count:
+            continue
+        if ranges and total + count <= block and (row + 1 - ranges[-1][0]) * width <= block:
+            ranges[-1] = (ranges[-1][0], row + 1)
+            total += count
+        else:
+            ranges.append((row, row + 1))
+            total = count
+    return ranges
+
+
+def _coo(coordinates: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A sparse tensor of entries that are sorted and unique already."""
+    return torch.sparse_coo_tensor(coordinates, values, shape, is_coalesced=True, check_invariants=False)

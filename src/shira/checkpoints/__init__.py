@@ -1,0 +1,1 @@
+"""Checkpoints: adapters extracted from a fine-tuned model, and merged into a plain checkpoint."""

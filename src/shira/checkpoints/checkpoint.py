@@ -1,0 +1,248 @@
+"""Model checkpoints on disk, one tensor at a time: safetensors in the Hugging Face layout, sharded or not.
+
+A tensor is read when it is asked for, and gone from memory with the last reference to it.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..files.paths import State, open_regular, path_of, state_of
+from ..files.tensorfiles import BLOCK, Form, HeaderEntry, malformed, read_header, read_tensor
+from ..texts import described, shown, strict_json
+from ..weights.distributed import is_sharded
+from ..weights.quantized import is_quantized
+
+__all__ = ["Checkpoint", "CheckpointSource", "form_of", "identity", "pieces_of", "rewrite", "tensors_of"]
+
+Path_ = str | os.PathLike[str]
+CheckpointSource = Path_ | nn.Module | Mapping[str, Tensor]
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A checkpoint folder, or one .safetensors file, as a mapping of its tensors.
+
+    path: a folder with `*.safetensors` and, if there are several, their `*.safetensors.index.json`.
+    shards: file -> name -> HeaderEntry, in the file's order. A tensor of a dtype unknown here is seen as flat bytes.
+    index: the file that says which tensor is in which shard, None if there is none.
+
+    Raises CheckpointError for anything malformed, or weights in another form; OSError if there is nothing to read.
+
+        Checkpoint("SmolLM2-135M")["model.norm.weight"]
+    """
+
+    def __init__(self, path: Path_) -> None:
+        self.path = path_of(path, "Checkpoint('SmolLM2-135M')", CheckpointError)
+        read = {file: _entries(file) for file in _weight_files(self.path)}
+        self.shards = {file: entries for file, (entries, _) in read.items()}
+        self._states = {file: state for file, (_, state) in read.items()}
+        self._files: dict[str, Path] = {}
+        for file, entries in self.shards.items():
+            for name in entries:
+                other = self._files.setdefault(name, file)
+                if other != file:
+                    raise CheckpointError(f"{self.path}: tensor '{name}' is in two files, {other.name} and {file.name}")
+        self.index = _index(self.path)
+        for name, shard in (_weight_map(self.index) if self.index else {}).items():
+            if self._files.get(name) != self.path / shard:
+                found = self._files[name].name if name in self._files else "no file"
+                raise CheckpointError(
+                    f"{self.index}: tensor '{name}' should be in {shard}, it is in {found}; get the files again"
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._files[name]
+        with self._open(file) as opened:
+            return read_tensor(opened, self.shards[file][name])
+
+    def pieces(self, name: str, length: int) -> Iterator[Tensor]:
+        """The entries of a tensor in C order, flat, so many at a time; each piece is read when it is asked for."""
+        file = self._files[name]
+        form, first, end = self.shards[file][name]
+        step = length * form.dtype.itemsize
+        with self._open(file) as opened:
+            for begin in range(first, end, step):
+                size = min(step, end - begin)
+                yield read_tensor(opened, HeaderEntry(Form((size // form.dtype.itemsize,), form.dtype), begin, begin + size))
+
+    def _open(self, file: Path) -> BinaryIO:
+        """A shard, if it is still the one whose header was read."""
+        opened = open_regular(file)
+        if state_of(opened) != self._states[file]:
+            opened.close()
+            raise CheckpointError(f"{file} has changed since it was first looked at; begin again when nobody writes to it")
+        return opened
+
+    def form(self, name: str) -> Form:
+        """Shape and dtype of a tensor, which is not read."""
+        return self.shards[self._files[name]][name].form
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def other_files(self) -> list[Path]:
+        """What lies beside the shards in the folder, by name; no subfolders."""
+        beside = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(file for file in beside if file.is_file() and file not in self.shards)
+
+
+def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint on disk, of a model (as its `state_dict` names them), or of a mapping.
+
+    Raises CheckpointError for a model with quantized or sharded weights, or what `Checkpoint` raises.
+    """
+    if isinstance(source, nn.Module):
+        for name, weight in source.named_parameters():
+            if is_quantized(weight) or is_sharded(weight):
+                state = "quantized" if is_quantized(weight) else "sharded"
+                raise CheckpointError(f"'{name}' is {state} in this model; give a plain model or checkpoint")
+        return dict(source.state_dict())
+    if isinstance(source, Mapping):
+        for name, tensor in {} if isinstance(source, Checkpoint) else source.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise CheckpointError(f"expected tensors by name, found {described(tensor if isinstance(name, str) else name)}")
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise CheckpointError(
+            f"expected a checkpoint's folder or .safetensors file, a model, or tensors by name; found {described(source)}"
+        )
+    return Checkpoint(source)
+
+
+def form_of(tensors: Mapping[str, Tensor], name: str) -> Form | None:
+    """Shape and dtype of a tensor, which is not read for it; None if there is none of that name."""
+    if name not in tensors:
+        return None
+    if isinstance(tensors, Checkpoint):
+        return tensors.form(name)
+    return Form(tuple(tensors[name].shape), tensors[name].dtype)
+
+
+def pieces_of(tensors: Mapping[str, Tensor], name: str, length: int) -> Iterator[Tensor]:
+    """The entries of a tensor in C order, flat, on the CPU, so many at a time; of a checkpoint on disk only these are read.
+
+    Raises CheckpointError for a tensor on the meta device.
+    """
+    if isinstance(tensors, Checkpoint):
+        yield from tensors.pieces(name, length)
+        return
+    flat = tensors[name].detach().reshape(-1)
+    if flat.is_meta:
+        raise CheckpointError(f"'{name}' has no data, it is on the meta device; load the model with its weights")
+    for piece in flat.split(length):
+        yield piece.cpu()
+
+
+def identity(source: CheckpointSource) -> str | None:
+    """What to call a checkpoint: its hub id in the hub's cache, else the name of its folder or file; None in memory."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = Path(source).absolute()
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.resolve().name
+
+
+def rewrite(
+    file: Path,
+    target: Path,
+    replaced: Iterable[tuple[HeaderEntry, Iterable[Tensor]]],
+    wrote: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Copy a file piece by piece, with some of its tensors replaced, and flush it to disk.
+
+    replaced: where a tensor lies, and its new content as flat tensors that together fill it; in the order of the file.
+    wrote: called with the number of bytes after each piece.
+    """
+    with open_regular(file) as reader, open(target, "xb", buffering=0) as writer:
+
+        def write(block: memoryview) -> None:
+            while block:  # a raw file may take a part only
+                count = writer.write(block)
+                wrote(count)
+                block = block[count:]
+
+        def copy(count: int) -> None:
+            while count > 0:
+                block = reader.read(min(count, BLOCK))
+                if not block:
+                    raise CheckpointError(f"{file} became shorter while it was read; get it again")
+                write(memoryview(block))
+                count -= len(block)
+
+        for entry, parts in replaced:
+            copy(entry.begin - reader.tell())
+            for part in parts:
+                write(part.view(torch.uint8).numpy().data)
+            reader.seek(entry.end)
+            if writer.tell() != entry.end:
+                raise ValueError(f"{writer.tell() - entry.begin} bytes for the {entry.end - entry.begin} of {entry}")
+        copy(os.fstat(reader.fileno()).st_size - reader.tell())
+        os.fsync(writer.fileno())
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in the order of their names."""
+    if not path.is_dir():
+        if path.suffix != ".safetensors" and path.exists():
+            raise CheckpointError(f"{path} is no checkpoint: expected a folder or a .safetensors file")
+        return [path]
+    index = _index(path)
+    if index is not None:
+        shards = sorted(set(_weight_map(index).values()))
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{index} names files that are not there: {', '.join(missing)}; get them, or the index, again"
+            )
+        return [path / shard for shard in shards]
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) > 1:
+        files = [file for file in files if file.name == "model.safetensors"] or files
+    if len(files) == 1:
+        return files
+    if files:
+        raise CheckpointError(
+            f"{path} holds {len(files)} safetensors files and no index ({files[0].name}, …); name the one that is meant"
+        )
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    hint = (
+        f"{pickled[0]} is a pickle, which may run code: load that model and save it as safetensors" if pickled else "found none"
+    )
+    raise CheckpointError(f"{path} is no checkpoint: expected .safetensors files, {hint}")
+
+
+def _index(path: Path) -> Path | None:
+    found = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
+    if len(found) > 1:
+        raise CheckpointError(f"{path} holds several indices: {', '.join(file.name for file in found)}; expected one")
+    return found[0] if found else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of a file in the same folder."""
+    with malformed(index):
+        with open_regular(index) as opened:
+            weight_map = strict_json(opened.read())["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    for name, file in files.items():
+        if file in ("", ".", "..") or Path(file).name != file or "\0" in file:
+            raise CheckpointError(f"{index}: tensor '{name}' must lie in a file of the same folder, found {shown(file)}")
+    return files
+
+
+def _entries(file: Path) -> tuple[dict[str, HeaderEntry], State]:
+    """What lies where in a file, and the state of what was read."""
+    with open_regular(file) as opened:
+        return read_header(opened)[0], state_of(opened)

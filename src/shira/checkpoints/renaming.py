@@ -1,0 +1,100 @@
+"""The names that a checkpoint gives to a model's tensors, where they are not those of the model in memory.
+
+`from_pretrained` and `save_pretrained` rename: GPT-2's are "h.0…" on the Hub, and "transformer.h.0…" in a language model. An
+adapter has the names in memory. Only what is sure is mapped here: one prefix in place of another, for all tensors, and no
+second way to do it.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from ..adapter import Adapter
+from ..errors import BaseMismatch
+from ..sparse.tensor import SparseTensor
+from .checkpoint import Checkpoint
+
+__all__ = ["names_in", "renamed"]
+
+ALIKE = 2  # last words of a name that are the same where a checkpoint may mean the same tensor
+
+
+def names_in(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[str, str]:
+    """Tensor name of the adapters -> its name in the checkpoint; empty if they are the same, or this is another model.
+
+    Raises BaseMismatch if the checkpoint has tensors like theirs by other names, and it is not sure which is which."""
+    holders = {name: adapter for adapter in adapters.values() for name in adapter.tensors}
+    missing = [name for name in holders if name not in checkpoint]
+    if not missing:
+        return {}
+    shapes = {name: adapter.tensors[name].shape for name, adapter in holders.items()}
+    by_ending: dict[str, list[str]] = {}
+    for name in checkpoint:
+        by_ending.setdefault(_ending(name), []).append(name)
+    alike = {
+        name: [other for other in by_ending.get(_ending(name), ()) if checkpoint.form(other).shape == shapes[name]]
+        for name in missing
+    }
+    if not all(alike.values()):
+        return {}  # this is another model: `check_base` says so
+    found = _mappings(checkpoint, shapes, missing[0], alike[missing[0]])
+    if len(found) == 1:
+        return found[0]
+    why = "several prefixes map all of them" if found else "no one prefix maps all of them"
+    raise BaseMismatch(
+        f"{checkpoint.path} names its tensors otherwise than the model in memory, whose names an adapter has: '{missing[0]}' "
+        f"may be '{alike[missing[0]][0]}' there, but {why}. Load that model, activate the adapter with Switcher.use, and save "
+        "it with model.save_pretrained(folder)"
+    )
+
+
+def _mappings(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], name: str, candidates: list[str]
+) -> list[dict[str, str]]:
+    """The ways to put one prefix for another that turn every name into one of the checkpoint's, of the same shape."""
+    mappings: list[dict[str, str]] = []
+    for candidate in candidates:
+        for prefix, new in _prefixes(name, candidate):
+            mapped = {each: new + each.removeprefix(prefix) for each in shapes if each.startswith(prefix)}
+            fits = len(mapped) == len(shapes) and all(
+                other in checkpoint and checkpoint.form(other).shape == shapes[each] for each, other in mapped.items()
+            )
+            if fits and mapped not in mappings:
+                mappings.append(mapped)
+    return mappings
+
+
+def _prefixes(name: str, other: str) -> Iterator[tuple[str, str]]:
+    """(prefix of the one, prefix of the other) for every ending of whole words that both have."""
+    words, others = name.split("."), other.split(".")
+    for length in range(1, min(len(words), len(others)) + 1):
+        if words[-length] != others[-length]:
+            return
+        yield name.removesuffix(".".join(words[-length:])), other.removesuffix(".".join(others[-length:]))
+
+
+def _ending(name: str) -> str:
+    return ".".join(name.split(".")[-ALIKE:])
+
+
+def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    """An adapter whose tensors go by other names; they may lie in a file still."""
+    if not names:
+        return adapter
+    prints = {names.get(name, name): value for name, value in adapter.fingerprints.items()}
+    tensors = _Renamed(adapter.tensors, {names.get(name, name): name for name in adapter.tensors})
+    return Adapter(tensors, adapter.metadata | ({"fingerprints": prints} if prints else {}))  # type: ignore[arg-type]  # read only
+
+
+class _Renamed(Mapping[str, SparseTensor]):
+    """The same tensors by other names."""
+
+    def __init__(self, tensors: Mapping[str, SparseTensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> SparseTensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,48 @@
+"""What somebody may have meant who passed a folder, or a file of another kind, where an adapter's file was expected."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .paths import open_regular
+from .tensorfiles import read_header
+
+__all__ = ["ADAPTER", "instead"]
+
+ADAPTER = "adapter.safetensors"
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+PEFT_PREFIX = "base_model.model."  # of the names of its tensors
+MANY = 32  # files that are looked into
+PEFT = (
+    "it is an adapter of PEFT, which has to be converted: merge it into its base with PEFT "
+    "(model.merge_and_unload().save_pretrained('merged')), then take what differs with "
+    "`shira extract BASE merged -o adapter.safetensors` (with --density, if it is a LoRA)"
+)
+
+
+def instead(path: Path, tensors: Iterable[str] = ()) -> str:
+    """What to pass in place of a folder, or of a safetensors file with these tensors that is no adapter of ours."""
+    if not path.is_dir():
+        peft = path.name in PEFT_FILES or (path.parent / PEFT_FILES[0]).is_file()
+        return PEFT if peft or any(name.startswith(PEFT_PREFIX) for name in tensors) else "pass an adapter's .safetensors file"
+    try:
+        files = sorted(path.iterdir(), key=lambda file: (file.suffix != ".safetensors", file.name))
+    except OSError:
+        return "pass the .safetensors file in it"
+    ours = [file for file in files[:MANY] if _is_ours(file)]
+    ours = [file for file in ours if file.name == ADAPTER] or ours
+    if len(ours) == 1:
+        return f"pass the file in it: {str(ours[0])!r}"
+    if ours:
+        return f"pass one of the files in it, as {str(ours[0])!r}"
+    if any(file.name in PEFT_FILES for file in files):
+        return PEFT
+    return "pass an adapter's .safetensors file; there is none in it"
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with open_regular(file) as content:
+            return read_header(content)[1].get("format") == "shira"
+    except (CheckpointError, OSError):
+        return False

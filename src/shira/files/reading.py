@@ -1,0 +1,224 @@
+"""The file: one safetensors file an adapter. docs/format.md is its specification.
+
+Nothing in a file is believed until it is checked, and a file appears under its name whole or not at all.
+"""
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import AdapterError, CheckpointError, FormatError
+from ..sparse.positions import checksum
+from ..sparse.tensor import Kind, SparseTensor, numel_of
+from ..texts import shown, strict_json
+from . import encoding
+from .foreign import instead
+from .metadata import check_metadata
+from .paths import State, open_regular, path_of, state_of
+from .tensorfiles import read_header, read_tensor
+
+__all__ = ["FileChanged", "Gaps", "StoredTensors", "neighbour"]
+
+READABLE = {("1", "plain"), ("2", "gap")}  # (format version, encoding)
+
+Path_ = str | os.PathLike[str]
+
+
+def neighbour(path: Path_, like: Path_) -> dict[str, SparseTensor]:
+    """The tensors of `like`, a file beside `path` that holds its positions itself, so that `save` may leave them to it.
+
+    Raises AdapterError or FormatError if it is no such file; OSError if it cannot be read.
+    """
+    call = "adapter.save('coder.safetensors', like='poet.safetensors')"
+    path, like = (path_of(each, call, AdapterError) for each in (path, like))
+    with contextlib.ExitStack() as stack:
+        return dict(_lender(path, like, stack))
+
+
+def _lender(path: Path, like: Path, stack: contextlib.ExitStack) -> "StoredTensors":
+    """The same, each tensor read when it is asked for; `stack` closes the file."""
+    here, there = (Path(os.path.realpath(each)) for each in (path, like))
+    if there.parent != here.parent or there == here:
+        raise AdapterError(f"{like} must be another file in the folder of {path}, to be found again")
+    tensors = StoredTensors(like, stack)
+    if any(_names_a_file(entry) for entry in tensors.entries.values()):
+        raise AdapterError(f"{like} takes its positions from a file itself; name that one")
+    return tensors
+
+
+class FileChanged(FormatError):
+    """A file was written to, or replaced, while it was read."""
+
+
+class Gaps(SparseTensor):
+    """A tensor whose positions are gaps, as its file holds them: decoded, and checked, when they are first asked for.
+
+    units: uint8 or uint16 [any], see docs/format.md. Raises AdapterError for values that are not finite and the like.
+    """
+
+    units: Tensor
+    _decoded: Callable[[], Tensor]
+
+    def __init__(
+        self, shape: tuple[int, ...], values: Tensor, kind: Kind, units: Tensor, decoded: Callable[[], Tensor]
+    ) -> None:
+        given = {"shape": shape, "values": values.contiguous(), "kind": kind, "units": units, "_decoded": decoded}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        self._check_form()
+        self._check_values()
+
+    @functools.cached_property
+    def indices(self) -> Tensor:
+        return self._decoded()
+
+
+class StoredTensors(Mapping[str, SparseTensor]):
+    """An adapter's tensors that are still in their file, and what else that says, all of it checked.
+
+    entries: tensor name -> its description. metadata: the adapter's. `stack` closes the file, and those beside it that hold
+    positions for it. Raises what `load` raises.
+    """
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        try:
+            self._file = stack.enter_context(open_regular(path, FormatError))
+        except IsADirectoryError:
+            raise FormatError(f"{path} is a folder; {instead(path)}") from None
+        self._path, self._stack, self._state = path, stack, state_of(self._file)
+        self._lenders: dict[str, StoredTensors] = {}
+        self._one_at_a_time = threading.Lock()  # a file has one place at which it is read
+        try:
+            self._places, header = read_header(self._file, any_dtype=False)
+        except CheckpointError as error:
+            raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
+        if header.get("format") != "shira":
+            raise FormatError(
+                f"{path} is not a shira adapter: metadata 'format' is {shown(header.get('format'))}, expected 'shira'; "
+                f"{instead(path, self._places)}"
+            )
+        self.entries = {name: _entry(path, name, entry) for name, entry in _entries(path, header).items()}
+        self.metadata = _json_object(path, header, "metadata")
+        try:
+            check_metadata(self.metadata)
+        except AdapterError as error:
+            raise FormatError(f"{path}: {error}") from None
+        self._with_array = {name for name, entry in self.entries.items() if isinstance(entry.get("positions", "plain"), str)}
+        expected = {f"{name}.values" for name in self.entries} | {f"{name}.indices" for name in self._with_array}
+        if self._places.keys() != expected:
+            missing, extra = sorted(expected - self._places.keys()), sorted(self._places.keys() - expected)
+            few = [shown(names) if names else "none" for names in (missing, extra)]
+            raise FormatError(f"{path}: tensors missing: {few[0]}; not described: {few[1]}")
+
+    def __getitem__(self, name: str) -> SparseTensor:
+        return self.tensor(name, decoded=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def tensor(self, name: str, decoded: bool) -> SparseTensor:
+        """A tensor, read now; not decoded: its positions only when they are asked for, if they are gaps. Raises KeyError."""
+        entry = self.entries[name]
+        if _names_a_file(entry):
+            array: Tensor | None = self._borrowed(name, entry)
+        else:
+            array = self._array(f"{name}.indices") if name in self._with_array else None
+        return _sparse_tensor(self._path, name, entry, array, self._array(f"{name}.values"), decoded)
+
+    def state(self) -> tuple[State, ...]:
+        """See `check_unchanged`."""
+        now = state_of(self._file)
+        if now != self._state:
+            raise FileChanged(f"{self._path} changed while it was read; read it again when nobody writes to it")
+        return now, *(state for lender in self._lenders.values() for state in lender.state())
+
+    def _array(self, name: str) -> Tensor:
+        with self._one_at_a_time:
+            try:
+                return read_tensor(self._file, self._places[name])
+            except CheckpointError as error:
+                raise FormatError(str(error)) from error
+
+    def _borrowed(self, name: str, entry: dict[str, Any]) -> Tensor:
+        """Positions that lie in another file of the same folder, which must hold them itself."""
+        path, file, expected = self._path, entry["positions"]["file"], entry["positions"].get("crc32")
+        if not isinstance(file, str) or file in ("", ".", "..", path.name) or Path(file).name != file or "\0" in file:
+            raise FormatError(f"{path}: tensor '{name}': positions must lie in another file of its folder, found {shown(file)}")
+        try:
+            with self._one_at_a_time:
+                if file not in self._lenders:
+                    self._lenders[file] = _lender(path, path.with_name(file), self._stack)
+            tensor = self._lenders[file].get(name)
+        except (AdapterError, OSError) as error:
+            raise FormatError(
+                f"{path}: tensor '{name}': its positions should be in {shown(file)} beside it: {error}"
+            ) from error
+        if tensor is None or list(tensor.shape) != entry["shape"] or checksum(tensor.indices) != expected:
+            raise FormatError(f"{path}: tensor '{name}': {shown(file)} holds other positions than when this was written")
+        return tensor.indices
+
+
+def _entries(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    """The description of each tensor, once version and encoding are known to be ours."""
+    version, encoded = header.get("format_version"), header.get("encoding")
+    if (version, encoded) not in READABLE:
+        raise FormatError(
+            f"{path}: format version {shown(version)} with encoding {shown(encoded)} is unknown, this release reads "
+            f"{' and '.join(f'{v} with {e!r}' for v, e in sorted(READABLE))}; upgrade shira-adapters"
+        )
+    return _json_object(path, header, "tensors")
+
+
+def _json_object(path: Path, header: dict[str, str], key: str) -> dict[str, Any]:
+    try:
+        value = strict_json(header.get(key, ""))
+    except ValueError as error:
+        raise FormatError(f"{path}: metadata {key!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: metadata {key!r} must be a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _entry(path: Path, name: str, entry: Any) -> dict[str, Any]:
+    """The description of one tensor, its form checked."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not isinstance(shape, list):
+        raise FormatError(f"{path}: tensor '{name}': shape must be a list of whole numbers, found {shown(shape)}")
+    try:
+        numel_of(tuple(shape))
+    except ValueError as error:
+        raise FormatError(f"{path}: tensor '{name}': {error}") from None
+    if not isinstance(entry.get("positions", "plain"), str | dict):
+        raise FormatError(f"{path}: tensor '{name}': positions must be a word or a rule, found {shown(entry['positions'])}")
+    checked: dict[str, Any] = entry
+    return checked
+
+
+def _names_a_file(entry: dict[str, Any]) -> bool:
+    positions = entry.get("positions")
+    return isinstance(positions, dict) and "file" in positions
+
+
+def _sparse_tensor(
+    path: Path, name: str, entry: dict[str, Any], array: Tensor | None, values: Tensor, decoded: bool = True
+) -> SparseTensor:
+    shape: tuple[int, ...] = tuple(entry["shape"])
+    kind: Any = entry.get("kind")  # which is checked
+    positions = "plain" if _names_a_file(entry) else entry.get("positions", "plain")
+    gaps = positions == "gap" and array is not None and array.dtype in encoding.UNITS and array.ndim == values.ndim == 1
+    try:
+        if gaps and array is not None and not decoded:
+            return Gaps(shape, values, kind, array, lambda: _sparse_tensor(path, name, entry, array, values).indices)
+        indices = encoding.decode(encoding.Stored(positions, array), shape, values.numel())
+        return SparseTensor(shape, indices, values, kind)
+    except AdapterError as error:
+        raise FormatError(f"{path}: tensor '{name}': {error}") from error

@@ -1,0 +1,203 @@
+"""One safetensors file, a tensor at a time: where each lies, reading one, and writing a file of tensors as they come.
+
+safetensors' `safe_open` maps the whole file: all of it may count as the process's memory, page faults read a disk many times
+slower than `read` does, and a file that is cut short meanwhile ends the process. It does not say where a tensor lies, which
+writing a shard piece by piece has to know; and its `save` wants all tensors at once.
+"""
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..sparse.tensor import MOST_ENTRIES, numel_of
+from ..texts import shown, strict_json
+from .paths import destination, sweep, temporary_file
+
+__all__ = ["BLOCK", "Form", "HeaderEntry", "malformed", "read_header", "read_tensor", "spooled", "write_whole"]
+
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool},
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
+BLOCK = 2**22  # bytes copied at a time
+
+
+class Form(NamedTuple):
+    """What a tensor is like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class HeaderEntry(NamedTuple):
+    """Where a tensor lies in its file: bytes begin to end, from the file's own beginning."""
+
+    form: Form
+    begin: int
+    end: int
+
+
+def read_header(file: BinaryIO, *, any_dtype: bool = True) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
+    """Where each tensor of an opened file lies: name -> HeaderEntry, in the file's order; dtype, shape and place agree.
+
+    any_dtype: a tensor of a dtype unknown here is seen as flat bytes, else refused.
+    Returns the file's metadata as well. Raises CheckpointError for anything malformed.
+    """
+    size = os.fstat(file.fileno()).st_size
+    with malformed(file.name):
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        described = strict_json(file.read(length))
+        metadata = described.pop("__metadata__", {})
+        entries = {name: _entry(name, entry, 8 + length, any_dtype) for name, entry in described.items()}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata other than text")
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    end = 8 + length
+    for name, entry in ordered.items():
+        if entry.begin != end:
+            raise CheckpointError(
+                f"{file.name}: tensor {shown(name)} should begin at byte {end}, it begins at {entry.begin}; get it again"
+            )
+        end = entry.end
+    if end != size:
+        raise CheckpointError(f"{file.name} should have {end} bytes, it has {size}; get it again")
+    return ordered, metadata
+
+
+def read_tensor(file: BinaryIO, entry: HeaderEntry) -> Tensor:
+    """A tensor of an opened file, in memory of its own. Raises CheckpointError if the file has become shorter."""
+    content = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
+    left = content.numpy().data
+    file.seek(entry.begin)
+    while left:
+        count = file.readinto(left[:BLOCK])  # type: ignore[attr-defined]  # which typing's BinaryIO lacks
+        if not count:
+            raise CheckpointError(f"{file.name} became shorter while it was read; get it again")
+        left = left[count:]
+    return content.view(entry.form.dtype).view(entry.form.shape)
+
+
+@contextlib.contextmanager
+def spooled(path: Path, metadata: Mapping[str, str]) -> Iterator[Callable[[str, Tensor], None]]:
+    """A file that is written as its tensors come, of which none is held: `add(name, tensor)` puts one into a temporary file
+    without a name; at the end all are copied behind a header, and the file appears under its name, whole or not at all.
+
+    metadata: may be filled until the end. Equal tensors and metadata give equal bytes, in whatever order they come; the widest
+    dtypes lie first, so that each tensor is aligned.
+    Raises OSError (a full disk, a missing folder) with any file already under that name unchanged.
+    """
+    entries: dict[str, HeaderEntry] = {}
+    with contextlib.ExitStack() as stack:
+        with _saving(path):
+            folder = destination(path).parent  # what cannot be replaced is known before the work is done
+            sweep(folder)
+            spool = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+
+        def add(name: str, tensor: Tensor) -> None:
+            begin = spool.tell()
+            left = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            with _saving(path):
+                while left:  # a raw file may take a part only
+                    left = left[spool.write(left) :]
+            entries[name] = HeaderEntry(Form(tuple(tensor.shape), tensor.dtype), begin, spool.tell())
+
+        yield add
+        ordered = dict(sorted(entries.items(), key=lambda item: (-item[1].form.dtype.itemsize, item[0])))
+
+        def content() -> Iterator[bytes]:
+            yield _header(ordered, metadata)
+            for entry in ordered.values():
+                spool.seek(entry.begin)
+                for start in range(entry.begin, entry.end, BLOCK):
+                    yield spool.read(min(BLOCK, entry.end - start))
+
+        write_whole(path, content())
+
+
+def _header(entries: Mapping[str, HeaderEntry], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file of these tensors, in this order."""
+    described: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, entry in entries.items():
+        begin, end = end, end + entry.end - entry.begin
+        described[name] = {"dtype": NAMES[entry.form.dtype], "shape": entry.form.shape, "data_offsets": [begin, end]}
+    text = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file whole or not at all; a symbolic link is followed, and stays.
+
+    Raises OSError, with any file already under that name unchanged: also for a FIFO, device or folder of that name.
+    """
+    with _saving(path):
+        folder = destination(path).parent
+        with temporary_file(folder) as (temporary, file):
+            file.writelines([content] if isinstance(content, bytes) else content)
+            file.flush()
+            os.fsync(file.fileno())
+            if os.name == "nt":  # where an open file cannot be renamed
+                file.close()
+            os.replace(temporary, destination(path))
+    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    """An OSError says that the file was not written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot save to {path} ({error.strerror}); nothing was written there, any older file is intact"
+        ) from error
+
+
+@contextlib.contextmanager
+def malformed(file: Path | str) -> Iterator[None]:
+    """What goes wrong with a malformed file is a CheckpointError that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+        found = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AttributeError) else str(error)
+        raise CheckpointError(f"{file} is malformed ({found}); get it again") from error
+
+
+def _entry(name: str, described: dict[str, Any], start: int, any_dtype: bool) -> HeaderEntry:
+    """One tensor of a header. Raises ValueError, TypeError or KeyError if it is malformed."""
+    begin, end = described["data_offsets"]
+    shape = tuple(described["shape"])
+    try:
+        numel = numel_of(shape)
+    except ValueError as error:
+        raise ValueError(f"tensor {shown(name)}: {error}") from None
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= MOST_ENTRIES:
+        raise ValueError(f"tensor {shown(name)}: it lies at {shown(begin)} to {shown(end)}")
+    dtype = DTYPES.get(described["dtype"])
+    if dtype is None and not any_dtype:
+        raise ValueError(f"tensor {shown(name)}: dtype {shown(described['dtype'])} is unknown here")
+    if dtype is None:
+        return HeaderEntry(Form((end - begin,), torch.uint8), start + begin, start + end)
+    if numel * dtype.itemsize != end - begin:
+        raise ValueError(f"tensor {shown(name)}: {end - begin} bytes for {described['dtype']} {shown(list(shape))}")
+    return HeaderEntry(Form(shape, dtype), start + begin, start + end)

@@ -1,0 +1,91 @@
+"""Writing an adapter's file, one tensor at a time. The file appears under its name complete, or not at all."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..errors import AdapterError
+from ..sparse.positions import checksum, frequency_of, seed_of
+from ..sparse.tensor import SparseTensor
+from ..texts import shown, strict_json
+from . import encoding
+from .paths import path_of
+from .reading import Path_, neighbour
+from .tensorfiles import spooled
+
+__all__ = ["FORMAT_VERSION", "saving"]
+
+FORMAT_VERSION = 2
+
+
+@contextlib.contextmanager
+def saving(
+    path: Path_, metadata: Mapping[str, Any], *, like: Path_ | None = None
+) -> Iterator[Callable[[str, SparseTensor], None]]:
+    """The file of an adapter whose tensors come one by one: `add(name, tensor)` writes each to the disk, in any order, and the
+    file is there at the end, the same that `save` writes; if anything fails before, none is.
+
+    metadata: may be filled until the end, but for what its "mask" says of positions that a rule draws.
+    Raises what `save` raises.
+    """
+    path = path_of(path, "adapter.save('poet.safetensors')", AdapterError)
+    if path.is_dir():
+        raise AdapterError(f"{path} is a folder; name a file in it, as in adapter.save({str(path / 'adapter.safetensors')!r})")
+    beside = neighbour(path, like) if like is not None else {}
+    entries: dict[str, dict[str, Any]] = {}
+    header: dict[str, str] = {}
+    with spooled(path, header) as add_array:
+
+        def add(name: str, tensor: SparseTensor) -> None:
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise AdapterError(f"a file holds no tensor of the name {shown(name)}, which is no text") from None
+            indices = tensor.indices.detach().cpu().contiguous()
+            stored = encoding.encode(indices, tensor.shape, _rules(metadata, name, tensor))
+            if stored.array is not None and name in beside and torch.equal(beside[name].indices, indices):
+                stored = encoding.Stored({"file": Path(like or "").name, "crc32": checksum(indices)}, None)
+            entries[name] = {"shape": list(tensor.shape), "kind": tensor.kind, "positions": stored.positions}
+            if stored.array is not None:
+                add_array(f"{name}.indices", stored.array)
+            add_array(f"{name}.values", tensor.values)
+
+        yield add
+        header |= {"format": "shira", "format_version": str(FORMAT_VERSION), "encoding": "gap"}
+        try:
+            header["tensors"] = json.dumps(dict(sorted(entries.items())))
+            header["metadata"] = json.dumps(metadata, allow_nan=False)
+            strict_json(header["metadata"])  # what would be refused when it is read
+        except (TypeError, ValueError, RecursionError) as error:
+            raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
+
+
+def _rules(metadata: Mapping[str, Any], name: str, tensor: SparseTensor) -> list[dict[str, Any]]:
+    """Rules that may draw this tensor's positions again, by what the metadata says of its mask; tried before they are used."""
+    mask = metadata.get("mask")
+    if not isinstance(mask, dict):
+        return []
+    if mask.get("name") == "rand" and isinstance(mask.get("seed"), int):
+        return [{"mask": "rand", "seed": seed_of(mask["seed"], name)}]
+    if mask.get("name") == "struct" and len(tensor.shape) == 2 and tensor.nnz:
+        given = mask.get("options")
+        options = given if isinstance(given, dict) else {}
+        offset, diagonal = options.get("offset", 0), options.get("diagonal", True) is not False
+        if type(offset) is not int or not 0 <= offset < max(tensor.shape):
+            return []
+        further = ({"offset": offset} if offset else {}) | ({} if diagonal else {"diagonal": False})
+        directions: tuple[Literal["rows", "columns"], ...] = ("rows", "columns")
+        return [
+            {
+                "mask": "struct",
+                "direction": direction,
+                "frequency": frequency_of(tensor.indices.cpu(), *tensor.shape[:2], direction, offset),
+            }
+            | further
+            for direction in directions
+        ]
+    return []

@@ -1,0 +1,1 @@
+"""Fusion: several adapters combined into one."""

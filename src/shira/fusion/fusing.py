@@ -1,0 +1,219 @@
+"""Several adapters into one: on sorted positions, never dense, one tensor at a time."""
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..adapter import Adapter, as_stored, opened
+from ..errors import AdapterError, BaseMismatch
+from ..files.reading import Gaps
+from ..kernels import Combined, Contribution
+from ..sparse.tensor import Kind, SparseTensor, fingerprint
+from ..texts import described
+from ..weights.belonging import check_described, check_fingerprint, known_in_part, tells_base, weight_of
+from ..weights.distributed import is_sharded
+from ..weights.model_tensors import named_tensors
+from .combining import combine
+from .methods import Method, resolve
+from .strengths import CheckedStrength, Strength, as_given, check_strengths, given_strengths, strengths_of
+
+__all__ = ["fuse"]
+
+Base = nn.Module | Mapping[str, Tensor]
+Item = TypeVar("Item")
+
+
+def fuse(
+    adapters: Mapping[str | os.PathLike[str], Strength] | Mapping[str, tuple[Adapter, Strength]],
+    base: Base | None = None,
+    method: str = "sum",
+    **options: float,
+) -> Adapter:
+    """One adapter with the effect of several: base + what `method` makes of their changes α · (values − base).
+
+    adapters: file -> strength α, or name -> (Adapter, strength). A strength is a number, below 0 to negate; or pattern ->
+        number, of which the last that fits a tensor's name counts, as in {"*": 1.0, "*.mlp.*": 0.5}.
+    base: the model, or its tensors by name; needed unless all adapters are deltas, which make a delta again.
+    method: "sum", "mean", "max", "ties" (density=0.2) or "dare" (drop=0.5, seed=0): docs/fusion.md.
+
+    All is computed in float32, in the order of the names, and rounded once; an entry that one adapter alone touches at
+    strength 1 gets its value bit for bit. Files are read a tensor at a time.
+
+    SHiRA §3.2 and Appendix I, arXiv 2406.13175. Raises AdapterError, FormatError or BaseMismatch.
+
+        both = shira.fuse({"poet.safetensors": 1.0, "coder.safetensors": 0.5}, base=model, method="ties", density=0.5)
+    """
+    chosen = resolve(method, options)
+    given = given_strengths("shira.fuse", adapters)
+    strengths = check_strengths({label: strength for label, (_, strength) in given.items()})
+    if base is not None and not isinstance(base, nn.Module | Mapping):
+        raise AdapterError(f"base must be a model, loaded, or its tensors by name; found {described(base)}")
+    weights = named_tensors(base) if isinstance(base, nn.Module) else base
+    sharded = next((name for name, weight in (weights or {}).items() if is_sharded(weight)), None)
+    if sharded is not None:
+        raise BaseMismatch(f"'{sharded}' is sharded in this base; give a whole one, or let Switcher.use fuse on the model")
+    with contextlib.ExitStack() as stack:
+        parts = {
+            label: content if isinstance(content, Adapter) else stack.enter_context(opened(content))
+            for label, (content, _) in given.items()
+        }
+        for label, part in parts.items():
+            check_described(label, part)
+        if weights is None:
+            _check_recorded_bases(parts)
+        in_part = {label: known_in_part(part) for label, part in parts.items()}
+        scales = {label: strengths_of(label, strengths[label], part.tensors) for label, part in parts.items()}
+        wanted: dict[str, dict[str, float]] = {}
+        for label, scale in scales.items():
+            for name, strength in scale.items():
+                if strength != 0:
+                    wanted.setdefault(name, {})[label] = strength
+
+        def fuse_one(name: str) -> tuple[SparseTensor, str | None]:
+            held = {label: as_stored(parts[label], name) for label in wanted[name]}
+            if weights is None:
+                return _fused_deltas(name, held, wanted[name], chosen), None
+            return _fused_over(name, held, wanted[name], parts, weights, chosen, in_part)
+
+        fused = dict(zip(sorted(wanted), _side_by_side(fuse_one, sorted(wanted)), strict=True))
+        metadata = _metadata(parts, strengths, chosen, {name: found for name, (_, found) in fused.items() if found})
+        return Adapter({name: tensor for name, (tensor, _) in fused.items()}, metadata)
+
+
+def _side_by_side(work: Callable[[str], Item], names: Sequence[str]) -> Iterator[Item]:
+    """`work` on each name, in as many threads as torch has. A tensor to a thread needs no more from torch's operators than
+    that thread: so much of this is reading, hashing and copying that they would mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            contexts = [contextvars.copy_context() for _ in names]  # which backend is forced
+            yield from pool.map(lambda context, name: context.run(work, name), contexts, names)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_recorded_bases(parts: Mapping[str, Adapter]) -> None:
+    """Without a base to compare with: adapters that name different ones are not to be summed by mistake."""
+    known = {label: str(base["id"]) for label, part in parts.items() if (base := part.metadata.get("base") or {}).get("id")}
+    if len({os.path.basename(base.rstrip("/")) for base in known.values()}) > 1:
+        named = ", ".join(f"{label}: {base}" for label, base in known.items())
+        raise BaseMismatch(f"the adapters were trained on different bases ({named}); pass the one to apply them to as base=")
+
+
+def _fused_over(
+    name: str,
+    held: Mapping[str, SparseTensor],
+    scale: Mapping[str, float],
+    adapters: Mapping[str, Adapter],
+    weights: Mapping[str, Tensor],
+    method: Method,
+    in_part: Mapping[str, Callable[[], bool]],
+) -> tuple[SparseTensor, str]:
+    """One tensor's new entries over a base, checked first; and the fingerprint of the base there."""
+    for label, tensor in held.items():
+        weight_of(label, name, tensor, weights, to_overwrite=True)
+    weight = weights[name].detach()
+    telling = {
+        number: label
+        for number, (label, tensor) in enumerate(held.items())
+        if tells_base(name, tensor, adapters[label], in_part[label])
+    }
+
+    def check(number: int, found: str) -> None:
+        check_fingerprint(telling[number], name, adapters[telling[number]], found, weight.dtype)
+
+    parts = [(tensor, scale[label]) for label, tensor in held.items()]
+    fused = _in_one_pass(parts, weight, weight.dtype, method)
+    if fused is not None:
+        base_print, *prints = kernels.fingerprints([fused.base, *(fused.under[number] for number in telling)])
+        for number, found in zip(telling, prints, strict=True):
+            check(number, found)
+        return _sparse(name, tuple(weight.shape), fused.indices, fused.values, "overwrite", SparseTensor.of_kernel), base_print
+
+    def check_under(number: int, under: Tensor) -> None:
+        if number in telling:
+            check(number, fingerprint(under))
+
+    overlap = kernels.unite([tensor.indices for tensor, _ in parts])
+    base = kernels.gather(weight, overlap.indices.to(weight.device)).to(overlap.indices.device)
+    indices, values, base = combine(name, parts, overlap, base, method, check=check_under)
+    return _sparse(name, tuple(weight.shape), indices, values, "overwrite"), fingerprint(base)
+
+
+def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[str, float], method: Method) -> SparseTensor:
+    """A delta from deltas, in the dtype that holds all of them."""
+    parts = [(tensor, scale[label]) for label, tensor in held.items()]
+    shapes = {tensor.shape for tensor in held.values()}
+    if len(shapes) > 1:
+        raise AdapterError(f"'{name}' has different shapes in the adapters: {sorted(map(list, shapes))}")
+    if any(tensor.kind == "overwrite" for tensor in held.values()):
+        raise AdapterError(f"'{name}' holds overwritten values: fusing them needs the base they were trained on, pass base=")
+    dtype = parts[0][0].values.dtype
+    for tensor, _ in parts:
+        dtype = torch.promote_types(dtype, tensor.values.dtype)
+    fused = _in_one_pass(parts, None, dtype, method)
+    if fused is not None:
+        return _sparse(name, parts[0][0].shape, fused.indices, fused.values, "delta", SparseTensor.of_kernel)
+    overlap = kernels.unite([tensor.indices for tensor, _ in parts])
+    zeros = torch.zeros(overlap.indices.numel(), dtype=dtype, device=overlap.indices.device)
+    indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
+    return _sparse(name, parts[0][0].shape, indices, values, "delta")
+
+
+def _sparse(
+    name: str,
+    shape: tuple[int, ...],
+    indices: Tensor,
+    values: Tensor,
+    kind: Kind,
+    make: Callable[[tuple[int, ...], Tensor, Tensor, Kind], SparseTensor] = SparseTensor,
+) -> SparseTensor:
+    """A fused tensor. Raises AdapterError if its values are not finite."""
+    try:
+        return make(shape, indices.cpu(), values.cpu(), kind)
+    except AdapterError as error:
+        raise AdapterError(f"'{name}' as {values.dtype}: {error}; use smaller strengths, or check the base") from error
+
+
+def _in_one_pass(
+    parts: Sequence[tuple[SparseTensor, float]], weight: Tensor | None, dtype: torch.dtype, method: Method
+) -> Combined | None:
+    """What `combine` would return over the base in `weight`, or over zeros, where a kernel does it all at once; else None."""
+    gaps = kernels.takes_gaps(weight, sum(tensor.nnz for tensor, _ in parts))
+    changes = [
+        Contribution(
+            tensor.units if gaps and isinstance(tensor, Gaps) else tensor.indices,
+            tensor.values if tensor.kind == "delta" else tensor.values.to(dtype),
+            strength,
+            tensor.kind == "delta",
+            strength == 1 and (weight is None or tensor.kind == "overwrite"),
+        )
+        for tensor, strength in parts
+    ]
+    return kernels.combine(weight, changes, dtype, method.name, parts[0][0].numel)
+
+
+def _metadata(
+    parts: Mapping[str, Adapter], strengths: Mapping[str, CheckedStrength], method: Method, prints: dict[str, str]
+) -> dict[str, Any]:
+    """The fused adapter's, with all that it takes to fuse again."""
+    files = {label: os.path.basename(label) for label in parts}
+    if len(set(files.values())) < len(files):
+        files = {label: label for label in parts}
+    first = next(iter(parts.values())).metadata
+    metadata = {
+        "name": "+".join(part.name or os.path.basename(label) for label, part in parts.items()),
+        "base": first.get("base"),
+        "fused": method.described() | {"strengths": {files[label]: as_given(value) for label, value in strengths.items()}},
+        "license": first.get("license"),
+        "fingerprints": prints,
+    }
+    return {key: value for key, value in metadata.items() if value}

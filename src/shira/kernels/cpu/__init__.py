@@ -1,0 +1,1 @@
+"""The kernels in C, for tensors on the CPU."""

@@ -1,0 +1,327 @@
+/* What comes of several adapters' changes to one tensor, in one pass over the base. native.py calls it; fusion/methods.py and
+ * fusion/combining.py say what must come out.
+ *
+ * A window of positions at a time: each adapter's changes are added to it, then what was touched is written out. Most positions
+ * are touched once: their new value is known at once, and only where changes meet is the sum looked at again. Writing out is
+ * done a second time for processors that can gather lanes of a vector by a mask (AVX-512 VBMI2); the plain one says what it does.
+ */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=off") /* a product is rounded before it is added, as in torch; others do so unasked */
+#endif
+#include "native.h"
+
+#include <math.h>
+
+#ifdef X86
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define FETCH(address) __builtin_prefetch((address), 0, 3) /* several adapters may have it */
+#else
+#define FETCH(address) ((void)0)
+#endif
+
+/* What one adapter makes of some entries; native.py fills an array of these. */
+typedef struct {
+    const void *positions; /* [count], int32, strictly rising, at least 0; or gaps as a file holds them (docs/format.md) */
+    const void *values;    /* [count] */
+    void *under;           /* [count], of an overwrite gets the base under each */
+    int64_t count, done;   /* how many; how many lie before the window */
+    int64_t units, read;   /* of gaps: how many units; how many have been read */
+    int64_t least;         /* of gaps: where the next position lies at least */
+    float strength;
+    int32_t is_delta; /* or an overwrite, whose change is its difference from the base */
+    int32_t is_exact;   /* where it is alone, its value comes out bit for bit */
+    int32_t unit_bytes; /* 1 or 2, of gaps; or 0 */
+} Change;
+
+/* What comes out: positions, new values and the base there, with room for all changes and SLACK more. And how it is made. */
+typedef struct {
+    int32_t *positions;
+    void *values, *base;
+    const void *weight; /* the base; NULL: zeros, and nobody wants to know what lies under */
+    int mode;
+} Result;
+
+enum { SUM, MEAN, LARGEST };
+enum { NEAR = 1 << 12, BLOCK = 64 };          /* positions in a window; positions written out at once */
+enum { SOON = 64, LATER = 3 * NEAR, LINE = 64 }; /* entries to fetch ahead; or positions, all of them; bytes of a cache line */
+
+/* Positions start to start + NEAR - 1. In cache. */
+typedef struct {
+    float total[NEAR]; /* the sum of the changes */
+    union {
+        float floats[NEAR];
+        uint16_t halves[NEAR];
+    } fresh;                                /* the new value */
+    uint8_t met[NEAR];           /* how many changes */
+    uint16_t meetings[NEAR + 1]; /* where there are several */
+    int32_t decoded[NEAR];       /* positions of the change that is being added, out of gaps */
+    int64_t met_at, start, stop; /* how many such; the first position; behind the last one that there is */
+    int every_line;              /* most lines of the base are wanted: all are fetched, in order, not for each entry */
+} Window;
+
+/* One change's share of the base that a later window will want. */
+INLINE void fetch(const void *base, int64_t bytes, Py_ssize_t number, Py_ssize_t count) {
+    for (int64_t at = bytes / LINE * number / count; at < bytes / LINE * (number + 1) / count; at++)
+        FETCH((const char *)base + LINE * at);
+}
+
+static inline uint16_t rounded(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return value == value ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0; /* to even; NaN stays */
+}
+
+/* The positions of a change in a window out of its gaps: how many. Stops before what lies behind the window, or is too much. */
+#define DECODE(NAME, UNIT, LARGEST_UNIT)                                                                              \
+    static int64_t NAME(Change *change, Window *window) {                                                             \
+        const UNIT *units = (const UNIT *)change->positions;                                                          \
+        const int64_t most = change->count - change->done, stop = window->stop;                                       \
+        int64_t read = change->read, least = change->least, found = 0;                                                \
+        for (; read < change->units && found < most && least + units[read] < stop; read++) {                          \
+            least += units[read];                                                                                     \
+            if (units[read] == LARGEST_UNIT) continue;                                                                \
+            window->decoded[found++] = (int32_t)least++;                                                              \
+        }                                                                                                             \
+        change->read = read, change->least = least;                                                                   \
+        return found;                                                                                                 \
+    }
+DECODE(decode_bytes, uint8_t, UINT8_MAX)
+DECODE(decode_shorts, uint16_t, UINT16_MAX)
+
+/* NAME: add all changes to a window. NAME_one: one adapter's, compiled for each kind of change. weight: NULL for deltas, which
+ * do not ask for the base, unless their values are not exact. */
+#define ADD(NAME, VALUE, WIDE_VALUE, BASE, WIDE_BASE, NARROW, SAME)                                                    \
+    INLINE void NAME##_one(Change *change, const BASE *weight, Window *window, int is_delta, int is_exact, int largest) { \
+        const int64_t decoded = change->unit_bytes == 1   ? decode_bytes(change, window)                              \
+                                : change->unit_bytes == 2 ? decode_shorts(change, window)                             \
+                                                          : -1;                                                       \
+        const int64_t count = decoded < 0 ? change->count - change->done : decoded;                                   \
+        const int32_t *positions = decoded < 0 ? (const int32_t *)change->positions + change->done : window->decoded; \
+        const VALUE *values = (const VALUE *)change->values + change->done;                                           \
+        BASE *under = is_delta ? NULL : (BASE *)change->under + change->done, *fresh = (BASE *)&window->fresh;        \
+        const int64_t start = window->start, stop = window->stop;                                                     \
+        const float strength = change->strength;                                                                      \
+        const int64_t fetched = weight && !window->every_line ? count - SOON : 0;                                     \
+        int64_t i = 0, met_at = window->met_at;                                                                       \
+        for (; i < count && positions[i] < stop; i++) {                                                               \
+            const int64_t where = positions[i], at = where - start;                                                   \
+            if (weight && i < fetched) FETCH(&weight[positions[i + SOON]]);                                           \
+            const BASE bits = weight ? weight[where] : 0;                                                             \
+            const float old = WIDE_BASE(bits), value = WIDE_VALUE(values[i]), before = window->total[at];             \
+            const float by = strength * (is_delta ? value : value - old);                                             \
+            if (!is_delta) under[i] = bits;                                                                           \
+            window->total[at] = !largest ? before + by : fabsf(by) > fabsf(before) ? by : before;                     \
+            fresh[at] = is_exact ? SAME(values[i]) : NARROW(old + (0.0f + by));                                       \
+            window->meetings[met_at] = (uint16_t)at;                                                                  \
+            met_at += window->met[at]++ == 1;                                                                         \
+        }                                                                                                             \
+        window->met_at = met_at;                                                                                      \
+        change->done += i;                                                                                            \
+    }                                                                                                                 \
+    INLINE void NAME##_all(Change *changes, Py_ssize_t count, const BASE *weight, Window *window, int largest) {      \
+        for (Py_ssize_t c = 0; c < count; c++) {                                                                      \
+            Change *change = &changes[c];                                                                             \
+            if (window->every_line) fetch(weight + window->start + LATER, sizeof(BASE) * NEAR, c, count);             \
+            if (weight && !change->is_delta && change->is_exact) NAME##_one(change, weight, window, 0, 1, largest);   \
+            else if (weight && !change->is_delta) NAME##_one(change, weight, window, 0, 0, largest);                  \
+            else if (change->is_exact) NAME##_one(change, NULL, window, 1, 1, largest);                               \
+            else NAME##_one(change, weight, window, 1, 0, largest);                                                   \
+        }                                                                                                             \
+    }                                                                                                                 \
+    FAST_VERSIONS                                                                                                     \
+    static void NAME(Change *changes, Py_ssize_t count, const void *base, int mode, Window *window) {                 \
+        const BASE *weight = (const BASE *)base;                                                                      \
+        if (mode == LARGEST) NAME##_all(changes, count, weight, window, 1);                                           \
+        else NAME##_all(changes, count, weight, window, 0);                                                           \
+        for (int64_t m = 0; m < window->met_at; m++) {                                                                \
+            const int64_t at = window->meetings[m];                                                                   \
+            const float sum = mode == MEAN ? window->total[at] / (float)window->met[at] : window->total[at];          \
+            ((BASE *)&window->fresh)[at] = NARROW((weight ? WIDE_BASE(weight[window->start + at]) : 0.0f) + sum);     \
+        }                                                                                                             \
+        window->met_at = 0;                                                                                           \
+    }
+ADD(add_floats, float, , float, , , )
+ADD(add_halves, uint16_t, widened, uint16_t, widened, rounded, )
+ADD(add_mixed, float, , uint16_t, widened, rounded, rounded)
+
+/* A bit for each of eight bytes, whether it is set. */
+static inline uint64_t eight(const uint8_t *bytes) {
+    const uint64_t most = 0x7f7f7f7f7f7f7f7fu;
+    uint64_t word;
+    memcpy(&word, bytes, sizeof word);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    word = __builtin_bswap64(word);
+#endif
+    word = ((word & most) + most) | word; /* to the highest bit of each byte */
+    return (word >> 7 & 0x0101010101010101u) * 0x0102040810204080u >> 56;
+}
+
+/* Write out what a window has behind the `found` entries before it, and clear it. Returns how many there are now. */
+#define WRITE(NAME, BASE)                                                                                             \
+    FAST_VERSIONS                                                                                                     \
+    static int64_t NAME(Window *window, Result to, int64_t found) {                                                   \
+        const BASE *weight = (const BASE *)to.weight, *fresh = (const BASE *)&window->fresh;                          \
+        for (int block = 0; block < NEAR; block += BLOCK) {                                                           \
+            uint64_t held = 0;                                                                                        \
+            for (int b = 0; b < BLOCK; b += 8) held |= eight(&window->met[block + b]) << b;                           \
+            if (!held) continue;                                                                                      \
+            for (; held; held &= held - 1, found++) {                                                                 \
+                const int at = block + ONES((held & (0 - held)) - 1);                                                 \
+                to.positions[found] = (int32_t)(window->start + at);                                                  \
+                ((BASE *)to.values)[found] = fresh[at];                                                               \
+                if (weight) ((BASE *)to.base)[found] = weight[window->start + at];                                    \
+            }                                                                                                         \
+            memset(window->total + block, 0, BLOCK * sizeof(float));                                                  \
+            memset(window->met + block, 0, BLOCK);                                                                    \
+        }                                                                                                             \
+        return found;                                                                                                 \
+    }
+WRITE(write_floats, float)
+WRITE(write_halves, uint16_t)
+
+#ifdef X86
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")))
+
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
+}
+
+/* Which of a block's positions were touched; they are cleared. */
+AVX512 INLINE uint64_t taken(Window *window, int block) {
+    const __m512i met = _mm512_loadu_si512(window->met + block);
+    const uint64_t held = _mm512_test_epi8_mask(met, met);
+    if (held) {
+        _mm512_storeu_si512(window->met + block, _mm512_setzero_si512());
+        for (int b = block; b < block + BLOCK; b += 16) _mm512_storeu_ps(window->total + b, _mm512_setzero_ps());
+    }
+    return held;
+}
+
+/* Sixteen entries, some of them beyond those that are meant: into the room of those to come, or the slack. */
+AVX512 INLINE void put_floats(Result to, int64_t found, __m512i positions, __m512i fresh, __m512i old) {
+    _mm512_storeu_si512(to.positions + found, positions);
+    _mm512_storeu_si512((float *)to.values + found, fresh);
+    if (to.weight) _mm512_storeu_si512((float *)to.base + found, old);
+}
+
+AVX512 INLINE void put_halves(Result to, int64_t found, __m512i positions, __m256i fresh, __m256i old) {
+    _mm512_storeu_si512(to.positions + found, positions);
+    _mm256_storeu_si256((__m256i *)((uint16_t *)to.values + found), fresh);
+    if (to.weight) _mm256_storeu_si256((__m256i *)((uint16_t *)to.base + found), old);
+}
+
+AVX512 static int64_t write_floats_avx512(Window *window, Result to, int64_t found) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int block = 0; block < NEAR; block += BLOCK) {
+        uint64_t held = taken(window, block);
+        for (int at = block; held; at += 16, held >>= 16) {
+            const __mmask16 here = (__mmask16)held;
+            const float *weight = (const float *)to.weight + window->start + at;
+            const __m512i old = to.weight ? _mm512_maskz_loadu_epi32(here, weight) : _mm512_setzero_si512();
+            const __m512i positions = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)(window->start + at)));
+            put_floats(to, found, _mm512_maskz_compress_epi32(here, positions),
+                       _mm512_maskz_compress_epi32(here, _mm512_loadu_si512(window->fresh.floats + at)),
+                       _mm512_maskz_compress_epi32(here, old));
+            found += ONES((uint64_t)here);
+        }
+    }
+    return found;
+}
+
+AVX512 static int64_t write_halves_avx512(Window *window, Result to, int64_t found) {
+    const __m512i lanes = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10,
+                                           9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int block = 0; block < NEAR; block += BLOCK) {
+        uint64_t held = taken(window, block);
+        for (int at = block; held; at += 32, held >>= 32) {
+            const __mmask32 here = (__mmask32)held;
+            const uint16_t *weight = (const uint16_t *)to.weight + window->start + at;
+            const __m512i first = _mm512_set1_epi32((int)(window->start + at));
+            const __m512i place = _mm512_maskz_compress_epi16(here, lanes);
+            const __m512i fresh = _mm512_maskz_compress_epi16(here, _mm512_loadu_si512(window->fresh.halves + at));
+            const __m512i beneath = to.weight ? _mm512_maskz_loadu_epi16(here, weight) : _mm512_setzero_si512();
+            const __m512i old = _mm512_maskz_compress_epi16(here, beneath);
+            const int count = ONES((uint64_t)here);
+            put_halves(to, found, _mm512_add_epi32(first, _mm512_cvtepu16_epi32(_mm512_castsi512_si256(place))),
+                       _mm512_castsi512_si256(fresh), _mm512_castsi512_si256(old));
+            if (count > 16)
+                put_halves(to, found + 16, _mm512_add_epi32(first, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(place, 1))),
+                           _mm512_extracti64x4_epi64(fresh, 1), _mm512_extracti64x4_epi64(old, 1));
+            found += count;
+        }
+    }
+    return found;
+}
+#else
+#define has_avx512() 0
+#define write_floats_avx512 write_floats
+#define write_halves_avx512 write_halves
+#endif
+
+static int64_t entries_of(const Change *changes, Py_ssize_t count) {
+    int64_t entries = 0;
+    for (Py_ssize_t c = 0; c < count; c++) entries += changes[c].count;
+    return entries;
+}
+
+/* Behind an empty window, where the one starts in which the next position lies at the earliest; `last` if there is none. What
+ * lies between positions far apart is not walked through. */
+static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t last) {
+    int64_t next = last;
+    for (Py_ssize_t c = 0; c < count; c++) {
+        const Change *change = &changes[c];
+        if (change->done == change->count || (change->unit_bytes && change->read == change->units)) continue;
+        const int64_t at = change->unit_bytes == 1   ? change->least + ((const uint8_t *)change->positions)[change->read]
+                           : change->unit_bytes == 2 ? change->least + ((const uint16_t *)change->positions)[change->read]
+                                                     : ((const int32_t *)change->positions)[change->done];
+        if (at < next) next = at;
+    }
+    return next < last ? next & ~(int64_t)(NEAR - 1) : last;
+}
+
+/* Whether all its entries were found below the end, and no more. Positions are known to be so. */
+static int is_whole(const Change *change) { return change->done == change->count && change->read == change->units; }
+
+static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base_bytes, int64_t last, Result to, int plain) {
+    void (*const add)(Change *, Py_ssize_t, const void *, int, Window *) =
+        base_bytes == 4 ? add_floats : value_bytes == 2 ? add_halves : add_mixed;
+    int64_t (*const write)(Window *, Result, int64_t) = plain || !has_avx512()
+                                                            ? (base_bytes == 4 ? write_floats : write_halves)
+                                                            : (base_bytes == 4 ? write_floats_avx512 : write_halves_avx512);
+    Window window;
+    int64_t found = 0;
+    memset(&window, 0, sizeof window);
+    window.every_line = to.weight && entries_of(changes, count) > last * base_bytes / LINE;
+    for (int64_t before; window.start < last;
+         window.start = found > before ? window.start + NEAR : next_window(changes, count, last)) {
+        before = found;
+        window.stop = window.start + NEAR < last ? window.start + NEAR : last;
+        add(changes, count, to.weight, to.mode, &window);
+        found = write(&window, to, found);
+    }
+    for (Py_ssize_t c = 0; c < count; c++)
+        if (!is_whole(&changes[c])) return -1;
+    return found;
+}
+
+/* Base and what comes of at most 255 changes, all below `last`; -1 if gaps lead elsewhere. One thread: several may do this. */
+PyObject *combine(PyObject *self, PyObject *args) {
+    unsigned long long address, weight, positions, values, base;
+    Py_ssize_t count;
+    long long last, found;
+    int value_bytes, base_bytes, mode, plain;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KniKiLKKKii", &address, &count, &value_bytes, &weight, &base_bytes, &last, &positions, &values,
+                          &base, &mode, &plain))
+        return NULL;
+    const Result to = {(int32_t *)(uintptr_t)positions, (void *)(uintptr_t)values, (void *)(uintptr_t)base,
+                       (const void *)(uintptr_t)weight, mode};
+    Py_BEGIN_ALLOW_THREADS
+    found = fuse((Change *)(uintptr_t)address, count, value_bytes, base_bytes, last, to, plain);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(found);
+}

@@ -1,0 +1,77 @@
+/* The union of sorted positions, and the place of each in it. native.py calls it; ../reference.py says what it must do. */
+#include "native.h"
+
+/* Sorted positions that are to be merged with others. */
+typedef struct {
+    const void *positions; /* [count], int32 or int64, strictly rising, at least 0 */
+    int32_t *places;       /* [count], gets the place of each among the merged ones */
+    int64_t count, done;   /* how many; how many lie before the window */
+} Run;
+
+/* A window of positions at a time, one bit each: it stays in cache, and any number of runs merge without a comparison. */
+enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
+
+#define BELOW(bit) (((uint64_t)1 << (bit)) - 1)
+
+/* merged: gets the union; touched: how many runs have each. Returns its size. NAME_next: behind an empty window, where the
+ * one of the next position starts, `end` if there is none: what lies between positions far apart is not walked through. */
+#define MERGE(NAME, INDEX)                                                                                      \
+    static int64_t NAME##_next(const Run *runs, Py_ssize_t count, int64_t end) {                                \
+        int64_t next = end;                                                                                     \
+        for (Py_ssize_t r = 0; r < count; r++)                                                                  \
+            if (runs[r].done < runs[r].count && ((const INDEX *)runs[r].positions)[runs[r].done] < next)        \
+                next = ((const INDEX *)runs[r].positions)[runs[r].done];                                        \
+        return next < end ? next & ~(int64_t)(WINDOW - 1) : end;                                                \
+    }                                                                                                           \
+    FAST_VERSIONS                                                                                               \
+    static int64_t NAME(Run *runs, Py_ssize_t count, int64_t last, INDEX *merged, int32_t *touched) {           \
+        int64_t found = 0;                                                                                      \
+        for (int64_t start = 0, then; start < last;                                                             \
+             start = found > then ? start + WINDOW : NAME##_next(runs, count, last)) {                          \
+            then = found;                                                                                       \
+            uint64_t held[WORDS] = {0};                                                                         \
+            int32_t before[WORDS];                                                                              \
+            for (Py_ssize_t r = 0; r < count; r++) {                                                            \
+                const INDEX *positions = (const INDEX *)runs[r].positions;                                      \
+                for (int64_t i = runs[r].done; i < runs[r].count && positions[i] - start < WINDOW; i++) {       \
+                    const uint32_t at = (uint32_t)(positions[i] - start);                                       \
+                    held[at / 64] |= (uint64_t)1 << at % 64;                                                    \
+                }                                                                                               \
+            }                                                                                                   \
+            for (int w = 0; w < WORDS; w++) {                                                                   \
+                before[w] = (int32_t)found;                                                                     \
+                for (uint64_t bits = held[w]; bits; bits &= bits - 1, found++)                                  \
+                    merged[found] = (INDEX)(start + w * 64 + ONES((bits & (0 - bits)) - 1)), touched[found] = 0; \
+            }                                                                                                   \
+            for (Py_ssize_t r = 0; r < count; r++) {                                                            \
+                const INDEX *positions = (const INDEX *)runs[r].positions;                                      \
+                int64_t i = runs[r].done;                                                                       \
+                for (; i < runs[r].count && positions[i] - start < WINDOW; i++) {                               \
+                    const uint32_t at = (uint32_t)(positions[i] - start);                                       \
+                    const int32_t place = before[at / 64] + ONES(held[at / 64] & BELOW(at % 64));               \
+                    runs[r].places[i] = place, touched[place]++;                                                \
+                }                                                                                               \
+                runs[r].done = i;                                                                               \
+            }                                                                                                   \
+        }                                                                                                       \
+        return found;                                                                                           \
+    }
+MERGE(merge_4, int32_t)
+MERGE(merge_8, int64_t)
+
+/* The union of some runs, whose positions are below `last`, with room for all they hold. One thread: several may merge. */
+PyObject *unite(PyObject *self, PyObject *args) {
+    unsigned long long address, merged, touched;
+    Py_ssize_t count;
+    long long last, found;
+    int index_bytes;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KnLKKi", &address, &count, &last, &merged, &touched, &index_bytes)) return NULL;
+    Run *runs = (Run *)(uintptr_t)address;
+    int32_t *counts = (int32_t *)(uintptr_t)touched;
+    Py_BEGIN_ALLOW_THREADS
+    found = index_bytes == 8 ? merge_8(runs, count, last, (int64_t *)(uintptr_t)merged, counts)
+                             : merge_4(runs, count, last, (int32_t *)(uintptr_t)merged, counts);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(found);
+}

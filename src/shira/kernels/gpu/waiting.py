@@ -1,0 +1,91 @@
+"""Plans that wait in host memory: pinned where their weights are on a GPU, so that they arrive by a copy on a stream of its
+own, beside the forward pass in progress."""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Write, WritePlan
+from . import ops
+
+__all__ = ["Waiting", "arrived"]
+
+_Key = tuple[torch.device, torch.dtype]  # what goes to one device in one dtype is one piece
+_Place = tuple[_Key, slice]
+
+
+class Waiting:
+    """A plan's positions and values on the host, without room for a stash."""
+
+    def __init__(self, plan: WritePlan) -> None:
+        """Copy a plan, whose values are computed, from its devices."""
+        self._weights = [part.weight for part in plan.parts]
+        self._forms = plan.forms
+        self._pieces: dict[_Key, Tensor] = {}
+        sizes: dict[_Key, int] = {}
+        held: list[tuple[_Place, Tensor]] = []
+        self._places: list[tuple[_Place, _Place, _Place | None]] = []  # of each part's positions, values, beginnings of windows
+        for part in plan.parts:
+            found = (part.indices, part.values, ops.known_starts(part.indices))
+            places = [None if tensor is None else _place(sizes, tensor) for tensor in found]
+            held += [(place, tensor) for place, tensor in zip(places, found, strict=True) if place and tensor is not None]
+            self._places.append((places[0], places[1], places[2]))  # type: ignore[arg-type]
+        for key, size in sizes.items():
+            self._pieces[key] = torch.empty(size, dtype=key[1], device="cpu", pin_memory=key[0].type == "cuda")
+        for (key, span), tensor in held:
+            self._pieces[key][span].copy_(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(piece.nbytes for piece in self._pieces.values())
+
+    def arrive(self) -> WritePlan:
+        """A plan on the devices, ready for use once `arrived` has been called. The copies are queued, nobody waits for them."""
+        with contextlib.ExitStack() as streams:
+            for device in {device for device, _ in self._pieces if device.type == "cuda"}:
+                streams.enter_context(torch.cuda.stream(_stream(device)))
+            here = {key: torch.empty_like(piece, device=key[0], pin_memory=False) for key, piece in self._pieces.items()}
+            parts = []
+            for weight, (indices, values, starts) in zip(self._weights, self._places, strict=True):
+                parts.append(Write(weight, here[indices[0]][indices[1]], here[values[0]][values[1]]))
+                if starts is not None:
+                    ops.remember_starts(parts[-1].indices, weight.numel(), here[starts[0]][starts[1]])
+            plan = WritePlan.of(parts)
+            plan.forms = self._forms  # what its values were chosen for
+            if all(starts is not None for _, _, starts in self._places):
+                ops.prepare(plan)  # by addresses alone; and before the copies, since it waits for what it sends
+            for key, piece in self._pieces.items():
+                here[key].copy_(piece, non_blocking=True)
+        made = [*here.values(), *plan.stash]
+        made += [tensor for launch in plan.launches.values() for tensor in (launch.table, launch.flag, launch.windows)]
+        pieces = {tensor.untyped_storage().data_ptr(): tensor for tensor in made if tensor.is_cuda}
+        events = {device: _stream(device).record_event() for device in {tensor.device for tensor in pieces.values()}}
+        plan.arrival = [(tensor, events[tensor.device]) for tensor in pieces.values()]
+        return plan
+
+
+def arrived(plan: WritePlan) -> WritePlan:
+    """Let whatever is queued from now on wait until a plan has arrived; the host does not wait."""
+    for tensor, event in plan.arrival:
+        stream = torch.cuda.current_stream(tensor.device)
+        stream.wait_event(event)
+        tensor.record_stream(stream)  # it belongs to the copy's stream, which must not have it back before this one is done
+    plan.arrival = []
+    return plan
+
+
+def _place(sizes: dict[_Key, int], tensor: Tensor) -> _Place:
+    """Room for a tensor behind those of its kind, from a multiple of 16 bytes on."""
+    key = (tensor.device, tensor.dtype)
+    start = sizes.get(key, 0)
+    sizes[key] = start + -(-tensor.nbytes // 16) * 16 // tensor.itemsize
+    return key, slice(start, start + tensor.numel())
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)

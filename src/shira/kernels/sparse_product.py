@@ -1,0 +1,102 @@
+"""The product of an input with a sparse matrix, and its gradients: for weights that cannot be overwritten."""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import kernels
+
+__all__ = ["SparseLayout"]
+
+
+class SparseLayout:
+    """The positions of a sparse matrix S [out, in], ready for products with it and with its transpose."""
+
+    def __init__(self, indices: Tensor, matrix: tuple[int, int]) -> None:
+        """indices: sorted flat positions [k]."""
+        _accept_sparse()
+        self.indices, self.matrix = indices, matrix
+        rows, columns = indices.long() // matrix[1], indices.long() % matrix[1]
+        self.by_rows = _starts(rows, matrix[0]), columns.int()
+        self.pattern = kernels.find_pattern(indices, *matrix)
+
+    @functools.cached_property
+    def by_columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each column begins, its rows, and the order of the entries, int32; made when there is a backward pass."""
+        rows, columns = self.indices.long() // self.matrix[1], self.indices.long() % self.matrix[1]
+        order = (columns * self.matrix[0] + rows).argsort()
+        return _starts(columns, self.matrix[1]), rows[order].int(), order.int()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sparse tensors are not traced
+    def product(self, input: Tensor, values: Tensor) -> Tensor:
+        """input [..., in] · Sᵀ with S's entries `values` float32 [k]: [..., out] in the input's dtype, computed in float32."""
+        output: Tensor = _SparseProduct.apply(input, values, self)  # type: ignore[no-untyped-call]
+        return output
+
+    def times(self, values: Tensor, input: Tensor) -> Tensor:
+        """input [tokens, in] · Sᵀ, float32."""
+        return _times(*self.by_rows, values, self.matrix, input)
+
+    def times_transposed(self, values: Tensor, input: Tensor) -> Tensor:
+        """input [tokens, out] · S, float32."""
+        starts, rows, order = self.by_columns
+        return _times(starts, rows, values.index_select(0, order), (self.matrix[1], self.matrix[0]), input)
+
+    def gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        """The values' gradient [k]: grad_outputᵀ · input at the positions."""
+        if self.pattern is None:
+            return kernels.sampled_gradient(grad_output, input, self.indices)
+        kept = input.index_select(1, self.pattern.lines) if self.pattern.keeps_columns_only else input
+        return self.pattern.gradient(grad_output, kept)
+
+
+class _SparseProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, values: Tensor, layout: SparseLayout) -> Tensor:
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, values)
+        ctx.layout, ctx.dtype = layout, input.dtype
+        with torch.autocast(input.device.type, enabled=False):
+            output = layout.times(values, input.reshape(-1, input.shape[-1]))
+        return output.to(input.dtype).view(*input.shape[:-1], layout.matrix[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, values = ctx.saved_tensors
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_input = grad_values = None
+        with torch.autocast(flat.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_input = ctx.layout.times_transposed(values, flat).to(ctx.dtype).view(*grad_output.shape[:-1], -1)
+            if ctx.needs_input_grad[1]:
+                grad_values = ctx.layout.gradient(flat, input.reshape(-1, input.shape[-1]).to(flat.dtype))
+        return grad_input, grad_values, None
+
+
+def _times(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], input: Tensor) -> Tensor:
+    """input · Sᵀ, S in compressed rows; in coordinates where torch was built without MKL."""
+    if starts.device.type == "cpu" and not torch.backends.mkl.is_available():
+        rows = torch.repeat_interleave(torch.arange(shape[0], device="cpu"), starts.diff())
+        sparse = torch.sparse_coo_tensor(torch.stack([rows, columns.long()]), values, shape, check_invariants=False)
+    else:
+        sparse = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+    return (sparse @ input.float().T).T.contiguous()  # what adds it to an output is slow else
+
+
+def _starts(lines: Tensor, count: int) -> Tensor:
+    """Where each line's entries begin, int32 [count + 1]."""
+    starts = torch.zeros(count + 1, dtype=torch.int32, device=lines.device)
+    starts[1:] = torch.bincount(lines, minlength=count).cumsum(0)
+    return starts
+
+
+@functools.cache
+def _accept_sparse() -> None:
+    """torch says once a process that compressed rows are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))

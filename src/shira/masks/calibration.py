@@ -1,0 +1,349 @@
+"""What a mask is told of the model on data: gradients, squared gradients, activations, handed out one tensor at a time.
+
+Sums over several batches are float32, whatever the model's dtype: in bfloat16 a sum stops growing once a gradient is less
+than 1/512 of it. All targets' sums at once would cost a model's size, so the targets are taken in groups, each in passes of
+its own over the batches. The sums of a group may take what a step of training takes and its passes do not: the state of the
+optimizer, and the inputs of all linear layers outside of the group, which are kept for the backward pass only where the
+weight trains. With one batch nothing is summed and one pass does it all.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, MaskError
+from ..weights.buffers import Buffers
+from ..weights.distributed import full, is_sharded
+from ..weights.quantized import shape_of
+from ..weights.targets import is_conv1d
+from ..weights.undoing import Undo, hooks_of, set_hook
+
+__all__ = ["LossFn", "Progress", "calibrate", "model_loss", "same_random_numbers", "without_cudnn_attention"]
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+Progress = Callable[[int, int], None]  # (batches done, batches in all)
+Receive = Callable[[str, dict[str, Tensor]], None]
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a Transformers-style model: `model(**batch).loss`, the batch's tensors moved to the model's device.
+
+    Raises DataError if the batch is no mapping or the model returns no loss.
+    """
+    loss = getattr(_output(model, batch), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise DataError("the model returned no loss; put 'labels' into the batch, or pass loss_fn=")
+    return loss
+
+
+def same_random_numbers(weights: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Afterwards torch's random numbers go on as if nothing had been drawn, on the CPU and where these weights are."""
+    devices = {weight.device.index for weight in weights if weight.device.type == "cuda"}
+    fork: contextlib.AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
+    return fork
+
+
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Let torch's own kernels compute attention: on Hopper GPUs the gradients of cuDNN's are NaN where batches are padded
+    to 64, 192, 320, … tokens (torch 2.11 to 2.13, pytorch/pytorch issue 196678)."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def calibrate(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Iterable[Any],
+    receive: Receive,
+    *,
+    statistics: Sequence[str] = ("gradient",),
+    loss_fn: LossFn | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    undo: Undo | None = None,
+) -> dict[str, Any]:
+    """Call `receive(tensor name, {statistic: Tensor})` once for each weight; what it does not keep is dropped.
+
+    statistics, any of
+        "gradient": of the loss summed over the batches, float32, the weight's shape;
+        "squared_gradient": the square of each batch's gradient, mean over the batches, float32, the weight's shape;
+        "activations": for each input feature of the linear layers that compute with the weight, the 2-norm over all tokens,
+            float32 [in], or [in, 1] where the weight is [in, out] (Transformers' Conv1D). Tokens that a batch's
+            "attention_mask" hides do not count.
+    batches: read once into a list, and run once for each group of weights.
+    loss_fn(model, batch): by default `model(**batch).loss`; for activations alone no loss is needed.
+    memory: bytes of training's parameters and optimizer; the sums of a group may take these, and what training keeps of the
+        first batch for other weights. One weight is the least a group holds. None: all weights are one group.
+    progress(done, total) is called after each batch. undo: where what must be undone is written down, if somebody can take it
+        up after an interrupt.
+
+    Returns what was done, for an adapter's metadata. The model runs in the mode (train or eval) it is in, with the same
+    dropout in every pass; afterwards gradients, buffers, `requires_grad` flags and torch's random
+    numbers are as before.
+    Raises MaskError if there is no batch, a loss is not finite, or a weight gets no gradient or no input.
+    """
+    batches = list(batches)
+    if not batches:
+        raise MaskError("calibration holds no batch")
+    of_gradients = [name for name in statistics if name != "activations"]
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, passes * len(batches))
+
+    with (undo or Undo()).part() as steps:
+        _freeze(model, steps)
+        steps.callback(Buffers(model).put_back)
+        sums = {name: 4 * len(of_gradients) * math.prod(shape_of(weight)) for name, weight in weights.items()}
+        groups = [list(sums)] if of_gradients else []
+        if of_gradients and len(batches) > 1 and memory is not None and sum(sums.values()) > memory:
+            groups = _groups(sums, memory, _inputs_kept(model, weights, batches[0], loss_fn or model_loss, steps))
+        passes = len(groups) + ("activations" in statistics)
+        norms = _activations(model, weights, batches, loss_fn, count, steps) if "activations" in statistics else {}
+        for group in groups:
+            _gradients(
+                model,
+                {name: weights[name] for name in group},
+                batches,
+                lambda name, found: receive(name, found | ({"activations": norms[name]} if norms else {})),
+                of_gradients,
+                loss_fn or model_loss,
+                count,
+                steps,
+            )
+    if not of_gradients:
+        for name in weights:
+            receive(name, {"activations": norms[name]})
+    return {"statistics": list(statistics), "batches": len(batches)} | _size(batches)
+
+
+def _gradients(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Sequence[Any],
+    receive: Receive,
+    statistics: Sequence[str],
+    loss_fn: LossFn,
+    count: Callable[[], None],
+    steps: Undo,
+) -> None:
+    """Hand out the gradients of these weights: of one batch each as soon as the backward pass has it, else when all are summed,
+    since ranking takes memory, too, and the backward pass has given back its own by then."""
+    sums: dict[str, dict[str, Tensor]] = {}
+    waiting = set(weights)
+
+    def hand_out(name: str) -> None:
+        waiting.remove(name)
+        found = sums.pop(name)
+        if "squared_gradient" in found:
+            found["squared_gradient"] /= len(batches)
+        receive(name, found)
+
+    def take(weight: Tensor, name: str) -> None:
+        gradient, weight.grad = weight.grad, None
+        if gradient is not None:
+            gradient = gradient.to_dense() if gradient.is_sparse else full(gradient)
+            _add(sums.setdefault(name, {}), gradient, statistics)
+            if len(batches) == 1:
+                hand_out(name)
+
+    # dropout is the same for every group
+    with without_cudnn_attention(), same_random_numbers(weights.values()), steps.part() as undo:
+        for name, weight in weights.items():
+            undo.callback(weight.requires_grad_, False)
+            weight.requires_grad_(True)
+            kept = hooks_of(weight, "_post_accumulate_grad_hooks")
+            set_hook(undo, kept, weight.register_post_accumulate_grad_hook, partial(take, name=name))
+        for number, batch in enumerate(batches, start=1):
+            with torch.enable_grad():
+                loss = loss_fn(model, batch)
+                if loss.numel() != 1 or not bool(torch.isfinite(loss)):
+                    raise MaskError(f"the loss of calibration batch {number} must be one finite number, found {loss.tolist()}")
+                if loss.requires_grad:  # else the batch reaches none of these weights
+                    loss.backward()
+            del loss
+            count()
+    for name in list(sums):
+        hand_out(name)
+    if waiting:
+        raise MaskError(f"{len(waiting)} tensors got no gradient from the calibration batches, the first is '{min(waiting)}'")
+
+
+def _add(sums: dict[str, Tensor], gradient: Tensor, statistics: Sequence[str]) -> None:
+    """Add one batch's gradient, and its square, to float32 sums. The gradient is used up."""
+    if "squared_gradient" in statistics:
+        wide = gradient.float()
+        if "squared_gradient" in sums:
+            sums["squared_gradient"].addcmul_(wide, wide)
+        else:
+            sums["squared_gradient"] = wide.square()
+    if "gradient" in statistics:
+        sums["gradient"] = sums["gradient"].add_(gradient) if "gradient" in sums else gradient.float()
+
+
+@torch.no_grad()
+def _activations(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Sequence[Any],
+    loss_fn: LossFn | None,
+    count: Callable[[], None],
+    steps: Undo,
+) -> dict[str, Tensor]:
+    """The 2-norm of each input feature of the layers that compute with these weights; sums of squares in float64."""
+    names = {id(weight): name for name, weight in weights.items()}
+    squares: dict[str, Tensor] = {}
+    shown: Tensor | None = None  # which tokens of the batch count, bool [batch, tokens]
+
+    def look(_module: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
+        tokens = inputs[0].detach()
+        hidden = shown is not None and shown.shape == tokens.shape[:-1]
+        tokens = tokens[shown] if hidden else tokens.reshape(-1, tokens.shape[-1])
+        norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
+        squares[name] = squares.get(name, 0) + norms.double().square()
+
+    transposed: set[str] = set()
+    with steps.part() as undo, same_random_numbers(weights.values()):
+        for module in model.modules():
+            name = names.get(id(module._parameters.get("weight")))
+            if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
+                transposed |= {name} if is_conv1d(module) else set()
+                hook = partial(look, name=name)
+                set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, hook)
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            shown = mask.to(next(model.parameters()).device).bool() if isinstance(mask, Tensor) else None
+            loss_fn(model, batch) if loss_fn is not None else _output(model, batch)
+            count()
+    missing = sorted(weights.keys() - squares.keys())
+    if missing:
+        raise MaskError(
+            f"{len(missing)} tensors saw no input of a linear layer in the calibration batches, the first is '{missing[0]}'; "
+            "leave them out, or take a mask without activations"
+        )
+    norms = {name: total.sqrt().float() for name, total in squares.items()}
+    return {name: norm[:, None] if name in transposed else norm for name, norm in norms.items()}
+
+
+def _inputs_kept(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], batch: Any, loss_fn: LossFn, steps: Undo | None = None
+) -> dict[str, dict[int, int]]:
+    """What a step of training keeps of a batch for the gradients of linear layers' weights, and for nothing else: tensor name
+    -> {address: bytes}. With gradient checkpointing, or weights that are sharded and come and go, that is nothing."""
+    if any(is_sharded(weight) for weight in weights.values()):
+        return {name: {} for name in weights}
+    names = {id(weight): name for name, weight in weights.items()}
+    parameters = {_address(parameter) for parameter in model.parameters()}
+    kept: dict[str, dict[int, int]] = {name: {} for name in weights}
+    elsewhere: set[int] = set()
+    running: list[str] = []
+    held = []  # so that nothing is at an address twice; not in the graph, nor tensors, which would hold it and each other
+
+    def keep(tensor: Tensor) -> None:
+        held.append(tensor.untyped_storage())
+        address = _address(tensor)
+        if not running:
+            elsewhere.add(address)
+        elif address and address not in parameters:
+            kept[running[-1]][address] = held[-1].nbytes()
+
+    def begin(_module: nn.Module, _inputs: Any, name: str) -> None:
+        running.append(name)
+
+    def end(*_: Any) -> None:
+        running.clear()
+
+    with (steps or Undo()).part() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
+        for module in model.modules():
+            name = names.get(id(module._parameters.get("weight")))
+            if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
+                first = partial(begin, name=name)
+                set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, first)
+                set_hook(undo, hooks_of(module, "_forward_hooks"), module.register_forward_hook, end)
+        for weight in weights.values():
+            undo.callback(weight.requires_grad_, False)
+            weight.requires_grad_(True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+            loss_fn(model, batch)
+    return {name: {at: size for at, size in found.items() if at not in elsewhere} for name, found in kept.items()}
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's storage begins; 0 if it has none of its own, as quantized weights are made of others."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _groups(sums: Mapping[str, int], memory: int, kept: Mapping[str, dict[int, int]]) -> list[list[str]]:
+    """The weights in their order, in groups, at least one each: the sums of a group, and what is kept for its weights, fit the
+    memory and what training keeps for all weights.
+
+    sums: tensor name -> bytes. kept: tensor name -> {address: bytes}; several weights may have one input.
+    """
+    room = memory + sum({at: size for found in kept.values() for at, size in found.items()}.values())
+    groups: list[list[str]] = []
+    held, inputs = 0, dict[int, int]()
+    for name, needed in sums.items():
+        if not groups or held + needed + sum((inputs | kept[name]).values()) > room:
+            groups.append([])
+            held, inputs = 0, {}
+        groups[-1].append(name)
+        held += needed
+        inputs |= kept[name]
+    return groups
+
+
+def _output(model: nn.Module, batch: Any) -> Any:
+    """What the model returns for a batch of its arguments, moved to its device."""
+    if not isinstance(batch, Mapping):
+        raise DataError(f"a batch must be a mapping of the model's arguments, found {type(batch).__name__}; or pass loss_fn=")
+    device = next(model.parameters()).device
+    return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+
+
+def _size(batches: Sequence[Any]) -> dict[str, int]:
+    """How many examples and tokens the batches hold, where that can be known."""
+    if not all(isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor) for batch in batches):
+        return {}
+    masks = [batch.get("attention_mask") for batch in batches]
+    tokens = [
+        int(mask.sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
+        for batch, mask in zip(batches, masks, strict=True)
+    ]
+    return {"examples": sum(len(batch["input_ids"]) for batch in batches), "tokens": sum(tokens)}
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
+
+
+def _freeze(model: nn.Module, undo: Undo) -> None:
+    """No parameter requires a gradient or has one; until `undo`."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+
+    def thaw() -> None:
+        for parameter, flag, gradient in before:
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+            if gradient is None or _alike(gradient, parameter):  # it may have been cast meanwhile
+                parameter.grad = gradient
+
+    undo.callback(thaw)
+    model.requires_grad_(False)
+    for parameter, _, _ in before:
+        parameter.grad = None

@@ -1,0 +1,155 @@
+"""The catalogue: masks by name, and masks made of other masks, which are found in it by name, too."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MaskError, did_you_mean
+from . import sets
+from .activation import wanda
+from .gradient import fisher, grad, snip
+from .lowrank import lift
+from .magnitude import wm
+from .patterns import block, nm
+from .scores import INPUTS, Score, find_score
+from .sets import Chooser, from_adapter
+from .structured import struct
+from .uniform import rand
+
+__all__ = ["CATALOGUE", "Mask", "call", "difference", "intersection", "needs", "resolve", "union"]
+
+Mask = Callable[..., Tensor]
+
+
+def resolve(mask: str | Mask) -> tuple[str, Mask]:
+    """A mask's name and function. Raises MaskError for an unknown name, an unknown option or a function of another form.
+
+    A name may carry options after a colon, as a command line does: "block:by=snip,size=8", "union:of=wm+rand".
+    """
+    if isinstance(mask, str):
+        name, _, rest = mask.partition(":")
+        if name not in CATALOGUE:
+            raise MaskError(f"unknown mask {name!r}; {did_you_mean(name, CATALOGUE)}")
+        return name, _with_options(CATALOGUE[name], name, rest) if rest else CATALOGUE[name]
+    if not callable(mask):
+        raise MaskError(f"mask must be a name or a function, found {type(mask).__name__}")
+    needs(mask)
+    inner = mask.func if isinstance(mask, partial) else mask
+    return getattr(inner, "__name__", type(inner).__name__), mask
+
+
+def needs(function: Mask | Score) -> tuple[str, ...]:
+    """Which inputs a mask or a score asks for, those of its `by` and `of` included.
+
+    Raises MaskError if it asks for anything else.
+    """
+    wanted: list[str] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in INPUTS:
+            wanted.append(parameter.name)
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        elif parameter.default is parameter.empty:
+            raise MaskError(f"a mask may ask for {', '.join(INPUTS)}; {function!r} asks for {parameter.name!r}")
+        elif parameter.name == "by":
+            wanted += needs(find_score(parameter.default))
+        elif parameter.name == "of":
+            wanted += [name for mask in parameter.default for name in needs(resolve(mask)[1])]
+    return tuple(dict.fromkeys(wanted))
+
+
+def call(function: Mask | Score, inputs: Mapping[str, Any]) -> Any:
+    """A mask or a score of the inputs it asks for."""
+    return function(**{name: inputs[name] for name in needs(function)})
+
+
+def union(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
+    """Positions of entries that any of several masks chooses, each asked for equally many (ours).
+
+    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
+    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if they do not fit together, or one of them does.
+    """
+    return sets.joined(_each(of, weight, inputs), k)
+
+
+def intersection(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
+    """Positions of entries that all of several masks choose, each asked for equally many (ours).
+
+    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
+    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
+    """
+    return sets.common(_each(of, weight, inputs), k, weight.numel())
+
+
+def difference(weight: Tensor, k: int, of: Sequence[str | Mask] = ("snip", "wm"), **inputs: Any) -> Tensor:
+    """Positions of one mask's best entries that no other mask chooses with k (SHiRA's WM-non-overlap, arXiv 2406.13175).
+
+    With one mask twice it is "the next k", as the paper's second non-overlapping WM adapter.
+
+    of: names or functions of masks, the one that chooses first.
+    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
+    """
+    return sets.left(_each(of, weight, inputs), k, weight.numel())
+
+
+def _each(of: Sequence[str | Mask], weight: Tensor, inputs: dict[str, Any]) -> list[Chooser]:
+    """For each mask, two or more, a function from a count to its positions, int64 and sorted."""
+    if isinstance(of, str) or len(of) < 2:
+        raise MaskError(f"a set of masks needs two or more of them, found {of!r}")
+
+    def chooser(mask: Mask) -> Chooser:
+        def choose(count: int) -> Tensor:
+            answer: Tensor = call(mask, inputs | {"weight": weight, "k": count})
+            return answer.reshape(-1).nonzero().view(-1) if answer.dtype == torch.bool else answer.long().sort().values
+
+        return choose
+
+    return [chooser(resolve(mask)[1]) for mask in of]
+
+
+def _with_options(mask: Mask, name: str, text: str) -> Mask:
+    """A mask with the options of "by=snip,size=8": whole numbers, true, false, words, and words joined by '+'."""
+    known = [p for p in inspect.signature(mask).parameters if p not in INPUTS and p != "inputs"]
+    options: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if key not in known or not equals:
+            raise MaskError(f"mask {name!r}: {part!r} is no option=value; {did_you_mean(key, known)}")
+        options[key] = _value(value) if key != "of" else tuple(value.split("+"))
+    changed = partial(mask, **options)
+    needs(changed)
+    return changed
+
+
+def _value(text: str) -> int | bool | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+CATALOGUE: Mapping[str, Mask] = MappingProxyType(
+    {
+        "struct": struct,
+        "rand": rand,
+        "wm": wm,
+        "grad": grad,
+        "snip": snip,
+        "fisher": fisher,
+        "wanda": wanda,
+        "lift": lift,
+        "block": block,
+        "nm": nm,
+        "union": union,
+        "intersection": intersection,
+        "difference": difference,
+        "from_adapter": from_adapter,
+    }
+)

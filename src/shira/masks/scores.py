@@ -1,0 +1,46 @@
+"""Scores of entries, by name: the larger an entry's score, the sooner it trains."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import MaskError, did_you_mean
+from .activation import wanda_scores
+from .gradient import fisher_scores, grad_scores, snip_scores
+from .lowrank import lift_scores
+from .magnitude import wm_scores
+
+__all__ = ["CALIBRATED", "INPUTS", "SCORES", "Score", "call_score", "find_score"]
+
+Score = Callable[..., Tensor]  # of a mask's inputs but k: float32 [the weight's shape]
+
+CALIBRATED = ("gradient", "squared_gradient", "activations")  # inputs that calibration finds
+INPUTS = ("weight", "k", *CALIBRATED, "seed", "name", "avoid")  # what a mask or a score may ask for
+
+SCORES: Mapping[str, Score] = MappingProxyType(
+    {
+        "wm": wm_scores,
+        "grad": grad_scores,
+        "snip": snip_scores,
+        "fisher": fisher_scores,
+        "wanda": wanda_scores,
+        "lift": lift_scores,
+    }
+)
+
+
+def find_score(by: str | Score) -> Score:
+    """A score by its mask's name, or as it is if it is a function. Raises MaskError for an unknown name."""
+    if not isinstance(by, str):
+        return by
+    if by not in SCORES:
+        raise MaskError(f"unknown score {by!r}; {did_you_mean(by, SCORES)}")
+    return SCORES[by]
+
+
+def call_score(score: Score, inputs: Mapping[str, Any]) -> Any:
+    """A score of the inputs that it asks for."""
+    return score(**{name: inputs[name] for name in inspect.signature(score).parameters if name in INPUTS})

@@ -1,0 +1,105 @@
+"""Which entries of which weights train: a mask, within a budget, without the entries that other adapters hold."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import masks
+from ..sparse.positions import index_dtype
+from ..weights.distributed import full, groups_of, is_sharded, same_everywhere
+from ..weights.quantized import dense
+from ..weights.undoing import Undo
+from . import BudgetPlan, Mask
+from .avoiding import count_of
+from .calibration import LossFn, Progress, calibrate
+
+__all__ = ["Selector"]
+
+TRAINING_BYTES = 16  # of an entry in training: a float32 master, its gradient and AdamW's two moments
+POOL_BYTES = 16  # of an entry that tensors compete for: `masks.Pool` holds up to two positions and scores for it
+LEAST_MEMORY = 2**20  # bytes that sums may always take: the peak of a process is not known any closer
+
+Indices = dict[str, Tensor]  # tensor name -> positions [k], sorted
+
+
+@dataclass(frozen=True, eq=False)
+class Selector:
+    """All that decides a selection beside the budgets, the weights and the calibration batches of the moment.
+
+    matrices: tensor name -> the matrix [rows, columns] that the mask is told of, the weight's entries in their order.
+    avoided: tensor name -> int64 positions that must not train, sorted, unique.
+    """
+
+    mask: str | Mask
+    seed: int
+    matrices: Mapping[str, tuple[int, int]]
+    avoided: Mapping[str, Tensor]
+    loss_fn: LossFn | None
+
+    def select(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        plan: BudgetPlan,
+        calibration: Iterable[Any] | None,
+        progress: Progress | None = None,
+        undo: Undo | None = None,
+    ) -> tuple[Indices, dict[str, Any] | None]:
+        """Positions for each weight that gets any, and what was calibrated (None if the mask needs nothing of that kind).
+
+        Positions lie on the weight's device, in the dtype of positions in it. Raises MaskError, or what the model does.
+        """
+        plan = self._settled(weights, plan)
+        pool = masks.Pool(plan.shared, plan.floors)
+        chosen: Indices = {}
+
+        def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
+            matrix, avoid, count = self.matrices[name], self.avoided.get(name), plan.counts.get(name)
+            weight = (full if is_sharded(weights[name]) else dense)(weights[name]).view(matrix)
+            statistics = {what: found if what == "activations" else found.view(matrix) for what, found in statistics.items()}
+            if count is None:
+                pool.add(name, masks.score(self.mask, name, weight, seed=self.seed, **statistics), avoid)
+            elif count:  # the proportion of a small number may be none
+                found = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
+                chosen[name] = found.to(index_dtype(weight.numel()))
+
+        calibrated = None
+        wanted = [name for name in masks.needs(masks.resolve(self.mask)[1]) if name in masks.CALIBRATED]
+        if wanted and calibration is not None:
+            memory = TRAINING_BYTES * sum(plan.counts.values()) + (TRAINING_BYTES - POOL_BYTES) * plan.shared
+            calibrated = calibrate(
+                model,
+                weights,
+                calibration,
+                receive,
+                statistics=wanted,
+                loss_fn=self.loss_fn,
+                memory=max(LEAST_MEMORY, memory),
+                progress=progress,
+                undo=undo,
+            )
+        else:
+            for name in weights:
+                receive(name, {})
+        chosen |= pool.positions()
+        placed = {}
+        for name, weight in weights.items():
+            if name in chosen:
+                indices = chosen[name].to(weight.device, index_dtype(math.prod(self.matrices[name])))
+                placed[name] = same_everywhere(indices, groups_of(weight)) if is_sharded(weight) else indices
+        return placed, calibrated
+
+    def _settled(self, weights: Mapping[str, nn.Parameter], plan: BudgetPlan) -> BudgetPlan:
+        """The plan, if the mask can rank the entries of all tensors that share a count. `rand` ranks none: uniformly over
+        the model is in proportion to the entries that may train."""
+        if not plan.floors:
+            return plan
+        if masks.resolve(self.mask)[1] is masks.rand:
+            avoided = count_of(self.avoided)
+            free = {name: math.prod(self.matrices[name]) - avoided.get(name, 0) for name in plan.floors}
+            return BudgetPlan(plan.counts | masks.share_out(plan.shared, free, plan.floors), 0, {})
+        masks.ranked(self.mask)
+        return plan

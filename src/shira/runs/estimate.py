@@ -1,0 +1,268 @@
+"""The peak memory of a training step, predicted from a model's shapes: the step is run, on tensors without data.
+
+Torch's fake tensors have shapes, dtypes, a device and storages that are made and freed as real ones are, but no memory; the
+same operators run on them, forward and backward, so nothing here knows of any model's layers. (Plain meta tensors would
+choose other kernels: attention with all its weights.) A log of storages says how much lived when, and what it was. The
+same is done for distributed training by torch.distributed._tools.mem_tracker.
+"""
+
+import contextlib
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import masks
+from ..errors import DataError, TuningError
+from ..integrations.transformers import one_example_a_row
+from ..kernels import Pattern, find_pattern, torch_ops
+from ..kernels.cpu import native
+from ..sparse.positions import index_dtype
+from ..training.layers import SparseLinear
+from ..weights import targets as target_names
+
+__all__ = ["METHODS", "Estimate", "estimate"]
+
+METHODS = ("shira", "lora", "full")
+Category = Literal["activations", "logits", "gradients", "temporaries"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the moment of the peak, part by part; `parameters` is how many entries train."""
+
+    parts: dict[str, int]
+    parameters: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate(
+    build: Callable[[], nn.Module],
+    *,
+    method: str = "shira",
+    mask: str = "wm",
+    density: float | None = None,
+    rank: int | None = None,
+    targets: str | Iterable[str] = "all-linear",
+    batch_size: int = 1,
+    length: int = 512,
+    checkpointing: bool = False,
+    dropout: float = 0.0,
+) -> Estimate:
+    """The peak of a training step with AdamW, from the second on (the optimizer's state exists), in bytes.
+
+    build: makes the model, a causal language model of Transformers, in the dtype it trains in; called where its tensors take no
+        memory, so it must not read any.
+    method: "shira"; "lora" as PEFT has it, with float32 parameters and a dropout; "full".
+    density, rank: as in `attach`, density 0.01 if neither is given; a LoRA takes its rank, 16 if it is not given.
+    batch_size, length: rows, and tokens in each, all of which count in the loss; no row is padded.
+    checkpointing: whether Transformers' gradient checkpointing is on.
+
+    Not counted: what Python, torch and its libraries take themselves; work space inside operators; what an allocator
+    does not give back. Selecting a mask is not training: those that need gradients run a backward pass before.
+    Raises DataError or TuningError for what cannot be, and what `attach` raises for targets and budgets.
+    """
+    if method not in METHODS:
+        raise TuningError(f"method must be one of {', '.join(METHODS)}, found {method!r}")
+    if batch_size < 1 or length < 2:
+        raise DataError(f"a step needs a row of at least 2 tokens, found batch_size={batch_size}, length={length}")
+    if density is None and rank is None:
+        density, rank = (None, 16) if method == "lora" else (0.01, None)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake: Any = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        model = build().train()
+    parts = {"weights": _bytes([*model.parameters(), *model.buffers()])}
+    log = _Log([*model.parameters(), *model.buffers()])
+    if method == "full":
+        trained = list({id(p): p for p in model.parameters()}.values())
+    else:
+        model.requires_grad_(False)
+        chosen = target_names.resolve(model, targets)
+        others = [target.name for target in chosen if not all(type(module) is nn.Linear for module in target.modules)]
+        if others:
+            raise TuningError(f"only training of linear layers can be estimated, leave out '{others[0]}'")
+        if method == "lora":
+            if rank is None:
+                raise TuningError("a LoRA has a rank, not a density")
+            with fake:
+                trained = _lora(chosen, rank, dropout)
+            parts["adapter"] = _bytes(trained)
+        else:
+            shapes = {target.name: tuple(target.weight.shape) for target in chosen}
+            counts = masks.plan(shapes, density=density, rank=rank).counts
+            stand_ins = [_StandIn(target, counts[target.name], mask, fake, log) for target in chosen]
+            trained = [stand_in.values for stand_in in stand_ins]
+            parts["masters"] = _bytes(trained)
+            parts["positions"] = sum(stand_in.position_bytes for stand_in in stand_ins)
+            parts["base values"] = sum(each.values.numel() * each.weight.itemsize for each in stand_ins)
+    parts["optimizer"] = 2 * _bytes(trained)
+    log.forget(trained)
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    with one_example_a_row(), fake, log:
+        try:
+            _step(model, batch_size, length, checkpointing and method != "full", checkpointing)
+        except (NotImplementedError, RuntimeError) as error:
+            what = str(error).strip().partition("\n")[0]
+            raise DataError(f"a step of {type(model).__name__} cannot be run without data in this dtype: {what}") from error
+        return Estimate(parts | log.peak(trained, vocabulary), sum(p.numel() for p in trained))
+
+
+def _step(model: Any, batch_size: int, length: int, frozen: bool, checkpointing: bool) -> None:
+    """Forward and backward pass. With checkpointing on a frozen embedding, its output must need a gradient."""
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    if frozen:
+        model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
+    ids = torch.zeros(batch_size, length, dtype=torch.int64)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+class _Log(TorchDispatchMode):
+    """When each storage was made and freed, and what it is."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: dict[int, int] = {}  # address of a storage -> its number, or -1 for what is counted elsewhere
+        self.events: list[tuple[int, int]] = []  # (number, bytes that come or go)
+        self.kinds: list[Category] = []
+        self.last: list[int] = []  # of each storage, the last side of the tensor it was made for
+        self.forward = 0  # how many layers of ours are in their forward pass
+        self.scratch: Tensor | None = None  # what the native kernel keeps from call to call
+        self.forget(known)
+
+    def forget(self, known: Iterable[Tensor]) -> None:
+        """Leave out of the log what is counted elsewhere."""
+        self.live |= {tensor.untyped_storage()._cdata: -1 for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.live:
+            return
+        number = self.live[storage._cdata] = len(self.kinds)
+        # a backward pass runs without gradients; a layer that is computed again in it, with
+        forward = self.forward or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1
+        self.kinds.append("activations" if forward else "temporaries")
+        self.last.append(tensor.shape[-1] if tensor.ndim else 0)
+        self.events.append((number, storage.nbytes()))
+        weakref.finalize(storage, self._freed, storage._cdata, number, storage.nbytes()).atexit = False
+
+    def _freed(self, address: int, number: int, size: int) -> None:
+        del self.live[address]
+        self.events.append((number, -size))
+
+    def peak(self, trained: Iterable[Tensor], vocabulary: int) -> dict[Category, int]:
+        """Bytes of each kind when most was alive."""
+        for parameter in trained:
+            if parameter.grad is not None:
+                self.kinds[self.live[parameter.grad.untyped_storage()._cdata]] = "gradients"
+        now = most = best = 0
+        for place, (_, size) in enumerate(self.events):
+            now += size
+            if now > most:
+                most, best = now, place
+        found: dict[Category, int] = dict.fromkeys(("activations", "logits", "gradients", "temporaries"), 0)
+        for number, size in self.events[: best + 1]:
+            kind = self.kinds[number]
+            found["logits" if self.last[number] == vocabulary and kind != "gradients" else kind] += size
+        return found
+
+
+class _StandIn:
+    """What `Masters` is for a real weight: the masters and what their gradient takes, of positions that nobody has chosen."""
+
+    def __init__(self, target: target_names.Target, count: int, mask: str, fake: Any, log: _Log) -> None:
+        self.weight, self.log = target.weight, log
+        self.pattern = _pattern(mask, tuple(target.weight.shape), count)
+        if self.pattern is not None:
+            count = self.pattern.order.numel()
+        with fake:
+            self.values = nn.Parameter(torch.empty(count))
+            self.indices = torch.empty(count, dtype=index_dtype(self.weight.numel()))
+        self.position_bytes = self.indices.numel() * self.indices.itemsize
+        if self.pattern is not None:
+            held = (self.pattern.lines, self.pattern.rest_rows, self.pattern.rest_columns, self.pattern.order)
+            self.position_bytes += sum(tensor.numel() * tensor.itemsize for tensor in held)
+        log.forget([self.values, self.indices])
+        for module in target.modules:
+            module.forward = functools.partial(self.forward, module)
+
+    def forward(self, module: Any, input: Tensor) -> Tensor:
+        with _counted(self.log):
+            output: Tensor = SparseLinear.apply(input, module.weight, module.bias, self.values, self)  # type: ignore[no-untyped-call]
+        return output
+
+    def keep(self, input: Tensor) -> Tensor:
+        if self.pattern is not None and self.pattern.keeps_columns_only:
+            return input.index_select(-1, self.pattern.lines)
+        return input
+
+    def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
+        if self.pattern is not None:
+            return self.pattern.gradient(grad_output, kept)
+        rows, columns = self.weight.shape
+        if not (native.available() and native.sampling_wins(grad_output.dtype, rows, columns, self.values.numel())):
+            return torch_ops.sampled_gradient(grad_output, kept, self.indices)
+        grad_output, kept = grad_output.contiguous(), kept.contiguous()
+        size = native.BLOCK * (rows + columns)
+        if self.log.scratch is None or self.log.scratch.numel() < size:
+            self.log.scratch = torch.empty(size)
+        return torch.zeros(self.values.numel())
+
+
+@contextlib.contextmanager
+def _counted(log: _Log) -> Iterator[None]:
+    log.forward += 1
+    try:
+        yield
+    finally:
+        log.forward -= 1
+
+
+@functools.lru_cache(maxsize=64)
+def _pattern(mask: str, shape: tuple[int, int], count: int) -> Pattern | None:
+    """The whole lines of a mask that depends on the shape alone."""
+    if mask.partition(":")[0] != "struct":
+        return None
+    indices = masks.resolve(mask)[1](torch.empty(1).expand(shape), count)
+    return find_pattern(indices.to(index_dtype(math.prod(shape))), *shape)
+
+
+def _lora(chosen: Iterable[target_names.Target], rank: int, dropout: float) -> list[nn.Parameter]:
+    """Low-rank branches beside linear layers, computed in the order and dtypes of PEFT's."""
+    trained = []
+    for target in chosen:
+        out, into = target.weight.shape
+        down, up = nn.Parameter(torch.empty(rank, into)), nn.Parameter(torch.empty(out, rank))
+        trained += [down, up]
+        for module in target.modules:
+            module.forward = functools.partial(_lora_forward, module, down, up, dropout)
+    return trained
+
+
+def _lora_forward(module: Any, down: Tensor, up: Tensor, dropout: float, input: Tensor) -> Tensor:
+    base = nn.functional.linear(input, module.weight, module.bias)
+    dropped = nn.functional.dropout(input.to(down.dtype), dropout) if dropout else input.to(down.dtype)
+    return (base + nn.functional.linear(nn.functional.linear(dropped, down), up) * 2.0).to(base.dtype)

@@ -1,0 +1,98 @@
+"""Accuracy on multiple choice: the answer is the choice to which the model gives the highest probability."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..data.batches import answer_logprobs
+from ..data.tasks import Example
+from ..errors import DataError
+
+__all__ = ["accuracy", "answered", "choice_scores", "interval", "mcnemar"]
+
+
+def accuracy(model: nn.Module, tokenizer: Any, examples: Sequence[Example], **options: Any) -> float:
+    """Share of examples that are answered rightly, 0 to 1; see `answered`."""
+    right = answered(model, tokenizer, examples, **options)
+    return sum(right) / len(right)
+
+
+def answered(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[bool]:
+    """Of each example, whether its most probable choice is the right one.
+
+    on_progress is called with the number of examples done. Raises DataError if an example has no choices, or there are
+    no examples.
+    """
+    if not examples:
+        raise DataError("no example to evaluate on")
+    if any(len(example.choices) < 2 or not 0 <= example.label < len(example.choices) for example in examples):
+        raise DataError("evaluation needs examples with 'choices' and 'label'")
+    # texts of like length side by side: less padding
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    right = [False] * len(examples)
+    done = 0
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        for i, scores in zip(batch, choice_scores(model, tokenizer, [examples[i] for i in batch]), strict=True):
+            right[i] = max(range(len(scores)), key=scores.__getitem__) == examples[i].label
+        done += len(batch)
+        on_progress(done)
+    return right
+
+
+def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a share, 95 % by default: (low, high)."""
+    share, square = right / asked, z * z
+    middle = (share + square / (2 * asked)) / (1 + square / asked)
+    half = z / (1 + square / asked) * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(ours: Sequence[bool], others: Sequence[bool]) -> float:
+    """How probable it is that two methods differ by so much on the same questions if they are equally good: McNemar's exact
+    test, two-sided, on the questions that one of them alone answers rightly."""
+    ours_only = sum(a and not b for a, b in zip(ours, others, strict=True))
+    others_only = sum(b and not a for a, b in zip(ours, others, strict=True))
+    apart = ours_only + others_only
+    tail = sum(math.comb(apart, n) for n in range(min(ours_only, others_only) + 1))
+    return min(1.0, 2 * tail / (1 << apart))
+
+
+def choice_scores(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:
+    """The log-probability of each choice after its prompt: the sum over the choice's tokens, one list an example.
+
+    A prompt whose choices are all single tokens is run once; else once a choice.
+    """
+    rows: list[tuple[list[int], list[int]]] = []  # (prompt tokens, answer tokens)
+    shares: list[tuple[list[int], list[list[int]]]] = []  # for each example: its rows, its choices' tokens
+    for example in examples:
+        prompt = tokenizer(example.prompt)["input_ids"]
+        choices = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in example.choices]
+        if all(len(choice) == 1 for choice in choices):
+            shares.append(([len(rows)], choices))
+            rows.append((prompt, choices[0]))
+        else:
+            shares.append((list(range(len(rows), len(rows) + len(choices))), choices))
+            rows += [(prompt, choice) for choice in choices]
+    logprobs = answer_logprobs(model, rows, tokenizer.pad_token_id or 0)
+    scores = []
+    for numbers, choices in shares:
+        if len(numbers) == 1:
+            scores.append([float(logprobs[numbers[0]][0, choice[0]]) for choice in choices])
+        else:
+            scores.append(
+                [
+                    float(sum(logprobs[number][i, token] for i, token in enumerate(choice)))
+                    for number, choice in zip(numbers, choices, strict=True)
+                ]
+            )
+    return scores

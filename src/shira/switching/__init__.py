@@ -1,0 +1,1 @@
+"""Switching: adapters are written into a live model, and taken out again."""

@@ -1,0 +1,93 @@
+"""Adapters on quantized layers: nothing is overwritten, a sparse product of what is active is added to each layer's output."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..adapter import Adapter
+from ..errors import AdapterError, BaseMismatch
+from ..fusion.combining import combine
+from ..fusion.methods import Method
+from ..kernels.sparse_product import SparseLayout
+from ..sparse.tensor import SparseTensor, all_finite
+from ..weights.belonging import weight_of
+from ..weights.quantized import is_quantized, label, shape_of
+
+__all__ = ["AddedProduct", "Sides", "product"]
+
+
+class AddedProduct(NamedTuple):
+    """What is added to the output of the layers that compute with a weight."""
+
+    weight: Tensor
+    layout: SparseLayout
+    values: Tensor  # float32 [n]
+
+
+class Sides:
+    """The quantized linear layers of a model, and what is added to their outputs now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._mark = object()  # of our own hooks
+        self._users: dict[int, list[nn.Linear]] = {}
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and is_quantized(module.weight):
+                self._users.setdefault(id(module.weight), []).append(module)
+
+    def split(self, title: str, adapter: Adapter, weights: Mapping[str, Tensor]) -> tuple[Adapter, dict[str, SparseTensor]]:
+        """An adapter's part for plain weights, and its deltas for quantized ones.
+
+        Raises BaseMismatch for a tensor of another shape, or one that would have to be overwritten or is of no linear layer.
+        """
+        beside = {name: t for name, t in adapter.tensors.items() if name in weights and is_quantized(weights[name])}
+        for name, tensor in beside.items():
+            weight = weight_of(title, name, tensor, weights)
+            if tensor.kind != "delta":
+                raise BaseMismatch(
+                    f"{title} overwrites '{name}', which is {label(weight)} in this model and cannot be overwritten; load the "
+                    "base that it was trained on, or use a delta adapter, as training on a quantized model makes them"
+                )
+            if id(weight) not in self._users:
+                raise BaseMismatch(
+                    f"{title}: '{name}' is {label(weight)} and not a linear layer's; no product can stand beside it"
+                )
+        plain = {name: tensor for name, tensor in adapter.tensors.items() if name not in beside}
+        return Adapter(plain, adapter.metadata), beside
+
+    def show(self, products: Sequence[AddedProduct]) -> None:
+        """Add these products, and no others, to the outputs."""
+        if not self._users:
+            return
+        for modules in self._users.values():
+            for module in modules:
+                hooks = module._forward_hooks
+                for key in [key for key, hook in hooks.items() if isinstance(hook, _Adding) and hook.owner is self._mark]:
+                    del hooks[key]
+        for product in products:
+            for module in self._users[id(product.weight)]:
+                module.register_forward_hook(_Adding(product, self._mark))
+
+
+class _Adding:
+    """A hook that adds a product to a layer's output; known by its owner, so that none can be forgotten in a layer."""
+
+    def __init__(self, product: AddedProduct, owner: object) -> None:
+        self._product, self.owner = product, owner
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        beside: Tensor = self._product.layout.product(inputs[0], self._product.values)
+        return output + beside.to(output.dtype)
+
+
+def product(name: str, weight: Tensor, parts: list[tuple[SparseTensor, float]], method: Method) -> AddedProduct:
+    """What the method makes of deltas at their strengths, in float32. Raises AdapterError if it overflows."""
+    overlap = kernels.unite([tensor.indices for tensor, _ in parts])
+    zeros = torch.zeros(overlap.indices.numel(), dtype=torch.float32, device=overlap.indices.device)
+    indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
+    if not all_finite(values):
+        raise AdapterError(f"'{name}' would overflow torch.float32 at these strengths; use smaller ones")
+    rows, columns = shape_of(weight)
+    return AddedProduct(weight, SparseLayout(indices.to(weight.device), (rows, columns)), values.to(weight.device))

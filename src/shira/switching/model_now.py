@@ -1,0 +1,133 @@
+"""A model as a switcher has found it: its tensors, whether they are still the same, and which adapters belong to them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..adapter import Adapter
+from ..errors import AdapterError, BaseMismatch
+from ..kernels import WritePlan
+from ..sparse.tensor import SparseTensor
+from ..weights.belonging import check_base
+from ..weights.distributed import gather_pieces, is_sharded, piece_of, reshard
+from ..weights.model_tensors import ModelTensors, is_buffer
+from ..weights.optimizers import watch
+from ..weights.owners import claim
+from .beside import Sides
+
+__all__ = ["ModelNow"]
+
+
+class ModelNow:
+    """What is known of a model, from when this was made until the model is another.
+
+    weights: each tensor by every name that it has; those that are one memory are one. pieces: of sharded ones what lies here,
+        by their number. sides: its quantized layers. claim: on all of it; owner says whose it is at the moment.
+    """
+
+    def __init__(self, model: nn.Module, owner: Callable[[], str]) -> None:
+        reshard(model)  # after a forward pass a sharded model may hold gathered weights, which are none of its own
+        self._model = model
+        self.tensors = ModelTensors(model)
+        self.weights = self.tensors.by_name
+        self.pieces = {id(weight): piece_of(name, weight) for name, weight in self.weights.items() if is_sharded(weight)}
+        self.sides = Sides(model)
+        self.claim = claim(model, owner, None)
+        watch()
+        self._watched: list[Tensor] = []  # what any adapter has been checked against
+        self._versions: list[int] = []  # their version counters after our own last write
+
+    def is_another(self) -> bool:
+        """Whether modules or tensors of the model were replaced, or written to in the ways of torch, since our last write."""
+        if self.pieces:
+            reshard(self._model)
+        return not self.tensors.same() or self._versions != [weight._version for weight in self._watched]
+
+    def was_written(self) -> None:
+        """What was written until now was written by us."""
+        self._versions = [weight._version for weight in self._watched]
+
+    def checked(self, label: str, adapter: Adapter, plans: Sequence[WritePlan], *, is_new: bool) -> dict[str, SparseTensor]:
+        """An adapter's tensors, ready to be written to this model: on its devices, overwrites in its dtypes, one for each
+        tied weight. The base is compared if the content is new.
+
+        label: what to call the adapter in a message. plans: what is active over the base. Raises BaseMismatch.
+        """
+        plain, _ = self.sides.split(label, adapter, self.weights)
+        if is_new:
+            shared = next((name for name in adapter.tensors if name in self.tensors.overlapping), None)
+            if shared is not None:
+                other = self.tensors.overlapping[shared]
+                raise BaseMismatch(f"{label}: '{shared}' shares a part of its memory with '{other}' here; give each its own")
+            self._watch(plain)
+            check_base(label, plain, self.weights, lambda weight, indices: self.base_at(weight, indices, plans))
+        tensors: dict[str, SparseTensor] = {}
+        owners: dict[int, str] = {}
+        for name, tensor in adapter.tensors.items():
+            weight = self.weights[name]
+            other = owners.setdefault(id(weight), name)
+            if other == name:
+                tensors[name] = _on(weight, name, tensor)
+            elif not _same(tensor, adapter.tensors[other]):
+                raise BaseMismatch(f"{label}: '{name}' and '{other}' are one tied tensor here, two in the adapter")
+        return tensors
+
+    def _watch(self, adapter: Adapter) -> None:
+        """Look from now on whether others write to these weights; forward passes write to buffers, and some have no counter."""
+        known = {id(weight) for weight in self._watched}
+        for weight in self.tensors.objects([name for name in adapter.tensors if name in self.weights]):
+            if id(weight) not in known and not (is_buffer(weight) or weight.is_inference() or is_sharded(weight)):
+                self._watched = [*self._watched, weight]
+                self._versions = [*self._versions, weight._version]
+
+    def base_at(self, weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:
+        """Base values at positions [k] of a weight: the live ones, or those stashed by plans that are active."""
+        indices = indices.to(weight.device)
+        piece = self.pieces.get(id(weight))
+        if piece is None:
+            return _base_here(weight, indices, plans)
+        here = _base_here(piece.local, indices[piece.span(indices)] - piece.start, plans)
+        return gather_pieces(weight, indices, here)
+
+    def names(self) -> dict[int, list[str]]:
+        """Number of a weight, or of what lies here of it -> its names."""
+        names: dict[int, list[str]] = {}
+        for name, weight in self.weights.items():
+            names.setdefault(id(weight), []).append(name)
+        return names | {id(piece.local): names[key] for key, piece in self.pieces.items()}
+
+
+def _base_here(weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:
+    values = kernels.gather(weight, indices)
+    for plan in plans:
+        for part, stash in zip(plan.parts, plan.stash, strict=True):
+            if part.weight is weight and part.indices.numel():
+                place = torch.searchsorted(part.indices, indices.to(part.indices.dtype))
+                place.clamp_(max=part.indices.numel() - 1)
+                hit = part.indices[place] == indices
+                values[hit] = stash[place[hit]]
+    return values
+
+
+def _on(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:
+    """A sparse tensor ready to be written: on the weight's device, overwrites in its dtype."""
+    dtype = weight.dtype if tensor.kind == "overwrite" else tensor.values.dtype  # of a quantized weight there are only deltas
+    if (tensor.values.device, tensor.values.dtype) == (weight.device, dtype):
+        return tensor
+    try:
+        return SparseTensor(tensor.shape, tensor.indices.to(weight.device), tensor.values.to(weight.device, dtype), tensor.kind)
+    except AdapterError as error:
+        raise BaseMismatch(
+            f"'{name}' is {weight.dtype} in this model, which does not hold the adapter's values: {error}"
+        ) from error
+
+
+def _same(one: SparseTensor, other: SparseTensor) -> bool:
+    """Whether two sparse tensors agree to the bit."""
+    return (
+        (one.shape, one.kind, one.values.dtype) == (other.shape, other.kind, other.values.dtype)
+        and torch.equal(one.indices, other.indices)
+        and torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+    )

@@ -1,0 +1,284 @@
+"""A weight in training, whatever is done to it meanwhile: cast, moved, replaced, written to.
+
+What is kept of the base is a buffer of the module that holds the weight, so that it goes through the same casts and moves: the
+base must be what they make of it. `Followed.look` compares a weight with what it was, before anything of it is used.
+"""
+
+import weakref
+from collections.abc import Collection
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..errors import TuningError
+from ..weights.distributed import is_sharded
+from ..weights.model_tensors import OWN
+from ..weights.targets import VALUES, Use
+
+__all__ = ["BASE", "Followed", "Held", "Kept", "value_name"]
+
+BASE = OWN + "base"  # the beginning of the names of buffers that hold what lay under the entries
+
+
+class Held(NamedTuple):
+    """Entries of one weight: positions [n], sorted; the base's values there and the present ones [n], the weight's dtype."""
+
+    indices: Tensor
+    base: Tensor
+    values: Tensor
+
+
+class Kept(NamedTuple):
+    """What is known of the entries. One value, so that it is swapped at once when a mask moves.
+
+    indices: those that train [k]; left: those that trained earlier and have kept their values [m]; both sorted.
+    bits: in the weight's dtype, the base at both [k + m], then the values of those that have left [m].
+    name: of the buffer that `bits` is.
+    """
+
+    indices: Tensor
+    left: Tensor
+    bits: Tensor
+    pattern: kernels.Pattern | None
+    name: str
+
+
+class Seen(NamedTuple):
+    """What a weight was when it was last looked at, or written."""
+
+    storage: "weakref.ref[Any]"  # while it lives, nothing else can be at its address
+    address: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    version: int
+
+
+class Followed:
+    """A weight, and what is known of its entries. `masters.Masters` is what trains of it."""
+
+    name: str
+    weight: nn.Parameter
+    kept: Kept
+    piece: Any
+    uses: list[tuple[nn.Module, str, nn.Parameter]]  # who holds the weight, under which name, and as what
+    written: int
+    in_place = True  # whether the weight holds the entries
+    over = False  # whether the tuner is done with the model
+    _seen: Seen | None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, float32."""
+        raise NotImplementedError
+
+    def current(self) -> Tensor:
+        """The entries [k] that the weight should have, but for rounding."""
+        raise NotImplementedError
+
+    @property
+    def indices(self) -> Tensor:
+        return self.kept.indices
+
+    @property
+    def pattern(self) -> kernels.Pattern | None:
+        return self.kept.pattern
+
+    @property
+    def base(self) -> Tensor:
+        """The base's values at the entries that train [k]."""
+        return self.kept.bits[: self.kept.indices.numel()]
+
+    @property
+    def left(self) -> Held:
+        """The entries that trained earlier and have kept their values."""
+        _, base, values = self.kept.bits.split([self.kept.indices.numel(), *[self.kept.left.numel()] * 2])
+        return Held(self.kept.left, base, values)
+
+    def live_in(self, uses: Collection[Use]) -> None:
+        """Keep the base where the weight is: in the first module that holds it, unless it lies in pieces."""
+        self.uses = [(use.holder, use.attribute, self._held_by(use)) for use in uses]
+        holder, attribute, _ = self.uses[0]
+        self.kept = self.kept._replace(name=BASE if attribute == "weight" else f"{BASE}_{attribute}")
+        if self.piece is None:
+            holder.register_buffer(self.kept.name, self.kept.bits, persistent=False)
+        self._note()
+
+    def _held_by(self, use: Use) -> nn.Parameter:
+        weight = use.holder._parameters[use.attribute]
+        return self.weight if weight is None else weight
+
+    def leave(self) -> None:
+        """Take back what `live_in` has done; whoever still holds a forward pass of the tuner's finds the module's own."""
+        self.over = True
+        for name in [name for name in self.uses[0][0]._buffers if _is_of(name, self.kept.name)] if self.uses else ():
+            self.uses[0][0]._buffers.pop(name, None)
+            self.uses[0][0]._non_persistent_buffers_set.discard(name)
+
+    def look(self) -> None:
+        """Take note of what was done to the weight since the last time, a microsecond if that is nothing.
+
+        What was cast or moved with its module is followed, and so is a weight that still has, or has again, the entries that it
+        should. Raises TuningError for any other, until it is put right; nothing is written to the weight.
+        """
+        if self.uses and self.piece is None and not self.over and not self._is_as_seen():
+            self._follow()
+
+    def _is_as_seen(self) -> bool:
+        seen = self._seen
+        if seen is None:
+            return False
+        version = 0
+        for holder, attribute, weight in self.uses:
+            if holder._parameters.get(attribute) is not weight or weight.data_ptr() != seen.address:
+                return False
+            version += weight._version
+        return (
+            version == seen.version
+            and self.weight.dtype is seen.dtype
+            and self.weight.shape == seen.shape
+            and self.weight.stride() == seen.stride
+            and seen.storage() is not None
+            and self._are_float32()
+        )
+
+    def _are_float32(self) -> bool:
+        return all(parameter.dtype is torch.float32 for parameter in self.parameters().values())
+
+    def _note(self) -> None:
+        """What is there now is known."""
+        weight = self.weight
+        if self.piece is None and self.uses:
+            version = sum(weight._version for _, _, weight in self.uses)
+            storage = weakref.ref(weight.untyped_storage())
+            self._seen = Seen(storage, weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), version)
+
+    def _follow(self) -> None:
+        """See `look`."""
+        holder = self.uses[0][0]
+        now = [(holder, attribute, holder._parameters.get(attribute)) for holder, attribute, _ in self.uses]
+        same = all(weight is known for (_, _, weight), (_, _, known) in zip(now, self.uses, strict=True))
+        weight = self._usable([found for _, _, found in now])
+        self._check_registered()
+        bits = holder._buffers.get(self.kept.name)
+        bits = self.kept.bits if bits is None else bits
+        if bits.dtype != weight.dtype:
+            before = str(bits.dtype).removeprefix("torch.")
+            self._refuse(f"was cast from {before} to {str(weight.dtype).removeprefix('torch.')} by itself", "cast its module")
+        if bits.device != weight.device or self.values_device() != weight.device:
+            self._refuse(f"was moved to {weight.device} by itself", f"move its module, module.to('{weight.device}')")
+        kept = self.kept._replace(bits=bits)
+        if kept.indices.device != weight.device:
+            pattern = kept.pattern and kept.pattern.to(weight.device)
+            kept = kept._replace(indices=kept.indices.to(weight.device), left=kept.left.to(weight.device), pattern=pattern)
+        version = sum(found._version for _, _, found in now if found is not None)
+        together = bits is not self.kept.bits and same and self._seen is not None and version == self._seen.version
+        if not together:
+            self._check_entries(weight, kept)
+        self.uses = [(holder, attribute, found) for holder, attribute, found in now if found is not None]
+        self.weight, self.kept = weight, kept
+        self.put_back_to_float32()
+        self.followed()
+        self.written = -1  # whatever the weight holds, it is to hold the masters
+        self._note()
+
+    def values_device(self) -> torch.device:
+        return next(iter(self.parameters().values())).device
+
+    def followed(self) -> None:
+        """The weight was cast, moved or replaced: what is derived from it must be computed again."""
+
+    def put_back_to_float32(self) -> None:
+        """A cast of the module takes the masters with it."""
+        for parameter in self.parameters().values():
+            if parameter.dtype != torch.float32:
+                gradient, parameter.grad = parameter.grad, None
+                parameter.data = parameter.data.float()
+                parameter.grad = gradient if gradient is None else gradient.float()
+
+    def _usable(self, found: list[nn.Parameter | None]) -> nn.Parameter:
+        """The weight, if it is one that can be written to."""
+        first = found[0]
+        if first is None or any(weight is None for weight in found):
+            self._refuse("is not there any more", "put it back")
+        if not all(isinstance(weight, nn.Parameter) for weight in found):
+            self._refuse("is a tensor and no Parameter here, as in torch.func.functional_call", "call the model itself")
+        if is_sharded(first):
+            self._refuse(
+                "was replaced after attach(), as fully_shard and DeepSpeed's ZeRO-3 do",
+                "shard the model first, then attach (docs/distributed.md)",
+            )
+        places = {(each.data_ptr(), each.stride(), each.dtype) for each in found if each is not None}
+        if len(places) > 1:
+            self._refuse(
+                "stood for several parameters over one memory, which were parted (by a cast or a move)",
+                "tie them as one Parameter, then attach",
+            )
+        if first.is_meta:
+            self._refuse("has no data any more: it is on the meta device, as offloading leaves it", "put it back")
+        if first.shape != self._shape():
+            self._refuse(f"was replaced by one of shape {list(first.shape)}, it was {list(self._shape())}", "put it back")
+        if not first.is_contiguous():
+            self._refuse("is not contiguous any more", "call model.to(memory_format=torch.contiguous_format)")
+        if not first.is_floating_point() or first.is_inference():
+            self._refuse(
+                f"was replaced by {'one made under inference_mode' if first.is_inference() else first.dtype}", "put it back"
+            )
+        return first
+
+    def _shape(self) -> torch.Size:
+        return self.weight.shape if self._seen is None else self._seen.shape
+
+    def _check_registered(self) -> None:
+        for holder, attribute, _ in self.uses:
+            for ending, parameter in self.parameters().items():
+                found = holder._parameters.get(value_name(attribute) + ending, parameter)
+                if found is not parameter:
+                    self._refuse(
+                        "or what trains of it was replaced after attach(), as load_state_dict(assign=True), fully_shard and "
+                        "DeepSpeed's ZeRO-3 do",
+                        "load without assign, and shard the model first, then attach (docs/distributed.md)",
+                    )
+
+    def _check_entries(self, weight: Tensor, kept: Kept) -> None:
+        """Raise TuningError unless the entries are the tuner's or the base's."""
+        if not self.in_place:
+            return
+        k, m = kept.indices.numel(), kept.left.numel()
+        found = kernels.gather(weight.detach(), torch.cat([kept.indices, kept.left]))
+        base, left = kept.bits[: k + m], kept.bits[k + m :]
+        ours = torch.cat([self.current().detach().to(weight.dtype), left])
+        wrong = int((_differ(found, base) & _differ(found, ours)).sum())
+        if wrong:
+            self._refuse(
+                f"was written to or replaced by others: {wrong} of its {k + m} entries in training are neither the base's nor "
+                "what was trained, so what lies under them is not known",
+                "load the base's weights, or those of before, into the model",
+            )
+
+    def _refuse(self, what: str, remedy: str) -> NoReturn:
+        raise TuningError(
+            f"'{self.name}' {what}, while a tuner is attached; {remedy}, or call tuner.release(), which lets go of the model "
+            "as it is"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has not seen its weight yet."""
+        return self.__dict__ | {"_seen": None}
+
+
+def value_name(attribute: str) -> str:
+    """The beginning of the names under which a module holds the masters of one of its parameters."""
+    return VALUES if attribute == "weight" else f"{VALUES}_{attribute}"
+
+
+def _is_of(name: str, kept: str) -> bool:
+    return name.rstrip("_") == kept.rstrip("_")
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """Where the bits of two tensors [n] of one dtype differ, bool [n]."""
+    rows = [tensor.contiguous().view(-1, 1).view(torch.uint8) for tensor in (one, other)]
+    differ: Tensor = (rows[0] != rows[1]).any(1)
+    return differ

@@ -1,0 +1,360 @@
+"""How a module computes while entries of its parameters train: the forward pass it always had, and gradients at a few places.
+
+Linear layers and embeddings have a backward pass of their own, which never forms the weight's whole gradient. Any other
+module keeps its own forward, and for its length finds in place of the parameter a tensor of the same storage, whose
+gradient is sampled as soon as autograd has it.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..errors import TuningError
+from ..weights.distributed import is_partitioned
+from ..weights.model_tensors import OWN
+from ..weights.targets import Use
+from ..weights.undoing import Undo, hooks_of, set_hook
+from .following import value_name
+from .masters import Masters
+
+__all__ = ["SparseLinear", "install", "is_installed", "let_checkpoints_see_gradients"]
+
+SWITCH = "gradient_checkpointing"  # the attribute by which Transformers turns it on, of blocks and of stacks of blocks
+
+
+class Tap(NamedTuple):
+    """A parameter that a module computes with, some of whose entries train."""
+
+    holder: nn.Module
+    attribute: str
+    masters: Masters
+
+
+def install(uses: Iterable[tuple[Use, Masters]], undo: Undo) -> None:
+    """Let modules compute with masters, which they hold as parameters from here on, so that any trainer finds them."""
+    taps: dict[int, tuple[nn.Module, list[Tap]]] = {}
+    for use, masters in uses:
+        taps.setdefault(id(use.module), (use.module, []))[1].append(Tap(use.holder, use.attribute, masters))
+    for module, its_taps in taps.values():
+        for holder, attribute, masters in its_taps:
+            name = value_name(attribute)
+            for ending, parameter in masters.parameters().items():
+                undo.callback(_forget, holder, name + ending)
+                if is_partitioned(masters.weight):  # of what a module has registered, ZeRO-3 wants a piece
+                    holder.__dict__[name + ending] = parameter
+                else:
+                    holder.register_parameter(name + ending, parameter)
+        usual = _usual_forward(module)
+        if usual is None:
+            module.__dict__.pop("forward", None)
+        forward = _forward_of(module, its_taps)
+        undo.callback(_reset_forward, module, forward, usual)
+        module.forward = forward
+
+
+def _forget(holder: nn.Module, name: str) -> None:
+    holder.__dict__.pop(name, None)
+    holder._parameters.pop(name, None)
+
+
+def forget_copies(model: nn.Module) -> None:
+    """Take out of a model what copies of modules in training, put into it meanwhile, have brought with them."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name in [name for name in held if name.startswith(OWN)]:
+                held.pop(name)
+                module._non_persistent_buffers_set.discard(name)
+        forward, usual = module.__dict__.get("forward"), _usual_forward(module)
+        if forward is not None and usual is not forward:
+            _reset_forward(module, forward, usual)
+
+
+def _usual_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward that somebody has put on a module; None if it is the class's, or only a tuner's that is over and that another
+    library has put back."""
+    forward = module.__dict__.get("forward")
+    while isinstance(forward, functools.partial) and forward.func in (_linear, _conv1d, _embedding, _tapped, _beside):
+        forward = forward.args[0] if forward.func in (_tapped, _beside) else None
+    return None if getattr(forward, "__func__", None) is type(module).forward else forward
+
+
+def is_installed(module: nn.Module, forward: Any) -> bool:
+    """Whether a forward pass of a module comes by the tuner's, as far as that can be seen: it has it, or calls it."""
+    current = module.__dict__.get("forward")
+    return current is forward or module.__dict__.get("_old_forward") is forward  # the latter is Accelerate's name
+
+
+def _reset_forward(module: nn.Module, forward: Callable[..., Any], usual: Callable[..., Any] | None) -> None:
+    """Others may have wrapped the tuner's forward meanwhile: that stays, and passes through to the usual one."""
+    if module.__dict__.get("forward") is not forward:
+        return
+    if usual is not None:
+        module.forward = usual
+    else:
+        del module.forward
+
+
+def _forward_of(module: nn.Module, taps: list[Tap]) -> Callable[..., Any]:
+    forward: Callable[..., Any] = module.forward
+    own = OWN_BACKWARD.get(_kind(module))
+    rest = []
+    for tap in taps:
+        if not tap.masters.in_place:
+            continue
+        if own is not None and tap.attribute == "weight":
+            forward = functools.partial(own, module, tap.masters)
+        else:
+            rest.append(tap)
+    forward = functools.partial(_tapped, forward, rest) if rest else forward
+    for tap in taps:
+        if tap.masters.side is not None:
+            forward = functools.partial(_beside, forward, tap.masters, tap.masters.side, tap.holder)
+    return forward
+
+
+def _beside(
+    forward: Callable[..., Any], masters: Masters, side: Callable[[Tensor], Tensor], module: nn.Module, input: Tensor
+) -> Any:
+    """The module's own forward, and what masters add to its output."""
+    _ready(masters, module)
+    output = forward(input)
+    if masters.dense or masters.over:  # the base is wanted
+        return output
+    return output + side(input).to(output.dtype)  # which differ under autocast
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of a class whose forward is known; "" for others, subclasses too, which may do anything. Whoever has put a
+    forward of its own on the module wants it called."""
+    known = type(module).__module__ in ("torch.nn.modules.linear", "torch.nn.modules.sparse", "transformers.pytorch_utils")
+    by_frequency = isinstance(module, nn.Embedding) and module.scale_grad_by_freq
+    return type(module).__name__ if known and "forward" not in module.__dict__ and not by_frequency else ""
+
+
+def _ready(masters: Masters, module: nn.Module) -> bool:
+    """Bring the weight up to date; whether its entries need a gradient from this forward pass. Raises TuningError if the weight
+    is not the one that trains any more (`Masters.look`), or the values were frozen."""
+    if masters.dense or masters.over:
+        return False
+    if not torch.compiler.is_compiling():  # for compiled code, the tuner writes before and after
+        masters.calls += 1
+        if masters.piece is None:
+            masters.write()
+    if not torch.is_grad_enabled():
+        return False
+    if module.training and not any(parameter.requires_grad for parameter in masters.parameters().values()):
+        raise TuningError(
+            "the trained values were frozen (requires_grad=False) after attach(), so nothing would train; freeze what you "
+            "want frozen before it, or call requires_grad_(True) on tuner.parameters()"
+        )
+    if not torch.compiler.is_compiling():
+        masters.runs += 1
+    return True
+
+
+def _tapped(forward: Callable[..., Any], taps: list[Tap], *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward, with tensors whose gradients are sampled in place of the parameters."""
+    ready = [tap for tap in taps if _ready(tap.masters, tap.holder)]
+    with _in_place_of_parameters(ready):
+        return forward(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _in_place_of_parameters(taps: list[Tap]) -> Iterator[None]:
+    try:
+        for holder, attribute, masters in taps:  # an instance's attribute is found before a registered parameter
+            weight = holder._parameters[attribute]
+            holder.__dict__[attribute] = _Sampled.apply(weight, masters.current(), masters)  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for holder, attribute, _ in taps:
+            holder.__dict__.pop(attribute, None)
+
+
+class _Sampled(torch.autograd.Function):
+    """A parameter as it is, whose gradient goes to the masters."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, masters: Masters) -> Tensor:
+        ctx.masters = masters
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.masters.sample(gradient), None
+
+
+def _linear(module: nn.Linear, masters: Masters, input: Tensor) -> Tensor:
+    if not _ready(masters, module):
+        return nn.functional.linear(input, module.weight, module.bias)
+    output: Tensor = SparseLinear.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
+    return output
+
+
+class SparseLinear(torch.autograd.Function):
+    """A linear layer whose weight has a gradient at a few positions only (Appendix E)."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, masters: Masters) -> Tensor:
+        ctx.save_for_backward(masters.keep(input) if ctx.needs_input_grad[3] else None, weight)
+        ctx.masters, ctx.input_dtype = masters, input.dtype
+        return _unviewed(nn.functional.linear(input, weight, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight = ctx.saved_tensors
+        grad_input = grad_bias = grad_values = None
+        if ctx.needs_input_grad[0]:  # under autocast grad_output has another dtype than input and weight
+            grad_input = (grad_output @ weight.to(grad_output.dtype)).to(ctx.input_dtype)
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = flat.sum(0)
+        if ctx.needs_input_grad[3]:
+            grad_values = ctx.masters.gradient(flat, kept.reshape(-1, kept.shape[-1]).to(grad_output.dtype))
+        return grad_input, None, grad_bias, grad_values, None
+
+
+def _unviewed(output: Tensor) -> Tensor:
+    """The same memory as no view: what follows may change it in place, as after a layer of torch."""
+    if torch.compiler.is_compiling() or not output._is_view():
+        return output
+    plain: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return plain
+
+
+def _conv1d(module: Any, masters: Masters, input: Tensor) -> Tensor:
+    if not _ready(masters, module):
+        return _product(input, module.weight, module.bias)
+    output: Tensor = _Conv1D.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """input · weight + bias with a weight [in, out], in the way of Transformers' Conv1D, so that not a bit differs."""
+    return torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], weight.shape[1])
+
+
+class _Conv1D(torch.autograd.Function):
+    """A linear layer with a weight [in, out], as GPT-2 has them: the weight's gradient is inputᵀ · grad_output."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, values: Tensor, masters: Masters) -> Tensor:
+        ctx.save_for_backward(input if ctx.needs_input_grad[3] else None, weight)
+        ctx.masters, ctx.input_dtype = masters, input.dtype
+        return _unviewed(_product(input, weight, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        grad_input = grad_bias = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_input = (grad_output @ weight.to(grad_output.dtype).T).to(ctx.input_dtype)
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = flat.sum(0)
+        if ctx.needs_input_grad[3]:
+            inputs = input.reshape(-1, input.shape[-1]).to(grad_output.dtype)
+            grad_values = ctx.masters.gradient(inputs, ctx.masters.keep(flat))
+        return grad_input, None, grad_bias, grad_values, None
+
+
+def _embedding(module: nn.Embedding, masters: Masters, ids: Tensor) -> Tensor:
+    if not _ready(masters, module):
+        return nn.functional.embedding(ids, module.weight, module.padding_idx)
+    output: Tensor = _Embedding.apply(ids, module.weight, masters.current(), masters, module.padding_idx)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Embedding(torch.autograd.Function):
+    """An embedding some of whose entries train: only rows of the batch have gradients, and only they are formed."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, masters: Masters, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.masters, ctx.padding = masters, padding
+        return _unviewed(nn.functional.embedding(ids, weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        flat = grad_output.reshape(-1, grad_output.shape[-1]).float()
+        if ctx.padding is not None:
+            flat = flat * (ids.reshape(-1, 1) != ctx.padding)
+        return None, None, ctx.masters.gradient_of_rows(ids.reshape(-1), flat), None, None
+
+
+OWN_BACKWARD: dict[str, Callable[..., Tensor]] = {"Linear": _linear, "Conv1D": _conv1d, "Embedding": _embedding}
+
+
+def let_checkpoints_see_gradients(model: nn.Module, trained: Iterable[nn.Module], undo: Undo) -> None:
+    """Reentrant gradient checkpointing drops every gradient of a block none of whose inputs needs one. What comes first is
+    frozen: the embeddings, or in an encoder of sound its convolutions. So what begins a stack of blocks and has no part that
+    trains makes its output need a gradient while checkpointing is on."""
+    switches = [module for module in model.modules() if hasattr(module, SWITCH)]
+    trains = {id(module) for module in trained}
+    first: dict[int, nn.Module] = {}
+    for stack in switches:
+        if any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(stack).__mro__):  # a block, not a stack of them
+            continue
+        parts = [(part, {id(module) for module in part.modules()}) for part in stack.children()]
+        if any(trains & inside for _, inside in parts):
+            first |= {id(part): part for part, inside in parts if not trains & inside and _has_parameters(part)}
+    get_input = getattr(model, "get_input_embeddings", None)
+    with contextlib.suppress(NotImplementedError):
+        embedding = get_input() if callable(get_input) else None
+        if isinstance(embedding, nn.Module):
+            first[id(embedding)] = embedding
+    hook = _NeedGradient(switches)
+    for module in first.values():
+        set_hook(undo, hooks_of(module, "_forward_hooks"), module.register_forward_hook, hook)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+class _NeedGradient:
+    """A hook after which a module's output needs a gradient, if checkpointing is on in one of these modules."""
+
+    def __init__(self, switches: list[nn.Module]) -> None:
+        self.switches = switches
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if torch.is_grad_enabled() and any(getattr(module, SWITCH, False) for module in self.switches):
+            return _needing_gradient(output)
+        return None
+
+
+def _needing_gradient(output: Any) -> Any:
+    """The same, with a gradient that leads nowhere. No leaf: what needs a gradient and is one may not be changed in place."""
+    if isinstance(output, tuple) and type(output) is tuple:
+        return tuple(_needing_gradient(part) for part in output)
+    if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
+        wanted = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        needing: Tensor = _Needing.apply(output, wanted)  # type: ignore[no-untyped-call]
+        return needing
+    return output
+
+
+class _Needing(torch.autograd.Function):
+    """A tensor as it is; of a view a copy, since autograd follows no view that it has not seen made."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, _wanted: Tensor) -> Tensor:
+        if output._is_view() or torch.compiler.is_compiling():
+            return output.clone()
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[None, None]:
+        return None, None

@@ -1,0 +1,105 @@
+"""What a checkpoint keeps of a run, and how it is known to be of the same one: values, with a mark of what they belong to.
+
+Positions and base values need not be kept, since attaching again with the same settings gives the same ones; that they are
+the same must be checked, since values at other positions would train on without a sign.
+"""
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import BaseMismatch, TuningError
+from ..sparse.positions import checksum
+from ..sparse.tensor import fingerprint
+from ..texts import described, shown
+from ..weights.quantized import shape_of
+from .masters import Masters
+
+__all__ = ["load_state", "state_of"]
+
+VALUES, MARK = ".values", ".mark"  # of each tensor: float32 [k], and int64 [sides + 2]; variants have further ".values_…"
+
+
+def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor]:
+    """Copies of all masters on the CPU, with their marks. Raises TuningError if the mask has moved since `attach`."""
+    if moved:
+        raise TuningError(
+            "a mask that has moved (refresh) cannot be resumed, since a checkpoint does not keep positions; save no "
+            "checkpoints (save_strategy='no'), and the adapter at the end"
+        )
+    state = {}
+    for name, entries in masters.items():
+        for ending, parameter in entries.parameters().items():
+            state[name + VALUES + ending] = parameter.detach().to("cpu", copy=True)
+        state[name + MARK] = _mark(entries)
+    return state
+
+
+def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> None:
+    """Write the values of a `state_of` into these masters, bit for bit.
+
+    Raises TuningError or BaseMismatch, before anything is written, if it is not of the same tensors, positions and base.
+    """
+    if not isinstance(state, Mapping):
+        raise TuningError(f"a checkpoint is what tuner.state_dict() gave, tensors by name; found {described(state)}")
+    held = {name: {name + VALUES + end: p for end, p in entries.parameters().items()} for name, entries in masters.items()}
+    expected = {key for name, parameters in held.items() for key in (*parameters, name + MARK)}
+    if not any(name in state for name in expected):
+        raise TuningError("the checkpoint holds nothing that this tuner trains; it is of another model, or no shira checkpoint")
+    if expected != state.keys():
+        missing, extra = sorted(expected - state.keys()), sorted(map(str, state.keys() - expected))
+        few = [shown(names[:3]) if names else "none" for names in (missing, extra)]
+        raise TuningError(
+            f"the checkpoint is of other targets: missing {few[0]}, not trained here {few[1]}; "
+            "attach with the settings that it was made with"
+        )
+    for name, entries in masters.items():
+        _check(name, entries, held[name], state)
+    for parameters in held.values():
+        for key, parameter in parameters.items():
+            parameter.detach().copy_(state[key])  # no mode of autograd's is touched, which an interrupt could leave on
+
+
+def _mark(entries: Masters) -> Tensor:
+    """The weight's sides, and checksums of the positions and of the base values that lay there."""
+    base = zlib.crc32(fingerprint(entries.base).encode())
+    return torch.tensor([*shape_of(entries.weight), checksum(entries.indices.cpu()), base], device="cpu")
+
+
+def _check(name: str, entries: Masters, held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    for key in (*held, name + MARK):
+        tensor: object = state[key]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise TuningError(f"'{key}' must be a plain tensor with data in a checkpoint, found {described(tensor)}")
+    *shape, positions, base = _mark(entries).tolist()
+    mark = state[name + MARK]
+    if mark.dtype != torch.int64 or mark.ndim != 1 or mark.numel() < 2:
+        raise TuningError(f"'{name + MARK}' must be whole numbers, int64 [sides + 2], found {mark.dtype} {list(mark.shape)}")
+    found = mark.tolist()
+    if found[:-2] != shape:
+        raise BaseMismatch(f"the checkpoint is of another model: '{name}' is {found[:-2]} there and {shape} here")
+    for key, parameter in held.items():
+        if state[key].shape != parameter.shape:
+            raise TuningError(
+                f"the checkpoint is of another mask: {state[key].numel()} entries of '{name}' train there and "
+                f"{parameter.numel()} here; attach with its density or rank"
+            )
+        if not state[key].is_floating_point():
+            raise TuningError(f"'{key}' must be floating point in a checkpoint, found {state[key].dtype}")
+        if not bool(state[key].to(parameter.dtype).isfinite().all()):
+            raise TuningError(
+                f"'{key}' holds values that are not finite as {parameter.dtype}; the run went wrong before this checkpoint was "
+                "saved, or it is damaged: take an earlier one"
+            )
+    if found[-2] != positions:
+        raise TuningError(
+            f"the checkpoint is of another mask: {entries.indices.numel()} other positions of '{name}' train there; attach "
+            "with the mask, seed and calibration that it was made with"
+        )
+    if found[-1] != base:
+        raise BaseMismatch(
+            f"the checkpoint is of another base: '{name}' holds other values at the positions that train; load the model that "
+            "it was made with, in the same dtype"
+        )

@@ -1,0 +1,85 @@
+"""Staying near the base where it matters to what the model can do already: elastic weight consolidation (Kirkpatrick et al.,
+PNAS 2017, arXiv 1612.00796) on the entries that train.
+
+A quadratic penalty pulls each entry back to the base, as strongly as general text is sensitive to it: by F, the mean squared
+gradient there. docs/masks.md has what that does for adapters that are added.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TuningError
+from ..masks.calibration import LossFn, Progress, calibrate
+from ..masks.selection import LEAST_MEMORY
+from ..weights.undoing import Undo, hooks_of, set_hook
+from .masters import Masters
+
+__all__ = ["check", "hold", "pulls"]
+
+STILL_FREE = 12  # bytes an entry of what training takes: a gradient and AdamW's moments, which do not exist before it
+
+
+def check(masters: Mapping[str, Masters], reach: float, passes: int) -> None:
+    """Raise TuningError for a reach that is not above 0, passes below 1, or entries that have no whole base to stay near."""
+    if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach < float("inf"):
+        raise TuningError(f"reach must be a number above 0, in units of the weights; found {reach!r}")
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise TuningError(f"passes must be a whole number from 1 on, found {passes!r}")
+    if any(type(each) is not Masters or each.piece is not None for each in masters.values()):
+        raise TuningError("stay_near needs plain entries of whole weights: no decompose, low_rank, quantized or sharded base")
+
+
+def pulls(
+    model: nn.Module,
+    masters: Mapping[str, Masters],
+    batches: Iterable[Any],
+    reach: float,
+    *,
+    loss_fn: LossFn | None = None,
+    progress: Progress | None = None,
+    undo: Undo | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensor name -> how strongly each entry is pulled back, gradient by change, float32 [k]; and what was done, for metadata.
+
+    F / (reach · √(mean of the tensor's F)): at the mean, a change of `reach` pulls as much as a typical gradient of those
+    batches. The layers must compute with their whole weights, the base's. Raises what `calibrate` raises.
+    """
+    found: dict[str, Tensor] = {}
+
+    def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
+        importance = statistics["squared_gradient"].reshape(-1)[masters[name].indices]
+        mean = importance.mean()
+        found[name] = importance / (reach * mean.sqrt()) if mean > 0 else torch.zeros_like(importance)
+
+    weights = {name: each.weight for name, each in masters.items()}
+    memory = max(LEAST_MEMORY, STILL_FREE * sum(each.indices.numel() for each in masters.values()))
+    done = calibrate(
+        model,
+        weights,
+        batches,
+        receive,
+        statistics=["squared_gradient"],
+        loss_fn=loss_fn,
+        memory=memory,
+        progress=progress,
+        undo=undo,
+    )
+    return found, done
+
+
+def hold(masters: Mapping[str, Masters], pull: Mapping[str, Tensor], passes: int, undo: Undo) -> None:
+    """Add pull · (value − base) / passes to each gradient of the masters from now on, until `undo`."""
+    for name, each in masters.items():
+        hook = _pulled(each, pull[name] / passes)
+        set_hook(undo, hooks_of(each.values, "_backward_hooks"), each.values.register_hook, hook)
+
+
+def _pulled(masters: Masters, pull: Tensor) -> Callable[[Tensor], Tensor]:
+    def add(gradient: Tensor) -> Tensor:
+        away = masters.values.detach() - masters.base.to(gradient.device, torch.float32)
+        return gradient + pull.to(gradient.device) * away
+
+    return add

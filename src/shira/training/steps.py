@@ -1,0 +1,160 @@
+"""While a tuner is attached, optimizers, state_dict and other libraries find the weights up to date."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TuningError
+from ..masks.calibration import same_random_numbers
+from ..weights import optimizers
+from ..weights.distributed import reshard
+from ..weights.model_tensors import OWN, Tree
+from ..weights.targets import Target
+from ..weights.undoing import Undo, hooks_of, set_hook
+from .following import value_name
+from .masters import Masters
+from .untrained import GradientWatch
+
+__all__ = ["Holders", "Training", "computing_dense", "leave_out", "write_pieces_before"]
+
+
+class Holders:
+    """The modules in which a tuner keeps what it needs: as long as they are in the model, the base is."""
+
+    def __init__(self, model: nn.Module, chosen: Collection[Target]) -> None:
+        holders = {id(use.holder) for target in chosen for use in target.uses}
+        self._model = model
+        self._held = [(name, module) for name, module in model.named_modules() if id(module) in holders]
+        self._tree = Tree(model)
+
+    def check(self) -> None:
+        """Raise TuningError unless all of them are in the model still, wherever."""
+        if self._tree.same():
+            return
+        inside = {id(module) for module in self._model.modules()}
+        gone = next((name for name, module in self._held if id(module) not in inside), None)
+        if gone is not None:
+            raise TuningError(
+                f"the module '{gone}' was replaced or taken out while a tuner is attached, and its base with it; put it back, "
+                "or call tuner.release(), which lets go of the model as it is"
+            )
+
+
+class Training:
+    """Lets every optimizer of torch write what it has stepped on into the weights, until `undo`.
+
+    check: raises what is to be said before a step, if the model is another.
+    """
+
+    def __init__(
+        self, model: nn.Module, masters: Mapping[str, Masters], watch: GradientWatch, undo: Undo, check: Callable[[], None]
+    ) -> None:
+        self._masters, self._watch, self._check = masters, watch, check
+        self._model = model
+        undo.callback(optimizers.forget, self)
+        optimizers.tell(self)
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise what `Masters.look` raises, before a step is taken on what cannot be written."""
+        stepped = self._stepped(optimizer)
+        if stepped:
+            self._check()
+        for each in stepped:
+            each.look()
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write what was stepped on."""
+        stepped = self._stepped(optimizer)
+        for each in stepped:
+            each.write_step()
+        if any(each.piece is not None for each in self._masters.values()):
+            reshard(self._model)
+        if stepped:
+            self._watch.of_ours()
+        else:
+            self._watch.of_another(optimizer, self._model)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> list[Masters]:
+        """The masters that an optimizer trains."""
+        its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        found = self._masters.values()
+        return [each for each in found if any(id(p) in its for p in each.parameters().values()) and not each.over]
+
+
+def write_pieces_before(model: nn.Module, pieces: list[Masters], undo: Undo) -> None:
+    """Before each forward pass bring sharded weights up to date; before fully_shard's own hook, which gathers them."""
+    register = functools.partial(model.register_forward_pre_hook, prepend=True)
+    set_hook(undo, hooks_of(model, "_forward_pre_hooks"), register, functools.partial(_write_pieces, pieces))
+
+
+def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> None:
+    changed = any(each.version != each.written for each in pieces)
+    for each in pieces:
+        each.write()
+    if changed:  # not by an optimizer's step
+        reshard(module)
+
+
+def leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[str, Masters], undo: Undo) -> None:
+    """Let a state_dict have weights that are up to date; and keep what modules hold for the tuner out of Transformers'
+    save_pretrained, and out of DDP's hands, which would send copies of the base to all processes in each step."""
+    fill = functools.partial(_fill_in, list(masters.values()))
+    set_hook(undo, hooks_of(model, "_load_state_dict_pre_hooks"), model.register_load_state_dict_pre_hook, fill)
+    write = functools.partial(_write_all, list(masters.values()))
+    set_hook(undo, hooks_of(model, "_state_dict_pre_hooks"), model.register_state_dict_pre_hook, write)
+    names = {id(module): name for name, module in model.named_modules()}
+    saved = [
+        f"{names[id(use.holder)]}.{value_name(use.attribute)}{ending}".lstrip(".")
+        for target in chosen
+        for use in target.uses
+        for ending in masters[target.name].parameters()
+    ]
+    sent = [name for name, _ in model.named_buffers() if f".{OWN}" in f".{name}"]
+    for attribute, own in (("_keys_to_ignore_on_save", saved), ("_ddp_params_and_buffers_to_ignore", sent)):
+        if attribute.startswith("_keys") and not hasattr(model, attribute):
+            continue
+        there, before = attribute in model.__dict__, getattr(model, attribute, None)
+        undo.callback(_reset_attribute, model, attribute, there, before)
+        model.__dict__[attribute] = type(before or [])([*(before or ()), *own])
+
+
+def _write_all(masters: list[Masters], _module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+    for each in masters:
+        if not (each.dense or each.over or each.piece is not None):
+            each.may_have_stepped = True  # also in a way that nobody sees: `parameter.data.copy_()`
+            each.write()
+
+
+def _fill_in(masters: list[Masters], model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state_dict of the base has no masters: then those that are there stay."""
+    known = {id(parameter) for each in masters for parameter in each.parameters().values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in known:
+            state.setdefault(prefix + name, parameter)
+
+
+def _reset_attribute(model: nn.Module, attribute: str, there: bool, before: Any) -> None:
+    if there:
+        model.__dict__[attribute] = before
+    else:
+        model.__dict__.pop(attribute, None)
+
+
+@contextlib.contextmanager
+def computing_dense(masters: Collection[Masters], undo: Undo) -> Iterator[Undo]:
+    """Let the layers compute with their whole weights, up to date, which then have gradients; keep the random numbers."""
+    for each in masters:
+        each.write()
+    with undo.part() as steps, same_random_numbers(each.weight for each in masters):
+        steps.callback(_set_dense, masters, False)
+        _set_dense(masters, True)
+        yield steps
+
+
+def _set_dense(masters: Collection[Masters], dense: bool) -> None:
+    for each in masters:
+        each.dense = dense

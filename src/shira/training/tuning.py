@@ -1,0 +1,220 @@
+"""Training: `attach` makes a few entries of a model's own weights trainable; any loop or trainer does the rest.
+
+Both ways of the paper (§3.3):
+
+"values" (Appendix E, the default). The chosen entries, as float32 masters, are the only parameters. While attached, the
+adapted layers compute with their weights as they are, into which changed masters are written before the forward
+pass; in the backward pass the weight's gradient is formed one layer at a time and only its sample survives.
+
+"hook" (Appendix D, "any trainer"). The weights are the parameters; a hook clears their gradients off the mask. It needs
+a copy of the base, full-size gradients and full-size optimizer state: it is here to be read, and to check the other.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .. import masks
+from ..errors import TuningError
+from ..masks import Mask
+from ..masks.avoiding import Avoid, count_of, entries_of
+from ..masks.calibration import LossFn, Progress
+from ..masks.selection import Indices, Selector
+from ..sparse.positions import index_dtype
+from ..weights import targets as target_names
+from ..weights.distributed import check_plain, is_sharded
+from ..weights.model_tensors import named_tensors, plain_model
+from ..weights.owners import claim
+from ..weights.targets import Target
+from ..weights.undoing import Undo
+from .trainable import check_trainable
+from .tuner import Tuner
+from .variants import choosing
+
+__all__ = ["attach"]
+
+
+def attach(
+    model: nn.Module,
+    *,
+    mask: str | Mask = "wm",
+    density: float | None = None,
+    rank: int | None = None,
+    total: int | None = None,
+    scope: Literal["tensor", "model"] = "tensor",
+    floor: float = 0.0,
+    overrides: Mapping[str, Any] | None = None,
+    targets: str | Iterable[str] = "all-linear",
+    exclude: str | Iterable[str] = (),
+    layers: int | Iterable[int] | None = None,
+    avoid: Avoid | Iterable[Avoid] = (),
+    calibration: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+    method: Literal["values", "hook"] = "values",
+    decompose: bool | int = False,
+    low_rank: int | None = None,
+    whole: str | Iterable[str] = "auto",
+) -> Tuner:
+    """Make a few entries of the model's weights trainable, and nothing else.
+
+    mask: a name from `shira.masks.available()` or a function of that form.
+    density: share of each target's entries, above 0 and at most 1 (0.01 if none of the three is given).
+    rank: gives each target the rank·(out + in) entries of a LoRA of that rank instead.
+    total: so many entries in all targets together, in proportion to their sizes.
+    scope: "model" ranks the scores of all targets in one list, instead of each target's by themselves; then a target keeps at
+        least `floor` (0 to 1) of what it would have had by itself. One that gets no entry is not trained.
+    overrides: name pattern -> a budget of its own, {"down_proj": 0.02, "layers.0.*": {"rank": 4}} (docs/masks/budgets.md).
+    targets: a list of names of modules or parameters, or suffixes of them; "all-linear", "attention", "mlp", "auto"; or a
+        regular expression (docs/targets.md). Layers of any kind, embeddings, mixtures' experts, norms and biases.
+    exclude: names none of which may be part of a target's name. layers: numbers of the layers to take, 3 or range(4, 12).
+    avoid: adapters, or files of them, none of whose entries may train.
+    calibration: batches for masks that need gradients or activations, read into a list; several are run more than once
+        where the sums of their gradients would take more memory than training does. The model runs in the mode it is in.
+    loss_fn(model, batch): by default `model(**batch).loss`. progress(done, total): called after each batch of the calibration.
+    seed: with each tensor's name it seeds the mask.
+    method: "values" or "hook", see the module's docstring.
+    decompose: train the entries as those of a DoRA of this rank (the paper's SHiRA-WM-DoRA), or True: of one whose direction is
+        free at the mask's positions. low_rank: train a low-rank product beside the entries (docs/choosing.md).
+
+    whole: modules all of whose parameters train, beside the targets and whatever the mask, and are in the adapter: "auto", the
+        head of one of Transformers' models for classification, which is new at each load; a list of names; or () for none.
+
+    The model, or a compiled one, which is trained as it is inside, is in the tuner's hands until `detach`.
+    Raises TargetError, MaskError, BaseMismatch or TuningError before anything in the model has changed.
+
+        tuner = shira.attach(model, mask="snip", density=0.01, calibration=batches)
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
+    """
+    model = plain_model(model, TuningError, "shira.attach(model)")
+    check_plain(model)
+    lazy = next((name for name, each in model.named_parameters() if nn.parameter.is_lazy(each)), None)
+    if lazy is not None:
+        raise TuningError(f"'{lazy}' is of a lazy module that has not been called yet; run one forward pass, then attach")
+    claim(model, "", TuningError)  # what was interrupted in making or leaving a tuner is finished first
+    _check_kinds(mask, seed, overrides, calibration, loss_fn, progress)
+    if method not in ("values", "hook"):
+        raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
+    if density is None and rank is None and total is None:
+        density = 0.01
+    targets, exclude, wanted = _names("targets", targets), _names("exclude", exclude), _names("whole", whole)
+    exclude = [exclude] if isinstance(exclude, str) else exclude
+    layers = _layers(layers)
+    chosen = target_names.resolve(model, targets, exclude=exclude, layers=layers)
+    new = target_names.whole_modules(model, wanted, exclude=exclude)
+    if wanted == "auto":
+        new = _unless_meant_otherwise(new, chosen, targets)
+    weights_of_new = {id(target.weight) for target in new}
+    chosen = [target for target in chosen if id(target.weight) not in weights_of_new]
+    check_trainable(chosen)
+    check_trainable(new)
+    if method == "hook" and any(is_sharded(target.weight) for target in (*chosen, *new)):
+        raise TuningError("method='hook' needs whole weights; on sharded ones train with method='values'")
+    make, variant = choosing.choose(chosen, mask, method, decompose, low_rank, seed)
+    weights = {target.name: target.weight for target in chosen}
+    avoided, avoided_names = entries_of(avoid, named_tensors(model), weights)
+    plan = masks.plan(
+        {target.name: target.sides for target in chosen},
+        density=density,
+        rank=rank,
+        total=total,
+        scope=scope,
+        floor=floor,
+        overrides=target_names.by_pattern(weights, overrides or {}),
+        avoided=count_of(avoided),
+    )
+    selector = Selector(mask, seed, {target.name: target.matrix for target in chosen}, avoided, loss_fn)
+    label, function = masks.resolve(mask)
+    settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density}
+    settings |= {"rank": rank, "total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
+    settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed, "targets": targets}
+    settings |= {"calibration": None, "exclude": exclude or None, "layers": layers, **variant}
+    settings |= {"whole": [target.name for target in new] or None}
+    select = functools.partial(selector.select, model, weights, plan, calibration, progress)
+    return _begun(model, chosen, new, settings, method, make, selector, select)
+
+
+@torch.inference_mode(False)
+def _begun(
+    model: nn.Module,
+    chosen: list[Target],
+    new: list[Target],
+    settings: dict[str, Any],
+    method: str,
+    make: choosing.Make,
+    selector: Selector,
+    select: Callable[[Undo], tuple[Indices, dict[str, Any] | None]],
+) -> Tuner:
+    """Choose the entries, and begin. Whoever is interrupted here has no tuner, so the model is left as it was."""
+    tuner = Tuner(model)
+    try:
+        indices, calibrated = select(tuner.at_detach)
+        record = {key: value for key, value in (settings | {"calibration": calibrated}).items() if value is not None}
+        taken = [target for target in chosen if target.name in indices] + new
+        for target in new:
+            entries = target.weight.numel()
+            indices[target.name] = torch.arange(entries, dtype=index_dtype(entries), device=target.weight.device)
+        tuner.begin(taken, indices, record, method, selector, make, [target.name for target in new])
+        return tuner
+    except BaseException:
+        tuner.undo()
+        raise
+
+
+def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: str | Iterable[str]) -> list[Target]:
+    """What of a new head trains whole: not what was named among the targets, which then is up to the mask, nor what was frozen
+    while the rest was not."""
+    if not isinstance(targets, str):
+        named = {id(use.holder) for target in chosen for use in target.uses}
+        new = [target for target in new if not any(id(use.holder) in named for use in target.uses)]
+    frozen = all(not target.weight.requires_grad for target in new) and any(target.weight.requires_grad for target in chosen)
+    return [] if frozen else new
+
+
+def _names(option: str, given: Any) -> Any:
+    """A name, or a list of names."""
+    if isinstance(given, str):
+        return given
+    if isinstance(given, nn.Module) or not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
+        raise TuningError(f'{option} must be names, {option}=["q_proj", "mlp"], found {type(given).__name__} {given!r:.60}')
+    names = list(given)
+    wrong = next((name for name in names if not isinstance(name, str) or not name), None)
+    if wrong is not None:
+        kind = type(wrong).__name__
+        raise TuningError(f'{option} must be names, {option}=["q_proj", "mlp"], found {kind} {wrong!r:.60} among them')
+    return names
+
+
+def _layers(given: Any) -> list[int] | None:
+    layers = [given] if isinstance(given, int) else given
+    if layers is None:
+        return None
+    if isinstance(layers, str | bytes | Mapping) or not isinstance(layers, Iterable):
+        raise TuningError(f"layers must be numbers of layers, layers=range(4, 12) or layers=3, found {given!r:.60}")
+    layers = list(layers)
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise TuningError(f"layers must be numbers of layers, layers=range(4, 12) or layers=3, found {given!r:.60}")
+    return layers
+
+
+def _check_kinds(mask: Any, seed: Any, overrides: Any, calibration: Any, loss_fn: Any, progress: Any) -> None:
+    """Raise TuningError, with what was meant, for arguments of another kind than they can be."""
+    if not isinstance(mask, str) and not callable(mask):
+        raise TuningError(f'mask must be a name or a function, mask="wm", found {type(mask).__name__} {mask!r:.60}')
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TuningError(f"seed must be a whole number, seed=0, found {seed!r:.60}")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TuningError(f'overrides must be a mapping, overrides={{"down_proj": 0.02}}, found {type(overrides).__name__}')
+    for pattern in overrides or ():
+        if not isinstance(pattern, str) or not pattern:
+            raise TuningError(f'overrides must have names as keys, overrides={{"down_proj": 0.02}}, found {pattern!r:.60}')
+    single = isinstance(calibration, nn.Module | Mapping | str | bytes | torch.Tensor)
+    if calibration is not None and (single or not isinstance(calibration, Iterable)):
+        raise TuningError(f"calibration must be batches, calibration=[batch, batch], found {type(calibration).__name__}")
+    for option, function in (("loss_fn", loss_fn), ("progress", progress)):
+        if function is not None and (not callable(function) or isinstance(function, nn.Module)):
+            raise TuningError(f"{option} must be a function, found {type(function).__name__}")

@@ -1,0 +1,88 @@
+"""Targets that never learn: which of them got no gradient, and why, as far as it can be known."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import is_installed
+from .masters import Masters
+
+__all__ = ["GradientWatch", "NotTrained"]
+
+SHOWN = 4  # names in a warning
+
+
+class NotTrained(UserWarning):
+    """Weights that were chosen to train, and do not."""
+
+
+class GradientWatch:
+    """Looks at each step of an optimizer, and says once what does not train.
+
+    Modules that no forward pass came by may be an expert without tokens in this batch: of them it is said at the end.
+    """
+
+    def __init__(
+        self, masters: Mapping[str, Masters], forwards: Mapping[int, Any], modules: Mapping[str, Iterable[nn.Module]]
+    ) -> None:
+        self._masters, self._forwards, self._modules = masters, forwards, modules
+        self._said: set[str] = set()
+        self._steps = 0  # of optimizers that train these masters, after a backward pass that reached any
+
+    def of_ours(self) -> None:
+        """After a step of an optimizer that trains these masters."""
+        for each in self._masters.values():
+            each.learnt = each.learnt or each.has_gradient()
+        if not any(each.learnt for each in self._masters.values()):
+            return
+        self._steps += 1
+        if self._steps == 1:
+            self._say(name for name, each in self._masters.items() if each.calls and not each.learnt)
+
+    def of_another(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """After a step of an optimizer that trains none of these masters."""
+        if self._steps or "" in self._said or not any(each.learnt for each in self._masters.values()):
+            return
+        its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(parameter) in its for parameter in model.parameters()):
+            self._said.add("")
+            warnings.warn(
+                f"a step of an optimizer ({type(optimizer).__name__}) that has weights of this model, but none of "
+                "tuner.parameters(): nothing trains; make the optimizer after attach(), with tuner.parameters()",
+                NotTrained,
+                stacklevel=2,
+            )
+
+    def at_the_end(self) -> None:
+        """When an adapter is made, or the tuner detached."""
+        if self._steps:
+            self._say(name for name, each in self._masters.items() if not each.learnt)
+
+    def _say(self, names: Iterable[str]) -> None:
+        reasons: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self._said:
+                self._said.add(name)
+                reasons.setdefault(self._reason(name), []).append(name)
+        for reason, found in reasons.items():
+            shown = ", ".join(repr(name) for name in found[:SHOWN]) + (", …" if len(found) > SHOWN else "")
+            warnings.warn(
+                f"{len(found)} of {len(self._masters)} targets got no gradient and do not train: {shown}; {reason}",
+                NotTrained,
+                stacklevel=2,
+            )
+
+    def _reason(self, name: str) -> str:
+        each = self._masters[name]
+        if not all(is_installed(module, self._forwards.get(id(module))) for module in self._modules[name]):
+            return "their modules were given another forward after attach(), as hooks of other libraries do; attach after that"
+        if not any(parameter.requires_grad for parameter in each.parameters().values()):
+            return "their values are frozen (requires_grad=False)"
+        if not each.calls:
+            return "their modules were never called: other code reads the weights, or no input came by; leave them out"
+        if not each.runs:
+            return "they ran without gradients only: under no_grad, or in reentrant checkpoints whose inputs need none"
+        return "what they compute does not reach the loss"

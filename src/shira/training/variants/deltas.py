@@ -1,0 +1,74 @@
+"""A sparse product beside a layer: y = Q(x) + x · Sᵀ, for weights in which nothing can be overwritten.
+
+S holds the differences at the mask's positions; a change in training adds nothing to a quantized weight and takes nothing away.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from ... import kernels
+from ...kernels.sparse_product import SparseLayout
+from ...sparse.tensor import Kind
+from ...weights.quantized import dense, shape_of
+from ...weights.targets import Use
+from ..following import Held, Kept
+from ..masters import Masters
+
+__all__ = ["Deltas"]
+
+
+class Deltas(Masters):
+    """Differences [k], float32, that begin at 0 and train beside a quantized weight."""
+
+    kind: Kind = "delta"
+    in_place = False
+
+    def __init__(self, name: str, weight: nn.Parameter, indices: Tensor) -> None:
+        out, inner = shape_of(weight)
+        self.name, self.weight, self.matrix, self.piece = name, weight, (out, inner), None
+        self.kept = Kept(indices, indices[:0], kernels.gather(dense(weight), indices), None, "")
+        self.values = nn.Parameter(torch.zeros(indices.numel(), dtype=torch.float32, device=indices.device))
+        self.layout = SparseLayout(indices, self.matrix)
+        self.uses = []
+        self._seen = None
+        self.side = self._product
+        self.dense = self.may_have_stepped = False
+        self.written = 0
+
+    def _product(self, input: Tensor) -> Tensor:
+        output: Tensor = self.layout.product(input, self.values)
+        return output
+
+    def held(self) -> Held:
+        return Held(self.indices, self.base, self.values.detach())
+
+    def live_in(self, uses: Collection[Use]) -> None:
+        self.uses = [(use.holder, use.attribute, self.weight) for use in uses]
+
+    def look(self) -> None:
+        """What is kept of a quantized weight does not depend on how it is stored; it must be where the weight is."""
+        if self.over:
+            return
+        for holder, attribute, _ in self.uses:
+            found = holder._parameters.get(attribute)
+            if found is None or shape_of(found) != self.matrix:
+                self._refuse("was replaced", "put it back")
+            self.weight = found
+        if self.values.dtype is not torch.float32:
+            self.put_back_to_float32()
+        if self.indices.device != self.weight.device:
+            kept, device = self.kept, self.weight.device
+            self.kept = kept._replace(indices=kept.indices.to(device), left=kept.left.to(device), bits=kept.bits.to(device))
+            self.layout = SparseLayout(self.indices, self.matrix)
+
+    def write(self) -> None:
+        """Nothing is written."""
+        self.look()
+
+    def write_step(self) -> None:
+        self.write()
+
+    def restore(self) -> None:
+        """The weight is as it was."""

@@ -1,0 +1,75 @@
+"""A low-rank product upᵀ · down beside a weight: at a few positions of it, a block of rows at a time, never whole."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ... import kernels
+
+__all__ = ["Factors", "row_blocks"]
+
+BLOCK = 2**22  # entries of a float32 block, 16 MB
+
+
+class Factors:
+    """up [rank, rows] and down [rank, columns], float32: LoRA's Bᵀ and A (arXiv 2106.09685), at a scale of 1.
+
+    `up` begins at zero, `down` uniform in ±1/√columns, drawn from a seed on the CPU, so that it is the same everywhere.
+    """
+
+    def __init__(self, matrix: tuple[int, int], rank: int, seed: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        bound = 1 / math.sqrt(matrix[1])
+        down = torch.empty(rank, matrix[1], dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        self.up = nn.Parameter(torch.zeros(rank, matrix[0], dtype=torch.float32, device=device))
+        self.down = nn.Parameter(down.to(device))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {"_up": self.up, "_down": self.down}
+
+    def at(self, indices: Tensor) -> Tensor:
+        """The product at sorted flat positions, float32 [k], for autograd."""
+        product: Tensor = _ProductAt.apply(self.up, self.down, indices)  # type: ignore[no-untyped-call]
+        return product
+
+    def squares(self) -> float:
+        """The sum of the product's squared entries."""
+        up, down = self.up.detach().double(), self.down.detach().double()
+        return float(((up @ up.T) * (down @ down.T)).sum())
+
+
+class _ProductAt(torch.autograd.Function):
+    """(upᵀ · down) at positions: as the gradient of a weight is sampled; its own gradient is sparse."""
+
+    @staticmethod
+    def forward(ctx: Any, up: Tensor, down: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(up, down, indices)
+        with torch.autocast(up.device.type, enabled=False):
+            return kernels.sampled_gradient(up, down, indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        up, down, indices = ctx.saved_tensors
+        rows, columns = up.shape[1], down.shape[1]
+        where = torch.stack([indices.long() // columns, indices.long() % columns])
+        sparse = torch.sparse_coo_tensor(where, gradient, (rows, columns), is_coalesced=True, check_invariants=False)
+        with torch.autocast(up.device.type, enabled=False):
+            grad_up = torch.sparse.mm(sparse, down.T).T.contiguous()
+            grad_down = torch.sparse.mm(sparse.T, up.T).T.contiguous()
+        return grad_up, grad_down, None
+
+
+def row_blocks(matrix: tuple[int, int], indices: Tensor) -> Iterator[tuple[slice, slice]]:
+    """A matrix in blocks of rows: which rows, and which of the sorted flat positions lie in them."""
+    rows, columns = matrix
+    step = max(1, BLOCK // columns)
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        edges = torch.tensor([first * columns, last * columns], device=indices.device, dtype=indices.dtype)
+        begin, end = torch.searchsorted(indices, edges).tolist()
+        yield slice(first, last), slice(begin, end)
