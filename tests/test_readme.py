@@ -4,12 +4,16 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"].keys()
 
 
 def blocks(language):
@@ -17,13 +21,32 @@ def blocks(language):
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
-INLINE = re.findall(r"`((?:make|\.venv/bin/shira) [^`]+)`", README)
+INLINE = re.findall(r"`((?:make|pip|\.venv/bin/shira) [^`]+)`", README)
 
 
 def test_nothing_in_the_readme_escapes_this_file():
     assert len(blocks("python")) == 1
-    assert all(line.split()[0] in ("make", ".venv/bin/shira") for line in COMMANDS + INLINE)
+    assert all(line.split()[0] in ("make", "pip", ".venv/bin/shira") for line in COMMANDS + INLINE)
     assert "make test" in INLINE
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS + INLINE if line.startswith("pip ")])
+def test_pip_gets_this_checkout_with_extras_that_exist(line):
+    """Not run: they would install into whatever environment runs the tests."""
+    _, verb, *arguments = shlex.split(line)
+    assert verb in ("install", "wheel")
+    checkout, *options = sorted(arguments, key=lambda argument: argument.startswith("-"))
+    path, extras = re.fullmatch(r"([^\[]+)(?:\[([\w,]+)\])?", checkout).groups()
+    assert path == "." and set(extras.split(",") if extras else ()) <= EXTRAS
+    assert set(options) <= {"--no-deps"}
+
+
+def test_the_readme_explains_every_extra_and_no_page_names_another():
+    (extras_list,) = re.findall(r"```bash\npip .*?```\n\n(.*?)\n\n", README, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`:", extras_list)) == EXTRAS
+    for page in PAGES:
+        for extras in re.findall(r"(?:shira-adapters|\.)\[([\w,]+)\]", page.read_text(encoding="utf-8")):
+            assert set(extras.split(",")) <= EXTRAS, f"{page.name}: {extras}"
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS + INLINE if line.startswith("make ")])
@@ -35,7 +58,7 @@ def test_make_targets_exist(line):
 
 @pytest.mark.real
 def test_the_commands_run_in_their_order(tmp_path):
-    for line in [line for line in COMMANDS + INLINE if not line.startswith("make ")]:
+    for line in [line for line in COMMANDS + INLINE if line.startswith(".venv/bin/shira ")]:
         _, *arguments = shlex.split(line)
         done = subprocess.run([sys.executable, "-m", "shira.cli", *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
@@ -50,7 +73,35 @@ def test_the_snippet_runs(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["spam.safetensors"]
 
 
+def anchors(page):
+    """The anchors that GitHub gives a page's headings: lower-case letters, digits, "-" and "_"; a space becomes "-"."""
+    slugs, found = [], []
+    for heading in re.findall(r"^#{1,6} +(.*?)(?: +#+)?$", without_blocks(page), re.MULTILINE):
+        shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        kept = (c for c in shown if c in "-_ " or unicodedata.category(c)[0] in "LM" or unicodedata.category(c) == "Nd")
+        slug = "".join(kept).strip().replace(" ", "-")
+        found.append(f"{slug}-{slugs.count(slug)}" if slug in slugs else slug)
+        slugs.append(slug)
+    return found
+
+
+def without_blocks(page):
+    """The text of a page without its fenced code blocks."""
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 def test_links_in_the_docs_lead_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", without_blocks(page))):
+            path, _, anchor = link.partition("#")
+            if link.startswith("http"):
+                continue
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}, found {anchors(target)}"
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Fusion: `shira bench fusion`\n## A [link](x.md), 4096²\n```\n# no heading\n```\n" + "## Same\n" * 3)
+    assert anchors(page) == ["fusion-shira-bench-fusion", "a-link-4096", "same", "same-1", "same-2"]
