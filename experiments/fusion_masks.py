@@ -2,7 +2,7 @@
 
 Every rule gets as many entries (2 % of the targets; LoRA as many parameters), the same data, three learning rates on the
 first seed, and keeps the rate that is best on validation examples. What is done is in the results file, one JSON line a
-run, and is not done again; runs of different rules may share the file. docs/masks.md reads them.
+run, and is not done again; runs of different rules may share the file. docs/masks/README.md reads them.
 
     python -m experiments.fusion_masks run --results experiments/fusion_masks.jsonl --rules wm snip lora
     python -m experiments.fusion_masks report --results experiments/fusion_masks.jsonl --plot fusion-masks.png

@@ -64,7 +64,7 @@ def train(
     stay_near: Annotated[
         str | None,
         typer.Option(
-            help="Data that the adapter shall not disturb, or own: text that the model writes itself (docs/masks.md)."
+            help="Data that the adapter shall not disturb, or own: text that the model writes itself (docs/masks/README.md)."
         ),
     ] = None,
     reach: Annotated[

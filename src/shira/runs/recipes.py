@@ -64,7 +64,7 @@ class Recipe:
     )
     calibration: int = 64  # examples, for masks that need gradients or activations
     stay_near: str | None = None  # data that the adapter shall not disturb; "own": text that the model writes itself
-    reach: float = 0.01  # how far it may go then, in units of the weights (docs/masks.md)
+    reach: float = 0.01  # how far it may go then, in units of the weights (docs/masks/README.md)
     refresh_every: int = 0  # steps after which the mask is selected anew; 0: never
     refresh_cap: float = 1.0  # entries the adapter may hold then, in budgets
     lr: float = 1e-3

@@ -2,7 +2,7 @@
 PNAS 2017, arXiv 1612.00796) on the entries that train.
 
 A quadratic penalty pulls each entry back to the base, as strongly as general text is sensitive to it: by F, the mean squared
-gradient there. docs/masks.md has what that does for adapters that are added.
+gradient there. docs/masks/README.md has what that does for adapters that are added.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -201,7 +201,8 @@ class Tuner:
         progress: Progress | None = None,
     ) -> None:
         """Pull the entries that train back to the base, the more the more these batches, of general text, are sensitive to them
-        (elastic weight consolidation, arXiv 1612.00796). Adapters that are added disturb each other less then (docs/masks.md).
+        (elastic weight consolidation, arXiv 1612.00796). Adapters that are added disturb each other less then
+        (docs/masks/README.md).
 
         To be called once, before training; it leaves torch's random numbers as they were.
         reach: the change, in units of the weights, at which an entry of the tensor's mean sensitivity is pulled as much as a
