@@ -3,7 +3,7 @@
     shira bench switch --device cuda        one weight
     shira bench scale --device cuda         the target weights of LLaMA2-7B's shape
     shira bench train --device cuda         a training step of that model, and its peak memory
-    shira bench products --device cuda      dense, in blocks, sampled; and the constants that choose (kernels/products.py)
+    shira bench products --device cuda      dense, in blocks, sampled; and the constants that choose (kernels/gpu/products.py)
 
 Every run is timed with the device idle before it and after it. Every function takes "cpu" as well, so that a machine without a
 GPU can see that it runs; such figures mean nothing.
@@ -229,7 +229,7 @@ def measure_products(
 
 
 def products_(plot: Path | None, quick: bool, device: str) -> list[dict[str, Any]]:
-    """Every way for the shapes of LLaMA2-7B; and a line to put into kernels/products.py."""
+    """Every way for the shapes of LLaMA2-7B; and a line to put into kernels/gpu/products.py."""
     found = []
     sides = [(96, 70)] if quick else [(4096, 4096), (11_008, 4096), (4096, 11_008)]
     sizes = itertools.product(

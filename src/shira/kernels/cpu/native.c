@@ -20,7 +20,7 @@
 #endif
 
 /* How many positions to fetch ahead, and where to: past the second-level cache, since each line is used once; or into it, and
- * further ahead, on AMD's processors, where more lines may be under way to it. docs/performance.md has the figures. */
+ * further ahead, on AMD's processors, where more lines may be under way to it. docs/notebook.md has the figures. */
 static int64_t fetch_ahead = 64;
 static int fetch_second_level = 0;
 

@@ -257,7 +257,7 @@ def _scratch(size: int) -> Tensor:
 
 def sampling_wins(dtype: torch.dtype, rows: int, columns: int, positions: int) -> bool:
     """Whether dot products at the positions beat a dense product, by nanoseconds a token measured on two cores
-    (docs/performance.md): of a dense multiply-add, of a sampled one, and of an entry of the inputs brought into rows."""
+    (docs/notebook.md): of a dense multiply-add, of a sampled one, and of an entry of the inputs brought into rows."""
     dense = DENSE_NS.get(dtype)
     return dense is not None and SAMPLED_NS * positions + PACK_NS * (rows + columns) < dense * rows * columns
 
