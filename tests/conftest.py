@@ -7,6 +7,10 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other do not take the others' processors
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as processors
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -26,11 +30,20 @@ settings.load_profile("shira")
 @contextlib.contextmanager
 def plain_c():
     """The kernels in C without the instructions that not all processors have."""
-    kernels.native.PLAIN = True
+    token = kernels.native.plain_c.set(True)
     try:
         yield
     finally:
-        kernels.native.PLAIN = False
+        kernels.native.plain_c.reset(token)
+
+
+@pytest.fixture
+def two_threads():
+    """Kernels and fusion share their work among two threads, however many torch has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -134,3 +147,9 @@ def run(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run_
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no process is left alone with one of them at the end."""
+    long = ("test_readme.py", "test_real.py", "test_distributed.py", "test_commonsense.py", "test_streaming.py")
+    items.sort(key=lambda item: item.path.name not in long)

@@ -10,6 +10,8 @@ import shira
 from conftest import all_bits, bits, mlp, plain_c, random_adapter, same_bits
 from shira import AdapterError, BaseMismatch, SparseTensor, Switcher, kernels
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 STRENGTHS = st.sampled_from([1.0, 0.5, -0.25, 2.0])
 
 
@@ -137,6 +139,14 @@ def test_fusing_files_gives_a_file_that_switches_and_fuses_again(tmp_path):
     assert both.name == "random1+random2"
     assert both.metadata["fused"] == {"method": "sum", "strengths": {"a.safetensors": 1.0, "b.safetensors": 0.7}}
     assert both.nnz < sum(shira.load(tmp_path / f"{n}.safetensors").nnz for n in "ab")
+
+
+def test_fusing_leaves_the_number_of_torchs_threads_alone(monkeypatch):
+    """It belongs to the whole process, in which other calls may run."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail("it was set"))
+    model = mlp()
+    assert shira.fuse({"a": (random_adapter(model, 1), 0.5), "b": (random_adapter(model, 2), 1.0)}, base=model).nnz
+    monkeypatch.undo()
 
 
 def test_an_entry_that_one_adapter_touches_at_strength_one_keeps_its_bits():
@@ -301,11 +311,9 @@ def test_files_of_one_name_and_files_that_share_positions(tmp_path):
     expected = shira.fuse({"1": (first, 1.0), "2": (other, -0.5)}, base=model)
     for name, tensor in expected.tensors.items():
         assert torch.equal(bits(tensor.values), bits(fused.tensors[name].values))
-    threads = torch.get_num_threads()
     (tmp_path / "y" / "first").unlink()
     with pytest.raises(shira.FormatError, match=r"'first' beside it"):
         shira.fuse(paths, base=model)
-    assert torch.get_num_threads() == threads
     with pytest.raises(AdapterError, match="given twice"):
         shira.fuse({tmp_path / "x" / "a": 1.0, str(tmp_path / "x" / "a"): 1.0}, base=model)
 

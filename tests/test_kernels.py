@@ -10,6 +10,8 @@ from shira import AdapterError, kernels
 from shira.files import encoding
 from shira.sparse.tensor import fingerprint
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ODD = torch.tensor([float("nan"), float("inf"), -0.0, 0.0, 1.5, -2.25])
 

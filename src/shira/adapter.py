@@ -82,7 +82,7 @@ class Adapter:
         return hashlib.sha256(lines.encode()).hexdigest()[:32] if lines else None
 
     def save(self, path: str | os.PathLike[str], *, like: str | os.PathLike[str] | None = None) -> None:
-        """Write one safetensors file (docs/format.md), all or nothing: see `shira.format.save`.
+        """Write one safetensors file (docs/format.md), all or nothing: see `shira.adapter.save`.
 
         like: a file beside it with an adapter of the same mask, whose positions need not be written again.
         """

@@ -82,7 +82,7 @@ def extract_to(path: str | os.PathLike[str], base: CheckpointSource, tuned: Chec
 
     Raises what `extract` raises, or OSError, with any file already under that name unchanged.
 
-        shira.extraction.extract_to("instruct.safetensors", "SmolLM2-135M", "SmolLM2-135M-Instruct", density=0.05)
+        shira.checkpoints.extraction.extract_to("instruct.safetensors", "SmolLM2-135M", "SmolLM2-135M-Instruct", density=0.05)
     """
     path = path_of(path, "extract_to('instruct.safetensors', base, tuned)", AdapterError)
     for source in (base, tuned) if os.path.exists(path) else ():

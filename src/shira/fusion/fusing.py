@@ -88,16 +88,11 @@ def fuse(
 
 
 def _side_by_side(work: Callable[[str], Item], names: Sequence[str]) -> Iterator[Item]:
-    """`work` on each name, in as many threads as torch has. A tensor to a thread needs no more from torch's operators than
-    that thread: so much of this is reading, hashing and copying that they would mostly wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            contexts = [contextvars.copy_context() for _ in names]  # which backend is forced
-            yield from pool.map(lambda context, name: context.run(work, name), contexts, names)
-    finally:
-        torch.set_num_threads(threads)
+    """`work` on each name, a tensor to a thread, in as many threads as torch has. Much of the work is reading, hashing and
+    copying, in which a thread does not hold the interpreter's lock."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        contexts = [contextvars.copy_context() for _ in names]  # which backend is forced
+        yield from pool.map(lambda context, name: context.run(work, name), contexts, names)
 
 
 def _check_recorded_bases(parts: Mapping[str, Adapter]) -> None:

@@ -161,7 +161,7 @@ def takes_gaps(weight: Tensor | None, entries: int) -> bool:
 
 
 def fingerprints(values: Sequence[Tensor]) -> list[str]:
-    """`adapter.fingerprint` of each."""
+    """`sparse.tensor.fingerprint` of each."""
     found = native.fingerprints(values) if backend_for(*values) is native else None
     return [fingerprint(tensor) for tensor in values] if found is None else found
 

@@ -79,7 +79,7 @@ def attach(
     seed: with each tensor's name it seeds the mask.
     method: "values" or "hook", see the module's docstring.
     decompose: train the entries as those of a DoRA of this rank (the paper's SHiRA-WM-DoRA), or True: of one whose direction is
-        free at the mask's positions. low_rank: train a low-rank product beside the entries (docs/choosing.md).
+        free at the mask's positions. low_rank: train a low-rank product beside the entries (docs/variants.md).
 
     whole: modules all of whose parameters train, beside the targets and whatever the mask, and are in the adapter: "auto", the
         head of one of Transformers' models for classification, which is new at each load; a list of names; or () for none.

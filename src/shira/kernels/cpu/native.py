@@ -8,6 +8,7 @@ torch's operators serve.
 import importlib
 import threading
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +60,7 @@ KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 MESSAGE = np.dtype([("values", "u8"), ("digest", "u8"), ("count", "i8"), ("entry", "i8")])  # as in sha256.c
 
 CPU = torch.device("cpu")  # where what C fills must lie, whatever torch.set_default_device says
-PLAIN = False  # do without instructions that not all processors have: for tests
+plain_c: ContextVar[bool] = ContextVar("shira_plain_c", default=False)  # without instructions that not all processors have
 
 BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
 DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}
@@ -168,7 +169,7 @@ def combine(
         dtype.itemsize,
         numel,
     )
-    found = _native.combine(*given, found_at.data_ptr(), fresh.data_ptr(), base.data_ptr(), MODES[method], PLAIN)
+    found = _native.combine(*given, found_at.data_ptr(), fresh.data_ptr(), base.data_ptr(), MODES[method], plain_c.get())
     if found < 0:
         return None
     return Combined(_kept(found_at, found), _kept(fresh, found), base[:found], under)
@@ -205,7 +206,7 @@ def _kept(tensor: Tensor, count: int) -> Tensor:
 def fingerprints(values: Sequence[Tensor]) -> list[str] | None:
     """See `kernels.fingerprints`: two at a time, for float32 or bfloat16, where the processor has instructions for SHA-256."""
     dtypes = {tensor.dtype for tensor in values}
-    if PLAIN or dtypes not in ({torch.float32}, {torch.bfloat16}):
+    if plain_c.get() or dtypes not in ({torch.float32}, {torch.bfloat16}):
         return None
     values = [tensor.detach().contiguous() for tensor in values]
     digests = np.zeros((len(values), 32), dtype=np.uint8)
