@@ -1,7 +1,7 @@
 """One of several processes: trains a tiny model as told, and writes down what came out. Run by launchers from the tests.
 
-torchrun --standalone --nproc-per-node 2 tests/distributed_run.py ddp|variants|fsdp|zero3|other-positions|dies FOLDER
-ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/distributed_run.py accelerate[-fsdp] FOLDER
+torchrun --standalone --nproc-per-node 2 tests/distributed_run.py ddp+variants+fsdp+zero3+other-positions+dies FOLDER
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/distributed_run.py accelerate+accelerate-fsdp FOLDER
 """
 
 import contextlib
@@ -224,6 +224,8 @@ def run_accelerate_fsdp(folder):
     """FSDP2 as Accelerate shards a model, and with a model that is sharded already."""
     import accelerate
 
+    accelerate.state.AcceleratorState._reset_state()  # that of an earlier run
+
     def fully_shard_by(policy, **names):
         plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=policy, **names)
         accelerator = accelerate.Accelerator(fsdp_plugin=plugin)
@@ -277,7 +279,7 @@ def run_sharded_too_late(folder, rank, ranks):
             shard(model)(**family_batch("llama"))
         except shira.TuningError as error:
             message = str(error)
-        (folder / f"message-{rank}.json").write_text(json.dumps(message))
+        (folder / f"sharded-too-late-{rank}.json").write_text(json.dumps(message))
         os._exit(0)  # what was torn apart cannot be detached
 
 
@@ -291,7 +293,7 @@ def run_other_positions(folder, rank, ranks):
             message = str(error)
         else:
             message = ""
-    (folder / f"message-{rank}.json").write_text(json.dumps(message))
+    (folder / f"other-positions-{rank}.json").write_text(json.dumps(message))
 
 
 def run_dies(folder, rank, ranks):
@@ -314,13 +316,15 @@ def main():
     what, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     shira.masks.selection.LEAST_MEMORY = 0  # gradients of several batches are summed in groups of weights
-    run = globals()["run_" + what.replace("-", "_")]
+    runs = [globals()["run_" + one.replace("-", "_")] for one in what.split("+")]
     if what.startswith("accelerate"):
-        run(folder)
+        for run in runs:
+            run(folder)
         assert (dist.get_backend(), dist.get_world_size()) == ("gloo", 2)
     else:
         dist.init_process_group("gloo")
-        run(folder, dist.get_rank(), dist.get_world_size())
+        for run in runs:
+            run(folder, dist.get_rank(), dist.get_world_size())
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
     if what.startswith("zero3"):

@@ -310,6 +310,7 @@ def test_the_benchmarks_run_in_small(run, tmp_path, what):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_the_training_benchmark_runs_in_small(run):

@@ -58,35 +58,30 @@ def same_adapter(one, other):
         torch.testing.assert_close(tensor.values, other.tensors[name].values, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("what", "run"), [("ddp", run_two), ("accelerate", accelerate_launch)])
-def test_two_whole_models_train_what_one_does(what, run, tmp_path):
-    code, printed = run(what, tmp_path)
+def test_two_processes_train_what_one_does(tmp_path):
+    """Whole models under DDP, their variants, sharded models, which switch as well; then two mistakes, each an error before the
+    first step. In one launch: to start two processes takes longer than what they do."""
+    code, printed = run_two("ddp+variants+fsdp+other-positions+sharded-too-late", tmp_path)
     assert code == 0, printed
-    same_adapter(shira.load(tmp_path / f"{what}.safetensors"), trained_alone())
-
-
-def test_two_whole_models_train_variants_as_one_does(tmp_path):
-    code, printed = run_two("variants", tmp_path)
-    assert code == 0, printed
+    same_adapter(shira.load(tmp_path / "ddp.safetensors"), trained_alone())
     for variant in VARIANTS:
         same_adapter(shira.load(tmp_path / f"{variant}.safetensors"), trained_alone(variant=variant))
-
-
-def test_accelerate_shards_before_attach(tmp_path):
-    code, printed = accelerate_launch("accelerate-fsdp", tmp_path)
-    assert code == 0, printed
-    for number in (0, 1):
-        same_adapter(shira.load(tmp_path / f"accelerate-fsdp-{number}.safetensors"), trained_alone())
-
-
-def test_fsdp_trains_what_one_process_does_and_switches(tmp_path):
-    code, printed = run_two("fsdp", tmp_path)
-    assert code == 0, printed
     for mask in ("wm", "snip"):
         same_adapter(shira.load(tmp_path / f"fsdp-{mask}.safetensors"), trained_alone(mask))
+    first, second = (json.loads((tmp_path / f"other-positions-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == "" and "process 1 chose other positions to train than the first" in second
+    assert "was replaced after attach" in json.loads((tmp_path / "sharded-too-late-1.json").read_text())
 
 
-def test_the_command_trains_on_two_processes_what_it_does_on_one(tmp_path, tiny_llama):
+def test_accelerate_trains_what_one_process_does(tmp_path):
+    """Whole models, then models that are sharded before attach."""
+    code, printed = accelerate_launch("accelerate+accelerate-fsdp", tmp_path)
+    assert code == 0, printed
+    for name in ("accelerate", "accelerate-fsdp-0", "accelerate-fsdp-1"):
+        same_adapter(shira.load(tmp_path / f"{name}.safetensors"), trained_alone())
+
+
+def test_the_command_trains_on_two_processes_what_it_does_on_one(tmp_path, tiny_llama, run):
     tiny_llama.save_pretrained(tmp_path / "model")
     letter_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)]
@@ -95,25 +90,16 @@ def test_the_command_trains_on_two_processes_what_it_does_on_one(tmp_path, tiny_
     for processes in (1, 2):
         out = tmp_path / f"on-{processes}.safetensors"
         line = ["train", tmp_path / "model", "--data", tmp_path / "sums.jsonl", "--steps", 3, "--density", 0.05, "-o", out]
-        code, printed = torchrun(processes, "-m", "shira.cli", *line, "--batch-size", 8 // processes)
+        line += ["--batch-size", 8 // processes]
+        if processes == 1:
+            code, printed, _ = run(" ".join(map(str, line)))
+        else:
+            code, printed = torchrun(processes, "-m", "shira.cli", *line)
         assert code == 0, printed
         assert printed.count("the recipe is") == 1
         trained.append(shira.load(out))
     same_adapter(*trained)
     assert trained[0].metadata["training"] == trained[1].metadata["training"]
-
-
-def test_other_positions_on_each_process_are_an_error_before_the_first_step(tmp_path):
-    code, printed = run_two("other-positions", tmp_path)
-    assert code == 0, printed
-    first, second = (json.loads((tmp_path / f"message-{rank}.json").read_text()) for rank in (0, 1))
-    assert first == "" and "process 1 chose other positions to train than the first" in second
-
-
-def test_a_model_that_is_sharded_after_attach_is_an_error_before_the_first_step(tmp_path):
-    code, printed = run_two("sharded-too-late", tmp_path)
-    assert code == 0, printed
-    assert "was replaced after attach" in json.loads((tmp_path / "message-1.json").read_text())
 
 
 def test_a_process_that_dies_leaves_the_last_checkpoint_whole(tmp_path):

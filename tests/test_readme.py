@@ -57,6 +57,7 @@ def test_make_targets_exist(line):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_commands_run_in_their_order(tmp_path):
     for line in [line for line in COMMANDS + INLINE if line.startswith(".venv/bin/shira ")]:
         _, *arguments = shlex.split(line)

@@ -25,8 +25,10 @@ def demo(folder, *options):
     return json.loads(done.stdout)
 
 
-def test_the_demo_in_small(tmp_path):
-    result = demo(tmp_path, "--steps", "2", "--examples", "12")
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    """What the demo is meant to show: 10 points on each task, 80 % of them after fusion, within its time and memory."""
+    result = demo(tmp_path)
     assert result["restored"] is True
     base, spam, questions, both, again = result["rows"]
     assert base["changed"] == again["changed"] == 0
@@ -36,13 +38,6 @@ def test_the_demo_in_small(tmp_path):
     } | {"active": "base"}
     assert spam["file_bytes"] == (tmp_path / "spam.safetensors").stat().st_size
     assert (tmp_path / "questions.yaml").exists()
-
-
-@pytest.mark.slow
-def test_the_whole_demo(tmp_path):
-    """What the demo is meant to show: 10 points on each task, 80 % of them after fusion, within its time and memory."""
-    result = demo(tmp_path)
-    assert result["restored"] is True
     assert result["examples"] >= 200
     for alone, fused in result["gains"].values():
         assert alone >= 0.10
