@@ -7,6 +7,7 @@ What a file or an argument says goes through `cell` as well, so that it cannot b
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,7 +63,11 @@ def fail(error: Exception) -> None:
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; yields update(done, note), or update(done, note, what, total) for the next stage."""
+    """Progress on stderr; yields update(done, note), or update(done, note, what, total) for the next stage.
+
+    A terminal shows a bar for each stage. A log gets one line a stage, when it ends, with its time.
+    """
+    stage, note, done, started = cell(what), "", 0, time.monotonic()
     with Progress(
         TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
@@ -72,38 +77,47 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         console=errors,
-        disable=not IS_FIRST,
+        disable=not (IS_FIRST and errors.is_terminal),
     ) as bar:
-        what = cell(what)
-        task = bar.add_task(what, total=total, note="")
+        task = bar.add_task(stage, total=total, note="")
 
-        stage = what
-
-        def update(done: int, note: str = "", what: str | None = None, total: int | None = None) -> None:
-            nonlocal stage, task
+        def update(now: int, its_note: str = "", what: str | None = None, its_total: int | None = None) -> None:
+            nonlocal stage, note, done, total, started, task
             if what is not None and what != stage:
-                stage = what
-                if bar.tasks[-1].completed:
-                    task = bar.add_task(what, total=total, note="")
+                if done:
+                    _log(stage, started, done, total, note)
+                    task = bar.add_task(what, total=its_total, note="")
                 else:
-                    bar.reset(task, description=what, total=total)
-            bar.update(task, completed=done, note=cell(note))
+                    bar.reset(task, description=what, total=its_total)
+                stage, total, started = what, its_total, time.monotonic()
+            done, note = now, cell(its_note)
+            bar.update(task, completed=done, note=note)
 
         yield update
+    _log(stage, started, done, total, note)
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A spinner on stderr, with the time that has passed, for what cannot tell how far it is."""
+    """The time that passes, on stderr, for what cannot tell how far it is: a spinner in a terminal, one line in a log."""
+    started = time.monotonic()
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description:<26}", markup=False),
         TimeElapsedColumn(),
         console=errors,
-        disable=not IS_FIRST,
+        disable=not (IS_FIRST and errors.is_terminal),
     ) as bar:
         bar.add_task(what, total=None)
         yield
+    _log(what, started)
+
+
+def _log(what: str, started: float, done: int = 0, total: int | None = None, note: str = "") -> None:
+    """A stage that has ended, as a line of a log."""
+    if IS_FIRST and not errors.is_terminal:
+        count = f"{done}/{total} " if total else f"{done} " if done else ""
+        errors.print(f"{what}: {count}in {time.monotonic() - started:.1f} s {note}".rstrip(), highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
