@@ -1,7 +1,7 @@
 """One of several processes: trains a tiny model as told, and writes down what came out. Run by launchers from the tests.
 
 torchrun --standalone --nproc-per-node 2 tests/distributed_run.py ddp+variants+fsdp+zero3+other-positions+dies FOLDER
-ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/distributed_run.py accelerate+accelerate-fsdp FOLDER
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tests/distributed_run.py accelerate FOLDER
 """
 
 import contextlib
