@@ -6,7 +6,7 @@ from torch import nn
 
 from families import family
 from shira import TargetError
-from shira.cli.targets import parse_layers, parse_targets
+from shira.runs.options import parse_layers, parse_targets
 from shira.training.trainable import check_trainable
 from shira.weights.targets import resolve
 
@@ -166,4 +166,4 @@ def test_targets_on_the_command_line(text, meaning):
 
 
 def test_layers_on_the_command_line():
-    assert parse_layers("0,2,4-6") == [0, 2, 4, 5, 6] and parse_layers(None) is None
+    assert parse_layers("0,2,4-6") == [0, 2, 4, 5, 6]

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..errors import DataError
 from ..runs.recipes import Recipe
+from .options import given, recipe_options
 from .output import bytes_text, cell, console, print_json, waiting
-from .targets import parse_targets
 
 __all__ = ["estimate"]
+
+SHARED = ("mask", "density", "rank", "targets")  # with training
 
 
 class Method(StrEnum):
@@ -23,24 +24,16 @@ class Method(StrEnum):
     full = "full"
 
 
+@recipe_options(*SHARED, "dtype")
 def estimate(
-    model: Annotated[
-        str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct; its configuration is read.")
-    ],
-    method: Annotated[Method, typer.Option(help="shira; lora, as PEFT has it; or full: every weight.")] = Method.shira,
-    mask: Annotated[str, typer.Option(help="With shira: any mask; struct takes less than the others.")] = "wm",
-    density: Annotated[float | None, typer.Option(help="Share of each target's entries that train (0.01).")] = None,
-    rank: Annotated[int | None, typer.Option(help="Instead, and for lora: the rank (lora: 16).")] = None,
-    targets: Annotated[
-        str | None,
-        typer.Option(help="Names with commas, all-linear, attention, mlp, or a regex (the paper's: q, k, v, up, down)."),
-    ] = None,
+    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct; only its config is read.")],
+    method: Annotated[Method, typer.Option(help="shira; lora, as in PEFT (rank 16); or full: every weight.")] = Method.shira,
     batch_size: Annotated[int, typer.Option(help="Rows a batch.", min=1)] = 1,
     length: Annotated[int, typer.Option(help="Tokens a row.", min=2)] = 512,
-    dtype: Annotated[str, typer.Option(help="auto (the configuration's), float32, bfloat16 or float16.")] = "auto",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Gradient checkpointing.")] = False,
     dropout: Annotated[float, typer.Option(help="With lora: the dropout before it.", min=0, max=1)] = 0.0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    **options: Any,
 ) -> None:
     """Predict the peak memory of a training step with AdamW. No weight is read or made.
 
@@ -51,25 +44,19 @@ def estimate(
     from ..integrations.transformers import load_config, untrained
     from ..runs import estimate as library
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in ("auto", *dtypes):
-        raise DataError(f"dtype must be auto, float32, bfloat16 or float16, found {dtype!r}")
+    recipe = Recipe(**given(options))
     config = load_config(model)
-    chosen = dtypes.get(dtype) or getattr(config, "dtype", None) or torch.float32
-    names = Recipe().targets if targets is None else parse_targets(targets)
+    chosen = getattr(torch, recipe.dtype, None) or getattr(config, "dtype", None) or torch.float32  # torch has no "auto"
     with waiting("running a step without data"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a model says when it is built
         found = library.estimate(
             lambda: untrained(config, chosen),
             method=method.value,
-            mask=mask,
-            density=density,
-            rank=rank,
-            targets=names,
             batch_size=batch_size,
             length=length,
             checkpointing=checkpointing,
             dropout=dropout,
+            **{name: getattr(recipe, name) for name in SHARED},
         )
     setup: dict[str, Any] = {"model": model, "method": method.value, "dtype": str(chosen).removeprefix("torch.")}
     setup |= {"batch_size": batch_size, "length": length, "checkpointing": checkpointing, "parameters": found.parameters}

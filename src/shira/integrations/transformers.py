@@ -18,7 +18,6 @@ from ..data.tokens import Row, encode
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
 from ..files.paths import temporary_folder
 from ..masks.calibration import without_cudnn_attention
-from ..training.refresh import check_cap
 from ..training.tuner import Tuner
 
 __all__ = [
@@ -168,6 +167,13 @@ def reporters(report_to: str) -> list[str]:
     return names
 
 
+def check_schedule(schedule: str) -> None:
+    """Raise DataError for a schedule of the learning rate that Transformers does not have."""
+    known = [each.value for each in _library().SchedulerType]
+    if schedule not in known:
+        raise DataError(f"unknown schedule {schedule!r}; {did_you_mean(schedule, known)}")
+
+
 def train(
     tuner: Tuner,
     model: nn.Module,
@@ -199,11 +205,8 @@ def train(
     held_out: rows whose mean loss is taken before the first and after the last step; on_evaluation(rows done, rows in all).
     report_to: where Transformers shall report, with commas ("tensorboard,wandb"); log_folder: where TensorBoard finds it.
     on_step(step, loss, tokens a second) is called after each optimizer step. Returns a summary for the adapter's file.
-    Raises TuningError if the loss stops being finite, or for a refresh that cannot be; what `reporters` raises.
+    Raises TuningError if the loss stops being finite, or a refresh cannot be; what `reporters` raises.
     """
-    if refresh_every < 0:
-        raise TuningError(f"refresh_every must be a number of steps, or 0 for never; found {refresh_every}")
-    check_cap(refresh_cap)
     library = _library()
     report = reporters(report_to)
     moved: list[int] = []

@@ -3,19 +3,16 @@
 import dataclasses
 import itertools
 import random
-import sys
 import time
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ..adapter import Adapter
+from .. import masks
+from ..adapter import Adapter, opened
 from ..data.batches import batches, check_packing
 from ..data.reading import examples_of
 from ..data.tasks import Example
@@ -24,110 +21,77 @@ from ..errors import DataError, MissingExtra, did_you_mean
 from ..files.paths import open_regular, path_of
 from ..files.tensorfiles import write_whole
 from ..integrations import transformers as hf
-from ..texts import shown
+from ..texts import shown, strict_json
 from ..training.tuning import attach
+from .options import check, option, parse_layers, parse_targets, passed_to
 
-__all__ = ["Recipe", "load_recipe", "read_settings", "save_recipe", "train_adapter"]
+__all__ = ["Recipe", "check_run", "load_recipe", "read_settings", "save_recipe", "train_adapter"]
 
-LOWEST = {"steps": 1, "batch_size": 1, "accumulate": 1, "calibration": 1, "max_length": 2, "seed": 0, "refresh_every": 0}
 OWN_TEXT = "own"
 GENERAL_BATCH = 4  # rows; their gradients are squared batch by batch
 BUDGETS = ("density", "rank", "total")  # one of them
-LARGEST = 2**63 - 1  # whole number in a recipe
+NOT_TOGETHER = ({"eval_data", "eval_share"}, {"decompose", "stay_near", "refresh_every", "method hook"})
+PAPERS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # targets
+LARGER = (2**31, 2**31)  # than any matrix
 LONGEST = 2**20  # bytes of a recipe
 DEEPEST = 8  # settings in settings
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What `shira train` is told, on the command line or in a YAML file; the names are those of its options."""
+    """What `shira train` is told, on the command line or in a YAML file. Each option is defined here, once."""
 
-    model: str = "SmolLM2-135M-Instruct"  # a folder, a hub id, or a built-in name
-    data: str = ""  # a built-in task, a JSONL or Parquet file, a folder or hub id as in "org/name:train"
-    eval_data: str | None = None  # the same: its mean loss is taken before and after
-    eval_share: float = 0.0  # instead: hold out this share of the data
-    name: str = ""  # the adapter's name; the data's if empty
-    mask: str = "wm"
-    density: float | None = None
-    rank: int | None = None
-    total: int | None = None
-    scope: str = "tensor"  # or "model": one ranking over all targets
-    floor: float = 0.0  # with scope "model": the share of its own budget that each target keeps
-    overrides: dict[str, Any] | None = None  # name pattern -> density, or {"rank": 4}, or {"total": 1000}
-    avoid: list[str] | None = None  # adapter files none of whose entries may train
-    targets: str | list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
-    exclude: list[str] | None = None  # names none of which may be part of a target's name
-    layers: list[int] | None = None  # numbers of the layers to take
-    method: str = "values"
-    decompose: int | None = (
-        None  # rank of a masked DoRA (docs/variants.md), 0: free at the mask's positions; None: plain entries
+    model: str = option("SmolLM2-135M-Instruct", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
+    data: str = option("", "JSONL, Parquet, a data set (org/name:train), or a task: spam, questions, film.", group="Data")
+    eval_data: str | None = option(None, "Held-out data, named as in --data. Its mean loss is taken before and after.")
+    eval_share: float = option(0.0, "In place of --eval-data, this share of the data is held out.", ge=0, lt=1)
+    limit: int | None = option(None, "Training uses this many examples at most.", ge=1)
+    max_length: int = option(512, "An example has this many tokens at most.", ge=2)
+    pack: bool = option(False, "A row of --max-length tokens holds several examples. A batch then counts rows.")
+    mask: str = option("wm", "The mask: wm, snip, block:by=snip,size=8, …; see `shira masks`.", "attach", group="Mask")
+    density: float | None = option(None, "Share of each target's entries that train; 0.01 by default.", "attach", gt=0, le=1)
+    rank: int | None = option(None, "In place of --density: the entries of a LoRA of this rank.", "attach", ge=1)
+    total: int | None = option(None, "In place of --density: so many entries in all targets together.", "attach", ge=1)
+    scope: Literal["tensor", "model"] = option("tensor", "model ranks the entries of all targets in one list.", "attach")
+    floor: float = option(0.0, "With --scope model, each target keeps this share of its budget.", "attach", ge=0, le=1)
+    overrides: dict[str, Any] | None = option(
+        None, """Budgets by name, as JSON: '{"down_proj": 0.02, "q_proj": {"rank": 4}}'.""", "attach", parse=strict_json
     )
-    calibration: int = 64  # examples, for masks that need gradients or activations
-    stay_near: str | None = None  # data that the adapter shall not disturb; "own": text that the model writes itself
-    reach: float = 0.01  # how far it may go then, in units of the weights (docs/masks/README.md)
-    refresh_every: int = 0  # steps after which the mask is selected anew; 0: never
-    refresh_cap: float = 1.0  # entries the adapter may hold then, in budgets
-    lr: float = 1e-3
-    steps: int = 100
-    batch_size: int = 16
-    accumulate: int = 1
-    schedule: str = "linear"
-    warmup: float = 0.0  # share of the steps
-    limit: int | None = None  # train on this many examples at most
-    max_length: int = 512  # tokens
-    pack: bool = False  # several examples in a row of max_length tokens; a batch then counts rows
-    dtype: str = "auto"
-    seed: int = 0
-    license: str | None = None
-    report_to: str = "none"  # "tensorboard", "wandb", … , several with commas
-    log_folder: str = "runs"  # where TensorBoard finds the runs
+    avoid: list[str] | None = option(None, "No entry of this adapter's file trains. May be given more than once.", "attach")
+    targets: str | list[str] = option(
+        PAPERS, "Names with commas, all-linear, attention, mlp, auto, or a regular expression.", "attach", parse=parse_targets
+    )
+    exclude: list[str] | None = option(None, "Names to leave out, with commas.", "attach", parse=lambda text: text.split(","))
+    layers: list[int] | None = option(None, "Numbers of the layers: 3, or 4-11, or 0,2,4-7.", "attach", parse=parse_layers)
+    calibration: int = option(64, "The number of examples for masks that need gradients or activations.", ge=1)
+    refresh_every: int = option(0, "The mask is selected again each time after this many steps (0: never).", "trainer", ge=0)
+    refresh_cap: float = option(1.0, "With --refresh-every, the adapter's largest size in budgets.", "trainer", ge=1)
+    method: Literal["values", "hook"] = option("values", "hook is the paper's slow way.", "attach", group="Training")
+    decompose: bool | int = option(
+        False, "Rank of a DoRA under the mask (SHiRA-WM-DoRA). true: its direction is free.", "attach", parse=strict_json, ge=1
+    )
+    stay_near: str | None = option(None, "Data that the adapter shall not disturb, or own: text that the model writes.")
+    reach: float = option(0.01, "With --stay-near, the change of a weight that is pulled back as hard as it is pushed.", gt=0)
+    lr: float = option(1e-3, "The learning rate.", gt=0)
+    steps: int = option(100, "The number of optimizer steps.", "trainer", ge=1)
+    batch_size: int = option(16, "The number of examples a batch, or of rows with --pack.", "trainer", ge=1)
+    accumulate: int = option(1, "The number of batches a step.", "trainer", ge=1)
+    schedule: str = option("linear", "The learning rate schedule of Transformers: linear, cosine and others.", "trainer")
+    warmup: float = option(0.0, "Share of the steps in which the learning rate rises.", "trainer", ge=0, le=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The model's dtype. auto: the checkpoint's.")
+    seed: int = option(0, "The seed of the mask and of the order of the examples.", "attach, trainer", ge=0)
+    name: str = option("", "The adapter's name. It is the data's if none is given.", group="Results")
+    license: str | None = option(None, "The adapter's licence. The file holds it.")
+    report_to: str = option("none", "Where the run is reported: tensorboard, wandb, …, several with commas.", "trainer")
+    log_folder: str = option("runs", "The folder where TensorBoard finds the runs.")
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(Recipe).items():
-            if not _fits(getattr(self, name), hint):
-                expected = EXPECTED.get(name) or _told(hint)
-                raise DataError(f"recipe: {name} must be {expected}, found {shown(getattr(self, name))}")
-        for name, low in LOWEST.items():
-            if getattr(self, name) < low:
-                raise DataError(f"recipe: {name} must be {EXPECTED[name]}, found {getattr(self, name)!r}")
-        if not self.lr > 0:
-            raise DataError(f"recipe: lr must be a number above 0, found {self.lr!r}")
-        if not 0 <= self.warmup <= 1:
-            raise DataError(f"recipe: warmup must be from 0 to 1, found {self.warmup!r}")
-        if not 0 <= self.eval_share < 1:
-            raise DataError(f"recipe: eval_share must be from 0 to below 1, found {self.eval_share!r}")
-        if self.eval_share and self.eval_data:
-            raise DataError("recipe: give eval_data or eval_share, not both")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise DataError(f"recipe: dtype must be auto, float32, bfloat16 or float16, found {self.dtype!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type of a setting: numbers finite, and whole ones such as a tensor may hold."""
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, each) for each in typing.get_args(hint))
-    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind is list:
-        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-    if kind in (int, float):
-        return type(value) in (int, kind) and abs(value) <= (LARGEST if type(value) is int else sys.float_info.max)
-    return isinstance(value, kind)
-
-
-def _told(hint: Any) -> str:
-    """The type of a setting in words."""
-    words: dict[Any, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
-    words |= {list[str]: "a list of names", list[int]: "a list of numbers"}
-    each = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return " or ".join(words[kind] for kind in each if kind in words)
-
-
-EXPECTED = {name: f"a whole number from {low} on" for name, low in LOWEST.items()} | {
-    "overrides": "'name pattern: budget', one a line",
-    "avoid": "a list of adapter files",
-}
+        check(self)
+        found = {name for name, value in vars(self).items() if value} | {f"method {self.method}"}
+        found -= {"refresh_every"} if self.refresh_every >= self.steps else set()  # it never comes to it
+        for names in NOT_TOGETHER:
+            if len(names & found) > 1:
+                raise DataError(f"recipe: give {' or '.join(sorted(names & found))}, not both")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -175,16 +139,18 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
     """A recipe out of a YAML file (or none) and what was given beside it, which wins.
 
     Raises DataError for what `read_settings` refuses, a setting that does not exist, or is of another type; OSError if the file
-    cannot be read.
+    cannot be read. What earlier releases wrote is read.
     """
     settings = read_settings(path) if path is not None else {}
     if given.keys() & set(BUDGETS):  # one replaces another
         settings = {key: value for key, value in settings.items() if key not in BUDGETS}
     settings = settings | dict(given)
-    names = [field.name for field in dataclasses.fields(Recipe)]
+    decompose = settings.get("decompose", False)
+    if decompose is None or (type(decompose) is int and decompose == 0):  # as earlier releases had it: not at all, or True
+        settings["decompose"] = decompose is not None
     for name in settings:
-        if name not in names:
-            raise DataError(f"{path}: unknown setting {shown(name)}; {did_you_mean(str(name), names)}")
+        if name not in (known := Recipe.__dataclass_fields__):
+            raise DataError(f"{path}: unknown setting {shown(name)}; {did_you_mean(str(name), known)}")
     recipe = Recipe(**settings)
     if not recipe.data:
         raise DataError("no data to train on: give --data: a built-in task, a JSONL or Parquet file, or a data set")
@@ -198,6 +164,23 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
     versions = f"# shira-adapters {__version__}, torch {torch.__version__}, transformers {hf.version()}\n"
     write_whole(Path(path), (versions + _yaml().safe_dump(settings, sort_keys=False)).encode())
+
+
+def check_run(recipe: Recipe) -> None:
+    """Refuse, before a model is loaded, what `train_adapter` would refuse later: mask, budgets, files, data and libraries."""
+    masks.resolve(recipe.mask)
+    density = recipe.density or (None if recipe.rank or recipe.total else 0.01)
+    masks.plan({"any": LARGER}, density=density, rank=recipe.rank, total=recipe.total, scope=recipe.scope, floor=recipe.floor)
+    overrides = {f"overrides: {name}": budget for name, budget in (recipe.overrides or {}).items()}
+    masks.plan(dict.fromkeys(overrides, LARGER), density=0.01, overrides=overrides)
+    for file in recipe.avoid or ():
+        with opened(file):
+            pass
+    hf.reporters(recipe.report_to)
+    hf.check_schedule(recipe.schedule)
+    for data in (recipe.data, recipe.eval_data, recipe.stay_near):
+        if data is not None and data != OWN_TEXT:
+            next(examples_of(data, "train"))
 
 
 def train_adapter(
@@ -225,25 +208,7 @@ def train_adapter(
     pad = tokenizer.pad_token_id or 0
     calibration = batches(rows[: recipe.calibration], model, recipe.batch_size, pad)
     name = recipe.name or Path(recipe.data.partition(":")[0]).stem
-    tuner = attach(
-        model,
-        mask=recipe.mask,
-        density=recipe.density,
-        rank=recipe.rank,
-        total=recipe.total,
-        scope=recipe.scope,  # type: ignore[arg-type]  # attach checks it
-        floor=recipe.floor,
-        overrides=recipe.overrides,
-        avoid=recipe.avoid or (),
-        targets=recipe.targets,
-        exclude=recipe.exclude or (),
-        layers=recipe.layers,
-        calibration=calibration,
-        progress=on_calibration,
-        seed=recipe.seed,
-        method=recipe.method,  # type: ignore[arg-type]  # attach checks it
-        decompose=False if recipe.decompose is None else recipe.decompose or True,
-    )
+    tuner = attach(model, calibration=calibration, progress=on_calibration, **passed_to("attach", recipe))
     with tuner:
         if recipe.stay_near is not None:
             if recipe.stay_near == OWN_TEXT:
@@ -256,22 +221,14 @@ def train_adapter(
             tuner,
             model,
             pack(rows, recipe.max_length) if recipe.pack else rows,
-            steps=recipe.steps,
             learning_rate=recipe.lr,
-            batch_size=recipe.batch_size,
-            accumulate=recipe.accumulate,
-            schedule=recipe.schedule,
-            warmup=recipe.warmup,
-            seed=recipe.seed,
             pad=pad,
-            refresh_every=recipe.refresh_every,
-            refresh_cap=recipe.refresh_cap,
             calibration=calibration,
             held_out=held_out,
-            report_to=recipe.report_to,
             log_folder=Path(recipe.log_folder) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
             on_step=on_step,
             on_evaluation=on_evaluation,
+            **passed_to("trainer", recipe),
         )
         data = Path(recipe.data).name if Path(recipe.data).exists() else recipe.data
         summary |= {key: count for key in ("shortened", "dropped") if (count := getattr(rows, key))}

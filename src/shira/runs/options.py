@@ -1,0 +1,98 @@
+"""One option, one definition: a field of a dataclass has its type, default, help text and bounds, how a command line spells it,
+and what takes its value. The check, the command (`cli/options.py`), the YAML file and the call are made from that."""
+
+import dataclasses
+import operator
+import re
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ..errors import DataError
+from ..texts import shown
+from ..weights.targets import KEYWORDS
+
+__all__ = ["check", "kinds", "option", "parse_layers", "parse_targets", "passed_to"]
+
+LARGEST = 2**63 - 1  # whole number
+BOUNDS = {"ge": "from {} on", "gt": "above {}", "le": "at most {}", "lt": "below {}"}  # named as in `operator`
+WORDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+WORDS |= {list[str]: "a list of names", list[int]: "a list of numbers", dict[str, Any]: "'name: value' pairs"}
+
+
+def option(default: Any, help: str, to: str = "", *, group: str = "", parse: Any = None, **bounds: float) -> Any:
+    """A field of a dataclass that is an option.
+
+    to: "attach", "trainer" or both: what takes the value. group: the heading of it and the next ones in a command's help.
+    parse: makes the value of what a command line says, or raises ValueError. bounds: any of BOUNDS, for numbers.
+    """
+    limits = [(getattr(operator, name), BOUNDS[name].format(limit), limit) for name, limit in bounds.items()]
+    about = {"help": help, "to": to, "group": group, "parse": parse, "limits": limits}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def kinds(owner: Any) -> Iterator[tuple[dataclasses.Field[Any], tuple[Any, ...]]]:
+    """Each option of a dataclass, and the types that its value may have."""
+    hints = get_type_hints(owner)
+    for field in dataclasses.fields(owner):
+        hint = hints[field.name]
+        yield field, get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def check(recipe: Any) -> None:
+    """Raise DataError, which names the option, for a value of another type or outside of the bounds."""
+    for field, allowed in kinds(type(recipe)):
+        value, limits = getattr(recipe, field.name), field.metadata["limits"]
+        if not any(_fits(value, kind, limits) for kind in allowed):
+            expected = " or ".join(_told(kind, limits) for kind in allowed if kind is not types.NoneType)
+            raise DataError(f"recipe: {field.name} must be {expected}, found {shown(value)}")
+
+
+def passed_to(receiver: str, recipe: Any) -> dict[str, Any]:
+    """The options that go to a receiver, by name. One that is None is left out: the receiver has its own default."""
+    chosen = (field.name for field in dataclasses.fields(recipe) if receiver in field.metadata["to"])
+    return {name: value for name in chosen if (value := getattr(recipe, name)) is not None}
+
+
+def parse_targets(text: str) -> str | list[str]:
+    """What --targets means: a comma makes a list of names, and so does a plain name; else a keyword or a regex."""
+    if text in ("auto", *KEYWORDS) or not re.fullmatch(r"[\w.,\s-]+", text) or ".*" in text:
+        return text
+    return [part.strip() for part in text.split(",")]
+
+
+def parse_layers(text: str) -> list[int]:
+    """Numbers and spans, with commas: "0,2,4-7"."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if span is None:
+            raise ValueError(part)
+        numbers += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return numbers
+
+
+def _fits(value: Any, kind: Any, limits: Any) -> bool:
+    """Whether a value is of a type: numbers finite and within the limits, and whole ones such as a tensor may hold."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, inner[0], ()) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if kind in (int, float):
+        largest = LARGEST if type(value) is int else sys.float_info.max
+        return type(value) in (int, kind) and abs(value) <= largest and all(holds(value, end) for holds, _, end in limits)
+    return isinstance(value, kind)
+
+
+def _told(kind: Any, limits: Any) -> str:
+    """A type in words, a number's with its limits."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    ends = " and ".join(text for _, text, _ in limits) if kind in (int, float) else ""
+    return f"{WORDS[kind]} {ends}".strip()

@@ -1,0 +1,234 @@
+"""Each training option is defined once, in Recipe: the command, the check, the file and the calls follow from there."""
+
+import inspect
+import re
+import subprocess
+import sys
+from typing import Literal, get_args, get_origin
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import shira
+from shira import DataError, cli
+from shira.cli.options import FIELDS
+from shira.cli.options import given as read
+from shira.integrations import transformers as hf
+from shira.runs.options import passed_to
+from shira.runs.recipes import Recipe, load_recipe, save_recipe
+
+NOT_IN_A_RECIPE = {
+    "model": "the live model; a recipe names it",
+    "loss_fn": "code",
+    "progress": "code",
+    "calibration": "batches; a recipe says how many examples they are made of",
+    "low_rank": "the result is not one sparse file (Tuner.save_hybrid)",
+    "whole": "new heads of classifiers; a recipe trains causal language models, which have none",
+}
+ANOTHER_DEFAULT = {"targets": "the paper's; all-linear would change what older commands train"}
+
+
+def names_for(receiver):
+    return {name for name, (about, _) in FIELDS.items() if receiver in about["to"]}
+
+
+def default_of(name):
+    value = getattr(Recipe(), name)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def test_a_recipe_has_the_options_of_attach_with_the_same_defaults():
+    options = inspect.signature(shira.attach).parameters
+    assert names_for("attach") == options.keys() - NOT_IN_A_RECIPE.keys()
+    for name in names_for("attach") - ANOTHER_DEFAULT.keys():
+        # None is not passed on: it leaves the choice to attach
+        assert repr(default_of(name)) in ("None", repr(options[name].default)), name
+
+
+def test_the_trainer_takes_what_is_for_it_with_the_same_defaults():
+    options = inspect.signature(hf.train).parameters
+    for name in names_for("trainer"):
+        assert options[name].default in (inspect.Parameter.empty, default_of(name)), name
+    assert passed_to("trainer", Recipe(steps=7, seed=3)).items() >= {"steps": 7, "seed": 3}.items()
+    assert not {"density", "layers"} & passed_to("attach", Recipe()).keys()
+
+
+def test_help_shows_every_option(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    code, out, _ = run("train --help")
+    text = re.sub(r"[│\s]+", " ", out)
+    assert code == 0
+    for name, (about, _) in FIELDS.items():
+        assert re.fullmatch(r"\S.*\S\.", about["help"]), name
+        assert about["help"] in text, name
+        assert name == "model" or f" --{name.replace('_', '-')} " in text, name
+    for group in ("Data", "Mask", "Training", "Results"):
+        assert f"─ {group} ─" in out
+
+
+def test_help_needs_no_extra():
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'yaml', 'datasets', 'accelerate'): sys.modules[name] = None\n"
+        "sys.argv = ['shira', 'train', '--help']\n"
+        "from shira import cli; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--density" in done.stdout
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+OF = {
+    str: TEXT,
+    bool: st.booleans(),
+    type(None): st.none(),
+    list[str]: st.lists(TEXT, max_size=3),
+    list[int]: st.lists(st.integers(-9, 2**63 - 1), max_size=3),
+}
+BUDGET = st.floats(0.001, 1) | st.fixed_dictionaries({"rank": st.integers(1, 9)})
+
+
+def values_of(name):
+    """Any value that an option may have."""
+    about, kinds = FIELDS[name]
+
+    def within(value):
+        return all(holds(value, end) for holds, _, end in about["limits"])
+
+    def one(kind):
+        if get_origin(kind) is Literal:
+            return st.sampled_from(get_args(kind))
+        if get_origin(kind) is dict:
+            return st.dictionaries(TEXT, BUDGET, max_size=3)
+        if kind is int:
+            return st.integers(0, 2**63 - 1).filter(within)
+        if kind is float:
+            return (st.floats(0, 1) | st.floats(0, 1e9) | st.integers(0, 9)).filter(within)
+        return OF[kind]
+
+    return st.one_of(*map(one, kinds))
+
+
+@st.composite
+def recipes(draw):
+    names = draw(st.lists(st.sampled_from(sorted(FIELDS)), unique=True, max_size=12))
+    settings = {name: draw(values_of(name)) for name in names}
+    settings["data"] = settings.get("data") or "spam"
+    try:
+        return Recipe(**settings)
+    except DataError as error:
+        assume("not both" not in str(error))
+        raise
+
+
+@given(recipes())
+def test_a_saved_recipe_is_read_as_it_was(tmp_path_factory, recipe):
+    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    save_recipe(recipe, path)
+    assert repr(load_recipe(path, {})) == repr(recipe)  # True is not 1
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("--decompose 8", {"decompose": 8}),
+        ("--decompose true", {"decompose": True}),
+        ("--decompose 0", {"decompose": True}),  # as earlier releases had it
+        ("--decompose false", {"decompose": False}),
+        (
+            """--overrides '{"down_proj": 0.1, "q_proj": {"total": 5}}'""",
+            {"overrides": {"down_proj": 0.1, "q_proj": {"total": 5}}},
+        ),
+        ("--layers 0,4-6", {"layers": [0, 4, 5, 6]}),
+        ("--exclude mlp,norm", {"exclude": ["mlp", "norm"]}),
+        ("--avoid a,b --avoid c", {"avoid": ["a,b", "c"]}),
+        ("--targets auto", {"targets": "auto"}),
+        ("--targets q_proj", {"targets": ["q_proj"]}),
+        ("--no-pack", {"pack": False}),
+        ("--scope model --floor 0 --lr 1", {"scope": "model", "floor": 0.0, "lr": 1.0}),
+        ("somewhere", {"model": "somewhere"}),
+    ],
+)
+def test_the_command_line_says_what_a_file_says(run, tmp_path, monkeypatch, line, value):
+    """Also over a file that says otherwise."""
+    (tmp_path / "r.yaml").write_text("{data: spam, decompose: 3, pack: true, exclude: [head], layers: [9]}")
+    plain, found = load_recipe(tmp_path / "r.yaml", {}), []
+
+    def check_run(recipe):
+        found.append(recipe)
+        raise DataError("far enough")
+
+    monkeypatch.setattr(cli.train, "check_run", check_run)
+    code, _, err = run(f"train --config {tmp_path}/r.yaml {line}")
+    assert code == 1 and "far enough" in err
+    assert repr(found[0]) == repr(Recipe(**(vars(plain) | value)))
+
+
+def test_decompose_of_earlier_releases(tmp_path):
+    """It was None or a rank, with 0 for what is True now."""
+    for text, value in (("0", True), ("null", False), ("8", 8), ("true", True), ("false", False), ("1", 1)):
+        (tmp_path / "r.yaml").write_text(f"data: spam\ndecompose: {text}\nexclude: null\navoid: null\n")
+        found = load_recipe(tmp_path / "r.yaml", {})
+        assert found.decompose is value or type(value) is int and found.decompose == value
+        assert passed_to("attach", found)["decompose"] is found.decompose
+        assert not {"exclude", "avoid"} & passed_to("attach", found).keys()
+    with pytest.raises(DataError, match="decompose must be true or false or a whole number from 1 on, found 0"):
+        Recipe(decompose=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--mask snap", "MaskError: unknown mask 'snap'; did you mean 'snip'"),
+        ("--density 0", "recipe: density must be a finite number above 0 and at most 1, found 0.0"),
+        ("--density 0.1 --rank 4", "MaskError: give density, rank or total, one of them"),
+        ("--rank 0", "recipe: rank must be a whole number from 1 on, found 0"),
+        ("--scope all", "recipe: scope must be one of tensor, model, found 'all'"),
+        ("--floor 0.5", "MaskError: floor=0.5 has a meaning with scope='model' only"),
+        ("--scope model --floor 2", "recipe: floor must be a finite number from 0 on and at most 1, found 2.0"),
+        ("--overrides '{\"mlp\": 3}'", "MaskError: tensor 'overrides: mlp': density must be above 0 and at most 1, found 3"),
+        ("--avoid none.safetensors", "FileNotFoundError: .*none.safetensors"),
+        ("--method both", "recipe: method must be one of values, hook, found 'both'"),
+        ("--method hook --decompose 4", "recipe: give decompose or method hook, not both"),
+        ("--method hook --stay-near own", "recipe: give method hook or stay_near, not both"),
+        ("--decompose -1", "recipe: decompose must be true or false or a whole number from 1 on, found -1"),
+        ("--decompose 4 --stay-near own", "recipe: give decompose or stay_near, not both"),
+        ("--refresh-every 2 --decompose true", "recipe: give decompose or refresh_every, not both"),
+        ("--refresh-every 2 --stay-near own", "recipe: give refresh_every or stay_near, not both"),
+        ("--refresh-every -1", "recipe: refresh_every must be a whole number from 0 on, found -1"),
+        ("--reach 0", "recipe: reach must be a finite number above 0, found 0.0"),
+        ("--limit 0", "recipe: limit must be a whole number from 1 on, found 0"),
+        ("--schedule liner", "DataError: unknown schedule 'liner'; did you mean 'linear'"),
+        ("--report-to tensorbord", "DataError: cannot report to 'tensorbord'"),
+        ("--eval-data nowhere.jsonl", "DataError: 'nowhere.jsonl' is neither a file nor a built-in task"),
+        ("--stay-near nowhere.jsonl", "DataError: 'nowhere.jsonl' is neither a file nor a built-in task"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(run, tmp_path, monkeypatch, options, words):
+    def load_model(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(hf, "load_model", load_model)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+    code, _, err = run(f"train model --data a.jsonl {options}")
+    assert code == 1 and re.search(words, err), err
+
+
+@pytest.mark.parametrize("options", ["--decompose many", "--layers 1-x", "--overrides {", '--overrides \'{"a": 1, "a": 2}\''])
+def test_what_cannot_be_read_names_the_option_and_what_was_meant(run, options):
+    code, _, err = run(f"train model --data a.jsonl {options}")
+    name, value = options.split(maxsplit=1)
+    text = re.sub(r"[│\s]+", " ", err)
+    assert code == 2 and f"Invalid value for {name}: found" in text
+    assert FIELDS[name.removeprefix("--")][0]["help"] in text
+
+
+def test_a_refresh_that_never_comes_is_no_contradiction():
+    assert Recipe(refresh_every=100, steps=100, stay_near="own").steps == 100
+
+
+def test_what_was_not_given_is_left_to_the_file():
+    assert read({"steps": None, "avoid": [], "seed": 0, "pack": False}) == {"seed": 0, "pack": False}
