@@ -30,6 +30,11 @@ Selection = str | Mapping[str, Strength] | None
 
 def chosen(selection: Selection, method: str, options: Mapping[str, float], check: Callable[[str], None]) -> Chosen:
     """What a user's words mean: see `Switcher.use`. check: raises what is to be said of a name that is not known."""
+    if method == "sum" and not options and (selection is None or type(selection) is str):  # most calls: no time to lose
+        if selection is None:
+            return BASE
+        check(selection)
+        return Chosen(((selection, 1.0),), BASE.method)
     if not isinstance(method, str) and isinstance(selection, str):
         raise SwitchError(f"a strength belongs to its name: use({{{selection!r}: {method!r}}})")
     if not (selection is None or isinstance(selection, str | Mapping)):
