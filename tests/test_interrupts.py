@@ -1,5 +1,7 @@
 """An interrupt at any line of a tuner's calls, and another one in what undoes them: the next call finds the exact base."""
 
+import bisect
+
 import pytest
 import torch
 from torch import nn
@@ -163,6 +165,13 @@ def test_an_interrupt_at_any_line(call):
 @pytest.mark.parametrize("call", CALLS)
 def test_a_second_interrupt_in_what_undoes_the_first(call):
     assert lines_of(call, 5, 97, 61) > 20
+
+
+def test_two_interrupts_as_attach_returns():
+    """The tuner is attached by then, and nobody has it yet."""
+    last = bisect.bisect_left(range(1, 9999), True, key=lambda line: not base_is_back(attaching, line))
+    for event in range(1, 9):
+        assert base_is_back(attaching, last, event)
 
 
 @pytest.mark.slow

@@ -100,10 +100,20 @@ def test_two_forward_passes_before_one_backward(tiny_llama):
     one, other = llama_batches(2)
     with shira.attach(tiny_llama, density=0.05) as tuner:
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
-        for _ in range(3):
-            (tiny_llama(**one).loss - tiny_llama(**other).loss).backward()
-            optimizer.step()
+
+        def gradient(loss):
             optimizer.zero_grad(set_to_none=False)
+            loss.backward()
+            return torch.cat([parameter.grad.clone() for parameter in tuner.parameters()])
+
+        seen = []
+        for _ in range(3):
+            apart = gradient(tiny_llama(**one).loss) - gradient(tiny_llama(**other).loss)
+            loss = tiny_llama(**one).loss - tiny_llama(**other).loss
+            torch.testing.assert_close(gradient(loss), apart, rtol=1e-4, atol=1e-6)
+            optimizer.step()
+            seen.append(loss.item())
+        assert seen[2] < seen[1] < seen[0]
 
 
 @pytest.mark.parametrize("method", ["values", "hook"])

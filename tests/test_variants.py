@@ -18,9 +18,8 @@ BATCHES = mlp_batches(6)
 
 def dense_weight(entry, own):
     """The weight that is trained, in full, from its definition; `own` are leaves by the endings of their names."""
-    masters = entry.masters
-    base, mask = entry.weight.detach().clone().view(masters.matrix), torch.zeros(masters.matrix, dtype=torch.bool)
-    mask.view(-1)[masters.indices.long()] = True
+    base, mask = entry.weight.detach().clone().view(entry.matrix), torch.zeros(entry.matrix, dtype=torch.bool)
+    mask.view(-1)[entry.indices.long()] = True
 
     def effective():
         direction = base.clone()
@@ -30,8 +29,8 @@ def dense_weight(entry, own):
             direction = direction + own["_up"].T @ own["_down"]
         if "_magnitude" not in own:  # the hybrid
             return direction.view(entry.weight.shape)
-        norms = direction.norm(dim=0 if masters.outputs else 1, keepdim=True).detach()
-        magnitude = own["_magnitude"][None] if masters.outputs else own["_magnitude"][:, None]
+        norms = direction.norm(dim=0 if entry.outputs else 1, keepdim=True).detach()
+        magnitude = own["_magnitude"][None] if entry.outputs else own["_magnitude"][:, None]
         return torch.where(mask, magnitude * direction / norms, base).view(entry.weight.shape)
 
     return effective
@@ -55,7 +54,7 @@ def test_gradients_and_steps_are_those_of_the_dense_definition(name, variant):
     with shira.attach(model, mask="wm", density=0.2, targets=targets, **variant) as tuner:
         assert torch.equal(loss_of(model, batches[0]), loss_of(twin, batches[0]))  # attaching changes nothing
         leaves = {
-            entry.name: {end: p.detach().clone().requires_grad_() for end, p in entry.masters.parameters().items()}
+            entry.name: {end: p.detach().clone().requires_grad_() for end, p in entry.parameters().items()}
             for entry in tuner._entries
         }
         weights = {entry.name: dense_weight(entry, leaves[entry.name]) for entry in tuner._entries}
@@ -84,7 +83,7 @@ def test_gradients_and_steps_are_those_of_the_dense_definition(name, variant):
             ours.step()
             theirs.step()
         for entry in tuner._entries:
-            indices = entry.masters.indices.long()
+            indices = entry.indices.long()
             expected = weights[entry.name]().detach().reshape(-1)[indices]
             torch.testing.assert_close(entry.held().values, expected, rtol=1e-4, atol=1e-6)
             assert not torch.equal(entry.held().values, entry.held().base)
@@ -138,10 +137,9 @@ def test_a_hybrid_says_what_a_sparse_adapter_loses_and_both_its_parts_are_exact(
         alone = tuner.adapter()
         inside = everything = 0.0
         for entry in tuner._entries:
-            masters = entry.masters
-            change = masters.factors.up.detach().T @ masters.factors.down.detach()
-            change.view(-1)[masters.indices.long()] += masters.values.detach() - masters.base
-            inside += float(change.view(-1)[masters.indices.long()].square().sum())
+            change = entry.beside.up.detach().T @ entry.beside.down.detach()
+            change.view(-1)[entry.indices.long()] += entry.values.detach() - entry.base
+            inside += float(change.view(-1)[entry.indices.long()].square().sum())
             everything += float(change.square().sum())
         tuner.save_hybrid(tmp_path / "both")
     kept = alone.metadata["low_rank"]["kept"]

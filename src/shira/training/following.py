@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
-from ..weights.distributed import is_sharded
+from ..weights.distributed import Piece, is_sharded
 from ..weights.model_tensors import OWN
 from ..weights.targets import VALUES, Use
+from ..weights.undoing import Undo
 
 __all__ = ["BASE", "Followed", "Held", "Kept", "value_name"]
 
@@ -57,25 +58,31 @@ class Seen(NamedTuple):
 
 
 class Followed:
-    """A weight, and what is known of its entries. `masters.Masters` is what trains of it."""
+    """A weight, and what is known of its entries. `masters.Masters` adds how they train."""
 
     name: str
     weight: nn.Parameter
     kept: Kept
-    piece: Any
+    piece: Piece | None  # what lies here of a sharded weight
     uses: list[tuple[nn.Module, str, nn.Parameter]]  # who holds the weight, under which name, and as what
-    written: int
+    own: dict[str, nn.Parameter]  # what trains, by the endings of the names under which modules hold it
+    written: int  # the version that the weight has
     in_place = True  # whether the weight holds the entries
     over = False  # whether the tuner is done with the model
     _seen: Seen | None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What trains, float32."""
-        raise NotImplementedError
+        """What trains, float32, by the endings of the names under which modules hold it."""
+        return self.own
 
     def current(self) -> Tensor:
-        """The entries [k] that the weight should have, but for rounding."""
+        """The entries [k] as what trains gives them, float32, for autograd."""
         raise NotImplementedError
+
+    @property
+    def version(self) -> int:
+        """Another number when what trains has another value: by torch's operators, or another tensor as its `data`."""
+        return sum(parameter._version + parameter.data_ptr() for parameter in self.own.values())
 
     @property
     def indices(self) -> Tensor:
@@ -96,14 +103,16 @@ class Followed:
         _, base, values = self.kept.bits.split([self.kept.indices.numel(), *[self.kept.left.numel()] * 2])
         return Held(self.kept.left, base, values)
 
-    def live_in(self, uses: Collection[Use]) -> None:
+    def live_in(self, uses: Collection[Use], undo: Undo) -> None:
         """Keep the base where the weight is: in the first module that holds it, unless it lies in pieces."""
+        undo.callback(self.leave)
         self.uses = [(use.holder, use.attribute, self._held_by(use)) for use in uses]
         holder, attribute, _ = self.uses[0]
         self.kept = self.kept._replace(name=BASE if attribute == "weight" else f"{BASE}_{attribute}")
-        if self.piece is None:
+        self.written = self.version
+        if self.piece is None and self.in_place:
             holder.register_buffer(self.kept.name, self.kept.bits, persistent=False)
-        self._note()
+            self._note()
 
     def _held_by(self, use: Use) -> nn.Parameter:
         weight = use.holder._parameters[use.attribute]
@@ -140,11 +149,8 @@ class Followed:
             and self.weight.shape == seen.shape
             and self.weight.stride() == seen.stride
             and seen.storage() is not None
-            and self._are_float32()
+            and all(parameter.dtype is torch.float32 for parameter in self.own.values())
         )
-
-    def _are_float32(self) -> bool:
-        return all(parameter.dtype is torch.float32 for parameter in self.parameters().values())
 
     def _note(self) -> None:
         """What is there now is known."""
@@ -166,7 +172,7 @@ class Followed:
         if bits.dtype != weight.dtype:
             before = str(bits.dtype).removeprefix("torch.")
             self._refuse(f"was cast from {before} to {str(weight.dtype).removeprefix('torch.')} by itself", "cast its module")
-        if bits.device != weight.device or self.values_device() != weight.device:
+        if bits.device != weight.device or any(each.device != weight.device for each in self.own.values()):
             self._refuse(f"was moved to {weight.device} by itself", f"move its module, module.to('{weight.device}')")
         kept = self.kept._replace(bits=bits)
         if kept.indices.device != weight.device:
@@ -182,9 +188,6 @@ class Followed:
         self.followed()
         self.written = -1  # whatever the weight holds, it is to hold the masters
         self._note()
-
-    def values_device(self) -> torch.device:
-        return next(iter(self.parameters().values())).device
 
     def followed(self) -> None:
         """The weight was cast, moved or replaced: what is derived from it must be computed again."""

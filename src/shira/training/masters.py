@@ -12,59 +12,52 @@ from ..sparse.positions import overlap
 from ..sparse.tensor import Kind
 from ..sparse.topk import top_k
 from ..weights.distributed import full, is_sharded, piece_of
+from ..weights.quantized import dense
+from ..weights.targets import Target, is_conv1d
 from ..weights.undoing import Undo
 from .following import BASE, Followed, Held, Kept
+from .variants.factors import Factors
 
-__all__ = ["Masters", "swapped"]
+__all__ = ["Masters", "Plain", "swapped"]
 
 
 class Masters(Followed):
-    """Float32 masters of one weight's entries, and whether the weight has them.
+    """What trains of one weight, float32, and whether the weight has it. Each kind says what can be done with it.
 
-    Two signs that it may not: the masters' version counter, which every optimizer of plain torch operators moves, and a
-    backward pass that has given them a gradient, for those that do not move it (AdamW with fused=True, Trainer's choice).
+    `Plain` masters are the entries themselves. Others compute the entries from other parameters (`decomposed`), or work beside
+    the weight (`hybrid`, `deltas`). A kind sets `own` and defines `current`; all else has a default.
 
-    What is derived from this computes its entries from other parameters (`decomposed`), or works beside the weight (`hybrid`,
-    `deltas`).
+    Two signs say that the weight may not have the masters. One is their version counter, which every optimizer of plain torch
+    operators moves. The other is a backward pass that has given them a gradient: AdamW with fused=True, Trainer's choice, does
+    not move the counter.
     """
 
     kind: Kind = "overwrite"
+    can_move = False  # whether other positions can take the place of its own
+    can_stay_near = False  # whether each number that trains has an entry of a whole base to stay near
+    beside: Factors | None = None  # a low-rank product that trains beside the entries
     side: Callable[[Tensor], Tensor] | None = None  # what is added to the module's output, of its input
     calls = 0  # forward passes that came by, those of compiled code not counted
     runs = 0  # of them, those that had a gradient to give
     learnt = False  # whether there ever was a gradient
 
-    def __init__(self, name: str, weight: nn.Parameter, indices: Tensor, matrix: tuple[int, int]) -> None:
-        """matrix: the rows and columns that the weight's entries are seen as, in the same order."""
-        self.name, self.weight, self.matrix = name, weight, matrix
-        self.piece = piece_of(name, weight) if is_sharded(weight) else None
-        base = kernels.gather(full(weight), indices)
-        self.kept = Kept(indices, indices[:0], base, kernels.find_pattern(indices, *matrix), BASE)
-        self.uses = []
-        self.values = nn.Parameter(base.to(torch.float32, copy=True))
+    def __init__(self, target: Target, indices: Tensor) -> None:
+        """indices: positions [k] in the target's flat entries, sorted."""
+        self.name, self.weight, self.matrix = target.name, target.weight, target.matrix
+        self.outputs = int(any(is_conv1d(use.module) for use in target.uses))  # the side of the matrix that the outputs are on
+        sharded = is_sharded(self.weight)
+        self.piece = piece_of(self.name, self.weight) if sharded else None
+        base = kernels.gather(full(self.weight) if sharded else dense(self.weight), indices)
+        pattern = kernels.find_pattern(indices, *self.matrix) if self.in_place else None
+        self.kept = Kept(indices, indices[:0], base, pattern, BASE)
+        self.uses, self.own = [], {}
         self.dense = False  # whether layers compute with the weight as any other, so that it has a gradient
         self.may_have_stepped = False
-        self.written = self.values._version
+        self.written = -1
         self._seen = None
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What may train, by the endings of the names under which modules hold it."""
-        return {"": self.values}
-
-    def current(self) -> Tensor:
-        """The entries [k] as what trains gives them, float32, for autograd."""
-        return self.values
-
-    @property
-    def version(self) -> int:
-        """Another number when what trains has another value: by torch's operators, or another tensor as its `data`."""
-        return sum(parameter._version + parameter.data_ptr() for parameter in self.parameters().values())
-
     def has_gradient(self) -> bool:
-        return any(parameter.grad is not None for parameter in self.parameters().values())
-
-    def _are_float32(self) -> bool:
-        return self.values.dtype is torch.float32
+        return any(parameter.grad is not None for parameter in self.own.values())
 
     def rounded(self) -> Tensor:
         return self.current().detach().to(self.weight.dtype)
@@ -74,8 +67,8 @@ class Masters(Followed):
         self.look()
         changed = self.version != self.written
         if changed or self.may_have_stepped:
-            # known to have changed: autograd shall complain of a backward pass through the weight as it was; if not, most
-            # likely the same values are written again, of which it need not know
+            # after a known change, autograd should raise in a backward pass through the weight as it was; otherwise most likely
+            # the same values are written again, which need not raise
             self._put(self.indices, self.rounded(), self.weight if changed else self.weight.data)
             self._note()
             self.written = self.version
@@ -128,7 +121,38 @@ class Masters(Followed):
         return Held(*(part[order] for part in merged))
 
     def move(self, indices: Tensor, room: int) -> None:
-        """Train the entries at `indices` [k] from now on, starting at what the weight holds there.
+        """Train the entries at `indices` [k] from now on. Only masters that `can_move` have this."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Put the base back. Raises what `look` does."""
+        self.look()
+        self._put(self.indices, self.base, self.weight)
+        self._put(self.left.indices, self.left.base, self.weight)
+        self._note()
+
+    def _put(self, indices: Tensor, values: Tensor, weight: Tensor) -> None:
+        """Write entries of the weight, or of what lies here of it."""
+        if self.piece is not None:
+            span = self.piece.span(indices)
+            weight, indices, values = self.piece.local, indices[span] - self.piece.start, values[span]
+        kernels.overwrite_(weight, indices, values)
+
+
+class Plain(Masters):
+    """Masters of the entries themselves, one for each."""
+
+    def __init__(self, target: Target, indices: Tensor) -> None:
+        super().__init__(target, indices)
+        self.values = nn.Parameter(self.base.to(torch.float32, copy=True))
+        self.own = {"": self.values}
+        self.can_move = self.can_stay_near = self.piece is None
+
+    def current(self) -> Tensor:
+        return self.values
+
+    def move(self, indices: Tensor, room: int) -> None:
+        """Start at what the weight holds there.
 
         Of the entries that leave, now or earlier, the `room` that changed the most keep their values; the others are the
         base's again. The weight must have the masters' values.
@@ -149,28 +173,13 @@ class Masters(Followed):
         old, holder = self.kept.name, self.uses[0][0]
         bits = torch.cat([below, left.base[stays], left.values[stays]])
         name = old[:-1] if old.endswith("_") else old + "_"  # another one, so that either is whole at any moment
-        if self.piece is None:
-            holder.register_buffer(name, bits, persistent=False)
+        holder.register_buffer(name, bits, persistent=False)
         kernels.overwrite_(self.weight, left.indices[~stays], left.base[~stays])
         self._note()
         self.kept = Kept(indices, left.indices[stays], bits, kernels.find_pattern(indices, *self.matrix), name)
         holder._buffers.pop(old, None)
         self.values.detach().copy_(values)
         self.written = self.version
-
-    def restore(self) -> None:
-        """Put the base back. Raises what `look` does."""
-        self.look()
-        self._put(self.indices, self.base, self.weight)
-        self._put(self.left.indices, self.left.base, self.weight)
-        self._note()
-
-    def _put(self, indices: Tensor, values: Tensor, weight: Tensor) -> None:
-        """Write entries of the weight, or of what lies here of it."""
-        if self.piece is not None:
-            span = self.piece.span(indices)
-            weight, indices, values = self.piece.local, indices[span] - self.piece.start, values[span]
-        kernels.overwrite_(weight, indices, values)
 
 
 @contextlib.contextmanager

@@ -5,17 +5,21 @@ Here each tensor keeps its number of entries, and the optimizer its parameters: 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TuningError
+from ..masks import BudgetPlan
+from ..masks.selection import Selector
 from ..sparse.positions import overlap
+from ..weights.undoing import Undo
 from .masters import Masters
+from .steps import computing_dense
 
-__all__ = ["check_cap", "movable", "move"]
+__all__ = ["check_cap", "move", "select"]
 
 
 def check_cap(cap: float) -> None:
@@ -24,7 +28,42 @@ def check_cap(cap: float) -> None:
         raise TuningError(f"cap must be a number from 1 on, in budgets: 1 holds the budget, 2 twice that; found {cap!r}")
 
 
-def movable(optimizer: torch.optim.Optimizer, masters: Mapping[str, Masters]) -> dict[str, list[Tensor]]:
+def select(
+    model: nn.Module,
+    masters: Mapping[str, Masters],
+    whole: Collection[str],
+    selector: Selector,
+    optimizer: torch.optim.Optimizer,
+    calibration: Iterable[Any] | None,
+    cap: float,
+    undo: Undo,
+) -> list[tuple[Masters, Tensor, list[Tensor]]]:
+    """Select again on the weights as they are now; returns what `move` needs. whole: tensors that no mask was asked for.
+
+    Raises TuningError, or what a mask raises, before anything has changed.
+    """
+    masked = {name: each for name, each in masters.items() if name not in whole}
+    fixed = next((each for each in masked.values() if not each.can_move), None)
+    if fixed is not None and fixed.piece is not None:
+        raise TuningError("a mask cannot move on weights that are sharded; train without refresh, or with DDP")
+    if fixed is not None:
+        raise TuningError("a tuner with decompose, low_rank or a quantized base cannot be refreshed")
+    check_cap(cap)
+    states = _movable(optimizer, masked)
+    weights = {name: each.weight for name, each in masked.items()}
+    counts = {name: each.indices.numel() for name, each in masked.items()}
+    with computing_dense(masters.values(), undo) as steps:
+        chosen, _ = selector.select(model, weights, BudgetPlan(counts, 0, {}), calibration, undo=steps)
+    for name, indices in chosen.items():
+        if indices.numel() != counts[name]:
+            raise TuningError(
+                f"the mask now chose {indices.numel()} entries of '{name}', and {counts[name]} train; a mask that is to be "
+                "refreshed must always return as many"
+            )
+    return [(masked[name], indices, states[name]) for name, indices in chosen.items()]
+
+
+def _movable(optimizer: torch.optim.Optimizer, masters: Mapping[str, Masters]) -> dict[str, list[Tensor]]:
     """Tensor name -> what the optimizer keeps for each entry of its masters, tensors [k].
 
     Raises TuningError if masters are not finite, or the optimizer does not train them or keeps something that is neither one
@@ -32,20 +71,21 @@ def movable(optimizer: torch.optim.Optimizer, masters: Mapping[str, Masters]) ->
     """
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     found: dict[str, list[Tensor]] = {}
-    for name, entries in masters.items():
-        if id(entries.values) not in trained:
+    for name, each in masters.items():
+        (values,) = each.parameters().values()
+        if id(values) not in trained:
             raise TuningError(f"this optimizer does not train '{name}'; pass the one that was made with tuner.parameters()")
-        if not bool(torch.isfinite(entries.values).all()):
+        if not bool(torch.isfinite(values).all()):
             raise TuningError(f"training of '{name}' went wrong: values are not finite; try a lower learning rate")
         found[name] = []
-        state: Mapping[str, Any] = optimizer.state.get(entries.values, {})
+        state: Mapping[str, Any] = optimizer.state.get(values, {})
         for key, value in state.items():
             if not isinstance(value, Tensor) or value.ndim == 0:
                 continue
-            if value.shape != entries.values.shape or not value.is_floating_point():
+            if value.shape != values.shape or not value.is_floating_point():
                 raise TuningError(
                     f"the optimizer's state {key!r} of '{name}', {value.dtype} {list(value.shape)}, is not one number for each "
-                    f"of the {entries.values.numel()} entries and cannot move with them; use another optimizer, or no refresh"
+                    f"of the {values.numel()} entries and cannot move with them; use another optimizer, or no refresh"
                 )
             found[name].append(value)
     return found
@@ -62,10 +102,9 @@ def move(masters: Masters, indices: Tensor, state: list[Tensor], cap: float) -> 
     in_old, in_new = overlap(masters.indices, indices)
     count = indices.numel()
     masters.move(indices, math.floor(cap * count) - count)
-    if masters.values.grad is not None:
-        state = [*state, masters.values.grad]
-    for values in state:
-        moved = torch.zeros_like(values)
-        moved[in_new] = values[in_old]
-        values.copy_(moved)
+    (values,) = masters.parameters().values()
+    for each in state if values.grad is None else [*state, values.grad]:
+        moved = torch.zeros_like(each)
+        moved[in_new] = each[in_old]
+        each.copy_(moved)
     return count - in_new.numel()

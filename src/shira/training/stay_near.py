@@ -6,6 +6,7 @@ gradient there. docs/masks/README.md has what that does for adapters that are ad
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,69 +18,60 @@ from ..masks.selection import LEAST_MEMORY
 from ..weights.undoing import Undo, hooks_of, set_hook
 from .masters import Masters
 
-__all__ = ["check", "hold", "pulls"]
+__all__ = ["hold"]
 
 STILL_FREE = 12  # bytes an entry of what training takes: a gradient and AdamW's moments, which do not exist before it
 
 
-def check(masters: Mapping[str, Masters], reach: float, passes: int) -> None:
-    """Raise TuningError for a reach that is not above 0, passes below 1, or entries that have no whole base to stay near."""
+def hold(
+    model: nn.Module,
+    masters: Mapping[str, Masters],
+    batches: Iterable[Any],
+    reference: AbstractContextManager[None],
+    reach: float,
+    passes: int,
+    loss_fn: LossFn | None,
+    progress: Progress | None,
+    undo: Undo,
+) -> dict[str, Any]:
+    """Add pull · (value − base) / passes to each gradient of the masters from now on, until `undo`; returns what was done, for
+    the metadata. reference: inside it, the model is its base.
+
+    pull = F / (reach · √(mean of the tensor's F)), float32 [k]: at the mean, a change of `reach` pulls as much as a typical
+    gradient of the batches.
+    Raises TuningError for a reach that is not above 0, passes below 1, or entries that have no whole base to stay near; or what
+    `calibrate` raises.
+    """
     if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach < float("inf"):
         raise TuningError(f"reach must be a number above 0, in units of the weights; found {reach!r}")
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise TuningError(f"passes must be a whole number from 1 on, found {passes!r}")
-    if any(type(each) is not Masters or each.piece is not None for each in masters.values()):
+    if not all(each.can_stay_near for each in masters.values()):
         raise TuningError("stay_near needs plain entries of whole weights: no decompose, low_rank, quantized or sharded base")
-
-
-def pulls(
-    model: nn.Module,
-    masters: Mapping[str, Masters],
-    batches: Iterable[Any],
-    reach: float,
-    *,
-    loss_fn: LossFn | None = None,
-    progress: Progress | None = None,
-    undo: Undo | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensor name -> how strongly each entry is pulled back, gradient by change, float32 [k]; and what was done, for metadata.
-
-    F / (reach · √(mean of the tensor's F)): at the mean, a change of `reach` pulls as much as a typical gradient of those
-    batches. The layers must compute with their whole weights, the base's. Raises what `calibrate` raises.
-    """
-    found: dict[str, Tensor] = {}
+    pulls: dict[str, Tensor] = {}
 
     def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
         importance = statistics["squared_gradient"].reshape(-1)[masters[name].indices]
         mean = importance.mean()
-        found[name] = importance / (reach * mean.sqrt()) if mean > 0 else torch.zeros_like(importance)
+        pulls[name] = importance / (reach * mean.sqrt()) if mean > 0 else torch.zeros_like(importance)
 
     weights = {name: each.weight for name, each in masters.items()}
     memory = max(LEAST_MEMORY, STILL_FREE * sum(each.indices.numel() for each in masters.values()))
-    done = calibrate(
-        model,
-        weights,
-        batches,
-        receive,
-        statistics=["squared_gradient"],
-        loss_fn=loss_fn,
-        memory=memory,
-        progress=progress,
-        undo=undo,
-    )
-    return found, done
-
-
-def hold(masters: Mapping[str, Masters], pull: Mapping[str, Tensor], passes: int, undo: Undo) -> None:
-    """Add pull · (value − base) / passes to each gradient of the masters from now on, until `undo`."""
+    wanted = ["squared_gradient"]
+    with reference:
+        done = calibrate(
+            model, weights, batches, receive, statistics=wanted, loss_fn=loss_fn, memory=memory, progress=progress, undo=undo
+        )
     for name, each in masters.items():
-        hook = _pulled(each, pull[name] / passes)
-        set_hook(undo, hooks_of(each.values, "_backward_hooks"), each.values.register_hook, hook)
+        (values,) = each.parameters().values()
+        hook = _pulled(each, values, pulls[name] / passes)
+        set_hook(undo, hooks_of(values, "_backward_hooks"), values.register_hook, hook)
+    return {"reach": reach, "calibration": done}
 
 
-def _pulled(masters: Masters, pull: Tensor) -> Callable[[Tensor], Tensor]:
+def _pulled(masters: Masters, values: Tensor, pull: Tensor) -> Callable[[Tensor], Tensor]:
     def add(gradient: Tensor) -> Tensor:
-        away = masters.values.detach() - masters.base.to(gradient.device, torch.float32)
+        away = values.detach() - masters.base.to(gradient.device, torch.float32)
         return gradient + pull.to(gradient.device) * away
 
     return add

@@ -11,15 +11,16 @@ from torch import nn
 from ..errors import TuningError
 from ..masks.calibration import same_random_numbers
 from ..weights import optimizers
-from ..weights.distributed import reshard
+from ..weights.distributed import average_after_backward, check_positions, groups_of, reshard
 from ..weights.model_tensors import OWN, Tree
 from ..weights.targets import Target
 from ..weights.undoing import Undo, hooks_of, set_hook
 from .following import value_name
+from .layers import install
 from .masters import Masters
 from .untrained import GradientWatch
 
-__all__ = ["Holders", "Training", "computing_dense", "leave_out", "write_pieces_before"]
+__all__ = ["Holders", "Training", "computing_dense"]
 
 
 class Holders:
@@ -45,18 +46,34 @@ class Holders:
 
 
 class Training:
-    """Lets every optimizer of torch write what it has stepped on into the weights, until `undo`.
+    """Lets modules compute with masters, and optimizers of torch write what they have stepped on into weights, until `undo`.
 
-    check: raises what is to be said before a step, if the model is another.
+    check: raises what is to be said before a step, if the model is another. watch: tells what does not train.
     """
 
     def __init__(
-        self, model: nn.Module, masters: Mapping[str, Masters], watch: GradientWatch, undo: Undo, check: Callable[[], None]
+        self,
+        model: nn.Module,
+        chosen: Collection[Target],
+        masters: Mapping[str, Masters],
+        undo: Undo,
+        check: Callable[[], None],
     ) -> None:
-        self._masters, self._watch, self._check = masters, watch, check
-        self._model = model
+        self._masters, self._check, self._model = masters, check, model
+        install(((use, masters[target.name]) for target in chosen for use in target.uses), undo)
+        forwards = {id(use.module): use.module.__dict__["forward"] for target in chosen for use in target.uses}
+        self.watch = GradientWatch(masters, forwards, {target.name: target.modules for target in chosen})
+        _leave_out(model, chosen, masters, undo)
         undo.callback(optimizers.forget, self)
         optimizers.tell(self)
+        pieces = [each for each in masters.values() if each.piece is not None]
+        if not pieces:
+            check_positions(model, (each.indices for each in masters.values()), undo)
+            return
+        undo.callback(reshard, model)
+        parameters = [parameter for each in masters.values() for parameter in each.parameters().values()]
+        average_after_backward(parameters, groups_of(pieces[0].weight), undo)
+        _write_pieces_before(model, pieces, undo)
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise what `Masters.look` raises, before a step is taken on what cannot be written."""
@@ -74,9 +91,9 @@ class Training:
         if any(each.piece is not None for each in self._masters.values()):
             reshard(self._model)
         if stepped:
-            self._watch.of_ours()
+            self.watch.of_ours()
         else:
-            self._watch.of_another(optimizer, self._model)
+            self.watch.of_another(optimizer, self._model)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> list[Masters]:
         """The masters that an optimizer trains."""
@@ -85,7 +102,7 @@ class Training:
         return [each for each in found if any(id(p) in its for p in each.parameters().values()) and not each.over]
 
 
-def write_pieces_before(model: nn.Module, pieces: list[Masters], undo: Undo) -> None:
+def _write_pieces_before(model: nn.Module, pieces: list[Masters], undo: Undo) -> None:
     """Before each forward pass bring sharded weights up to date; before fully_shard's own hook, which gathers them."""
     register = functools.partial(model.register_forward_pre_hook, prepend=True)
     set_hook(undo, hooks_of(model, "_forward_pre_hooks"), register, functools.partial(_write_pieces, pieces))
@@ -99,7 +116,7 @@ def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> Non
         reshard(module)
 
 
-def leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[str, Masters], undo: Undo) -> None:
+def _leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[str, Masters], undo: Undo) -> None:
     """Let a state_dict have weights that are up to date; and keep what modules hold for the tuner out of Transformers'
     save_pretrained, and out of DDP's hands, which would send copies of the base to all processes in each step."""
     fill = functools.partial(_fill_in, list(masters.values()))

@@ -1,60 +1,55 @@
 """What a tuner holds of each weight that trains, in either of the paper's two ways (§3.3)."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
+from ..sparse.tensor import Kind
 from ..weights.model_tensors import OWN
-from ..weights.targets import Target
+from ..weights.targets import Target, Use
 from ..weights.undoing import Undo, hooks_of, set_hook
 from .following import Held
-from .masters import Masters
 
-__all__ = ["TunedWeight", "with_hook", "with_values"]
+__all__ = ["Hooked", "TunedWeight"]
 
 WHOLE = OWN + "whole"  # the beginning of the names of buffers that hold a base whole
 
 
-class TunedWeight:
-    """One weight in training.
+class TunedWeight(Protocol):
+    """One weight in training: `masters.Masters`, or `Hooked`."""
 
-    count: how many of its entries train. parameter: float32 masters [k], or the weight itself. held(): all entries that may
-    differ from the base. look(), restore(): as of `Masters`. masters: with the method "values".
-    """
-
-    def __init__(self, name: str, count: int, parameter: nn.Parameter, of: "Masters | _Hooked") -> None:
-        self.name, self.count, self.parameter, self._of = name, count, parameter, of
-        self.held: Callable[[], Held] = of.held
-        self.look: Callable[[], None] = of.look
-        self.restore: Callable[[], None] = of.restore
-        self.masters = of if isinstance(of, Masters) else None
+    name: str
+    weight: nn.Parameter
+    kind: Kind
 
     @property
-    def weight(self) -> nn.Parameter:
-        return self._of.weight
+    def indices(self) -> Tensor:
+        """The positions that train [k], sorted."""
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What an optimizer trains."""
+
+    def live_in(self, uses: Collection[Use], undo: Undo) -> None:
+        """Begin, in the modules that compute with the weight, until `undo`."""
+
+    def held(self) -> Held:
+        """Every entry that may differ from the base."""
+
+    def look(self) -> None:
+        """Take note of what was done to the weight. Raises TuningError if its base is not known any more."""
+
+    def restore(self) -> None:
+        """Put the base back. Raises what `look` does."""
 
 
-def with_values(target: Target, masters: Masters, undo: Undo) -> TunedWeight:
-    """The sparse-values way: masters, with which the modules compute until the tuner is detached."""
-    undo.callback(masters.leave)
-    masters.live_in(target.uses)
-    first = next(iter(masters.parameters().values()))
-    return TunedWeight(target.name, masters.indices.numel(), first, masters)
+class Hooked:
+    """The gradient-hook way: the weight trains, its gradient is cleared off the mask, and its base is kept whole beside it."""
 
-
-def with_hook(target: Target, indices: Tensor, undo: Undo) -> TunedWeight:
-    """The gradient-hook way: the weight trains, its gradient is cleared off the mask."""
-    hooked = _Hooked(target, indices)
-    hooked.install(target, undo)
-    return TunedWeight(target.name, indices.numel(), target.weight, hooked)
-
-
-class _Hooked:
-    """A weight that trains, and its base, which is cast and moved with it."""
+    kind: Kind = "overwrite"
 
     def __init__(self, target: Target, indices: Tensor) -> None:
         self.name, self.weight, self.indices = target.name, target.weight, indices
@@ -62,14 +57,17 @@ class _Hooked:
         self.holder, self.key = target.uses[0].holder, f"{WHOLE}_{target.uses[0].attribute}"
         self.attribute, self.seen = target.uses[0].attribute, target.weight._version
 
-    def install(self, target: Target, undo: Undo) -> None:
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {"": self.weight}
+
+    def live_in(self, uses: Collection[Use], undo: Undo) -> None:
         undo.callback(self._leave)
         self.holder.register_buffer(self.key, self.base, persistent=False)
         self.weight.requires_grad_(True)
         kept = hooks_of(self.weight, "_post_accumulate_grad_hooks")
         clear = functools.partial(_clear_off_mask, self)
         set_hook(undo, kept, self.weight.register_post_accumulate_grad_hook, clear)
-        for module in target.modules:
+        for module, _, _ in uses:
             keep = functools.partial(_keep_off_mask, self)
             set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, keep)
 
@@ -97,7 +95,7 @@ class _Hooked:
         self.weight.detach().copy_(self.base)
 
 
-def _clear_off_mask(hooked: _Hooked, parameter: Tensor) -> None:
+def _clear_off_mask(hooked: Hooked, parameter: Tensor) -> None:
     if parameter.grad is not None:
         hooked.look()
         if parameter.grad.is_sparse:  # of an embedding that was made so
@@ -107,7 +105,7 @@ def _clear_off_mask(hooked: _Hooked, parameter: Tensor) -> None:
         kernels.overwrite_(parameter.grad, hooked.indices, kept)
 
 
-def _keep_off_mask(hooked: _Hooked, *_: Any) -> None:
+def _keep_off_mask(hooked: Hooked, *_: Any) -> None:
     """Weight decay shrinks entries that have no gradient, too: put those back."""
     hooked.look()
     weight = hooked.weight

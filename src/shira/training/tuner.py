@@ -18,14 +18,12 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from .. import masks
 from ..adapter import Adapter
 from ..errors import AdapterError, TuningError
 from ..masks.calibration import LossFn, Progress
 from ..masks.selection import Indices, Selector
 from ..sparse.tensor import Kind, SparseTensor, fingerprint
 from ..weights.buffers import Buffers
-from ..weights.distributed import average_after_backward, check_positions, groups_of, reshard
 from ..weights.model_tensors import OWN
 from ..weights.owners import Claim, claim
 from ..weights.quantized import keep_differentiable, shape_of
@@ -33,11 +31,10 @@ from ..weights.targets import Target
 from ..weights.undoing import Undo
 from . import refresh, resuming, stay_near, steps
 from .following import Held
-from .layers import forget_copies, install, let_checkpoints_see_gradients
+from .layers import forget_copies, let_checkpoints_see_gradients
 from .masters import Masters, swapped
 from .trainable import describe_base
-from .tuned_weight import TunedWeight, with_hook, with_values
-from .untrained import GradientWatch
+from .tuned_weight import Hooked, TunedWeight
 from .variants import hybrid
 from .variants.choosing import Make
 
@@ -68,11 +65,12 @@ class Tuner:
         self.at_detach = Undo()
         self._stage, self._thread = MAKING, threading.get_ident()
         self._entries: list[TunedWeight] = []
+        self._masters: dict[str, Masters] = {}  # the same by name; with the hook, none
+        self._training: steps.Training | None = None
         self._whole: tuple[str, ...] = ()
         self._mask: dict[str, Any] = {}
         self._trained: dict[str, Trained] | None = None
         self._torn, self._restore = False, True
-        self._watch = GradientWatch({}, {}, {})
         self._places: list[tuple[dict[str, Any], str, bool]] = []
         self._buffers = Buffers(nn.Module())
         self._claim: Claim | None = claim(model, functools.partial(_owner, weakref.ref(self)), TuningError)
@@ -111,30 +109,17 @@ class Tuner:
         model.requires_grad_(False)
         let_checkpoints_see_gradients(model, (use.module for target in chosen for use in target.uses), undo)
         keep_differentiable(model, undo)
-        if method == "hook":
-            for target in chosen:
-                self._entries.append(with_hook(target, indices[target.name], undo))
-        else:
-            for target in chosen:
-                self._entries.append(with_values(target, make(target, indices[target.name]), undo))
-            self._install(chosen)
+        for target in chosen:
+            entry: TunedWeight
+            if method == "hook":
+                entry = Hooked(target, indices[target.name])
+            else:
+                entry = self._masters[target.name] = make(target, indices[target.name])
+            entry.live_in(target.uses, undo)
+            self._entries.append(entry)
+        if method != "hook":
+            self._training = steps.Training(model, chosen, self._masters, undo, self._holders.check)
         self._stage = ATTACHED
-
-    def _install(self, chosen: list[Target]) -> None:
-        """Let the modules compute with the masters, and every optimizer write what it has stepped on into the weights."""
-        undo, masters = self.at_detach, self._masters()
-        install(((use, masters[target.name]) for target in chosen for use in target.uses), undo)
-        forwards = {id(use.module): use.module.__dict__["forward"] for target in chosen for use in target.uses}
-        self._watch = GradientWatch(masters, forwards, {target.name: target.modules for target in chosen})
-        steps.leave_out(self.model, chosen, masters, undo)
-        self._training = steps.Training(self.model, masters, self._watch, undo, self._holders.check)
-        pieces = [each for each in masters.values() if each.piece is not None]
-        if not pieces:
-            check_positions(self.model, (each.indices for each in masters.values()), undo)
-            return
-        undo.callback(reshard, self.model)
-        average_after_backward(self.parameters(), groups_of(pieces[0].weight), undo)
-        steps.write_pieces_before(self.model, pieces, undo)
 
     @property
     def attached(self) -> bool:
@@ -143,12 +128,12 @@ class Tuner:
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: one float32 tensor [k] a target (or a variant's; with the hook, the weights)."""
-        return [p for e in self._entries for p in (e.masters.parameters().values() if e.masters else [e.parameter])]
+        return [parameter for entry in self._entries for parameter in entry.parameters().values()]
 
     @property
     def nnz(self) -> int:
         """How many entries of the model train."""
-        return sum(entry.count for entry in self._entries)
+        return sum(entry.indices.numel() for entry in self._entries)
 
     @torch.enable_grad()
     def refresh(self, optimizer: torch.optim.Optimizer, *, calibration: Iterable[Any] | None = None, cap: float = 1.0) -> int:
@@ -164,27 +149,12 @@ class Tuner:
 
         Raises TuningError, or what `attach` raises for a mask, before anything has changed.
         """
-        masters = {name: each for name, each in self.masters("refreshed").items() if name not in self._whole}
-        if any(type(each) is not Masters for each in masters.values()):
-            raise TuningError("a tuner with decompose, low_rank or a quantized base cannot be refreshed")
-        if any(each.piece is not None for each in masters.values()):
-            raise TuningError("a mask cannot move on weights that are sharded; train without refresh, or with DDP")
+        masters = self.masters("refreshed")
         if "stay_near" in self._mask:
             raise TuningError("a mask cannot move after stay_near, which knows the entries that trained when it was called")
-        refresh.check_cap(cap)
-        states = refresh.movable(optimizer, masters)
-        weights = {name: each.weight for name, each in masters.items()}
-        counts = {name: each.indices.numel() for name, each in masters.items()}
-        with steps.computing_dense(self._masters().values(), self.at_detach) as undo:
-            chosen, _ = self._selector.select(self.model, weights, masks.BudgetPlan(counts, 0, {}), calibration, undo=undo)
-        for name, indices in chosen.items():
-            if indices.numel() != counts[name]:
-                raise TuningError(
-                    f"the mask now chose {indices.numel()} entries of '{name}', and {counts[name]} train; a mask that is to be "
-                    "refreshed must always return as many"
-                )
+        moves = refresh.select(self.model, masters, self._whole, self._selector, optimizer, calibration, cap, self.at_detach)
         self._torn = True
-        moved = sum(refresh.move(masters[name], indices, states[name], cap) for name, indices in chosen.items())
+        moved = sum(refresh.move(*each, cap) for each in moves)
         self._torn = False
         times = self._mask.get("refresh", {}).get("times", 0) + 1
         self._mask = self._mask | {"refresh": {"times": times, "cap": cap}}
@@ -214,18 +184,13 @@ class Tuner:
         masters = self.masters("held near its base")
         if "stay_near" in self._mask or "refresh" in self._mask:
             raise TuningError("stay_near is called once, before any refresh")
-        stay_near.check(masters, reach, passes)
-        with self.reference():
-            loss_fn = loss_fn or self._selector.loss_fn
-            pull, done = stay_near.pulls(
-                self.model, masters, batches, reach, loss_fn=loss_fn, progress=progress, undo=self.at_detach
-            )
-        stay_near.hold(masters, pull, passes, self.at_detach)
-        self._mask = self._mask | {"stay_near": {"reach": reach, "calibration": done}}
+        loss_fn, base = loss_fn or self._selector.loss_fn, self.reference()
+        done = stay_near.hold(self.model, masters, batches, base, reach, passes, loss_fn, progress, self.at_detach)
+        self._mask = self._mask | {"stay_near": done}
 
     def masters(self, wish: str) -> dict[str, Masters]:
         """Tensor name -> its entries in training. Raises TuningError, which says what was wished, if none may change now."""
-        masters = self._masters()
+        masters = self._masters
         self.at_detach.finish_parts()
         if self._stage != ATTACHED or len(masters) < len(self._entries) or any(each.dense for each in masters.values()):
             raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
@@ -287,7 +252,8 @@ class Tuner:
             self._holders.check()
             for entry in self._entries:
                 entry.look()
-            self._watch.at_the_end()
+            if self._training is not None:
+                self._training.watch.at_the_end()
         tensors, prints = {}, {}
         for tensor, (shape, held, kind) in (self._trained or self._so_far()).items():
             try:
@@ -297,7 +263,7 @@ class Tuner:
             if tensor not in self._whole:  # what is new at each load has no base
                 prints[tensor] = fingerprint(held.base)
         metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
-        metadata |= {"fingerprints": prints, "low_rank": hybrid.kept(self._masters())}
+        metadata |= {"fingerprints": prints, "low_rank": hybrid.kept(self._masters)}
         return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
 
     def _so_far(self) -> dict[str, Trained]:
@@ -305,8 +271,7 @@ class Tuner:
         found = {}
         for entry in self._entries:
             held = entry.held()
-            kind: Kind = entry.masters.kind if entry.masters else "overwrite"
-            found[entry.name] = Trained(shape_of(entry.weight), held._replace(values=held.values.detach().clone()), kind)
+            found[entry.name] = Trained(shape_of(entry.weight), held._replace(values=held.values.detach().clone()), entry.kind)
         for name, (before, now) in self._buffers.changed().items():
             indices = torch.arange(now.numel(), device=now.device)
             found[name] = Trained(tuple(now.shape), Held(indices, before.reshape(-1), now.reshape(-1).clone()), "overwrite")
@@ -317,12 +282,9 @@ class Tuner:
 
         Raises TuningError without low_rank, or what `adapter` raises; OSError.
         """
-        if hybrid.kept(self._masters()) is None:
+        if hybrid.kept(self._masters) is None:
             raise TuningError("there is no low-rank part: attach(..., low_rank=8) trains one; save adapter() instead")
-        hybrid.save(Path(folder), self.adapter(), self._masters())
-
-    def _masters(self) -> dict[str, Masters]:
-        return {entry.name: entry.masters for entry in self._entries if entry.masters is not None}
+        hybrid.save(Path(folder), self.adapter(), self._masters)
 
     def detach(self) -> None:
         """Give the model back its base, bit for bit: weights, buffers, and `requires_grad` flags. Doing it twice is harmless;
@@ -354,17 +316,17 @@ class Tuner:
         if self._stage == GONE:
             return
         self.undo()
-        if not quiet:
-            self._watch.at_the_end()
+        if self._training is not None and not quiet:
+            self._training.watch.at_the_end()
 
     @torch.inference_mode(False)
     def undo(self) -> None:
         """Take back all that was done to the model. Can itself be interrupted, and called again."""
-        if self._stage == MAKING or self._restore:
+        if self._restore:
             for entry in self._entries:
                 entry.restore()
         self.at_detach.close()
-        if self._stage == MAKING or self._restore:
+        if self._restore:
             self._buffers.put_back()  # last: a calibration that was interrupted puts back those of training
         for parameters, key, flag in self._places:
             parameter = parameters.get(key)
@@ -384,7 +346,7 @@ class Tuner:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model, with which its tuner is copied, is nobody's: the copy only tells what was trained."""
-        told = {"at_detach": Undo(), "_places": [], "_stage": GONE, "_watch": GradientWatch({}, {}, {})}
+        told = {"at_detach": Undo(), "_places": [], "_stage": GONE}
         return self.__dict__ | dict.fromkeys(("_claim", "_training", "_selector")) | told
 
 

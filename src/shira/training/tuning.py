@@ -152,15 +152,19 @@ def _begun(
     """Choose the entries, and begin. Whoever is interrupted here has no tuner, so the model is left as it was."""
     tuner = Tuner(model)
     try:
-        indices, calibrated = select(tuner.at_detach)
-        record = {key: value for key, value in (settings | {"calibration": calibrated}).items() if value is not None}
-        taken = [target for target in chosen if target.name in indices] + new
-        for target in new:
-            entries = target.weight.numel()
-            indices[target.name] = torch.arange(entries, dtype=index_dtype(entries), device=target.weight.device)
-        tuner.begin(taken, indices, record, method, selector, make, [target.name for target in new])
-        return tuner
-    except BaseException:
+        try:
+            indices, calibrated = select(tuner.at_detach)
+            record = {key: value for key, value in (settings | {"calibration": calibrated}).items() if value is not None}
+            taken = [target for target in chosen if target.name in indices] + new
+            for target in new:
+                entries = target.weight.numel()
+                indices[target.name] = torch.arange(entries, dtype=index_dtype(entries), device=target.weight.device)
+            tuner.begin(taken, indices, record, method, selector, make, [target.name for target in new])
+            return tuner
+        except BaseException:
+            tuner.undo()
+            raise
+    except BaseException:  # a second interrupt: the next call finishes this while the tuner is being made, not once it is made
         tuner.undo()
         raise
 

@@ -11,7 +11,7 @@ from ...sparse.positions import seed_of
 from ...weights.distributed import is_sharded
 from ...weights.quantized import is_quantized, label
 from ...weights.targets import Target, is_conv1d
-from ..masters import Masters
+from ..masters import Masters, Plain
 from .decomposed import Decomposed
 from .deltas import Deltas
 from .hybrid import Hybrid
@@ -56,17 +56,16 @@ def choose(
     names = {target.name for target in targets}
 
     def make(target: Target, indices: Tensor) -> Masters:
-        name, weight, matrix, seeded = target.name, target.weight, target.matrix, seed_of(seed, f"{target.name}\nfactors")
-        outputs = int(any(is_conv1d(use.module) for use in target.uses))
+        seeded = seed_of(seed, f"{target.name}\nfactors")
         if target.name not in names:  # trains whole
-            return Masters(name, weight, indices, matrix)
-        if is_quantized(weight):
-            return Deltas(name, weight, indices)
+            return Plain(target, indices)
+        if is_quantized(target.weight):
+            return Deltas(target, indices)
         if low_rank is not None:
-            return Hybrid(name, weight, indices, matrix, low_rank, seeded, outputs)
-        if decompose is False or matrix[1] == 1:  # a vector has no direction
-            return Masters(name, weight, indices, matrix)
-        return Decomposed(name, weight, indices, matrix, None if decompose is True else decompose, seeded, outputs)
+            return Hybrid(target, indices, low_rank, seeded)
+        if decompose is False or target.matrix[1] == 1:  # a vector has no direction
+            return Plain(target, indices)
+        return Decomposed(target, indices, None if decompose is True else decompose, seeded)
 
     return make, record
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
+from ...weights.targets import Target
 from ..masters import Masters
 from .factors import Factors, row_blocks
 
@@ -20,30 +21,15 @@ class Decomposed(Masters):
     """The entries m · V / ‖V‖ at the mask's positions, V = W + upᵀ · down; or, without a rank, V = W except at the mask's
     positions, where its entries are free, at the price of a plain adapter."""
 
-    def __init__(
-        self,
-        name: str,
-        weight: nn.Parameter,
-        indices: Tensor,
-        matrix: tuple[int, int],
-        rank: int | None,
-        seed: int,
-        outputs: int,
-    ) -> None:
-        """outputs: along which side of the matrix the outputs lie, 0, or 1 for Transformers' Conv1D."""
-        super().__init__(name, weight, indices, matrix)
-        self.outputs = outputs
-        self.factors = Factors(matrix, rank, seed, weight.device) if rank is not None else None
-        self.fixed = self._squares(weight.new_zeros(indices.numel())) if self.factors is None else None
-        if self.factors is not None:
-            del self.values  # the base's entries and the product take their place
-        self.norms = self._norms()
-        self.magnitude = nn.Parameter(self.norms.clone())
-        self.written = self.version
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        own = {"": self.values} if self.factors is None else self.factors.parameters()
-        return own | {"_magnitude": self.magnitude}
+    def __init__(self, target: Target, indices: Tensor, rank: int | None, seed: int) -> None:
+        super().__init__(target, indices)
+        self.factors = Factors(self.matrix, rank, seed, self.weight.device) if rank is not None else None
+        if self.factors is None:
+            self.own = {"": nn.Parameter(self.base.to(torch.float32, copy=True))}
+        else:  # the base's entries and the product take their place
+            self.own = self.factors.parameters()
+        self.followed()
+        self.magnitude = self.own["_magnitude"] = nn.Parameter(self.norms.clone())
 
     def current(self) -> Tensor:
         return self._direction() * (self.magnitude / self.norms)[self._line()]  # exactly the base's while nothing has changed
@@ -54,12 +40,8 @@ class Decomposed(Masters):
             self.norms = self._norms()
         super().write()
 
-    def _are_float32(self) -> bool:
-        return all(parameter.dtype is torch.float32 for parameter in self.parameters().values())
-
     def followed(self) -> None:
-        if self.fixed is not None:
-            self.fixed = self._squares(self.weight.new_zeros(self.indices.numel()))
+        self.fixed = self._squares(self.weight.new_zeros(self.indices.numel())) if self.factors is None else None
         self.norms = self._norms()
 
     def _line(self) -> Tensor:
@@ -68,7 +50,7 @@ class Decomposed(Masters):
         return positions % columns if self.outputs else positions // columns
 
     def _direction(self) -> Tensor:
-        return self.values if self.factors is None else self.base.float() + self.factors.at(self.indices)
+        return self.own[""] if self.factors is None else self.base.float() + self.factors.at(self.indices)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:

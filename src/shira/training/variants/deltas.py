@@ -3,17 +3,14 @@
 S holds the differences at the mask's positions; a change in training adds nothing to a quantized weight and takes nothing away.
 """
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, nn
 
-from ... import kernels
 from ...kernels.sparse_product import SparseLayout
 from ...sparse.tensor import Kind
-from ...weights.quantized import dense, shape_of
-from ...weights.targets import Use
-from ..following import Held, Kept
+from ...weights.quantized import shape_of
+from ...weights.targets import Target
+from ..following import Held
 from ..masters import Masters
 
 __all__ = ["Deltas"]
@@ -25,27 +22,21 @@ class Deltas(Masters):
     kind: Kind = "delta"
     in_place = False
 
-    def __init__(self, name: str, weight: nn.Parameter, indices: Tensor) -> None:
-        out, inner = shape_of(weight)
-        self.name, self.weight, self.matrix, self.piece = name, weight, (out, inner), None
-        self.kept = Kept(indices, indices[:0], kernels.gather(dense(weight), indices), None, "")
+    def __init__(self, target: Target, indices: Tensor) -> None:
+        super().__init__(target, indices)
         self.values = nn.Parameter(torch.zeros(indices.numel(), dtype=torch.float32, device=indices.device))
+        self.own = {"": self.values}
         self.layout = SparseLayout(indices, self.matrix)
-        self.uses = []
-        self._seen = None
-        self.side = self._product
-        self.dense = self.may_have_stepped = False
-        self.written = 0
 
-    def _product(self, input: Tensor) -> Tensor:
+    def current(self) -> Tensor:
+        return self.base.float() + self.values
+
+    def side(self, input: Tensor) -> Tensor:
         output: Tensor = self.layout.product(input, self.values)
         return output
 
     def held(self) -> Held:
         return Held(self.indices, self.base, self.values.detach())
-
-    def live_in(self, uses: Collection[Use]) -> None:
-        self.uses = [(use.holder, use.attribute, self.weight) for use in uses]
 
     def look(self) -> None:
         """What is kept of a quantized weight does not depend on how it is stored; it must be where the weight is."""
@@ -66,9 +57,6 @@ class Deltas(Masters):
     def write(self) -> None:
         """Nothing is written."""
         self.look()
-
-    def write_step(self) -> None:
-        self.write()
 
     def restore(self) -> None:
         """The weight is as it was."""

@@ -31,6 +31,10 @@ class Factors:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {"_up": self.up, "_down": self.down}
 
+    def inner_and_outer(self, outputs: int) -> tuple[Tensor, Tensor]:
+        """The factor that meets a layer's input [rank, in], and the other [rank, out]. outputs: as of `Masters`."""
+        return (self.up, self.down) if outputs else (self.down, self.up)
+
     def at(self, indices: Tensor) -> Tensor:
         """The product at sorted flat positions, float32 [k], for autograd."""
         product: Tensor = _ProductAt.apply(self.up, self.down, indices)  # type: ignore[no-untyped-call]

@@ -11,88 +11,62 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from ...adapter import Adapter
 from ...files.tensorfiles import write_whole
 from ...sparse.tensor import SparseTensor
+from ...weights.targets import Target
 from ..following import Held
-from ..masters import Masters
+from ..masters import Masters, Plain
 from .factors import Factors
 
 __all__ = ["Hybrid", "kept", "save"]
 
 
-class Hybrid(Masters):
+class Hybrid(Plain):
     """Masters of a linear layer's weight, and a low-rank product beside it."""
 
-    def __init__(
-        self,
-        name: str,
-        weight: nn.Parameter,
-        indices: Tensor,
-        matrix: tuple[int, int],
-        rank: int,
-        seed: int,
-        outputs: int,
-    ) -> None:
-        """outputs: along which side of the matrix the outputs lie, 0, or 1 for Transformers' Conv1D."""
-        super().__init__(name, weight, indices, matrix)
-        self.outputs = outputs
-        self.factors = Factors(matrix, rank, seed, weight.device)
-        self.side = self._product
-        self.written = self.version
+    beside: Factors
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {"": self.values, **self.factors.parameters()}
+    def __init__(self, target: Target, indices: Tensor, rank: int, seed: int) -> None:
+        super().__init__(target, indices)
+        self.beside = Factors(self.matrix, rank, seed, self.weight.device)
+        self.own |= self.beside.parameters()
+        self.can_move = self.can_stay_near = False  # the product has no positions, and no base
 
-    def _are_float32(self) -> bool:
-        return all(parameter.dtype is torch.float32 for parameter in self.parameters().values())
-
-    def _product(self, input: Tensor) -> Tensor:
-        first, second = self._inner_and_outer()
-        return linear(linear(input, first.to(input.dtype)), second.T.to(input.dtype))
-
-    def _inner_and_outer(self) -> tuple[Tensor, Tensor]:
-        """The factor that meets the input [rank, in], and the other [rank, out]."""
-        up, down = self.factors.up, self.factors.down
-        return (up, down) if self.outputs else (down, up)
+    def side(self, input: Tensor) -> Tensor:
+        inner, outer = self.beside.inner_and_outer(self.outputs)
+        return linear(linear(input, inner.to(input.dtype)), outer.T.to(input.dtype))
 
     def held(self) -> Held:
         """The sum's entries at the mask's positions."""
         alone = super().held()
-        values = self.values.detach() + self.factors.at(self.indices).detach()
+        values = self.values.detach() + self.beside.at(self.indices).detach()
         return alone._replace(values=values.to(self.weight.dtype))
-
-    def sparse(self) -> SparseTensor:
-        """S alone, as the weight has it."""
-        return SparseTensor(tuple(self.weight.shape), self.indices.cpu(), self.rounded().cpu())
-
-    def lora(self) -> dict[str, Tensor]:
-        """PEFT's A [rank, in] and B [out, rank]."""
-        first, second = self._inner_and_outer()
-        return {
-            "lora_A.weight": first.detach().cpu().clone(),
-            "lora_B.weight": second.detach().T.contiguous().cpu().clone(),
-        }
-
-    def change(self) -> tuple[float, float]:
-        """‖S + upᵀ · down‖² at the mask's positions, and of all."""
-        product = self.factors.at(self.indices).detach().double()
-        total = self.values.detach().double() - self.base.double() + product
-        inside = float(total.square().sum())
-        return inside, inside + max(0.0, self.factors.squares() - float(product.square().sum()))
 
 
 def kept(masters: Mapping[str, Masters]) -> dict[str, Any] | None:
     """For the metadata: what share of the squared change the adapter alone has; None if nothing was trained beside it."""
-    hybrids = [each for each in masters.values() if isinstance(each, Hybrid)]
-    if not hybrids:
+    both = _both_parts(masters)
+    if not both:
         return None
-    inside, everything = (sum(parts) for parts in zip(*(each.change() for each in hybrids), strict=True))
-    return {"rank": hybrids[0].factors.up.shape[0], "kept": inside / everything if everything else 1.0}
+    inside, everything = (sum(parts) for parts in zip(*(_change(each, product) for each, product in both), strict=True))
+    return {"rank": both[0][1].up.shape[0], "kept": inside / everything if everything else 1.0}
+
+
+def _both_parts(masters: Mapping[str, Masters]) -> list[tuple[Masters, Factors]]:
+    """The masters that have a low-rank product beside them, and that product."""
+    return [(each, each.beside) for each in masters.values() if each.beside is not None]
+
+
+def _change(masters: Masters, product: Factors) -> tuple[float, float]:
+    """‖S + upᵀ · down‖² at the mask's positions, and of all."""
+    at = product.at(masters.indices).detach().double()
+    total = masters.current().detach().double() - masters.base.double() + at
+    inside = float(total.square().sum())
+    return inside, inside + max(0.0, product.squares() - float(at.square().sum()))
 
 
 def save(folder: Path, adapter: Adapter, masters: Mapping[str, Masters]) -> None:
@@ -100,13 +74,18 @@ def save(folder: Path, adapter: Adapter, masters: Mapping[str, Masters]) -> None
 
     adapter: what the metadata of the sparse part are taken from.
     """
-    hybrids = {name: each for name, each in masters.items() if isinstance(each, Hybrid)}
+    both = _both_parts(masters)
     (folder / "lora").mkdir(parents=True, exist_ok=True)
-    parts = {name: each.sparse() for name, each in hybrids.items()}
+    parts = {each.name: SparseTensor(tuple(each.weight.shape), each.indices.cpu(), each.rounded().cpu()) for each, _ in both}
     metadata = {key: value for key, value in adapter.metadata.items() if key != "low_rank"}
     Adapter(adapter.tensors | parts, metadata | {"beside": "lora"}).save(folder / "adapter.safetensors")
-    rank = next(iter(hybrids.values())).factors.up.shape[0]
-    modules = {name: name.removesuffix(".weight") for name in hybrids}
+    rank = both[0][1].up.shape[0]
+    flat = {}
+    for each, product in both:
+        inner, outer = product.inner_and_outer(each.outputs)
+        module = f"base_model.model.{each.name.removesuffix('.weight')}"
+        flat[f"{module}.lora_A.weight"] = inner.detach().cpu().clone()  # [rank, in]
+        flat[f"{module}.lora_B.weight"] = outer.detach().T.contiguous().cpu().clone()  # [out, rank]
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -115,10 +94,9 @@ def save(folder: Path, adapter: Adapter, masters: Mapping[str, Masters]) -> None
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(each.outputs for each in hybrids.values()),
-        "target_modules": sorted(modules.values()),
+        "fan_in_fan_out": any(each.outputs for each, _ in both),
+        "target_modules": sorted(each.name.removesuffix(".weight") for each, _ in both),
         "inference_mode": True,
     }
-    flat = {f"base_model.model.{modules[n]}.{key}": value for n, each in hybrids.items() for key, value in each.lora().items()}
     write_whole(folder / "lora" / "adapter_model.safetensors", safetensors.torch.save(flat, {"format": "pt"}))
     write_whole(folder / "lora" / "adapter_config.json", json.dumps(config, indent=2).encode())
