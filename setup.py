@@ -12,7 +12,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 native = Extension(
     "shira.kernels.cpu._native",
-    [f"src/shira/kernels/cpu/{name}.c" for name in ("native", "unite", "combine", "sha256")],
+    [f"src/shira/kernels/cpu/{name}.c" for name in ("native", "unite", "combine")],
     depends=["src/shira/kernels/cpu/native.h"],
     extra_compile_args=[] if sys.platform == "win32" else FLAGS,
     extra_link_args=[] if sys.platform == "win32" else ["-pthread"],

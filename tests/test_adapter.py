@@ -1,12 +1,15 @@
+import hashlib
+
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import bits
 from shira import Adapter, AdapterError, SparseTensor
 from shira.sparse.positions import index_dtype
-from shira.sparse.tensor import all_finite, fingerprint
+from shira.sparse.tensor import SHA256, all_finite, fingerprint
 
 
 def test_small_tensors_have_int32_positions_and_large_ones_int64():
@@ -66,6 +69,17 @@ def test_a_fingerprint_tells_bits_apart():
     zero = torch.zeros(3)
     assert fingerprint(zero) != fingerprint(-zero)
     assert not torch.equal(bits(zero), bits(-zero))
+
+
+def test_fingerprints_are_what_the_format_says():
+    """Of all lengths around those at which values are hashed in pieces; the constants are what files hold."""
+    assert fingerprint(torch.empty(0)) == "xxh3:99aa06d3014798d86001c324468d497f"
+    assert fingerprint(torch.empty(0), SHA256) == "e3b0c44298fc1c149afbf4c8996fb924"
+    for count in (1, 1000, 2**18 - 1, 2**18, 2**18 + 1, 3 * 2**18 + 7):
+        values = torch.randn(count).bfloat16()
+        content = values.float().numpy().astype("<f4").tobytes()
+        assert fingerprint(values) == fingerprint(values, like="xxh3:of others") == f"xxh3:{xxhash.xxh3_128_hexdigest(content)}"
+        assert fingerprint(values, SHA256) == fingerprint(values, like="0" * 32) == hashlib.sha256(content).hexdigest()[:32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -119,7 +119,7 @@ def test_what_peft_saved_is_named_and_how_to_convert_it(tmp_path):
 
 
 def of_another_base(adapter):
-    prints = dict.fromkeys(adapter.fingerprints, "0" * 32)
+    prints = dict.fromkeys(adapter.fingerprints, f"xxh3:{0:032x}")
     return shira.Adapter(adapter.tensors, adapter.metadata | {"fingerprints": prints})
 
 

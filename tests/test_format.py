@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -55,7 +56,9 @@ def test_the_file_by_hand_is_good(tmp_path):
         ({"v.values": torch.ones(1)}, {}, r"not described: \['v.values'\]"),
         ({}, {"format": None}, r"not a shira adapter"),
         ({}, {"format": "pt"}, r"not a shira adapter"),
-        ({}, {"format_version": "3"}, r"format version '3'.*upgrade"),
+        ({}, {"format_version": "4"}, r"format version '4'.*upgrade"),
+        ({}, {"format_version": "3"}, r"format version '3' with encoding 'plain'.*upgrade"),
+        ({}, {"metadata": json.dumps({"fingerprints": {"w": "md5:00"}})}, r"'md5:00' of 'w' is by an unknown hash; upgrade"),
         ({}, {"encoding": "zip"}, r"encoding 'zip'"),
         ({}, {"tensors": "{"}, r"'tensors' is not JSON"),
         ({}, {"tensors": "[" * 100_000}, r"'tensors' is not JSON"),
@@ -177,6 +180,43 @@ def test_the_file_is_plain_safetensors(tmp_path):
     stored = safetensors.torch.load_file(tmp_path / "a.safetensors")["0.weight.indices"]
     positions = torch.cumsum(stored.long() + 1, 0) - 1  # no gap here is as long as 255
     assert torch.equal(positions.int(), adapter.tensors["0.weight"].indices)
+
+
+def as_version_2(path, base):
+    """Rewrite a file as version 2 had it, with fingerprints by SHA-256."""
+    adapter = shira.load(path)
+    prints = {
+        name: hashlib.sha256(base[name].view(-1)[tensor.indices.long()].float().numpy().tobytes()).hexdigest()[:32]
+        for name, tensor in adapter.tensors.items()
+    }
+    with safetensors.safe_open(path, "pt") as file:
+        header, content = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    assert header["format_version"] == "3"
+    header |= {"format_version": "2", "metadata": json.dumps(adapter.metadata | {"fingerprints": prints})}
+    safetensors.torch.save_file(content, path, header)
+
+
+def test_files_with_sha_256_are_checked_beside_others_and_kept_when_saved_again(tmp_path):
+    model, other = mlp(), mlp(seed=5)
+    base = dict(model.named_parameters())
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    for seed, path in enumerate((old, new)):
+        random_adapter(model, seed).save(path)
+    as_version_2(old, {name: weight.detach() for name, weight in base.items()})
+    loaded = shira.load(old)
+    assert all(len(found) == 32 and ":" not in found for found in loaded.fingerprints.values())
+    shira.Switcher(model).add("old", old)
+    with pytest.raises(shira.BaseMismatch, match=r"have fingerprint [0-9a-f]{32}, the adapter says [0-9a-f]{32} "):
+        shira.Switcher(other).add("old", old)
+    fused = shira.fuse({old: 1.0, new: 0.5}, model)
+    assert all(found.startswith("xxh3:") for found in fused.fingerprints.values())
+    for method in ("sum", "ties"):  # in one pass in C, and through torch's operators
+        with pytest.raises(shira.BaseMismatch, match=r"the adapter says [0-9a-f]{32} "):
+            shira.fuse({old: 1.0}, other, method)
+    loaded.save(tmp_path / "again.safetensors")
+    again = shira.load(tmp_path / "again.safetensors")
+    assert again.fingerprints == loaded.fingerprints
+    shira.Switcher(mlp()).add("again", again)
 
 
 def rule(**changes):

@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import bits, plain_c
+from conftest import bits
 from shira import AdapterError, kernels
 from shira.files import encoding
-from shira.sparse.tensor import fingerprint
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -327,20 +326,6 @@ def test_merge_finds_the_union_and_each_place_in_it(seed, densities, numel, inde
         assert torch.equal(counts, held[held > 0]) and counts.dtype == torch.int32
         for run, place in zip(runs, places, strict=True):
             assert torch.equal(indices[place.long()], run) and place.dtype == torch.int32
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fingerprints_are_those_of_each(dtype):
-    """Several at a time, of all lengths: a block of SHA-256 holds 16 values, and its end takes three."""
-    values = [torch.randn(count).to(dtype) for count in [*range(50), 7, 1000, 0, 100_003, 16, 999]]
-    expected = [fingerprint(tensor) for tensor in values]
-    for forced in (plain_c(), *map(kernels.backend, kernels.BACKENDS)):
-        with forced:
-            assert kernels.fingerprints(values) == expected
-            assert [kernels.fingerprints([tensor])[0] for tensor in values] == expected
-            assert kernels.fingerprints([torch.zeros(4), torch.zeros(4).bfloat16()]) == [fingerprint(torch.zeros(4))] * 2
-            assert kernels.fingerprints([values[-1][::2]]) == [fingerprint(values[-1][::2])]
-            assert kernels.fingerprints([]) == []
 
 
 def test_merge_refuses_positions_below_zero_in_c():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import AdapterError
+from ..sparse.tensor import XXH3
 from ..texts import shown
 
 __all__ = ["check_metadata"]
@@ -37,3 +38,5 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
     for name, value in (metadata.get("fingerprints") or {}).items():
         if not isinstance(value, str):
             raise AdapterError(f"metadata 'fingerprints' must hold texts, found {shown(value)} for {shown(name)}")
+        if ":" in value and not value.startswith(XXH3):
+            raise AdapterError(f"the fingerprint {shown(value)} of {shown(name)} is by an unknown hash; upgrade shira-adapters")

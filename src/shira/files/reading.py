@@ -25,7 +25,7 @@ from .tensorfiles import read_header, read_tensor
 
 __all__ = ["FileChanged", "Gaps", "StoredTensors", "neighbour"]
 
-READABLE = {("1", "plain"), ("2", "gap")}  # (format version, encoding)
+READABLE = {("1", "plain"), ("2", "gap"), ("3", "gap")}  # (format version, encoding)
 
 Path_ = str | os.PathLike[str]
 
@@ -173,7 +173,7 @@ def _entries(path: Path, header: dict[str, str]) -> dict[str, Any]:
     if (version, encoded) not in READABLE:
         raise FormatError(
             f"{path}: format version {shown(version)} with encoding {shown(encoded)} is unknown, this release reads "
-            f"{' and '.join(f'{v} with {e!r}' for v, e in sorted(READABLE))}; upgrade shira-adapters"
+            f"{', '.join(f'{v} with {e!r}' for v, e in sorted(READABLE))}; upgrade shira-adapters"
         )
     return _json_object(path, header, "tensors")
 

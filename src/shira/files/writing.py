@@ -19,7 +19,7 @@ from .tensorfiles import spooled
 
 __all__ = ["FORMAT_VERSION", "saving"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @contextlib.contextmanager

@@ -116,30 +116,23 @@ def _fused_over(
     for label, tensor in held.items():
         weight_of(label, name, tensor, weights, to_overwrite=True)
     weight = weights[name].detach()
-    telling = {
-        number: label
-        for number, (label, tensor) in enumerate(held.items())
-        if tells_base(name, tensor, adapters[label], in_part[label])
-    }
+    labels = list(held)
 
-    def check(number: int, found: str) -> None:
-        check_fingerprint(telling[number], name, adapters[telling[number]], found, weight.dtype)
+    def check(number: int, under: Tensor) -> None:
+        label = labels[number]
+        if tells_base(name, held[label], adapters[label], in_part[label]):
+            check_fingerprint(label, name, adapters[label], under, weight.dtype)
 
     parts = [(tensor, scale[label]) for label, tensor in held.items()]
     fused = _in_one_pass(parts, weight, weight.dtype, method)
     if fused is not None:
-        base_print, *prints = kernels.fingerprints([fused.base, *(fused.under[number] for number in telling)])
-        for number, found in zip(telling, prints, strict=True):
-            check(number, found)
-        return _sparse(name, tuple(weight.shape), fused.indices, fused.values, "overwrite", SparseTensor.of_kernel), base_print
-
-    def check_under(number: int, under: Tensor) -> None:
-        if number in telling:
-            check(number, fingerprint(under))
-
+        for number, under in enumerate(fused.under):
+            check(number, under)
+        whole = _sparse(name, tuple(weight.shape), fused.indices, fused.values, "overwrite", SparseTensor.of_kernel)
+        return whole, fingerprint(fused.base)
     overlap = kernels.unite([tensor.indices for tensor, _ in parts])
     base = kernels.gather(weight, overlap.indices.to(weight.device)).to(overlap.indices.device)
-    indices, values, base = combine(name, parts, overlap, base, method, check=check_under)
+    indices, values, base = combine(name, parts, overlap, base, method, check=check)
     return _sparse(name, tuple(weight.shape), indices, values, "overwrite"), fingerprint(base)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import AdapterError, did_you_mean
 from ..kernels import Overlap, overwrite_
 from ..sparse.positions import coin, seed_of
-from ..sparse.tensor import fingerprint
+from ..sparse.tensor import SHA256, fingerprint
 from ..sparse.topk import top_k
 from ..texts import shown
 
@@ -91,7 +91,7 @@ def drop(part: Share, drop: float = 0.5, seed: int = 0) -> tuple[Tensor, float]:
     drop: the probability, at least 0, below 1. What is dropped depends on the seed, the tensor's name, the adapter's values and
     the positions alone: not on file names, nor on the machine.
     """
-    seed = seed_of(seed, f"{part.name}\n{fingerprint(part.values)}")
+    seed = seed_of(seed, f"{part.name}\n{fingerprint(part.values, SHA256)}")  # whose draws may not change
     return coin(part.indices, 1 - drop, seed).nonzero().view(-1), 1 / (1 - drop)
 
 

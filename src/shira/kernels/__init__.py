@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sparse.tensor import fingerprint
 from . import opaque, reference, torch_ops
 from .backends import BACKENDS, backend, backend_for, backend_of
 from .cpu import native
@@ -37,7 +36,6 @@ __all__ = [
     "change_",
     "combine",
     "find_pattern",
-    "fingerprints",
     "gather",
     "gradient_of_rows",
     "overwrite_",
@@ -158,12 +156,6 @@ def combine(
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:
     """Whether `combine` is to be given gaps rather than positions, for changes of so many entries in all."""
     return backend_for(*(() if weight is None else (weight,))) is native and native.takes_gaps(weight, entries)
-
-
-def fingerprints(values: Sequence[Tensor]) -> list[str]:
-    """`sparse.tensor.fingerprint` of each."""
-    found = native.fingerprints(values) if backend_for(*values) is native else None
-    return [fingerprint(tensor) for tensor in values] if found is None else found
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

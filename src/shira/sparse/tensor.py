@@ -12,12 +12,13 @@ from ..errors import AdapterError
 from ..texts import described, shown
 from .positions import index_dtype
 
-__all__ = ["MOST_ENTRIES", "Kind", "SparseTensor", "all_finite", "fingerprint", "numel_of"]
+__all__ = ["MOST_ENTRIES", "SHA256", "XXH3", "Kind", "SparseTensor", "all_finite", "fingerprint", "numel_of"]
 
 Kind = Literal["overwrite", "delta"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_ENTRIES, MOST_SIDES = 2**62, 64  # of a tensor: sums of positions stay within int64
+XXH3, SHA256 = "xxh3:", ""  # how a fingerprint by each hash begins
 
 
 def numel_of(shape: tuple[int, ...]) -> int:
@@ -134,15 +135,23 @@ def _check_plain(what: str, tensor: Any) -> None:
         raise AdapterError(f"{what} must be a plain tensor with data, found {tensor.layout} on {tensor.device}")
 
 
-def fingerprint(values: Tensor) -> str:
-    """A fingerprint of base values: SHA-256 over them as little-endian float32, the first 128 bits in hex.
+def fingerprint(values: Tensor, like: str = XXH3) -> str:
+    """A fingerprint of base values: "xxh3:" and XXH3-128 over them as little-endian float32, in hex.
 
-    Taken in float32, it is the same for a bfloat16 checkpoint loaded as bfloat16 and as float32.
+    Taken in float32, it is the same for a bfloat16 checkpoint loaded as bfloat16 and as float32. It finds mistakes. It need not
+    withstand attackers, since whoever writes an adapter's file writes its fingerprints, too.
+    like: the fingerprint to compare with, whose beginning says which hash to take. One that begins with no hash is the first
+        128 bits of SHA-256, as in files up to format version 2.
     """
-    digest = hashlib.sha256()
+    begins: str = SHA256
+    digest: Any = hashlib.sha256()
+    if like.startswith(XXH3):
+        import xxhash
+
+        begins, digest = XXH3, xxhash.xxh3_128()
     for piece in values.detach().reshape(-1).split(2**18):  # what is widened stays in cache
         digest.update(piece.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).data)
-    return digest.hexdigest()[:32]
+    return f"{begins}{digest.hexdigest()[:32]}"
 
 
 def _plain(dtype: torch.dtype) -> str:

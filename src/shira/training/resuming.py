@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import BaseMismatch, TuningError
 from ..sparse.positions import checksum
-from ..sparse.tensor import fingerprint
+from ..sparse.tensor import SHA256, fingerprint
 from ..texts import described, shown
 from ..weights.quantized import shape_of
 from .masters import Masters
@@ -64,7 +64,7 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
 
 def _mark(entries: Masters) -> Tensor:
     """The weight's sides, and checksums of the positions and of the base values that lay there."""
-    base = zlib.crc32(fingerprint(entries.base).encode())
+    base = zlib.crc32(fingerprint(entries.base, SHA256).encode())  # as in older checkpoints
     return torch.tensor([*shape_of(entries.weight), checksum(entries.indices.cpu()), base], device="cpu")
 
 

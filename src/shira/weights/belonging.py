@@ -59,7 +59,7 @@ def check_tensor(
     sparse = adapter.tensors[name]
     weight = weight_of(label, name, sparse, tensors, to_overwrite=True)
     if tells_base(name, sparse, adapter, in_part):
-        check_fingerprint(label, name, adapter, fingerprint(base_at(weight, sparse.indices)), weight.dtype)
+        check_fingerprint(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
 
 
 def known_in_part(adapter: Adapter) -> Callable[[], bool]:
@@ -103,9 +103,10 @@ def weight_of(
     return weight
 
 
-def check_fingerprint(label: str, name: str, adapter: Adapter, found: str, dtype: torch.dtype) -> None:
-    """Compare the fingerprint of base values with that of those which an adapter was trained over."""
+def check_fingerprint(label: str, name: str, adapter: Adapter, values: Tensor, dtype: torch.dtype) -> None:
+    """Compare base values with the fingerprint that an adapter says they have. dtype: the weight's, for the message."""
     expected = adapter.fingerprints[name]
+    found = fingerprint(values, like=expected)
     if found != expected:
         recorded = adapter.metadata.get("base") or {}
         raise BaseMismatch(

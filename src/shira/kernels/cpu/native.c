@@ -370,7 +370,6 @@ static PyMethodDef methods[] = {
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
     {"unite", unite, METH_VARARGS, "unite(address of an array of runs, how many, past the last position, merged, touched, index bytes)"},
     {"combine", combine, METH_VARARGS, "combine(address of an array of changes, how many, value bytes, weight, its entry bytes, past the last position, positions, values, base, mode, whether plain)"},
-    {"sha256", sha256, METH_VARARGS, "sha256(address of an array of messages, how many)"},
     {NULL, NULL, 0, NULL},
 };
 

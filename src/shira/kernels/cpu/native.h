@@ -45,6 +45,5 @@ static inline float widened(uint16_t half) {
 
 PyObject *unite(PyObject *self, PyObject *args); /* unite.c */
 PyObject *combine(PyObject *self, PyObject *args); /* combine.c */
-PyObject *sha256(PyObject *self, PyObject *args); /* sha256.c */
 
 #endif

@@ -21,7 +21,6 @@ from ..plan import Combined, Contribution, Overlap, WeightChanged, Write, WriteP
 __all__ = [
     "available",
     "combine",
-    "fingerprints",
     "gather",
     "overwrite_",
     "restore_",
@@ -57,7 +56,6 @@ LINE = 64  # bytes that are fetched at once
 MOST = 255  # changes that are counted in a byte
 SLACK = 16  # entries that may be written beyond the last
 KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
-MESSAGE = np.dtype([("values", "u8"), ("digest", "u8"), ("count", "i8"), ("entry", "i8")])  # as in sha256.c
 
 CPU = torch.device("cpu")  # where what C fills must lie, whatever torch.set_default_device says
 plain_c: ContextVar[bool] = ContextVar("shira_plain_c", default=False)  # without instructions that not all processors have
@@ -201,23 +199,6 @@ def _room(count: int, *dtypes: torch.dtype) -> list[Tensor]:
 def _kept(tensor: Tensor, count: int) -> Tensor:
     """Its first entries, without the room for others where that is more than an eighth."""
     return tensor[:count] if 8 * count > 7 * tensor.numel() else tensor[:count].clone()
-
-
-def fingerprints(values: Sequence[Tensor]) -> list[str] | None:
-    """See `kernels.fingerprints`: two at a time, for float32 or bfloat16, where the processor has instructions for SHA-256."""
-    dtypes = {tensor.dtype for tensor in values}
-    if plain_c.get() or dtypes not in ({torch.float32}, {torch.bfloat16}):
-        return None
-    values = [tensor.detach().contiguous() for tensor in values]
-    digests = np.zeros((len(values), 32), dtype=np.uint8)
-    table = np.zeros(len(values), dtype=MESSAGE)
-    table["values"] = [tensor.data_ptr() for tensor in values]
-    table["digest"] = digests.ctypes.data + 32 * np.arange(len(values))
-    table["count"] = [tensor.numel() for tensor in values]
-    table["entry"] = values[0].itemsize
-    table = table[np.argsort(-table["count"])]  # the longest beside all others
-    done: bool = _native.sha256(table.ctypes.data, len(values))
-    return [digest.tobytes().hex()[:32] for digest in digests] if done else None
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
