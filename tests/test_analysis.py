@@ -317,8 +317,9 @@ def test_errors_write_nothing(run, tmp_path, line, code, words):
     assert not (tmp_path / "r").exists()
 
 
-def test_without_matplotlib_the_extra_is_named(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_without_a_package_the_extra_is_named(run, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run("compare 1.safetensors 2.safetensors --base base --out r")
     assert code == 1 and "pip install 'shira-adapters[report]'" in err
     assert run("compare 1.safetensors 2.safetensors --base base")[0] == 0

@@ -11,28 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MissingExtra
 from ..sparse.tensor import SparseTensor
 from ..texts import visible
 from .comparison import BINS, Comparison
 from .spectra import as_matrix, spectrum
 
-__all__ = ["heat_maps", "histograms", "mask_pictures", "matrices", "needs_matplotlib", "picture", "spectra_curves"]
+__all__ = ["heat_maps", "histograms", "mask_pictures", "matrices", "png", "spectra_curves"]
 
 CELLS = 160  # of a drawn mask, along its longer side
 LONGEST, SHORT = 40, 16  # signs of a name in a picture; and where it stands along an edge
-
-
-def needs_matplotlib() -> Any:
-    """pyplot, drawing into memory. Raises MissingExtra."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtra(f"a report needs matplotlib: pip install 'shira-adapters[report]' ({error})") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _drawn(name: str, most: int = LONGEST) -> str:
@@ -42,11 +29,12 @@ def _drawn(name: str, most: int = LONGEST) -> str:
     return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
-def picture(pyplot: Any, figure: Any, alt: str) -> str:
+def png(pyplot: Any, figure: Any) -> str:
+    """A figure as a PNG in base64; it is closed."""
     data = io.BytesIO()
     figure.savefig(data, dpi=150)
     pyplot.close(figure)
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    return base64.b64encode(data.getvalue()).decode()
 
 
 def _panels(pyplot: Any, count: int, height: float, most: int = 2) -> tuple[Any, list[Any]]:

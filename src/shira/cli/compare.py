@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..analysis import comparison, pictures, report
+from ..analysis import comparison, report
 from ..checkpoints.checkpoint import CheckpointSource
 from ..data.models import model_path
 from ..files.tensorfiles import write_whole
@@ -36,7 +36,7 @@ def compare(
     if tensor is not None:
         report.check_held(loaded, tensor)
     if out is not None:
-        pictures.needs_matplotlib()
+        report.needs_extra()
     tensors = _tensors(base) if base is not None else None
     with progress("comparing", len({name for adapter in loaded.values() for name in adapter.tensors})) as update:
         found = comparison.compare(
