@@ -1,7 +1,9 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +278,26 @@ def test_help_shows_an_example(run, command):
     assert code == 0
     assert f"shira {command} " in out.replace("\n", " ") if command else "demo" in out
     assert not command or "Example:" in out
+
+
+def test_only_a_checkout_has_the_benchmarks_and_the_experiments(run, tmp_path):
+    """An installed package stands beside others, one of which may be called benchmarks."""
+    out = run("--help")[1]
+    assert re.search(r"\bbench\b", out) and re.search(r"\bexperiment\b", out)
+    folder = tmp_path / "lib" / "python" / "site-packages"
+    shutil.copytree(Path(shira.__file__).parent, folder / "shira", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "benchmarks").mkdir()
+    (folder / "benchmarks" / "__init__.py").touch()
+
+    def installed(*words):
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from shira.cli import main; main()"
+        return subprocess.run([sys.executable, "-P", "-c", code, folder, *words], capture_output=True, text=True)
+
+    out = installed("--help").stdout
+    assert re.search(r"\binspect\b", out) and not re.search(r"\bbench\b|\bexperiment\b", out)
+    for command in ("bench", "experiment"):
+        refused = installed(command, "--help")
+        assert refused.returncode == 2 and f"No such command '{command}'" in refused.stderr
 
 
 def test_a_missing_extra_is_named(run, folder, monkeypatch):

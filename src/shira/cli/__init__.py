@@ -5,7 +5,22 @@ import sys
 import typer
 
 from ..errors import ShiraError
-from . import bench, compare, demo, estimate, evaluate, experiment, extract, fuse, inspect, masks, merge, targets, train
+from . import (
+    bench,
+    checkout,
+    compare,
+    demo,
+    estimate,
+    evaluate,
+    experiment,
+    extract,
+    fuse,
+    inspect,
+    masks,
+    merge,
+    targets,
+    train,
+)
 from .output import fail
 
 __all__ = ["app", "main"]
@@ -29,8 +44,10 @@ app.command("compare")(compare.compare)
 app.command("fuse")(fuse.fuse)
 app.command("extract")(extract.extract)
 app.command("merge")(merge.merge)
-app.command("bench")(bench.bench)
-app.command("experiment")(experiment.experiment)
+if checkout.has("benchmarks"):
+    app.command("bench")(bench.bench)
+if checkout.has("experiments"):
+    app.command("experiment")(experiment.experiment)
 
 
 def main() -> None:

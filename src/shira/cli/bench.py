@@ -1,15 +1,14 @@
-"""shira bench: ours beside the peers, in one run; from a checkout, where the benchmarks are."""
+"""shira bench: ours beside the peers, in one run. Only a checkout has this command."""
 
-import importlib
-import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from ..errors import MissingExtra, ShiraError
+from . import checkout
 
 __all__ = ["bench"]
 
@@ -52,14 +51,10 @@ def bench(
         raise typer.BadParameter(f"{what.value} cannot be measured on {device!r}", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise ShiraError("--device cuda needs a GPU that torch can use; here it sees none (torch.cuda.is_available())")
-    root = Path(__file__).parents[3]
-    if not (root / "benchmarks").is_dir():
-        raise MissingExtra("the benchmarks are not part of the installed package; run this in a checkout of the source")
-    sys.path.insert(0, str(root))
     module = {What.scale: "switch", What.load: "files", What.products: "gpu"}.get(what, what.value)
     module = "gpu" if device == "cuda" else module
     try:
-        benchmark: Any = importlib.import_module(f"benchmarks.{module}")
+        benchmark = checkout.module(f"benchmarks.{module}")
         if what == What.files:
             benchmark.sizes(plot, quick)
         elif what == What.load:

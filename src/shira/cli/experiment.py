@@ -1,13 +1,12 @@
-"""shira experiment: the paper's experiments, run or resumed; from a checkout, where they are."""
+"""shira experiment: the paper's experiments, run or resumed. Only a checkout has this command."""
 
-import importlib
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..errors import MissingExtra
+from . import checkout
 from .output import console, errors
 
 __all__ = ["experiment"]
@@ -30,19 +29,15 @@ def experiment(
 
     Example: shira experiment table2 --plots plots
     """
-    root = Path(__file__).parents[3]
-    if not (root / "experiments").is_dir():
-        raise MissingExtra("the experiments are not part of the installed package; run this in a checkout of the source")
-    sys.path.insert(0, str(root))
     try:
-        language: Any = importlib.import_module("experiments.language.main")
+        language = checkout.module("experiments.language.main")
     except ModuleNotFoundError as error:
         raise MissingExtra(f"the experiments need {error.name}: pip install 'shira-adapters[bench,eval]'") from error
     if not name:
         for recipe, about in language.recipes().items():
             console.print(f"{recipe:<20} {about}", highlight=False)
         return
-    results = results or root / "experiments" / "language" / "results" / f"{Path(name).stem}.jsonl"
+    results = results or checkout.CHECKOUT / "experiments" / "language" / "results" / f"{Path(name).stem}.jsonl"
 
     def on_run(label: str, left: int) -> None:
         errors.print(f"{label}, {left} left", markup=False, highlight=False)
