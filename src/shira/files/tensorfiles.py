@@ -1,9 +1,9 @@
 """One safetensors file, a tensor at a time: where each lies, reading one, and writing a file of tensors as they come.
 
-safetensors' `safe_open` takes a name, not the file that was opened and checked. It accepts a tensor that is described twice, and
-does not say where a tensor lies, which writing a shard piece by piece has to know. Before 0.8 it can only map the whole file: all of
-it may count as the process's memory, page faults read a disk many times slower than `read` does, and a file that is cut short
-meanwhile ends the process. The library's `save` wants all tensors at once.
+safetensors' `safe_open` takes a name, not the file that was opened and checked. It accepts a tensor that is described twice. It
+does not say where a tensor lies, which writing a shard piece by piece has to know. Before 0.8 it can only map the whole file:
+all of it may count as the process's memory, page faults read a disk many times slower than `read` does, and a file that is cut
+short meanwhile ends the process. The library's `save` wants all tensors at once.
 """
 
 import contextlib
