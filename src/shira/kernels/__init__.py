@@ -1,9 +1,9 @@
-"""What touches weights, behind one dispatch: `reference` says what is right, the others say it faster.
+"""Every kernel that touches weights, behind one dispatch. `reference` defines the results; the other backends are faster.
 
-Switching works on a `WritePlan`: a flat list of writes over all tensors of a model, so that one launch does it all. On the CPU
-that is native.c. On a GPU it is Triton, which is imported when the first tensor on one comes. Where these are missing, torch's
-operators serve.
-`backend("reference")` forces a backend inside a `with`; the tests run every backend on the same cases.
+A switch runs a `WritePlan`: a flat list of writes over all tensors of a model, so that one launch runs all of them. On the CPU
+the backend is native.c. On a GPU it is Triton, which is imported when the first tensor on a GPU arrives. Where these are
+missing, torch's operators run.
+`backend("reference")` forces a backend inside a `with`. The tests run every backend on the same cases.
 """
 
 from collections.abc import Sequence
@@ -67,29 +67,40 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
 
 def write_(plan: WritePlan, over: WritePlan) -> None:
-    """Write a plan's values over those of another that is active at the very same positions, bit for bit, in place; its stash
-    stays as it is. Raises WeightChanged, before anything is written, if a weight is not what it was, or holds other values."""
+    """Replace the values of an active plan by those of a plan with the same positions, bit for bit, in place.
+
+    plan: the new values. over: the active plan. The stash does not change.
+    Raises WeightChanged, before anything is written, if a weight was cast, moved or replaced, or does not hold the values of
+    `over`. C compares a few values of each weight, Triton compares none.
+    """
     plan.check()
     backend_of(plan).write_(plan, over)
 
 
 def swap_(plan: WritePlan) -> None:
-    """Keep what lies under a plan in its stash, and write it. Raises WeightChanged, before that, if a weight is not what it was
-    when the plan was made."""
+    """Copy the old values of a plan's entries to its stash, then write the plan.
+
+    Raises WeightChanged, before anything is written, if a weight was cast, moved or replaced since the plan was made.
+    """
     plan.check()
     backend_of(plan).swap_(plan)
 
 
 def restore_(plan: WritePlan, *, look: bool = True) -> None:
-    """Put back what a plan's stash holds, as far as it was begun. Raises WeightChanged, before anything is written, if a weight
-    is not what it was, or, with `look`, no longer holds the plan's values (Triton does not look)."""
+    """Write a plan's stash back to the weights, for the parts that were begun.
+
+    Raises WeightChanged, before anything is written, if a weight was cast, moved or replaced, or, with `look`, no longer holds
+    the plan's values. C compares a few values of each weight, Triton compares none.
+    """
     plan.check()
     backend_of(plan).restore_(plan, look=look)
 
 
 def change_(leaving: WritePlan, coming: WritePlan) -> None:
-    """`restore_` a plan that is active, then `swap_` another; in one launch where the backend can. Whatever happens half way,
-    `restore_` of the coming plan, then of the leaving one, is the base."""
+    """`restore_` an active plan, then `swap_` another; in one launch where the backend can.
+
+    After an interruption at any point, `restore_` of the coming plan and then of the leaving plan gives the base.
+    """
     leaving.check()
     coming.check()
     if leaving.begun[0] and coming.parts and _launches(leaving) and _launches(coming):
@@ -100,7 +111,7 @@ def change_(leaving: WritePlan, coming: WritePlan) -> None:
 
 
 def _launches(plan: WritePlan) -> bool:
-    """Whether a plan is Triton's."""
+    """Whether Triton runs a plan."""
     return backend_of(plan) is gpu
 
 
@@ -111,13 +122,15 @@ def _put_back(plan: WritePlan) -> None:
 
 
 def writes_sums(*weights: Tensor) -> bool:
-    """Whether these weights can have sums computed as they are written, in the launch that writes them: see `write_sums_`."""
+    """Whether one launch can compute sums for these weights and write them: see `write_sums_`."""
     return backend_for(*weights) is gpu and all(weight.dtype in gpu.KINDS for weight in weights)
 
 
 def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
-    """`swap_` a plan with sums, or `change_` to it from an active one; they become its values. Whether all of them are finite:
-    if not, restore it."""
+    """Compute a plan's sums, which become its values, and `swap_` it; or `change_` to it from `leaving`, if that is active.
+
+    Returns whether all sums are finite. If not, the caller must restore the plan.
+    """
     plan.check()
     if leaving is not None:
         leaving.check()
@@ -129,13 +142,13 @@ def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
 
 
 def prepare(plan: WritePlan) -> None:
-    """Make now what the first use of a plan would make of its addresses."""
+    """Build now the tables of addresses that the first launch of a plan needs."""
     if plan.parts and _launches(plan):
         gpu.prepare(plan)
 
 
 def unite(runs: Sequence[Tensor]) -> Overlap:
-    """The union of several tensors' positions: `runs`, one or more, each [k], sorted and unique, int32 or int64."""
+    """The union of the positions of several tensors. runs: one or more, each [k], sorted and unique, int32 or int64."""
     overlap: Overlap = backend_for(*runs).unite(runs)
     return overlap
 
@@ -143,23 +156,26 @@ def unite(runs: Sequence[Tensor]) -> Overlap:
 def combine(
     weight: Tensor | None, changes: Sequence[Contribution], dtype: torch.dtype, method: str, numel: int
 ) -> Combined | None:
-    """The base and what a method makes of the changes to it: in float32, in their order, rounded once to `dtype`.
+    """Several adapters' changes to one tensor, combined by a method in float32, in their order, and rounded once to `dtype`.
 
-    weight: the base, of that dtype and `numel` entries; None for zeros, and neither `base` nor `under` then hold anything.
-    Returns None where no kernel does this, or gaps do not lead to positions as they should: it is up to `fusion.combine` then,
-    which says what is right.
+    weight: the base, `numel` entries of `dtype`. None: the base is zeros, and the result's `base` and `under` are empty.
+    Returns None if no kernel supports the case, or if gaps are invalid. The caller then computes the result as
+    `fusion.combining.combine` defines it.
     """
     tensors = [tensor for change in changes for tensor in change[:2]] + ([] if weight is None else [weight])
     return native.combine(weight, changes, dtype, method, numel) if backend_for(*tensors) is native else None
 
 
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:
-    """Whether `combine` is to be given gaps rather than positions, for changes of so many entries in all."""
+    """Whether `combine` should get gaps instead of positions. entries: of all changes together."""
     return backend_for(*(() if weight is None else (weight,))) is native and native.takes_gaps(weight, entries)
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
-    """(grad_outputᵀ · input) at flat positions; grad_output [tokens, out], input [tokens, in]; float32 [k]."""
+    """The weight gradient of a linear layer at some positions: (grad_outputᵀ · input) there, float32 [k].
+
+    grad_output: [tokens, out]; input: [tokens, in]; indices: [k], flat in [out, in].
+    """
     if torch.compiler.is_compiling():
         sampled: Tensor = opaque.sampled_gradient(grad_output, input, indices)
         return sampled
@@ -168,9 +184,12 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
 
 
 def gradient_of_rows(rows: Tensor, gradients: Tensor, indices: Tensor) -> Tensor:
-    """The gradient at flat positions of a matrix [..., columns] of which row rows[i] has gradients[i], an embedding's:
-    rows int64 [tokens], any number of times each; gradients float32 [tokens, columns]; float32 [k]. Rows that do not come up
-    have none, and no memory is taken for them."""
+    """The weight gradient of an embedding [..., columns] at some positions, float32 [k]: 0 in rows that no token looked up.
+
+    rows: int64 [tokens], the row that each token looked up. A row may occur several times; its gradients are added.
+    gradients: float32 [tokens, columns]. indices: [k], flat.
+    Rows that do not occur take no memory.
+    """
     if torch.compiler.is_compiling():
         compiled: Tensor = opaque.gradient_of_rows(rows, gradients, indices)
         return compiled

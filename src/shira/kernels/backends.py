@@ -1,4 +1,4 @@
-"""Which backend works on which tensors: C on the CPU, Triton on a GPU, torch's operators where these are missing."""
+"""Which backend runs for which tensors: C on the CPU, Triton on a GPU, torch's operators where these are missing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,8 +22,11 @@ _forced: ContextVar[str | None] = ContextVar("shira_backend", default=None)
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend by name: "reference", "torch", "native" (tensors on the CPU only) where it was built, or "triton"
-    (tensors on a GPU only; on any device in its interpreter)."""
+    """Force a backend by name: "reference", "torch", "native" or "triton".
+
+    "native" exists only where it was built, and takes tensors on the CPU. "triton" takes tensors on a GPU; in Triton's
+    interpreter it takes tensors on any device.
+    """
     token = _forced.set(name)
     try:
         yield

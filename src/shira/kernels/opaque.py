@@ -1,4 +1,4 @@
-"""Kernels of the backward pass as operators of torch, which torch.compile calls and does not look into."""
+"""Kernels of the backward pass as custom operators of torch: torch.compile calls them and does not trace into them."""
 
 import torch
 from torch import Tensor

@@ -1,5 +1,8 @@
-"""Where the positions of one matrix lie, and the cheapest way to their gradient: whole rows or columns are a thin dense
-product, a few scattered entries are sums of products of two columns, all else is `sampled_gradient`."""
+"""Whole rows or columns among the positions of one matrix, whose gradient is cheaper to compute.
+
+The gradient of whole rows or columns is a thin dense product. That of a few other entries is, for each, the sum of an
+elementwise product of two columns. Positions without such a pattern use `sampled_gradient`.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,11 +15,12 @@ __all__ = ["Pattern", "find_pattern"]
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """The positions of a matrix [out, in] as whole lines and the rest.
+    """The positions of a matrix [out, in]: whole lines, and the rest.
 
-    lines: int64 [l], the whole rows, or the whole columns; empty if there are none.
-    rest_rows, rest_columns: int64 [d], the coordinates of the other positions; on_diagonal: whether these agree.
-    order: int64 [k], where each position is among first the lines', then the rest's.
+    direction: whether lines are rows or columns.
+    lines: int64 [l], the numbers of the whole rows or columns, at least one.
+    rest_rows, rest_columns: int64 [d], the coordinates of the other positions. on_diagonal: whether the two are equal.
+    order: [k], in the dtype of the positions: the place of each position in a list of all positions in lines, then the rest.
     """
 
     direction: Literal["rows", "columns"]
@@ -28,13 +32,13 @@ class Pattern:
 
     @property
     def keeps_columns_only(self) -> bool:
-        """Whether the gradient needs no more of the input than the columns `lines`."""
+        """Whether the gradient needs only the columns `lines` of the input."""
         return self.direction == "columns" and not self.rest_rows.numel()
 
     def gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """The weight gradient at the positions: (grad_outputᵀ · input) there, float32 [k].
 
-        grad_output: [tokens, out]; input: [tokens, in], or [tokens, l] where `keeps_columns_only`.
+        grad_output: [tokens, out]; input: [tokens, in], or [tokens, l] if `keeps_columns_only`.
         """
         if self.direction == "rows":
             product = grad_output.index_select(1, self.lines).T @ input  # [l, in]
@@ -46,7 +50,7 @@ class Pattern:
         return torch.cat([product.reshape(-1).float(), self._rest(grad_output, input)]).index_select(0, self.order)
 
     def _rest(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        if self.on_diagonal:  # views of both, no copy
+        if self.on_diagonal:  # slices are views, so neither input is copied
             length = min(grad_output.shape[1], input.shape[1])
             products = grad_output[:, :length] * input[:, :length]
             return products.sum(0, dtype=torch.float32)[self.rest_rows]
@@ -54,14 +58,16 @@ class Pattern:
         return products.sum(0, dtype=torch.float32)
 
     def to(self, device: torch.device) -> "Pattern":
-        """The same on another device."""
+        """The same pattern on another device."""
         rest_rows, rest_columns = self.rest_rows.to(device), self.rest_columns.to(device)
         return Pattern(self.direction, self.lines.to(device), rest_rows, rest_columns, self.on_diagonal, self.order.to(device))
 
 
 def find_pattern(indices: Tensor, rows: int, columns: int) -> Pattern | None:
-    """The pattern of sorted flat positions [k] in a matrix [rows, columns], if whole lines make up most of it and the rest
-    is at most about a diagonal; else None."""
+    """The pattern of sorted flat positions [k] in a matrix [rows, columns]; None if there is none.
+
+    There is one if whole lines hold at least half of the positions, and at most max(rows, columns) positions are outside them.
+    """
     row, column = indices.long() // columns, indices.long() % columns
     for direction, own, sides, length in (("rows", row, rows, columns), ("columns", column, columns, rows)):
         whole = torch.bincount(own, minlength=sides) == length

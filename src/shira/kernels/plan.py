@@ -1,4 +1,4 @@
-"""What kernels work on: what a switch writes, over all tensors of a model, as one flat list; where sparse tensors meet."""
+"""The data of the kernels: a switch as one flat list of writes over all tensors; the overlap and the sum of sparse tensors."""
 
 import functools
 import weakref
@@ -16,13 +16,13 @@ __all__ = ["Combined", "Contribution", "Overlap", "Sum", "WeightChanged", "Weigh
 
 
 class WeightChanged(ShiraError):
-    """A weight is another than when its plan was made (cast, moved, replaced), or no longer holds what was written."""
+    """A weight was cast, moved or replaced since its plan was made, or no longer holds what was written."""
 
 
 class WeightMemory(NamedTuple):
-    """Which memory a weight is, and how its entries lie there."""
+    """The memory of a weight, and the layout of its entries there."""
 
-    storage: Callable[[], Any]  # a weak reference: an address may be given out again, and a number, but not this
+    storage: Callable[[], Any]  # a weak reference: addresses and numbers are reused, an object is not
     layout: tuple[int, torch.dtype, torch.Size, tuple[int, ...]]  # address, dtype, shape, strides
 
     @classmethod
@@ -32,35 +32,35 @@ class WeightMemory(NamedTuple):
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype and shape agree to the bit: NaN is NaN, and 0.0 is not -0.0."""
+    """Whether two tensors of one dtype and shape have the same bits. So NaN can equal NaN, and 0.0 differs from -0.0."""
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 class Overlap(NamedTuple):
-    """The positions that any of several sparse tensors of one shape holds."""
+    """The union of the positions of several sparse tensors of one shape."""
 
-    indices: Tensor  # [n], sorted and unique, in the dtype of theirs
-    places: list[Tensor]  # of each tensor [k], int32: its own positions are indices[places]
-    counts: Tensor  # [n], int32, how many hold each
+    indices: Tensor  # [n], sorted and unique, in the dtype of the tensors' positions
+    places: list[Tensor]  # for each tensor [k], int32: its own positions are indices[places]
+    counts: Tensor  # [n], int32: how many tensors have each position
 
 
 class Contribution(NamedTuple):
-    """What one adapter changes in a tensor: by strength · (values − base), or of a delta strength · values."""
+    """What one adapter changes in a tensor: strength · (values − base) for an overwrite, strength · values for a delta."""
 
-    indices: Tensor  # [k], int32 or int64; or gaps, uint8 or uint16, as a file holds them, where `takes_gaps` says so
-    values: Tensor  # [k], floating point; of an overwrite in the base's dtype
+    indices: Tensor  # [k], int32 or int64; or, if `takes_gaps` says so, gaps as in a file: uint8 or uint16 [at least k]
+    values: Tensor  # [k], floating point; in the base's dtype for an overwrite
     strength: float
     is_delta: bool
-    is_exact: bool  # where no other has a change, its value comes out bit for bit
+    is_exact: bool  # entries that no other adapter changes get the value bit for bit
 
 
 class Combined(NamedTuple):
-    """What comes of several changes."""
+    """The result of several changes to a tensor."""
 
-    indices: Tensor  # [n], all of theirs, sorted and unique
-    values: Tensor  # [n], new, in the base's dtype
-    base: Tensor  # [n], the base's there
-    under: list[Tensor]  # of each overwrite [k], the base's at its own positions; of a delta nothing
+    indices: Tensor  # [n], the positions of all changes, sorted and unique
+    values: Tensor  # [n], the new values, in the base's dtype
+    base: Tensor  # [n], the base's values at these positions
+    under: list[Tensor]  # for each overwrite [k]: the base's values at its own positions; for a delta: not to be used
 
 
 class Write(NamedTuple):
@@ -72,15 +72,15 @@ class Write(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """What a part's values are to become: base + Σ α · (value − base), of a few adapters in this order."""
+    """The sum that a part's values will become: base + Σ α · (value − base) over a few adapters, in this order."""
 
-    values: tuple[Tensor, ...]  # of each adapter, the weight's dtype and device
-    places: tuple[Tensor, ...]  # of each [k], int32: where in its values that of each position is; -1 where it has none
-    strengths: tuple[float, ...]  # of each its α
+    values: tuple[Tensor, ...]  # for each adapter its values, in the weight's dtype, on its device
+    places: tuple[Tensor, ...]  # for each adapter [k], int32: the place of each position's value in its values; -1: none
+    strengths: tuple[float, ...]  # for each adapter its α
 
     @classmethod
     def of(cls, overlap: Overlap, parts: Sequence[tuple[Tensor, float]]) -> "Sum":
-        """Of adapters' values and strengths, where their positions meet."""
+        """The sum of adapters at the union of their positions. parts: the values and the strength of each adapter."""
         places = []
         for (values, _), own in zip(parts, overlap.places, strict=True):
             place = torch.full_like(overlap.indices, -1, dtype=torch.int32)
@@ -91,13 +91,13 @@ class Sum(NamedTuple):
 
 @dataclass(eq=False)
 class WritePlan:
-    """Writes, and room for what lies under them.
+    """Writes, and memory for the old values of the entries that they change.
 
-    stash: for each part [k], what was there, once `begun` says so.
-    forms: what each weight was when the plan was made: it is for these, and no others.
-    begun: int64 [1], the number of leading parts whose stash holds what was there and whose weight may have been written.
-        A kernel moves it before it writes, so that after an interruption at any point it is known what to put back.
-    sums: for each part the sum that its values are still to become, or None; `kernels.write_sums_` computes and removes them.
+    stash: for each part [k], the old values; valid for the first `begun` parts.
+    forms: the memory of each weight when the plan was made. The plan is valid for these weights only.
+    begun: int64 [1], the number of leading parts whose old values are in the stash and whose weight may have been written.
+        A kernel sets it before it writes. So after an interruption at any point it says what must be restored.
+    sums: for each part the sum that its values will become, or None; `kernels.write_sums_` computes and removes the sums.
     """
 
     parts: tuple[Write, ...]
@@ -105,15 +105,15 @@ class WritePlan:
     begun: np.ndarray[tuple[int], np.dtype[np.int64]]
     forms: tuple[WeightMemory, ...]
     sums: tuple[Sum | None, ...] = ()
-    compiled: Any = None  # cpu/native.py's own form of it
-    launches: dict[torch.device, Any] = field(default_factory=dict)  # gpu/ops.py's
-    arrival: list[Any] = field(default_factory=list)  # gpu/waiting.py's: copies that are under way
-    writer: "WritePlan | None" = None  # of `over`: the plan with these values, and that with this stash
-    keeper: "WritePlan | None" = None
+    compiled: Any = None  # the plan as cpu/native.py needs it
+    launches: dict[torch.device, Any] = field(default_factory=dict)  # the plan as gpu/ops.py needs it
+    arrival: list[Any] = field(default_factory=list)  # copies in progress, of gpu/waiting.py
+    writer: "WritePlan | None" = None  # set by `over`: the plan with these values
+    keeper: "WritePlan | None" = None  # set by `over`: the plan with this stash
 
     @classmethod
     def of(cls, parts: Sequence[Write], sums: Sequence[Sum | None] = ()) -> "WritePlan":
-        """A plan of these writes, its stash in one piece for each dtype and device."""
+        """A plan of these writes. Its stash is one piece of memory for each dtype and device."""
         sizes: dict[tuple[torch.dtype, torch.device], int] = {}
         for part in parts:
             key = (part.values.dtype, part.values.device)
@@ -129,16 +129,16 @@ class WritePlan:
 
     @functools.cached_property
     def on_cpu(self) -> bool:
-        """Whether all of it is: where a weight is cannot change without its form."""
+        """Whether all tensors are on the CPU. Cached, because `check` refuses a weight that has moved."""
         return all(tensor.device.type == "cpu" for part in self.parts for tensor in part)
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Of the weights when the plan was made."""
+        """The shapes of the weights when the plan was made."""
         return [form.layout[2] for form in self.forms]
 
     def check(self) -> None:
-        """Raise WeightChanged unless every weight is what it was when the plan was made: a third of a microsecond each."""
+        """Raise WeightChanged if a weight was cast, moved or replaced since the plan was made. Takes 0.3 µs a weight."""
         for (weight, _, _), (storage, layout) in zip(self.parts, self.forms, strict=True):
             here = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
             if storage() is not weight.untyped_storage() or here != layout:
@@ -146,17 +146,19 @@ class WritePlan:
 
     @property
     def nnz(self) -> int:
-        """Entries that it writes."""
+        """Number of entries that the plan writes."""
         return sum(part.indices.numel() for part in self.parts)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its positions, values and stash."""
+        """Bytes of positions, values and stash."""
         return sum(part.indices.nbytes + 2 * part.values.nbytes for part in self.parts)
 
     def over(self, other: "WritePlan") -> "WritePlan | None":
-        """This plan with the stash of another that is active, if both write the very same positions (the same tensors in
-        memory), so that it can be written over it; else None."""
+        """This plan with the stash of an active plan, so that `kernels.write_` can replace that plan's values.
+
+        Returns None if the two do not have the same positions (the same tensors in memory), or if this plan has sums.
+        """
         same = len(self.parts) == len(other.parts) and all(
             mine.weight is theirs.weight and mine.indices is theirs.indices
             for mine, theirs in zip(self.parts, other.parts, strict=False)

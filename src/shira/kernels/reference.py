@@ -1,4 +1,4 @@
-"""The specification of every kernel, in plain torch: read this to know what the faster ones must do.
+"""The specification of every kernel, in plain torch: the faster kernels must do the same.
 
 Positions are flat, C order, sorted and unique, int32 or int64. Weights may have any shape.
 """
@@ -25,10 +25,10 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
 
 def write_(plan: WritePlan, over: WritePlan) -> None:
-    """Write the plan's values at its positions, bit for bit, in place; its stash stays as it is.
+    """Write the plan's values at its positions, bit for bit, in place. The stash does not change.
 
-    over: the plan of the same positions that is active. Raises WeightChanged, before anything is written, unless the weights
-    hold its values.
+    over: the active plan, which has the same positions.
+    Raises WeightChanged, before anything is written, unless the weights hold the values of `over`.
     """
     look_at(over)
     for part in plan.parts:
@@ -36,14 +36,14 @@ def write_(plan: WritePlan, over: WritePlan) -> None:
 
 
 def look_at(plan: WritePlan) -> None:
-    """Raise WeightChanged unless the weights hold the values of the parts that were begun."""
+    """Raise WeightChanged unless the weights hold the plan's values, for the parts that were begun."""
     for part in plan.parts[: int(plan.begun[0])]:
         if not same_bits(gather(part.weight, part.indices), part.values):
             raise WeightChanged(f"a weight {list(part.weight.shape)} no longer holds what was written")
 
 
 def swap_(plan: WritePlan) -> None:
-    """Keep what lies under each part in the plan's stash, then write the part."""
+    """For each part: copy the old values of its entries to the plan's stash, then write it."""
     for number, (part, stash) in enumerate(zip(plan.parts, plan.stash, strict=True), start=1):
         stash.copy_(gather(part.weight, part.indices))
         plan.begun[0] = number
@@ -51,7 +51,7 @@ def swap_(plan: WritePlan) -> None:
 
 
 def restore_(plan: WritePlan, *, look: bool) -> None:
-    """Put back what the stash holds of the parts that were begun.
+    """Write the stash back to the weights, for the parts that were begun.
 
     look: raise WeightChanged, before anything is written, unless the weights hold the plan's values.
     """
@@ -62,7 +62,7 @@ def restore_(plan: WritePlan, *, look: bool) -> None:
 
 
 def write_sums_(plan: WritePlan) -> bool:
-    """`swap_` of a plan some of whose values are sums, which are computed from what lies under them; whether all are finite."""
+    """`swap_` of a plan with sums, which are computed from the old values of the entries. Returns whether all are finite."""
     finite = True
     for number, (part, stash, made) in enumerate(zip(plan.parts, plan.stash, plan.sums, strict=True), start=1):
         stash.copy_(gather(part.weight, part.indices))
@@ -76,7 +76,10 @@ def write_sums_(plan: WritePlan) -> bool:
 
 
 def _summed(base: Tensor, made: Sum) -> Tensor:
-    """base + Σ α · (value − base) in float32, in order, rounded once; where one alone has an entry, at strength 1, its bits."""
+    """base + Σ α · (value − base), in order, in float32 (float64 for a float64 base), rounded once.
+
+    Where only one adapter has an entry, with strength 1, the result has the bits of its value.
+    """
     wide = base.to(torch.promote_types(base.dtype, torch.float32))
     total, alone = torch.zeros_like(wide), base
     count = torch.zeros_like(base, dtype=torch.int32)
@@ -94,13 +97,13 @@ def _summed(base: Tensor, made: Sum) -> Tensor:
 
 
 def unite(runs: Sequence[Tensor]) -> Overlap:
-    """The union of several tensors' positions, one or more runs [k] each sorted and unique."""
+    """The union of the positions of several tensors. runs: one or more, each [k], sorted and unique."""
     indices, counts = torch.unique(torch.cat(list(runs)), return_counts=True)
     return Overlap(indices, [torch.searchsorted(indices, run, out_int32=True) for run in runs], counts.int())
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
-    """The weight gradient of a linear layer at a few positions: (grad_outputᵀ · input) at `indices`.
+    """The weight gradient of a linear layer at some positions: (grad_outputᵀ · input) at `indices`.
 
     grad_output: [tokens, out]; input: [tokens, in]; indices: [k], flat in [out, in].
     Returns float32 [k].

@@ -14,7 +14,7 @@ __all__ = ["SparseLayout"]
 
 
 class SparseLayout:
-    """The positions of a sparse matrix S [out, in], ready for products with it and with its transpose."""
+    """The positions of a sparse matrix S [out, in], prepared for products with S and with its transpose."""
 
     def __init__(self, indices: Tensor, matrix: tuple[int, int]) -> None:
         """indices: sorted flat positions [k]."""
@@ -26,14 +26,17 @@ class SparseLayout:
 
     @functools.cached_property
     def by_columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each column begins, its rows, and the order of the entries, int32; made when there is a backward pass."""
+        """The entries in the order of columns, int32: where each column begins, the rows, and each entry's place in `indices`.
+
+        Computed when the first backward pass needs it.
+        """
         rows, columns = self.indices.long() // self.matrix[1], self.indices.long() % self.matrix[1]
         order = (columns * self.matrix[0] + rows).argsort()
         return _starts(columns, self.matrix[1]), rows[order].int(), order.int()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sparse tensors are not traced
     def product(self, input: Tensor, values: Tensor) -> Tensor:
-        """input [..., in] · Sᵀ with S's entries `values` float32 [k]: [..., out] in the input's dtype, computed in float32."""
+        """input [..., in] · Sᵀ: [..., out] in the input's dtype, computed in float32. values: S's entries, float32 [k]."""
         output: Tensor = _SparseProduct.apply(input, values, self)  # type: ignore[no-untyped-call]
         return output
 
@@ -47,7 +50,7 @@ class SparseLayout:
         return _times(starts, rows, values.index_select(0, order), (self.matrix[1], self.matrix[0]), input)
 
     def gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        """The values' gradient [k]: grad_outputᵀ · input at the positions."""
+        """The gradient of the values: (grad_outputᵀ · input) at the positions, float32 [k]."""
         if self.pattern is None:
             return kernels.sampled_gradient(grad_output, input, self.indices)
         kept = input.index_select(1, self.pattern.lines) if self.pattern.keeps_columns_only else input
@@ -78,17 +81,17 @@ class _SparseProduct(torch.autograd.Function):
 
 
 def _times(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], input: Tensor) -> Tensor:
-    """input · Sᵀ, S in compressed rows; in coordinates where torch was built without MKL."""
+    """input · Sᵀ. S is in compressed rows, or in coordinates if torch was built without MKL."""
     if starts.device.type == "cpu" and not torch.backends.mkl.is_available():
         rows = torch.repeat_interleave(torch.arange(shape[0], device="cpu"), starts.diff())
         sparse = torch.sparse_coo_tensor(torch.stack([rows, columns.long()]), values, shape, check_invariants=False)
     else:
         sparse = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-    return (sparse @ input.float().T).T.contiguous()  # what adds it to an output is slow else
+    return (sparse @ input.float().T).T.contiguous()  # to add a transposed result to an output is slow
 
 
 def _starts(lines: Tensor, count: int) -> Tensor:
-    """Where each line's entries begin, int32 [count + 1]."""
+    """Where the entries of each line begin, int32 [count + 1]."""
     starts = torch.zeros(count + 1, dtype=torch.int32, device=lines.device)
     starts[1:] = torch.bincount(lines, minlength=count).cumsum(0)
     return starts
@@ -96,7 +99,7 @@ def _starts(lines: Tensor, count: int) -> Tensor:
 
 @functools.cache
 def _accept_sparse() -> None:
-    """torch says once a process that compressed rows are in beta."""
+    """Trigger torch's warning that compressed rows are in beta here, where it is ignored: torch gives it once a process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))

@@ -1,7 +1,7 @@
-"""The kernels as torch operators, for any device that has no better.
+"""The kernels as torch operators, for any device without a faster backend.
 
-`index_copy_` and `index_select` and not `scatter_` (the paper's operator, §4.1): in bfloat16 on the CPU `scatter_` runs
-a scalar loop and takes about a hundred times as long for the same bits.
+They use `index_copy_` and `index_select`, not `scatter_` (the paper's operator, §4.1). In bfloat16 on the CPU, `scatter_` runs
+a scalar loop and takes about 100 times as long for the same bits.
 """
 
 import torch
@@ -48,7 +48,7 @@ def restore_(plan: WritePlan, *, look: bool) -> None:
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
-    """See `reference.sampled_gradient`: a dense product in the inputs' own dtype, of which only the sample survives."""
+    """See `reference.sampled_gradient`: the whole dense product in the inputs' own dtype, then a gather."""
     return (grad_output.T @ input).view(-1).index_select(0, indices).float()
 
 

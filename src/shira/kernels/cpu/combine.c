@@ -1,12 +1,13 @@
-/* What comes of several adapters' changes to one tensor, in one pass over the base. native.py calls it; fusion/methods.py and
- * fusion/combining.py say what must come out.
+/* Several adapters' changes to one tensor, combined in one pass over the base. native.py calls it; fusion/methods.py and
+ * fusion/combining.py define the result.
  *
- * A window of positions at a time: each adapter's changes are added to it, then what was touched is written out. Most positions
- * are touched once: their new value is known at once, and only where changes meet is the sum looked at again. Writing out is
- * done a second time for processors that can gather lanes of a vector by a mask (AVX-512 VBMI2); the plain one says what it does.
+ * It works on one window of positions at a time: each adapter's changes are added to the window, then the touched entries are
+ * written out. Most positions have one change, and their new value is final at once. Only where several changes meet, the value
+ * is computed again from their sum. Writing out has a second version for processors that can compress vector lanes by a mask
+ * (AVX-512 VBMI2). The plain version defines what it does.
  */
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=off") /* a product is rounded before it is added, as in torch; others do so unasked */
+#pragma GCC optimize("fp-contract=off") /* a product is rounded before it is added, as in torch; other compilers do so anyway */
 #endif
 #include "native.h"
 
@@ -17,52 +18,54 @@
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
-#define FETCH(address) __builtin_prefetch((address), 0, 3) /* several adapters may have it */
+#define FETCH(address) __builtin_prefetch((address), 0, 3) /* into all caches: several adapters may read the line */
 #else
 #define FETCH(address) ((void)0)
 #endif
 
-/* What one adapter makes of some entries; native.py fills an array of these. */
+/* One adapter's changes to a tensor; native.py fills an array of these. */
 typedef struct {
-    const void *positions; /* [count], int32, strictly rising, at least 0; or gaps as a file holds them (docs/format.md) */
+    const void *positions; /* [count], int32, strictly increasing, at least 0; or gaps [units] as in a file (docs/format.md) */
     const void *values;    /* [count] */
-    void *under;           /* [count], of an overwrite gets the base under each */
-    int64_t count, done;   /* how many; how many lie before the window */
-    int64_t units, read;   /* of gaps: how many units; how many have been read */
-    int64_t least;         /* of gaps: where the next position lies at least */
+    void *under;           /* [count], of an overwrite: receives the base's values at its positions */
+    int64_t count, done;   /* number of entries; number of entries before the window */
+    int64_t units, read;   /* of gaps: number of units; number of units that have been read */
+    int64_t least;         /* of gaps: the smallest possible next position */
     float strength;
-    int32_t is_delta; /* or an overwrite, whose change is its difference from the base */
-    int32_t is_exact;   /* where it is alone, its value comes out bit for bit */
-    int32_t unit_bytes; /* 1 or 2, of gaps; or 0 */
+    int32_t is_delta;   /* 1: the values are the changes; 0: the changes are the differences of the values from the base */
+    int32_t is_exact;   /* 1: an entry that no other adapter changes gets the value bit for bit */
+    int32_t unit_bytes; /* of gaps: 1 or 2; 0: positions */
 } Change;
 
-/* What comes out: positions, new values and the base there, with room for all changes and SLACK more. And how it is made. */
+/* The result: positions, new values and base values, each with room for the entries of all changes and SLACK more; its
+ * inputs. */
 typedef struct {
     int32_t *positions;
     void *values, *base;
-    const void *weight; /* the base; NULL: zeros, and nobody wants to know what lies under */
+    const void *weight; /* the base; NULL: it is zeros, and no values of it are returned */
     int mode;
 } Result;
 
 enum { SUM, MEAN, LARGEST };
 enum { NEAR = 1 << 12, BLOCK = 64 };          /* positions in a window; positions written out at once */
-enum { SOON = 64, LATER = 3 * NEAR, LINE = 64 }; /* entries to fetch ahead; or positions, all of them; bytes of a cache line */
+/* entries of a change to prefetch ahead; positions to prefetch ahead if every line is fetched; bytes of a cache line */
+enum { SOON = 64, LATER = 3 * NEAR, LINE = 64 };
 
-/* Positions start to start + NEAR - 1. In cache. */
+/* Positions start to start + NEAR - 1. It fits in cache. */
 typedef struct {
     float total[NEAR]; /* the sum of the changes */
     union {
         float floats[NEAR];
         uint16_t halves[NEAR];
     } fresh;                                /* the new value */
-    uint8_t met[NEAR];           /* how many changes */
-    uint16_t meetings[NEAR + 1]; /* where there are several */
-    int32_t decoded[NEAR];       /* positions of the change that is being added, out of gaps */
-    int64_t met_at, start, stop; /* how many such; the first position; behind the last one that there is */
-    int every_line;              /* most lines of the base are wanted: all are fetched, in order, not for each entry */
+    uint8_t met[NEAR];           /* the number of changes at each position */
+    uint16_t meetings[NEAR + 1]; /* the positions with several changes */
+    int32_t decoded[NEAR];       /* the positions that were decoded from the gaps of the current change */
+    int64_t met_at, start, stop; /* number of meetings; first position; end of the window, or of the tensor */
+    int every_line;              /* most lines of the base are needed: all are prefetched in order, not one for each entry */
 } Window;
 
-/* One change's share of the base that a later window will want. */
+/* Prefetch one change's share of the base that a later window needs. */
 INLINE void fetch(const void *base, int64_t bytes, Py_ssize_t number, Py_ssize_t count) {
     for (int64_t at = bytes / LINE * number / count; at < bytes / LINE * (number + 1) / count; at++)
         FETCH((const char *)base + LINE * at);
@@ -71,10 +74,11 @@ INLINE void fetch(const void *base, int64_t bytes, Py_ssize_t number, Py_ssize_t
 static inline uint16_t rounded(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    return value == value ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0; /* to even; NaN stays */
+    return value == value ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0; /* ties to even; NaN stays NaN */
 }
 
-/* The positions of a change in a window out of its gaps: how many. Stops before what lies behind the window, or is too much. */
+/* Decode a change's positions in a window from its gaps. Returns how many. Stops at the end of the window, or at `count` in
+ * all. */
 #define DECODE(NAME, UNIT, LARGEST_UNIT)                                                                              \
     static int64_t NAME(Change *change, Window *window) {                                                             \
         const UNIT *units = (const UNIT *)change->positions;                                                          \
@@ -91,8 +95,8 @@ static inline uint16_t rounded(float value) {
 DECODE(decode_bytes, uint8_t, UINT8_MAX)
 DECODE(decode_shorts, uint16_t, UINT16_MAX)
 
-/* NAME: add all changes to a window. NAME_one: one adapter's, compiled for each kind of change. weight: NULL for deltas, which
- * do not ask for the base, unless their values are not exact. */
+/* NAME: add all changes to a window. NAME_one: add one adapter's, compiled for each kind of change. weight: NULL for exact
+ * deltas, which do not need the base. */
 #define ADD(NAME, VALUE, WIDE_VALUE, BASE, WIDE_BASE, NARROW, SAME)                                                    \
     INLINE void NAME##_one(Change *change, const BASE *weight, Window *window, int is_delta, int is_exact, int largest) { \
         const int64_t decoded = change->unit_bytes == 1   ? decode_bytes(change, window)                              \
@@ -147,7 +151,7 @@ ADD(add_floats, float, , float, , , )
 ADD(add_halves, uint16_t, widened, uint16_t, widened, rounded, )
 ADD(add_mixed, float, , uint16_t, widened, rounded, rounded)
 
-/* A bit for each of eight bytes, whether it is set. */
+/* One bit for each of eight bytes: whether the byte is not 0. */
 static inline uint64_t eight(const uint8_t *bytes) {
     const uint64_t most = 0x7f7f7f7f7f7f7f7fu;
     uint64_t word;
@@ -155,11 +159,11 @@ static inline uint64_t eight(const uint8_t *bytes) {
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
     word = __builtin_bswap64(word);
 #endif
-    word = ((word & most) + most) | word; /* to the highest bit of each byte */
+    word = ((word & most) + most) | word; /* the highest bit of each byte says whether the byte is not 0 */
     return (word >> 7 & 0x0101010101010101u) * 0x0102040810204080u >> 56;
 }
 
-/* Write out what a window has behind the `found` entries before it, and clear it. Returns how many there are now. */
+/* Write out the touched entries of a window after the `found` earlier entries, and clear the window. Returns the new number. */
 #define WRITE(NAME, BASE)                                                                                             \
     FAST_VERSIONS                                                                                                     \
     static int64_t NAME(Window *window, Result to, int64_t found) {                                                   \
@@ -190,7 +194,7 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
 }
 
-/* Which of a block's positions were touched; they are cleared. */
+/* The touched positions of a block, one bit each. Clears the block. */
 AVX512 INLINE uint64_t taken(Window *window, int block) {
     const __m512i met = _mm512_loadu_si512(window->met + block);
     const uint64_t held = _mm512_test_epi8_mask(met, met);
@@ -201,7 +205,7 @@ AVX512 INLINE uint64_t taken(Window *window, int block) {
     return held;
 }
 
-/* Sixteen entries, some of them beyond those that are meant: into the room of those to come, or the slack. */
+/* Store sixteen entries. Only the first ones are valid; later entries overwrite the others, or they are in the slack. */
 AVX512 INLINE void put_floats(Result to, int64_t found, __m512i positions, __m512i fresh, __m512i old) {
     _mm512_storeu_si512(to.positions + found, positions);
     _mm512_storeu_si512((float *)to.values + found, fresh);
@@ -268,8 +272,8 @@ static int64_t entries_of(const Change *changes, Py_ssize_t count) {
     return entries;
 }
 
-/* Behind an empty window, where the one starts in which the next position lies at the earliest; `last` if there is none. What
- * lies between positions far apart is not walked through. */
+/* The start of the window that holds the smallest possible next position, or `last` if there is none. It is called after an
+ * empty window, so that a long distance without positions is skipped. */
 static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t last) {
     int64_t next = last;
     for (Py_ssize_t c = 0; c < count; c++) {
@@ -283,7 +287,7 @@ static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t last
     return next < last ? next & ~(int64_t)(NEAR - 1) : last;
 }
 
-/* Whether all its entries were found below the end, and no more. Positions are known to be so. */
+/* Whether the gaps gave exactly `count` positions, all below the end. Positions that are not gaps were checked by native.py. */
 static int is_whole(const Change *change) { return change->done == change->count && change->read == change->units; }
 
 static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base_bytes, int64_t last, Result to, int plain) {
@@ -308,7 +312,8 @@ static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base
     return found;
 }
 
-/* Base and what comes of at most 255 changes, all below `last`; -1 if gaps lead elsewhere. One thread: several may do this. */
+/* Combine at most 255 changes, all below `last`. Returns the number of entries; -1 if gaps are invalid. It uses one thread
+ * and no shared state, so several threads may call it. */
 PyObject *combine(PyObject *self, PyObject *args) {
     unsigned long long address, weight, positions, values, base;
     Py_ssize_t count;

@@ -1,9 +1,9 @@
-/* Switching and sampling, for the CPU. ../reference.py says what they must do; native.py calls them.
+/* Switching and sampling on the CPU. ../reference.py specifies both; native.py calls them.
  *
- * swap: move entries between weights and the values that wait for them. One pass over the touched cache lines: each is
- * fetched ahead of its use, since sparse positions are too far apart for the hardware to guess.
+ * swap: copies old entries of weights to a stash, and writes new ones, in one pass over the touched cache lines. Each line is
+ * prefetched, because sparse positions are too far apart for the hardware prefetcher.
  *
- * sampled: dot products of rows, one for each position of a mask: the weight gradient where it is wanted.
+ * sampled: the weight gradient at a mask's positions, one dot product of two rows for each position.
  */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
 #include "native.h"
@@ -19,8 +19,9 @@
 #define PREFETCH(address, level) ((void)0)
 #endif
 
-/* How many positions to fetch ahead, and where to: past the second-level cache, since each line is used once; or into it, and
- * further ahead, on AMD's processors, where more lines may be under way to it. docs/notebook.md has the figures. */
+/* How many positions to prefetch ahead, and into which cache. By default lines bypass the second-level cache, because each
+ * is used once. On AMD's processors they go into it, and further ahead, because more lines may be in transit to it.
+ * docs/notebook.md has the measurements. */
 static int64_t fetch_ahead = 64;
 static int fetch_second_level = 0;
 
@@ -35,15 +36,15 @@ static void choose_fetching(void) {
 }
 
 enum { MAX_THREADS = 64 };
-enum { KEEP_AND_WRITE, WRITE, RESTORE }; /* what to do with a part; RESTORE writes what was kept */
+enum { KEEP_AND_WRITE, WRITE, RESTORE }; /* modes: fill the stash and write values; write values; write the stash */
 
 /* One tensor's part of a plan; native.py fills an array of these. */
 typedef struct {
     void *weight;        /* its first entry */
     const void *indices; /* [count], int32 or int64 */
-    const void *values;  /* [count], what to write; NULL: write nothing */
-    void *stash;         /* [count], where to keep what was there; NULL: keep nothing */
-    const void *written; /* [count], what must be there, bit for bit, before anything is written; NULL: anything */
+    const void *values;  /* [count], the new values; NULL: write nothing */
+    void *stash;         /* [count], receives the old values; NULL: keep nothing */
+    const void *written; /* [count], values that the weight must hold, bit for bit, before anything is written; NULL: any */
     int64_t count;
     int64_t entries;     /* of the weight */
     int32_t entry_bytes; /* 1, 2, 4 or 8 */
@@ -88,8 +89,8 @@ static void swap_part(const Part *part, int64_t begin, int64_t end) {
     }
 }
 
-/* Whether `step` apart the entries are what was written there: looked at in a few places only, since to look at each would take
- * a fifth of the time of writing it. */
+/* Whether the weight holds what was written, at every `step`-th position. Not at every position: to compare an entry takes a
+ * fifth of the time of writing it. */
 static int holds(const Part *part, int64_t step) {
     const char *weight = (const char *)part->weight, *written = (const char *)part->written;
     const int64_t bytes = part->entry_bytes;
@@ -100,7 +101,7 @@ static int holds(const Part *part, int64_t step) {
     return 1;
 }
 
-/* Whether all positions lie in the weight: without a branch for each, so that several are compared at once. */
+/* Whether all positions are inside the weight. The loop has no branch, so that vector instructions compare several at once. */
 static int inside(const Part *part) {
     int outside = 0;
     if (part->index_bytes == 8) {
@@ -114,32 +115,32 @@ static int inside(const Part *part) {
     return !outside;
 }
 
-/* One thread's share of a job: from begin to end - 1. */
+/* One thread's share of a job: items begin to end - 1. */
 typedef struct {
     const void *job;
     int64_t begin, end;
 } Share;
 
-/* A job and what to do with each share of it. */
+/* A job of `total` items, and the function that does a share of it. */
 typedef struct {
     void *(*work)(void *);
     const void *job;
     int64_t total;
 } Team;
 
-/* Where torch's own threads can be had (GNU OpenMP, which it loads for all to see), they do the work: threads of ours would
- * have to wait for them, since they spin for a while after whatever torch did last. */
+/* If torch loaded GNU OpenMP with global symbols, torch's own threads do the work. Our threads would wait for torch's, which
+ * busy-wait for a while after finishing. */
 static void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static int (*gomp_thread)(void), (*gomp_threads)(void);
 
 static void team_share(void *argument) {
     const Team *team = (const Team *)argument;
-    const int64_t thread = gomp_thread(), threads = gomp_threads(); /* may be fewer than were asked for */
+    const int64_t thread = gomp_thread(), threads = gomp_threads(); /* may be fewer than requested */
     Share share = {team->job, team->total * thread / threads, team->total * (thread + 1) / threads};
     team->work(&share);
 }
 
-/* Run `work` on equal shares of `total`, one a thread, each of at least `enough`. */
+/* Run `work` on equal shares of `total` items, one share a thread. Each share has at least `enough` items. */
 static void in_parallel(void *(*work)(void *), const void *job, int64_t total, long threads, int64_t enough) {
     if (threads > total / enough) threads = (long)(total / enough);
     if (threads > MAX_THREADS) threads = MAX_THREADS;
@@ -202,16 +203,16 @@ static int64_t entries_of(const Part *parts, Py_ssize_t count) {
     return total;
 }
 
-enum { LOOKS = 16 }; /* at so many entries of each part */
+enum { LOOKS = 16 }; /* entries of each part that are compared */
 
-/* The first part that does not hold what was written; -1 if all do. */
+/* The number of the first part whose weight does not hold what was written; -1 if there is none. */
 static Py_ssize_t changed(const Part *parts, Py_ssize_t count) {
     for (Py_ssize_t p = 0; p < count; p++)
         if (parts[p].written && !holds(&parts[p], (parts[p].count + LOOKS - 1) / LOOKS)) return p;
     return -1;
 }
 
-/* The first part with a position outside of its weight; -1 if there is none. */
+/* The number of the first part with a position outside of its weight; -1 if there is none. */
 static PyObject *outside(PyObject *self, PyObject *args) {
     unsigned long long address;
     Py_ssize_t count, found = -1;
@@ -225,9 +226,11 @@ static PyObject *outside(PyObject *self, PyObject *args) {
     return PyLong_FromSsize_t(found);
 }
 
-/* Once begun it ends: no signal and no exception comes between the entries. `begun` gets the number of parts as it begins,
- * so that whoever is interrupted around this call knows whether the stash holds what it should. Returns -1, or, before anything
- * is written, the first part that does not hold what was written. */
+/* Run all parts in a mode. Returns -1; or, if `look` and before anything is written, the number of the first part whose weight
+ * does not hold what was written.
+ *
+ * No signal and no exception can stop it between two entries. Before the first write `begun` receives the number of parts, so
+ * that a caller that is interrupted around this call knows whether the stash is valid. */
 static PyObject *swap(PyObject *self, PyObject *args) {
     unsigned long long address, begun;
     Py_ssize_t parts;
@@ -248,8 +251,8 @@ static PyObject *swap(PyObject *self, PyObject *args) {
     return PyLong_FromSsize_t(found);
 }
 
-/* out[i] += rows[r] · columns[c] for position r * width + c, r and c being `length` floats long. Four positions of a row at a
- * time: their sums do not wait for each other. */
+/* out[i] += rows[r] · columns[c] where positions[i] = r * width + c. Each row and each column is `length` floats long. Four
+ * positions of a row at a time, because their sums do not wait for each other. */
 typedef struct {
     const float *rows, *columns;
     const void *positions; /* sorted; int32 or int64 */
@@ -300,7 +303,7 @@ static void *sampled_share(void *argument) {
     return NULL;
 }
 
-/* packed[j * length + t] = from[t * width + j] as float, for `length` tokens; float32, or bfloat16, the upper half of one */
+/* Transpose: packed[j * length + t] = from[t * width + j] as float, for `length` tokens, from float32 or bfloat16. */
 typedef struct {
     const void *from;
     float *packed;
@@ -336,8 +339,8 @@ static void *pack_share(void *argument) {
     return NULL;
 }
 
-/* The weight gradient at some positions, tokens in blocks that stay in cache; see reference.sampled_gradient. `scratch` has
- * room for block * (rows + width) floats, `out` begins with zeros. */
+/* The weight gradient at some positions; see reference.sampled_gradient. It takes tokens in blocks that stay in cache.
+ * `scratch` has room for block * (rows + width) floats. `out` must hold zeros at the start. */
 static PyObject *sampled(PyObject *self, PyObject *args) {
     unsigned long long grad_output, input, positions, out, scratch;
     long long tokens, rows, width, count, block;

@@ -1,4 +1,4 @@
-/* What the extension's files share. */
+/* Definitions that the files of the extension share. */
 #ifndef SHIRA_NATIVE_H
 #define SHIRA_NATIVE_H
 
@@ -15,16 +15,16 @@
 #endif
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define X86 /* its intrinsics, for functions that say what they need */
+#define X86 /* intrinsics exist, for functions with a target attribute */
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
-#define INLINE static inline __attribute__((always_inline)) /* into each version of a function */
+#define INLINE static inline __attribute__((always_inline)) /* so that each of FAST_VERSIONS compiles it for its own target */
 #else
 #define INLINE static inline
 #endif
 
-/* how many bits are set */
+/* number of bits that are set */
 #if defined(__GNUC__) || defined(__clang__)
 #define ONES(word) __builtin_popcountll(word)
 #else
@@ -35,7 +35,7 @@ static inline int ONES(uint64_t word) {
 }
 #endif
 
-/* bfloat16 is the upper half of a float */
+/* bfloat16 to float: it is the upper half of one */
 static inline float widened(uint16_t half) {
     const uint32_t bits = (uint32_t)half << 16;
     float value;

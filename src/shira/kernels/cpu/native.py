@@ -1,8 +1,8 @@
 """The kernels in C, for the CPU: one call for a whole plan, on torch's number of threads.
 
-Sparse positions miss every cache and no hardware prefetcher sees them coming; the loop fetches them ahead. And it can
-not be interrupted, so keeping and writing may share one pass. Where the extension was not built, `_native` is None and
-torch's operators serve.
+Sparse positions miss every cache, and no hardware prefetcher can predict them, so the loops prefetch. A call cannot be
+interrupted, so one pass may both fill the stash and write. If the extension was not built, `_native` is None and torch's
+operators run.
 """
 
 import importlib
@@ -51,16 +51,16 @@ CHANGE = np.dtype(  # as in combine.c
     ]
 )
 MODES = {"sum": 0, "mean": 1, "max": 2}
-GAPS = (torch.uint8, torch.uint16)  # instead of positions: how a file holds them
-LINE = 64  # bytes that are fetched at once
-MOST = 255  # changes that are counted in a byte
-SLACK = 16  # entries that may be written beyond the last
+GAPS = (torch.uint8, torch.uint16)  # dtypes of gaps, which stand for positions in a file
+LINE = 64  # bytes of a cache line
+MOST = 255  # changes to one tensor: C counts them in a byte
+SLACK = 16  # entries that C may write beyond the last one
 KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 
-CPU = torch.device("cpu")  # where what C fills must lie, whatever torch.set_default_device says
-plain_c: ContextVar[bool] = ContextVar("shira_plain_c", default=False)  # without instructions that not all processors have
+CPU = torch.device("cpu")  # named in every allocation, because torch.set_default_device may name another
+plain_c: ContextVar[bool] = ContextVar("shira_plain_c", default=False)  # True: no instructions that some processors lack
 
-BLOCK = 256  # tokens at a time, so that what is read again and again stays in the second-level cache
+BLOCK = 256  # tokens at a time, so that data that is read many times stays in the second-level cache
 DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}
 SAMPLED_NS = 0.03
 PACK_NS = 0.4
@@ -68,7 +68,7 @@ _rooms = threading.local()
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether these tensors can be handed to the extension."""
+    """Whether the extension was built and takes these tensors."""
     return _native is not None and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
@@ -89,7 +89,7 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
 
 def write_(plan: WritePlan, over: WritePlan) -> None:
-    """See `reference.write_`; it looks at a few entries."""
+    """See `reference.write_`. Only a few entries of each weight are compared."""
     compiled = _compiled(plan)
     compiled.table["written"] = _compiled(over).table["values"]
     try:
@@ -99,17 +99,20 @@ def write_(plan: WritePlan, over: WritePlan) -> None:
 
 
 def swap_(plan: WritePlan) -> None:
-    """See `reference.swap_`: keeping and writing in one pass."""
+    """See `reference.swap_`: one pass fills the stash and writes."""
     _run(plan, _compiled(plan), KEEP_AND_WRITE, len(plan.parts))
 
 
 def restore_(plan: WritePlan, *, look: bool) -> None:
-    """See `reference.restore_`; it looks at a few entries."""
+    """See `reference.restore_`. Only a few entries of each weight are compared."""
     _run(plan, _compiled(plan), RESTORE, int(plan.begun[0]), look=look)
 
 
 def unite(runs: Sequence[Tensor]) -> Overlap:
-    """See `reference.unite`: a bit for each position of a window at a time, no sorting."""
+    """See `reference.unite`: one window of positions at a time, one bit for each position, without sorting.
+
+    Raises IndexError for positions below 0, or from 2⁶² on.
+    """
     dtype = torch.int32 if all(run.dtype == torch.int32 for run in runs) else torch.int64
     runs = [run.to(dtype).contiguous() for run in runs]
     if any(run.numel() and not 0 <= int(run[0]) <= int(run[-1]) < 2**62 for run in runs):
@@ -124,20 +127,25 @@ def unite(runs: Sequence[Tensor]) -> Overlap:
     indices, counts = (torch.empty(room, dtype=kind, device=CPU) for kind in (dtype, torch.int32))
     given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
     found = _native.unite(*given)
-    return Overlap(indices[:found].clone(), places, counts[:found])  # positions are kept: without the room
+    return Overlap(indices[:found].clone(), places, counts[:found])  # callers keep the positions: not the spare memory, too
 
 
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:
-    """Whether `combine` does as well without positions to look ahead at: there is no base, or so many entries that it is
-    fetched line by line."""
+    """Whether `combine` is as fast without positions to prefetch by.
+
+    It is if there is no base, or if the changes have so many entries that every cache line of the base is fetched in order.
+    """
     return weight is None or LINE * entries > weight.nbytes
 
 
 def combine(
     weight: Tensor | None, changes: Sequence[Contribution], dtype: torch.dtype, method: str, numel: int
 ) -> Combined | None:
-    """See `kernels.combine`: a window of positions at a time, without finding first where they meet. For sums, means and the
-    largest, in float32 and bfloat16, below 2³¹ entries; deltas may have any dtype."""
+    """See `kernels.combine`: one window of positions at a time, without computing the union first.
+
+    For "sum", "mean" and "max", at most 255 changes, and a float32 or bfloat16 base below 2³¹ entries. Values of deltas may
+    have any dtype. Raises IndexError for positions outside of the tensor, or tensors that do not fit each other.
+    """
     where = [change.indices.contiguous() for change in changes]
     known = method in MODES and dtype in (torch.float32, torch.bfloat16) and len(changes) <= MOST
     if not known or numel >= 2**31 or any(at.dtype not in (torch.int32, *GAPS) for at in where):
@@ -176,11 +184,11 @@ def combine(
 def _check_addresses(
     weight: Tensor | None, where: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, numel: int
 ) -> None:
-    """Raises IndexError for what C would not notice, and memory would pay for."""
+    """Raise IndexError for arguments that C does not check, and that would corrupt memory."""
     for at, given in zip(where, values, strict=True):
         if at.dtype in GAPS:
             continue
-        if at.numel() and (int(at[0]) < 0 or int(at[-1]) >= numel):  # they are sorted
+        if at.numel() and (int(at[0]) < 0 or int(at[-1]) >= numel):  # sorted, so the first and the last decide
             raise IndexError(f"positions below 0, or up to {int(at[-1])} in a tensor of {numel} entries")
         if at.shape != given.shape:
             raise IndexError("there must be as many values as positions")
@@ -189,21 +197,23 @@ def _check_addresses(
 
 
 def _room(count: int, *dtypes: torch.dtype) -> list[Tensor]:
-    """Memory for `count` entries of each dtype, the widest first, in one piece: from numpy, which asks for large pages if it is
-    large, since to be given many small ones takes longer than to fill them."""
+    """Uninitialized memory for `count` entries of each dtype, in one piece. The widest dtype must come first.
+
+    The memory is from numpy, which requests large pages for large arrays: many small pages take longer to map than to fill.
+    """
     content = torch.from_numpy(np.empty(count * sum(dtype.itemsize for dtype in dtypes), dtype=np.uint8))
     pieces = content.split([count * dtype.itemsize for dtype in dtypes])
     return [piece.view(dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]
 
 
 def _kept(tensor: Tensor, count: int) -> Tensor:
-    """Its first entries, without the room for others where that is more than an eighth."""
+    """The first `count` entries: a copy if at least an eighth of the memory would be unused, else a view."""
     return tensor[:count] if 8 * count > 7 * tensor.numel() else tensor[:count].clone()
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
-    """See `reference.sampled_gradient`: dot products at the positions alone, in float32, or, where that is faster, the dense
-    product of `torch_ops`. The choice depends on the sizes only, so that a run repeats to the bit."""
+    """See `reference.sampled_gradient`: dot products at the positions only, in float32; or the dense product of `torch_ops`
+    where that is faster. The choice depends on sizes and dtypes only, so that a run repeats to the bit."""
     (tokens, rows), columns = grad_output.shape, input.shape[1]
     fits = grad_output.dtype == input.dtype and input.shape[0] == tokens and indices.dtype in (torch.int32, torch.int64)
     if not fits or not sampling_wins(grad_output.dtype, rows, columns, indices.numel()):
@@ -230,7 +240,7 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
 
 
 def _scratch(size: int) -> Tensor:
-    """Room for `size` floats, kept for the next call of this thread: fresh memory would have to be paged in each time."""
+    """Memory for `size` floats, kept for the next call of this thread: new memory would cause page faults in every call."""
     room: Tensor | None = getattr(_rooms, "room", None)
     if room is None or room.numel() < size:
         room = _rooms.room = torch.empty(size, dtype=torch.float32, device=CPU)
@@ -238,14 +248,17 @@ def _scratch(size: int) -> Tensor:
 
 
 def sampling_wins(dtype: torch.dtype, rows: int, columns: int, positions: int) -> bool:
-    """Whether dot products at the positions beat a dense product, by nanoseconds a token measured on two cores
-    (docs/notebook.md): of a dense multiply-add, of a sampled one, and of an entry of the inputs brought into rows."""
+    """Whether dot products at the positions are faster than a dense product.
+
+    It compares nanoseconds a token, measured on two cores (docs/notebook.md): DENSE_NS for a dense multiply-add, SAMPLED_NS
+    for a sampled one, PACK_NS for one entry of the inputs that is packed into rows.
+    """
     dense = DENSE_NS.get(dtype)
     return dense is not None and SAMPLED_NS * positions + PACK_NS * (rows + columns) < dense * rows * columns
 
 
 class _Compiled(NamedTuple):
-    """A plan as C sees it."""
+    """A plan as C reads it."""
 
     table: "np.ndarray[Any, Any]"  # of PART
     address: int
@@ -254,7 +267,8 @@ class _Compiled(NamedTuple):
 
 
 def _compiled(plan: WritePlan) -> _Compiled:
-    """Made once: `kernels` asks before every call whether the weights are still what they were; all else is the plan's own."""
+    """The plan as C reads it, made once. Its addresses stay valid: `kernels` checks the weights before every call, and the plan
+    owns all other tensors."""
     if plan.compiled is None:
         if plan.writer is not None and plan.keeper is not None:
             table = _compiled(plan.writer).table.copy()
@@ -268,7 +282,7 @@ def _compiled(plan: WritePlan) -> _Compiled:
 
 
 def _run(plan: WritePlan, compiled: _Compiled, mode: int, parts: int, *, look: bool = False) -> None:
-    """Write, and move the version counters: the weights change behind torch's back, and autograd must know."""
+    """Run a plan, then increment the version counters: C changes the weights without torch, and autograd must know."""
     begun = compiled.begun if mode == KEEP_AND_WRITE else 0
     wrong = _native.swap(compiled.address, parts, mode, look, begun, torch.get_num_threads())
     if wrong >= 0:
@@ -277,9 +291,9 @@ def _run(plan: WritePlan, compiled: _Compiled, mode: int, parts: int, *, look: b
 
 
 def _table(parts: "tuple[Write, ...] | list[Write]", stash: tuple[Tensor, ...] = ()) -> "np.ndarray[Any, Any]":
-    """Addresses and sizes. What C would not notice, and memory would pay for, is checked here: layout, dtypes, device, range.
+    """The addresses and sizes that C reads.
 
-    Raises IndexError.
+    Raises IndexError for a layout, dtype, device or position that C does not check, and that would corrupt memory.
     """
     for part in parts:
         weight, indices, values = part

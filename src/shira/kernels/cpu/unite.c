@@ -1,20 +1,22 @@
-/* The union of sorted positions, and the place of each in it. native.py calls it; ../reference.py says what it must do. */
+/* The union of sorted positions, and the place of each position in it. native.py calls it; ../reference.py specifies it. */
 #include "native.h"
 
-/* Sorted positions that are to be merged with others. */
+/* Sorted positions to merge with others; native.py fills an array of these. */
 typedef struct {
-    const void *positions; /* [count], int32 or int64, strictly rising, at least 0 */
-    int32_t *places;       /* [count], gets the place of each among the merged ones */
-    int64_t count, done;   /* how many; how many lie before the window */
+    const void *positions; /* [count], int32 or int64, strictly increasing, at least 0 */
+    int32_t *places;       /* [count], receives the place of each position in the union */
+    int64_t count, done;   /* number of positions; number of positions before the window */
 } Run;
 
-/* A window of positions at a time, one bit each: it stays in cache, and any number of runs merge without a comparison. */
+/* One window of positions at a time, one bit for each position: it stays in cache, and no two positions are compared, whatever
+ * the number of runs. */
 enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
 
 #define BELOW(bit) (((uint64_t)1 << (bit)) - 1)
 
-/* merged: gets the union; touched: how many runs have each. Returns its size. NAME_next: behind an empty window, where the
- * one of the next position starts, `end` if there is none: what lies between positions far apart is not walked through. */
+/* NAME: merged receives the union; touched receives how many runs have each position of it. Returns the size of the union.
+ * NAME_next: the start of the window that holds the next position, or `end` if there is none. It is called after an empty
+ * window, so that a long distance without positions is skipped. */
 #define MERGE(NAME, INDEX)                                                                                      \
     static int64_t NAME##_next(const Run *runs, Py_ssize_t count, int64_t end) {                                \
         int64_t next = end;                                                                                     \
@@ -59,7 +61,8 @@ enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
 MERGE(merge_4, int32_t)
 MERGE(merge_8, int64_t)
 
-/* The union of some runs, whose positions are below `last`, with room for all they hold. One thread: several may merge. */
+/* The union of runs whose positions are below `last`; returns its size. `merged` and `touched` have room for all positions
+ * of all runs. It uses one thread and no shared state, so several threads may call it. */
 PyObject *unite(PyObject *self, PyObject *args) {
     unsigned long long address, merged, touched;
     Py_ssize_t count;

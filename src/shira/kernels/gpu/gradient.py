@@ -1,6 +1,6 @@
-"""The weight gradient at a mask's positions on a GPU, in Triton: importing this imports Triton. ops.py calls it.
+"""The weight gradient at a mask's positions on a GPU, in Triton. Importing this module imports Triton. ops.py calls it.
 
-Two ways that never hold the whole gradient; products.py says where each of them wins.
+There are two ways, neither of which holds the whole gradient. products.py says when each is faster.
 """
 
 import triton
@@ -11,10 +11,10 @@ __all__ = ["blocks", "sampled"]
 
 @triton.jit
 def sampled(grad_rows, input_rows, indices, out, tokens, columns, count, POSITIONS: tl.constexpr, TOKENS: tl.constexpr):
-    """One dot product a position: out[i] = Σ_t grad_rows[row, t] · input_rows[column, t], in float32.
+    """One dot product for each position: out[i] = Σ_t grad_rows[row, t] · input_rows[column, t], in float32.
 
-    grad_rows: [rows, tokens], input_rows: [columns, tokens], both contiguous: the inputs brought into rows, so that a product
-    reads memory in line. indices: [count], sorted, so that the positions of one program mostly share a row.
+    grad_rows: [rows, tokens], input_rows: [columns, tokens], both contiguous: the transposed inputs, so that a dot product
+    reads consecutive memory. indices: [count], sorted, so that the positions of one program mostly share a row.
     """
     at = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
     mask = at < count
@@ -48,11 +48,12 @@ def blocks(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of the dense product, from which only the positions in it are stored: it lives in registers.
+    """One tile of the dense product. The tile stays in registers, and only the positions in it are stored.
 
-    grad_output: [tokens, rows], input: [tokens, columns], contiguous. starts: int64 [blocks of rows + 1], where each block's
-    positions begin among the sorted indices; a block without any is skipped. WIDEN: multiply in float32, for Triton's
-    interpreter, which takes the bits of bfloat16 for integers there.
+    grad_output: [tokens, rows], input: [tokens, columns], contiguous.
+    starts: int64 [blocks of rows + 1], where the positions of each block begin among the sorted indices. A block without
+    positions is skipped.
+    WIDEN: multiply in float32. Triton's interpreter needs it, because its product reads the bits of bfloat16 as integers.
     """
     block = tl.program_id(1)
     begin, end = tl.load(starts + block), tl.load(starts + block + 1)

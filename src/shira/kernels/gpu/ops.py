@@ -1,7 +1,7 @@
-"""The kernels on a GPU: a whole model switched in one launch, by Triton, which is imported when the first is called.
+"""The kernels on a GPU, in Triton: one launch switches a whole model. The first call of a kernel imports Triton.
 
-A launch is queued and returns; whatever uses the weights on the same stream comes after it. What a plan looks like on a device
-(addresses, and where each window's positions begin) is made once and kept with it.
+A launch is queued and returns at once. Later work on the same stream runs after it. The tables of a plan on a device
+(addresses, and where the positions of each window begin) are built once and kept with the plan.
 """
 
 import bisect
@@ -38,13 +38,13 @@ __all__ = [
 ]
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-KINDS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # of which sums are made; as in switch.py
-FUSED = {"enable_fp_fusion": True}  # Triton is about to change what it does if it is not told
-_starts: Any = WeakIdKeyDictionary()  # positions -> where each window's begin
+KINDS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # dtypes that can be summed; as in switch.py
+FUSED = {"enable_fp_fusion": True}  # stated, because Triton is about to change its default
+_starts: Any = WeakIdKeyDictionary()  # positions -> (entries, WINDOW, where the positions of each window begin)
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether these tensors can be handed to Triton: all on GPUs, and it is installed."""
+    """Whether Triton takes these tensors: all are on GPUs, and Triton is installed."""
     return bool(tensors) and all(tensor.is_cuda for tensor in tensors) and _installed()
 
 
@@ -54,17 +54,17 @@ def _installed() -> bool:
 
 
 class _Launch(NamedTuple):
-    """A plan as one device sees it."""
+    """The parts of a plan on one device, as the kernels read them."""
 
     table: Tensor  # int64 [parts here, COLUMNS], see switch.py
-    rows: "np.ndarray[Any, Any]"  # the same on the host
-    windows: Tensor  # int32 [programs, 2]
-    ends: list[int]  # how many programs the first 0, 1, 2 … parts have
-    numbers: list[int]  # which of the plan's parts they are
+    rows: "np.ndarray[Any, Any]"  # the same table on the host
+    windows: Tensor  # int32 [programs, 2]: row and window of each program
+    ends: list[int]  # how many programs the first 0, 1, 2, … parts here have
+    numbers: list[int]  # the parts' numbers in the plan
     weights: list[Tensor]
-    flag: Tensor  # int64 [1], the number of the switch whose stash is kept
-    switch: list[int]  # that of the latest switch that was asked for
-    alive: list[Tensor]  # what the table points to and nobody else holds
+    flag: Tensor  # int64 [1], the number of the switch whose old values are in the stash
+    switch: list[int]  # [1], the number of the latest switch that the host requested
+    alive: list[Tensor]  # tensors that the table points to and that nothing else holds
 
 
 def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
@@ -82,8 +82,10 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
 
 def prepare(plan: WritePlan) -> None:
-    """Make what a launch needs, if it is not made yet: `kernels` asks before every call whether the weights are still what they
-    were. Raises IndexError for a plan that does not fit."""
+    """Build the tables that a launch needs, once. They stay valid: `kernels` checks the weights before every call.
+
+    Raises IndexError for tensors or positions that do not fit the weight.
+    """
     if plan.launches:
         return
     by_device: dict[torch.device, list[int]] = {}
@@ -93,13 +95,13 @@ def prepare(plan: WritePlan) -> None:
 
 
 def write_(plan: WritePlan, over: WritePlan) -> None:
-    """See `reference.write_`; but it is not asked what the weights hold, which would cost a launch and a wait."""
+    """See `reference.write_`. Values in the weights are not compared: that would cost a launch and a wait."""
     _run("write", plan.writer or plan)
     _moved(plan)
 
 
 def swap_(plan: WritePlan) -> None:
-    """See `reference.swap_`: keeping and writing in one launch."""
+    """See `reference.swap_`: one launch fills the stash and writes."""
     prepare(plan)
     _ask(plan)
     _run("swap", plan)
@@ -107,13 +109,13 @@ def swap_(plan: WritePlan) -> None:
 
 
 def restore_(plan: WritePlan, *, look: bool) -> None:
-    """See `reference.restore_`; but it is not asked what the weights hold, which would cost a launch and a wait."""
+    """See `reference.restore_`. Values in the weights are not compared: that would cost a launch and a wait."""
     _run("restore", plan.keeper or plan, parts=int(plan.begun[0]))
     _moved(plan)
 
 
 def change_(leaving: WritePlan, coming: WritePlan) -> None:
-    """See `kernels.change_`: one launch for both."""
+    """See `kernels.change_`: one launch for both plans."""
     prepare(leaving.keeper or leaving)
     prepare(coming)
     _ask(coming)
@@ -124,7 +126,7 @@ def change_(leaving: WritePlan, coming: WritePlan) -> None:
 
 
 def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
-    """See `reference.write_sums_` and `kernels.write_sums_`: the sums are computed in the launch that writes them."""
+    """See `reference.write_sums_` and `kernels.write_sums_`: the launch that writes the sums also computes them."""
     overflow = {part.weight.device: torch.zeros(1, dtype=torch.int32, device=part.weight.device) for part in plan.parts}
     prepare(plan)
     _ask(plan)
@@ -145,14 +147,14 @@ def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
-    """See `reference.sampled_gradient`: the way that products.py chooses."""
+    """See `reference.sampled_gradient`. products.py chooses the way."""
     tokens, rows = grad_output.shape
     way = products.choose(grad_output.dtype, tokens, rows, input.shape[1], indices.numel())
     return product(way, grad_output, input, indices)
 
 
 def product(way: products.Way, grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
-    """The same by a way of one's own choice; what our kernels do not know is dense."""
+    """The same by the given way. Dtypes that our kernels do not support, and empty inputs, use the dense way."""
     tokens, rows, columns, count = *grad_output.shape, input.shape[1], indices.numel()
     known = grad_output.dtype in KINDS and grad_output.dtype == input.dtype
     if way == "dense" or not known or not count * tokens:
@@ -193,8 +195,10 @@ def product(way: products.Way, grad_output: Tensor, input: Tensor, indices: Tens
 
 
 def _ask(plan: WritePlan) -> None:
-    """Say that the plan is to be kept under a new number. Should an interruption come before the launch, `restore_` finds
-    another number in the flag, and does nothing."""
+    """Give the coming switch a new number, and mark all parts of the plan as begun.
+
+    If an interruption comes before the launch, `restore_` finds another number in the flag, and writes nothing.
+    """
     for launch in plan.launches.values():
         launch.switch[0] += 1
     plan.begun[0] = len(plan.parts)
@@ -208,14 +212,14 @@ def _run(
     parts: int | None = None,
     overflow: dict[torch.device, Tensor] | None = None,
 ) -> None:
-    """One launch a device."""
+    """One launch for each device."""
     from . import switch as kernels
 
     prepare(plan)
     others = leaving.launches if leaving is not None else {}
     for device in others | plan.launches:
         coming, old, this_mode = plan.launches.get(device), others.get(device), mode
-        if coming is None:  # of two plans one may have nothing on this device
+        if coming is None:  # one of two plans may have no part on this device
             coming, this_mode = others[device], "restore"
         elif old is None:
             this_mode = "swap" if mode == "change" else mode
@@ -236,12 +240,15 @@ def _run(
                     SUMS=overflow is not None,
                     BLOCK=kernels.BLOCK,
                     num_warps=8,
-                    enable_fp_fusion=False,  # a product is rounded before it is added, as everywhere else
+                    enable_fp_fusion=False,  # a product is rounded before it is added, as in the other backends
                 )
 
 
 def _side_by_side(old: _Launch, new: _Launch) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """The tables of two plans with the same weights in the same rows: their own, if they are of the same ones."""
+    """The tables of two plans with the same weights in the same rows, and their windows and ends (see `_Launch`).
+
+    If the plans have the same weights, these are their own tables.
+    """
     if old is new or [id(weight) for weight in old.weights] == [id(weight) for weight in new.weights]:
         return old.table, new.table, new.windows, new.ends
     from .switch import WINDOW
@@ -257,7 +264,7 @@ def _side_by_side(old: _Launch, new: _Launch) -> tuple[Tensor, Tensor, Tensor, l
 
 
 def _moved(plan: WritePlan) -> None:
-    """The weights have changed behind torch's back: autograd must know."""
+    """Increment the weights' version counters: Triton has changed the weights without torch, and autograd must know."""
     torch.autograd.graph.increment_version([part.weight for part in plan.parts])
 
 
@@ -295,7 +302,7 @@ def _launch(plan: WritePlan, device: torch.device, numbers: list[int]) -> _Launc
 
 
 def _check(part: Write) -> None:
-    """What a kernel would not notice, and memory would pay for. Raises IndexError."""
+    """Raise IndexError for tensors that a kernel does not check, and that would corrupt memory."""
     weight, indices, values = part
     plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
     fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
@@ -307,20 +314,23 @@ def _check(part: Write) -> None:
 
 
 def known_starts(indices: Tensor) -> Tensor | None:
-    """Where each window's positions begin, int64 [windows + 1], if a launch has needed it."""
+    """Where the positions of each window begin, int64 [windows + 1]; None if nothing has needed it yet."""
     known = _starts.get(indices)
     return None if known is None else known[2]
 
 
 def remember_starts(indices: Tensor, numel: int, starts: Tensor) -> None:
-    """Positions that have come from elsewhere, and what was known of them there."""
+    """Record where the windows of positions begin, for a copy of positions of which this is known."""
     from .switch import WINDOW
 
     _starts[indices] = (numel, WINDOW, starts)
 
 
 def _starts_of(indices: Tensor, numel: int, window: int) -> Tensor:
-    """The same, made if need be, and kept for as long as the positions are. Raises IndexError for positions outside."""
+    """Where the positions of each window begin; computed once, and kept as long as the positions exist.
+
+    Raises IndexError for positions outside of the tensor.
+    """
     known: tuple[int, int, Tensor] | None = _starts.get(indices)
     if known is None or known[:2] != (numel, window):
         borders = torch.arange(0, numel + window, window, device=indices.device).clamp_(max=numel)
@@ -332,7 +342,7 @@ def _starts_of(indices: Tensor, numel: int, window: int) -> Tensor:
 
 
 def _sum_table(part: Write, made: Sum) -> Tensor:
-    """A sum as switch.py's `_sum` reads it."""
+    """A sum as `_sum` in switch.py reads it. Raises IndexError for dtypes that cannot be summed."""
     if part.weight.dtype not in KINDS or any(values.dtype != part.weight.dtype for values in made.values):
         raise IndexError(f"cannot sum {[values.dtype for values in made.values]} into {part.weight.dtype}")
     cells = [len(made.values)]
@@ -343,7 +353,7 @@ def _sum_table(part: Write, made: Sum) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _windows(device: torch.device, sizes: Sequence[int], window: int) -> tuple[Tensor, list[int]]:
-    """Which row and window each program takes; and how many programs the first 0, 1, 2 … rows have."""
+    """The row and the window of each program, int32 [programs, 2]; how many programs the first 0, 1, 2, … rows have."""
     counts = np.array([-(-size // window) for size in sizes], dtype=np.int64)
     ends = np.concatenate([[0], counts.cumsum()])
     row = np.repeat(np.arange(len(counts)), counts)

@@ -1,18 +1,18 @@
-"""The kernel that switches a model on a GPU, in Triton: importing this imports Triton. ops.py calls it.
+"""The Triton kernel that switches a model on a GPU. Importing this module imports Triton. ops.py calls it.
 
-One program takes one window of one weight: WINDOW consecutive entries, however many positions fall into it. It puts back what
-lies there of the plan that leaves, waits for its own threads, then keeps and writes what belongs there of the plan that comes.
-Windows do not meet, so entries that both plans hold come out right without a search, and in one launch: the second step finds
-the base.
+One program handles one window of one weight: WINDOW consecutive entries, with any number of positions. First it restores the
+entries of the leaving plan in the window, and waits for its own threads. Then it copies the old values of the coming plan's
+entries to the stash, and writes that plan's values. Windows do not overlap, so the second step finds the base. Entries that
+both plans have are therefore right, without a search and in one launch.
 
 A plan is a table of addresses, int64 [weights, COLUMNS]:
     0 the weight   1 positions   2 values   3 stash
-    4 where each window's positions begin, int64 [windows + 1]; 0: the plan has none of this weight
+    4 where the positions of each window begin, int64 [windows + 1]; 0: the plan does not write this weight
     5 bytes of a position   6 bytes of an entry
-    7 what a sum is made of (`_sum`), 0: the values are ready   8 the weight's dtype (ops.KINDS)
+    7 the parts of a sum (`_sum`), 0: the values are ready   8 the weight's dtype (ops.KINDS)
 
-flags: int64 [1] of each plan: the number of the switch whose stash it holds. A launch has happened wholly or not at all; which
-of the two, the host may not know when it was interrupted, but a later launch can read it here.
+Each plan has a flag, int64 [1]: the number of the switch whose old values its stash holds. A launch runs completely or not at
+all. An interrupted host may not know which of the two happened, but a later launch can read it here.
 """
 
 import triton
@@ -40,7 +40,7 @@ def _positions(address, at, mask, wide):
 
 @triton.jit
 def _begin_end(row, window):
-    """Which of a plan's positions fall into a window; none where the plan has none of this weight."""
+    """The span of a plan's positions in a window; empty if the plan does not write this weight."""
     starts = tl.load(row + 4)
     held = starts != 0
     starts = starts.to(tl.pointer_type(tl.int64)) + window
@@ -49,7 +49,7 @@ def _begin_end(row, window):
 
 @triton.jit
 def _put_back(row, window, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stash -> weight."""
+    """Copy the stash to the weight."""
     begin, end = _begin_end(row, window)
     weight = tl.load(row).to(tl.pointer_type(BITS))
     stash = tl.load(row + 3).to(tl.pointer_type(BITS))
@@ -63,7 +63,8 @@ def _put_back(row, window, BITS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _put(row, window, overflow, BITS: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr):
-    """Values -> weight, what was there -> stash; with SUMS, the sum -> values and weight where there is one to make."""
+    """Write values to the weight. KEEP: copy the old values to the stash first. SUMS: if the weight has a sum, it becomes the
+    values."""
     begin, end = _begin_end(row, window)
     weight = tl.load(row).to(tl.pointer_type(BITS))
     values = tl.load(row + 2).to(tl.pointer_type(BITS))
@@ -87,7 +88,7 @@ def _put(row, window, overflow, BITS: tl.constexpr, KEEP: tl.constexpr, SUMS: tl
 
 @triton.jit
 def _wide(bits, kind, BITS: tl.constexpr):
-    """The float32 that bits of a dtype stand for."""
+    """The float32 value of the bits of a dtype."""
     if BITS == tl.int32:
         number = bits.to(tl.float32, bitcast=True)
     elif kind == _FLOAT16:
@@ -113,11 +114,12 @@ def _rounded(number, kind, BITS: tl.constexpr):
 
 @triton.jit
 def _sum(parts, at, mask, old, kind, overflow, BITS: tl.constexpr):
-    """base + Σ α · (value − base), in float32, in the order of the adapters, rounded once; where one adapter alone has the
-    entry, at strength 1, its very bits (`reference.write_sums_`).
+    """base + Σ α · (value − base), in float32, in the order of the adapters, rounded once (`reference.write_sums_`).
 
-    parts: the address of int64 [1 + 4 * adapters]: how many; then of each the addresses of its values and of its places
-    (int32, where in them an entry's value is, -1: nowhere), the bits of α, whether α is 1.
+    Where only one adapter has an entry, with strength 1, the result has the bits of its value.
+    parts: the address of int64 [1 + 4 * adapters]: the number of adapters; then for each adapter the address of its values, the
+    address of its places (int32: where an entry's value is among them; -1: nowhere), the bits of α, and whether α is 1.
+    overflow: set to 1 if a result is not finite.
     """
     parts = parts.to(tl.pointer_type(tl.int64))
     base = _wide(old, kind, BITS)
@@ -152,7 +154,7 @@ def _window(
     else:
         if MODE == "change":
             _put_back(leaving, window, BITS, BLOCK)
-            tl.debug_barrier()  # the base lies here again, for all threads of this program
+            tl.debug_barrier()  # every thread of this program must see the restored base
         _put(coming, window, overflow, BITS, MODE != "write", SUMS, BLOCK)
 
 
@@ -171,10 +173,11 @@ def change(
 ):
     """One window of a switch.
 
-    leaving, coming: tables of plans, of the same weights in the same order. windows: int32 [programs, 2], row and window.
-    switch: the number that the coming plan's flag gets, or that the leaving one's must have to be put back.
-    MODE: "swap" keeps and writes the coming plan; "change" puts back the leaving one first; "write" writes only; "restore"
-    puts back only.
+    leaving, coming: tables of two plans, with the same weights in the same order.
+    windows: int32 [programs, 2], the row and the window of each program.
+    switch: the number that the coming plan's flag gets. With "restore": the number that the leaving plan's flag must have.
+    MODE: "swap" fills the stash of the coming plan and writes it; "change" restores the leaving plan first; "write" only
+    writes; "restore" only restores.
     """
     program = tl.program_id(0)
     row = tl.load(windows + 2 * program).to(tl.int64)

@@ -1,5 +1,7 @@
-"""Plans that wait in host memory: pinned where their weights are on a GPU, so that they arrive by a copy on a stream of its
-own, beside the forward pass in progress."""
+"""Plans that wait in host memory until they are needed on a GPU.
+
+The memory is pinned if the weights are on a GPU. So the copy to the GPU runs on its own stream, beside a forward pass.
+"""
 
 import contextlib
 import functools
@@ -13,21 +15,21 @@ from . import ops
 
 __all__ = ["Waiting", "arrived"]
 
-_Key = tuple[torch.device, torch.dtype]  # what goes to one device in one dtype is one piece
+_Key = tuple[torch.device, torch.dtype]  # tensors for one device, of one dtype, share one piece of memory
 _Place = tuple[_Key, slice]
 
 
 class Waiting:
-    """A plan's positions and values on the host, without room for a stash."""
+    """A plan's positions and values on the host, without a stash."""
 
     def __init__(self, plan: WritePlan) -> None:
-        """Copy a plan, whose values are computed, from its devices."""
+        """Copy a plan from its devices to the host. Its sums must be computed already."""
         self._weights = [part.weight for part in plan.parts]
         self._forms = plan.forms
         self._pieces: dict[_Key, Tensor] = {}
         sizes: dict[_Key, int] = {}
         held: list[tuple[_Place, Tensor]] = []
-        self._places: list[tuple[_Place, _Place, _Place | None]] = []  # of each part's positions, values, beginnings of windows
+        self._places: list[tuple[_Place, _Place, _Place | None]] = []  # of each part: positions, values, starts of windows
         for part in plan.parts:
             found = (part.indices, part.values, ops.known_starts(part.indices))
             places = [None if tensor is None else _place(sizes, tensor) for tensor in found]
@@ -44,7 +46,7 @@ class Waiting:
         return sum(piece.nbytes for piece in self._pieces.values())
 
     def arrive(self) -> WritePlan:
-        """A plan on the devices, ready for use once `arrived` has been called. The copies are queued, nobody waits for them."""
+        """A plan on the devices, ready for use after `arrived`. The copies are queued; the host does not wait for them."""
         with contextlib.ExitStack() as streams:
             for device in {device for device, _ in self._pieces if device.type == "cuda"}:
                 streams.enter_context(torch.cuda.stream(_stream(device)))
@@ -55,9 +57,9 @@ class Waiting:
                 if starts is not None:
                     ops.remember_starts(parts[-1].indices, weight.numel(), here[starts[0]][starts[1]])
             plan = WritePlan.of(parts)
-            plan.forms = self._forms  # what its values were chosen for
+            plan.forms = self._forms  # the values are for the weights as they were then
             if all(starts is not None for _, _, starts in self._places):
-                ops.prepare(plan)  # by addresses alone; and before the copies, since it waits for what it sends
+                ops.prepare(plan)  # it needs addresses only; before the copies, since it waits for its own transfers
             for key, piece in self._pieces.items():
                 here[key].copy_(piece, non_blocking=True)
         made = [*here.values(), *plan.stash]
@@ -69,17 +71,17 @@ class Waiting:
 
 
 def arrived(plan: WritePlan) -> WritePlan:
-    """Let whatever is queued from now on wait until a plan has arrived; the host does not wait."""
+    """Make all work that is queued from now on wait until a plan has arrived. The host does not wait."""
     for tensor, event in plan.arrival:
         stream = torch.cuda.current_stream(tensor.device)
         stream.wait_event(event)
-        tensor.record_stream(stream)  # it belongs to the copy's stream, which must not have it back before this one is done
+        tensor.record_stream(stream)  # allocated on the copy's stream, which must not reuse it before this stream is done
     plan.arrival = []
     return plan
 
 
 def _place(sizes: dict[_Key, int], tensor: Tensor) -> _Place:
-    """Room for a tensor behind those of its kind, from a multiple of 16 bytes on."""
+    """A place for a tensor after the others of its device and dtype, aligned to 16 bytes."""
     key = (tensor.device, tensor.dtype)
     start = sizes.get(key, 0)
     sizes[key] = start + -(-tensor.nbytes // 16) * 16 // tensor.itemsize
