@@ -272,7 +272,7 @@ def test_weights_that_are_one_memory_are_owned_together():
     twin[2].weight.data = model[2].weight.data
     first, second = switcher_of(model), switcher_of(twin)
     first.use("a")
-    with pytest.raises(SwitchError, match="other hands"):
+    with pytest.raises(SwitchError, match="already in use"):
         second.use("b")
     first.use(None)
     second.use("b")

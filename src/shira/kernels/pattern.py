@@ -1,7 +1,7 @@
 """Whole rows or columns among the positions of one matrix, whose gradient is cheaper to compute.
 
-The gradient of whole rows or columns is a thin dense product. That of a few other entries is, for each, the sum of an
-elementwise product of two columns. Positions without such a pattern use `sampled_gradient`.
+The gradient of whole rows or columns is a thin dense product. The gradient of each other entry, if there are few, is the sum
+of an elementwise product of two columns. Positions without such a pattern use `sampled_gradient`.
 """
 
 from dataclasses import dataclass

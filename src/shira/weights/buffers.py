@@ -1,7 +1,6 @@
-"""State that is not a weight: buffers that move in training, such as BatchNorm's statistics and spectral norm's vectors.
+"""Buffers that change in training, such as BatchNorm's statistics and spectral norm's vectors.
 
-They are part of what a model computes. So they are put back with the base, and those that a checkpoint holds are
-part of what was trained.
+A model's output depends on them. So they are restored with the base. Those that a checkpoint holds belong to what was trained.
 """
 
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from .undoing import Undo
 
 __all__ = ["Buffers"]
 
-BEFORE = OWN + "before_"  # the beginning of the names of buffers that hold what others were
-MOST = 2**16  # entries of a buffer of whole numbers or truth values; larger ones are masks and codes, which do not move
+BEFORE = OWN + "before_"  # prefix of the names of buffers that hold the old values of others
+MOST = 2**16  # entries of an integer or bool buffer; larger ones are masks and codes, which do not change
 
 
 class _Known(NamedTuple):
@@ -28,7 +27,7 @@ class _Known(NamedTuple):
 
 
 class Buffers:
-    """What a model's buffers were when this was made."""
+    """The values of a model's buffers when this was made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -36,7 +35,7 @@ class Buffers:
         self._known = [_Known(module, name, buffer.detach().clone()) for module, name, buffer in _buffers(model)]
 
     def go_along(self, undo: Undo) -> None:
-        """Let what is kept be cast and moved with the model, until `undo`; a model in pieces is neither."""
+        """Let the kept values be cast and moved with the model, until `undo`. A sharded model is neither cast nor moved."""
         if any(is_sharded(parameter) for parameter in self.model.parameters()):
             return
         undo.callback(self._forget)
@@ -45,23 +44,23 @@ class Buffers:
             module.register_buffer(BEFORE + name, before, persistent=False)
 
     def put_back(self) -> None:
-        """Let the buffers be what they were."""
+        """Restore the buffers."""
         self._follow()
         for known in self._known:
             self._put(known.module, known.name, known.before)
 
     def moved(self) -> list[_Known]:
-        """Copies of those that are no longer what they were, for `put`."""
+        """Copies of the buffers that have changed, for `put`."""
         self._follow()
         return [known._replace(before=now.detach().clone()) for known, now in self._moved()]
 
     def put(self, present: list[_Known]) -> None:
-        """Let buffers be what `moved` has found."""
+        """Give buffers the values that `moved` returned."""
         for known in present:
             self._put(known.module, known.name, known.before)
 
     def changed(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Checkpoint name -> what a floating-point buffer that a checkpoint holds was and is, if that is not the same."""
+        """Checkpoint name -> (old value, current value) of each floating-point buffer of a checkpoint that has changed."""
         self._follow()
         names = {id(tensor): name for name, tensor in reversed(named_tensors(self.model).items()) if is_buffer(tensor)}
         return {
@@ -77,7 +76,7 @@ class Buffers:
                 yield known, now
 
     def _follow(self) -> None:
-        """Casts and moves of the model have made other tensors of what is kept."""
+        """Fetch the kept values again: casts and moves of the model have replaced their tensors."""
         if self._along:
             self._known = [known._replace(before=_found(known)) for known in self._known]
 

@@ -1,8 +1,10 @@
-"""Training and switching on several processes: PyTorch's DDP, where each has the whole model; FSDP2 (`fully_shard`), where each
-has some rows of every tensor; and DeepSpeed's ZeRO-3, where each has a span of its flat entries.
+"""Training and switching on several processes: PyTorch's DDP and FSDP2, and DeepSpeed's ZeRO-3.
 
-A piece of a sharded tensor is a span of its flat entries. Positions are sorted, so those in a piece are a span of them. Trained
-values and positions are few and whole on every process; only what is written to weights, and read of them, goes by pieces.
+In DDP each process has the whole model. In FSDP2 (`fully_shard`) it has some rows of every tensor. In ZeRO-3 it has a span of
+the flat entries of every tensor.
+So a piece of a sharded tensor is always a span of its flat entries. Positions are sorted, so the positions in a piece are a
+span of all positions. Trained values and positions are few, and every process has all of them. Only reading from weights and
+writing to weights works by pieces.
 """
 
 import functools
@@ -37,38 +39,38 @@ CHECKSUM = "shira_positions"
 
 
 class Piece(NamedTuple):
-    """Flat entries start to stop of a weight, which lie here; local: their tensor, which the model gathers from."""
+    """This process's piece of a weight: flat entries start to stop. local: the tensor from which the model gathers them."""
 
     local: Tensor
     start: int
     stop: int
 
     def span(self, indices: Tensor) -> slice:
-        """Which of sorted positions [k] lie here."""
+        """The span of sorted positions [k] that are in this piece."""
         ends = torch.tensor([self.start, self.stop], dtype=indices.dtype, device=indices.device)
         first, last = torch.searchsorted(indices, ends).tolist()
         return slice(first, last)
 
 
 def is_partitioned(weight: Tensor) -> bool:
-    """Whether ZeRO-3 holds a weight: between forward passes the parameter itself is empty, and `ds_tensor` has its piece."""
+    """Whether ZeRO-3 holds a weight. Between forward passes the parameter itself is empty; `ds_tensor` is the piece."""
     return hasattr(weight, "ds_tensor")
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether a weight lies in pieces, as a DTensor or in ZeRO-3; whoever has none need not load their modules."""
+    """Whether a weight is in pieces: a DTensor, or in ZeRO-3. Attributes decide, so that neither module has to be imported."""
     return hasattr(weight, "device_mesh") or is_partitioned(weight)
 
 
 def groups_of(weight: Any) -> list[Any]:
-    """The groups of processes that a sharded weight lies on: one for each dimension of a DTensor's mesh, one in ZeRO-3."""
+    """The process groups that hold a sharded weight: one for each dimension of a DTensor's mesh, one in ZeRO-3."""
     if is_partitioned(weight):
         return [weight.ds_process_group]
     return [weight.device_mesh.get_group(dim) for dim in range(weight.device_mesh.ndim)]
 
 
 def full(weight: Any) -> Tensor:
-    """The whole weight. Every process must ask for it."""
+    """The whole weight. Every process must call this."""
     if is_partitioned(weight):
         import torch.distributed as dist
 
@@ -80,19 +82,22 @@ def full(weight: Any) -> Tensor:
 
 
 def piece_of(name: str, weight: Any) -> Piece:
-    """What lies here of a sharded weight. Raises what `check_pieces` does."""
+    """This process's piece of a sharded weight. Raises what `check_pieces` raises."""
     check_pieces(name, weight)
     group, starts = _starts(weight)
     rank = torch.distributed.get_rank(group)
     start, stop = starts[rank], starts[rank + 1]
     if is_partitioned(weight):
-        return Piece(weight.ds_tensor.detach()[: stop - start], start, stop)  # the last ones are padded
+        return Piece(weight.ds_tensor.detach()[: stop - start], start, stop)  # the last pieces are padded
     return Piece(weight.to_local().detach(), start, stop)
 
 
 def check_pieces(name: str, weight: Tensor) -> None:
-    """Raise TargetError unless a sharded weight is sharded by rows alone, as `fully_shard` does, or ZeRO-3 has it as it is, on
-    its device, over all processes."""
+    """Raise TargetError if a weight is sharded in a way that is not supported.
+
+    A DTensor must be sharded by rows only, as `fully_shard` does. ZeRO-3 must partition a weight over all processes, on its own
+    device, without quantization or copies for each node.
+    """
     (_check_partition if is_partitioned(weight) else _check_rows)(name, weight)
 
 
@@ -118,7 +123,7 @@ def _check_partition(name: str, weight: Any) -> None:
 
 
 def _starts(weight: Any) -> tuple[Any, list[int]]:
-    """The processes that have the pieces of a sharded weight, and where in its flat entries each one's begin; then the end."""
+    """The process group that holds the pieces of a sharded weight; the first flat entry of each piece, then the end."""
     if is_partitioned(weight):
         group, entries, end = weight.ds_process_group, weight.ds_tensor.ds_numel, weight.ds_numel
     else:
@@ -129,7 +134,10 @@ def _starts(weight: Any) -> tuple[Any, list[int]]:
 
 
 def gather_pieces(weight: Any, indices: Tensor, values: Tensor) -> Tensor:
-    """Values [k] at sorted positions of a sharded weight, from each process those of its own piece. Every process must ask."""
+    """Values [k] at sorted positions [k] of a sharded weight, gathered from all processes. Every process must call this.
+
+    values: the values at those positions that are in this process's piece.
+    """
     import torch.distributed as dist
 
     group, starts = _starts(weight)
@@ -144,8 +152,10 @@ def gather_pieces(weight: Any, indices: Tensor, values: Tensor) -> Tensor:
 
 
 def average_after_backward(parameters: Sequence[nn.Parameter], groups: Sequence[Any], undo: Undo) -> None:
-    """At the end of every backward pass, make the parameters' gradients their mean over groups of processes, in one message of
-    four bytes an entry, until `undo`. Every process must run as many backward passes."""
+    """At the end of every backward pass, replace the parameters' gradients by their mean over process groups, until `undo`.
+
+    One message holds them all, four bytes an entry. Every process must run the same number of backward passes.
+    """
     waiting = False
 
     def send() -> None:
@@ -165,7 +175,7 @@ def average_after_backward(parameters: Sequence[nn.Parameter], groups: Sequence[
 
 
 def _average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
-    """Average gradients in place; a process that has none of a parameter counts as zeros, and gets the mean if any has one."""
+    """Average gradients. A process without a gradient counts as zeros, and gets the mean if any process has a gradient."""
     import torch.distributed as dist
 
     device = parameters[0].device
@@ -182,7 +192,7 @@ def _average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
 
 
 def same_everywhere(indices: Tensor, groups: Sequence[Any]) -> Tensor:
-    """The positions that the first process chose, on all of them."""
+    """The positions that the first process chose. Every process must call this."""
     import torch.distributed as dist
 
     for group in groups:
@@ -195,10 +205,10 @@ def same_everywhere(indices: Tensor, groups: Sequence[Any]) -> Tensor:
 
 
 def check_positions(model: nn.Module, positions: Iterable[Tensor], undo: Undo) -> None:
-    """Where several processes have the whole model each, make the first forward pass after DDP has begun raise TuningError if
-    they train other positions: DDP would average entries that have nothing to do with each other. Until `undo`.
+    """Make the first forward pass in DDP raise TuningError if processes train different positions, until `undo`.
 
-    DDP copies the first process's buffers to all; here one holds a checksum.
+    DDP would then average entries that have nothing to do with each other.
+    DDP copies the first process's buffers to all processes. So a buffer with a checksum of the positions is enough to compare.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -217,7 +227,7 @@ def _compare_checksum(own: int, seen: int, module: nn.Module, _inputs: Any) -> N
     buffer = module._buffers.get(CHECKSUM)
     if buffer is not None and buffer._version != seen:
         found = int(buffer)
-        _forget_checksum(module)  # DDP copies it again and again
+        _forget_checksum(module)  # else DDP would copy it in every forward pass
         if found != own:
             raise TuningError(
                 f"process {torch.distributed.get_rank()} chose other positions to train than the first; give all of them "
@@ -231,7 +241,7 @@ def _forget_checksum(model: nn.Module) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise TuningError for a model in a wrapper that must be told of the values before it is made."""
+    """Raise TuningError if a model is a wrapper to which a tuner cannot attach; the message says what to do."""
     kind = type(model).__name__
     if kind in ("DistributedDataParallel", "DataParallel"):
         raise TuningError(f"attach to the model first, then wrap it in {kind}, which must know what trains")
@@ -242,16 +252,16 @@ def check_plain(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of gathered weights, so that the next forward pass gathers what is in the pieces now."""
+    """Drop gathered weights, so that the next forward pass gathers the current pieces."""
     module: Any
     for module in model.modules():
-        if hasattr(module, "set_reshard_after_forward"):  # what fully_shard makes of a module
+        if hasattr(module, "set_reshard_after_forward"):  # fully_shard adds this method
             module.reshard()
     parameter: Any
     partitioned = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
-    if partitioned and partitioned[0].is_cuda:  # ZeRO-3 gathers on a stream of its own, which waits for no write
+    if partitioned and partitioned[0].is_cuda:  # ZeRO-3 gathers on its own stream, which does not wait for our writes
         torch.cuda.current_stream().synchronize()
     for parameter in partitioned:
-        if parameter.numel():  # small ones, and those of modules whose inputs need no gradient, stay gathered
+        if parameter.numel():  # still gathered: small weights, and those of modules whose inputs need no gradient
             parameter.ds_active_sub_modules.clear()
             parameter.partition()

@@ -1,7 +1,7 @@
-"""A model's tensors as they are at this moment: what a checkpoint calls them, and which of them are one memory.
+"""A model's tensors at this moment: their checkpoint names, and which of them share memory.
 
-A model may change between two calls: weights are cast, moved, tied and replaced. So nothing here is remembered: whoever needs
-to know asks again, and `ModelTensors.same` says whether the answer is still the last one.
+A model may change between two calls: weights are cast, moved, tied and replaced. So nothing is cached here. Callers ask again,
+and `ModelTensors.same` says whether an earlier answer is still right.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ from .quantized import is_quantized
 
 __all__ = ["OWN", "ModelTensors", "Tree", "is_buffer", "named_tensors", "plain_model"]
 
-OWN = "shira_"  # the beginning of every name under which a tuner keeps something in a module
-COMPILED = "_orig_mod"  # the name under which torch.compile keeps a module in its wrapper
+OWN = "shira_"  # prefix of every name under which a tuner keeps something in a module
+COMPILED = "_orig_mod"  # the name of the original module inside the wrapper of torch.compile
 
 
 def plain_model(model: Any, error: type[ShiraError], call: str) -> nn.Module:
-    """The model itself, taken out of what torch.compile has made of it.
+    """The model itself, without the wrappers of torch.compile.
 
-    Raises `error` if it is no model, with the call that was meant.
+    Raises `error` if it is not a torch.nn.Module. call: the call that the message recommends.
     """
     if not isinstance(model, nn.Module):
         raise error(f"a model must be a torch.nn.Module, found {type(model).__name__}; load it first, then call {call}")
@@ -35,17 +35,20 @@ def plain_model(model: Any, error: type[ShiraError], call: str) -> nn.Module:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, and every floating-point buffer that a checkpoint holds, by each name that it has there."""
+    """Every parameter, and every floating-point buffer that a checkpoint holds, under each of its checkpoint names."""
     return {name: tensor for name, tensor, _ in _walk(model, "")}
 
 
 def is_buffer(tensor: Tensor) -> bool:
-    """Whether one of a model's tensors is a buffer, which a forward pass in training may change."""
+    """Whether a tensor of a model is a buffer, which a forward pass in training may change."""
     return not isinstance(tensor, nn.Parameter)
 
 
 class Tree:
-    """The modules that a model consists of, when this was made; and what else is held in some of their dictionaries."""
+    """The modules of a model when this was made.
+
+    further: other objects to watch, as (dictionary that holds it, key, object).
+    """
 
     def __init__(self, model: nn.Module, further: Sequence[tuple[dict[str, Any], str, Any]] = ()) -> None:
         held = [*further, *_children(model)]
@@ -53,16 +56,16 @@ class Tree:
         self._keys, self._held = [key for _, key, _ in held], [each for _, _, each in held]
 
     def same(self) -> bool:
-        """Whether they are still where they were: objects, not what is in them."""
+        """Whether the same objects are still in the same places. Their contents are not compared."""
         return all(map(is_, map(dict.get, self._where, self._keys), self._held))
 
 
 class ModelTensors:
-    """What a model's tensors were when this was made.
+    """A model's tensors when this was made.
 
-    by_name: each tensor by every name that it has in a checkpoint; tensors that are one memory are one here, the first.
-    overlapping: the name of a tensor -> that of another one that shares a part of its memory, but is not the same.
-    numbers: of every tensor object in the model.
+    by_name: each checkpoint name -> its tensor. For tensors that are the same memory, it is the first of them.
+    overlapping: the name of a tensor -> the name of a different tensor that shares some of its memory.
+    numbers: the id of every tensor object in the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,20 +76,20 @@ class ModelTensors:
         self.numbers = {id(tensor) for tensor in self._all.values()}
 
     def same(self) -> bool:
-        """Whether the model still consists of the same modules and tensors: objects, not what is in them."""
+        """Whether the model still has the same module and tensor objects. Their contents are not compared."""
         return self._tree.same()
 
     def objects(self, names: Iterator[str] | list[str]) -> list[Tensor]:
-        """Every parameter object that stands for one of these weights: several, if they are one memory."""
+        """Every tensor object of these weights: several for one weight, if they are the same memory."""
         wanted = {id(self.by_name[name]) for name in names}
         return list({id(t): t for name, t in self._all.items() if id(self.by_name[name]) in wanted}.values())
 
 
-_Place = tuple[dict[str, Any], str]  # the dictionary of a module in which a tensor is held, and its name there
+_Place = tuple[dict[str, Any], str]  # the dictionary of a module that holds a tensor, and the tensor's key there
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, _Place]]:
-    """Name, tensor and place of everything that an adapter may touch; what a lazy module will make once it is called is not."""
+    """Name, tensor and place of all that an adapter may change, without parameters that a lazy module has not created yet."""
     for key, parameter in module._parameters.items():
         if parameter is not None and not key.startswith(OWN) and not nn.parameter.is_lazy(parameter):
             yield prefix + key, parameter, (module._parameters, key)
@@ -106,7 +109,7 @@ def _children(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
 
 
 def _by_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each name's tensor, the first of those that are one memory; and which share a part of theirs with which other."""
+    """`by_name` and `overlapping` of `ModelTensors`."""
     first: dict[tuple[Any, ...], Tensor] = {}
     by_name: dict[str, Tensor] = {}
     spans: dict[int, list[tuple[int, int, str]]] = {}

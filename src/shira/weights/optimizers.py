@@ -1,5 +1,8 @@
-"""What optimizers of torch do to weights, seen from their steps: one pair of hooks for the whole process, put on once and never
-taken off, since to take one off while others run is an error of torch's."""
+"""Notification of the steps of torch's optimizers, which change weights.
+
+One pair of hooks serves the whole process. It is registered once and never removed, because torch fails if a hook is removed
+while hooks run.
+"""
 
 import weakref
 from typing import Any, Protocol
@@ -11,33 +14,33 @@ __all__ = ["Steps", "forget", "tell", "watch"]
 
 
 class Steps(Protocol):
-    """Who wants to know of steps."""
+    """An object that is notified of steps."""
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
-        """May raise, and the step is not taken."""
+        """May raise; then the step does not happen."""
 
     def after(self, optimizer: torch.optim.Optimizer) -> None: ...
 
 
-_told: "list[weakref.ref[Steps]]" = []  # without callbacks, in which an interrupt would be lost
+_told: "list[weakref.ref[Steps]]" = []  # without callbacks: an interrupt inside a callback would be lost
 _on: list[Any] = []
 
 
 def watch() -> None:
-    """See steps from now on: fused ones, which move no version counter, move it."""
+    """Observe steps from now on. For fused optimizers, which do not increment version counters, this increments them."""
     if not _on:
         _on.append(torch_optimizer.register_optimizer_step_post_hook(_after))
         torch_optimizer.register_optimizer_step_pre_hook(_before)
 
 
 def tell(steps: Steps) -> None:
-    """Tell somebody of every step, until `forget`, or until they are gone."""
+    """Notify an object of every step, until `forget`, or until the object is gone."""
     watch()
     _told[:] = [known for known in _told if known() is not None] + [weakref.ref(steps)]
 
 
 def forget(steps: Steps) -> None:
-    """Tell them no more."""
+    """Stop notifying an object."""
     _told[:] = [known for known in _told if known() is not steps]
 
 

@@ -1,8 +1,8 @@
-"""Who may write to a model's weights: one at a time.
+"""Who may write to a model's weights: one owner at a time.
 
-Whoever has changed entries of a model knows what lay under them. Two who each keep what they found would each put back the
-other's values. So a tuner from `attach` to `detach`, and a switcher while something is active, hold a `Claim` on their model;
-whoever comes second is refused, and told whom to ask.
+An owner changes entries and keeps their old values. If two did so at once, each would later restore values of the other. So a
+tuner holds a `Claim` on its model from `attach` to `detach`, and a switcher holds one while an adapter is active. A second
+owner is refused, and the message names the first.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ __all__ = ["Claim", "Extent", "check_free", "claim"]
 
 
 class Extent:
-    """The modules and the memory that a model consists of."""
+    """The modules and the memory of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = frozenset(id(module) for module in model.modules())
         self._storages = dict(map(_storage, named_tensors(model).values()))
-        self._model = weakref.ref(model)  # numbers of modules mean nothing once it is gone
+        self._model = weakref.ref(model)  # the ids of modules mean nothing after the model is gone
 
     def meets(self, other: "Extent") -> bool:
         """Whether two models have a module or a weight in common."""
@@ -33,15 +33,15 @@ class Extent:
             return False
         return not self._modules.isdisjoint(other._modules) or any(
             (storage := self._storages[number]()) is not None and storage is other._storages[number]()
-            for number in self._storages.keys() & other._storages.keys()  # a number is given out again, an object is not
+            for number in self._storages.keys() & other._storages.keys()  # numbers are reused, objects are not
         )
 
 
 class Claim:
-    """That a model is in somebody's hands, for as long as this object lives.
+    """A claim on a model, which lasts as long as this object lives.
 
-    owner: who that is, and what is to be called to have the model back, for messages; or a function that says so at the moment,
-        "" if it is nobody.
+    owner: a text for messages, which names the owner and the call that frees the model; or a function that returns the present
+        text, "" if the claim does not count.
     """
 
     def __init__(self, extent: Extent, owner: str | Callable[[], str]) -> None:
@@ -53,22 +53,23 @@ class Claim:
         return self._owner if isinstance(self._owner, str) else self._owner()
 
     def is_of(self, other: "Claim") -> bool:
-        """Whether two claims are one's, who made the second when the model had become another."""
+        """Whether two claims have one owner. An owner makes a second claim after its model has changed."""
         return self is other or (not isinstance(self._owner, str) and self._owner is other._owner)
 
     def __reduce__(self) -> Any:
-        """A copy of a model is nobody's: what is copied or pickled with it is a claim on nothing."""
+        """A copy of a model has no owner: a copied or pickled claim is a claim on nothing."""
         return _nothing, ()
 
 
-_claims: "list[weakref.ref[Claim]]" = []  # without callbacks, in which an interrupt would be lost
+_claims: "list[weakref.ref[Claim]]" = []  # without callbacks: an interrupt inside a callback would be lost
 
 
 def claim(model: nn.Module, owner: str | Callable[[], str], error: type[ShiraError] | None) -> Claim:
-    """Take a model for oneself; owner: as of a `Claim`.
+    """Claim a model. owner: as in `Claim`.
 
-    Raises `error`, unless it is None, if the model, or a part of it, is somebody else's. Of two who come at once, in two
-    threads, both may be refused: each is seen before it looks, so no lock is needed, which an interrupt could leave locked.
+    Raises `error`, unless it is None, if another owner has the model or a part of it. If two threads claim a model at once,
+    both may be refused, because each registers its claim before it checks the others. So no lock is needed, which an interrupt
+    could leave locked.
     """
     made = Claim(Extent(model), owner)
     known = weakref.ref(made)
@@ -85,19 +86,19 @@ def claim(model: nn.Module, owner: str | Callable[[], str], error: type[ShiraErr
 
 
 def _drop(known: "weakref.ref[Claim]") -> None:
-    with contextlib.suppress(ValueError):  # another thread has
+    with contextlib.suppress(ValueError):  # another thread has removed it
         _claims.remove(known)
 
 
 def check_free(mine: Claim, error: type[ShiraError]) -> None:
-    """Raise `error` if what one has, or wants to have, a claim on is somebody else's, in part or whole."""
+    """Raise `error` if another owner has a claim on the same model, or on a part of it."""
     for reference in list(_claims):
         other = reference()
         if other is None or other.is_of(mine) or not other.extent.meets(mine.extent):
             continue
-        owner = other.owner  # which may finish what its owner was interrupted in
+        owner = other.owner  # the call may complete what an interrupt stopped in the owner, which then has no claim
         if owner:
-            raise error(f"this model's weights are in other hands: {owner}")
+            raise error(f"this model's weights are already in use: {owner}")
 
 
 def _nothing() -> Claim:
@@ -105,9 +106,9 @@ def _nothing() -> Claim:
 
 
 def _storage(tensor: Tensor) -> "tuple[int, weakref.ref[Any]]":
-    """What a tensor's memory is known by: a number, and the object while it lives."""
+    """The identity of a tensor's memory: a number, and a weak reference to the object."""
     try:
         memory: Any = tensor if is_sharded(tensor) else tensor.untyped_storage()
         return (id(memory) if memory is tensor else memory._cdata), weakref.ref(memory)
-    except (RuntimeError, NotImplementedError):  # quantized weights are made of other tensors
+    except (RuntimeError, NotImplementedError):  # a quantized weight has no storage: it consists of other tensors
         return id(tensor), weakref.ref(tensor)

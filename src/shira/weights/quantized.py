@@ -1,7 +1,7 @@
-"""Weights in a few bits, known by their own marks: their shape, their values, and that nobody may write to them in place.
+"""Quantized weights: how to recognize them, their shape and their values. They cannot be written in place.
 
-bitsandbytes keeps four bits an entry in a flat `Params4bit`, torchao a tensor subclass that says it is floating point. Neither
-is imported before there is such a weight: who has one has the library.
+bitsandbytes keeps four bits an entry in a flat `Params4bit`. torchao keeps a tensor subclass whose dtype is floating point.
+Neither library is imported before such a weight exists. Where one exists, its library is installed.
 """
 
 import copy
@@ -16,17 +16,17 @@ __all__ = ["dense", "is_quantized", "keep_differentiable", "label", "shape_of"]
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight's entries are stored as codes, by bitsandbytes in 4 bits, or by torchao."""
+    """Whether a weight's entries are stored as codes, by bitsandbytes in 4 bits or by torchao."""
     return _of_bitsandbytes(weight) or _of_torchao(weight)
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:
-    """The shape of the matrix that a weight stands for, whatever way it is stored; in ZeRO-3 the tensor itself is empty."""
+    """The shape of the tensor that a weight stands for, however it is stored. In ZeRO-3 the parameter itself is empty."""
     return tuple(_state(weight).shape if _of_bitsandbytes(weight) else getattr(weight, "ds_shape", weight.shape))
 
 
 def label(weight: Tensor) -> str:
-    """What metadata and messages call a weight's dtype: "bfloat16", "nf4", "Int8Tensor"."""
+    """The name of a weight's dtype in metadata and messages: "bfloat16", "nf4", "Int8Tensor"."""
     if _of_bitsandbytes(weight):
         return str(_state(weight).quant_type)
     return type(weight).__name__ if _of_torchao(weight) else str(weight.dtype).removeprefix("torch.")
@@ -34,7 +34,7 @@ def label(weight: Tensor) -> str:
 
 @torch.no_grad()
 def dense(weight: Tensor) -> Tensor:
-    """The values that a weight stands for: a new tensor if it is quantized, else itself, detached."""
+    """The values that a weight stands for: a new tensor if it is quantized, else the weight itself, detached."""
     values: Tensor
     if _of_bitsandbytes(weight):
         from bitsandbytes.functional import dequantize_4bit
@@ -48,10 +48,10 @@ def dense(weight: Tensor) -> Tensor:
 
 
 def keep_differentiable(model: nn.Module, undo: Undo) -> None:
-    """Let bitsandbytes' layers hand gradients to their inputs, until `undo`.
+    """Make bitsandbytes' layers pass gradients to their inputs, until `undo`.
 
-    On CPUs with AVX512-BF16 an evaluation repacks their codes for good, scales rounded to bfloat16, for a product that has no
-    backward pass: layers before it would then train on part of their gradient, without a word.
+    On CPUs with AVX512-BF16 an evaluation permanently repacks a layer's codes, with scales rounded to bfloat16, for a product
+    without a backward pass. The layers before it would then silently train on a part of their gradient.
     """
     for module in model.modules():
         layer: Any = module
@@ -64,7 +64,7 @@ def keep_differentiable(model: nn.Module, undo: Undo) -> None:
 
 
 def _canonical(weight: Any) -> tuple[Tensor, Any]:
-    """bitsandbytes' codes, and their description, in the order that they are stored in."""
+    """bitsandbytes' codes and their description, in the order before any repacking."""
     codes, state = weight.detach().as_subclass(Tensor), weight.quant_state
     if not _is_packed(weight):
         return codes, state

@@ -1,4 +1,4 @@
-"""Which weights of a model an adapter may touch, what they are called, and which modules compute with them."""
+"""Which weights of a model an adapter may change, their names, and which modules compute with them."""
 
 import contextlib
 import math
@@ -20,13 +20,13 @@ __all__ = ["KEYWORDS", "Target", "Use", "by_pattern", "is_conv1d", "plain_name",
 Value = TypeVar("Value")
 Layers = int | Iterable[int]
 
-VALUES = "shira_values"  # the beginning of the names under which modules hold masters while a tuner is attached
+VALUES = "shira_values"  # prefix of the names under which modules hold masters while a tuner is attached
 KEYWORDS = {
     "all-linear": re.compile(r""),
     "attention": re.compile(r"attn|attention", re.IGNORECASE),
     "mlp": re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE),
 }
-# "auto": the query and value projections, or what they are packed in, whatever a family calls them; the first that are there
+# "auto": names of the query and value projections, or of what packs them, in different model families; the first that exist
 QUERY_AND_VALUE = (
     ("q_proj", "v_proj"),
     ("query_key_value",),
@@ -42,8 +42,11 @@ QUERY_AND_VALUE = (
 
 
 class Use(NamedTuple):
-    """Where a forward pass finds a weight: `module.forward` reads `holder.attribute`. The holder is the module, but for
-    the output projection of nn.MultiheadAttention, whose own forward is never called."""
+    """Where a forward pass reads a weight: `module.forward` reads `holder.attribute`.
+
+    The holder is the module itself, except for the output projection of nn.MultiheadAttention, whose own forward is never
+    called.
+    """
 
     module: nn.Module
     holder: nn.Module
@@ -52,12 +55,12 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A weight to adapt: its checkpoint name, and every place that computes with it (several if it is tied)."""
+    """A weight to adapt: its checkpoint name, and every module that computes with it (several if it is tied)."""
 
     name: str
     weight: nn.Parameter
     uses: tuple[Use, ...]
-    stacked: bool = False  # the weight is a stack of matrices, one an expert
+    stacked: bool = False  # the weight is a stack of matrices, one for each expert
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -65,14 +68,16 @@ class Target:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The shape that budgets are for: [out, in]; [out, in · kernel] of a convolution; [experts, out, in]; or [n]."""
+        """The shape that budgets use: [out, in]; [out, in · kernel] of a convolution; [experts, out, in]; [n] of a vector."""
         shape = shape_of(self.weight)
         return shape if self.stacked or len(shape) < 3 else (shape[0], math.prod(shape[1:]))
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The matrix [rows, columns] that masks see, its entries in the weight's order: a vector has rows of one entry, experts
-        are stacked."""
+        """The shape [rows, columns] of the matrix that masks see; its entries have the weight's order.
+
+        A vector has rows of one entry. The matrices of experts are stacked.
+        """
         sides = self.sides
         return (math.prod(sides[:-1]), sides[-1]) if len(sides) > 1 else (math.prod(sides), 1)
 
@@ -86,17 +91,19 @@ def resolve(
 ) -> list[Target]:
     """The weights that `targets` means, in the model's order.
 
-    A list matches a module's or a parameter's whole name or its suffix after a dot, as in PEFT; each entry must match. A
-    module means its matrices (the weight of a linear, convolution or embedding layer, the packed projection of
-    nn.MultiheadAttention, the 3-D weights of a mixture's experts), or, if it has none, its vectors: "q_proj", "wte",
-    "input_layernorm", "q_proj.bias", "bias".
-    A string is "all-linear" (every linear map but the output embedding; experts and packed projections are some), "attention",
-    "mlp" (those under a part of that name), "auto" (query and value projections, PEFT's choice for most families), or a
-    regular expression on the whole name of a module that has a matrix, or else of a parameter.
-    exclude: a name, or names, none of whose parts may be in a weight's name: "lm_head", "vision_tower", "layers.0".
-    layers: the numbers of the layers to take, the first number in a weight's name: 3, or range(4, 12).
+    targets, a list: each entry is the whole name of a module or parameter, or its suffix after a dot, as in PEFT. Each entry
+        must match: "q_proj", "wte", "input_layernorm", "q_proj.bias", "bias". A module means its matrices: the weight of a
+        linear, convolution or embedding layer, the packed projection of nn.MultiheadAttention, the 3-D weights of a mixture's
+        experts. A module without matrices means its vectors.
+    targets, a string: one of
+        "all-linear": every linear map except the output embedding; experts and packed projections are linear maps.
+        "attention", "mlp": the linear maps with attention, mlp or the like in a part of their name.
+        "auto": query and value projections, PEFT's choice for most model families.
+        a regular expression on the whole name of a module with a matrix; if none matches, on the whole name of a parameter.
+    exclude: a name or several: "lm_head", "vision_tower", "layers.0". Weights with such a part in their name are left out.
+    layers: the numbers of the layers to take: 3, or range(4, 12). The layer of a weight is the first number in its name.
 
-    Raises TargetError if anything matches nothing or is computed with in a way that cannot be followed.
+    Raises TargetError if anything matches nothing, or if a weight cannot be trained in place.
     """
     weights = _Weights(model)
     names = [targets] if isinstance(targets, str) else list(targets)
@@ -112,10 +119,10 @@ def resolve(
 def whole_modules(model: nn.Module, wanted: str | Iterable[str], *, exclude: str | Iterable[str] = ()) -> list[Target]:
     """Every parameter of the modules that train whole, in the model's order.
 
-    wanted: names of modules or suffixes of them; or "auto": what Transformers' models for classification have beside their base
-    model, a head that is new unless it was loaded.
+    wanted: names of modules, or suffixes of names. "auto": the modules of a Transformers model for classification that are not
+        its base model. Such a head is random unless it was loaded.
 
-    Raises TargetError if a name matches nothing, or what `resolve` raises.
+    Raises TargetError if a name matches nothing, or if a weight cannot be trained in place.
     """
     weights = _Weights(model)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -142,7 +149,7 @@ def _heads(model: nn.Module) -> list[str]:
 
 
 def _targets(model: nn.Module, weights: "_Weights", chosen: Iterable[str]) -> list[Target]:
-    """The weights of these names, each with all that computes with its memory."""
+    """The weights of these names, each with every module that computes with its memory."""
     now = ModelTensors(model)
     first = {id(tensor): now.by_name[name] for name, tensor in named_tensors(model).items()}
     tensor_names: dict[int, str] = {}
@@ -173,7 +180,7 @@ def _targets(model: nn.Module, weights: "_Weights", chosen: Iterable[str]) -> li
 
 
 def _check_parametrized(model: nn.Module, wanted: str | list[str], exclude: list[str]) -> None:
-    """Raise TargetError if a weight is wanted that is computed from others before each forward pass."""
+    """Raise TargetError if a wanted weight is computed from other parameters before each forward pass."""
     for full_name, module in model.named_modules():
         name = plain_name(full_name)
         for attribute in getattr(module, "parametrizations", None) or () if is_parametrized(module) else ():
@@ -200,10 +207,10 @@ def _wants(wanted: str | list[str], module: nn.Module, name: str, path: str) -> 
 
 
 def by_pattern(names: Iterable[str], patterns: Mapping[str, Value]) -> dict[str, Value]:
-    """Tensor name -> the value of the last pattern that means it.
+    """Tensor name -> the value of the last pattern that matches it.
 
-    A pattern means a module's or tensor's whole name or its suffix after a dot, as in `resolve`; *, ? and [] stand for
-    what they do in fnmatch: "down_proj", "layers.0.*", "model.layers.[0-3].mlp.up_proj.weight".
+    A pattern matches the whole name of a module or tensor, or its suffix after a dot, as in `resolve`. *, ? and [] work as
+    in fnmatch: "down_proj", "layers.0.*", "model.layers.[0-3].mlp.up_proj.weight".
     Raises TargetError for a pattern that matches nothing.
     """
     names = list(names)
@@ -218,7 +225,7 @@ def by_pattern(names: Iterable[str], patterns: Mapping[str, Value]) -> dict[str,
 
 
 def _why_not(module: nn.Module, attribute: str) -> str | None:
-    """What keeps a module's weight from being trained in place."""
+    """Why a module's weight cannot be trained in place; None if it can."""
     for hook in module._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils.") and attribute.startswith(
             f"{getattr(hook, 'name', None) or getattr(hook, '_tensor_name', '')}_"
@@ -233,20 +240,20 @@ def _why_not(module: nn.Module, attribute: str) -> str | None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is Transformers' Conv1D, a linear layer with a weight [in, out]."""
+    """Whether a module is Transformers' Conv1D: a linear layer with a weight [in, out]."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 class _Weights:
-    """A model's parameters by name, and what its modules' names stand for."""
+    """A model's parameters by name, and the parameters that each module name means."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.owners: dict[str, tuple[nn.Module, str]] = {}  # a parameter's name, any of several -> where it is
-        self.modules: dict[str, list[str]] = {}  # module name -> the parameters it means
-        self.matrices: set[str] = set()  # names of modules that have one
-        self.linear: list[str] = []  # parameters that are linear maps, but the output embedding
-        self.callers: dict[int, nn.Module] = {}  # a module whose forward is never called -> the one that computes with it
+        self.owners: dict[str, tuple[nn.Module, str]] = {}  # each name of a parameter -> the module and attribute there
+        self.modules: dict[str, list[str]] = {}  # module name -> names of the parameters that it means
+        self.matrices: set[str] = set()  # names of modules that have a matrix
+        self.linear: list[str] = []  # names of parameters that are linear maps, without the output embedding
+        self.callers: dict[int, nn.Module] = {}  # id of a module whose forward is never called -> the module that uses it
         get_output = getattr(model, "get_output_embeddings", None)
         output = get_output() if callable(get_output) else None
         for full_name, module in model.named_modules():
@@ -266,7 +273,7 @@ class _Weights:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own parameters, without what a tuner put there."""
+    """A module's own parameters, without those of a tuner."""
     return (
         (name, parameter)
         for name, parameter in module._parameters.items()
@@ -279,12 +286,12 @@ def _is_linear(module: nn.Module, weight: nn.Parameter) -> bool:
 
 
 def _is_stack_of_experts(module: nn.Module, weight: nn.Parameter) -> bool:
-    """Transformers keeps the experts of a mixture as 3-D parameters [experts, out, in] of a module called ...Experts."""
+    """Whether a weight is how Transformers stores a mixture's experts: [experts, out, in], in a module called ...Experts."""
     return len(shape_of(weight)) == 3 and "expert" in type(module).__name__.lower()
 
 
 def plain_name(name: str) -> str:
-    """The name of a module or tensor in a checkpoint, whether or not modules are compiled."""
+    """The checkpoint name of a module or tensor, without the parts that torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 

@@ -1,7 +1,7 @@
-"""What is to be done to have something as it was: steps, written down before the act, that may be taken any number of times.
+"""Steps that undo something. Each step is recorded before the act that it undoes, and may run any number of times.
 
-An interrupt can come between any two lines, in the undoing too. So a step stays written down until all of them were taken, and
-each must be harmless when there is nothing, or nothing any more, to undo.
+An interrupt can come between any two lines, also while steps run. So steps stay recorded until all of them have run. A step
+must be harmless if its act has not happened, or is already undone.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ __all__ = ["Undo", "hooks_of", "set_hook"]
 
 
 class Undo:
-    """Steps, the last one first."""
+    """A list of steps, which run in reverse order."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], Any]] = []
         self._parts: list[Undo] = []
-        self._inside = False  # of the `with` that it is a part in
+        self._inside = False  # whether the `with` of this part is still running
 
     def callback(self, step: Callable[..., Any], *arguments: Any) -> None:
-        """Write down a step, before what it undoes is done."""
+        """Record a step. Call this before the act that the step undoes."""
         self._steps.append(functools.partial(step, *arguments))
 
     @contextlib.contextmanager
     def part(self) -> "Iterator[Undo]":
-        """Steps that are taken at the end of the `with`; if an interrupt does not let them be taken, they are some of these."""
+        """Steps that run at the end of the `with`. If an interrupt prevents that, they remain steps of this object."""
         part = Undo()
         part._inside = True
         self._parts = [*(each for each in self._parts if each._inside or each._is_left()), part]
@@ -38,7 +38,7 @@ class Undo:
             finally:
                 part._inside = False
                 part.close()
-        except BaseException:  # an interrupt may come in the lines above, of all places; a step bears to be taken again
+        except BaseException:  # an interrupt may come inside the `finally` above, too; steps may run again
             part._inside = False
             part.close()
             raise
@@ -47,13 +47,13 @@ class Undo:
         return bool(self._steps) or any(part._is_left() for part in self._parts)
 
     def finish_parts(self) -> None:
-        """Take the steps of parts that were left by an interrupt before all were taken."""
+        """Run the steps of parts whose `with` an interrupt ended before all of them had run."""
         for part in reversed(self._parts):
             if not part._inside:
                 part.close()
 
     def close(self) -> None:
-        """Take all steps. Whoever is interrupted calls it again."""
+        """Run all steps. After an interrupt, call it again."""
         for part in reversed(self._parts):
             part.close()
         for step in reversed(self._steps):
@@ -62,14 +62,17 @@ class Undo:
 
 
 def set_hook(undo: Undo, hooks: Callable[[], Mapping[int, Any] | None], register: Callable[[Any], Any], hook: Any) -> None:
-    """Register a hook that `undo` removes. hooks: where torch keeps those of its kind; a handle would come too late to be
-    written down."""
+    """Register a hook that `undo` removes.
+
+    hooks: returns the dictionary in which torch keeps hooks of this kind. torch's handle cannot be used, because it exists only
+    after the hook is registered, which is too late to record the step.
+    """
     undo.callback(_drop, hooks, hook)
     register(hook)
 
 
 def hooks_of(owner: nn.Module | Tensor, kind: str) -> Callable[[], Mapping[int, Any] | None]:
-    """Where torch keeps hooks of a module or a tensor: "_forward_hooks", "_post_accumulate_grad_hooks", …"""
+    """A function that returns the dictionary of a module's or tensor's hooks: "_forward_hooks", …"""
     return functools.partial(getattr, owner, kind, None)
 
 

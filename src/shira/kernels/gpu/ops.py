@@ -320,7 +320,7 @@ def known_starts(indices: Tensor) -> Tensor | None:
 
 
 def remember_starts(indices: Tensor, numel: int, starts: Tensor) -> None:
-    """Record where the windows of positions begin, for a copy of positions of which this is known."""
+    """Record where the positions of each window begin, for a copy of positions whose `known_starts` exist."""
     from .switch import WINDOW
 
     _starts[indices] = (numel, WINDOW, starts)
