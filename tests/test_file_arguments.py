@@ -81,7 +81,7 @@ def test_every_refusal_is_ours(tmp_path):
             lambda: shira.SparseTensor("22", torch.tensor([0]), torch.ones(1)),
             lambda: shira.SparseTensor((2**62, 2), torch.tensor([0]), torch.ones(1)),
         ],
-        "no text": [lambda: shira.Adapter({"\ud800": tensor}).save(tmp_path / "b")],
+        "valid Unicode": [lambda: shira.Adapter({"\ud800": tensor}).save(tmp_path / "b")],
         "SparseTensor}": [
             lambda: shira.Adapter([tensor]),
             lambda: shira.Adapter(5),

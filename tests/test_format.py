@@ -387,7 +387,7 @@ def test_a_set_of_adapters_of_one_mask_holds_its_positions_once(pair):
 
 def test_a_set_that_was_torn_apart_is_refused(pair):
     folder, first, second = pair
-    with pytest.raises(shira.AdapterError, match="takes its positions from a file itself"):
+    with pytest.raises(shira.AdapterError, match="takes its positions from another file"):
         second.save(folder / "third.safetensors", like=folder / "second.safetensors")
     (folder / "sub").mkdir()
     with pytest.raises(shira.AdapterError, match="in the folder of"):
@@ -415,5 +415,5 @@ def test_positions_are_borrowed_from_the_same_folder_only(tmp_path, name):
 def test_files_that_borrow_from_each_other_are_refused(tmp_path):
     for name, other in (("a", "b"), ("b", "a")):
         write(tmp_path / name, *rule(mask=None, seed=None, file=other))
-    with pytest.raises(FormatError, match="takes its positions from a file itself"):
+    with pytest.raises(FormatError, match="takes its positions from another file"):
         shira.load(tmp_path / "a")

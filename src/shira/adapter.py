@@ -1,6 +1,6 @@
-"""What an adapter is: for each adapted tensor a few positions and the values that belong there.
+"""An adapter: for each adapted tensor a few positions and their values. How it is saved and loaded.
 
-Data only; no model, no file. Whatever holds a `SparseTensor` may rely on it: it is validated once, when it is made.
+It is data only and knows no model. A `SparseTensor` is validated once, when it is made, so all other code can rely on it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Adapter:
     """A sparse high rank adapter (SHiRA, arXiv 2406.13175): a name and a `SparseTensor` for each adapted tensor.
 
     tensors: checkpoint name -> SparseTensor.
-    metadata: what can be written as JSON; by convention `name`, `mask`, `base`, `training`, `license`, and
+    metadata: anything that can be written as JSON; by convention `name`, `mask`, `base`, `training`, `license`, and
         `fingerprints` (tensor name -> `fingerprint` of the base values under it).
 
         adapter = shira.load("poet.safetensors")
@@ -41,7 +41,7 @@ class Adapter:
             raise AdapterError(
                 f"an adapter is Adapter({{name: SparseTensor}}, {{...}}), two dictionaries; found {described(wrong)}"
             )
-        for name, tensor in self.tensors.items() if isinstance(self.tensors, dict) else ():  # else they are in a file still
+        for name, tensor in self.tensors.items() if isinstance(self.tensors, dict) else ():  # others are still in a file
             if not isinstance(name, str) or not isinstance(tensor, SparseTensor):
                 raise AdapterError(
                     "an adapter's tensors are {name: SparseTensor}; "
@@ -51,7 +51,7 @@ class Adapter:
 
     @property
     def nnz(self) -> int:
-        """Entries that the adapter holds, in all tensors."""
+        """Number of entries that the adapter holds in all tensors."""
         return sum(t.nnz for t in self.tensors.values())
 
     @property
@@ -66,7 +66,7 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """Its name, '' if it has none."""
+        """The adapter's name; '' if it has none."""
         return str(self.metadata.get("name") or "")
 
     @property
@@ -82,27 +82,27 @@ class Adapter:
         return hashlib.sha256(lines.encode()).hexdigest()[:32] if lines else None
 
     def save(self, path: str | os.PathLike[str], *, like: str | os.PathLike[str] | None = None) -> None:
-        """Write one safetensors file (docs/format.md), all or nothing: see `shira.adapter.save`.
+        """Write one safetensors file (docs/format.md), whole or not at all. See `shira.adapter.save`.
 
-        like: a file beside it with an adapter of the same mask, whose positions need not be written again.
+        like: another file in the same folder, with an adapter of the same mask. Equal positions are not written again.
         """
         from .adapter import save
 
         save(self, path, like=like)
 
 
-ATTEMPTS = 3  # to read a file that is being replaced
+ATTEMPTS = 3  # to read a file that is replaced meanwhile
 
 
 def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
-    """Write an adapter to one safetensors file: to a temporary file beside it, flushed, then renamed.
+    """Write an adapter to one safetensors file: first to a temporary file in the same folder, which is flushed and renamed.
 
-    like: a file in the same folder that holds an adapter of the same mask; positions that are the same are then not
-        written again, but read from there, so it must stay beside this one.
+    like: another file in the same folder, with an adapter of the same mask. Equal positions are not written again. A reader
+        takes them from that file, so it must stay in the folder.
     A symbolic link is followed: the file that it leads to is replaced, and the link stays.
 
-    Raises AdapterError if the path is a folder, or the metadata cannot be written as JSON; OSError (a full disk, a missing
-    folder, a FIFO or device of that name) with any file already under that name unchanged.
+    Raises AdapterError if the path is a folder, or if the metadata cannot be written as JSON; OSError (a full disk, a missing
+    folder, a FIFO or device of that name). A file that already has the name is then unchanged.
     """
     with saving(path, adapter.metadata, like=like) as add:
         for name, tensor in adapter.tensors.items():
@@ -112,8 +112,8 @@ def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
 def load(path: Path_) -> Adapter:
     """Read an adapter and check all of it.
 
-    Raises FormatError, which names the file, the tensor, what was expected and what was found; OSError if there is no
-    such file or it may not be read.
+    Raises FormatError, which names the file, the tensor, what was expected and what was found; OSError if the file does not
+    exist or may not be read.
 
         adapter = shira.load("poet.safetensors")
     """
@@ -121,9 +121,10 @@ def load(path: Path_) -> Adapter:
 
 
 def read(path: Path_) -> tuple[Adapter, tuple[State, ...]]:
-    """`load`, and the state of the files that it read, the adapter's first: of what was opened, not of what has the name now.
+    """`load`, and the states of the files that were read, the adapter's own first.
 
-    Raises what `load` raises; a file that another one takes the place of meanwhile is read once more.
+    The states are those of the opened files, even if other files have their names now. A file that changes while it is read is
+    read again, up to ATTEMPTS times in all. Raises what `load` raises.
     """
     for _ in range(ATTEMPTS):
         try:
@@ -136,9 +137,9 @@ def read(path: Path_) -> tuple[Adapter, tuple[State, ...]]:
 
 @contextlib.contextmanager
 def opened(path: Path_) -> Iterator[Adapter]:
-    """An adapter that stays in its file: as long as that is open, each tensor is read, and checked, when it is asked for.
+    """An adapter that stays in its file. Inside the `with`, each tensor is read and checked when it is requested.
 
-    Raises what `load` raises; also at the end, if the file was changed in between.
+    Raises what `load` raises; at the end of the `with` FormatError, if the file has changed meanwhile.
     """
     found = path_of(path, "shira.load('poet.safetensors')", FormatError)
     with contextlib.ExitStack() as stack:
@@ -149,13 +150,14 @@ def opened(path: Path_) -> Iterator[Adapter]:
 
 
 def check_unchanged(adapter: Adapter) -> tuple[State, ...]:
-    """The state of the opened files that an adapter lies in; none if it is in memory.
+    """The states of the opened files of an adapter; () if it is in memory.
 
-    Raises FormatError if one of them has changed since it was opened."""
+    Raises FormatError if one of the files has changed since it was opened.
+    """
     return adapter.tensors.state() if isinstance(adapter.tensors, StoredTensors) else ()
 
 
 def as_stored(adapter: Adapter, name: str) -> SparseTensor:
-    """A tensor of an adapter that may be in its file still: then `Gaps`, if that is how its positions are stored there."""
+    """One tensor of an adapter: `Gaps` if the adapter is still in a file that stores its positions as gaps."""
     tensors = adapter.tensors
     return tensors.tensor(name, decoded=False) if isinstance(tensors, StoredTensors) else tensors[name]

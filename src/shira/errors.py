@@ -1,13 +1,13 @@
 """Every error that shira raises on purpose.
 
 ShiraError
-├── AdapterError        positions and values that cannot be an adapter
+├── AdapterError        positions and values that are not a valid adapter
 │   └── FormatError     a file that is not a readable shira adapter
 ├── BaseMismatch        an adapter that does not belong to this model
 ├── CheckpointError     a model checkpoint that cannot be read, compared or merged into
 ├── TargetError         target names that match nothing that can be trained
-├── MaskError           a mask or budget that cannot be had
-├── TuningError         a tuner asked for something out of turn, or a training run that went wrong
+├── MaskError           a mask or budget that is not possible
+├── TuningError         a call of a tuner that is not possible now, or a training run that went wrong
 ├── SwitchError         an unknown, duplicate or busy adapter in a switcher
 ├── DataError           training, calibration or evaluation data, or a recipe, that cannot be used
 └── MissingExtra        an optional dependency that is not installed
@@ -39,7 +39,7 @@ __all__ = [
 class ShiraError(Exception):
     """The root: catch this to catch everything that shira raises on purpose.
 
-    What a message quotes, out of files that others wrote, is shown as text: it does not control the terminal.
+    A message may quote files from others. It shows them as plain text, which does not control the terminal.
     """
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class ShiraError(Exception):
 
 
 class AdapterError(ShiraError):
-    """Positions and values that cannot be an adapter."""
+    """Positions and values that are not a valid adapter."""
 
 
 class FormatError(AdapterError):
@@ -67,11 +67,11 @@ class TargetError(ShiraError):
 
 
 class MaskError(ShiraError):
-    """A mask or budget that cannot be had."""
+    """A mask or budget that is not possible."""
 
 
 class TuningError(ShiraError):
-    """A tuner asked for something out of turn, or a training run that went wrong."""
+    """A call of a tuner that is not possible now, or a training run that went wrong."""
 
 
 class SwitchError(ShiraError):
@@ -87,7 +87,7 @@ class MissingExtra(ShiraError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """'did you mean x or y?' for the known words nearest to a mistyped one, else 'known: x, y, …'."""
+    """For a mistyped word: "did you mean 'x' or 'y'?", the nearest known words; if none is near, "known: 'x', 'y', …"."""
     choices = list(dict.fromkeys(known))
     near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
     if near:

@@ -1,5 +1,7 @@
-"""Text that others wrote, out of files and arguments: read strictly, and shown as text, whatever it would mean to a terminal,
-to Markdown, or to a reader of JSON."""
+"""Text from others, in files and arguments: parsed strictly, and shown as plain text.
+
+It is shown so that it has no effect on a terminal, on Markdown, or on a reader of JSON.
+"""
 
 import json
 import math
@@ -11,8 +13,8 @@ from typing import Any
 __all__ = ["described", "markdown", "shown", "strict_json", "visible"]
 
 LONGEST_NUMBER = 40  # digits
-DEEPEST = 32  # objects and lists in each other
-PLAIN = re.compile(r"(?!.*www\.)(?:[^\W_]|[ .,%()+=/;'-])*")  # that means nothing in Markdown
+DEEPEST = 32  # objects and lists inside each other
+PLAIN = re.compile(r"(?!.*www\.)(?:[^\W_]|[ .,%()+=/;'-])*")  # text without a special meaning in Markdown
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 8, 8, 8
@@ -20,9 +22,9 @@ _short.maxstring, _short.maxlong, _short.maxother = 100, 40, 100
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""The same text with all that is not seen as a sign of its own written as Python does: "\x1b[2J", "\n", "\u202e".
+    r"""The text with every non-printable character escaped as in Python: "\x1b[2J", "\n", "\u202e".
 
-    So it cannot move a cursor, break a line, or turn the direction of what follows. keep: signs to let through.
+    So it cannot move a cursor, break a line, or change the writing direction. keep: characters that are not escaped.
     """
     if text.isprintable():
         return text
@@ -30,15 +32,15 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error quotes it: short, in one line, however large or deep it is."""
+    """A value as an error quotes it: short and in one line, however large or deep the value is."""
     try:
         return visible(_short.repr(value))
-    except (ValueError, RecursionError):  # a number of thousands of digits, or what nests as deep
+    except (ValueError, RecursionError):  # a number with thousands of digits, or thousands of nested levels
         return f"a huge {type(value).__name__}"
 
 
 def described(value: object) -> str:
-    """What somebody passed where something else was meant: "'x' (str)", "a list"."""
+    """How a message names a value that is not what was expected: "'x' (str)", "a list"."""
     kind = type(value).__name__
     if value is None or isinstance(value, str | bytes | int | float | os.PathLike):
         return f"{shown(value)} ({kind})"
@@ -46,7 +48,7 @@ def described(value: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """Text as it stands in Markdown, also in a cell of a table: as it is, or as code if anything in it has a meaning there."""
+    """Text for Markdown, also for a table cell: unchanged, or as code if a character could have a meaning in Markdown."""
     plain = visible(str(text))
     if PLAIN.fullmatch(plain):
         return plain
@@ -56,8 +58,11 @@ def markdown(text: object) -> str:
 
 
 def strict_json(content: str | bytes) -> Any:
-    """What a JSON text says, if it says it in one way: no key twice, every number finite and of a few digits, nothing nested
-    deeper than data of ours, and all text such as can be written again. Raises ValueError."""
+    """The value of a JSON text, which must have only one meaning.
+
+    Raises ValueError for text that is not JSON, a key twice in one object, a number that is not finite, a whole number of more
+    than LONGEST_NUMBER digits, more than DEEPEST levels, or a string that is not valid Unicode and so cannot be written again.
+    """
     text = content.decode() if isinstance(content, bytes) else content
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole, parse_float=_real, parse_constant=_no_number)
@@ -68,7 +73,7 @@ def strict_json(content: str | bytes) -> Any:
         below: list[Any] = []
         for each in level:
             if isinstance(each, str):
-                each.isascii() or each.encode()  # half of a surrogate pair is no text: UnicodeEncodeError, a ValueError
+                each.isascii() or each.encode()  # half of a surrogate pair raises UnicodeEncodeError, a ValueError
             elif isinstance(each, dict):
                 below += each
                 below += each.values()

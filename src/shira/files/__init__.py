@@ -1,1 +1,1 @@
-"""Files: an adapter as bytes on disk (docs/format.md), and what may be read or replaced there."""
+"""An adapter as bytes on disk (docs/format.md); which files may be read or replaced."""

@@ -1,7 +1,7 @@
-"""Positions in few bytes: from strictly increasing integers to what a file holds, and back. docs/format.md specifies it.
+"""Positions in few bytes: from strictly increasing integers to their form in a file, and back. docs/format.md specifies it.
 
-At 1 % random positions the entropy is 8.08 bits a position; gaps in bytes take 8.67. A mask that a rule can draw again,
-Rand from its seed, Struct from its distance, takes no bytes at all.
+At 1 % random positions, gaps in bytes take 8.67 bits a position; the entropy is 8.08. A mask that a rule can draw again takes
+no bytes: `rand` from its seed, `struct` from its frequency.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,19 +18,19 @@ from ..texts import shown
 
 __all__ = ["Stored", "decode", "encode"]
 
-UNITS = {torch.uint8: 255, torch.uint16: 65535}  # the largest unit: add it and go on
-PIECE = 2**16  # positions encoded together
+UNITS = {torch.uint8: 255, torch.uint16: 65535}  # dtype -> its largest unit, after which the same gap continues
+PIECE = 2**16  # positions that are encoded at a time
 
 
 class Stored(NamedTuple):
-    """Positions as a file holds them: an array, or a rule and no array."""
+    """Positions as in a file: an array, or a rule without an array."""
 
     positions: str | dict[str, Any]  # "plain", "gap", or a rule
     array: Tensor | None
 
 
 def encode(indices: Tensor, shape: tuple[int, ...], rules: list[dict[str, Any]]) -> Stored:
-    """Positions [n] in the fewest bytes: by the first rule that draws just these, else as gaps, else as they are."""
+    """Positions [n] in the fewest bytes: as the first rule that draws exactly these; else the smaller of gaps and plain."""
     for rule in rules:
         drawn = _draw(rule, shape, indices.numel())
         if drawn is not None and torch.equal(drawn, indices.long()):
@@ -53,7 +53,7 @@ def encode(indices: Tensor, shape: tuple[int, ...], rules: list[dict[str, Any]])
 
 
 def _gaps(indices: Tensor) -> "Iterator[np.ndarray[Any, Any]]":
-    """The gaps between positions, piece by piece: what is computed of them takes several times their memory."""
+    """The gaps between positions, piece by piece, because computing them takes several times the memory of the positions."""
     positions = indices.numpy()
     for start in range(0, len(positions), PIECE):
         piece = positions[start : start + PIECE].astype(np.int64)
@@ -61,9 +61,9 @@ def _gaps(indices: Tensor) -> "Iterator[np.ndarray[Any, Any]]":
 
 
 def decode(stored: Stored, shape: tuple[int, ...], count: int) -> Tensor:
-    """The `count` positions that a file means, strictly increasing if they come from gaps or a rule.
+    """The positions in a file; strictly increasing if they come from gaps or a rule.
 
-    Raises AdapterError if there are not `count` of them, or they cannot be what was written.
+    Raises AdapterError if they are invalid, or, from gaps or a rule, are not exactly `count`.
     """
     positions, array = stored
     if isinstance(positions, Mapping):
@@ -83,7 +83,7 @@ def decode(stored: Stored, shape: tuple[int, ...], count: int) -> Tensor:
 
 
 def _gap_units(gaps: "np.ndarray[Any, Any]", dtype: torch.dtype) -> "np.ndarray[Any, Any]":
-    """A gap g as ⌊g / M⌋ units of value M and one of value g mod M, M being the largest unit."""
+    """Gaps as units: a gap g becomes ⌊g / M⌋ units of value M and one unit of value g mod M, where M is the largest unit."""
     largest = UNITS[dtype]
     ends = np.cumsum(gaps // largest + 1)
     units = np.full(int(ends[-1]) if len(ends) else 0, largest, dtype=np.uint8 if dtype == torch.uint8 else np.uint16)
@@ -96,14 +96,14 @@ def _from_gaps(array: Tensor, numel: int, count: int) -> Tensor:
         raise AdapterError(f"gaps must be uint8 or uint16 and 1-D, found {array.dtype} {list(array.shape)}")
     largest = UNITS[array.dtype]
     units = array.numpy()
-    last = units != largest  # of its gap
+    last = units != largest  # whether a unit is the last of its gap
     found = int(np.count_nonzero(last))
     if found != count or (len(units) and not last[-1]):
         raise AdapterError(f"gaps must end and give one position for each of {count} values, found {found}")
     end = int(units.sum(dtype=np.int64)) + found
     if end > numel:
         raise AdapterError(f"indices must be from 0 to {numel - 1}, the gaps lead to {end - 1}")
-    steps = units + last  # fits: the largest unit is never the last of its gap
+    steps = units + last  # no overflow: the largest unit is never the last of its gap
     sums = np.cumsum(steps, dtype=np.int32 if numel < 2**31 else np.int64)
     positions = sums if found == len(units) else sums[last]
     positions -= 1
@@ -124,7 +124,10 @@ def _from_rule(rule: dict[str, Any], shape: tuple[int, ...], count: int) -> Tens
 
 
 def _draw(rule: Mapping[str, Any], shape: tuple[int, ...], count: int) -> Tensor | None:
-    """The positions of a rule, int64; None if it is no rule, or cannot give `count`. Takes no more memory than they."""
+    """The positions of a rule, int64; None if it is not a rule, or cannot give `count` positions.
+
+    Memory is taken for `count` positions only, whatever the rule says.
+    """
     try:
         match rule:
             case {"mask": "rand", "seed": int(seed), **rest} if not rest and 0 <= seed < 2**63 and type(seed) is int:

@@ -1,4 +1,4 @@
-"""What somebody may have meant who passed a folder, or a file of another kind, where an adapter's file was expected."""
+"""What to suggest to a user who passed a folder, or another kind of file, instead of an adapter's file."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +11,8 @@ __all__ = ["ADAPTER", "instead"]
 
 ADAPTER = "adapter.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-PEFT_PREFIX = "base_model.model."  # of the names of its tensors
-MANY = 32  # files that are looked into
+PEFT_PREFIX = "base_model.model."  # of tensor names in PEFT's files
+MANY = 32  # files of a folder that are opened
 PEFT = (
     "it is an adapter of PEFT, which has to be converted: merge it into its base with PEFT "
     "(model.merge_and_unload().save_pretrained('merged')), then take what differs with "
@@ -21,7 +21,7 @@ PEFT = (
 
 
 def instead(path: Path, tensors: Iterable[str] = ()) -> str:
-    """What to pass in place of a folder, or of a safetensors file with these tensors that is no adapter of ours."""
+    """What to pass instead of a folder, or of a safetensors file with these tensors that is not a shira adapter."""
     if not path.is_dir():
         peft = path.name in PEFT_FILES or (path.parent / PEFT_FILES[0]).is_file()
         return PEFT if peft or any(name.startswith(PEFT_PREFIX) for name in tensors) else "pass an adapter's .safetensors file"

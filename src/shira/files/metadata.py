@@ -18,7 +18,7 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of the metadata: what readers may rely on (docs/format.md)
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # field -> (test of its type, the type's name in messages)
     **dict.fromkeys(("name", "license"), (_is_text, "a text")),
     **dict.fromkeys(("mask", "base", "training", "fused", "fingerprints", "extraction"), (_is_object, "an object")),
     **dict.fromkeys(("mask.name", "base.id", "fused.method"), (_is_text, "a text")),
@@ -28,7 +28,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of the metadata: wha
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raise AdapterError if a field that docs/format.md describes is of another kind than it says. All others are free."""
+    """Raise AdapterError if a field that docs/format.md describes has another type. All other fields are free."""
     for field_name, (fits, expected) in FIELDS.items():
         value: Any = metadata
         for key in field_name.split("."):

@@ -1,7 +1,8 @@
-"""Files as the system has them: what may be read, what may be replaced, and temporary files that their process cleans up.
+"""Files of the operating system: which may be read, which may be replaced, and temporary files that are always removed.
 
-A temporary file or folder lies beside what it becomes, so that it can be renamed, and its process holds a lock on it. The
-system drops the lock when the process ends, in whatever way: who makes the next one there removes those that nobody holds.
+A temporary file or folder is in the folder of the file that it becomes, so that it can be renamed. Its process holds a lock on
+it. The system drops the lock when the process ends, in whatever way. The next process that makes a temporary file in the folder
+removes those that no process holds.
 """
 
 import contextlib
@@ -22,18 +23,18 @@ __all__ = ["State", "destination", "open_regular", "path_of", "state_of", "sweep
 
 try:
     import fcntl
-except ImportError:  # no such locks on this system, where what a killed process leaves therefore stays
+except ImportError:  # a system without these locks; temporary files of a killed process stay there
     fcntl = None  # type: ignore[assignment]
 
-State = tuple[int, ...]  # device, inode, size, and when content and inode were last changed
+State = tuple[int, ...]  # device, inode, size in bytes, times of the last change of content and inode in ns
 KINDS = {stat.S_IFIFO: "FIFO", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFSOCK: "socket", stat.S_IFDIR: "folder"}
 OURS = re.compile(r"\.shira-[0-9a-f]{16}\.tmp")
 
 
 def path_of(path: object, call: str, error: type[ShiraError]) -> Path:
-    """A path out of what a user passed. call: what was meant, for the message of the error that is raised for anything else."""
+    """The path that a user passed. Raises `error` for anything else. call: the call that the message recommends."""
     try:
-        found = Path(path)  # type: ignore[arg-type]  # which is what is asked here
+        found = Path(path)  # type: ignore[arg-type]  # whether it is a path is what this tests
         os.fsencode(found)
     except (TypeError, ValueError):
         raise error(f"expected the path of a file, as in {call}; found {described(path)}") from None
@@ -43,9 +44,12 @@ def path_of(path: object, call: str, error: type[ShiraError]) -> Path:
 
 
 def open_regular(path: Path, error: type[ShiraError] = CheckpointError) -> BinaryIO:
-    """Open a file to be read, unbuffered. What is no regular file is refused with `error`, without waiting for who would write
-    into a FIFO. Raises OSError if it cannot be opened, or is a folder."""
-    file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115  # it is given back open
+    """Open a regular file for reading, unbuffered.
+
+    Raises `error` for another kind of file, without waiting for a writer of a FIFO; OSError if it cannot be opened, or is a
+    folder.
+    """
+    file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115  # the caller closes it
     kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
     if kind != stat.S_IFREG:
         file.close()
@@ -58,15 +62,15 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def state_of(file: BinaryIO) -> State:
-    """What changes when an opened file is changed or replaced, also by one that keeps its size and time."""
+    """The state of an opened file. It changes with every write and replacement, also if the size and the time stay the same."""
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def destination(path: Path) -> Path:
-    """Where a file of this name is to be written: a symbolic link is followed, and stays.
+    """The path to write for a file of this name. A symbolic link is followed, and stays.
 
-    Raises OSError for what is there and is no regular file: a folder; and a FIFO or a device, which a rename would replace.
+    Raises OSError if something is there that is not a regular file: a folder; a FIFO or a device, which a rename would replace.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -79,12 +83,12 @@ def destination(path: Path) -> Path:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    raise FileExistsError(errno.EEXIST, f"it is a {KINDS.get(kind, 'special file')}, which no file may take the place of")
+    raise FileExistsError(errno.EEXIST, f"it is a {KINDS.get(kind, 'special file')}, only a regular file is replaced")
 
 
 @contextlib.contextmanager
 def temporary_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file in a folder, open for writing, which goes away at the end unless it was renamed."""
+    """A new file in a folder, open for writing. It is removed at the end unless it was renamed."""
     sweep(folder)
     path, descriptor = _made(folder, is_folder=False)
     try:
@@ -96,7 +100,7 @@ def temporary_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 @contextlib.contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """A new folder in a folder, which goes away at the end with all that is in it, unless it was renamed."""
+    """A new folder in a folder. It is removed at the end with its content unless it was renamed."""
     sweep(folder)
     path, descriptor = _made(folder, is_folder=True)
     try:
@@ -108,7 +112,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
 
 
 def _made(folder: Path, is_folder: bool) -> tuple[Path, int]:
-    """A new file, or folder, and a descriptor of it that holds its lock; -1 for a folder where there are no locks."""
+    """A new file or folder, and the descriptor that holds its lock. Without locks, the descriptor of a folder is -1."""
     while True:
         path = folder / f".shira-{secrets.token_hex(8)}.tmp"
         if is_folder:
@@ -117,31 +121,31 @@ def _made(folder: Path, is_folder: bool) -> tuple[Path, int]:
                 return path, -1
             try:
                 descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:  # swept away, see below
+            except FileNotFoundError:  # another process removed it before it was locked
                 continue
         else:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: nobody can take it for abandoned there
+            with contextlib.suppress(OSError):  # a file system without locks, where `sweep` removes nothing
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_at(descriptor, path):
             return path, descriptor
-        os.close(descriptor)  # it was swept away before it was locked
+        os.close(descriptor)  # another process removed it before it was locked
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files and folders that were left here by processes that are gone."""
+    """Remove the temporary files and folders that ended processes have left in a folder."""
     if fcntl is None:
         return
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if OURS.fullmatch(entry.name) and not entry.is_symlink():
-                with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+                with contextlib.suppress(OSError):  # in use, of another user, or already removed
                     _remove_abandoned(Path(entry.path), entry.is_dir(follow_symlinks=False))
 
 
 def _remove_abandoned(path: Path, is_folder: bool) -> None:
-    """Raises OSError if it is held."""
+    """Remove a temporary file or folder. Raises OSError if a process holds its lock."""
     access = os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR
     descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -157,7 +161,7 @@ def _remove_abandoned(path: Path, is_folder: bool) -> None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether a path still leads to what was opened."""
+    """Whether a path still leads to the opened file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The file: one safetensors file an adapter. docs/format.md is its specification.
+"""Reads an adapter's file, one safetensors file. docs/format.md specifies it.
 
-Nothing in a file is believed until it is checked, and a file appears under its name whole or not at all.
+Nothing in a file is used before it is checked.
 """
 
 import contextlib
@@ -31,9 +31,10 @@ Path_ = str | os.PathLike[str]
 
 
 def neighbour(path: Path_, like: Path_) -> dict[str, SparseTensor]:
-    """The tensors of `like`, a file beside `path` that holds its positions itself, so that `save` may leave them to it.
+    """The tensors of `like`, to whose positions a file at `path` may refer.
 
-    Raises AdapterError or FormatError if it is no such file; OSError if it cannot be read.
+    like: another file in the same folder, which holds its positions itself.
+    Raises AdapterError or FormatError if it is not such a file; OSError if it cannot be read.
     """
     call = "adapter.save('coder.safetensors', like='poet.safetensors')"
     path, like = (path_of(each, call, AdapterError) for each in (path, like))
@@ -42,24 +43,25 @@ def neighbour(path: Path_, like: Path_) -> dict[str, SparseTensor]:
 
 
 def _lender(path: Path, like: Path, stack: contextlib.ExitStack) -> "StoredTensors":
-    """The same, each tensor read when it is asked for; `stack` closes the file."""
+    """The same; each tensor is read when it is requested. `stack` closes the file."""
     here, there = (Path(os.path.realpath(each)) for each in (path, like))
     if there.parent != here.parent or there == here:
-        raise AdapterError(f"{like} must be another file in the folder of {path}, to be found again")
+        raise AdapterError(f"{like} must be another file in the folder of {path}, so that a reader finds it")
     tensors = StoredTensors(like, stack)
     if any(_names_a_file(entry) for entry in tensors.entries.values()):
-        raise AdapterError(f"{like} takes its positions from a file itself; name that one")
+        raise AdapterError(f"{like} takes its positions from another file; pass that file")
     return tensors
 
 
 class FileChanged(FormatError):
-    """A file was written to, or replaced, while it was read."""
+    """A file was written or replaced while it was read."""
 
 
 class Gaps(SparseTensor):
-    """A tensor whose positions are gaps, as its file holds them: decoded, and checked, when they are first asked for.
+    """A tensor whose positions are gaps, as in its file. `indices` decodes and checks them when it is first read.
 
-    units: uint8 or uint16 [any], see docs/format.md. Raises AdapterError for values that are not finite and the like.
+    units: uint8 or uint16 [any length], see docs/format.md.
+    Raises AdapterError if shape, kind or values are invalid. `indices` raises FormatError if the gaps are invalid.
     """
 
     units: Tensor
@@ -80,10 +82,10 @@ class Gaps(SparseTensor):
 
 
 class StoredTensors(Mapping[str, SparseTensor]):
-    """An adapter's tensors that are still in their file, and what else that says, all of it checked.
+    """The tensors of an adapter in an open file. The file's header is checked now, each tensor when it is read.
 
-    entries: tensor name -> its description. metadata: the adapter's. `stack` closes the file, and those beside it that hold
-    positions for it. Raises what `load` raises.
+    entries: tensor name -> its description in the file. metadata: the adapter's metadata.
+    stack: closes the file, and the other files that hold positions for it. Raises what `load` raises.
     """
 
     def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
@@ -93,7 +95,7 @@ class StoredTensors(Mapping[str, SparseTensor]):
             raise FormatError(f"{path} is a folder; {instead(path)}") from None
         self._path, self._stack, self._state = path, stack, state_of(self._file)
         self._lenders: dict[str, StoredTensors] = {}
-        self._one_at_a_time = threading.Lock()  # a file has one place at which it is read
+        self._one_at_a_time = threading.Lock()  # an open file has only one reading position
         try:
             self._places, header = read_header(self._file, any_dtype=False)
         except CheckpointError as error:
@@ -126,7 +128,7 @@ class StoredTensors(Mapping[str, SparseTensor]):
         return len(self.entries)
 
     def tensor(self, name: str, decoded: bool) -> SparseTensor:
-        """A tensor, read now; not decoded: its positions only when they are asked for, if they are gaps. Raises KeyError."""
+        """Read a tensor. Without `decoded`, gaps are not decoded: the result is `Gaps`. Raises KeyError and FormatError."""
         entry = self.entries[name]
         if _names_a_file(entry):
             array: Tensor | None = self._borrowed(name, entry)
@@ -135,7 +137,7 @@ class StoredTensors(Mapping[str, SparseTensor]):
         return _sparse_tensor(self._path, name, entry, array, self._array(f"{name}.values"), decoded)
 
     def state(self) -> tuple[State, ...]:
-        """See `check_unchanged`."""
+        """See `adapter.check_unchanged`."""
         now = state_of(self._file)
         if now != self._state:
             raise FileChanged(f"{self._path} changed while it was read; read it again when nobody writes to it")
@@ -149,7 +151,7 @@ class StoredTensors(Mapping[str, SparseTensor]):
                 raise FormatError(str(error)) from error
 
     def _borrowed(self, name: str, entry: dict[str, Any]) -> Tensor:
-        """Positions that lie in another file of the same folder, which must hold them itself."""
+        """Positions from another file in the same folder, which must hold them itself."""
         path, file, expected = self._path, entry["positions"]["file"], entry["positions"].get("crc32")
         if not isinstance(file, str) or file in ("", ".", "..", path.name) or Path(file).name != file or "\0" in file:
             raise FormatError(f"{path}: tensor '{name}': positions must lie in another file of its folder, found {shown(file)}")
@@ -168,7 +170,7 @@ class StoredTensors(Mapping[str, SparseTensor]):
 
 
 def _entries(path: Path, header: dict[str, str]) -> dict[str, Any]:
-    """The description of each tensor, once version and encoding are known to be ours."""
+    """The description of each tensor. Raises FormatError first if the version or the encoding is unknown."""
     version, encoded = header.get("format_version"), header.get("encoding")
     if (version, encoded) not in READABLE:
         raise FormatError(
@@ -189,7 +191,7 @@ def _json_object(path: Path, header: dict[str, str], key: str) -> dict[str, Any]
 
 
 def _entry(path: Path, name: str, entry: Any) -> dict[str, Any]:
-    """The description of one tensor, its form checked."""
+    """The description of one tensor, with its shape and positions checked for their form."""
     shape = entry.get("shape") if isinstance(entry, dict) else None
     if not isinstance(shape, list):
         raise FormatError(f"{path}: tensor '{name}': shape must be a list of whole numbers, found {shown(shape)}")
@@ -212,7 +214,7 @@ def _sparse_tensor(
     path: Path, name: str, entry: dict[str, Any], array: Tensor | None, values: Tensor, decoded: bool = True
 ) -> SparseTensor:
     shape: tuple[int, ...] = tuple(entry["shape"])
-    kind: Any = entry.get("kind")  # which is checked
+    kind: Any = entry.get("kind")  # SparseTensor checks it
     positions = "plain" if _names_a_file(entry) else entry.get("positions", "plain")
     gaps = positions == "gap" and array is not None and array.dtype in encoding.UNITS and array.ndim == values.ndim == 1
     try:

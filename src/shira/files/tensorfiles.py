@@ -1,4 +1,4 @@
-"""One safetensors file, a tensor at a time: where each lies, reading one, and writing a file of tensors as they come.
+"""One safetensors file, a tensor at a time: where each tensor is, how to read one, and how to write tensors as they come.
 
 safetensors' `safe_open` takes a name, not the file that was opened and checked. It accepts a tensor that is described twice. It
 does not say where a tensor lies, which writing a shard piece by piece has to know. Before 0.8 it can only map the whole file:
@@ -36,14 +36,14 @@ BLOCK = 2**22  # bytes copied at a time
 
 
 class Form(NamedTuple):
-    """What a tensor is like."""
+    """The shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class HeaderEntry(NamedTuple):
-    """Where a tensor lies in its file: bytes begin to end, from the file's own beginning."""
+    """Where a tensor is in its file: bytes begin to end, counted from the start of the file."""
 
     form: Form
     begin: int
@@ -51,10 +51,11 @@ class HeaderEntry(NamedTuple):
 
 
 def read_header(file: BinaryIO, *, any_dtype: bool = True) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
-    """Where each tensor of an opened file lies: name -> HeaderEntry, in the file's order; dtype, shape and place agree.
+    """The header of an opened file: name -> HeaderEntry for each tensor, in the file's order; and the file's metadata.
 
-    any_dtype: a tensor of a dtype unknown here is seen as flat bytes, else refused.
-    Returns the file's metadata as well. Raises CheckpointError for anything malformed.
+    Dtype, shape and place of each tensor agree, and the tensors fill the file.
+    any_dtype: a tensor whose dtype is unknown here is returned as flat bytes; otherwise it is refused.
+    Raises CheckpointError for anything malformed.
     """
     size = os.fstat(file.fileno()).st_size
     with malformed(file.name):
@@ -80,7 +81,7 @@ def read_header(file: BinaryIO, *, any_dtype: bool = True) -> tuple[dict[str, He
 
 
 def read_tensor(file: BinaryIO, entry: HeaderEntry) -> Tensor:
-    """A tensor of an opened file, in memory of its own. Raises CheckpointError if the file has become shorter."""
+    """Read a tensor of an opened file into new memory. Raises CheckpointError if the file has become shorter."""
     content = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
     left = content.numpy().data
     file.seek(entry.begin)
@@ -94,17 +95,17 @@ def read_tensor(file: BinaryIO, entry: HeaderEntry) -> Tensor:
 
 @contextlib.contextmanager
 def spooled(path: Path, metadata: Mapping[str, str]) -> Iterator[Callable[[str, Tensor], None]]:
-    """A file that is written as its tensors come, of which none is held: `add(name, tensor)` puts one into a temporary file
-    without a name; at the end all are copied behind a header, and the file appears under its name, whole or not at all.
+    """Write a file of tensors as they come, without keeping them: `add(name, tensor)` puts one into a nameless temporary file.
 
-    metadata: may be filled until the end. Equal tensors and metadata give equal bytes, in whatever order they come; the widest
-    dtypes lie first, so that each tensor is aligned.
-    Raises OSError (a full disk, a missing folder) with any file already under that name unchanged.
+    At the end all tensors are copied behind a header, and the file appears under its name, whole or not at all.
+    metadata: may be filled until the end. Equal tensors and metadata give equal bytes, in whatever order the tensors come. The
+    widest dtypes come first, so that each tensor is aligned.
+    Raises OSError (a full disk, a missing folder). A file that already has the name is then unchanged.
     """
     entries: dict[str, HeaderEntry] = {}
     with contextlib.ExitStack() as stack:
         with _saving(path):
-            folder = destination(path).parent  # what cannot be replaced is known before the work is done
+            folder = destination(path).parent  # raises before the work if the path cannot be written
             sweep(folder)
             spool = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
 
@@ -112,7 +113,7 @@ def spooled(path: Path, metadata: Mapping[str, str]) -> Iterator[Callable[[str, 
             begin = spool.tell()
             left = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             with _saving(path):
-                while left:  # a raw file may take a part only
+                while left:  # a raw file may write only a part at once
                     left = left[spool.write(left) :]
             entries[name] = HeaderEntry(Form(tuple(tensor.shape), tensor.dtype), begin, spool.tell())
 
@@ -130,7 +131,7 @@ def spooled(path: Path, metadata: Mapping[str, str]) -> Iterator[Callable[[str, 
 
 
 def _header(entries: Mapping[str, HeaderEntry], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file of these tensors, in this order."""
+    """The bytes of the header of a file with these tensors, in this order."""
     described: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, entry in entries.items():
@@ -142,9 +143,9 @@ def _header(entries: Mapping[str, HeaderEntry], metadata: Mapping[str, str]) -> 
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file whole or not at all; a symbolic link is followed, and stays.
+    """Write a file whole or not at all. A symbolic link is followed, and stays.
 
-    Raises OSError, with any file already under that name unchanged: also for a FIFO, device or folder of that name.
+    Raises OSError, also if a FIFO, device or folder has the name. A file that already has the name is then unchanged.
     """
     with _saving(path):
         folder = destination(path).parent
@@ -152,10 +153,10 @@ def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
-            if os.name == "nt":  # where an open file cannot be renamed
+            if os.name == "nt":  # Windows cannot rename an open file
                 file.close()
             os.replace(temporary, destination(path))
-    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
         opened = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(opened)
@@ -165,7 +166,7 @@ def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 @contextlib.contextmanager
 def _saving(path: Path) -> Iterator[None]:
-    """An OSError says that the file was not written."""
+    """Add to an OSError that nothing was written to the path."""
     try:
         yield
     except OSError as error:
@@ -176,7 +177,7 @@ def _saving(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def malformed(file: Path | str) -> Iterator[None]:
-    """What goes wrong with a malformed file is a CheckpointError that names it."""
+    """Turn the errors that a malformed file causes into a CheckpointError that names the file."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:

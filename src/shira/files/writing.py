@@ -26,10 +26,10 @@ FORMAT_VERSION = 3
 def saving(
     path: Path_, metadata: Mapping[str, Any], *, like: Path_ | None = None
 ) -> Iterator[Callable[[str, SparseTensor], None]]:
-    """The file of an adapter whose tensors come one by one: `add(name, tensor)` writes each to the disk, in any order, and the
-    file is there at the end, the same that `save` writes; if anything fails before, none is.
+    """Write an adapter whose tensors come one by one: `add(name, tensor)` writes each to the disk, in any order.
 
-    metadata: may be filled until the end, but for what its "mask" says of positions that a rule draws.
+    At the end of the `with` the file appears, with the bytes that `save` writes. If anything fails before, no file appears.
+    metadata: may be filled until the end, except for what its "mask" says about positions that a rule draws.
     Raises what `save` raises.
     """
     path = path_of(path, "adapter.save('poet.safetensors')", AdapterError)
@@ -44,7 +44,7 @@ def saving(
             try:
                 name.encode()
             except UnicodeEncodeError:
-                raise AdapterError(f"a file holds no tensor of the name {shown(name)}, which is no text") from None
+                raise AdapterError(f"the name of a tensor must be valid Unicode, found {shown(name)}") from None
             indices = tensor.indices.detach().cpu().contiguous()
             stored = encoding.encode(indices, tensor.shape, _rules(metadata, name, tensor))
             if stored.array is not None and name in beside and torch.equal(beside[name].indices, indices):
@@ -59,13 +59,13 @@ def saving(
         try:
             header["tensors"] = json.dumps(dict(sorted(entries.items())))
             header["metadata"] = json.dumps(metadata, allow_nan=False)
-            strict_json(header["metadata"])  # what would be refused when it is read
+            strict_json(header["metadata"])  # raises for metadata that a reader refuses
         except (TypeError, ValueError, RecursionError) as error:
             raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
 
 
 def _rules(metadata: Mapping[str, Any], name: str, tensor: SparseTensor) -> list[dict[str, Any]]:
-    """Rules that may draw this tensor's positions again, by what the metadata says of its mask; tried before they are used."""
+    """Rules that may draw this tensor's positions, according to the mask in the metadata. `encode` tests them."""
     mask = metadata.get("mask")
     if not isinstance(mask, dict):
         return []

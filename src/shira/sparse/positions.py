@@ -1,4 +1,4 @@
-"""Positions of entries: their dtype, their checksum, the rules that draw them, and where two sets of them overlap."""
+"""Positions of entries: their dtype, their checksum, the rules that draw them, and the overlap of two sets of them."""
 
 import hashlib
 import zlib
@@ -34,7 +34,7 @@ def checksum(indices: Tensor) -> int:
 
 
 def seed_of(seed: int, name: str) -> int:
-    """A seed from 0 to 2⁶³ - 1 for one tensor."""
+    """The seed of one tensor, 0 to 2⁶³ - 1, from a common seed and the tensor's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8], "big") >> 1
 
 
@@ -44,12 +44,12 @@ Direction = Literal["rows", "columns"]
 def lines(
     rows: int, columns: int, frequency: int, direction: Direction, count: int, offset: int = 0, diagonal: bool = True
 ) -> Tensor:
-    """Positions of rows (or columns) offset, offset + frequency, … of a matrix, and of its diagonal.
+    """Positions of rows (or columns) offset, offset + frequency, … of a matrix and, with `diagonal`, of its diagonal.
 
-    Returns int64 [count], sorted. Raises MaskError, before it takes memory, if they are not `count`.
+    Returns int64 [count], sorted. Raises MaskError, before it allocates memory, if there are not exactly `count` positions.
     """
     across = rows if direction == "rows" else columns
-    frequency = min(frequency, max(1, across))  # one line is one line, however far away the next would be
+    frequency = min(frequency, max(1, across))  # all larger ones mean the same: one line
     if not 0 <= offset < max(1, across) or entries_of_lines(rows, columns, frequency, direction, offset, diagonal) != count:
         raise MaskError(f"{direction} {frequency} apart from {offset} in {rows} x {columns} are not {count} positions")
     if not count:
@@ -69,9 +69,9 @@ def _numbers(first: int, stop: int, step: int = 1) -> Tensor:
 
 
 def frequency_of(indices: Tensor, rows: int, columns: int, direction: Direction, offset: int = 0) -> int:
-    """The distance at which rows (or columns) from the offset on, with or without the diagonal, may be these positions: if any
-    is, this one. It is where the second line lies; if there is none, whatever leads out of the matrix.
+    """The only frequency at which rows (or columns) from the offset on can give these positions, with or without the diagonal.
 
+    It is the distance from the offset to the next line. If there is no next line, it is one that leads out of the matrix.
     indices: [n], sorted, flat in [rows, columns].
     """
     line, place = indices.long() // max(1, columns), indices.long() % max(1, columns)
@@ -79,14 +79,14 @@ def frequency_of(indices: Tensor, rows: int, columns: int, direction: Direction,
         line, place = place[line == 0], line
     lines_held, entries = line.unique(return_counts=True)
     if direction == "rows" and columns > 1:
-        lines_held = lines_held[entries > 1]  # the others hold the diagonal alone
+        lines_held = lines_held[entries > 1]  # a row with one entry has only that of the diagonal
     further = lines_held[lines_held > offset]
     across = rows if direction == "rows" else columns
     return int(further[0]) - offset if further.numel() else max(offset + 1, across - offset)
 
 
 def entries_of_lines(rows: int, columns: int, frequency: int, direction: Direction, offset: int, diagonal: bool) -> int:
-    """How many entries every f-th row (or column) from the offset and the diagonal hold."""
+    """Number of entries in the rows (or columns) offset, offset + frequency, … and, with `diagonal`, on the diagonal."""
     across, length = (rows, columns) if direction == "rows" else (columns, rows)
     whole = _steps(across, frequency, offset) * length
     crossing = min(rows, columns)
@@ -94,7 +94,7 @@ def entries_of_lines(rows: int, columns: int, frequency: int, direction: Directi
 
 
 def _steps(length: int, frequency: int, offset: int) -> int:
-    """How many of offset, offset + frequency, … lie below a length."""
+    """How many of offset, offset + frequency, … are below a length."""
     return max(0, -(-(length - offset) // frequency))
 
 
@@ -102,7 +102,7 @@ ROUNDS = 6
 
 
 def draw(numel: int, k: int, seed: int) -> Tensor:
-    """The positions of `rand` in a tensor of `numel` entries, int64 [k]."""
+    """The positions of the mask `rand` in a tensor of `numel` entries: int64 [k], sorted. Raises MaskError if k > numel."""
     if not 0 <= k <= numel:
         raise MaskError(f"{k} positions asked of {numel} entries")
     half = max(1, ((max(1, numel - 1)).bit_length() + 1) // 2)
@@ -116,9 +116,9 @@ def draw(numel: int, k: int, seed: int) -> Tensor:
 
 
 def coin(positions: Tensor, probability: float, seed: int) -> Tensor:
-    """For each position [k], an integer, whether a coin falls on its head, with this probability, 0 to 1; bool [k].
+    """For each position [k], an integer: True with the given probability, 0 to 1. Returns bool [k].
 
-    Position i gets the i-th word of SplitMix64 begun at `seed`; in integers only, so the same on every machine.
+    Position i uses the i-th word of SplitMix64 started at `seed`. In integers only, so every machine gives the same result.
     """
     words = _mix(positions.long() * -0x61C8864680B583EB + seed)
     return _shift(words, 1) < round(probability * 2**63) if probability < 1 else torch.ones_like(words, dtype=torch.bool)
@@ -146,7 +146,7 @@ def _shift(word: Tensor, bits: int) -> Tensor:
 
 
 def overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the positions that two sorted lists share stand in the first and in the second, int64 [shared] each."""
+    """The positions that two sorted lists share: their places in the first and in the second, int64 [shared] each."""
     if old.numel() == 0:
         return old.long(), old.long()
     place = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)

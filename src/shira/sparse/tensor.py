@@ -1,4 +1,4 @@
-"""`SparseTensor`: a few positions of one tensor, and the values that belong there. Checked once, when it is made."""
+"""`SparseTensor`: a few positions of one tensor, and their values. It is checked once, when it is made."""
 
 import hashlib
 import math
@@ -17,12 +17,15 @@ __all__ = ["MOST_ENTRIES", "SHA256", "XXH3", "Kind", "SparseTensor", "all_finite
 Kind = Literal["overwrite", "delta"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST_ENTRIES, MOST_SIDES = 2**62, 64  # of a tensor: sums of positions stay within int64
+MOST_ENTRIES, MOST_SIDES = 2**62, 64  # of a tensor; sums of positions then fit into int64
 XXH3, SHA256 = "xxh3:", ""  # how a fingerprint by each hash begins
 
 
 def numel_of(shape: tuple[int, ...]) -> int:
-    """Entries of a tensor of a shape that somebody states. Raises ValueError for what can be no shape, also of no entries."""
+    """Number of entries of a tensor of this shape, which may come from a file. Raises ValueError for an impossible shape.
+
+    The limit of 2⁶² entries counts a dimension of 0 as 1.
+    """
     if len(shape) > MOST_SIDES or not all(type(side) is int and 0 <= side <= MOST_ENTRIES for side in shape):
         raise ValueError(f"shape must hold whole numbers from 0 on, found {shown(list(shape))}")
     if math.prod(max(1, side) for side in shape) > MOST_ENTRIES:
@@ -31,7 +34,7 @@ def numel_of(shape: tuple[int, ...]) -> int:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: by the smallest and the largest, ten times faster than asking each."""
+    """Whether no value is NaN or infinite. Testing the smallest and the largest takes a tenth of the time of testing each."""
     return not values.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
 
 
@@ -39,13 +42,13 @@ def all_finite(values: Tensor) -> bool:
 class SparseTensor:
     """A few entries of one tensor.
 
-    shape: of the whole tensor.
+    shape: the shape of the whole tensor.
     indices: [nnz], flat positions in C order, strictly increasing; int32 below 2³¹ entries, int64 from there on
-        (either is accepted and brought to that).
+        (either is accepted and converted).
     values: [nnz], floating point, finite.
-    kind: "overwrite", the values are the tensor's new entries; or "delta", they are added to its old ones.
+    kind: "overwrite": the values are the tensor's new entries; "delta": the values are added to its old entries.
 
-    Raises AdapterError if any of this does not hold.
+    Raises AdapterError if any of this is not so.
     """
 
     shape: tuple[int, ...]
@@ -85,7 +88,10 @@ class SparseTensor:
 
     @classmethod
     def of_kernel(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> "SparseTensor":
-        """What a kernel made, all as it should be by how it was made; only that values are finite is still asked."""
+        """A tensor that a kernel made. Only the values are checked, to be finite: the kernel guarantees all else.
+
+        Raises AdapterError.
+        """
         made = object.__new__(cls)
         for name, value in {"shape": shape, "indices": indices, "values": values, "kind": kind}.items():
             object.__setattr__(made, name, value)
@@ -113,12 +119,12 @@ class SparseTensor:
 
     @property
     def numel(self) -> int:
-        """Entries of the whole tensor."""
+        """Number of entries of the whole tensor."""
         return math.prod(self.shape)
 
     @property
     def nnz(self) -> int:
-        """Entries that the adapter holds."""
+        """Number of entries that the adapter holds."""
         return self.values.numel()
 
     @property
@@ -128,7 +134,7 @@ class SparseTensor:
 
 
 def _check_plain(what: str, tensor: Any) -> None:
-    """Raise AdapterError unless this is a tensor with its entries one after another in memory."""
+    """Raise AdapterError unless this is a dense tensor with data, neither sparse nor quantized."""
     if not isinstance(tensor, Tensor):
         raise AdapterError(f"{what} must be a tensor, as in torch.tensor([1, 5]); found {described(tensor)}")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:

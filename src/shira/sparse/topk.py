@@ -1,4 +1,4 @@
-"""Exact, deterministic top-k over the entries of one tensor, without sorting it."""
+"""Exact, deterministic top-k over the entries of one tensor, without a sort of the tensor."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from ..errors import MaskError
 
 __all__ = ["top_k"]
 
-SAMPLE = 2**16  # entries looked at for a first guess; smaller tensors need none
+SAMPLE = 2**16  # entries for a first guess of the threshold; smaller tensors need no guess
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Positions of the k largest scores; among equal scores the first positions win.
+    """Positions of the k largest scores. Among equal scores, the first positions are taken.
 
     scores: any shape, floating point, no NaN. Returns int64 [k], sorted, flat in C order.
     Raises MaskError if k exceeds the number of entries, or if a score is NaN.
@@ -32,11 +32,13 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def _candidates(flat: Tensor, k: int) -> Tensor:
-    """Sorted positions [at least k] among which the k largest are, with all that equal the smallest of these: what lies above
-    a level that a sample suggests; all positions where the sample misleads."""
+    """Sorted positions, at least k: those of the k largest scores, and of all scores equal to the smallest of these.
+
+    They are those of all scores from a level on, which a sample suggests. If the sample misleads, they are all positions.
+    """
     if flat.numel() > SAMPLE:
         sample = flat[:: flat.numel() // SAMPLE]
-        rank = int(1.2 * k * sample.numel() / flat.numel()) + 16  # somewhat more than k
+        rank = int(1.2 * k * sample.numel() / flat.numel()) + 16  # for somewhat more than k: the sample is not exact
         if rank < sample.numel() // 2:
             level = sample.kthvalue(sample.numel() - rank + 1).values
             positions = (flat >= level).nonzero().view(-1)
