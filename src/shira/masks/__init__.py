@@ -1,28 +1,28 @@
-"""Which entries train. A mask is any function that returns the positions of at most `k` entries of one tensor.
+"""Masks: which entries train. A mask is any function that returns the positions of at most `k` entries of one tensor.
 
-It says what it needs by the names of its arguments, and is called with just those:
+The names of its arguments say what it needs. It is called with these and no others:
 
-    weight             Tensor, the base weight, [out, in]
+    weight             Tensor [out, in], the base weight
     k                  int, the budget: how many entries may train
-    gradient           Tensor, of the loss summed over the calibration batches, the weight's shape
-    squared_gradient   Tensor, of each calibration batch's loss, squared, mean over the batches, the weight's shape
-    activations        Tensor, the 2-norm of each input feature over the calibration tokens, [in]
-    seed               int, one for each (seed, tensor name), so that two layers of one shape differ
+    gradient           Tensor of the weight's shape: the gradient of the loss summed over the calibration batches
+    squared_gradient   Tensor of the weight's shape: the square of each batch's gradient, mean over the calibration batches
+    activations        Tensor [in]: the 2-norm of each input feature over the calibration tokens
+    seed               int, another one for each (seed, tensor name), so that two layers of one shape differ
     name               str, the tensor's name
-    avoid              int64 [any], sorted flat positions that must not train, as other adapters hold them; mostly empty
+    avoid              int64 [any], sorted flat positions that must not train because other adapters hold them; often empty
 
-and returns positions, integers [at most k] in any order, flat in C order; or a boolean tensor of the weight's shape.
-`gradient`, `squared_gradient` and `activations` make `calibration` a must. Other arguments need defaults; set them with
-`functools.partial`, or in a name, as on the command line:
+It returns integer positions [at most k], flat in C order and in any order; or a boolean tensor of the weight's shape.
+A mask with an argument `gradient`, `squared_gradient` or `activations` needs `calibration`. Any other argument needs a default.
+Set it with `functools.partial`, or in the mask's name as on the command line:
 
     shira.attach(model, mask=functools.partial(shira.masks.struct, direction="columns"))
     shira.attach(model, mask="block:by=snip,size=8", calibration=batches)
     shira.attach(model, mask=lambda weight, k: weight.flatten().abs().topk(k, largest=False).indices)
 
-A mask with an argument `by` (a score) or `of` (masks) is given, as further keywords, what these need.
+A mask with an argument `by` (a score) or `of` (masks) also gets, as further keywords, the inputs that these need.
 
-What holds for every mask of the catalogue: scores are taken in float32; among equal scores the first positions win; NaN is
-refused; entries beyond the budget are never given. struct, block, wanda and lift need a matrix, the others take any shape.
+Every mask of the catalogue computes scores in float32, takes the first positions among equal scores, raises MaskError for NaN
+and returns at most k positions. struct, block, wanda and lift need a matrix; the others take any shape.
 """
 
 import inspect
@@ -87,7 +87,7 @@ __all__ = [
 
 
 class MaskInfo(NamedTuple):
-    """A line of the catalogue. needs: what it is told beside a budget; options: with their defaults."""
+    """A line of the catalogue. needs: the inputs of the mask, except the budget and `avoid`; options: name -> default."""
 
     name: str
     meaning: str
@@ -97,12 +97,12 @@ class MaskInfo(NamedTuple):
 
 
 def available() -> list[MaskInfo]:
-    """The catalogue: each mask's name, what it selects, who proposed it, what it needs beside a budget, and its options."""
+    """The catalogue: each mask's name, what it selects, its source, what it needs except a budget, and its options."""
     return [_info(name, mask) for name, mask in CATALOGUE.items()]
 
 
 def _info(name: str, mask: Mask) -> MaskInfo:
-    """The first line of a mask's docstring is its meaning, with the source in parentheses at its end."""
+    """A line of the catalogue. The meaning is the first sentence of the mask's docstring, which ends with (source)."""
     first = (inspect.getdoc(mask) or "").split("\n\n")[0].replace("\n", " ")
     found = re.fullmatch(r"(.*) \((.*)\)\.", first)
     meaning, source = found.groups() if found else (first, "")

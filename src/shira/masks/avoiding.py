@@ -20,11 +20,12 @@ Avoid = Adapter | str | os.PathLike[str]
 def entries_of(
     avoid: Avoid | Iterable[Avoid], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The positions that adapters, or files of them, hold in the targets: tensor name -> int64 [n], sorted, unique; and what
-    the adapters are called.
+    """The positions that the adapters to avoid hold in the targets, and the labels of these adapters.
 
-    tensors: all of the model's, by every name they have.
-    Raises BaseMismatch if an adapter names another tensor or shape; FormatError or OSError for a file.
+    avoid: adapters, or files of them. tensors: all tensors of the model, by each of their names.
+    Returns tensor name -> int64 [n], sorted and unique; and a label for each adapter.
+    Raises BaseMismatch if the model lacks a tensor of an adapter, or has it in another shape; TuningError if `avoid` holds
+    anything else; FormatError or OSError for a file.
     """
     adapters: Any = [avoid] if isinstance(avoid, Adapter | str | os.PathLike) else avoid
     adapters = list(adapters) if isinstance(adapters, Iterable) and not isinstance(adapters, Mapping) else [adapters]
@@ -34,7 +35,7 @@ def entries_of(
             raise TuningError(
                 f'avoid must be adapters or files of them, avoid=["poet.safetensors"], found {kind} {given!r:.60}'
             )
-    held: dict[int, list[Tensor]] = {}  # by identity: a tied weight has several names
+    held: dict[int, list[Tensor]] = {}  # keyed by identity, because a tied weight has several names
     labels = []
     for number, given in enumerate(adapters, start=1):
         adapter = given if isinstance(given, Adapter) else load(given)
@@ -47,5 +48,5 @@ def entries_of(
 
 
 def count_of(positions: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many positions there are in each tensor."""
+    """The number of positions in each tensor."""
     return {name: indices.numel() for name, indices in positions.items()}

@@ -1,8 +1,8 @@
-"""How many entries train, tensor by tensor or over the whole model.
+"""Budgets: how many entries train, for each tensor or over the whole model.
 
 A budget is a density (a share of a tensor's entries), the rank of a LoRA of the same size, or a total number. `plan` turns
-it into a count for each tensor; or, over the model, into one count that all share, with a floor for each, which `Pool`
-fills with the entries of highest score.
+it into a count for each tensor. Over the model, it turns it into one count that all tensors share, and a least number (a floor)
+for each. `Pool` then chooses the entries with the highest scores.
 """
 
 import math
@@ -26,8 +26,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """counts: tensor name -> how many of its entries train. shared: how many train in the tensors of `floors` together, over
-    the model; floors: tensor name -> how many of them at least. Each tensor is in one of the two."""
+    """How many entries train. Each tensor is either in `counts` or in `floors`.
+
+    counts: tensor name -> how many of its entries train.
+    shared: how many entries train in all tensors of `floors` together.
+    floors: tensor name -> how many of its entries train at least.
+    """
 
     counts: dict[str, int]
     shared: int
@@ -35,9 +39,10 @@ class BudgetPlan:
 
 
 def budget(shape: Shape, *, density: float | None = None, rank: int | None = None) -> int:
-    """How many entries of a tensor may train: density · entries, or the rank · (out + in) of a LoRA of that rank; of a stack
-    [experts, out, in] for each expert; of a vector, which no LoRA adapts, all.
+    """How many entries of a tensor may train: density · entries, or rank · (out + in), the size of a LoRA of that rank.
 
+    In a stack [experts, out, in] the rank counts for each expert. A rank allows all entries of a vector, because LoRA does not
+    adapt vectors.
     Raises MaskError unless exactly one is given, 0 < density ≤ 1, rank ≥ 1, and the rank's count fits the tensor.
     """
     if (density is None) == (rank is None):
@@ -67,17 +72,18 @@ def plan(
     overrides: Mapping[str, Any] | None = None,
     avoided: Mapping[str, int] | None = None,
 ) -> BudgetPlan:
-    """Counts for tensors of these shapes, checked to fit.
+    """The counts for tensors of these shapes. It checks that they fit.
 
-    density, rank, total: one of them. `total` is exact and counts all tensors; it is shared out in proportion to the
-        entries that may train, at least one each.
-    scope: "tensor", each tensor its own count; or "model", one count for all, which is `total` or the sum of the tensors' own.
-    floor: with scope "model", the share of its own count that each tensor keeps, 0 to 1, rounded up.
+    density, rank, total: exactly one of them. `total` is exact and includes the tensors with overrides. The rest of it is
+        shared out in proportion to the entries that may train; with scope "tensor" each tensor gets at least one.
+    scope: "tensor": each tensor has its own count. "model": all tensors share one count, which is `total` or the sum of
+        their own counts.
+    floor: with scope "model", the share of its own count that each tensor keeps, 0 to 1; the number is rounded up.
     overrides: tensor name -> its own budget: a density, or {"density": …}, {"rank": …} or {"total": …}. Such a tensor
-        takes no part in what the others share.
+        does not share in the count of the others.
     avoided: tensor name -> how many of its entries must not train.
 
-    Raises MaskError, with the numbers, for what does not fit.
+    Raises MaskError, with the numbers, if a budget does not fit.
     """
     if sum(value is not None for value in (density, rank, total)) != 1:
         raise MaskError(f"give density, rank or total, one of them; found density={density}, rank={rank}, total={total}")
@@ -90,11 +96,11 @@ def plan(
     avoided, own = avoided or {}, {}
     free = {name: math.prod(shape) - avoided.get(name, 0) for name, shape in shapes.items()}
     for name, value in (overrides or {}).items():
-        own[name] = _at(name, lambda: _override(shapes[name], value))  # noqa: B023  # called at once
+        own[name] = _at(name, lambda: _override(shapes[name], value))  # noqa: B023  # `_at` calls it at once
         _check_room(name, own[name], shapes[name], avoided)
     others = {name: shape for name, shape in shapes.items() if name not in own}
     if density is not None:
-        budget((1,), density=density)  # what is wrong with it is no tensor's fault
+        budget((1,), density=density)  # a wrong density is not the error of one tensor
     if total is None:
         counts = {name: _at(name, lambda: budget(shape, density=density, rank=rank)) for name, shape in others.items()}  # noqa: B023
     else:
@@ -115,9 +121,10 @@ def plan(
 
 
 def share_out(total: int, sizes: Mapping[str, int], floors: Mapping[str, int]) -> dict[str, int]:
-    """`total` in proportion to sizes, none below its floor; exact, the largest remainders rounded up (ties: the first).
+    """Share out `total` in proportion to `sizes`, with no result below its floor.
 
-    The floors must not add up to more than total.
+    The results add up to `total`: the largest remainders are rounded up, the first ones among equals.
+    The floors must not add up to more than `total`.
     """
     at_floor: set[str] = set()
     while True:
@@ -135,7 +142,7 @@ def share_out(total: int, sizes: Mapping[str, int], floors: Mapping[str, int]) -
 
 
 def without(scores: Tensor, avoid: Tensor | None) -> Tensor:
-    """The scores with those at flat positions `avoid` absent; a copy, float32, flat."""
+    """A flat float32 copy of the scores, which are `ABSENT` at the flat positions `avoid`."""
     flat = scores.detach().to(torch.float32, copy=True).reshape(-1)
     if avoid is not None:
         flat[avoid.to(flat.device, torch.int64)] = ABSENT
@@ -143,17 +150,17 @@ def without(scores: Tensor, avoid: Tensor | None) -> Tensor:
 
 
 class Pool:
-    """The entries of highest score over many tensors, which come one at a time, in any order.
+    """Chooses the entries with the highest scores over many tensors, which come one at a time, in any order.
 
-    First each tensor's floor is filled with its best; then what is left of `shared` goes to the best of all others, as if
-    all scores were ranked in one list in the order of `floors` (among equal scores the first tensor, then the first
-    position, wins). At most 2 · shared entries are held, whatever the model's size.
+    First each tensor's floor is filled with its best entries. The rest of `shared` goes to the best of all other entries, as if
+    all scores were ranked in one list in the order of `floors`: among equal scores the first tensor wins, then the first
+    position. The pool holds at most 2 · shared entries, whatever the model's size.
     """
 
     def __init__(self, shared: int, floors: Mapping[str, int]) -> None:
         self.floors = dict(floors)
         self.open = shared - sum(floors.values())  # entries that the tensors compete for
-        self.level = ABSENT  # scores below it have lost
+        self.level = ABSENT  # an entry with a lower score can no longer be chosen
         self.reserved: dict[str, Tensor] = {}  # name -> positions
         self.candidates: dict[str, tuple[Tensor, Tensor]] = {}  # name -> positions, sorted; their scores float32
 
@@ -162,9 +169,9 @@ class Pool:
         return sum(p.numel() for p in self.reserved.values()) + sum(p.numel() for p, _ in self.candidates.values())
 
     def add(self, name: str, scores: Tensor, avoid: Tensor | None = None) -> None:
-        """Let a tensor compete. scores: any shape, floating point; avoid: flat positions that must not train.
+        """Add the scores of one tensor. scores: any shape, floating point; avoid: flat positions that must not train.
 
-        Raises MaskError that names the tensor if a score is NaN, or too few may train for its floor.
+        Raises MaskError that names the tensor if a score is NaN, or if fewer entries than its floor may train.
         """
         flat = without(scores, avoid)
         if bool(flat.max().isnan()):
@@ -184,7 +191,10 @@ class Pool:
         self.candidates[name] = positions.to("cpu", small), flat[positions].cpu()
 
     def positions(self) -> dict[str, Tensor]:
-        """Tensor name -> positions int64, sorted, for each tensor that has any. Raises MaskError if too few have a score."""
+        """Tensor name -> int64 positions, sorted, for each tensor that has any.
+
+        Raises MaskError if fewer entries than `shared` have a score.
+        """
         self._prune()
         found = sum(p.numel() for p, _ in self.candidates.values())
         if found < self.open:
@@ -214,7 +224,7 @@ class Pool:
 
 
 def _override(shape: Shape, value: Any) -> int:
-    """The count of a tensor's own budget."""
+    """The count of a tensor with its own budget. Raises MaskError if that budget is not possible."""
     given = dict(value) if isinstance(value, Mapping) else {"density": value}
     if len(given) != 1 or not given.keys() <= {"density", "rank", "total"}:
         raise MaskError(f"an override is a density, or one of density, rank and total with its value; found {value!r}")
@@ -226,7 +236,7 @@ def _override(shape: Shape, value: Any) -> int:
 
 
 def _left(total: int, own: Mapping[str, int], free: Mapping[str, int], least: int) -> int:
-    """What of a total remains for the tensors without an override."""
+    """What remains of a total for the tensors without an override. Raises MaskError if it does not fit them."""
     if not _whole(total) or total < 1:
         raise MaskError(f"total must be a whole number from 1 on, found {total!r}")
     taken, room = sum(own.values()), sum(free.values())
@@ -241,7 +251,7 @@ def _left(total: int, own: Mapping[str, int], free: Mapping[str, int], least: in
 
 
 def _check_room(name: str, count: int, shape: Shape, avoided: Mapping[str, int]) -> None:
-    """Raise MaskError unless `count` entries of a tensor may train."""
+    """Raise MaskError unless the tensor has `count` entries that may train."""
     if count > math.prod(shape) - avoided.get(name, 0):
         raise MaskError(
             f"tensor '{name}': {count:,} of its entries are to train, but {_numbers({name: shape}, avoided)}; use a smaller "
@@ -255,7 +265,7 @@ def _numbers(shapes: Mapping[str, Shape], avoided: Mapping[str, int]) -> str:
 
 
 def _at(name: str, count: Any) -> int:
-    """Run `count()`, with the tensor's name in its error."""
+    """Call `count()`, and put the tensor's name into its MaskError."""
     try:
         return int(count())
     except MaskError as error:

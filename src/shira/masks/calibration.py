@@ -1,10 +1,12 @@
-"""What a mask is told of the model on data: gradients, squared gradients, activations, handed out one tensor at a time.
+"""Calibration: gradients, squared gradients and activations of a model on data, handed out one tensor at a time.
 
-Sums over several batches are float32, whatever the model's dtype: in bfloat16 a sum stops growing once a gradient is less
-than 1/512 of it. All targets' sums at once would cost a model's size, so the targets are taken in groups, each in passes of
-its own over the batches. The sums of a group may take what a step of training takes and its passes do not: the state of the
-optimizer, and the inputs of all linear layers outside of the group, which are kept for the backward pass only where the
-weight trains. With one batch nothing is summed and one pass does it all.
+Sums over several batches are float32, whatever the model's dtype. In bfloat16 a sum stops growing once a gradient is less
+than 1/512 of the sum.
+
+The sums of all targets together would take as much memory as a model. So the targets are divided into groups, and the batches
+run again for each group. The sums of a group may take the memory that a training step takes and calibration does not: the
+optimizer's state, and the inputs of all linear layers outside of the group. (Autograd keeps a layer's input for the backward
+pass only if the layer's weight trains.) With one batch nothing is summed, and one pass is enough.
 """
 
 import contextlib
@@ -31,9 +33,9 @@ Receive = Callable[[str, dict[str, Tensor]], None]
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss of a Transformers-style model: `model(**batch).loss`, the batch's tensors moved to the model's device.
+    """The loss of a Transformers-style model: `model(**batch).loss`. The batch's tensors are moved to the model's device.
 
-    Raises DataError if the batch is no mapping or the model returns no loss.
+    Raises DataError if the batch is not a mapping or the model returns no loss.
     """
     loss = getattr(_output(model, batch), "loss", None)
     if not isinstance(loss, Tensor):
@@ -42,7 +44,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def same_random_numbers(weights: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
-    """Afterwards torch's random numbers go on as if nothing had been drawn, on the CPU and where these weights are."""
+    """A context that restores the state of torch's random numbers at its end, on the CPU and on the GPUs of these weights."""
     devices = {weight.device.index for weight in weights if weight.device.type == "cuda"}
     fork: contextlib.AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
     return fork
@@ -50,8 +52,11 @@ def same_random_numbers(weights: Iterable[Tensor]) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Let torch's own kernels compute attention: on Hopper GPUs the gradients of cuDNN's are NaN where batches are padded
-    to 64, 192, 320, … tokens (torch 2.11 to 2.13, pytorch/pytorch issue 196678)."""
+    """A context in which torch's own kernels compute attention, not cuDNN's.
+
+    On Hopper GPUs cuDNN's gradients are NaN where batches are padded to 64, 192, 320, … tokens (torch 2.11 to 2.13,
+    pytorch/pytorch issue 196678).
+    """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -72,24 +77,24 @@ def calibrate(
     progress: Progress | None = None,
     undo: Undo | None = None,
 ) -> dict[str, Any]:
-    """Call `receive(tensor name, {statistic: Tensor})` once for each weight; what it does not keep is dropped.
+    """Call `receive(tensor name, {statistic: Tensor})` once for each weight. What `receive` does not keep is freed.
 
     statistics, any of
-        "gradient": of the loss summed over the batches, float32, the weight's shape;
+        "gradient": the gradient of the loss summed over the batches, float32, the weight's shape;
         "squared_gradient": the square of each batch's gradient, mean over the batches, float32, the weight's shape;
         "activations": for each input feature of the linear layers that compute with the weight, the 2-norm over all tokens,
             float32 [in], or [in, 1] where the weight is [in, out] (Transformers' Conv1D). Tokens that a batch's
             "attention_mask" hides do not count.
     batches: read once into a list, and run once for each group of weights.
-    loss_fn(model, batch): by default `model(**batch).loss`; for activations alone no loss is needed.
-    memory: bytes of training's parameters and optimizer; the sums of a group may take these, and what training keeps of the
-        first batch for other weights. One weight is the least a group holds. None: all weights are one group.
-    progress(done, total) is called after each batch. undo: where what must be undone is written down, if somebody can take it
-        up after an interrupt.
+    loss_fn(model, batch): by default `model(**batch).loss`. Activations alone need no loss.
+    memory: bytes that training takes for parameters and optimizer. The sums of a group may take these bytes, and the bytes of
+        the inputs that training keeps of the first batch for other weights. A group holds at least one weight. None: all
+        weights are one group.
+    progress(done, total): called after each batch.
+    undo: where the steps that restore the model are recorded, if the caller can take them after an interrupt.
 
-    Returns what was done, for an adapter's metadata. The model runs in the mode (train or eval) it is in, with the same
-    dropout in every pass; afterwards gradients, buffers, `requires_grad` flags and torch's random
-    numbers are as before.
+    Returns what was done, for an adapter's metadata. The model stays in its mode (train or eval), and dropout is the same in
+    every pass. Afterwards gradients, buffers, `requires_grad` flags and torch's random numbers are as before.
     Raises MaskError if there is no batch, a loss is not finite, or a weight gets no gradient or no input.
     """
     batches = list(batches)
@@ -140,8 +145,11 @@ def _gradients(
     count: Callable[[], None],
     steps: Undo,
 ) -> None:
-    """Hand out the gradients of these weights: of one batch each as soon as the backward pass has it, else when all are summed,
-    since ranking takes memory, too, and the backward pass has given back its own by then."""
+    """Hand out the gradients of these weights.
+
+    With one batch, each gradient is handed out as soon as the backward pass has it. With several, all are handed out at the
+    end: ranking takes memory, too, and by then the backward pass has freed its own.
+    """
     sums: dict[str, dict[str, Tensor]] = {}
     waiting = set(weights)
 
@@ -160,7 +168,7 @@ def _gradients(
             if len(batches) == 1:
                 hand_out(name)
 
-    # dropout is the same for every group
+    # the state of the random numbers is restored, so that dropout is the same for every group
     with without_cudnn_attention(), same_random_numbers(weights.values()), steps.part() as undo:
         for name, weight in weights.items():
             undo.callback(weight.requires_grad_, False)
@@ -172,7 +180,7 @@ def _gradients(
                 loss = loss_fn(model, batch)
                 if loss.numel() != 1 or not bool(torch.isfinite(loss)):
                     raise MaskError(f"the loss of calibration batch {number} must be one finite number, found {loss.tolist()}")
-                if loss.requires_grad:  # else the batch reaches none of these weights
+                if loss.requires_grad:  # otherwise the batch reaches none of these weights
                     loss.backward()
             del loss
             count()
@@ -183,7 +191,7 @@ def _gradients(
 
 
 def _add(sums: dict[str, Tensor], gradient: Tensor, statistics: Sequence[str]) -> None:
-    """Add one batch's gradient, and its square, to float32 sums. The gradient is used up."""
+    """Add one batch's gradient, and its square, to float32 sums. `gradient` may become the sum itself: do not use it again."""
     if "squared_gradient" in statistics:
         wide = gradient.float()
         if "squared_gradient" in sums:
@@ -203,7 +211,7 @@ def _activations(
     count: Callable[[], None],
     steps: Undo,
 ) -> dict[str, Tensor]:
-    """The 2-norm of each input feature of the layers that compute with these weights; sums of squares in float64."""
+    """The 2-norm of each input feature of the layers that compute with these weights. Squares are summed in float64."""
     names = {id(weight): name for name, weight in weights.items()}
     squares: dict[str, Tensor] = {}
     shown: Tensor | None = None  # which tokens of the batch count, bool [batch, tokens]
@@ -241,8 +249,10 @@ def _activations(
 def _inputs_kept(
     model: nn.Module, weights: Mapping[str, nn.Parameter], batch: Any, loss_fn: LossFn, steps: Undo | None = None
 ) -> dict[str, dict[int, int]]:
-    """What a step of training keeps of a batch for the gradients of linear layers' weights, and for nothing else: tensor name
-    -> {address: bytes}. With gradient checkpointing, or weights that are sharded and come and go, that is nothing."""
+    """The inputs that a training step keeps only for the gradients of linear layers' weights: tensor name -> {address: bytes}.
+
+    There are none with gradient checkpointing, or with sharded weights, which are gathered for each layer and freed again.
+    """
     if any(is_sharded(weight) for weight in weights.values()):
         return {name: {} for name in weights}
     names = {id(weight): name for name, weight in weights.items()}
@@ -250,7 +260,7 @@ def _inputs_kept(
     kept: dict[str, dict[int, int]] = {name: {} for name in weights}
     elsewhere: set[int] = set()
     running: list[str] = []
-    held = []  # so that nothing is at an address twice; not in the graph, nor tensors, which would hold it and each other
+    held = []  # storages, kept alive so that no address is reused; tensors would keep the graph and each other alive
 
     def keep(tensor: Tensor) -> None:
         held.append(tensor.untyped_storage())
@@ -282,7 +292,7 @@ def _inputs_kept(
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor's storage begins; 0 if it has none of its own, as quantized weights are made of others."""
+    """The address of a tensor's storage; 0 if it has none of its own, such as a quantized weight made of other tensors."""
     try:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:
@@ -290,10 +300,10 @@ def _address(tensor: Tensor) -> int:
 
 
 def _groups(sums: Mapping[str, int], memory: int, kept: Mapping[str, dict[int, int]]) -> list[list[str]]:
-    """The weights in their order, in groups, at least one each: the sums of a group, and what is kept for its weights, fit the
-    memory and what training keeps for all weights.
+    """The weights in their order, divided into groups of at least one weight.
 
-    sums: tensor name -> bytes. kept: tensor name -> {address: bytes}; several weights may have one input.
+    The sums of a group, and the inputs kept for its weights, take at most `memory` plus what training keeps for all weights.
+    sums: tensor name -> bytes. kept: tensor name -> {address: bytes}; several weights may have the same input.
     """
     room = memory + sum({at: size for found in kept.values() for at, size in found.items()}.values())
     groups: list[list[str]] = []
@@ -309,7 +319,7 @@ def _groups(sums: Mapping[str, int], memory: int, kept: Mapping[str, dict[int, i
 
 
 def _output(model: nn.Module, batch: Any) -> Any:
-    """What the model returns for a batch of its arguments, moved to its device."""
+    """What the model returns for a batch, a mapping of its arguments, whose tensors are moved to its device."""
     if not isinstance(batch, Mapping):
         raise DataError(f"a batch must be a mapping of the model's arguments, found {type(batch).__name__}; or pass loss_fn=")
     device = next(model.parameters()).device
@@ -317,7 +327,7 @@ def _output(model: nn.Module, batch: Any) -> Any:
 
 
 def _size(batches: Sequence[Any]) -> dict[str, int]:
-    """How many examples and tokens the batches hold, where that can be known."""
+    """How many examples and tokens the batches hold; empty if not all of them have "input_ids"."""
     if not all(isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor) for batch in batches):
         return {}
     masks = [batch.get("attention_mask") for batch in batches]
@@ -333,14 +343,14 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _freeze(model: nn.Module, undo: Undo) -> None:
-    """No parameter requires a gradient or has one; until `undo`."""
+    """Let no parameter require or have a gradient, until `undo` restores both."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
 
     def thaw() -> None:
         for parameter, flag, gradient in before:
             parameter.grad = None
             parameter.requires_grad_(flag)
-            if gradient is None or _alike(gradient, parameter):  # it may have been cast meanwhile
+            if gradient is None or _alike(gradient, parameter):  # the parameter may have been cast meanwhile
                 parameter.grad = gradient
 
     undo.callback(thaw)

@@ -1,4 +1,4 @@
-"""The catalogue: masks by name, and masks made of other masks, which are found in it by name, too."""
+"""The catalogue: masks by name. The masks made of other masks are in this file, because they look these up by name."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +27,10 @@ Mask = Callable[..., Tensor]
 
 
 def resolve(mask: str | Mask) -> tuple[str, Mask]:
-    """A mask's name and function. Raises MaskError for an unknown name, an unknown option or a function of another form.
+    """A mask's name and function.
 
-    A name may carry options after a colon, as a command line does: "block:by=snip,size=8", "union:of=wm+rand".
+    A name may carry options after a colon, as on a command line: "block:by=snip,size=8", "union:of=wm+rand".
+    Raises MaskError for an unknown name, an unknown option, or a function that requires other arguments than a mask's.
     """
     if isinstance(mask, str):
         name, _, rest = mask.partition(":")
@@ -44,9 +45,9 @@ def resolve(mask: str | Mask) -> tuple[str, Mask]:
 
 
 def needs(function: Mask | Score) -> tuple[str, ...]:
-    """Which inputs a mask or a score asks for, those of its `by` and `of` included.
+    """The inputs that a mask or a score asks for, including those of its `by` and `of`.
 
-    Raises MaskError if it asks for anything else.
+    Raises MaskError if it requires any other argument.
     """
     wanted: list[str] = []
     for parameter in inspect.signature(function).parameters.values():
@@ -64,15 +65,16 @@ def needs(function: Mask | Score) -> tuple[str, ...]:
 
 
 def call(function: Mask | Score, inputs: Mapping[str, Any]) -> Any:
-    """A mask or a score of the inputs it asks for."""
+    """Call a mask or a score with the inputs it asks for."""
     return function(**{name: inputs[name] for name in needs(function)})
 
 
 def union(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
     """Positions of entries that any of several masks chooses, each asked for equally many (ours).
 
-    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
-    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if they do not fit together, or one of them does.
+    of: names or functions of masks, two or more. If each mask takes the top of a score, more than k − (number of masks)
+        positions are returned.
+    Returns int64 [at most k], sorted, flat in C order. Raises MaskError for fewer than two masks, or if one of them raises it.
     """
     return sets.joined(_each(of, weight, inputs), k)
 
@@ -80,8 +82,9 @@ def union(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **i
 def intersection(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:
     """Positions of entries that all of several masks choose, each asked for equally many (ours).
 
-    of: names or functions of masks. If each chooses the top of a score, less than their number of the budget is left.
-    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
+    of: names or functions of masks, two or more. If each mask takes the top of a score, more than k − (number of masks)
+        positions are returned.
+    Returns int64 [at most k], sorted, flat in C order. Raises MaskError for fewer than two masks, or if one of them raises it.
     """
     return sets.common(_each(of, weight, inputs), k, weight.numel())
 
@@ -89,16 +92,16 @@ def intersection(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip
 def difference(weight: Tensor, k: int, of: Sequence[str | Mask] = ("snip", "wm"), **inputs: Any) -> Tensor:
     """Positions of one mask's best entries that no other mask chooses with k (SHiRA's WM-non-overlap, arXiv 2406.13175).
 
-    With one mask twice it is "the next k", as the paper's second non-overlapping WM adapter.
+    With the same mask twice it gives "the next k" entries, as in the paper's second non-overlapping WM adapter.
 
-    of: names or functions of masks, the one that chooses first.
-    Returns int64 [at most k], sorted, flat in C order. Raises MaskError if one of them does.
+    of: names or functions of masks, two or more; the first is the one mask.
+    Returns int64 [at most k], sorted, flat in C order. Raises MaskError for fewer than two masks, or if one of them raises it.
     """
     return sets.left(_each(of, weight, inputs), k, weight.numel())
 
 
 def _each(of: Sequence[str | Mask], weight: Tensor, inputs: dict[str, Any]) -> list[Chooser]:
-    """For each mask, two or more, a function from a count to its positions, int64 and sorted."""
+    """For each mask a function from a count to its positions, int64 and sorted. Raises MaskError for fewer than two masks."""
     if isinstance(of, str) or len(of) < 2:
         raise MaskError(f"a set of masks needs two or more of them, found {of!r}")
 
@@ -113,7 +116,10 @@ def _each(of: Sequence[str | Mask], weight: Tensor, inputs: dict[str, Any]) -> l
 
 
 def _with_options(mask: Mask, name: str, text: str) -> Mask:
-    """A mask with the options of "by=snip,size=8": whole numbers, true, false, words, and words joined by '+'."""
+    """The mask with options from a text such as "by=snip,size=8".
+
+    A value is a whole number, true, false or a word; the value of `of` is words joined by '+'.
+    """
     known = [p for p in inspect.signature(mask).parameters if p not in INPUTS and p != "inputs"]
     options: dict[str, Any] = {}
     for part in text.split(","):

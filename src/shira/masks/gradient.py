@@ -10,7 +10,7 @@ __all__ = ["fisher", "fisher_scores", "grad", "grad_scores", "snip", "snip_score
 def grad(gradient: Tensor, k: int) -> Tensor:
     """Positions of the k entries with the largest |gradient| (SHiRA §3.1, B.4, arXiv 2406.13175).
 
-    gradient: of the loss summed over the calibration batches, any shape, any floating dtype.
+    gradient: that of the loss summed over the calibration batches, any shape, any floating dtype.
     Returns int64 [k], sorted, flat in C order. Raises MaskError if k exceeds the number of entries.
     """
     return top_k(grad_scores(gradient), k)
@@ -38,10 +38,10 @@ def snip_scores(weight: Tensor, gradient: Tensor) -> Tensor:
 def fisher(squared_gradient: Tensor, k: int) -> Tensor:
     """Positions of the k entries with the largest mean squared gradient (FISH, arXiv 2111.09839; RoSA, 2401.04679).
 
-    The empirical Fisher information: unlike in `grad`, gradients of different sign do not cancel. FISH takes the mean over
-    single examples: pass batches of one for that. Larger batches are cheaper, and noise cancels within each of them.
+    The score is the empirical Fisher information. Unlike in `grad`, gradients of different sign do not cancel. FISH takes the
+    mean over single examples: pass batches of one example for that. Larger batches are cheaper, and noise cancels within each.
 
-    squared_gradient: of each calibration batch's loss, squared, mean over the batches; float32, any shape.
+    squared_gradient: the square of each calibration batch's gradient, mean over the batches; float32, any shape.
     Returns int64 [k], sorted, flat in C order. Raises MaskError if k exceeds the number of entries.
     """
     return top_k(fisher_scores(squared_gradient), k)

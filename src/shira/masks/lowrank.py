@@ -8,17 +8,18 @@ from ..sparse.topk import top_k
 
 __all__ = ["best_of_rank", "lift", "lift_scores"]
 
-OVERSAMPLED = 16  # columns of the sketch beyond the rank
-ROUNDS = 4  # power iterations: trained weights have flat spectra
+OVERSAMPLED = 16  # columns that the sketch has in addition to the rank
+ROUNDS = 4  # power iterations; several, because the singular values of trained weights fall slowly
 
 
 def lift(weight: Tensor, k: int, seed: int = 0, rank: int | None = None) -> Tensor:
     """Positions of the k entries with the largest |best rank-r approximation of weight| (LIFT, arXiv 2506.00772).
 
-    weight: [out, in], any floating dtype. seed: of the randomized SVD; the same seed gives the same positions on the same
-    machine, and nearly the same on others. rank: r; by default the authors' 128, but at most an eighth of the shorter side.
+    weight: [out, in], any floating dtype.
+    seed: that of the randomized SVD. The same seed gives the same positions on the same machine, and nearly the same on others.
+    rank: r. The default is the authors' 128, but at most an eighth of the shorter side.
     Returns int64 [k], sorted, flat in C order.
-    Raises MaskError unless the weight is a finite matrix and the rank from 1 to its shorter side.
+    Raises MaskError unless the weight is a finite matrix, the rank is from 1 to its shorter side, and k entries exist.
     """
     return top_k(lift_scores(weight, seed, rank), k)
 
@@ -38,7 +39,8 @@ def lift_scores(weight: Tensor, seed: int = 0, rank: int | None = None) -> Tenso
 def best_of_rank(weight: Tensor, rank: int, seed: int) -> Tensor:
     """The best approximation of that rank, by randomized SVD with power iterations (Halko et al., arXiv 0909.4061).
 
-    weight: float32 [out, in]. It is exact where the sketch would be as wide as the weight. Returns float32 [out, in].
+    weight: float32 [out, in]. If the sketch would be as wide as its shorter side, a full SVD gives the exact result.
+    Returns float32 [out, in].
     """
     if rank + OVERSAMPLED >= min(weight.shape):
         left, values, right = torch.linalg.svd(weight, full_matrices=False)

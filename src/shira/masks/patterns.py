@@ -1,4 +1,4 @@
-"""Block and N:M: where a score, any score, chooses within a regular pattern."""
+"""Block and N:M: a regular pattern, within which any score chooses."""
 
 from typing import Any
 
@@ -16,10 +16,11 @@ __all__ = ["block", "nm"]
 def block(weight: Tensor, k: int, size: int = 16, by: str | Score = "wm", **inputs: Any) -> Tensor:
     """Positions of the size × size blocks with the largest mean score (SMT, arXiv 2405.15525).
 
-    SMT scores by |gradient|: by="grad". Blocks are taken from the best down until the next does not fit: more than
-    k − size² entries, never more than k. Those at the right and lower edge may be smaller. Among equals the first win.
+    SMT scores by |gradient|: by="grad". Blocks are taken from the best one down, until the next does not fit. So the mask holds
+    more than k − size² entries, and at most k. Blocks at the right and lower edge may be smaller. Among equal blocks the first
+    win.
 
-    weight: [out, in]. by: a name from `masks.SCORES` or a function like them, which is given the inputs it names.
+    weight: [out, in]. by: a name from `masks.SCORES` or a function like them, which gets the inputs that it names.
     Returns int64 [at most k], sorted, flat in C order. Raises MaskError if the first block exceeds the budget.
     """
     if weight.ndim != 2 or size < 1:
@@ -45,10 +46,11 @@ def block(weight: Tensor, k: int, size: int = 16, by: str | Score = "wm", **inpu
 def nm(weight: Tensor, k: int, n: int = 2, m: int = 4, by: str | Score = "wm", **inputs: Any) -> Tensor:
     """Positions of the k largest scores with at most n in each m consecutive entries of a row (N:M, arXiv 2104.08378).
 
-    Groups are entries 0 … m−1, m … 2m−1, … of a row; the last may be shorter. With n / m near the density, the budget is
-    spread evenly; far above it, the pattern hardly binds. Among equal scores the first positions win.
+    Groups are entries 0 … m−1, m … 2m−1, … of a row; the last group may be shorter. If n / m is near the density, the budget
+    is spread evenly. If it is far above the density, the pattern hardly limits the choice. Among equal scores the first
+    positions win.
 
-    weight: any shape of at least one side, the last is the row. by: a name from `masks.SCORES` or a function like them.
+    weight: at least one dimension; the last is the row. by: a name from `masks.SCORES` or a function like them.
     Returns int64 [k], sorted, flat in C order. Raises MaskError if the pattern has no room for k.
     """
     if not 1 <= n <= m or weight.ndim < 1:
@@ -68,7 +70,7 @@ def nm(weight: Tensor, k: int, n: int = 2, m: int = 4, by: str | Score = "wm", *
 
 
 def _scores(by: str | Score, weight: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Scores of the weight's shape, float32. Raises MaskError if they are not, or hold NaN."""
+    """Scores of the weight's shape, float32. Raises MaskError if they have another shape or type, or hold NaN."""
     scores = call_score(find_score(by), {"weight": weight} | inputs)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
         found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -80,7 +82,7 @@ def _scores(by: str | Score, weight: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 
 def _block_sums(scores: Tensor, size: int) -> Tensor:
-    """Sums over size × size blocks of a matrix, those at the edges smaller: float32 [rows of blocks, columns of blocks]."""
+    """Sums over size × size blocks of a matrix, smaller at the edges: float32 [rows of blocks, columns of blocks]."""
     rows, columns = scores.shape
     padded = pad(scores, (0, -columns % size, 0, -rows % size))
     return padded.view(-1, size, padded.shape[1] // size, size).sum((1, 3))

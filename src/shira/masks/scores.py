@@ -1,4 +1,4 @@
-"""Scores of entries, by name: the larger an entry's score, the sooner it trains."""
+"""Scores of entries, by name. A mask chooses the entries with the largest scores."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,9 +15,9 @@ from .magnitude import wm_scores
 
 __all__ = ["CALIBRATED", "INPUTS", "SCORES", "Score", "call_score", "find_score"]
 
-Score = Callable[..., Tensor]  # of a mask's inputs but k: float32 [the weight's shape]
+Score = Callable[..., Tensor]  # takes a mask's inputs except k, returns float32 [the weight's shape]
 
-CALIBRATED = ("gradient", "squared_gradient", "activations")  # inputs that calibration finds
+CALIBRATED = ("gradient", "squared_gradient", "activations")  # inputs that calibration computes
 INPUTS = ("weight", "k", *CALIBRATED, "seed", "name", "avoid")  # what a mask or a score may ask for
 
 SCORES: Mapping[str, Score] = MappingProxyType(
@@ -33,7 +33,7 @@ SCORES: Mapping[str, Score] = MappingProxyType(
 
 
 def find_score(by: str | Score) -> Score:
-    """A score by its mask's name, or as it is if it is a function. Raises MaskError for an unknown name."""
+    """The score of the mask with this name; a function is returned as it is. Raises MaskError for an unknown name."""
     if not isinstance(by, str):
         return by
     if by not in SCORES:
@@ -42,5 +42,5 @@ def find_score(by: str | Score) -> Score:
 
 
 def call_score(score: Score, inputs: Mapping[str, Any]) -> Any:
-    """A score of the inputs that it asks for."""
+    """Call a score with the inputs that it asks for."""
     return score(**{name: inputs[name] for name in inspect.signature(score).parameters if name in INPUTS})

@@ -1,4 +1,4 @@
-"""From a mask's name or function to positions: what it needs, what it is told, and whether its answer can be used."""
+"""Run a mask, given by name or as a function, on one tensor, and check the positions that it returns."""
 
 import inspect
 import json
@@ -20,7 +20,7 @@ __all__ = ["options_of", "ranked", "score", "score_of", "select"]
 
 
 def score_of(mask: str | Mask) -> Score | None:
-    """The score of which a mask of the catalogue, with its options, takes the top k; None for any other mask."""
+    """The score whose top k a mask of the catalogue takes, with the mask's options; None for any other mask."""
     label, function = resolve(mask)
     inner, options = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
     if label not in SCORES or inner is not CATALOGUE[label]:
@@ -29,7 +29,7 @@ def score_of(mask: str | Mask) -> Score | None:
 
 
 def ranked(mask: str | Mask) -> Score:
-    """The score of which a mask takes the top k. Raises MaskError for a mask that ranks no scores."""
+    """The score whose top k a mask takes. Raises MaskError for a mask that ranks no scores."""
     found = score_of(mask)
     if found is None:
         raise MaskError(
@@ -40,7 +40,7 @@ def ranked(mask: str | Mask) -> Score:
 
 
 def options_of(mask: Mask) -> dict[str, Any]:
-    """The options of a `functools.partial` as JSON: functions by their names, what else JSON cannot hold by its type."""
+    """The options of a `functools.partial` as JSON: functions by name, other values that JSON cannot hold by type."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -67,9 +67,11 @@ def select(
 ) -> Tensor:
     """Run a mask on one tensor and check what it returns.
 
-    name: the tensor's name; with `seed` it seeds the mask. statistics: of `CALIBRATED`.
-    avoid: sorted flat positions that must not train; where a mask of the catalogue ranks scores, theirs count as absent.
-    Returns int64 [at most k], sorted, on the weight's device. Raises MaskError that names the tensor.
+    name: the tensor's name; together with `seed` it seeds the mask. statistics: those of `CALIBRATED` that the mask needs.
+    avoid: sorted flat positions that must not train. A mask that has no argument `avoid` must rank scores; it then takes the
+        top k of the other positions.
+    Returns int64 [at most k], sorted, on the weight's device.
+    Raises MaskError; it names the tensor, unless the mask is unknown or its statistics are missing.
     """
     label, function = resolve(mask)
     taken = torch.empty(0, dtype=torch.int64, device="cpu") if avoid is None else avoid.long()
@@ -87,7 +89,7 @@ def select(
 
 
 def score(mask: str | Mask, name: str, weight: Tensor, *, seed: int = 0, **statistics: Tensor | None) -> Tensor:
-    """The scores, of the weight's shape, of which a mask takes the top k. Raises MaskError that names the tensor."""
+    """The scores whose top k a mask takes, of the weight's shape. Raises MaskError, as `select` does."""
     label, function = resolve(mask)[0], ranked(mask)
     inputs = _inputs(name, weight, seed, statistics)
     _check_calibrated(label, function, inputs)
@@ -100,12 +102,12 @@ def score(mask: str | Mask, name: str, weight: Tensor, *, seed: int = 0, **stati
 
 
 def _inputs(name: str, weight: Tensor, seed: int, statistics: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    """What masks and scores may ask for, but a budget."""
+    """The inputs that masks and scores may ask for, except `k` and `avoid`."""
     return dict.fromkeys(CALIBRATED) | {"weight": weight, "seed": seed_of(seed, name), "name": name} | dict(statistics)
 
 
 def _check_calibrated(label: str, function: Mask | Score, inputs: Mapping[str, Any]) -> None:
-    """Raise MaskError if something that calibration finds is asked for and missing."""
+    """Raise MaskError if the function asks for an input that calibration computes, and it is missing."""
     for wanted in needs(function):
         if inputs[wanted] is None:
             words = {"gradient": "gradients", "squared_gradient": "squared gradients"}.get(wanted, wanted)
@@ -113,18 +115,18 @@ def _check_calibrated(label: str, function: Mask | Score, inputs: Mapping[str, A
 
 
 def _top_k_without(mask: str | Mask, inputs: Mapping[str, Any]) -> Tensor:
-    """The top k of a mask's scores beside the positions to avoid. Raises MaskError if it ranks none."""
+    """The top k of a mask's scores outside of the positions to avoid. Raises MaskError if it ranks no scores."""
     function = score_of(mask)
     if function is None:
         raise MaskError(
-            f"it cannot leave out positions that are to be avoided; rand, struct, {', '.join(SCORES)} can, and so can a "
-            "function with an argument `avoid`, these positions, sorted, of which it returns none"
+            f"it cannot leave out positions that are to be avoided; use rand, struct, {', '.join(SCORES)}, or a function with "
+            "an argument `avoid`, the sorted positions that it must not return"
         )
     return top_k(without(call(function, inputs), inputs["avoid"]), inputs["k"])
 
 
 def _positions(answer: Any, weight: Tensor, k: int, avoid: Tensor) -> Tensor:
-    """Positions in the one form, int64 and sorted, from a mask's answer."""
+    """The positions in a mask's answer, int64 and sorted. Raises MaskError if the answer is not valid."""
     if not isinstance(answer, Tensor) or answer.dtype not in (torch.bool, torch.int32, torch.int64):
         found = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
         raise MaskError(f"expected a tensor of integer positions or a boolean mask, found {found}")

@@ -1,4 +1,4 @@
-"""Which entries of which weights train: a mask, within a budget, without the entries that other adapters hold."""
+"""Choose the entries of a model that train: by a mask, within a budget, without the entries that other adapters hold."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -18,19 +18,19 @@ from .calibration import LossFn, Progress, calibrate
 
 __all__ = ["Selector"]
 
-TRAINING_BYTES = 16  # of an entry in training: a float32 master, its gradient and AdamW's two moments
-POOL_BYTES = 16  # of an entry that tensors compete for: `masks.Pool` holds up to two positions and scores for it
-LEAST_MEMORY = 2**20  # bytes that sums may always take: the peak of a process is not known any closer
+TRAINING_BYTES = 16  # for each entry in training: a float32 master, its gradient and AdamW's two moments
+POOL_BYTES = 16  # for each entry that tensors compete for: `masks.Pool` holds up to two positions and scores for it
+LEAST_MEMORY = 2**20  # bytes that sums may always take, because the peak of a process is not known more exactly
 
 Indices = dict[str, Tensor]  # tensor name -> positions [k], sorted
 
 
 @dataclass(frozen=True, eq=False)
 class Selector:
-    """All that decides a selection beside the budgets, the weights and the calibration batches of the moment.
+    """What decides a selection and stays the same: all but the budgets, the weights and the calibration batches.
 
-    matrices: tensor name -> the matrix [rows, columns] that the mask is told of, the weight's entries in their order.
-    avoided: tensor name -> int64 positions that must not train, sorted, unique.
+    matrices: tensor name -> (rows, columns) of the matrix that the mask sees, which is a view of the weight.
+    avoided: tensor name -> int64 positions that must not train, sorted and unique.
     """
 
     mask: str | Mask
@@ -48,9 +48,9 @@ class Selector:
         progress: Progress | None = None,
         undo: Undo | None = None,
     ) -> tuple[Indices, dict[str, Any] | None]:
-        """Positions for each weight that gets any, and what was calibrated (None if the mask needs nothing of that kind).
+        """The positions of each weight that gets any, and what `calibrate` returned (None if the mask needs no calibration).
 
-        Positions lie on the weight's device, in the dtype of positions in it. Raises MaskError, or what the model does.
+        Positions are on the weight's device, in the `index_dtype` of its size. Raises MaskError, or what the model raises.
         """
         plan = self._settled(weights, plan)
         pool = masks.Pool(plan.shared, plan.floors)
@@ -62,7 +62,7 @@ class Selector:
             statistics = {what: found if what == "activations" else found.view(matrix) for what, found in statistics.items()}
             if count is None:
                 pool.add(name, masks.score(self.mask, name, weight, seed=self.seed, **statistics), avoid)
-            elif count:  # the proportion of a small number may be none
+            elif count:  # a tensor's share of a small total may be 0
                 found = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
                 chosen[name] = found.to(index_dtype(weight.numel()))
 
@@ -93,8 +93,11 @@ class Selector:
         return placed, calibrated
 
     def _settled(self, weights: Mapping[str, nn.Parameter], plan: BudgetPlan) -> BudgetPlan:
-        """The plan, if the mask can rank the entries of all tensors that share a count. `rand` ranks none: uniformly over
-        the model is in proportion to the entries that may train."""
+        """The plan, if the mask can rank the entries of all tensors that share a count. Raises MaskError if it cannot.
+
+        `rand` ranks nothing. For it the shared count is divided in proportion to the entries that may train, as in a uniform
+        draw over the model.
+        """
         if not plan.floors:
             return plan
         if masks.resolve(self.mask)[1] is masks.rand:

@@ -1,7 +1,7 @@
-"""Sets of positions: of several masks together, or as another adapter holds them.
+"""Sets of positions: those of several masks combined, or those that another adapter holds.
 
-A set of masks has the budget of one. The masks in it are asked for more or fewer entries until what remains of them fills
-the budget, which takes five to twenty times as long as they do.
+A set of masks has the budget of one mask. Its masks are asked for more or fewer entries until their combination fills the
+budget. This takes five to twenty times as long as the masks alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ Chooser = Callable[[int], Tensor]  # from a count to a mask's positions, int64 a
 
 
 def joined(chosen: Sequence[Chooser], k: int) -> Tensor:
-    """Positions that any of several masks chooses, each asked for equally many: int64 [at most k]."""
+    """The positions that any of several masks chooses, each asked for equally many. Returns int64 [at most k]."""
     return _fill(lambda count: _all([choose(count) for choose in chosen]), k // len(chosen), k, k)
 
 
 def common(chosen: Sequence[Chooser], k: int, limit: int) -> Tensor:
-    """Positions that all of several masks choose, each asked for equally many, up to a limit: int64 [at most k]."""
+    """The positions that all of several masks choose, each asked for equally many, up to `limit`. Returns int64 [at most k]."""
 
     def at(count: int) -> Tensor:
         first, *others = (choose(count) for choose in chosen)
@@ -35,7 +35,10 @@ def common(chosen: Sequence[Chooser], k: int, limit: int) -> Tensor:
 
 
 def left(chosen: Sequence[Chooser], k: int, limit: int) -> Tensor:
-    """The first mask's positions that no other chooses with k; it is asked for more, up to a limit: int64 [at most k]."""
+    """The positions of the first mask that no other mask chooses when asked for k. Returns int64 [at most k].
+
+    The first mask is asked for more entries until k are left, but for at most `limit`.
+    """
     first, *others = chosen
     taken = _all([choose(k) for choose in others])
 
@@ -49,9 +52,9 @@ def left(chosen: Sequence[Chooser], k: int, limit: int) -> Tensor:
 def from_adapter(weight: Tensor, k: int, name: str, adapter: Adapter | None = None) -> Tensor:
     """Positions of the entries that another adapter holds in the tensor of the same name (ours).
 
-    adapter: `functools.partial(masks.from_adapter, adapter=shira.load("poet.safetensors"))`.
-    Returns int64 [what it holds], sorted, flat in C order.
-    Raises MaskError if it holds none of this tensor, another shape, or more than k.
+    adapter: set it with `functools.partial(masks.from_adapter, adapter=shira.load("poet.safetensors"))`.
+    Returns int64 [entries that the adapter holds], sorted, flat in C order.
+    Raises MaskError if the adapter lacks this tensor, has it in another shape, or holds more than k of its entries.
     """
     if not isinstance(adapter, Adapter):
         raise MaskError(
@@ -72,15 +75,16 @@ def from_adapter(weight: Tensor, k: int, name: str, adapter: Adapter | None = No
 
 
 def _all(parts: list[Tensor]) -> Tensor:
-    """Sorted positions that are in any part."""
+    """The positions that are in any part, sorted and unique."""
     positions: Tensor = torch.cat(parts).unique()
     return positions
 
 
 def _fill(at: Callable[[int], Tensor], count: int, limit: int, k: int) -> Tensor:
-    """The largest set of at most k that `at` gives for a count up to the limit; its size must not fall as the count grows.
+    """The largest set of at most k that `at` gives for a count up to `limit`. The set's size must not fall as the count grows.
 
-    From `count`, which gives at most k, by doubling; then by bisection, every other step where a straight line would meet k.
+    The search starts at `count`, which gives at most k, and doubles it until the set is too large. Then it bisects; every other
+    step goes to where linear interpolation expects k.
     """
     low, best = count, at(count)
     high, above = low, best

@@ -1,4 +1,4 @@
-"""Struct: whole rows or columns at a fixed distance, plus the diagonal."""
+"""Struct: whole rows or columns at a fixed distance, and the diagonal."""
 
 import torch
 from torch import Tensor
@@ -20,16 +20,18 @@ def struct(
 ) -> Tensor:
     """Positions of every f-th row (or column) and the diagonal (SHiRA §3.1, B.1, arXiv 2406.13175).
 
-    The rows alone are of rank at most their number; the diagonal makes the update of high rank.
+    The rank of the rows alone is at most their number. The diagonal makes the rank of the update high.
 
-    Two patterns of one direction and frequency with different offsets share no line: all they have in common is the
-    diagonal, and with diagonal=False nothing (§4.2, non-overlapping Struct).
+    Two patterns with the same direction and frequency but different offsets share no line. They share only the diagonal, and
+    nothing with diagonal=False (§4.2, non-overlapping Struct).
 
-    weight: [out, in]; only its shape matters. frequency: f, by default the smallest that keeps the pattern of offset 0
-    within k entries, so that it does not depend on the offset. offset: the first line, from 0 to f − 1.
-    avoid: flat positions to leave out, as those where the diagonal of another struct adapter meets this pattern.
+    weight: [out, in]; only its shape matters.
+    frequency: f. The default is the smallest f whose pattern of offset 0 has at most k entries; so it does not depend on the
+        offset.
+    offset: the first line, from 0 to f − 1.
+    avoid: flat positions to leave out, such as those where the diagonal of another struct adapter crosses this pattern.
     Returns int64 [at most k], sorted, flat in C order.
-    Raises MaskError if k does not hold the pattern, there is no such line, or a line would be left out whole.
+    Raises MaskError if the pattern has more than k entries, there is no such line, or `avoid` holds a whole line.
     """
     if weight.ndim != 2:
         raise MaskError(f"struct needs a matrix, found shape {list(weight.shape)}")
@@ -53,7 +55,7 @@ def struct(
             f"found {offset}"
         )
     count = entries_of_lines(rows, columns, frequency, direction, offset, diagonal)
-    if count > k:  # lines beyond the diagonal's end cross it less often
+    if count > k:  # a line beyond the end of the diagonal does not cross it, so this pattern has more entries
         raise MaskError(
             f"struct from offset {offset} needs {count} entries, but the budget is {k}; use a density of at least "
             f"{count / weight.numel():.6f}"
@@ -73,7 +75,7 @@ def struct(
 
 
 def _smallest_frequency(rows: int, columns: int, direction: Direction, k: int, diagonal: bool) -> int:
-    """The smallest f whose pattern of offset 0 holds at most k entries."""
+    """The smallest f whose pattern of offset 0 has at most k entries."""
     frequency = max(1, -(-rows * columns // k))  # the lines alone hold at least entries / f
     while entries_of_lines(rows, columns, frequency, direction, 0, diagonal) > k:
         frequency += 1
