@@ -1,4 +1,4 @@
-"""What becomes of one tensor when several adapters change it. `kernels.combine` does the same faster for the usual methods."""
+"""Combine the changes of several adapters in one tensor. `kernels.combine` does the same faster for the usual methods."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,11 +23,13 @@ def combine(
     deltas: bool = False,
     check: Callable[[int, Tensor], None] = lambda number, base: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """base + what the method makes of the changes α · (value − base), for the tensor of this name.
+    """base + the change that the method computes from all α · (value − base), for one tensor.
 
-    parts: (SparseTensor, α) in the order of summation. overlap: where their positions meet, n of them. base: [n], the values
-    there. deltas: the parts are deltas, the result is to be one, and the base is zeros. check: called with the number of each
-    overwrite and the base values under it, widened.
+    name: the tensor's name.
+    parts: (SparseTensor, α), in the order of summation.
+    overlap: the union of their positions, n of them. base: [n], the base values there.
+    deltas: the parts are deltas, the base is zeros, and the result is a delta.
+    check: called for each overwrite with its number and the base values under it, in float32 (float64 for float64).
     Returns indices [at most n], values and base values there, both in the base's dtype.
     """
     wide = base.to(torch.promote_types(base.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Several adapters into one: on sorted positions, never dense, one tensor at a time."""
+"""Fuse several adapters into one: on sorted positions, never dense, one tensor at a time."""
 
 import contextlib
 import contextvars
@@ -36,15 +36,15 @@ def fuse(
     method: str = "sum",
     **options: float,
 ) -> Adapter:
-    """One adapter with the effect of several: base + what `method` makes of their changes α · (values − base).
+    """One adapter with the effect of several: base + the change that `method` computes from all α · (values − base).
 
-    adapters: file -> strength α, or name -> (Adapter, strength). A strength is a number, below 0 to negate; or pattern ->
-        number, of which the last that fits a tensor's name counts, as in {"*": 1.0, "*.mlp.*": 0.5}.
-    base: the model, or its tensors by name; needed unless all adapters are deltas, which make a delta again.
-    method: "sum", "mean", "max", "ties" (density=0.2) or "dare" (drop=0.5, seed=0): docs/fusion.md.
+    adapters: file -> strength α, or name -> (Adapter, strength). A strength is a number, below 0 to negate; or a mapping from
+        patterns to numbers, such as {"*": 1.0, "*.mlp.*": 0.5}. The last pattern that matches a tensor's name counts.
+    base: the model, or its tensors by name. It is not needed if all adapters are deltas; then the result is a delta, too.
+    method: "sum", "mean", "max", "ties" (density=0.2) or "dare" (drop=0.5, seed=0). See docs/fusion.md.
 
-    All is computed in float32, in the order of the names, and rounded once; an entry that one adapter alone touches at
-    strength 1 gets its value bit for bit. Files are read a tensor at a time.
+    Everything is computed in float32 (float64 for float64), in the order of the names, and rounded once. An entry that only one
+    adapter changes, at strength 1, gets that adapter's value bit for bit. Files are read one tensor at a time.
 
     SHiRA §3.2 and Appendix I, arXiv 2406.13175. Raises AdapterError, FormatError or BaseMismatch.
 
@@ -88,15 +88,17 @@ def fuse(
 
 
 def _side_by_side(work: Callable[[str], Item], names: Sequence[str]) -> Iterator[Item]:
-    """`work` on each name, a tensor to a thread, in as many threads as torch has. Much of the work is reading, hashing and
-    copying, in which a thread does not hold the interpreter's lock."""
+    """Call `work` with each name, in as many threads as torch uses. Yields the results in order.
+
+    Threads help, because much of the work is reading, hashing and copying, which release the interpreter's lock.
+    """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        contexts = [contextvars.copy_context() for _ in names]  # which backend is forced
+        contexts = [contextvars.copy_context() for _ in names]  # a context variable says which backend is forced
         yield from pool.map(lambda context, name: context.run(work, name), contexts, names)
 
 
 def _check_recorded_bases(parts: Mapping[str, Adapter]) -> None:
-    """Without a base to compare with: adapters that name different ones are not to be summed by mistake."""
+    """Raise BaseMismatch if the adapters record different bases. Without a base to compare with, nothing else detects that."""
     known = {label: str(base["id"]) for label, part in parts.items() if (base := part.metadata.get("base") or {}).get("id")}
     if len({os.path.basename(base.rstrip("/")) for base in known.values()}) > 1:
         named = ", ".join(f"{label}: {base}" for label, base in known.items())
@@ -112,7 +114,7 @@ def _fused_over(
     method: Method,
     in_part: Mapping[str, Callable[[], bool]],
 ) -> tuple[SparseTensor, str]:
-    """One tensor's new entries over a base, checked first; and the fingerprint of the base there."""
+    """One fused tensor over a base, and the fingerprint of the base values there. The adapters are checked first."""
     for label, tensor in held.items():
         weight_of(label, name, tensor, weights, to_overwrite=True)
     weight = weights[name].detach()
@@ -137,7 +139,7 @@ def _fused_over(
 
 
 def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[str, float], method: Method) -> SparseTensor:
-    """A delta from deltas, in the dtype that holds all of them."""
+    """A fused delta from deltas, in the dtype to which all of theirs promote."""
     parts = [(tensor, scale[label]) for label, tensor in held.items()]
     shapes = {tensor.shape for tensor in held.values()}
     if len(shapes) > 1:
@@ -174,7 +176,7 @@ def _sparse(
 def _in_one_pass(
     parts: Sequence[tuple[SparseTensor, float]], weight: Tensor | None, dtype: torch.dtype, method: Method
 ) -> Combined | None:
-    """What `combine` would return over the base in `weight`, or over zeros, where a kernel does it all at once; else None."""
+    """The result of `combine` over the base in `weight`, or over zeros, if one kernel can compute all of it; otherwise None."""
     gaps = kernels.takes_gaps(weight, sum(tensor.nnz for tensor, _ in parts))
     changes = [
         Contribution(
@@ -192,7 +194,7 @@ def _in_one_pass(
 def _metadata(
     parts: Mapping[str, Adapter], strengths: Mapping[str, CheckedStrength], method: Method, prints: dict[str, str]
 ) -> dict[str, Any]:
-    """The fused adapter's, with all that it takes to fuse again."""
+    """The fused adapter's metadata, with everything that is needed to fuse again."""
     files = {label: os.path.basename(label) for label in parts}
     if len(set(files.values())) < len(files):
         files = {label: label for label in parts}

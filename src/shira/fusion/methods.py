@@ -1,13 +1,13 @@
-"""How the changes of several adapters become one where they meet: each method a pure function on the entries of one tensor.
+"""Methods of fusion: how the changes of several adapters at one entry become one. Each is a pure function on one tensor.
 
-A change is α · (value − base): of one adapter, at one entry. A method first may thin out each adapter by itself, then combines
-what is left:
+A change is α · (value − base), of one adapter at one entry. A method may first thin out each adapter separately. Then it
+combines what is left:
 
-    thin(part, **options) -> (kept [j], factor)     which of the part's k changes stay, by place; and what to multiply them by
-    combine(changes, overlap) -> total [n]          changes: of each adapter [k], in a fixed order; overlap: where they meet
+    thin(part, **options) -> (kept [j], factor)     kept: numbers of the part's k changes that stay; factor: multiplies them
+    combine(changes, overlap) -> total [n]          changes: [k] for each adapter, in a fixed order; overlap: their positions
 
-Both work on sorted positions; nothing is ever as large as the tensor. An entry whose changes are all thinned out is the base's.
-A change that meets no other comes out as it is.
+Both work on sorted positions, and nothing is as large as the tensor. An entry whose changes are all thinned out keeps the value
+of the base. A change at an entry that no other adapter changes is returned as it is.
 """
 
 import inspect
@@ -34,8 +34,8 @@ class Share(NamedTuple):
     name: str  # the tensor's
     indices: Tensor  # [k], positions in the tensor
     values: Tensor  # [k], the adapter's
-    change: Tensor  # [k], α · (value − base), float32
-    places: Tensor  # [k], rising, where it meets the other adapters
+    change: Tensor  # [k], α · (value − base), float32 (float64 for float64)
+    places: Tensor  # [k], rising, where its positions are in the union of all adapters' positions
 
 
 def total(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
@@ -47,17 +47,17 @@ def total(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
 
 
 def _add_(sums: Tensor, place: Tensor, change: Tensor) -> None:
-    """sums[place] += change, of places that differ. Not by index_add_: on a GPU that adds atomically, and loses subnormals."""
+    """sums[place] += change, for places that differ. (On a GPU `index_add_` would add atomically and lose subnormals.)"""
     overwrite_(sums, place, sums.index_select(0, place) + change)
 
 
 def mean(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
-    """The unique changes summed, the shared ones averaged (the stitching of Localize-and-Stitch, arXiv 2408.13656)."""
+    """The mean of the changes at each entry (the stitching of Localize-and-Stitch, arXiv 2408.13656)."""
     return total(changes, overlap).div_(overlap.counts)
 
 
 def largest(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
-    """The change of the largest magnitude; among equal ones the first."""
+    """The change with the largest magnitude at each entry; among equal ones the first."""
     best = changes[0].new_zeros(overlap.indices.numel())
     for change, place in zip(changes, overlap.places, strict=True):
         held = best.index_select(0, place)
@@ -66,7 +66,7 @@ def largest(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
 
 
 def elect(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
-    """The mean of the changes that have their sum's sign; 0 where that is 0 (TIES, steps 2 and 3, arXiv 2306.01708)."""
+    """The mean of the changes with the sign of their sum; 0 where the sum is 0 (TIES, steps 2 and 3, arXiv 2306.01708)."""
     sign = total(changes, overlap).sign_()
     agreed, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for change, place in zip(changes, overlap.places, strict=True):
@@ -77,19 +77,20 @@ def elect(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
 
 
 def trim(part: Share, density: float = 0.2) -> tuple[Tensor, float]:
-    """Keep the largest changes, this share of the adapter's entries in the tensor (TIES, step 1, arXiv 2306.01708).
+    """Keep the largest changes (TIES, step 1, arXiv 2306.01708).
 
-    density: above 0, at most 1. The paper ranks a model's whole change at once; tensor by tensor needs no second reading.
+    density: the share of the adapter's entries in the tensor to keep, above 0, at most 1. The paper ranks all changes of a
+    model in one list. Here each tensor is ranked separately, so files need not be read twice.
     """
     kept = math.ceil(density * part.change.numel())
     return top_k(part.change.abs().nan_to_num_(nan=math.inf, posinf=math.inf), kept), 1.0
 
 
 def drop(part: Share, drop: float = 0.5, seed: int = 0) -> tuple[Tensor, float]:
-    """Drop each change with a probability, and scale the others up so that the expectation stays (DARE, arXiv 2311.03099).
+    """Drop each change with a probability, and scale up the others to keep the expected sum (DARE, arXiv 2311.03099).
 
-    drop: the probability, at least 0, below 1. What is dropped depends on the seed, the tensor's name, the adapter's values and
-    the positions alone: not on file names, nor on the machine.
+    drop: the probability, at least 0, below 1. What is dropped depends only on the seed, the tensor's name, the positions and
+    the adapter's values. It does not depend on file names or on the machine.
     """
     seed = seed_of(seed, f"{part.name}\n{fingerprint(part.values, SHA256)}")  # whose draws may not change
     return coin(part.indices, 1 - drop, seed).nonzero().view(-1), 1 / (1 - drop)
@@ -103,18 +104,18 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 class Method(NamedTuple):
-    """A method of fusion with its options; two that are equal give the same result."""
+    """A method of fusion with its options. Equal methods give equal results."""
 
     name: str
     options: tuple[tuple[str, float], ...] = ()
 
     @property
     def thins(self) -> bool:
-        """Whether an adapter's changes are thinned out before they meet others."""
+        """Whether each adapter's changes are thinned out before they are combined."""
         return METHODS[self.name].thin is not None
 
     def thin(self, part: Share) -> tuple[Share, float]:
-        """What stays of a part, and by what its changes were multiplied."""
+        """What stays of a part, and the factor by which its changes were multiplied."""
         function = METHODS[self.name].thin
         if function is None:
             return part, 1.0
@@ -122,11 +123,11 @@ class Method(NamedTuple):
         return Share(part.name, part.indices[kept], part.values[kept], factor * part.change[kept], part.places[kept]), factor
 
     def combine(self, changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
-        """The total change [n] at the entries of the overlap."""
+        """The total change [n] at the positions of the overlap."""
         return METHODS[self.name].combine(changes, overlap)
 
     def described(self) -> dict[str, Any]:
-        """As metadata hold it: {"method": "ties", "density": 0.2}."""
+        """The method as metadata hold it: {"method": "ties", "density": 0.2}."""
         return {"method": self.name, **dict(self.options)}
 
 
@@ -145,7 +146,7 @@ METHODS: Mapping[str, _Steps] = {
 
 
 def resolve(name: str, options: Mapping[str, Any]) -> Method:
-    """A method by its name, options completed and checked. Raises AdapterError for what is unknown or out of range."""
+    """The method of this name, its options completed and checked. Raises AdapterError if one is unknown or out of range."""
     if not isinstance(name, str) or name not in METHODS:
         hint = "; to negate an adapter, give it a negative strength" if name in ("negation", "negate") else ""
         raise AdapterError(f"unknown fusion method {shown(name)}; {did_you_mean(str(name), METHODS)}{hint}")

@@ -1,4 +1,4 @@
-"""How strongly an adapter works: one number, or one for each tensor by pattern."""
+"""The strength of an adapter: one number, or one for each tensor by pattern."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,14 +13,16 @@ from ..weights.targets import by_pattern
 
 __all__ = ["CheckedStrength", "Strength", "as_given", "check_strengths", "given_strengths", "is_there", "strengths_of"]
 
-LARGEST = (2 - 2**-23) * 2.0**127  # that float32 holds, in which all is added up
-Strength = float | Mapping[str, float]  # of a whole adapter; or of its tensors, pattern -> strength
+LARGEST = (2 - 2**-23) * 2.0**127  # the largest float32, because changes are added up in float32
+Strength = float | Mapping[str, float]  # of the whole adapter; or pattern of tensor names -> strength
 CheckedStrength = float | tuple[tuple[str, float], ...]  # the same, checked and hashable
 
 
 def given_strengths(call: str, adapters: Any) -> dict[str, tuple[Adapter | Path, Any]]:
-    """Label -> an adapter, or the file of one, and its strength, which is not checked; by label. adapters: file -> strength, or
-    name -> (Adapter, strength). call: of which function, for the message of the AdapterError that is raised for anything else.
+    """Label -> (adapter or path of its file, strength), sorted by label. Strengths are not checked.
+
+    call: the name of the calling function, for messages. adapters: file -> strength, or name -> (Adapter, strength).
+    Raises AdapterError for anything else.
     """
     meant = f"{call} takes {{'poet.safetensors': 1.0}}, or of adapters in memory {{'poet': (poet, 1.0)}}"
     if not isinstance(adapters, Mapping):
@@ -42,7 +44,7 @@ def given_strengths(call: str, adapters: Any) -> dict[str, tuple[Adapter | Path,
 
 
 def check_strengths(strengths: Mapping[str, Strength]) -> dict[str, CheckedStrength]:
-    """Each adapter's strength, checked. Raises AdapterError for one that is no finite number, nor maps patterns to such."""
+    """Each adapter's strength, checked. Raises AdapterError unless it is a finite number or maps patterns to finite numbers."""
     return {name: _fixed(f"the strength of {shown(name)}", strength) for name, strength in strengths.items()}
 
 
@@ -64,20 +66,20 @@ def _finite(what: str, value: Any) -> float:
 
 
 def as_given(strength: CheckedStrength) -> float | dict[str, float]:
-    """A checked strength in the form it was given in."""
+    """A checked strength in the form in which the user gave it."""
     return strength if isinstance(strength, float) else dict(strength)
 
 
 def is_there(strength: CheckedStrength) -> bool:
-    """Whether any of it is not 0."""
+    """Whether the strength is not 0, for any tensor."""
     return strength != 0 if isinstance(strength, float) else any(value != 0 for _, value in strength)
 
 
 def strengths_of(label: str, strength: CheckedStrength, names: Iterable[str]) -> dict[str, float]:
-    """Tensor name -> strength: of the patterns that mean a name (`targets.by_pattern`) the last one counts.
+    """Tensor name -> strength. The last pattern that matches a name (`targets.by_pattern`) counts.
 
-    label: what to call the adapter in a message. Raises AdapterError for a pattern that means no name, and for a name that no
-    pattern means: a slip of the pen is then no strength of 0 or 1.
+    label: the adapter's name in messages. Raises AdapterError for a pattern that matches no name, and for a name that no
+    pattern matches. So a typing error does not silently become a strength of 0 or 1.
     """
     names = list(names)
     if isinstance(strength, float):

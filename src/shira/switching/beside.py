@@ -1,4 +1,4 @@
-"""Adapters on quantized layers: nothing is overwritten, a sparse product of what is active is added to each layer's output."""
+"""Adapters on quantized layers: nothing is overwritten; a sparse product is added to each layer's output."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ __all__ = ["AddedProduct", "Sides", "product"]
 
 
 class AddedProduct(NamedTuple):
-    """What is added to the output of the layers that compute with a weight."""
+    """A sparse product that is added to the output of the layers that compute with `weight`."""
 
     weight: Tensor
     layout: SparseLayout
@@ -28,10 +28,10 @@ class AddedProduct(NamedTuple):
 
 
 class Sides:
-    """The quantized linear layers of a model, and what is added to their outputs now."""
+    """The quantized linear layers of a model. Shows products by adding them to the layers' outputs."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._mark = object()  # of our own hooks
+        self._mark = object()  # marks the hooks of this object
         self._users: dict[int, list[nn.Linear]] = {}
         for module in model.modules():
             if isinstance(module, nn.Linear) and is_quantized(module.weight):
@@ -40,7 +40,8 @@ class Sides:
     def split(self, title: str, adapter: Adapter, weights: Mapping[str, Tensor]) -> tuple[Adapter, dict[str, SparseTensor]]:
         """An adapter's part for plain weights, and its deltas for quantized ones.
 
-        Raises BaseMismatch for a tensor of another shape, or one that would have to be overwritten or is of no linear layer.
+        title: the adapter in messages. Raises BaseMismatch if a quantized weight has another shape, would have to be
+        overwritten, or is in no linear layer.
         """
         beside = {name: t for name, t in adapter.tensors.items() if name in weights and is_quantized(weights[name])}
         for name, tensor in beside.items():
@@ -52,7 +53,7 @@ class Sides:
                 )
             if id(weight) not in self._users:
                 raise BaseMismatch(
-                    f"{title}: '{name}' is {label(weight)} and not a linear layer's; no product can stand beside it"
+                    f"{title}: '{name}' is {label(weight)}, but only the quantized weight of a linear layer can have an adapter"
                 )
         plain = {name: tensor for name, tensor in adapter.tensors.items() if name not in beside}
         return Adapter(plain, adapter.metadata), beside
@@ -72,7 +73,7 @@ class Sides:
 
 
 class _Adding:
-    """A hook that adds a product to a layer's output; known by its owner, so that none can be forgotten in a layer."""
+    """A hook that adds a product to a layer's output. `owner` identifies it, so that `show` finds all of its own hooks."""
 
     def __init__(self, product: AddedProduct, owner: object) -> None:
         self._product, self.owner = product, owner
@@ -83,7 +84,7 @@ class _Adding:
 
 
 def product(name: str, weight: Tensor, parts: list[tuple[SparseTensor, float]], method: Method) -> AddedProduct:
-    """What the method makes of deltas at their strengths, in float32. Raises AdapterError if it overflows."""
+    """The product that the method makes of (delta, strength) pairs, in float32. Raises AdapterError if it overflows."""
     overlap = kernels.unite([tensor.indices for tensor, _ in parts])
     zeros = torch.zeros(overlap.indices.numel(), dtype=torch.float32, device=overlap.indices.device)
     indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)

@@ -1,4 +1,4 @@
-"""A model as a switcher has found it: its tensors, whether they are still the same, and which adapters belong to them."""
+"""A model as a switcher has found it: its tensors, whether they are still the same, and whether an adapter fits them."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,14 +21,15 @@ __all__ = ["ModelNow"]
 
 
 class ModelNow:
-    """What is known of a model, from when this was made until the model is another.
+    """What is known about a model. It is valid until the model changes.
 
-    weights: each tensor by every name that it has; those that are one memory are one. pieces: of sharded ones what lies here,
-        by their number. sides: its quantized layers. claim: on all of it; owner says whose it is at the moment.
+    weights: every name of each tensor -> the tensor; tensors with the same memory are one object.
+    pieces: id of a sharded weight -> the piece of it in this process.
+    sides: the quantized layers. claim: a claim on the whole model; `owner` says who owns it at the moment.
     """
 
     def __init__(self, model: nn.Module, owner: Callable[[], str]) -> None:
-        reshard(model)  # after a forward pass a sharded model may hold gathered weights, which are none of its own
+        reshard(model)  # after a forward pass a sharded model may hold gathered weights, which are not its own tensors
         self._model = model
         self.tensors = ModelTensors(model)
         self.weights = self.tensors.by_name
@@ -36,24 +37,24 @@ class ModelNow:
         self.sides = Sides(model)
         self.claim = claim(model, owner, None)
         watch()
-        self._watched: list[Tensor] = []  # what any adapter has been checked against
+        self._watched: list[Tensor] = []  # the weights that any adapter has been checked against
         self._versions: list[int] = []  # their version counters after our own last write
 
     def is_another(self) -> bool:
-        """Whether modules or tensors of the model were replaced, or written to in the ways of torch, since our last write."""
+        """Whether a module or tensor of the model was replaced, or torch wrote to a watched weight, since our last write."""
         if self.pieces:
             reshard(self._model)
         return not self.tensors.same() or self._versions != [weight._version for weight in self._watched]
 
     def was_written(self) -> None:
-        """What was written until now was written by us."""
+        """Record that all writes until now were our own."""
         self._versions = [weight._version for weight in self._watched]
 
     def checked(self, label: str, adapter: Adapter, plans: Sequence[WritePlan], *, is_new: bool) -> dict[str, SparseTensor]:
-        """An adapter's tensors, ready to be written to this model: on its devices, overwrites in its dtypes, one for each
-        tied weight. The base is compared if the content is new.
+        """An adapter's tensors, ready to be written to this model: on its devices, overwrites in its dtypes.
 
-        label: what to call the adapter in a message. plans: what is active over the base. Raises BaseMismatch.
+        There is one tensor for each tied weight. label: the adapter's name in messages. plans: what is active over the base.
+        is_new: whether the content is new; then the base is compared. Raises BaseMismatch.
         """
         plain, _ = self.sides.split(label, adapter, self.weights)
         if is_new:
@@ -75,7 +76,10 @@ class ModelNow:
         return tensors
 
     def _watch(self, adapter: Adapter) -> None:
-        """Look from now on whether others write to these weights; forward passes write to buffers, and some have no counter."""
+        """Watch from now on whether others write to these weights.
+
+        Buffers are left out, because forward passes write to them; so are tensors without a usable version counter.
+        """
         known = {id(weight) for weight in self._watched}
         for weight in self.tensors.objects([name for name in adapter.tensors if name in self.weights]):
             if id(weight) not in known and not (is_buffer(weight) or weight.is_inference() or is_sharded(weight)):
@@ -83,7 +87,7 @@ class ModelNow:
                 self._versions = [*self._versions, weight._version]
 
     def base_at(self, weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:
-        """Base values at positions [k] of a weight: the live ones, or those stashed by plans that are active."""
+        """The base values at positions [k] of a weight: those in the weight, or in the stash of a plan that is active there."""
         indices = indices.to(weight.device)
         piece = self.pieces.get(id(weight))
         if piece is None:
@@ -92,7 +96,7 @@ class ModelNow:
         return gather_pieces(weight, indices, here)
 
     def names(self) -> dict[int, list[str]]:
-        """Number of a weight, or of what lies here of it -> its names."""
+        """id of a weight, or of its local piece -> the weight's names."""
         names: dict[int, list[str]] = {}
         for name, weight in self.weights.items():
             names.setdefault(id(weight), []).append(name)
@@ -112,8 +116,8 @@ def _base_here(weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> T
 
 
 def _on(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:
-    """A sparse tensor ready to be written: on the weight's device, overwrites in its dtype."""
-    dtype = weight.dtype if tensor.kind == "overwrite" else tensor.values.dtype  # of a quantized weight there are only deltas
+    """A sparse tensor ready to be written: on the weight's device; an overwrite in the weight's dtype. Raises BaseMismatch."""
+    dtype = weight.dtype if tensor.kind == "overwrite" else tensor.values.dtype  # a quantized weight has only deltas
     if (tensor.values.device, tensor.values.dtype) == (weight.device, dtype):
         return tensor
     try:
@@ -125,7 +129,7 @@ def _on(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:
 
 
 def _same(one: SparseTensor, other: SparseTensor) -> bool:
-    """Whether two sparse tensors agree to the bit."""
+    """Whether two sparse tensors are equal, bit for bit."""
     return (
         (one.shape, one.kind, one.values.dtype) == (other.shape, other.kind, other.values.dtype)
         and torch.equal(one.indices, other.indices)

@@ -1,4 +1,4 @@
-"""What a selection writes over the base: adapters read, checked against the model, and combined, before anything is written."""
+"""Prepare a selection: adapters are read, checked against the model and combined, before anything is written."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,9 +25,9 @@ __all__ = ["checked", "overflow", "prepare"]
 def prepare(
     key: Chosen, sources: Mapping[str, AdapterSource], ready: Ready, now: ModelNow, active: Sequence[WritePlan]
 ) -> Prepared:
-    """A selection with every value computed and checked, held ready from now on where that is possible.
+    """A selection with every value computed and checked. It is held ready from now on, if that is possible.
 
-    active: the plans that are written over the base at the moment. Raises what `Switcher.use` raises, for files and values.
+    active: the plans that are written over the base at the moment. Raises what `Switcher.use` raises for files and values.
     """
     by_weight: dict[int, tuple[str, list[tuple[SparseTensor, float]]]] = {}
     for adapter_name, fixed in key.strengths:
@@ -44,12 +44,12 @@ def prepare(
             made.append(_write(name, parts, key.method, ready, now, active))
     plan = WritePlan.of([write for write, _ in made], [total for _, total in made])
     prepared = Prepared(plan, tuple(products))
-    moves = any(is_buffer(part.weight) for part in plan.parts)  # its sums hold for what it is now
+    moves = any(is_buffer(part.weight) for part in plan.parts)  # forward passes change buffers, and then their sums are wrong
     return prepared if moves else ready.hold(key, prepared)
 
 
 def checked(name: str, source: AdapterSource, now: ModelNow, active: Sequence[WritePlan]) -> dict[str, SparseTensor]:
-    """The tensors of an adapter, read and found to belong to the model. Raises what `Switcher.add` raises."""
+    """The tensors of an adapter, read and checked against the model. Raises what `Switcher.add` raises."""
     adapter, is_new = source.read()
     tensors = now.checked(source.label(name), adapter, active, is_new=is_new)
     source.is_checked()
@@ -69,7 +69,7 @@ def _write(
     now: ModelNow,
     active: Sequence[WritePlan],
 ) -> tuple[Write, Sum | None]:
-    """The write to one tensor; and the sum that its values are still to become, if the kernel computes it as it writes."""
+    """The write to one tensor; and the sum that gives its values, if the kernel computes the sum while it writes."""
     weight = now.weights[name]
     tensor, strength = parts[0]
     if len(parts) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
@@ -87,7 +87,7 @@ def _write(
 
 
 def _here(weight: Tensor, indices: Tensor, values: Tensor, ready: Ready, now: ModelNow) -> Write:
-    """A write to a weight, or, if it is sharded, to its local piece."""
+    """A write to a weight or, if the weight is sharded, to its local piece."""
     piece = now.pieces.get(id(weight))
     if piece is not None:
         span = piece.span(indices)

@@ -1,9 +1,9 @@
-"""The base under an adapter whose weights were cast, moved or replaced while it was active.
+"""Restore the base under an adapter whose weights were cast, moved or replaced while the adapter was active.
 
-A switcher knows what lay under the entries that it has written. If the weights have changed since, that may no longer be what
-the base would be. What has happened is seen from the entries themselves: they must be what the adapter's values, and the
-base's, become by one and the same cast. Then so does the stash, and the base is what the user's act has made of the base.
-Anything else is refused.
+A switcher keeps the base values of the entries that it has written (the stash). After a cast of the weights these values may
+no longer be the base. The entries themselves show what has happened: each must be what one and the same cast, or sequence of
+two casts, makes of the adapter's value or of the base's value. Then the same casts are applied to the stash. The result is the
+base as the user's casts have changed it. Anything else is an error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from ..weights.model_tensors import ModelTensors, is_buffer
 
 __all__ = ["put_back"]
 
-BETWEEN = (torch.float16, torch.bfloat16, torch.float64)  # what a weight may have been cast to before it was cast to what it is
+BETWEEN = (torch.float16, torch.bfloat16, torch.float64)  # dtypes through which a weight may have been cast
 
 
 class _Entries(NamedTuple):
-    """A few entries of a weight as it is now, [k] each: positions, what lies there, what was written, what lay there before."""
+    """Some entries of a weight as it is now, [k] each: positions, present values, written values, and the old base values."""
 
     name: str
     weight: Tensor
@@ -34,18 +34,18 @@ class _Entries(NamedTuple):
 
     @property
     def kind(self) -> tuple[torch.dtype, torch.dtype]:
-        """What was cast to what: one call casts all of a kind in one way."""
+        """The dtypes (before, now). One call, such as `model.half()`, casts all weights of a kind in the same way."""
         return self.stash.dtype, self.live.dtype
 
 
-Bases = dict[torch.dtype | None, Tensor]  # by what a weight was cast to in between, or None -> the base's entries [k]
+Bases = dict[torch.dtype | None, Tensor]  # the dtype in between, None for a single cast -> the base's entries [k]
 
 
 def put_back(plans: Sequence[WritePlan], names: Mapping[int, list[str]], tensors: ModelTensors, active: str) -> None:
     """Write the base under these plans into the weights as they are now.
 
-    names: number of a plan's weight -> its names. tensors: the model's as they are now. active: what is active, for messages.
-    Raises SwitchError, before anything is written, if what lies under the adapter is not known any more.
+    names: id of a plan's weight -> its names. tensors: the model's tensors as they are now. active: the active adapters, for
+    messages. Raises SwitchError, before anything is written, if the base values under the adapter are not known any more.
     """
     found: list[tuple[_Entries, Bases]] = []
     present = tensors.numbers
@@ -54,8 +54,8 @@ def put_back(plans: Sequence[WritePlan], names: Mapping[int, list[str]], tensors
             part, stash, shape = plan.parts[number], plan.stash[number], plan.shapes[number]
             now = {id(part.weight): (names[id(part.weight)][0], part.weight)}
             there = [(name, tensors.by_name.get(name, part.weight)) for name in names[id(part.weight)]]
-            in_pieces = any(is_sharded(weight) for _, weight in there)  # of which the plan has what lies here
-            for name, weight in there if not in_pieces else ():  # several, if it was tied; it may be no longer
+            in_pieces = any(is_sharded(weight) for _, weight in there)  # then the plan is for the local pieces
+            for name, weight in there if not in_pieces else ():  # several weights, if they were tied before
                 now.setdefault(id(weight), (name, weight))
             if not in_pieces and not present & now.keys():
                 raise _unknown(names[id(part.weight)][0], None, active)
@@ -82,38 +82,38 @@ def put_back(plans: Sequence[WritePlan], names: Mapping[int, list[str]], tensors
 def _unknown(name: str, weight: Tensor | None, active: str) -> SwitchError:
     found = "nothing of that name" if weight is None else f"{weight.dtype} {list(weight.shape)} on {weight.device}"
     return SwitchError(
-        f"'{name}' was changed by somebody else while {active} was active in it: found {found}, and what lies under the "
-        "adapter cannot be told from its entries any more. Load the base's weights into the model, then call release(), which "
-        "takes the model as it is for the base; next time call use(None) first"
+        f"'{name}' was changed by somebody else while {active} was active in it: found {found}, and the base values under the "
+        "adapter cannot be determined from its entries any more. Load the base's weights into the model, then call release(), "
+        "which takes the model as it is as the base; next time call use(None) first"
     )
 
 
 def _entries(name: str, weight: Tensor, shape: torch.Size, indices: Tensor, written: Tensor, stash: Tensor) -> _Entries | None:
-    """The entries as they are now; None if they cannot be read or written. shape: of the weight when they were written."""
+    """The entries as they are now; None if they cannot be read or written. shape: the weight's when they were written."""
     if weight.ndim != len(shape) or weight.shape[1:] != shape[1:] or weight.is_meta or not weight.is_floating_point():
         return None
-    memory = weight.untyped_storage().nbytes()  # which others may have given back
+    memory = weight.untyped_storage().nbytes()  # others may have freed it
     if torch._debug_has_internal_overlap(weight) == 1 or memory < weight.numel() * weight.itemsize:
         return None
     indices = indices.long().to(weight.device)
-    there = indices < weight.numel()  # rows may be gone, as of an embedding that was made smaller
+    there = indices < weight.numel()  # rows may be missing, for example if an embedding was made smaller
     indices, written, stash = indices[there], written.to(weight.device)[there], stash.to(weight.device)[there]
     return _Entries(name, weight, indices, _sides(weight)[_places(weight, indices)], written, stash)
 
 
 def _sides(weight: Tensor) -> Tensor:
-    """The weight, detached, with a side at least."""
+    """The weight, detached, with at least one dimension."""
     return weight.detach() if weight.ndim else weight.detach().view(1)
 
 
 def _places(weight: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
-    """Positions in the weight's own shape, whatever its layout in memory."""
+    """Flat positions as coordinates in the weight's shape, which are right for any layout in memory."""
     return torch.unravel_index(indices, weight.shape or (1,))
 
 
 def _bases(entries: _Entries) -> Bases:
-    """The base's entries, for each way in which the weight may have become what it is; none if it has become so in another."""
-    if is_buffer(entries.weight):  # which forward passes change: it is what lay there
+    """The base's entries for each sequence of casts that explains the weight as it is now; empty if none does."""
+    if is_buffer(entries.weight):  # forward passes change it, so its entries show nothing; the stash is the base
         return {None: entries.stash.to(entries.live.dtype)}
     found: Bases = {}
     for between in _ways(entries.weight):
@@ -124,8 +124,10 @@ def _bases(entries: _Entries) -> Bases:
 
 
 def _ways(weight: Tensor) -> list[torch.dtype | None]:
-    """What may have been done to a weight of which each entry is still in its place: a cast, or two. Two are possible only if
-    the dtype between holds all that it holds."""
+    """The casts that a weight may have gone through: a single one (None), or one through each of these dtypes.
+
+    A cast through another dtype is possible only if that dtype holds every value that the weight has now.
+    """
     whole = weight.detach()
     others = [between for between in BETWEEN if between != weight.dtype]
     return [None, *(each for each in others if bool(_same(_cast(whole, each, weight.dtype), whole).all()))]
@@ -136,7 +138,7 @@ def _cast(tensor: Tensor, between: torch.dtype | None, dtype: torch.dtype) -> Te
 
 
 def _same(one: Tensor, other: Tensor) -> Tensor:
-    """Where two tensors of one dtype agree to the bit; any NaN is any other."""
+    """Where two tensors of one dtype are equal, bit for bit; all NaNs count as equal."""
     return ((one == other) & (one.signbit() == other.signbit())) | (one.isnan() & other.isnan())
 
 

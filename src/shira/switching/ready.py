@@ -1,4 +1,4 @@
-"""What a switcher holds ready: selections whose values are all computed and checked, a bounded number of them."""
+"""The selections that a switcher holds ready: a bounded number, all of their values computed and checked."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ __all__ = ["BASE", "Chosen", "Prepared", "Ready", "Selection", "chosen"]
 
 
 class Chosen(NamedTuple):
-    """What can be active: adapters in order, with their strengths, and how they are combined."""
+    """What can be active: adapters in the order of their names, with their strengths, and the method that combines them."""
 
     strengths: tuple[tuple[str, CheckedStrength], ...]
     method: Method
@@ -29,8 +29,8 @@ Selection = str | Mapping[str, Strength] | None
 
 
 def chosen(selection: Selection, method: str, options: Mapping[str, float], check: Callable[[str], None]) -> Chosen:
-    """What a user's words mean: see `Switcher.use`. check: raises what is to be said of a name that is not known."""
-    if method == "sum" and not options and (selection is None or type(selection) is str):  # most calls: no time to lose
+    """The selection that the arguments of `Switcher.use` mean. check: raises an error for a name that is not known."""
+    if method == "sum" and not options and (selection is None or type(selection) is str):  # most calls, understood fast
         if selection is None:
             return BASE
         check(selection)
@@ -49,16 +49,17 @@ def chosen(selection: Selection, method: str, options: Mapping[str, float], chec
 
 
 class Prepared(NamedTuple):
-    """A selection: what it writes over the base, and what it adds to the outputs of quantized layers."""
+    """A prepared selection: what it writes over the base, and what it adds to the outputs of quantized layers."""
 
     plan: WritePlan
     beside: tuple[AddedProduct, ...] = ()
 
 
 class Ready:
-    """Selections held ready, those used last; and in host memory those that had to make room, or are on their way back.
+    """The selections used last, held ready; and older ones in host memory.
 
-    capacity, host: how many of each.
+    here: those that are ready, at most `capacity`. waiting: those in host memory, at most `host`.
+    arriving: those on their way back from host memory, at most `capacity`.
     """
 
     def __init__(self, capacity: int, host: int) -> None:
@@ -68,7 +69,7 @@ class Ready:
         self.arriving: OrderedDict[Chosen, Prepared] = OrderedDict()
 
     def take(self, key: Chosen) -> Prepared | None:
-        """A selection that is ready; or that waits, or is arriving, and then is ready from now on."""
+        """The selection if it is ready, waits or arrives; from now on it is ready. Otherwise None."""
         if key in self.here:
             self.here.move_to_end(key)
             return self.here[key]
@@ -80,7 +81,7 @@ class Ready:
         return held
 
     def fetch(self, key: Chosen) -> bool:
-        """Let a selection that waits come; whether there is nothing else to do to have it ready."""
+        """Start to copy a selection that waits. Returns whether it is ready or arrives, so that nothing else must be done."""
         if key in self.here or key in self.arriving:
             return True
         found = self._arrive(key)
@@ -99,7 +100,7 @@ class Ready:
         return Prepared(waiting.arrive(), beside)
 
     def hold(self, key: Chosen, prepared: Prepared) -> Prepared:
-        """Hold a selection ready. What no longer fits waits in host memory, or is gone."""
+        """Hold a selection ready. If there are too many, the one used longest ago moves to host memory or is dropped."""
         self.here[key] = prepared
         while len(self.here) > self._capacity:
             gone, its = self.here.popitem(last=False)
@@ -112,19 +113,21 @@ class Ready:
         return prepared
 
     def drop(self, name: str | None = None) -> None:
-        """Forget all that has to do with an adapter, or everything."""
+        """Drop every selection with this adapter, or all selections."""
         held: tuple[OrderedDict[Chosen, Any], ...] = (self.here, self.waiting, self.arriving)
         for selections in held:
             for key in [key for key in selections if name is None or name in dict(key.strengths)]:
                 del selections[key]
 
     def forget(self, key: Chosen) -> None:
-        """Forget one selection."""
+        """Drop one selection from those that are ready."""
         self.here.pop(key, None)
 
     def own(self, weight: Tensor, indices: Tensor) -> Tensor:
-        """A copy of these positions, which nobody else changes; or the very tensor of a plan that is ready and has the same:
-        adapters of one mask then hold them once, and switch among each other in one pass."""
+        """A copy of these positions, which nobody else changes; or the tensor of a ready plan with the same positions.
+
+        So adapters with the same mask hold their positions once, and a switch from one to another is a single pass.
+        """
         for prepared in self.here.values():
             for part in prepared.plan.parts:
                 if part.weight is weight and part.indices.numel() == indices.numel() and torch.equal(part.indices, indices):

@@ -1,4 +1,4 @@
-"""Where an adapter of a switcher comes from: memory, or a file, which is read again when it is needed again."""
+"""The source of a switcher's adapter: memory, or a file, which is read again when it is needed again."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from ..files.paths import State, path_of
 
 __all__ = ["AdapterSource"]
 
-SETTLED = 50_000_000  # nanoseconds after which a further change to a file is sure to get another time
+SETTLED = 50_000_000  # nanoseconds after a change to a file; a further change is then certain to get another time stamp
 
 
 class AdapterSource:
@@ -18,18 +18,18 @@ class AdapterSource:
     def __init__(self, adapter: Adapter | str | os.PathLike[str]) -> None:
         call = "switcher.add('poet', 'poet.safetensors')"
         self._content = adapter if isinstance(adapter, Adapter) else path_of(adapter, call, AdapterError)
-        self._found: tuple[State, ...] | None = ()  # the files' state when they were last read; None if it tells nothing
-        self._checked: tuple[State, ...] | None = None  # and when they were last found to belong to the model
+        self._found: tuple[State, ...] | None = ()  # the files' state when they were last read; None if it proves nothing
+        self._checked: tuple[State, ...] | None = None  # their state when they were last checked against the model
 
     def label(self, name: str) -> str:
-        """What to call it in a message."""
+        """The adapter's name in messages."""
         return repr(name) if isinstance(self._content, Adapter) else str(self._content)
 
     def read(self) -> tuple[Adapter, bool]:
-        """The adapter, and whether it may be another than the one that was checked.
+        """The adapter, and whether its content may differ from the content that was checked.
 
-        The state is that of what was opened, so it does not matter what takes the file's name meanwhile. A file that had only
-        just been changed may be changed again without another time, so it is checked the next time as well.
+        The state is that of the opened file, so it does not matter if another file takes its name meanwhile. A file that was
+        changed just before may change again with the same time stamp, so it is checked the next time as well.
         """
         if isinstance(self._content, Adapter):
             return self._content, self._checked is None
@@ -41,9 +41,9 @@ class AdapterSource:
         return adapter, is_new
 
     def is_checked(self) -> None:
-        """What was read last belongs to the model."""
+        """Record that the content read last belongs to the model."""
         self._checked = self._found
 
     def check_again(self) -> None:
-        """The model is another now."""
+        """Let the content be checked again, because the model has changed."""
         self._checked = None

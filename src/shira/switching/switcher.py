@@ -1,9 +1,9 @@
-"""One live model, many adapters: overwrite a few entries in place, put the old bits back.
+"""One live model, many adapters: overwrite a few entries in place, and put the old bits back.
 
-The model is always just the model. While adapters are active the switcher holds what lay under their entries (the
-stash), and whatever it does starts from there: base values are never computed, only kept. What it has written, and what it
-has kept for that, is one value (`_State`), swapped at once: whoever is interrupted leaves a state from which the next call
-finds the base. What others do to the model between two calls is looked for at each.
+The model is always just the model. While adapters are active, the switcher keeps the base values of their entries (the stash).
+Every action starts from the stash: base values are never computed, only kept. What is written and what is stashed is one value
+(`_State`), which is replaced at once. So after an interrupt at any point, the next call finds the base. Each call checks what
+others have done to the model since the last one.
 """
 
 import contextlib
@@ -40,22 +40,22 @@ AS_IT_IS = contextlib.nullcontext()
 class _State(NamedTuple):
     """What is in the weights."""
 
-    chosen: Chosen | None  # None: on the way from one to another
-    plans: tuple[WritePlan, ...] = ()  # written over the base, with what lay there; what is to be put back first comes first
+    chosen: Chosen | None  # None: a switch is under way
+    plans: tuple[WritePlan, ...] = ()  # written over the base, each with its stash; the first is restored first
 
 
 class Switcher:
     """Switches a model among adapters, and sums of them, in place (SHiRA §3.2 and Appendix I, arXiv 2406.13175).
 
-    While something is active the model is its own: a tuner, or another switcher, is refused. Calls from several threads take
-    turns; a forward pass in one thread while another switches computes with a mixture, so keep these apart. If the model is
-    sharded over processes (`fully_shard`), each of them must make the same calls. docs/guarantees.md says what may be done to
-    the model meanwhile.
+    While something is active, the switcher owns the model: a tuner or another switcher is refused. Calls from several threads
+    take turns. A forward pass in one thread while another thread switches computes with a mixture of both; so keep these apart.
+    If the model is sharded over processes (`fully_shard`), each process must make the same calls. docs/guarantees.md says what
+    you may do to the model meanwhile.
 
-    ready: how many selections (an adapter, or a sum) are held ready to switch to, positions, values and room for the
-        stash in memory; the one used longest ago goes first. An adapter added as a file is otherwise left on disk.
-    host: how many selections are kept in host memory once they had to make room, all values computed and checked: pinned, if
-        the model is on a GPU, so that `prefetch` brings them while a forward pass runs.
+    ready: how many selections (an adapter, or a sum) are held ready in memory: positions, values and room for the stash. The
+        one used longest ago makes room for a new one. Otherwise an adapter that was added as a file stays on disk.
+    host: how many selections are kept in host memory after they have made room, all values computed and checked. The memory is
+        pinned if the model is on a GPU, so that `prefetch` can copy them back while a forward pass runs.
 
         switcher = shira.Switcher(model)
         switcher.add("poet", "poet.safetensors")
@@ -74,24 +74,24 @@ class Switcher:
         self._sources: dict[str, AdapterSource] = {}
         self._ready = Ready(ready, host)
         self._nothing = WritePlan.of([])
-        self._blocks: list[list[Chosen]] = []  # of `using`, those that are open
+        self._blocks: list[list[Chosen]] = []  # the open blocks of `using`
         self._state: _State = _State(BASE)
         self._owner = functools.partial(_owner, weakref.ref(self))
         self._now = ModelNow(self._model, self._owner)
 
     @property
     def names(self) -> list[str]:
-        """The adapters that can be used."""
+        """The names of the adapters that can be used."""
         return list(self._sources)
 
     @property
     def active(self) -> dict[str, float | dict[str, float]]:
-        """Name -> strength of what is active, as `use` was given it; empty on the base."""
+        """Name -> strength of each active adapter, as it was passed to `use`; empty on the base."""
         return {name: as_given(strength) for name, strength in self._chosen_now().strengths}
 
     @property
     def method(self) -> dict[str, Any]:
-        """The method that combines what is active, and all its options: {"method": "ties", "density": 0.2}."""
+        """The method that combines the active adapters, and all its options: {"method": "ties", "density": 0.2}."""
         return self._chosen_now().method.described()
 
     def _chosen_now(self) -> Chosen:
@@ -102,11 +102,11 @@ class Switcher:
     def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
         """Register an adapter, or a file of one, under a name, after checking that it belongs to this model.
 
-        A file is read again when it is used after others have taken its place, so it must stay where it is.
+        The model is not written to. A file is read again if its adapter has made room for others in memory, so it must stay
+        where it is.
 
-        Raises SwitchError if the name is taken, or somebody else has the model; FormatError or OSError for the file;
-        BaseMismatch if a tensor is missing, has another shape or, for an overwrite adapter, other base values. The model is not
-        written to.
+        Raises SwitchError if the name is taken, or somebody else owns the model; FormatError or OSError for the file;
+        BaseMismatch if a tensor is missing, has another shape or, for an overwrite adapter, other base values.
         """
         if not isinstance(name, str) or not name:
             raise SwitchError(f'a name must be a string that is not empty, found {name!r}: add("poet", adapter)')
@@ -115,13 +115,13 @@ class Switcher:
             if name in self._sources:
                 raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
             self._follow()
-            if named_tensors(self._model).keys() != self._now.weights.keys():  # a head was put on meanwhile
+            if named_tensors(self._model).keys() != self._now.weights.keys():  # for example, a head was added meanwhile
                 self._begin_again()
             checked(name, source, self._now, self._state.plans)
             self._sources[name] = source
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Raises SwitchError if it is unknown or active."""
+        """Remove an adapter. Raises SwitchError if it is unknown or active."""
         with self._turn, _writable():
             self._known(name)
             if name in dict(self._chosen_now().strengths):
@@ -132,26 +132,28 @@ class Switcher:
     def use(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Activate one adapter, several with strengths (the paper's α), or None: the base, bit for bit.
 
-        selection: a name; or name -> strength, a number, below 0 to negate, or pattern -> number, of which the last that fits
-            a tensor's name counts; those that are 0 are not there.
-        method, options: how changes that meet are combined: docs/fusion.md.
+        selection: a name; or name -> strength. A strength is a number, below 0 to negate; or a mapping from patterns to
+            numbers, of which the last pattern that matches a tensor's name counts. An adapter with strength 0 is ignored.
+        method, options: how changes of the same entry are combined. See docs/fusion.md.
 
-        Several are base + what the method makes of the changes α · (value − base), in float32, in the order of the names,
-        rounded once; an entry that one adapter alone touches at strength 1 gets its value bit for bit.
+        The result is base + the change that the method computes from all α · (value − base), in float32 (float64 for float64),
+        in the order of the names, rounded once. An entry that only one adapter changes, at strength 1, gets that adapter's
+        value bit for bit.
 
-        Raises SwitchError for an unknown name, if somebody else has the model, or if what lies under what is active cannot be
-        told any more (docs/guarantees.md); AdapterError for a method, option or strength that cannot be, or a result that
-        overflows, and what `add` raises if a file or the model has changed: then nothing has changed here. After any other
-        exception, half way, the base is active.
+        Raises SwitchError for an unknown name, if somebody else owns the model, or if the base values under the active adapters
+        are not known any more (docs/guarantees.md); AdapterError for a method, option or strength that is not possible, or a
+        result that overflows; and what `add` raises if a file or the model has changed. Then what was active stays active; but
+        the base is active if the model had changed. After any other exception during the switch, the base is active.
         """
         with self._turn, _writable():
             self._activate(chosen(selection, method, options, self._known))
 
     def prefetch(self, selection: Selection, method: str = "sum", **options: float) -> None:
-        """Make ready what `use` will be asked for, while a forward pass may still run: what waits in host memory is sent to the
-        model's GPU by a copy of its own stream, and nobody waits for it; anything else is read, checked and computed now.
+        """Make ready what `use` will activate, while a forward pass may still run.
 
-        Nothing in the model changes. Raises what `use` raises.
+        A selection in host memory is copied to the model's GPU on a separate stream, and this call does not wait for the copy.
+        Any other selection is read, checked and computed during this call. Nothing in the model changes.
+        Raises what `use` raises.
 
             switcher.prefetch("coder")
             model(**inputs)  # with what is active now
@@ -164,9 +166,9 @@ class Switcher:
                 kernels.prepare(self._prepare(key).plan)
 
     def release(self) -> None:
-        """Give the model up as it is: nothing is written, and whatever is in its weights now is the base from here on.
+        """Give up the model as it is. Nothing is written, and what is in its weights now is the base from now on.
 
-        For a model whose base is not known any more, after `use` has said so; or to keep an adapter in the weights for good.
+        Use it when the base is not known any more, after `use` has said so; or to keep an adapter in the weights for good.
         """
         with self._turn, _writable():
             self._now.sides.show(())
@@ -175,12 +177,12 @@ class Switcher:
 
     @contextlib.contextmanager
     def using(self, selection: Selection, method: str = "sum", **options: float) -> Iterator[None]:
-        """`use` inside a `with`, then whatever was active before.
+        """`use` inside a `with` block. After the block, what was active before is active again.
 
-        There is one model: of blocks that overlap in time (in threads, asyncio, generators) the latest one has it, and when all
-        are left, what was active before the first is active again.
+        There is only one model. If blocks overlap in time (in threads, asyncio, generators), the selection of the latest block
+        is active. When all blocks are left, what was active before the first is active again.
         """
-        block = [BASE]  # what is active after it
+        block = [BASE]  # what will be active after the block
         with self._turn, _writable():
             block[0] = self._chosen_now()
             self._activate(chosen(selection, method, options, self._known))
@@ -192,7 +194,7 @@ class Switcher:
                 self._leave(block)
 
     def _leave(self, block: list[Chosen]) -> None:
-        """Activate what was active before a block; if others were entered after it, leave that to the next of them."""
+        """Activate what was active before a block. If others were entered after it, the next of them does it at its end."""
         later = [each for each in self._blocks if each is not block]
         place = next(number for number, each in enumerate(self._blocks) if each is block)
         if place < len(later):
@@ -205,7 +207,7 @@ class Switcher:
         self._activate(block[0])
 
     def _settle(self) -> None:
-        """The base, if a call was interrupted half way. Can itself be interrupted: the next call begins with it."""
+        """Restore the base if a call was interrupted. This may be interrupted, too: the next call begins with it again."""
         state = self._state
         if state.chosen is not None:
             return
@@ -222,7 +224,7 @@ class Switcher:
 
     def _was_written(self) -> None:
         self._now.was_written()
-        torch.clear_autocast_cache()  # which may hold casts of what the weights were
+        torch.clear_autocast_cache()  # it may hold casts of the old values
 
     def _put_back(self, state: _State) -> None:
         active = " + ".join(repr(name) for name, _ in (state.chosen or BASE).strengths) or "an adapter"
@@ -230,7 +232,7 @@ class Switcher:
         torch.clear_autocast_cache()
 
     def _follow(self) -> None:
-        """Take note of what was done to the model since the last call; what is active stays so."""
+        """Check what was done to the model since the last call, and follow it. What is active stays active."""
         self._settle()
         try:
             check_free(self._now.claim, SwitchError)
@@ -243,13 +245,13 @@ class Switcher:
         self._begin_again()
 
     def _begin_again(self) -> None:
-        """See the model as it is now, with the same active in it."""
+        """Start again with the model as it is now, with the same selection active."""
         before = self._state.chosen or BASE
         self._adopt()
         self._switch(before)
 
     def _adopt(self) -> None:
-        """The base of the model as it is now, with nothing active; and all that is known is of that."""
+        """Restore the base in the model as it is now, and start again from it, with nothing active."""
         if self._state.plans:
             self._put_back(self._state)
         self._now.sides.show(())
@@ -257,7 +259,7 @@ class Switcher:
         self._take_up()
 
     def _take_up(self) -> None:
-        """Begin anew with the model as it is now, of which nothing is known yet."""
+        """Look at the model as it is now, and drop everything that was known about it."""
         self._ready.drop()
         for source in self._sources.values():
             source.check_again()
@@ -266,13 +268,13 @@ class Switcher:
     def _activate(self, wanted: Chosen) -> None:
         self._settle()
         if not (wanted.strengths or self._state.plans):
-            return  # the model may be somebody else's
+            return  # nothing to do, even if somebody else owns the model
         if self._now.is_another():
             check_free(self._now.claim, SwitchError)
             self._adopt()
         try:
             self._switch(wanted)
-        except WeightChanged:  # before anything was written
+        except WeightChanged:  # it was raised before anything was written
             self._adopt()
             self._switch(wanted)
 
@@ -287,7 +289,7 @@ class Switcher:
         finite = True
         self._state = _State(None, (coming, leaving))
         try:
-            if not state.plans:  # then it is taken now: what others see of that is there before it looks for others
+            if not state.plans:  # the model is taken now; `self._state` shows that to others before this check for others
                 check_free(self._now.claim, SwitchError)
             if over is not None:
                 kernels.write_(over, leaving)
@@ -299,20 +301,20 @@ class Switcher:
             self._was_written()
             if finite:
                 self._state = _State(wanted, (coming,)) if wanted.strengths else _State(BASE)
-        except (WeightChanged, SwitchError):  # before anything was written
+        except (WeightChanged, SwitchError):  # it was raised before anything was written
             self._state = state
             raise
         except BaseException:
             self._settle()
             raise
         finally:
-            if self._now.pieces:  # what was gathered of them is out of date
+            if self._now.pieces:  # gathered weights are out of date
                 reshard(self._model)
         if not finite:
             self._undo_overflow(wanted, coming, state.chosen or BASE)
 
     def _undo_overflow(self, wanted: Chosen, plan: WritePlan, before: Chosen) -> None:
-        """Sums that were computed as they were written, some of them infinite: back to what was active."""
+        """Return to what was active before, and raise AdapterError: sums that were computed while writing are not finite."""
         weight = next(part.weight for part in plan.parts if not all_finite(part.values))
         name = next(name for name, other in self._now.weights.items() if other is weight)
         self._ready.forget(wanted)
@@ -325,19 +327,19 @@ class Switcher:
             raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
     def _prepare(self, key: Chosen) -> Prepared:
-        """What to write over the base, every value computed and checked; made once, kept while it is among the latest."""
+        """What to write over the base, with every value computed and checked: held ready, or made now."""
         if not key.strengths:
             return Prepared(self._nothing)
         return self._ready.take(key) or prepare(key, self._sources, self._ready, self._now, self._state.plans)
 
 
 def _owner(switcher: "weakref.ref[Switcher]") -> str:
-    """What is said to others who want its model."""
+    """The message for others who want the switcher's model; "" if the switcher does not own it."""
     state = _State(BASE) if (alive := switcher()) is None else alive._state
     active = " + ".join(repr(name) for name, _ in (state.chosen or BASE).strengths) or "an adapter"
     return f"a Switcher has {active} active in it; call its use(None) first" if state.plans else ""
 
 
 def _writable() -> contextlib.AbstractContextManager[Any]:
-    """Outside of inference mode, whose tensors cannot be written to later."""
+    """A context outside of inference mode, because tensors made in inference mode cannot be written to later."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else AS_IT_IS
