@@ -1,6 +1,6 @@
 """Model checkpoints on disk, one tensor at a time: safetensors in the Hugging Face layout, sharded or not.
 
-A tensor is read when it is asked for, and gone from memory with the last reference to it.
+A tensor is read when it is asked for. Nothing here keeps it: its memory is freed with the caller's last reference.
 """
 
 import os
@@ -29,9 +29,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     path: a folder with `*.safetensors` and, if there are several, their `*.safetensors.index.json`.
     shards: file -> name -> HeaderEntry, in the file's order. A tensor of a dtype unknown here is seen as flat bytes.
-    index: the file that says which tensor is in which shard, None if there is none.
+    index: the file that says which tensor is in which shard; None if there is none.
 
-    Raises CheckpointError for anything malformed, or weights in another form; OSError if there is nothing to read.
+    Raises CheckpointError for a malformed file, or weights in another file format; OSError if there is nothing to read.
 
         Checkpoint("SmolLM2-135M")["model.norm.weight"]
     """
@@ -61,7 +61,7 @@ class Checkpoint(Mapping[str, Tensor]):
             return read_tensor(opened, self.shards[file][name])
 
     def pieces(self, name: str, length: int) -> Iterator[Tensor]:
-        """The entries of a tensor in C order, flat, so many at a time; each piece is read when it is asked for."""
+        """The flat entries of a tensor in C order, in pieces of `length`. Each piece is read when it is asked for."""
         file = self._files[name]
         form, first, end = self.shards[file][name]
         step = length * form.dtype.itemsize
@@ -71,7 +71,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 yield read_tensor(opened, HeaderEntry(Form((size // form.dtype.itemsize,), form.dtype), begin, begin + size))
 
     def _open(self, file: Path) -> BinaryIO:
-        """A shard, if it is still the one whose header was read."""
+        """A shard, opened. Raises CheckpointError if it is no longer the file whose header was read."""
         opened = open_regular(file)
         if state_of(opened) != self._states[file]:
             opened.close()
@@ -79,7 +79,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return opened
 
     def form(self, name: str) -> Form:
-        """Shape and dtype of a tensor, which is not read."""
+        """Shape and dtype of a tensor, without reading it."""
         return self.shards[self._files[name]][name].form
 
     def __iter__(self) -> Iterator[str]:
@@ -92,15 +92,15 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._files)
 
     def other_files(self) -> list[Path]:
-        """What lies beside the shards in the folder, by name; no subfolders."""
+        """The other files in the folder, by name, without subfolders."""
         beside = self.path.iterdir() if self.path.is_dir() else ()
         return sorted(file for file in beside if file.is_file() and file not in self.shards)
 
 
 def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint on disk, of a model (as its `state_dict` names them), or of a mapping.
+    """The tensors of a checkpoint on disk, of a model (named as in its `state_dict`), or of a mapping.
 
-    Raises CheckpointError for a model with quantized or sharded weights, or what `Checkpoint` raises.
+    Raises CheckpointError for a model with quantized or sharded weights and for any other source, and what `Checkpoint` raises.
     """
     if isinstance(source, nn.Module):
         for name, weight in source.named_parameters():
@@ -121,7 +121,7 @@ def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
 
 
 def form_of(tensors: Mapping[str, Tensor], name: str) -> Form | None:
-    """Shape and dtype of a tensor, which is not read for it; None if there is none of that name."""
+    """Shape and dtype of a tensor, without reading it; None if there is no tensor of that name."""
     if name not in tensors:
         return None
     if isinstance(tensors, Checkpoint):
@@ -130,7 +130,7 @@ def form_of(tensors: Mapping[str, Tensor], name: str) -> Form | None:
 
 
 def pieces_of(tensors: Mapping[str, Tensor], name: str, length: int) -> Iterator[Tensor]:
-    """The entries of a tensor in C order, flat, on the CPU, so many at a time; of a checkpoint on disk only these are read.
+    """The flat entries of a tensor in C order, on the CPU, in pieces of `length`. On disk, one piece is read at a time.
 
     Raises CheckpointError for a tensor on the meta device.
     """
@@ -145,7 +145,7 @@ def pieces_of(tensors: Mapping[str, Tensor], name: str, length: int) -> Iterator
 
 
 def identity(source: CheckpointSource) -> str | None:
-    """What to call a checkpoint: its hub id in the hub's cache, else the name of its folder or file; None in memory."""
+    """A checkpoint's name: its hub id if it is in the hub's cache, otherwise that of its folder or file; None in memory."""
     if not isinstance(source, str | os.PathLike):
         return None
     path = Path(source).absolute()
@@ -160,15 +160,15 @@ def rewrite(
     replaced: Iterable[tuple[HeaderEntry, Iterable[Tensor]]],
     wrote: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Copy a file piece by piece, with some of its tensors replaced, and flush it to disk.
+    """Copy a file piece by piece, replace some of its tensors, and flush the copy to disk.
 
-    replaced: where a tensor lies, and its new content as flat tensors that together fill it; in the order of the file.
-    wrote: called with the number of bytes after each piece.
+    replaced: where a tensor is in the file, and its new content as flat tensors that fill it together; in the file's order.
+    wrote: called after each write with the number of bytes written.
     """
     with open_regular(file) as reader, open(target, "xb", buffering=0) as writer:
 
         def write(block: memoryview) -> None:
-            while block:  # a raw file may take a part only
+            while block:  # an unbuffered file may write only a part
                 count = writer.write(block)
                 wrote(count)
                 block = block[count:]
@@ -193,7 +193,7 @@ def rewrite(
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in the order of their names."""
+    """The safetensors files of a checkpoint, sorted by name. Raises CheckpointError if it is not clear which they are."""
     if not path.is_dir():
         if path.suffix != ".safetensors" and path.exists():
             raise CheckpointError(f"{path} is no checkpoint: expected a folder or a .safetensors file")
@@ -243,6 +243,6 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _entries(file: Path) -> tuple[dict[str, HeaderEntry], State]:
-    """What lies where in a file, and the state of what was read."""
+    """The tensors of a file, name -> HeaderEntry, and the state of the file that was read."""
     with open_regular(file) as opened:
         return read_header(opened)[0], state_of(opened)

@@ -1,8 +1,9 @@
-"""ΔW, the difference between two checkpoints, a piece of a tensor at a time, and where its largest entries are.
+"""ΔW, the difference between two checkpoints, one piece of a tensor at a time; and where its largest entries are.
 
-Finding the k largest |ΔW| is counting, not sorting. The bits of float32 numbers without a sign order as the numbers do: a
-histogram of the upper bits says in which bin the k-th largest lies, one of the lower bits within that bin says what it is.
-So a budget for a whole model takes no more memory than one for a tensor, and of what is not taken only counts are held.
+The k largest |ΔW| are found by counting, not by sorting. The bits of float32 numbers without a sign have the same order as the
+numbers. A histogram of the upper bits says in which bin the k-th largest number is. A histogram of the lower bits within that
+bin gives the number itself. Only counts are held of the entries that are not taken, so a budget for a whole model takes no more
+memory than one for a tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +21,11 @@ from .checkpoint import form_of, pieces_of
 
 __all__ = ["Cut", "ProgressCount", "Survey", "TensorPair", "chunks", "cut", "largest", "paired", "square_of", "survey"]
 
-CHUNK = 2**16  # entries looked at together: they stay in the processor's cache
-LOW = 15  # lower bits of a rank; the 16 above them are its bin
+CHUNK = 2**16  # entries processed together; they fit the processor's cache
+LOW = 15  # number of lower bits of a rank; the 16 bits above them are its bin
 BINS = 2**16
 FINITE = 0x7F7FFFFF  # the bits of the largest float32
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to see what bytes an entry has
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an entry -> the dtype that shows its bits
 
 
 class TensorPair(NamedTuple):
@@ -33,39 +34,39 @@ class TensorPair(NamedTuple):
     name: str
     before: Mapping[str, Tensor]
     after: Mapping[str, Tensor]
-    name_after: str  # another name if it is tied
+    name_after: str  # differs from `name` if the tensor is tied in one checkpoint
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def numel(self) -> int:
-        """Entries of the tensor."""
+        """The number of entries."""
         return torch.Size(self.shape).numel()
 
 
 class Chunk(NamedTuple):
-    """Some consecutive entries of a pair, and a rank for each by which the larger |ΔW| is the higher."""
+    """Some consecutive entries of a pair, and a rank for each. A larger |ΔW| has a higher rank."""
 
     start: int
     before: Tensor  # [n], a copy: a view would keep the whole tensor in memory
     after: Tensor  # [n], likewise
-    change: Tensor  # [n], after - before, float32, of float64 tensors float64; 0 where the bits agree
+    change: Tensor  # [n], after - before, float32 (float64 for float64 tensors); 0 where the bits agree
     rank: Tensor  # int32 [n], 1 + the bits of |change| as float32; 0 where the bits agree
 
 
 class Survey(NamedTuple):
-    """What is known of ΔW of one tensor: how many entries differ, Σ ΔW², and how many ranks lie in which bins."""
+    """What is known about ΔW of one tensor: how many entries differ, Σ ΔW², and how many ranks are in each bin."""
 
     pair: TensorPair
     changed: int
     square: float
-    bins: Tensor  # int64 [b], rising, none of them empty
+    bins: Tensor  # int64 [b], rising, without the empty ones
     counts: Tensor  # int64 [b]
 
 
 @dataclass
 class Cut:
-    """Which entries to take: those of a higher rank, and the first `ties` of just this rank."""
+    """Which entries to take: all with a rank above `rank`, and the first `ties` entries with exactly this rank."""
 
     rank: int
     ties: int
@@ -73,29 +74,30 @@ class Cut:
 
 @dataclass
 class ProgressCount:
-    """Counts the entries that were looked at, for who wants to see progress."""
+    """Counts the entries that were processed, and reports their share of all."""
 
     total: int
     on_progress: Callable[[float], None] | None
     done: int = 0
 
     def passed(self, entries: int) -> None:
-        """So many more were looked at, or need not be."""
+        """Count further entries that were processed, or that need not be."""
         self.done += entries
         if self.on_progress is not None:
             self.on_progress(min(1.0, self.done / max(1, self.total)))
 
 
 def paired(before: Mapping[str, Tensor], after: Mapping[str, Tensor], chosen: set[str]) -> tuple[list[TensorPair], list[str]]:
-    """The tensors to compare, by name; and the names of those that cannot be, and need not: they are not among the chosen.
+    """The tensors to compare, sorted by name; and the names of those that are not chosen and cannot be compared.
 
-    A tensor that one checkpoint lacks because it is tied there is compared by its twin, the one of the same bits in the other.
+    One checkpoint may lack a tensor because it is tied there to another one. Then the tensor is compared with that other one:
+    its twin, which has the same bits in the checkpoint that holds both.
     Raises CheckpointError if a chosen tensor is missing, or has another shape or dtype.
     """
     pairs, aside, faults = [], [], []
     for name in sorted(set(before) | set(after)):
         if name not in before and _twin(name, after, before):
-            continue  # a copy of what the base holds once
+            continue  # the base holds it once, under another name
         pair = _pair(name, before, after)
         if isinstance(pair, TensorPair):
             pairs.append(pair)
@@ -113,9 +115,12 @@ def paired(before: Mapping[str, Tensor], after: Mapping[str, Tensor], chosen: se
 
 
 def chunks(pair: TensorPair, watch: ProgressCount) -> Iterator[Chunk]:
-    """The pieces of a tensor in which anything differs. Raises CheckpointError where ΔW is not a finite number."""
+    """The pieces of a tensor in which anything differs. Raises CheckpointError where ΔW is not a finite number.
+
+    It also raises CheckpointError if a tensor differs that is not floating point.
+    """
     before, after = pieces_of(pair.before, pair.name, CHUNK), pieces_of(pair.after, pair.name_after, CHUNK)
-    for start, one, other in zip(range(0, pair.numel, CHUNK), before, after, strict=False):  # split has a piece of nothing
+    for start, one, other in zip(range(0, pair.numel, CHUNK), before, after, strict=False):  # an empty tensor has one piece
         if not torch.equal(_bits(one), _bits(other)):
             yield _chunk(pair, start, one.clone(), other.clone())
         watch.passed(one.numel())
@@ -132,7 +137,7 @@ def _chunk(pair: TensorPair, start: int, before: Tensor, after: Tensor) -> Chunk
     change = after.to(wide) - before.to(wide)
     rank = change.float().abs().view(torch.int32)
     if int(rank.max()) > FINITE:
-        change.masked_fill_(same, 0)  # inf - inf and NaN - NaN
+        change.masked_fill_(same, 0)  # inf - inf and NaN - NaN are NaN
         rank = change.float().abs().view(torch.int32)
     if int(rank.max()) > FINITE:
         where = int(rank.argmax())
@@ -144,7 +149,7 @@ def _chunk(pair: TensorPair, start: int, before: Tensor, after: Tensor) -> Chunk
 
 
 def survey(pair: TensorPair, watch: ProgressCount) -> Survey:
-    """Look through one tensor."""
+    """Read one tensor in both checkpoints, and count what differs."""
     bins, square = torch.zeros(BINS, dtype=torch.int64), 0.0
     for chunk in chunks(pair, watch):
         found = torch.bincount(chunk.rank >> LOW, minlength=BINS)
@@ -156,7 +161,7 @@ def survey(pair: TensorPair, watch: ProgressCount) -> Survey:
 
 
 def cut(group: Sequence[Survey], k: int, watch: ProgressCount) -> Cut:
-    """The cut that leaves exactly k entries of a group of tensors, or all that differ if they are fewer."""
+    """The cut that takes exactly k entries of a group of tensors, or all that differ if these are fewer."""
     if k >= sum(survey.changed for survey in group):
         watch.passed(sum(survey.pair.numel for survey in group))
         return Cut(0, 0)
@@ -171,7 +176,7 @@ def cut(group: Sequence[Survey], k: int, watch: ProgressCount) -> Cut:
 
 
 def largest(group: Sequence[Survey], budgets: Sequence[int]) -> list[float]:
-    """Σ ΔW² over the k largest entries of a group of tensors, for each k; all entries in a bin count as its middle."""
+    """Σ ΔW² over the k largest entries of a group of tensors, for each budget k. Each entry counts as the middle of its bin."""
     counts = _upper(group)
     filled = counts.nonzero().view(-1).flip(0)  # the largest first
     middle = ((filled.int() << LOW) + 2 ** (LOW - 1)).view(torch.float32).double()
@@ -187,7 +192,7 @@ def square_of(change: Tensor) -> float:
 
 
 def _upper(group: Sequence[Survey]) -> Tensor:
-    """How many ranks of a group lie in which bin, int64 [BINS]."""
+    """How many ranks of a group are in each bin, int64 [BINS]."""
     counts = torch.zeros(BINS, dtype=torch.int64)
     for survey in group:
         counts[survey.bins] += survey.counts
@@ -195,7 +200,7 @@ def _upper(group: Sequence[Survey]) -> Tensor:
 
 
 def _kth(counts: Tensor, k: int) -> tuple[int, int]:
-    """The place of the k-th from the top, and how many of the k are in this place."""
+    """The bin of the k-th entry from the top, and how many of the top k are in this bin. counts: entries in each bin."""
     from_top = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(from_top, k))
     above = int(from_top[place - 1]) if place else 0
@@ -203,7 +208,7 @@ def _kth(counts: Tensor, k: int) -> tuple[int, int]:
 
 
 def _pair(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> TensorPair | str:
-    """A tensor in both checkpoints, or why it cannot be compared."""
+    """A tensor in both checkpoints, or the reason why it cannot be compared."""
     partner = name if name in after or name not in before else _twin(name, before, after)
     one, other = form_of(before, name), form_of(after, partner or "")
     if one is None or other is None or partner is None:
@@ -211,12 +216,12 @@ def _pair(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) 
     if one != other:
         return f"is {_plain(one)} in the base, {_plain(other)} in the tuned checkpoint"
     if one.dtype.itemsize not in BITS:
-        return f"is {_plain(one)}, which has no differences here"
+        return f"is {_plain(one)}, a dtype that cannot be compared"
     return TensorPair(name, before, after, partner, *one)
 
 
 def _twin(name: str, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str | None:
-    """The name of a tensor of the same bits beside it that exists in the other checkpoint."""
+    """The name of another tensor with the same bits, if one exists that the other checkpoint has, too."""
     form = form_of(tensors, name)
     for candidate in tensors:
         if candidate != name and candidate in others and form_of(tensors, candidate) == form:

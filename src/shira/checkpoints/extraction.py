@@ -1,4 +1,4 @@
-"""A sparse adapter out of a full fine-tune: of ΔW = tuned − base the entries that matter, and how much of it they are."""
+"""Extract a sparse adapter from a full fine-tune: the entries of ΔW = tuned − base that matter, and how much they keep."""
 
 import os
 import re
@@ -24,8 +24,8 @@ __all__ = ["extract", "extract_to", "summary"]
 
 Scope = Literal["tensor", "model"]
 CURVE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # densities that a summary tries
-ENOUGH = 0.9  # of ‖ΔW‖: a summary suggests the least of these densities that keeps so much
-SPARSE = 0.1  # of all entries: the most that an exact adapter may hold
+ENOUGH = 0.9  # share of ‖ΔW‖; a summary suggests the smallest of these densities that keeps this share
+SPARSE = 0.1  # share of all entries that an exact adapter may hold at most
 
 
 def extract(
@@ -40,19 +40,19 @@ def extract(
     license: str | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Adapter:
-    """An adapter that makes of `base` what `tuned` is, as far as a budget goes: the entries with the largest |ΔW|.
+    """An adapter that turns `base` into `tuned` as far as a budget allows: the entries with the largest |ΔW|.
 
     base, tuned: checkpoint folders, safetensors files, models, or mappings of tensors, with the same names, shapes and
-        dtypes. Of tensors that are tied, either checkpoint may hold one only.
-    density: the share of entries to take, of each tensor that differs (scope "tensor") or of all of these together (scope
+        dtypes. Either checkpoint may hold only one of several tied tensors.
+    density: the share of entries to take: of each tensor that differs (scope "tensor"), or of all of these together (scope
         "model"). Among equal |ΔW| (in float32) the first positions win; over a model, the alphabetically first tensors.
-        None takes every entry whose bits differ, if these are at most 10 % of the checkpoint.
-    kind: "overwrite" holds the tuned values, bit for bit; "delta" the differences, in float32 (in float64 for float64).
-    targets: the tensors to take from, all by default: names of tensors or modules, or suffixes of them; "attention", "mlp";
-        or a regular expression on whole names. What else differs counts as lost.
+        None takes every entry whose bits differ, if these are at most 10 % of the checkpoint's entries.
+    kind: "overwrite" holds the tuned values, bit for bit; "delta" holds the differences, in float32 (float64 for float64).
+    targets: the tensors to take entries from, all by default: names of tensors or modules, or suffixes of them; "attention",
+        "mlp"; or a regular expression on whole names. Differences in other tensors count as lost.
     on_progress: called with the share of the work that is done, 0 to 1.
 
-    Checkpoints on disk are read piece by piece; the adapter is in memory, while `extract_to` writes it to a file.
+    Checkpoints on disk are read piece by piece. The adapter is held in memory; `extract_to` writes it to a file instead.
     `summary(adapter)` says how much of ΔW is kept, and what other densities would keep.
 
     Raises CheckpointError if the checkpoints cannot be read, do not match, do not differ, or differ too much for `density`
@@ -77,10 +77,10 @@ def extract(
 
 
 def extract_to(path: str | os.PathLike[str], base: CheckpointSource, tuned: CheckpointSource, **options: Any) -> None:
-    """Write the file that `extract(base, tuned, **options).save(path)` would, byte for byte, each tensor as it is found: what
-    is held is what is taken of one tensor.
+    """Write the file that `extract(base, tuned, **options).save(path)` would write, byte for byte, one tensor at a time.
 
-    Raises what `extract` raises, or OSError, with any file already under that name unchanged.
+    Only the entries taken from one tensor are in memory.
+    Raises what `extract` raises, or OSError. Then a file that already has this name is unchanged.
 
         shira.checkpoints.extraction.extract_to("instruct.safetensors", "SmolLM2-135M", "SmolLM2-135M-Instruct", density=0.05)
     """
@@ -106,7 +106,7 @@ def _extract(
     license: str | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Hand out an adapter's tensors, one by one; returns its metadata."""
+    """Call `receive` with the adapter's tensors, one by one. Returns the adapter's metadata."""
     for what, value, known in (("scope", scope, get_args(Scope)), ("kind", kind, get_args(Kind))):
         if not isinstance(value, str) or value not in known:
             raise AdapterError(f"unknown {what} {shown(value)}; {did_you_mean(str(value), known)}")
@@ -126,7 +126,7 @@ def _extract(
         except CheckpointError:
             if pair.name in chosen:
                 raise
-            not_compared.append(pair.name)  # whole numbers that differ, or a NaN: no target, no matter
+            not_compared.append(pair.name)  # integers that differ, or a NaN: no error if it is no target
             continue
         if found.changed:
             surveys.append(found)
@@ -136,7 +136,7 @@ def _extract(
             f"{identity(tuned) or 'tuned'} differs nowhere from {identity(base) or 'base'}; nothing to extract"
         )
     watch.total = watch.done + 2 * sum(found.pair.numel for found in in_reach)
-    groups = [in_reach] if scope == "model" else [[found] for found in in_reach]  # each has one budget
+    groups = [in_reach] if scope == "model" else [[found] for found in in_reach]  # each group has one budget
     facts = {"tuned": identity(tuned), "scope": scope} | _facts(pairs, surveys, groups)
     if density is None:
         _check_sparse(facts, sum(found.changed for found in in_reach))
@@ -163,15 +163,18 @@ def _extract(
 
 
 def summary(adapter: Adapter) -> dict[str, Any]:
-    """What `extract` found, as it is in the adapter's metadata; shares are of the Frobenius norm ‖ΔW‖, not of its square.
+    """What `extract` found, from the adapter's metadata. Shares are of the Frobenius norm ‖ΔW‖, not of its square.
 
-    kept: the adapter's share; norm: ‖ΔW‖; entries, changed: how many were compared, and how many of them differ;
-    curve: [density, kept] for several densities, to half a percent; suggested_density: the least of these that keeps
-    90 %, None if none does; tensors: name -> entries, changed, norm, kept, for all that differ; left_out: those of them of
-    which nothing is taken; not_compared: what is no target, and exists in one checkpoint only, in two forms, or with
-    differences that are no finite numbers.
+    kept: the share of ‖ΔW‖ that the adapter keeps. norm: ‖ΔW‖.
+    entries, changed: how many entries were compared, and how many of them differ.
+    curve: [density, kept] for several densities, accurate to half a percent.
+    suggested_density: the smallest of these densities that keeps 90 %; None if none does.
+    tensors: name -> entries, changed, norm, kept, for each tensor that differs.
+    left_out: the tensors that differ and from which nothing is taken.
+    not_compared: tensors that are no targets and are in one checkpoint only, have two forms, or differ in values that are
+        not finite or not floating point.
 
-    Raises AdapterError if it was not extracted.
+    Raises AdapterError if the adapter was not extracted.
     """
     found = adapter.metadata.get("extraction") if isinstance(adapter, Adapter) else None
     if not isinstance(found, dict):
@@ -180,8 +183,8 @@ def summary(adapter: Adapter) -> dict[str, Any]:
 
 
 class _Taken(NamedTuple):
-    fingerprint: str  # of the base values there
-    square: float  # Σ ΔW² there
+    fingerprint: str  # of the base values at the entries that are taken
+    square: float  # Σ ΔW² over these entries
 
 
 def _budget(group: Sequence[Survey], density: float) -> int:
@@ -189,9 +192,9 @@ def _budget(group: Sequence[Survey], density: float) -> int:
 
 
 def _take(pair: TensorPair, level: Cut, kind: Kind, watch: ProgressCount) -> tuple[SparseTensor, _Taken]:
-    """What a cut leaves of one tensor; the ties that it takes are taken off the cut."""
+    """The entries that a cut takes from one tensor. Subtracts the ties that it takes from `level.ties`."""
     held = pair.dtype if kind == "overwrite" else torch.promote_types(pair.dtype, torch.float32)
-    indices, values, below, square = bytearray(), bytearray(), bytearray(), 0.0  # many small tensors would scatter the heap
+    indices, values, below, square = bytearray(), bytearray(), bytearray(), 0.0  # many small tensors would fragment the heap
     for chunk in chunks(pair, watch):
         take = chunk.rank > level.rank
         if level.ties:
@@ -216,7 +219,7 @@ def _tensor(content: bytearray, dtype: torch.dtype) -> Tensor:
 
 
 def _facts(pairs: Sequence[TensorPair], surveys: Sequence[Survey], groups: Sequence[Sequence[Survey]]) -> dict[str, Any]:
-    """The summary's part on ΔW, whatever is taken of it."""
+    """The part of the summary that describes ΔW, independent of what is taken."""
     whole = sum(found.square for found in surveys)
     parts = [largest(group, [_budget(group, density) for density in CURVE]) for group in groups]
     curve = [[density, _share(sum(squares), whole)] for density, squares in zip(CURVE, zip(*parts, strict=True), strict=True)]
@@ -230,7 +233,7 @@ def _facts(pairs: Sequence[TensorPair], surveys: Sequence[Survey], groups: Seque
 
 
 def _facts_taken(surveys: Sequence[Survey], taken: Mapping[str, _Taken]) -> dict[str, Any]:
-    """The summary's part on what is taken, and what is not."""
+    """The part of the summary that describes what is taken, and what is not."""
     tensors = {}
     for found in surveys:
         name, part = found.pair.name, taken.get(found.pair.name)
@@ -248,7 +251,7 @@ def _facts_taken(surveys: Sequence[Survey], taken: Mapping[str, _Taken]) -> dict
 
 
 def _share(part: float, whole: float) -> float:
-    """The share of a norm, by sums of squares; all of nothing."""
+    """A share of a norm, from two sums of squares; 1 if the norm is 0."""
     return min(1.0, part / whole) ** 0.5 if whole else 1.0
 
 

@@ -1,4 +1,4 @@
-"""Adapters into a plain checkpoint that any tool loads: copied shard by shard, the adapters' entries replaced on the way."""
+"""Merge adapters into a plain checkpoint that any tool loads: each shard is copied, and the adapters' entries are replaced."""
 
 import contextlib
 import json
@@ -40,27 +40,30 @@ def merge(
     """Write a checkpoint folder that is `base` with adapters in it: base + Σ α · (values − base) (SHiRA Appendix I).
 
     base: a checkpoint folder or a safetensors file.
-    adapter: one, as it is or as a file, at strength 1; or several: file -> strength α, or name -> (Adapter, strength), as in
-        `fuse`, whose other methods are for adapters that are fused first.
-    out: a folder that does not exist, or is empty. It is there when all of it is on the disk, and not before.
+    adapter: an Adapter or a file, with strength 1; or several: file -> strength α, or name -> (Adapter, strength), as in
+        `fuse`. To use another method than the sum, `fuse` the adapters first.
+    out: a folder that does not exist, or is empty. It appears when all of its content is on the disk, and not before.
     on_progress: called with the share of the work that is done, 0 to 1.
 
-    Each entry has the bits that `Switcher.use` gives it; all other tensors are those of the base, byte for byte. The base's
-    other files (configuration, tokenizer, licence) come along, but not its subfolders, or its weights in other formats; and
-    README.md ends on what was merged. It holds one tensor of the base, and what adapters that lie in files have for it.
+    Each entry has the bits that `Switcher.use` gives it. All other tensors are those of the base, byte for byte. The base's
+    other files (configuration, tokenizer, licence) are copied, but not its subfolders and not its weights in other formats.
+    A section at the end of README.md says what was merged. Only one tensor of the base is in memory at a time, with the entries
+    that adapters in files have for it.
 
-    A checkpoint may name its tensors otherwise than the model in memory: GPT-2's are "h.0…" on the Hub, and "transformer.h.0…"
-    in a language model. If one prefix in place of another makes all of the adapters' names its own, they are merged there.
+    A checkpoint may use other tensor names than the model in memory: GPT-2's are "h.0…" on the Hub, and "transformer.h.0…" in a
+    language model. If replacing one prefix by another turns all of the adapters' names into names of the checkpoint, the
+    adapters are merged under these names.
 
-    Returns how many of the adapters' entries have the base's value still: changes too small for its dtype are rounded away.
+    Returns how many of the adapters' entries still have the base's value: changes too small for its dtype are rounded away.
 
     Raises CheckpointError if base cannot be read or out is not empty; BaseMismatch for an adapter of another base;
-    FormatError or AdapterError for adapters, strengths, or sums that overflow; OSError (a full disk). Nothing is left then.
+    FormatError or AdapterError for adapters, strengths, or sums that overflow; OSError, for example for a full disk. Then
+    nothing is left in out.
 
         shira.merge("SmolLM2-135M-Instruct", {"poet.safetensors": 1.0, "coder.safetensors": 0.5}, "SmolLM2-poet-coder")
     """
     call = "shira.merge('base', 'poet.safetensors', 'merged')"
-    out = Path(os.path.realpath(path_of(out, call, CheckpointError)))  # a link to a folder stays one
+    out = Path(os.path.realpath(path_of(out, call, CheckpointError)))  # resolved, so that a link to a folder stays a link
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; name a folder that does not exist, or is empty")
     with contextlib.ExitStack() as files:
@@ -74,7 +77,7 @@ def _merge(
     out: Path,
     on_progress: Callable[[float], None] | None,
 ) -> int:
-    """Check the adapters, then write all."""
+    """Check the adapters, then write the folder."""
     names = names_in(checkpoint, {label: content for label, (content, _) in adapters.items()})
     by_tensor: dict[str, list[Weighted]] = {}
     for label, (content, strength) in sorted(adapters.items()):
@@ -85,9 +88,9 @@ def _merge(
             dtype = checkpoint.form(name).dtype
             if dtype not in FLOAT_DTYPES:
                 raise BaseMismatch(f"{label}: '{name}' is {dtype} in the base, which no adapter can change")
-            if scale != 0:  # else the base's bits stay, as in Switcher.use
+            if scale != 0:  # otherwise the base's bits stay, as in Switcher.use
                 by_tensor.setdefault(name, []).append((there, scale))
-    stayed: list[int] = []  # entries of each piece
+    stayed: list[int] = []  # for each piece, how many of the adapters' entries have the base's value
     seen, total = 0, sum(file.stat().st_size for file in checkpoint.shards)
 
     def wrote(count: int) -> None:
@@ -117,7 +120,7 @@ def _merge(
 def _in_files(
     adapter: Adapter | Path_ | Mapping[str, Strength] | Mapping[str, tuple[Adapter, Strength]], files: contextlib.ExitStack
 ) -> dict[str, tuple[Adapter, CheckedStrength]]:
-    """Label -> adapter and strength, whatever way they were given. `files` closes those that are read."""
+    """Label -> (adapter, strength), for each form in which `merge` takes adapters. `files` closes the files that are opened."""
     if isinstance(adapter, Adapter):
         return {adapter.name or "the adapter": (adapter, 1.0)}
     if isinstance(adapter, str | os.PathLike):
@@ -131,7 +134,7 @@ def _in_files(
 
 
 def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Weighted], stayed: list[int]) -> Iterator[Tensor]:
-    """One tensor with adapters in it, piece by piece, flat; and how many entries each piece has that are as they were."""
+    """One tensor with adapters in it, in flat pieces. Appends to `stayed` how many entries of a piece have the base's value."""
     held = [(adapter.tensors[name], strength) for adapter, strength in parts]
     for number, piece in enumerate(checkpoint.pieces(name, CHUNK)):
         start = number * CHUNK
@@ -148,7 +151,7 @@ def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Weighted], stayed
 
 
 def _within(tensor: SparseTensor, start: int, length: int) -> SparseTensor:
-    """The entries of one piece of a tensor, which counts from its own beginning."""
+    """The entries in one piece of a tensor; positions are counted from the beginning of the piece."""
     first, last = (int(torch.searchsorted(tensor.indices, edge)) for edge in (start, start + length))
     indices, values = tensor.indices[first:last].cpu() - start, tensor.values[first:last].cpu()
     return SparseTensor((length,), indices, values, tensor.kind)
@@ -156,7 +159,7 @@ def _within(tensor: SparseTensor, start: int, length: int) -> SparseTensor:
 
 @contextlib.contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name if all goes well, and goes away otherwise."""
+    """A temporary folder to write into. It is renamed to `out` if nothing fails, and removed otherwise."""
     try:
         with temporary_folder(out.parent) as temporary:
             yield temporary
@@ -168,7 +171,7 @@ def _whole_folder(out: Path) -> Iterator[Path]:
 
 
 def _flush(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+    with contextlib.suppress(OSError):  # not every file system can flush a folder
         opened = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(opened)
@@ -177,7 +180,7 @@ def _flush(folder: Path) -> None:
 
 
 def _note(readme: Path, base: str | None, adapters: Mapping[str, tuple[Adapter, CheckedStrength]], stayed: int) -> None:
-    """Add to the model card what was merged; what it says of the licence stays at its head."""
+    """Append to the model card what was merged. The card's header, which states the licence, stays first."""
     from ..version import __version__
 
     lines = [

@@ -1,8 +1,8 @@
-"""The names that a checkpoint gives to a model's tensors, where they are not those of the model in memory.
+"""Find an adapter's tensors in a checkpoint that uses other names than the model in memory.
 
-`from_pretrained` and `save_pretrained` rename: GPT-2's are "h.0…" on the Hub, and "transformer.h.0…" in a language model. An
-adapter has the names in memory. Only what is sure is mapped here: one prefix in place of another, for all tensors, and no
-second way to do it.
+`from_pretrained` and `save_pretrained` rename tensors: GPT-2's are "h.0…" on the Hub, and "transformer.h.0…" in a language
+model. An adapter has the names in memory. Names are mapped only if the mapping is certain: one prefix replaces another in all
+names, and there is no second way to do it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,13 +14,13 @@ from .checkpoint import Checkpoint
 
 __all__ = ["names_in", "renamed"]
 
-ALIKE = 2  # last words of a name that are the same where a checkpoint may mean the same tensor
+ALIKE = 2  # last words of two names that must be equal if both may mean the same tensor
 
 
 def names_in(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[str, str]:
-    """Tensor name of the adapters -> its name in the checkpoint; empty if they are the same, or this is another model.
+    """Tensor name in the adapters -> name in the checkpoint; empty if they are the same, or if this is another model.
 
-    Raises BaseMismatch if the checkpoint has tensors like theirs by other names, and it is not sure which is which."""
+    Raises BaseMismatch if the checkpoint has similar tensors under other names, and the mapping is not certain."""
     holders = {name: adapter for adapter in adapters.values() for name in adapter.tensors}
     missing = [name for name in holders if name not in checkpoint]
     if not missing:
@@ -49,7 +49,7 @@ def names_in(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[st
 def _mappings(
     checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], name: str, candidates: list[str]
 ) -> list[dict[str, str]]:
-    """The ways to put one prefix for another that turn every name into one of the checkpoint's, of the same shape."""
+    """The ways to replace one prefix by another that turn every name into a name of the checkpoint with the same shape."""
     mappings: list[dict[str, str]] = []
     for candidate in candidates:
         for prefix, new in _prefixes(name, candidate):
@@ -63,7 +63,7 @@ def _mappings(
 
 
 def _prefixes(name: str, other: str) -> Iterator[tuple[str, str]]:
-    """(prefix of the one, prefix of the other) for every ending of whole words that both have."""
+    """(prefix of `name`, prefix of `other`) for every ending of whole words that both have."""
     words, others = name.split("."), other.split(".")
     for length in range(1, min(len(words), len(others)) + 1):
         if words[-length] != others[-length]:
@@ -76,7 +76,7 @@ def _ending(name: str) -> str:
 
 
 def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    """An adapter whose tensors go by other names; they may lie in a file still."""
+    """An adapter whose tensors have other names. They may still be in a file."""
     if not names:
         return adapter
     prints = {names.get(name, name): value for name, value in adapter.fingerprints.items()}
@@ -85,7 +85,7 @@ def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
 
 
 class _Renamed(Mapping[str, SparseTensor]):
-    """The same tensors by other names."""
+    """The same tensors under other names."""
 
     def __init__(self, tensors: Mapping[str, SparseTensor], names: Mapping[str, str]) -> None:
         self._tensors, self._names = tensors, names

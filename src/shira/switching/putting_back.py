@@ -84,7 +84,7 @@ def _unknown(name: str, weight: Tensor | None, active: str) -> SwitchError:
     return SwitchError(
         f"'{name}' was changed by somebody else while {active} was active in it: found {found}, and the base values under the "
         "adapter cannot be determined from its entries any more. Load the base's weights into the model, then call release(), "
-        "which takes the model as it is as the base; next time call use(None) first"
+        "which makes the present weights the base; next time call use(None) first"
     )
 
 
