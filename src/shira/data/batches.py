@@ -1,4 +1,4 @@
-"""Rows of tokens as batches for a language model: they end together, and logits are made only at the places that count."""
+"""Rows of tokens as batches for a language model: all rows end together, and logits are computed only where they count."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -14,8 +14,10 @@ __all__ = ["answer_logprobs", "batches", "check_packing", "collate", "left_padde
 
 
 def left_padded(rows: Sequence[list[int]], pad: int) -> dict[str, Any]:
-    """Token ids [rows, longest], padded on the left, with their attention mask and position ids: all rows end together, and
-    logits are needed at the last few places only."""
+    """Token ids [rows, longest], padded on the left, with their attention mask and position ids.
+
+    All rows end together, so logits are needed only at the last few places.
+    """
     longest = max(map(len, rows))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
@@ -24,20 +26,24 @@ def left_padded(rows: Sequence[list[int]], pad: int) -> dict[str, Any]:
 
 
 def last_places(count: int) -> Tensor:
-    """The last places [count] of a sequence, for `logits_to_keep`. Given as a number, Transformers would slice, and the CPU
-    then copies the output layer's weight once for each row of the batch."""
+    """The last places of a sequence, int64 [count], for `logits_to_keep`.
+
+    With a number instead, Transformers slices, and the CPU copies the output layer's weight once for each row of the batch.
+    """
     return torch.arange(-count, 0)
 
 
 def takes(model: nn.Module, argument: str) -> bool:
-    """Whether a model's forward names an argument; what it takes as **kwargs it may well ignore."""
+    """Whether a model's forward names an argument. It may ignore an argument that it takes as **kwargs."""
     return argument in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
 def answer_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], ...]], pad: int = 0, longest: int = 0) -> list[Tensor]:
-    """For each (prompt, answer) the log-probabilities [len(answer), vocabulary], in float32, at the places of the answer's
-    tokens. What is longer than `longest` tokens, if given, loses its beginning."""
+    """For each (prompt, answer) the log-probabilities at the answer's tokens, float32 [len(answer), vocabulary].
+
+    A row that is longer than `longest` tokens, if given, loses its beginning.
+    """
     inputs = left_padded([(prompt + answer[:-1])[-longest:] for prompt, answer in rows], pad)
     kept = last_places(max(len(answer) for _, answer in rows))
     arguments = inputs | {"logits_to_keep": kept, "use_cache": False}
@@ -46,14 +52,16 @@ def answer_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], ...]], pad
 
 
 def collate(rows: Sequence[Row], model: nn.Module, pad: int = 0) -> dict[str, Any]:
-    """One batch for a model. Logits and labels only from the place before the first completion on, if the model can: most
-    of a small model's step would go into logits over the prompts, which the loss does not count.
+    """One batch for a model.
 
-    Rows of several examples say so by their position ids and no attention mask: Transformers then lets none attend to
-    another (`check_packing`)."""
+    If the model can, logits and labels begin at the place before the first completion. Otherwise a small model would spend most
+    of a step on logits over the prompts, which the loss does not count.
+    Rows of several examples have position ids and no attention mask. Then Transformers does not let one example attend to
+    another (`check_packing`).
+    """
     batch: dict[str, Any] = left_padded([row["input_ids"] for row in rows], pad)
     longest = kept = batch["input_ids"].shape[1]
-    # a row's first token has nothing before it to be predicted from, but padding
+    # a row's first token cannot be predicted, because only padding comes before it
     labels = [[IGNORED] * (longest - len(row["labels"]) + 1) + row["labels"][1:] for row in rows]
     if takes(model, "logits_to_keep"):
         first = min((number for row in labels for number, label in enumerate(row) if label != IGNORED), default=longest)
@@ -63,7 +71,7 @@ def collate(rows: Sequence[Row], model: nn.Module, pad: int = 0) -> dict[str, An
         positions = [row["position_ids"] for row in rows]
         batch["position_ids"] = torch.tensor([[0] * (longest - len(row)) + row for row in positions])
         del batch["attention_mask"]
-        batch["use_cache"] = False  # with a cache, position ids mean something else
+        batch["use_cache"] = False  # with a cache, position ids have another meaning
     if not takes(model, "position_ids"):
         del batch["position_ids"]
     batch["labels"] = torch.tensor([row[longest - kept :] for row in labels])
@@ -72,7 +80,7 @@ def collate(rows: Sequence[Row], model: nn.Module, pad: int = 0) -> dict[str, An
 
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    """Raises DataError if what stands first in a packed row changes what the model makes of the example after it."""
+    """Raise DataError if the first example of a packed row changes what the model computes for the next one."""
     rows = [[1, 2, 3, 4, 4, 4], [3, 1, 2, 4, 4, 4]]
     packed = [{"input_ids": row, "labels": row, "position_ids": [0, 1, 2, 0, 1, 2]} for row in rows]
     training = model.training
@@ -88,7 +96,7 @@ def check_packing(model: nn.Module) -> None:
 
 
 def batches(rows: Sequence[Row], model: nn.Module, size: int, pad: int = 0) -> list[dict[str, Any]]:
-    """All rows in their order, as batches of `size` for a model; what calibration takes."""
+    """All rows in their order, as batches of `size` for a model. Calibration takes such a list."""
     return [collate(rows[start : start + size], model, pad) for start in range(0, len(rows), size)]
 
 
@@ -101,7 +109,10 @@ def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 def mean_loss(
     model: nn.Module, rows: Sequence[Row], size: int, pad: int = 0, on_batch: Callable[[int, int], None] | None = None
 ) -> float:
-    """The mean loss of all tokens that count, in evaluation mode, in batches of `size`; on_batch(rows done, rows in all)."""
+    """The mean loss of all tokens that count, in evaluation mode, in batches of `size`.
+
+    on_batch(rows done, rows in all) is called after each batch.
+    """
     training = model.training
     model.eval()
     total = count = 0.0

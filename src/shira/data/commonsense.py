@@ -1,8 +1,8 @@
-"""The eight commonsense benchmarks of the paper (§5.3), with their training parts, out of one package.
+"""The eight commonsense benchmarks of the paper (§5.3) and their training parts, from one package.
 
-What counts as held out is a benchmark's test part where its labels are public (ARC, OpenBookQA), else its validation part,
-as is usual and as the paper's tables do. Examples to choose settings by are the validation part of the former, and the last
-500 of the training part of the latter, which `train` leaves out.
+Held-out examples are a benchmark's test part where its labels are public (ARC, OpenBookQA). For the others they are the
+validation part, as is usual and as in the paper's tables. Settings are chosen by the validation part of ARC and OpenBookQA.
+For the others they are chosen by the last 500 examples of the training part, which `train` leaves out.
 """
 
 import gzip
@@ -26,8 +26,8 @@ OPTION = re.compile(r" [A-Z]\. ?(.*)")
 class Benchmark:
     """A multiple-choice benchmark.
 
-    letters: whether a prompt lists the options and the answer is a letter, as in the paper; else the answer is the text of an
-        option, of which a small model knows more.
+    letters: whether a prompt lists the options and the answer is a letter, as in the paper. Otherwise the answer is the text of
+        an option, about which a small model knows more.
     """
 
     name: str
@@ -38,16 +38,16 @@ class Benchmark:
     letters: bool = False
 
     def train(self) -> list[Example]:
-        """What adapters may train on."""
+        """The examples to train on."""
         examples = list(self._read("train"))
         return examples if self.has_test else examples[:-VALIDATION]
 
     def validation(self) -> list[Example]:
-        """What settings are chosen by."""
+        """The examples to choose settings by."""
         return list(self._read("val")) if self.has_test else list(self._read("train"))[-VALIDATION:]
 
     def test(self) -> list[Example]:
-        """What is reported."""
+        """The examples whose results are reported."""
         return list(self._read("test" if self.has_test else "val"))
 
     def _read(self, part: str) -> Iterator[Example]:
@@ -55,19 +55,19 @@ class Benchmark:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
-                if row["idx"] == 0:  # one row an option, of which the first says it all
+                if row["idx"] == 0:  # one row for each option; the first holds all of them
                     yield example(row["doc"]["query"], row["label"], self.letters)
 
 
 def example(query: str, label: int, letters: bool) -> Example:
-    """An example out of a benchmark's text: a question, its options a line each, and "Answer:"."""
+    """An example from a benchmark's text: a question, one option in each line, and "Answer:"."""
     lines = query.split("\n")
     options = [match[1] for match in map(OPTION.fullmatch, lines) if match]
     if letters:
         choices = tuple(f" {chr(ord('A') + number)}" for number in range(len(options)))
         return Example(query, choices[label], choices, label)
     stem = [line for line in lines if not OPTION.fullmatch(line)]
-    if "Choose the best continuation:" in stem:  # the option goes on where the text stops
+    if "Choose the best continuation:" in stem:  # the option continues the text
         stem = stem[: stem.index("Choose the best continuation:")]
     choices = tuple(f" {option.strip()}" for option in options)
     return Example("\n".join(stem), choices[label], choices, label)
@@ -75,7 +75,7 @@ def example(query: str, label: int, letters: bool) -> Example:
 
 @dataclass(frozen=True)
 class Combined:
-    """The training parts of several benchmarks, in turn as long as each lasts (the paper's combined 170k)."""
+    """The training parts of several benchmarks, one example from each in turn (the paper's combined 170k)."""
 
     name: str
     about: str

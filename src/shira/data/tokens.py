@@ -1,6 +1,6 @@
-"""Examples as tokens: which of them the loss counts, kept outside of memory, and several examples in a row.
+"""Examples as tokens: which tokens the loss counts, storage outside of memory, and several examples in one row.
 
-Tokens are written to a temporary file, five bytes each, and read back from there: memory holds 16 bytes a row.
+Tokens are written to a temporary file, five bytes each, and read back from it. Memory holds 16 bytes for each row.
 """
 
 import array
@@ -20,13 +20,13 @@ __all__ = ["IGNORED", "Packed", "Row", "Rows", "encode", "pack"]
 IGNORED = -100  # the label of a token that does not count in the loss
 TOKEN = np.dtype([("id", "<i4"), ("counts", "?")])
 
-Row = dict[str, list[int]]  # "input_ids", "labels", and for several examples "position_ids", of one length
+Row = dict[str, list[int]]  # "input_ids", "labels" and, for several examples, "position_ids"; all of the same length
 
 
 class _Rows(Sequence[Row]):
-    """Rows that are made when they are asked for."""
+    """A sequence of rows, which are made when they are asked for."""
 
-    lengths: np.ndarray[Any, Any]  # int64, of each row
+    lengths: np.ndarray[Any, Any]  # int64 [rows], the tokens of each row
 
     @abstractmethod
     def _row(self, number: int) -> Row:
@@ -45,10 +45,10 @@ class _Rows(Sequence[Row]):
 
 
 class Rows(_Rows):
-    """Encoded examples, each a row.
+    """Encoded examples, one in each row.
 
-    tokens: TOKEN [total], all rows' one after another; ends: int64 [rows], where each ends.
-    shortened: how many examples lost their beginning; dropped: how many were left without a token that counts, or had none.
+    tokens: TOKEN [total], the rows one after another. ends: int64 [rows], where each row ends.
+    shortened: how many examples lost their beginning. dropped: how many have no token that counts, or lost all of them.
     """
 
     def __init__(self, tokens: np.ndarray[Any, Any], ends: Sequence[int], shortened: int = 0, dropped: int = 0) -> None:
@@ -63,7 +63,10 @@ class Rows(_Rows):
 
 
 class Packed(_Rows):
-    """Rows that hold several examples each, whose positions begin at 0: `parts` says which."""
+    """Rows that hold several examples each. The positions of each example begin at 0.
+
+    parts: for each packed row, the numbers of the examples in it.
+    """
 
     def __init__(self, rows: Rows, parts: Sequence[Sequence[int]]) -> None:
         self.rows, self.parts = rows, parts
@@ -74,19 +77,19 @@ class Packed(_Rows):
         for part in self.parts[number]:
             row = self.rows[part]
             packed["input_ids"] += row["input_ids"]
-            packed["labels"] += [IGNORED, *row["labels"][1:]]  # its first token does not follow from the example before
+            packed["labels"] += [IGNORED, *row["labels"][1:]]  # the first token must not be predicted from the example before
             packed["position_ids"] += range(len(row["input_ids"]))
         return packed
 
 
 def pack(rows: Rows, length: int) -> Packed:
-    """Put rows together, each whole, into as few of at most `length` tokens as best fit finds, the longest first.
+    """Pack rows, each undivided, into rows of at most `length` tokens: by best fit, the longest first.
 
-    length: at least that of the longest row.
+    length: at least the length of the longest row.
     """
     parts: list[list[int]] = []
-    open_parts: list[list[int]] = [[] for _ in range(length + 1)]  # by the room that is left in them
-    rooms: list[int] = []  # for which there are any, sorted
+    open_parts: list[list[int]] = [[] for _ in range(length + 1)]  # free tokens -> packed rows with so many
+    rooms: list[int] = []  # the numbers of free tokens that any packed row has, sorted
     for number in np.argsort(-rows.lengths, kind="stable").tolist():
         size = int(rows.lengths[number])
         place = bisect.bisect_left(rooms, size)
@@ -109,12 +112,14 @@ def pack(rows: Rows, length: int) -> Packed:
 def encode(
     tokenizer: Any, examples: Iterable[Example], max_length: int = 512, *, on_read: Callable[[int], None] = lambda done: None
 ) -> Rows:
-    """Tokens of at most max_length a row. The loss counts texts and completions with the end-of-text token after them, and the
-    assistant's turns of chats; not prompts.
+    """Examples as rows of at most max_length tokens.
 
-    A text that is longer is cut into rows; anything else loses its beginning. A chat whose template changes earlier turns as it
-    goes on becomes a row for each of the assistant's turns. on_read(done) is called after each example.
-    Raises DataError if nothing is left to train on, or for a chat that the tokenizer cannot tell.
+    The loss counts texts and completions, with the end-of-text token after them (but not after one of `choices`), and the
+    assistant's turns of chats. It does not count prompts.
+    A longer text is cut into several rows. Any other example loses its beginning. If a chat's template changes earlier turns
+    when further turns follow, the chat becomes one row for each of the assistant's turns.
+    on_read(done) is called after each example.
+    Raises DataError if nothing is left to train on, or for a chat that the tokenizer cannot encode.
     """
     ends = array.array("q")
     end = shortened = dropped = 0
@@ -125,7 +130,7 @@ def encode(
                 shortened += len(ids) > max_length
                 piece = np.empty(min(len(ids), max_length), dtype=TOKEN)
                 piece["id"], piece["counts"] = ids[-len(piece) :], counts[-len(piece) :]
-                if piece["counts"][1:].any():  # the first token has nothing before it to be predicted from
+                if piece["counts"][1:].any():  # the first token cannot be predicted
                     found = True
                     file.write(piece.tobytes())
                     end += len(piece)
@@ -140,7 +145,7 @@ def encode(
 
 
 def _pieces(tokenizer: Any, example: Example, max_length: int) -> Iterator[tuple[list[int], list[bool]]]:
-    """(ids, whether each counts), of a text so many as it takes."""
+    """The rows of an example: (ids, whether each counts). A text is cut to max_length; other rows may be longer."""
     if example.messages:
         yield from _chat(tokenizer, example)
         return
@@ -157,16 +162,18 @@ def _pieces(tokenizer: Any, example: Example, max_length: int) -> Iterator[tuple
 
 
 def _chat(tokenizer: Any, example: Example) -> Iterator[tuple[list[int], list[bool]]]:
-    """A chat's tokens, of which those count that the model must write: from where the template asks for an answer to where the
-    turn ends. What the template makes of the turns so far is compared with what it makes of all."""
+    """A chat's tokens. Those count that the model must write: from the template's prompt for an answer to the end of the turn.
+
+    To find these places, the template's text for the turns so far is compared with its text for all turns.
+    """
     turns = [n for n, message in enumerate(example.messages) if message["role"] == "assistant" and n >= example.first]
     asked = [_told(tokenizer, example, turn, asking=True) for turn in turns]
     answered = [_told(tokenizer, example, turn + 1) for turn in turns]
     for turn, before, after in zip(turns, asked, answered, strict=True):
         if not after.startswith(before):
             raise DataError(
-                f"{example.origin}: the chat template does not go on from where it asks for message {turn + 1}, so where that "
-                "begins cannot be known; use a prompt and a completion"
+                f"{example.origin}: with message {turn + 1} the chat template's text does not begin with its own prompt for "
+                "that message, so the message's beginning is not known; use a prompt and a completion"
             )
     whole = answered[-1]
     starts = [len(before) for before in asked]
@@ -179,7 +186,7 @@ def _chat(tokenizer: Any, example: Example) -> Iterator[tuple[list[int], list[bo
 
 
 def _counted(tokenizer: Any, example: Example, text: str, starts: list[int], stops: list[int]) -> tuple[list[int], list[bool]]:
-    """A text's tokens, and whether each begins in one of the stretches [start, stop) of its letters."""
+    """A text's tokens, and whether each begins in one of the ranges [start, stop) of its characters."""
     try:
         told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except NotImplementedError as error:
@@ -192,7 +199,7 @@ def _counted(tokenizer: Any, example: Example, text: str, starts: list[int], sto
 
 
 def _told(tokenizer: Any, example: Example, turns: int, asking: bool = False) -> str:
-    """What the chat template makes of the first so many messages, asking for an answer or not."""
+    """The chat template's text for the first `turns` messages. asking: with the template's prompt for an answer."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):

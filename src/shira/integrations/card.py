@@ -1,4 +1,4 @@
-"""A model card: the README.md of a folder with an adapter, as the Hub shows it, said from the adapter's own metadata."""
+"""A model card: the README.md of a folder with an adapter, in the Hub's form, from the adapter's own metadata."""
 
 import json
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ __all__ = ["card"]
 def card(adapter: Adapter, file: str, loader: str | None) -> str:
     """Markdown with the Hub's header: base model, mask, density, licence, training, and how to load the adapter.
 
-    file: the adapter's file, in the card's folder. loader: the class of Transformers that loads the base; None if unknown.
-    Raises AdapterError for metadata of other types than docs/format.md says.
+    file: the name of the adapter's file, in the card's folder. loader: the Transformers class that loads the base; None if
+    unknown.
+    Raises AdapterError for metadata with other types than in docs/format.md.
     """
     check_metadata(adapter.metadata)
     known = adapter.metadata
@@ -52,7 +53,7 @@ def _text(value: Any) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """A value as both JSON, YAML and Python write it."""
+    """A value in a form that is valid in JSON, YAML and Python."""
     return json.dumps(value)
 
 

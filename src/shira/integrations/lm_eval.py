@@ -1,6 +1,7 @@
-"""EleutherAI's evaluation harness on a live model: the same questions, prompts and scores for every method.
+"""EleutherAI's evaluation harness on a live model: every method gets the same questions, prompts and scores.
 
-Built-in data become tasks of the harness out of local files; its own tasks are taken by name where a hub can be reached.
+Built-in data become tasks of the harness, read from local files. The harness's own tasks are taken by name, where a hub can be
+reached.
 """
 
 import contextlib
@@ -26,12 +27,12 @@ from ..files.tensorfiles import write_whole
 __all__ = ["TaskScore", "evaluate", "task_of"]
 
 KINDS = ("likelihood", "generated")
-FEW = 26  # choices that are looked for in what a model writes
+FEW = 26  # the most choices that are searched for in what a model writes
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What came out for one task: which questions, in order, were answered rightly."""
+    """The result for one task: for each question, in order, whether it was answered correctly."""
 
     task: str
     right: tuple[bool, ...]
@@ -42,12 +43,13 @@ class TaskScore:
 
 
 def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood") -> dict[str, Any]:
-    """A task of the harness out of examples with choices; its questions go into a file of the user cache.
+    """A task of the harness, made from examples with choices. Its questions are written to a file in the user cache.
 
-    kind: "likelihood", the answer is the most probable choice, if choices have several words for its length in characters (the
-        harness's acc and acc_norm); "generated", what the model writes up to the end of the line: where all questions have
-        the same few choices, the first that it mentions; else the line must be the choice.
-    Raises DataError if an example has no choices.
+    kind: "likelihood": the answer is the most probable choice (the harness's acc). If choices have several words, it is the
+        most probable one for its length in characters (acc_norm). "generated": the answer is what the model writes up to the
+        end of the line. If all questions have the same few choices, the first choice in the line counts; otherwise the line
+        must be the choice.
+    Raises DataError if an example has no choices, or for another kind.
     """
     if kind not in KINDS:
         raise DataError(f"kind must be one of {', '.join(KINDS)}, found {kind!r}")
@@ -92,7 +94,7 @@ def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood")
 
 
 def _mentioned(choices: Iterable[str]) -> str:
-    """A pattern for any of these as whole words, in either case unless one is a single letter: "A" is not "a"."""
+    """A pattern for any of these as whole words. Case counts only if one is a single letter, because "A" is not "a"."""
     longest_first = sorted(choices, key=lambda choice: (-len(choice), choice))
     either_case = "" if len(longest_first[-1]) == 1 else "(?i)"
     return rf"{either_case}(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)"
@@ -107,15 +109,15 @@ def evaluate(
     batch_size: int = 16,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[TaskScore]:
-    """Scores of a model as it is now, adapters and all: one for each task, `task_of`'s or a name the harness knows.
+    """Scores of a model as it is now, with its active adapters: one for each task, from `task_of` or by the harness's name.
 
-    limit: that many questions of each task. on_progress is called with the number of sequences scored.
-    Raises MissingExtra, or DataError if a task gives no right or wrong for each question.
+    limit: the number of questions of each task. on_progress is called with the number of sequences scored.
+    Raises MissingExtra; or DataError if a task does not score each question as right or wrong.
     """
     harness = _library()
     with _quiet():
         live = _live()(model, tokenizer, batch_size, on_progress)
-        # not simple_evaluate, which describes the machine by running pip and git for seconds
+        # not simple_evaluate, because that runs pip and git for seconds to describe the machine
         manager = harness.tasks.TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
         loaded = manager.load(list(tasks))
         found = harness.evaluator.evaluate(live, loaded, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
@@ -131,7 +133,7 @@ def _right(task: str, samples: list[dict[str, Any]]) -> tuple[bool, ...]:
 
 
 def _live() -> Any:
-    """A model of the harness that is ours, with logits at the answers' places only."""
+    """A subclass of the harness's model that computes logits only at the answers' places."""
     from lm_eval.models.huggingface import HFLM
 
     class Live(HFLM):  # type: ignore[misc]
@@ -146,8 +148,10 @@ def _live() -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-            """Log-probability of each continuation, and whether it is what greedy decoding gives. Continuations of one token
-            after the same context are read off one forward pass."""
+            """The log-probability of each continuation, and whether greedy decoding gives it.
+
+            Continuations of one token after the same context are read from one forward pass.
+            """
             groups: dict[tuple[Any, ...], list[int]] = {}
             for number, (_texts, context, continuation) in enumerate(requests):
                 groups.setdefault((*context, None, *(continuation if len(continuation) > 1 else ())), []).append(number)
@@ -162,7 +166,7 @@ def _live() -> Any:
                     wanted = torch.tensor([requests[number][2] for number in members], device=after.device)
                     totals.append(after.gather(-1, wanted.T).sum(0))
                     greedy.append((after.argmax(-1) == wanted).all(1))
-                found = zip(torch.cat(totals).tolist(), torch.cat(greedy).tolist(), strict=True)  # a GPU is waited for once
+                found = zip(torch.cat(totals).tolist(), torch.cat(greedy).tolist(), strict=True)  # waits for a GPU once
                 for number, answer in zip(itertools.chain(*batch), found, strict=True):
                     answers[number] = answer
                 done += sum(map(len, batch))
@@ -174,7 +178,7 @@ def _live() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness and datasets show progress of their own, and the harness warns of what is meant here."""
+    """A context that hides the progress bars of the harness and of datasets, and the harness's warnings, which do not apply."""
     import tqdm
 
     usual, logger = tqdm.tqdm.__init__, logging.getLogger("lm_eval")

@@ -1,8 +1,8 @@
 """Transformers' Trainer and TRL's trainers: checkpoints without the base, exact resuming, a reference without a copy.
 
 The trainers save with `model.save_pretrained` and load with `model.load_state_dict`. While a tuner is attached, the
-callback gives its model two of its own: one writes adapter and masters, the other takes the masters up. So a trainer needs
-no subclass, and all that decides when to save, to load the best, or to resume stays the trainer's.
+callback replaces both on its model: one writes the adapter and the masters, the other loads the masters. So a trainer needs
+no subclass, and still decides itself when to save, to load the best checkpoint, or to resume.
 """
 
 import json
@@ -32,8 +32,8 @@ except ImportError as error:
     raise MissingExtra(f"this needs transformers and accelerate: pip install 'shira-adapters[train]' ({error})") from error
 
 ADAPTER = "adapter.safetensors"
-MASTERS = "model.safetensors"  # the name under which the Trainer looks for what load_state_dict takes
-PROCESSES = "shira_processes"  # beside the masters: how many processes trained
+MASTERS = "model.safetensors"  # the file whose content the Trainer passes to load_state_dict
+PROCESSES = "shira_processes"  # stored with the masters: how many processes trained
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,11 @@ logger = logging.getLogger(__name__)
 class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy does not follow transformers
     """Makes any Trainer save, resume and load its best checkpoint by the adapter instead of by the model.
 
-    What the Trainer saves is an adapter file and a model card; its checkpoints hold the float32 masters, too. Checkpoints
-    that were begun and not finished are set aside when the Trainer is made (`set_aside`), so pass the callback to it.
+    The Trainer then saves an adapter file and a model card; its checkpoints also hold the float32 masters. Pass the callback to
+    the Trainer's constructor, which sets aside checkpoints that were begun and not finished (`set_aside`).
 
     name, license: for the adapter's file and card.
-    Raises TuningError if the tuner cannot be saved so, here or before the first step.
+    Raises TuningError if the tuner cannot be saved in this way: here, or before the first step.
 
         tuner = shira.attach(model, mask="wm", density=0.01)
         trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[ShiraCallback(tuner)])
@@ -65,7 +65,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         self._install("load_state_dict", self._load_state_dict)
 
     def _install(self, name: str, method: Callable[..., Any]) -> None:
-        """Give the model a method of its own until the tuner is detached."""
+        """Replace a method on this model object until the tuner is detached."""
         self.tuner.at_detach.callback(self.tuner.model.__dict__.pop, name, None)
         self.tuner.model.__dict__[name] = method
 
@@ -74,7 +74,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         self._run = args, state
         if args.should_save:
             set_aside(args.output_dir)
-        args.distributed_state.wait_for_everyone()  # none may look for a checkpoint before that
+        args.distributed_state.wait_for_everyone()  # no process may look for a checkpoint before that
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, **known: Any) -> None:
         self._check(args, known["model"])
@@ -84,7 +84,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
             raise TuningError("the Trainer's optimizer does not train this tuner's parameters; attach before it is made")
 
     def on_push_begin(self, args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        # of a checkpoint the Trainer copies only files whose names it knows
+        # the Trainer copies only those files of a checkpoint whose names it knows
         self._save_pretrained(args.output_dir, args.should_save)
 
     def _check(self, args: Any, model: Any) -> None:
@@ -112,7 +112,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
             raise TuningError("sync_ref_model moves the reference, which here is the base itself; leave it off")
 
     def _save_pretrained(self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **_: Any) -> None:
-        """What `model.save_pretrained` does while the tuner is attached: an adapter and a card, no weights."""
+        """`model.save_pretrained` while the tuner is attached: saves an adapter and a card, no weights."""
         if push_to_hub:
             raise TuningError("save to a folder and upload that: huggingface_hub.upload_folder(repo_id=…, folder_path=…)")
         if not is_main_process:
@@ -129,7 +129,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         write_whole(folder / "README.md", text.encode())
 
     def _load_state_dict(self, state_dict: Mapping[str, Tensor], *_: Any, **__: Any) -> Any:
-        """What `model.load_state_dict` does while the tuner is attached: nothing is missing, the base is there already."""
+        """`model.load_state_dict` while the tuner is attached. It reports no missing keys: the base is there already."""
         state = dict(state_dict)
         saved, now = int(state.pop(PROCESSES, torch.tensor([1]))), self._processes()
         if saved != now:
@@ -144,7 +144,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         return int(self._run[0].world_size) if self._run else 1
 
     def _summary(self) -> dict[str, Any] | None:
-        """What is worth knowing of the run so far, for the adapter's file."""
+        """Facts about the run so far for the adapter's file; None before the first step."""
         if self._run is None or not self._run[1].global_step:
             return None
         args, state = self._run
@@ -161,10 +161,11 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
 
 
 def set_aside(folder: Any) -> list[Path]:
-    """Rename checkpoints in a Trainer's folder that are not whole, so that none is resumed from; returns their new paths.
+    """Rename checkpoints in a Trainer's folder that are not complete, so that none is resumed from. Returns their new paths.
 
-    A process that is killed while it saves leaves part of one. The Trainer writes trainer_state.json last, and removes old
-    checkpoints after that: the newest with a whole one is whole. No process may be saving to the folder at the same time.
+    A process that is killed while it saves leaves a part of a checkpoint. The Trainer writes trainer_state.json last, and
+    removes old checkpoints after that. So the newest checkpoint with a complete trainer_state.json is complete.
+    No process may save to the folder at the same time.
     """
     moved = []
     for path in sorted(Path(folder).glob("checkpoint-*")):
@@ -187,7 +188,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 class ReferenceModel(nn.Module):
-    """The base of a model in training, as the reference model of TRL's DPOTrainer: its own weights, no second copy.
+    """The base of a model in training, as the reference model of TRL's DPOTrainer. It uses the model's weights, not a copy.
 
     Each call switches the adapter off and on again (`Tuner.reference`), and runs without dropout.
 
@@ -199,7 +200,7 @@ class ReferenceModel(nn.Module):
         self.model = tuner.model
         self.tuner = tuner
 
-    def __call__(self, *inputs: Any, **options: Any) -> Any:  # not forward, which trainers replace
+    def __call__(self, *inputs: Any, **options: Any) -> Any:  # not `forward`, because trainers replace that
         training = [module for module in self.modules() if module.training]
         try:
             for module in training:
@@ -214,7 +215,7 @@ class ReferenceModel(nn.Module):
         return self.model(*inputs, **options)
 
     def __getattr__(self, name: str) -> Any:
-        """What else is asked of a model (config, base_model, get_output_embeddings, …) is the model's."""
+        """All other attributes (config, base_model, get_output_embeddings, …) are those of the model."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -1,4 +1,4 @@
-"""Transformers: models and tokenizers, and training with its Trainer on batches of `data.batches`."""
+"""Transformers: load models and tokenizers, and train with its Trainer on batches of `data.batches`."""
 
 import collections
 import contextlib
@@ -47,9 +47,9 @@ def load_model(model: str, dtype: str = "auto") -> nn.Module:
 
 
 def skeleton(model: str) -> nn.Module:
-    """The model that a config describes, of the class that its checkpoint names, on the meta device: shapes and names, no data.
+    """The model that a config describes, on the meta device: shapes and names, no data. The config names its class.
 
-    Raises DataError if there is no such model, or it needs code of its own.
+    Raises DataError if there is no such model, or if Transformers does not have its class.
     """
     library = _library()
     config = load_config(model)
@@ -63,19 +63,19 @@ def skeleton(model: str) -> nn.Module:
 
 
 def load_config(model: str) -> Any:
-    """A model's configuration, and nothing else of it."""
+    """A model's configuration, without its weights."""
     return _pretrained("AutoConfig", model)
 
 
 def untrained(config: Any, dtype: torch.dtype) -> nn.Module:
-    """A causal language model of this shape, with random weights."""
+    """A causal language model of this configuration, with random weights."""
     made: nn.Module = _library().AutoModelForCausalLM.from_config(config, dtype=dtype)
     return made
 
 
 @contextlib.contextmanager
 def one_example_a_row() -> Iterator[None]:
-    """Nothing is packed, and Transformers need not look: of tensors without data it cannot know, and then makes a mask."""
+    """A context in which Transformers takes every row as one example. Without data it cannot check that, and makes a mask."""
     where = _library().masking_utils
     usual = where.find_packed_sequence_indices
     where.find_packed_sequence_indices = lambda position_ids: None
@@ -120,9 +120,9 @@ def _pretrained(kind: str, model: str, **options: Any) -> Any:
 def own_text(
     model: nn.Module, tokenizer: Any, on_token: Callable[[int, int], None] | None = None, *, rows: int = 64, length: int = 96
 ) -> list[Row]:
-    """Rows of text that a causal language model writes from nothing, sampled: what stands for all it can do where no data are
-    at hand. They are the same each time, and torch's random numbers stay as they were.
+    """Rows of text that a causal language model samples without a prompt. Where no data exist, they stand for what it can do.
 
+    The rows are the same each time, and the state of torch's random numbers does not change.
     on_token(done, total) is called after each token of all rows. Raises DataError if no token begins or ends a text.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -150,9 +150,9 @@ def own_text(
 
 
 def reporters(report_to: str) -> list[str]:
-    """Transformers' names for where to report, with commas, as a list, all of them installed.
+    """A comma-separated list of Transformers' reporters as a Python list, checked.
 
-    Raises DataError for one it does not know, MissingExtra for one that is not installed.
+    Raises DataError for a name that Transformers does not know, MissingExtra for a package that is not installed.
     """
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     integrations = _library().integrations
@@ -196,22 +196,23 @@ def train(
     on_step: Callable[[int, float, float], None] | None = None,
     on_evaluation: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train what the tuner is attached to, with Transformers' Trainer and AdamW, for a number of optimizer steps.
+    """Train the tuner's model with Transformers' Trainer and AdamW, for a number of optimizer steps.
 
-    rows: from `encode` or `pack`. schedule: any of Transformers' ("linear", "cosine", "constant", …); warmup: its share of
-        the steps.
-    refresh_every: after so many steps, again and again but not after the last, the mask is selected anew
-        (`Tuner.refresh`), with refresh_cap and with the calibration batches, a list, if it needs gradients; 0: never.
-    held_out: rows whose mean loss is taken before the first and after the last step; on_evaluation(rows done, rows in all).
-    report_to: where Transformers shall report, with commas ("tensorboard,wandb"); log_folder: where TensorBoard finds it.
-    on_step(step, loss, tokens a second) is called after each optimizer step. Returns a summary for the adapter's file.
-    Raises TuningError if the loss stops being finite, or a refresh cannot be; what `reporters` raises.
+    rows: from `encode` or `pack`. schedule: any of Transformers' ("linear", "cosine", "constant", …). warmup: the share of the
+        steps in which the learning rate rises.
+    refresh_every: the mask is selected again (`Tuner.refresh`) each time after so many steps, but not after the last one; with
+        refresh_cap and, if the mask needs gradients, with the calibration batches, a list. 0: never.
+    held_out: rows whose mean loss is computed before the first and after the last step, with on_evaluation(rows done, rows in
+        all).
+    report_to: Transformers' reporters, comma-separated ("tensorboard,wandb"). log_folder: the folder of TensorBoard's logs.
+    on_step(step, loss, tokens per second) is called after each optimizer step. Returns a summary for the adapter's file.
+    Raises TuningError if the loss becomes infinite or NaN, or for a refresh that is not possible; and what `reporters` raises.
     """
     library = _library()
     report = reporters(report_to)
     moved: list[int] = []
-    losses: list[float] = []  # of what is held out
-    tokens = [0]  # so far
+    losses: list[float] = []  # of the held-out rows
+    tokens = [0]  # trained on so far
     clock: collections.deque[tuple[float, int]] = collections.deque(maxlen=11)  # (time, tokens) of the last steps
 
     def evaluate() -> None:
@@ -243,7 +244,7 @@ def train(
             if refresh_every and state.global_step % refresh_every == 0 and state.global_step < state.max_steps:
                 moved.append(tuner.refresh(known["optimizer"], calibration=calibration, cap=refresh_cap))
 
-    with temporary_folder(Path(tempfile.gettempdir())) as scratch:  # the Trainer wants one; who asked for it saves the adapter
+    with temporary_folder(Path(tempfile.gettempdir())) as scratch:  # the Trainer requires one; the caller saves the adapter
         arguments = library.TrainingArguments(
             output_dir=str(scratch),
             max_steps=steps,
@@ -272,7 +273,7 @@ def train(
             data_collator=next_batch,
             callbacks=[Watch()],
         )
-        if "tensorboard" in report:  # the Trainer's own would write into the scratch folder
+        if "tensorboard" in report:  # the Trainer's own callback would write into the scratch folder
             board = library.integrations.TensorBoardCallback()
             board.logging_dir = str(log_folder)
             trainer.add_callback(board)
