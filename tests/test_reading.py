@@ -154,7 +154,7 @@ def test_a_template_that_changes_earlier_turns_gives_a_row_a_turn():
     [
         (None, "messages need a tokenizer with a chat template"),
         ("{{ raise_exception('roles must alternate') }}", "does not take these messages: roles must alternate"),
-        ("{% if add_generation_prompt %}now{% else %}then{% endif %}", "with message 2 the chat template's text does not begin"),
+        ("{% if add_generation_prompt %}now{% else %}then{% endif %}", "with message 2 the chat template's text does not"),
     ],
 )
 def test_a_chat_that_cannot_be_told(template, words):

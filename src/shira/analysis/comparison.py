@@ -1,7 +1,7 @@
-"""Adapters side by side: where they meet, how orthogonal they are, how far apart, and of what rank their changes.
+"""Compare adapters: where they overlap, how orthogonal they are, how far apart they are, and the rank of their changes.
 
-ΔW is what an adapter changes: value − base for an overwrite, the value itself for a delta; all of it is taken in float64. Read
-tensor by tensor, so that of a base in a folder one tensor is in memory at a time.
+ΔW is what an adapter changes: value − base for an overwrite, the value itself for a delta. It is computed in float64. Tensors
+are read one by one, so only one tensor of a base in a folder is in memory at a time.
 """
 
 import dataclasses
@@ -29,18 +29,20 @@ __all__ = ["BINS", "AdapterPair", "Change", "Comparison", "TensorComparison", "c
 Path_ = str | os.PathLike[str]
 BINS = tuple(round(-10 + 0.2 * step, 1) for step in range(66))  # edges of the histogram, log10 |ΔW|
 
-LINES, LINES_AN_ENTRY = 2**24, 64  # rows and columns that a tensor may have of which nothing but the adapter's file is known
+LINES, LINES_AN_ENTRY = 2**24, 64  # without a base, rows + columns may be LINES + LINES_AN_ENTRY · entries
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What one adapter changes in one tensor; or in all, where counts and norms are of all and ranks are means over tensors.
+    """What one adapter changes in one tensor; or in all tensors: then counts and norms are of all, and ranks are means.
 
-    entries: positions it holds. changed: those among them where ΔW is not zero. l2: ‖ΔW‖, the distance to the base (Table 13).
-    lora_rank: entries / (rows + columns), the rank of a LoRA of as many parameters, and so the bound of its ΔW (Lemma 4.2).
-    rank, stable_rank, effective_rank: of ΔW (`spectra.Spectrum`); effective_rank_error: its standard error, 0 where it is
-        computed. lora_energy: the most of ‖ΔW‖² that a LoRA of rank lora_rank can hold. None if not asked for; rank and
-        lora_energy also where singular values were estimated.
+    entries: the number of positions it holds. changed: the number of these where ΔW is not zero.
+    l2: ‖ΔW‖, the distance to the base (Table 13).
+    lora_rank: entries / (rows + columns): the rank of a LoRA with as many parameters, and the bound of its ΔW's (Lemma 4.2).
+    rank, stable_rank, effective_rank: of ΔW (`spectra.Spectrum`). effective_rank_error: the standard error of effective_rank;
+        0 where it is computed.
+    lora_energy: the largest share of ‖ΔW‖² that a LoRA of rank lora_rank can hold.
+    The last five are None if not asked for. rank and lora_energy are also None where singular values were estimated.
     """
 
     entries: int
@@ -56,16 +58,18 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPair:
-    """How two adapters meet, in one tensor or in all. A tensor that one of them lacks is one that it does not change.
+    """How two adapters relate, in one tensor or in all. An adapter does not change a tensor that it lacks.
 
-    shared: positions that both hold; overlap: their share of the smaller adapter's; jaccard: their share of the union.
-    awom: ‖A₁ᵀA₂‖ (§4.2), the square root of the sum of squares; awom_relative: over ‖A₁‖ · ‖A₂‖, at most 1.
-    awor: 1 − ‖A₁ᵀA₂‖₀ / n² (§4.2): the share of A₁ᵀA₂'s entries to which no row contributes, that is, in which no row has
-        been changed by both; exact. cancelled: the share whose terms are there but add up to 0.0 in float64; awor leaves them
-        out, because how floats cancel depends on the order of a sum.
-    cosine: of the ΔW's, None where one is zero. distance: ‖ΔW₁ − ΔW₂‖ (Table 13).
-    conflicts: shared positions where the changes differ in sign; shared_mass, conflict_mass: the shares of all |ΔW₁| + |ΔW₂|
-        at shared positions, and at conflicts.
+    shared: the number of positions that both hold. overlap: shared as a share of the smaller adapter's positions.
+    jaccard: shared as a share of the union of positions.
+    awom: ‖A₁ᵀA₂‖ (§4.2), the Frobenius norm. awom_relative: awom / (‖A₁‖ · ‖A₂‖), at most 1.
+    awor: 1 − ‖A₁ᵀA₂‖₀ / n² (§4.2): the share of entries (i, j) of A₁ᵀA₂ to which no row contributes: no row is changed both by
+        the first adapter in column i and by the second in column j. It is exact.
+    cancelled: the share of entries that have terms, but whose terms add up to 0.0 in float64. awor does not count them, because
+        the order of a sum decides whether floats cancel.
+    cosine: that of ΔW₁ and ΔW₂; None where one is zero. distance: ‖ΔW₁ − ΔW₂‖ (Table 13).
+    conflicts: the number of shared positions where the changes differ in sign.
+    shared_mass, conflict_mass: the shares of Σ |ΔW₁| + |ΔW₂| that are at shared positions, and at conflicts.
     """
 
     first: str
@@ -86,14 +90,14 @@ class AdapterPair:
 
 @dataclasses.dataclass(frozen=True)
 class TensorComparison:
-    """Of one tensor, or of all: a Change for each adapter that holds it, an AdapterPair for each two adapters."""
+    """One tensor, or all (shape None): a Change for each adapter that holds it, an AdapterPair for each two adapters."""
 
     shape: tuple[int, ...] | None
     changes: dict[str, Change]
     pairs: list[AdapterPair]
 
     def pair(self, first: str, second: str) -> AdapterPair:
-        """The pair of two adapters, in either order. Raises KeyError."""
+        """The pair of two adapters, in either order. Raises KeyError if there is none."""
         for pair in self.pairs:
             if {pair.first, pair.second} == {first, second}:
                 return pair
@@ -102,10 +106,10 @@ class TensorComparison:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `compare` found: by tensor and in all; and for each adapter a histogram of its changes.
+    """What `compare` found: for each tensor, in total, and a histogram of each adapter's changes.
 
-    histograms: adapter -> counts of (negative, positive) ΔW by log10 |ΔW| between the edges BINS; what lies beyond is
-        counted in the outermost bins, zeros nowhere.
+    histograms: adapter -> counts of (negative, positive) ΔW by log10 |ΔW| between the edges BINS. Values beyond the edges are
+        counted in the outermost bins. Zeros are not counted.
     """
 
     adapters: list[str]
@@ -114,7 +118,7 @@ class Comparison:
     histograms: dict[str, tuple[list[int], list[int]]]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as JSON would hold it."""
+        """All fields and the bins, as values that JSON can hold."""
         return {**dataclasses.asdict(self), "bins": list(BINS)}
 
 
@@ -124,13 +128,15 @@ def compare(
     spectra: bool = True,
     on_progress: Callable[[int, str], None] = lambda done, name: None,
 ) -> Comparison:
-    """Overlap, AWOM, AWOR (SHiRA §4.2, arXiv 2406.13175), distances, cosine, sign conflicts and rank, a tensor each and in all.
+    """Overlap, AWOM, AWOR (SHiRA §4.2, arXiv 2406.13175), distance, cosine, sign conflicts and rank, by tensor and in total.
 
-    adapters: one or more, as Adapter or file; they go by their names, or the files' names.
-    base: the model, its tensors by name, or a checkpoint folder; needed unless all are deltas. It is checked to be theirs.
-    spectra: whether to compute singular values, which takes most of the time. on_progress(tensors done, tensor's name).
+    adapters: one or more Adapters or files. They are called by their names, or their files' names.
+    base: the model, its tensors by name, or a checkpoint folder; needed unless all are deltas. It is checked that the adapters
+        belong to it.
+    spectra: whether to compute singular values, which takes most of the time.
+    on_progress(tensors done, tensor's name) is called after each tensor.
 
-    Raises AdapterError, FormatError, BaseMismatch or DataError.
+    Raises AdapterError, FormatError, BaseMismatch or CheckpointError.
 
         found = shira.compare("spam.safetensors", "questions.safetensors", base=model)
         found.total.pairs[0].awor, found.tensors["model.layers.0.mlp.up_proj.weight"].changes["spam"].effective_rank
@@ -167,7 +173,7 @@ def compare(
 
 
 def named(adapters: Sequence[Adapter | Path_]) -> dict[str, Adapter]:
-    """Adapters by their names, or their files' names, read if they are files; what goes by one name is numbered, and renamed.
+    """Adapters by their names, or their files' names. Files are read. An adapter whose name is taken is renamed with a number.
 
     Raises AdapterError if there are none, or FormatError.
     """
@@ -195,9 +201,9 @@ def _numbered(label: str) -> Iterator[str]:
 def deltas(
     adapters: Mapping[str, Adapter], base: CheckpointSource | None, only: str | None = None
 ) -> Iterator[tuple[str, tuple[int, ...], dict[str, SparseTensor]]]:
-    """Each tensor's name, its shape, and ΔW of the adapters that hold it: float64 deltas at the same positions, on the CPU.
+    """For each tensor its name, its shape, and ΔW of each adapter that holds it: a float64 delta at its positions, on the CPU.
 
-    only: the one tensor that is wanted. Raises as `compare`.
+    only: the one tensor that is wanted. Raises what `compare` raises.
     """
     tensors = tensors_of(base) if base is not None else None
     names = sorted({name for adapter in adapters.values() for name in adapter.tensors})
@@ -222,8 +228,8 @@ def deltas(
             if tensor.kind == "overwrite":
                 if tensors is None:
                     raise AdapterError(
-                        f"{name}: '{tensor_name}' holds overwritten values: what they change is known with the base they were "
-                        "trained on, pass base="
+                        f"{name}: '{tensor_name}' holds overwritten values: comparing them needs the base they were trained "
+                        "on, pass base="
                     )
                 values = values - _gather(tensors[tensor_name], tensor.indices).cpu().double()
                 if not all_finite(values):
@@ -253,7 +259,7 @@ def _change(tensor: SparseTensor, matrix: Tensor, spectra: bool) -> Change:
 
 
 def _in_all(changes: Sequence[Change]) -> Change:
-    """Sums of counts, the norm of all, means of ranks; the energy of all."""
+    """The Change of all tensors together: counts are added, ranks are averaged; the norm and the energy are those of all."""
 
     def mean(field: str) -> float | None:
         known = [value for change in changes if (value := getattr(change, field)) is not None]
@@ -276,7 +282,7 @@ def _in_all(changes: Sequence[Change]) -> Change:
 
 
 class _Sums(NamedTuple):
-    """What adds up over tensors."""
+    """Quantities that add up over tensors."""
 
     first_entries: int = 0
     second_entries: int = 0
@@ -295,11 +301,11 @@ class _Sums(NamedTuple):
     product_squares: float = 0.0
 
     def plus(self, other: "_Sums") -> "_Sums":
-        """The sums of both."""
+        """The two sums added."""
         return _Sums._make(one + another for one, another in zip(self, other, strict=True))
 
     def pair(self, first: str, second: str) -> AdapterPair:
-        """What follows from the sums."""
+        """The AdapterPair that follows from the sums."""
         norms = math.sqrt(self.first_squares) * math.sqrt(self.second_squares)
         awom = math.sqrt(self.product_squares)
         return AdapterPair(
@@ -321,11 +327,11 @@ class _Sums(NamedTuple):
 
 
 def _meet(one: SparseTensor, other: SparseTensor, matrices: tuple[Tensor, Tensor]) -> _Sums:
-    """Two adapters in one tensor."""
+    """The sums of two adapters in one tensor."""
     product = gram(*matrices)
     shared_one = torch.isin(one.indices, other.indices, assume_unique=True)
     shared_other = torch.isin(other.indices, one.indices, assume_unique=True)
-    a, b = one.values[shared_one], other.values[shared_other]  # both sorted by position
+    a, b = one.values[shared_one], other.values[shared_other]  # sorted by position, so they match
     opposed = torch.signbit(a).ne(torch.signbit(b)) & (a != 0) & (b != 0)
     magnitude = a.abs() + b.abs()
     alone = one.values[~shared_one].square().sum() + other.values[~shared_other].square().sum()
@@ -349,7 +355,7 @@ def _meet(one: SparseTensor, other: SparseTensor, matrices: tuple[Tensor, Tensor
 
 
 def _histogram(values: Tensor) -> Tensor:
-    """Counts [2, bins] of negative and positive values by their magnitude."""
+    """Counts [2, bins] of the negative and of the positive values, by magnitude."""
     edges = torch.tensor(BINS[1:-1], dtype=torch.float64)
     signs = [values[values < 0].abs(), values[values > 0]]
     return torch.stack([torch.bincount(torch.bucketize(v.log10(), edges), minlength=len(BINS) - 1) for v in signs])

@@ -1,7 +1,7 @@
-"""Sparse matrices in float64: what two of them have in common, and their singular values; never dense beyond a block.
+"""Sparse matrices in float64: the product A₁ᵀA₂ of two of them, and their singular values.
 
-A matrix is a coalesced sparse COO tensor of float64 whose entries are all different from zero. COO, because torch multiplies
-that without MKL and, at the densities of adapters, as fast as the other layouts.
+A matrix here is a coalesced sparse COO tensor of float64 whose entries all differ from zero. The layout is COO because torch
+multiplies it without MKL and, at the densities of adapters, as fast as the other layouts.
 """
 
 import math
@@ -13,18 +13,19 @@ from torch import Tensor
 __all__ = ["Gram", "Spectrum", "as_matrix", "gram", "spectrum"]
 
 BLOCK = 2**22  # entries or terms of a product held at a time, about 150 MB
-DENSE_FROM = 1 / 16  # of all the terms that a dense product has
-EXACT_SIDE = 4096  # of the shorter side: up to here singular values are computed, 3 s for a square on two cores
-EXACT_NUMEL = 2**26  # and 512 MB; beyond, they are estimated
+DENSE_FROM = 1 / 16  # share of a dense product's terms; with more terms the product is computed densely
+EXACT_SIDE = 4096  # the longest shorter side whose singular values are computed: 3 s for a square matrix on two cores
+EXACT_NUMEL = 2**26  # and the most entries, 512 MB; beyond, singular values are estimated
 PROBES = 8
 STEPS = 128
 
 
 class Gram(NamedTuple):
-    """What is in A₁ᵀA₂.
+    """Facts about the product A₁ᵀA₂.
 
-    nonzero: entries (i, j) for which some row holds both column i of A₁ and column j of A₂. From positions alone, so exact.
-    cancelled: those among them whose terms add up to 0.0 in float64.
+    nonzero: the number of entries (i, j) for which some row has an entry in column i of A₁ and one in column j of A₂. It
+        follows from the positions alone, so it is exact.
+    cancelled: the number of these entries whose terms add up to 0.0 in float64.
     squares: the sum of all squared entries.
     """
 
@@ -34,10 +35,11 @@ class Gram(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """Singular values, falling; computed, or estimated.
+    """Singular values in falling order, computed or estimated.
 
-    values: float64 [k]. counts: float64 [k], how many singular values each stands for: 1 where they were computed.
-    error: the standard error of `effective_rank`, None where they were computed. squares: Σσ², of the entries themselves.
+    values: float64 [k]. counts: float64 [k], how many singular values each value stands for; 1 if they were computed.
+    error: the standard error of `effective_rank`; None if they were computed.
+    squares: Σσ², from the matrix's entries.
     """
 
     values: Tensor
@@ -47,7 +49,7 @@ class Spectrum(NamedTuple):
 
     @property
     def rank(self) -> int | None:
-        """Singular values above rounding, as `torch.linalg.matrix_rank` counts them; None if they were estimated."""
+        """The number of singular values above rounding, as `torch.linalg.matrix_rank` counts; None if they were estimated."""
         if self.error is not None:
             return None
         tiny = float(self.values[:1].sum()) * self.values.numel() * torch.finfo(torch.float64).eps
@@ -60,12 +62,15 @@ class Spectrum(NamedTuple):
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of σ / Σσ: as many equal singular values would have it (Roy and Vetterli, EUSIPCO 2007)."""
+        """exp(entropy of σ / Σσ): so many equal singular values have this entropy (Roy and Vetterli, EUSIPCO 2007)."""
         return float(_effective_rank(self.values, self.counts))
 
     def energy(self, rank: float) -> float | None:
-        """The share of Σσ² in the `rank` largest: the most that any matrix of that rank can hold (Eckart and Young, 1936); None
-        if they were estimated. A fraction of a rank counts as that fraction of the next singular value."""
+        """The share of Σσ² in the `rank` largest singular values; None if they were estimated.
+
+        It is the most that any matrix of that rank can hold (Eckart and Young, 1936). A fraction of a rank counts as that
+        fraction of the next σ².
+        """
         if self.error is not None:
             return None
         taken = (rank - torch.arange(self.values.numel())).clamp(0, 1)
@@ -73,9 +78,9 @@ class Spectrum(NamedTuple):
 
 
 def as_matrix(shape: tuple[int, ...], indices: Tensor, values: Tensor) -> Tensor:
-    """Entries at sorted flat positions, as a sparse matrix without those that are zero.
+    """A sparse matrix of the entries at sorted flat positions, without those that are zero.
 
-    A tensor of more than two dimensions is read as [first, all others], one of fewer as a column.
+    A tensor with more than two dimensions becomes [first, all others]; one with fewer becomes a column.
     """
     rows = shape[0] if shape else 1
     columns = math.prod(shape[1:])
@@ -86,14 +91,15 @@ def as_matrix(shape: tuple[int, ...], indices: Tensor, values: Tensor) -> Tensor
 
 
 def gram(one: Tensor, other: Tensor, block: int = BLOCK) -> Gram:
-    """What is in oneᵀ · other, a block of its rows at a time: the terms one by one, or dense products where those are fewer.
+    """Facts about oneᵀ · other, computed in blocks of its rows: term by term, or by dense products if there are many terms.
 
-    one, other: `matrix` [m, n] each. block: entries or terms of the product that may be held at once; a row is never divided.
+    one, other: sparse matrices from `as_matrix` with equally many rows. block: the most entries or terms of the product that
+    are held at once; but a row is never divided.
     """
     (row, column), values = one.indices(), one.values()
     order = (column * one.shape[0] + row).argsort()
     row, column, values = row[order], column[order], values[order]
-    held = torch.bincount(other.indices()[0], minlength=one.shape[0])  # entries in each row of the other
+    held = torch.bincount(other.indices()[0], minlength=one.shape[0])  # entries in each row of `other`
     terms = torch.zeros(one.shape[1], dtype=torch.int64).index_add_(0, column, held[row])  # in each row of the product
     dense = int(terms.sum()) > DENSE_FROM * one.shape[0] * one.shape[1] * other.shape[1]
     first_entry = held.cumsum(0) - held
@@ -116,8 +122,10 @@ def gram(one: Tensor, other: Tensor, block: int = BLOCK) -> Gram:
 def _by_terms(
     row: Tensor, column: Tensor, values: Tensor, count: int, other: Tensor, held: Tensor, first_entry: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`count` rows of a product [count · n], and which of its entries have terms: each entry of the one matrix with each of the
-    other in the same row."""
+    """`count` rows of the product, flat [count · n], and which of their entries have terms.
+
+    There is a term for each entry of one matrix and each entry of the other in the same row.
+    """
     repeats = held[row]
     left = torch.arange(row.numel()).repeat_interleave(repeats)
     right = torch.arange(left.numel()) - (repeats.cumsum(0) - repeats - first_entry[row])[left]
@@ -129,17 +137,19 @@ def _by_terms(
 
 
 def _by_dense(row: Tensor, column: Tensor, values: Tensor, count: int, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from dense products, of the values and of the masks."""
+    """The same as `_by_terms`, in [count, n], from dense products of the values and of the masks."""
     left = torch.zeros(count, right.shape[0], dtype=torch.float64)
     left[column, row] = values
     return left @ right, (left != 0).float() @ (right != 0).float() > 0
 
 
 def spectrum(sparse: Tensor, seed: int = 0) -> Spectrum:
-    """The singular values of a `matrix`; empty rows and columns are left out first, which takes nothing but zeros away.
+    """The singular values of a sparse matrix from `as_matrix`.
 
-    Computed in float64 up to 4096 on the shorter side and 2²⁶ entries. Beyond, estimated by Lanczos quadrature (Ubaru, Chen and
-    Saad, SIAM J. Matrix Anal. 38, 2017) from `seed`: the largest is right to many digits, the others as a distribution.
+    Empty rows and columns are left out first; that removes only singular values of 0. Then singular values are computed in
+    float64 if the shorter side has at most 4096 entries and the matrix at most 2²⁶. Otherwise they are estimated by Lanczos
+    quadrature (Ubaru, Chen and Saad, SIAM J. Matrix Anal. 38, 2017), with random vectors from `seed`: the largest one is right
+    to many digits, the others are right as a distribution.
     """
     (row, column), values = sparse.indices(), sparse.values()
     rows, row = row.unique(return_inverse=True)
@@ -165,9 +175,9 @@ def spectrum(sparse: Tensor, seed: int = 0) -> Spectrum:
 
 
 def _bidiagonal(sparse: Tensor, seed: int) -> Tensor:
-    """Golub and Kahan's bidiagonal matrices [probes, steps, steps] of a matrix [m, n], from random starts.
+    """Golub and Kahan's bidiagonal matrices [probes, steps, steps] of a matrix [m, n], from random start vectors.
 
-    Only the shorter side's vectors are kept and made orthogonal again (Simon and Zha, SIAM J. Sci. Comput. 21, 2000).
+    Only the shorter side's vectors are kept and orthogonalized again (Simon and Zha, SIAM J. Sci. Comput. 21, 2000).
     """
     rows, columns = sparse.shape
     transposed = sparse.t().coalesce()
@@ -183,7 +193,7 @@ def _bidiagonal(sparse: Tensor, seed: int) -> Tensor:
         if step + 1 < STEPS:
             right = torch.sparse.mm(transposed, left) - length * right
             known = basis[:, :, : step + 1]
-            for _ in range(2):  # once leaves rounding, twice is enough
+            for _ in range(2):  # one pass leaves rounding errors, two are enough
                 right = right - (known @ (known.mT @ right.T.unsqueeze(-1))).squeeze(-1).T
             right, coupling = _normal(right, bidiagonal)
             bidiagonal[:, step, step + 1] = coupling
@@ -191,7 +201,7 @@ def _bidiagonal(sparse: Tensor, seed: int) -> Tensor:
 
 
 def _normal(vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [n, probes] of length one, and their lengths; what is only rounding, once a space is exhausted, becomes zero."""
+    """Vectors [n, probes] scaled to length one, and their lengths. Rounding that is left in an exhausted space becomes 0."""
     length = vectors.norm(dim=0)
     length = torch.where(length > 1e-10 * scale.amax(dim=(1, 2)), length, 0.0)
     return torch.where(length > 0, vectors / length, 0.0), length
@@ -211,8 +221,10 @@ def _effective_rank(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def _blocks(terms: Tensor, width: int, block: int) -> list[tuple[int, int]]:
-    """Ranges of rows that have at most `block` terms and `block` entries, or are one row; rows without terms are left out where
-    they are first or last."""
+    """Ranges of rows with at most `block` terms and `block` entries each, or of a single row.
+
+    A range neither begins nor ends with rows that have no terms.
+    """
     ranges: list[tuple[int, int]] = []
     total = 0
     for row, count in enumerate(terms.tolist()):
@@ -228,5 +240,5 @@ def _blocks(terms: Tensor, width: int, block: int) -> list[tuple[int, int]]:
 
 
 def _coo(coordinates: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A sparse tensor of entries that are sorted and unique already."""
+    """A sparse COO tensor of entries that are already sorted and unique."""
     return torch.sparse_coo_tensor(coordinates, values, shape, is_coalesced=True, check_invariants=False)
