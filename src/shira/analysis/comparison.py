@@ -38,11 +38,12 @@ class Change:
 
     entries: the number of positions it holds. changed: the number of these where ΔW is not zero.
     l2: ‖ΔW‖, the distance to the base (Table 13).
-    lora_rank: entries / (rows + columns): the rank of a LoRA with as many parameters, and the bound of its ΔW's (Lemma 4.2).
+    lora_rank: entries / (rows + columns): the rank of a LoRA with as many parameters. The rank of that LoRA's ΔW is at
+        most this (Lemma 4.2).
     rank, stable_rank, effective_rank: of ΔW (`spectra.Spectrum`). effective_rank_error: the standard error of effective_rank;
         0 where it is computed.
     lora_energy: the largest share of ‖ΔW‖² that a LoRA of rank lora_rank can hold.
-    The last five are None if not asked for. rank and lora_energy are also None where singular values were estimated.
+    The last five are None without spectra. rank and lora_energy are also None where singular values were estimated.
     """
 
     entries: int
@@ -69,7 +70,7 @@ class AdapterPair:
         the order of a sum decides whether floats cancel.
     cosine: that of ΔW₁ and ΔW₂; None where one is zero. distance: ‖ΔW₁ − ΔW₂‖ (Table 13).
     conflicts: the number of shared positions where the changes differ in sign.
-    shared_mass, conflict_mass: the shares of Σ |ΔW₁| + |ΔW₂| that are at shared positions, and at conflicts.
+    shared_mass, conflict_mass: the shares of Σ (|ΔW₁| + |ΔW₂|) that are at shared positions, and at conflicts.
     """
 
     first: str
@@ -292,7 +293,7 @@ class _Sums(NamedTuple):
     second_squares: float = 0.0
     dot: float = 0.0  # Σ ΔW₁ · ΔW₂
     distance: float = 0.0  # Σ (ΔW₁ − ΔW₂)²
-    mass: float = 0.0  # Σ |ΔW₁| + |ΔW₂|
+    mass: float = 0.0  # Σ (|ΔW₁| + |ΔW₂|)
     shared_mass: float = 0.0
     conflict_mass: float = 0.0
     size: int = 0  # entries of A₁ᵀA₂

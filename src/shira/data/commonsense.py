@@ -75,7 +75,7 @@ def example(query: str, label: int, letters: bool) -> Example:
 
 @dataclass(frozen=True)
 class Combined:
-    """The training parts of several benchmarks, one example from each in turn (the paper's combined 170k)."""
+    """The training parts of several benchmarks, one example from each in turn until it is used up (the paper's 170k)."""
 
     name: str
     about: str

@@ -47,8 +47,8 @@ def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood")
 
     kind: "likelihood": the answer is the most probable choice (the harness's acc). If choices have several words, it is the
         most probable one for its length in characters (acc_norm). "generated": the answer is what the model writes up to the
-        end of the line. If all questions have the same few choices, the first choice in the line counts; otherwise the line
-        must be the choice.
+        end of the line. If all questions have the same few choices, the first choice that the line mentions counts; otherwise
+        the line must be the choice.
     Raises DataError if an example has no choices, or for another kind.
     """
     if kind not in KINDS:

@@ -55,8 +55,8 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
     def __init__(self, tuner: Tuner, *, name: str | None = None, license: str | None = None) -> None:
         if not isinstance(tuner.model, transformers.PreTrainedModel):
             raise TuningError(
-                f"ShiraCallback needs a transformers.PreTrainedModel, found a {type(tuner.model).__name__}: of others the "
-                "Trainer saves all weights; train without it and save tuner.adapter() at the end"
+                f"ShiraCallback needs a transformers.PreTrainedModel, found a {type(tuner.model).__name__}, of which the "
+                "Trainer saves all weights; train without the callback and save tuner.adapter() at the end"
             )
         tuner.masters("trained with ShiraCallback")
         self.tuner, self.name, self.license = tuner, name, license

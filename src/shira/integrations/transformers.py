@@ -75,7 +75,10 @@ def untrained(config: Any, dtype: torch.dtype) -> nn.Module:
 
 @contextlib.contextmanager
 def one_example_a_row() -> Iterator[None]:
-    """A context in which Transformers takes every row as one example. Without data it cannot check that, and makes a mask."""
+    """A context in which Transformers takes every row as one example.
+
+    On tensors without data it cannot check that, and would make an attention mask.
+    """
     where = _library().masking_utils
     usual = where.find_packed_sequence_indices
     where.find_packed_sequence_indices = lambda position_ids: None

@@ -7,11 +7,11 @@ The names of its arguments say what it needs. It is called with these and no oth
     gradient           Tensor of the weight's shape: the gradient of the loss summed over the calibration batches
     squared_gradient   Tensor of the weight's shape: the square of each batch's gradient, mean over the calibration batches
     activations        Tensor [in]: the 2-norm of each input feature over the calibration tokens
-    seed               int, another one for each (seed, tensor name), so that two layers of one shape differ
+    seed               int, derived from (seed, tensor name), so that two layers of one shape differ
     name               str, the tensor's name
     avoid              int64 [any], sorted flat positions that must not train because other adapters hold them; often empty
 
-It returns integer positions [at most k], flat in C order and in any order; or a boolean tensor of the weight's shape.
+It returns integer positions [at most k] in the flattened weight (C order), sorted or not; or a boolean tensor of its shape.
 A mask with an argument `gradient`, `squared_gradient` or `activations` needs `calibration`. Any other argument needs a default.
 Set it with `functools.partial`, or in the mask's name as on the command line:
 
@@ -21,8 +21,8 @@ Set it with `functools.partial`, or in the mask's name as on the command line:
 
 A mask with an argument `by` (a score) or `of` (masks) also gets, as further keywords, the inputs that these need.
 
-Every mask of the catalogue computes scores in float32, takes the first positions among equal scores, raises MaskError for NaN
-and returns at most k positions. struct, block, wanda and lift need a matrix; the others take any shape.
+Every mask of the catalogue computes its scores in float32, takes the first positions among equal scores, raises MaskError for
+NaN and returns at most k positions. struct, block, wanda and lift need a matrix, nm needs rows; the others take any shape.
 """
 
 import inspect

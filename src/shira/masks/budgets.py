@@ -142,7 +142,7 @@ def share_out(total: int, sizes: Mapping[str, int], floors: Mapping[str, int]) -
 
 
 def without(scores: Tensor, avoid: Tensor | None) -> Tensor:
-    """A flat float32 copy of the scores, which are `ABSENT` at the flat positions `avoid`."""
+    """A flat float32 copy of the scores, with `ABSENT` at the flat positions `avoid`."""
     flat = scores.detach().to(torch.float32, copy=True).reshape(-1)
     if avoid is not None:
         flat[avoid.to(flat.device, torch.int64)] = ABSENT

@@ -24,7 +24,7 @@ def grad_scores(gradient: Tensor) -> Tensor:
 def snip(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
     """Positions of the k entries with the largest |weight · gradient| (SHiRA §3.1, B.5, arXiv 2406.13175; SNIP, 1810.02340).
 
-    weight, gradient: one shape, any floating dtype; scores are taken in float32.
+    weight, gradient: the same shape, any floating dtype; scores are computed in float32.
     Returns int64 [k], sorted, flat in C order. Raises MaskError if k exceeds the number of entries.
     """
     return top_k(snip_scores(weight, gradient), k)
@@ -39,7 +39,8 @@ def fisher(squared_gradient: Tensor, k: int) -> Tensor:
     """Positions of the k entries with the largest mean squared gradient (FISH, arXiv 2111.09839; RoSA, 2401.04679).
 
     The score is the empirical Fisher information. Unlike in `grad`, gradients of different sign do not cancel. FISH takes the
-    mean over single examples: pass batches of one example for that. Larger batches are cheaper, and noise cancels within each.
+    mean over single examples: pass batches of one example for that. Larger batches are cheaper, and noise cancels within each
+    batch.
 
     squared_gradient: the square of each calibration batch's gradient, mean over the batches; float32, any shape.
     Returns int64 [k], sorted, flat in C order. Raises MaskError if k exceeds the number of entries.

@@ -16,9 +16,8 @@ __all__ = ["block", "nm"]
 def block(weight: Tensor, k: int, size: int = 16, by: str | Score = "wm", **inputs: Any) -> Tensor:
     """Positions of the size × size blocks with the largest mean score (SMT, arXiv 2405.15525).
 
-    SMT scores by |gradient|: by="grad". Blocks are taken from the best one down, until the next does not fit. So the mask holds
-    more than k − size² entries, and at most k. Blocks at the right and lower edge may be smaller. Among equal blocks the first
-    win.
+    SMT scores by |gradient|: by="grad". Blocks are taken from the best one down, until the next does not fit. So the mask has
+    more than k − size² and at most k entries. Blocks at the right and lower edge may be smaller. Among equals the first win.
 
     weight: [out, in]. by: a name from `masks.SCORES` or a function like them, which gets the inputs that it names.
     Returns int64 [at most k], sorted, flat in C order. Raises MaskError if the first block exceeds the budget.

@@ -27,7 +27,7 @@ Indices = dict[str, Tensor]  # tensor name -> positions [k], sorted
 
 @dataclass(frozen=True, eq=False)
 class Selector:
-    """What decides a selection and stays the same: all but the budgets, the weights and the calibration batches.
+    """Everything that decides a selection, except the budgets, the weights and the calibration batches that `select` takes.
 
     matrices: tensor name -> (rows, columns) of the matrix that the mask sees, which is a view of the weight.
     avoided: tensor name -> int64 positions that must not train, sorted and unique.
