@@ -167,6 +167,21 @@ def test_another_base_under_what_is_ready_is_noticed():
     assert same_bits(base, all_bits(model))
 
 
+def test_what_is_active_stays_so_if_the_next_does_not_fit_the_changed_model():
+    model = mlp()
+    switcher = switcher_of(model)
+    switcher.add("entry", shira.Adapter({"0.weight": SparseTensor((11, 13), torch.tensor([5]), torch.ones(1))}))
+    switcher.use("entry")
+    with torch.no_grad():
+        model[2].weight.copy_(mlp(seed=9)[2].weight)  # another base under "a"
+    active = all_bits(model)
+    with pytest.raises(BaseMismatch, match="fingerprint"):
+        switcher.use("a")
+    assert switcher.active == {"entry": 1.0} and same_bits(active, all_bits(model))
+    switcher.use(None)
+    assert not same_bits(active, all_bits(model)) and torch.equal(model[0].weight, mlp()[0].weight)
+
+
 def test_what_others_write_beside_the_adapter_stays():
     model = mlp()
     switcher = Switcher(model)

@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import kernels
 from ..adapter import Adapter
-from ..errors import AdapterError, SwitchError, did_you_mean
+from ..errors import AdapterError, ShiraError, SwitchError, did_you_mean
 from ..fusion.strengths import as_given
 from ..kernels import WeightChanged, WritePlan
 from ..sparse.tensor import all_finite
@@ -142,8 +142,8 @@ class Switcher:
 
         Raises SwitchError for an unknown name, if somebody else owns the model, or if the base values under the active adapters
         are not known any more (docs/guarantees.md); AdapterError for a method, option or strength that is not possible, or a
-        result that overflows; and what `add` raises if a file or the model has changed. Then what was active stays active; but
-        the base is active if the model had changed. After any other exception during the switch, the base is active.
+        result that overflows; and what `add` raises if a file or the model has changed. Then what was active stays active.
+        If it does not fit the changed model either, the base is active, as after any other exception during the switch.
         """
         with self._turn, _writable():
             self._activate(chosen(selection, method, options, self._known))
@@ -269,14 +269,19 @@ class Switcher:
         self._settle()
         if not (wanted.strengths or self._state.plans):
             return  # nothing to do, even if somebody else owns the model
-        if self._now.is_another():
+        before = self._state.chosen or BASE
+        if not self._now.is_another():
+            with contextlib.suppress(WeightChanged):  # it is raised before anything is written
+                return self._switch(wanted)
+        else:
             check_free(self._now.claim, SwitchError)
-            self._adopt()
+        self._adopt()
         try:
             self._switch(wanted)
-        except WeightChanged:  # it was raised before anything was written
-            self._adopt()
-            self._switch(wanted)
+        except ShiraError:
+            with contextlib.suppress(ShiraError):
+                self._switch(before)
+            raise
 
     def _switch(self, wanted: Chosen) -> None:
         state = self._state
