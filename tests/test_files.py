@@ -118,6 +118,19 @@ def test_what_peft_saved_is_named_and_how_to_convert_it(tmp_path):
                 read(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "beside", "is_peft"),
+    [("adapter_model.safetensors", None, True), ("x.safetensors", "adapter_config.json", True), ("x.safetensors", None, False)],
+)
+def test_a_file_of_peft_is_known_by_its_name_or_its_configuration(tmp_path, name, beside, is_peft):
+    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / name)
+    if beside:
+        (tmp_path / beside).write_text("{}")
+    meant = "adapter of PEFT" if is_peft else "expected 'shira'; pass an adapter's .safetensors file$"
+    with pytest.raises(FormatError, match=meant):
+        shira.load(tmp_path / name)
+
+
 def of_another_base(adapter):
     prints = dict.fromkeys(adapter.fingerprints, f"xxh3:{0:032x}")
     return shira.Adapter(adapter.tensors, adapter.metadata | {"fingerprints": prints})

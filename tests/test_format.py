@@ -239,6 +239,36 @@ def byte(*units):
     return torch.tensor(units, dtype=torch.uint8)
 
 
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"mask": "rand", "seed": 0}, lambda weight: shira.masks.rand(weight, 50, 0)),
+        ({"mask": "rand", "seed": 2**63 - 1}, lambda weight: shira.masks.rand(weight, 50, 2**63 - 1)),
+        *(
+            (
+                {"mask": "struct", "direction": direction, "frequency": 10} | further,
+                lambda weight, direction=direction, further=further: shira.masks.struct(
+                    weight, 1200, direction, frequency=10, **further
+                ),
+            )
+            for direction in ("rows", "columns")
+            for further in ({}, {"offset": 3}, {"diagonal": False}, {"offset": 9, "diagonal": False})
+        ),
+        ({"mask": "struct", "direction": "rows", "frequency": 1}, lambda weight: torch.arange(1200)),
+    ],
+)
+def test_every_rule_draws_the_positions_of_its_mask(tmp_path, rule, expected):
+    positions = expected(torch.empty(30, 40))
+    entry = {
+        "shape": [30, 40],
+        "kind": "delta",
+        "positions": rule | {"crc32": zlib.crc32(positions.numpy().astype("<i8").data)},
+    }
+    header = {"format_version": "2", "encoding": "gap", "tensors": json.dumps({"w": entry})}
+    path = write(tmp_path / "a", {"w.indices": None, "w.values": torch.ones(positions.numel())}, header)
+    assert torch.equal(shira.load(path).tensors["w"].indices.long(), positions)
+
+
 def test_positions_by_rule_and_by_gap_by_hand(tmp_path):
     assert shira.load(write(tmp_path / "a", *rule())).tensors["w"].nnz == 50
     by_struct = rule(draw="struct", mask="struct", seed=None, direction="rows", frequency=10)
