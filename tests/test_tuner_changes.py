@@ -219,7 +219,7 @@ def test_parameters_over_one_memory_are_one_target_and_parted_ones_are_refused()
     tuner = shira.attach(model, density=0.5)
     model.bfloat16()
     for call in (lambda: model(torch.ones(2, 6)), tuner.detach, tuner.detach):
-        with pytest.raises(TuningError, match=r"'a.weight' stood for several parameters.*parted"):
+        with pytest.raises(TuningError, match=r"'a.weight' was several parameters.*separated"):
             call()
     tuner.release()
 

@@ -1,1 +1,1 @@
-"""Training: `attach` makes a few entries of a model trainable, a `Tuner` is the model in training."""
+"""Training: `attach` makes a few entries of a model trainable and returns a `Tuner`, the model in training."""

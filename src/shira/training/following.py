@@ -1,7 +1,7 @@
-"""A weight in training, whatever is done to it meanwhile: cast, moved, replaced, written to.
+"""Follow a weight in training that other code casts, moves, replaces or writes to.
 
-What is kept of the base is a buffer of the module that holds the weight, so that it goes through the same casts and moves: the
-base must be what they make of it. `Followed.look` compares a weight with what it was, before anything of it is used.
+The base's values are a buffer of the module that holds the weight. So casts and moves of the module change them as they would
+change the base itself. `Followed.look` compares a weight with its last known state before the tuner uses it.
 """
 
 import weakref
@@ -20,11 +20,14 @@ from ..weights.undoing import Undo
 
 __all__ = ["BASE", "Followed", "Held", "Kept", "value_name"]
 
-BASE = OWN + "base"  # the beginning of the names of buffers that hold what lay under the entries
+BASE = OWN + "base"  # prefix of the names of buffers that hold the base's values at the entries
 
 
 class Held(NamedTuple):
-    """Entries of one weight: positions [n], sorted; the base's values there and the present ones [n], the weight's dtype."""
+    """Entries of one weight: sorted positions [n]; the base's values and the trained values there, [n] in the weight's dtype.
+
+    `Deltas` are the exception: their trained values are float32 differences.
+    """
 
     indices: Tensor
     base: Tensor
@@ -32,11 +35,11 @@ class Held(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What is known of the entries. One value, so that it is swapped at once when a mask moves.
+    """What is known of a weight's entries. It is one object, so that one assignment replaces all of it when a mask moves.
 
-    indices: those that train [k]; left: those that trained earlier and have kept their values [m]; both sorted.
-    bits: in the weight's dtype, the base at both [k + m], then the values of those that have left [m].
-    name: of the buffer that `bits` is.
+    indices: positions that train [k]. left: positions that trained earlier and kept their values [m]. Both are sorted.
+    bits: [k + 2m], in the weight's dtype: the base's values at indices and at left, then the trained values at left.
+    pattern: what `kernels.find_pattern` found in indices. name: the name of the buffer `bits`.
     """
 
     indices: Tensor
@@ -47,9 +50,9 @@ class Kept(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a weight was when it was last looked at, or written."""
+    """The state of a weight when the tuner last looked at it or wrote to it."""
 
-    storage: "weakref.ref[Any]"  # while it lives, nothing else can be at its address
+    storage: "weakref.ref[Any]"  # while it lives, no other storage can have its address
     address: int
     dtype: torch.dtype
     shape: torch.Size
@@ -58,30 +61,30 @@ class Seen(NamedTuple):
 
 
 class Followed:
-    """A weight, and what is known of its entries. `masters.Masters` adds how they train."""
+    """A weight, and what is known of its entries. `masters.Masters` adds their training."""
 
     name: str
     weight: nn.Parameter
     kept: Kept
-    piece: Piece | None  # what lies here of a sharded weight
-    uses: list[tuple[nn.Module, str, nn.Parameter]]  # who holds the weight, under which name, and as what
-    own: dict[str, nn.Parameter]  # what trains, by the endings of the names under which modules hold it
-    written: int  # the version that the weight has
-    in_place = True  # whether the weight holds the entries
-    over = False  # whether the tuner is done with the model
+    piece: Piece | None  # this process's piece of a sharded weight
+    uses: list[tuple[nn.Module, str, nn.Parameter]]  # (module that holds the weight, attribute, parameter found there)
+    own: dict[str, nn.Parameter]  # the parameters that train, by the ending of their names in modules
+    written: int  # the `version` whose values the weight holds; -1 if that is unknown
+    in_place = True  # whether the trained values are written to the weight
+    over = False  # whether the tuner has left the model
     _seen: Seen | None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What trains, float32, by the endings of the names under which modules hold it."""
+        """The parameters that train, float32, by the ending of their names in modules."""
         return self.own
 
     def current(self) -> Tensor:
-        """The entries [k] as what trains gives them, float32, for autograd."""
+        """The entries [k], float32, computed from the parameters that train; differentiable."""
         raise NotImplementedError
 
     @property
     def version(self) -> int:
-        """Another number when what trains has another value: by torch's operators, or another tensor as its `data`."""
+        """A number that changes when an operator of torch changes the parameters that train, or `data` is replaced."""
         return sum(parameter._version + parameter.data_ptr() for parameter in self.own.values())
 
     @property
@@ -99,12 +102,15 @@ class Followed:
 
     @property
     def left(self) -> Held:
-        """The entries that trained earlier and have kept their values."""
+        """The entries that trained earlier and kept their values."""
         _, base, values = self.kept.bits.split([self.kept.indices.numel(), *[self.kept.left.numel()] * 2])
         return Held(self.kept.left, base, values)
 
     def live_in(self, uses: Collection[Use], undo: Undo) -> None:
-        """Keep the base where the weight is: in the first module that holds it, unless it lies in pieces."""
+        """Register the base's values as a buffer of the first module that holds the weight, until `undo`.
+
+        A sharded weight gets no buffer, nor does a weight to which no entries are written.
+        """
         undo.callback(self.leave)
         self.uses = [(use.holder, use.attribute, self._held_by(use)) for use in uses]
         holder, attribute, _ = self.uses[0]
@@ -119,17 +125,18 @@ class Followed:
         return self.weight if weight is None else weight
 
     def leave(self) -> None:
-        """Take back what `live_in` has done; whoever still holds a forward pass of the tuner's finds the module's own."""
+        """Undo `live_in`. From then on a forward of the tuner that other code still holds does what the module's own does."""
         self.over = True
         for name in [name for name in self.uses[0][0]._buffers if _is_of(name, self.kept.name)] if self.uses else ():
             self.uses[0][0]._buffers.pop(name, None)
             self.uses[0][0]._non_persistent_buffers_set.discard(name)
 
     def look(self) -> None:
-        """Take note of what was done to the weight since the last time, a microsecond if that is nothing.
+        """Find out what other code did to the weight since the last call. This takes a microsecond if the answer is: nothing.
 
-        What was cast or moved with its module is followed, and so is a weight that still has, or has again, the entries that it
-        should. Raises TuningError for any other, until it is put right; nothing is written to the weight.
+        A weight that was cast or moved with its module is followed. So is any other weight in which every entry has its trained
+        value or the base's value. For all other weights, each call raises TuningError until the weight is put right.
+        Nothing is written to the weight.
         """
         if self.uses and self.piece is None and not self.over and not self._is_as_seen():
             self._follow()
@@ -153,7 +160,7 @@ class Followed:
         )
 
     def _note(self) -> None:
-        """What is there now is known."""
+        """Record the present state of the weight as the known one."""
         weight = self.weight
         if self.piece is None and self.uses:
             version = sum(weight._version for _, _, weight in self.uses)
@@ -161,7 +168,7 @@ class Followed:
             self._seen = Seen(storage, weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), version)
 
     def _follow(self) -> None:
-        """See `look`."""
+        """The slow part of `look`: the weight is not as it was last seen."""
         holder = self.uses[0][0]
         now = [(holder, attribute, holder._parameters.get(attribute)) for holder, attribute, _ in self.uses]
         same = all(weight is known for (_, _, weight), (_, _, known) in zip(now, self.uses, strict=True))
@@ -186,14 +193,14 @@ class Followed:
         self.weight, self.kept = weight, kept
         self.put_back_to_float32()
         self.followed()
-        self.written = -1  # whatever the weight holds, it is to hold the masters
+        self.written = -1  # so that the next `write` writes the masters, whatever the weight holds
         self._note()
 
     def followed(self) -> None:
-        """The weight was cast, moved or replaced: what is derived from it must be computed again."""
+        """Called after the weight was cast, moved or replaced. A subclass computes again what it derives from the weight."""
 
     def put_back_to_float32(self) -> None:
-        """A cast of the module takes the masters with it."""
+        """Cast the masters back to float32: a cast of the module casts them, too."""
         for parameter in self.parameters().values():
             if parameter.dtype != torch.float32:
                 gradient, parameter.grad = parameter.grad, None
@@ -201,7 +208,7 @@ class Followed:
                 parameter.grad = gradient if gradient is None else gradient.float()
 
     def _usable(self, found: list[nn.Parameter | None]) -> nn.Parameter:
-        """The weight, if it is one that can be written to."""
+        """The weight. Raises TuningError unless the tuner can write to it."""
         first = found[0]
         if first is None or any(weight is None for weight in found):
             self._refuse("is not there any more", "put it back")
@@ -215,7 +222,7 @@ class Followed:
         places = {(each.data_ptr(), each.stride(), each.dtype) for each in found if each is not None}
         if len(places) > 1:
             self._refuse(
-                "stood for several parameters over one memory, which were parted (by a cast or a move)",
+                "was several parameters that shared memory, and a cast or a move has separated them",
                 "tie them as one Parameter, then attach",
             )
         if first.is_meta:
@@ -245,7 +252,7 @@ class Followed:
                     )
 
     def _check_entries(self, weight: Tensor, kept: Kept) -> None:
-        """Raise TuningError unless the entries are the tuner's or the base's."""
+        """Raise TuningError unless every entry has its trained value or the base's value."""
         if not self.in_place:
             return
         k, m = kept.indices.numel(), kept.left.numel()
@@ -256,7 +263,7 @@ class Followed:
         if wrong:
             self._refuse(
                 f"was written to or replaced by others: {wrong} of its {k + m} entries in training are neither the base's nor "
-                "what was trained, so what lies under them is not known",
+                "what was trained, so the base's values there are not known",
                 "load the base's weights, or those of before, into the model",
             )
 
@@ -267,12 +274,12 @@ class Followed:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has not seen its weight yet."""
+        """A copy or unpickled object has not seen its weight yet."""
         return self.__dict__ | {"_seen": None}
 
 
 def value_name(attribute: str) -> str:
-    """The beginning of the names under which a module holds the masters of one of its parameters."""
+    """The prefix of the names under which a module holds the masters of one of its parameters."""
     return VALUES if attribute == "weight" else f"{VALUES}_{attribute}"
 
 

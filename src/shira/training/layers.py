@@ -1,8 +1,9 @@
-"""How a module computes while entries of its parameters train: the forward pass it always had, and gradients at a few places.
+"""The forward and backward passes of modules while entries of their parameters train.
 
-Linear layers and embeddings have a backward pass of their own, which never forms the weight's whole gradient. Any other
-module keeps its own forward, and for its length finds in place of the parameter a tensor of the same storage, whose
-gradient is sampled as soon as autograd has it.
+Every forward pass computes what it did before; gradients are kept for the trained positions only.
+Linear layers and embeddings get a backward pass that samples the weight's gradient. At most one layer's whole gradient exists
+at a time, where a dense product is faster than sampling. Any other module keeps its own forward. While that runs, a tensor over
+the same storage replaces the parameter, and its gradient is sampled as soon as autograd has computed it.
 """
 
 import contextlib
@@ -24,11 +25,11 @@ from .masters import Masters
 
 __all__ = ["SparseLinear", "install", "is_installed", "let_checkpoints_see_gradients"]
 
-SWITCH = "gradient_checkpointing"  # the attribute by which Transformers turns it on, of blocks and of stacks of blocks
+SWITCH = "gradient_checkpointing"  # the attribute by which Transformers turns checkpointing on, in blocks and stacks of blocks
 
 
 class Tap(NamedTuple):
-    """A parameter that a module computes with, some of whose entries train."""
+    """A parameter that a module computes with and some of whose entries train."""
 
     holder: nn.Module
     attribute: str
@@ -36,7 +37,7 @@ class Tap(NamedTuple):
 
 
 def install(uses: Iterable[tuple[Use, Masters]], undo: Undo) -> None:
-    """Let modules compute with masters, which they hold as parameters from here on, so that any trainer finds them."""
+    """Let modules compute with masters, until `undo`. The masters become their parameters, so that any trainer finds them."""
     taps: dict[int, tuple[nn.Module, list[Tap]]] = {}
     for use, masters in uses:
         taps.setdefault(id(use.module), (use.module, []))[1].append(Tap(use.holder, use.attribute, masters))
@@ -45,7 +46,7 @@ def install(uses: Iterable[tuple[Use, Masters]], undo: Undo) -> None:
             name = value_name(attribute)
             for ending, parameter in masters.parameters().items():
                 undo.callback(_forget, holder, name + ending)
-                if is_partitioned(masters.weight):  # of what a module has registered, ZeRO-3 wants a piece
+                if is_partitioned(masters.weight):  # ZeRO-3 expects every registered parameter to be partitioned
                     holder.__dict__[name + ending] = parameter
                 else:
                     holder.register_parameter(name + ending, parameter)
@@ -63,7 +64,7 @@ def _forget(holder: nn.Module, name: str) -> None:
 
 
 def forget_copies(model: nn.Module) -> None:
-    """Take out of a model what copies of modules in training, put into it meanwhile, have brought with them."""
+    """Remove a tuner's parameters, buffers and forwards from a model. Copies of modules in training bring them into it."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name in [name for name in held if name.startswith(OWN)]:
@@ -75,8 +76,10 @@ def forget_copies(model: nn.Module) -> None:
 
 
 def _usual_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward that somebody has put on a module; None if it is the class's, or only a tuner's that is over and that another
-    library has put back."""
+    """The forward that other code has set on a module; None if the class's own forward is the usual one.
+
+    Forwards of earlier tuners are skipped: another library may have set one again after its tuner was detached.
+    """
     forward = module.__dict__.get("forward")
     while isinstance(forward, functools.partial) and forward.func in (_linear, _conv1d, _embedding, _tapped, _beside):
         forward = forward.args[0] if forward.func in (_tapped, _beside) else None
@@ -84,13 +87,16 @@ def _usual_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def is_installed(module: nn.Module, forward: Any) -> bool:
-    """Whether a forward pass of a module comes by the tuner's, as far as that can be seen: it has it, or calls it."""
+    """Whether a module's forward is the tuner's or calls it, as far as that can be seen."""
     current = module.__dict__.get("forward")
-    return current is forward or module.__dict__.get("_old_forward") is forward  # the latter is Accelerate's name
+    return current is forward or module.__dict__.get("_old_forward") is forward  # Accelerate's name for a wrapped forward
 
 
 def _reset_forward(module: nn.Module, forward: Callable[..., Any], usual: Callable[..., Any] | None) -> None:
-    """Others may have wrapped the tuner's forward meanwhile: that stays, and passes through to the usual one."""
+    """Give a module its usual forward again, unless other code has wrapped the tuner's forward in the meantime.
+
+    Then the wrapper stays, and the tuner's forward does what the usual one does.
+    """
     if module.__dict__.get("forward") is not forward:
         return
     if usual is not None:
@@ -120,28 +126,33 @@ def _forward_of(module: nn.Module, taps: list[Tap]) -> Callable[..., Any]:
 def _beside(
     forward: Callable[..., Any], masters: Masters, side: Callable[[Tensor], Tensor], module: nn.Module, input: Tensor
 ) -> Any:
-    """The module's own forward, and what masters add to its output."""
+    """The output of the module's own forward, plus what the masters add to it."""
     _ready(masters, module)
     output = forward(input)
-    if masters.dense or masters.over:  # the base is wanted
+    if masters.dense or masters.over:  # the model must be its base
         return output
-    return output + side(input).to(output.dtype)  # which differ under autocast
+    return output + side(input).to(output.dtype)  # the two dtypes differ under autocast
 
 
 def _kind(module: nn.Module) -> str:
-    """The name of a class whose forward is known; "" for others, subclasses too, which may do anything. Whoever has put a
-    forward of its own on the module wants it called."""
+    """The name of the module's class if its forward is known, else "".
+
+    Not known are subclasses, whose forward may do anything; modules on which other code has set a forward, which must be
+    called; and embeddings with scale_grad_by_freq, which scale their gradients.
+    """
     known = type(module).__module__ in ("torch.nn.modules.linear", "torch.nn.modules.sparse", "transformers.pytorch_utils")
     by_frequency = isinstance(module, nn.Embedding) and module.scale_grad_by_freq
     return type(module).__name__ if known and "forward" not in module.__dict__ and not by_frequency else ""
 
 
 def _ready(masters: Masters, module: nn.Module) -> bool:
-    """Bring the weight up to date; whether its entries need a gradient from this forward pass. Raises TuningError if the weight
-    is not the one that trains any more (`Masters.look`), or the values were frozen."""
+    """Write the masters to the weight; return whether its entries need a gradient from this forward pass.
+
+    Raises TuningError if the base is no longer known (`Masters.look`), or if the masters were frozen.
+    """
     if masters.dense or masters.over:
         return False
-    if not torch.compiler.is_compiling():  # for compiled code, the tuner writes before and after
+    if not torch.compiler.is_compiling():  # compiled code only reads the weight; optimizer steps write to it
         masters.calls += 1
         if masters.piece is None:
             masters.write()
@@ -158,7 +169,7 @@ def _ready(masters: Masters, module: nn.Module) -> bool:
 
 
 def _tapped(forward: Callable[..., Any], taps: list[Tap], *args: Any, **kwargs: Any) -> Any:
-    """The module's own forward, with tensors whose gradients are sampled in place of the parameters."""
+    """The module's own forward. Tensors whose gradients are sampled replace the parameters."""
     ready = [tap for tap in taps if _ready(tap.masters, tap.holder)]
     with _in_place_of_parameters(ready):
         return forward(*args, **kwargs)
@@ -167,7 +178,7 @@ def _tapped(forward: Callable[..., Any], taps: list[Tap], *args: Any, **kwargs: 
 @contextlib.contextmanager
 def _in_place_of_parameters(taps: list[Tap]) -> Iterator[None]:
     try:
-        for holder, attribute, masters in taps:  # an instance's attribute is found before a registered parameter
+        for holder, attribute, masters in taps:  # Python finds an instance attribute before a registered parameter
             weight = holder._parameters[attribute]
             holder.__dict__[attribute] = _Sampled.apply(weight, masters.current(), masters)  # type: ignore[no-untyped-call]
         yield
@@ -177,7 +188,7 @@ def _in_place_of_parameters(taps: list[Tap]) -> Iterator[None]:
 
 
 class _Sampled(torch.autograd.Function):
-    """A parameter as it is, whose gradient goes to the masters."""
+    """The unchanged parameter. Its gradient goes to the masters."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor, masters: Masters) -> Tensor:
@@ -198,7 +209,7 @@ def _linear(module: nn.Linear, masters: Masters, input: Tensor) -> Tensor:
 
 
 class SparseLinear(torch.autograd.Function):
-    """A linear layer whose weight has a gradient at a few positions only (Appendix E)."""
+    """A linear layer whose weight has a gradient at the trained positions only (Appendix E)."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, masters: Masters) -> Tensor:
@@ -222,7 +233,7 @@ class SparseLinear(torch.autograd.Function):
 
 
 def _unviewed(output: Tensor) -> Tensor:
-    """The same memory as no view: what follows may change it in place, as after a layer of torch."""
+    """The same memory, but not as a view: later code may change it in place, as it may the output of torch's layers."""
     if torch.compiler.is_compiling() or not output._is_view():
         return output
     plain: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
@@ -237,12 +248,12 @@ def _conv1d(module: Any, masters: Masters, input: Tensor) -> Tensor:
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """input · weight + bias with a weight [in, out], in the way of Transformers' Conv1D, so that not a bit differs."""
+    """input · weight + bias with a weight [in, out]. The same operators as in Transformers' Conv1D give the same bits."""
     return torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], weight.shape[1])
 
 
 class _Conv1D(torch.autograd.Function):
-    """A linear layer with a weight [in, out], as GPT-2 has them: the weight's gradient is inputᵀ · grad_output."""
+    """A linear layer with a weight [in, out], as in GPT-2. The weight's gradient is inputᵀ · grad_output."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, values: Tensor, masters: Masters) -> Tensor:
@@ -274,7 +285,7 @@ def _embedding(module: nn.Embedding, masters: Masters, ids: Tensor) -> Tensor:
 
 
 class _Embedding(torch.autograd.Function):
-    """An embedding some of whose entries train: only rows of the batch have gradients, and only they are formed."""
+    """An embedding some of whose entries train. Only the batch's rows have gradients, and only these are computed."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, masters: Masters, padding: int | None) -> Tensor:
@@ -296,9 +307,12 @@ OWN_BACKWARD: dict[str, Callable[..., Tensor]] = {"Linear": _linear, "Conv1D": _
 
 
 def let_checkpoints_see_gradients(model: nn.Module, trained: Iterable[nn.Module], undo: Undo) -> None:
-    """Reentrant gradient checkpointing drops every gradient of a block none of whose inputs needs one. What comes first is
-    frozen: the embeddings, or in an encoder of sound its convolutions. So what begins a stack of blocks and has no part that
-    trains makes its output need a gradient while checkpointing is on."""
+    """Let gradients reach blocks under reentrant gradient checkpointing, until `undo`.
+
+    Reentrant checkpointing drops every gradient of a block if none of its inputs needs a gradient. The inputs of a stack of
+    blocks come from frozen parts: the embeddings, or the convolutions of an audio encoder. So while checkpointing is on, the
+    outputs of the input embeddings need a gradient, and so do those of a stack's parts in which nothing trains.
+    """
     switches = [module for module in model.modules() if hasattr(module, SWITCH)]
     trains = {id(module) for module in trained}
     first: dict[int, nn.Module] = {}
@@ -323,7 +337,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 class _NeedGradient:
-    """A hook after which a module's output needs a gradient, if checkpointing is on in one of these modules."""
+    """A forward hook: the module's output needs a gradient if checkpointing is on in one of the modules `switches`."""
 
     def __init__(self, switches: list[nn.Module]) -> None:
         self.switches = switches
@@ -335,7 +349,7 @@ class _NeedGradient:
 
 
 def _needing_gradient(output: Any) -> Any:
-    """The same, with a gradient that leads nowhere. No leaf: what needs a gradient and is one may not be changed in place."""
+    """The same output, needing a gradient that nothing uses. It is no leaf: autograd forbids changing such leaves in place."""
     if isinstance(output, tuple) and type(output) is tuple:
         return tuple(_needing_gradient(part) for part in output)
     if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
@@ -346,7 +360,7 @@ def _needing_gradient(output: Any) -> Any:
 
 
 class _Needing(torch.autograd.Function):
-    """A tensor as it is; of a view a copy, since autograd follows no view that it has not seen made."""
+    """The unchanged tensor. A view is copied, since autograd cannot follow a view whose creation it has not seen."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, _wanted: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The entries of one weight that train: float32 masters of them, what lay there before, and which have trained earlier."""
+"""The trained entries of one weight: their float32 masters, the base's values, and the entries that trained earlier."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
@@ -22,36 +22,37 @@ __all__ = ["Masters", "Plain", "swapped"]
 
 
 class Masters(Followed):
-    """What trains of one weight, float32, and whether the weight has it. Each kind says what can be done with it.
+    """The parameters that train for one weight, float32, and whether the weight holds their values.
 
-    `Plain` masters are the entries themselves. Others compute the entries from other parameters (`decomposed`), or work beside
-    the weight (`hybrid`, `deltas`). A kind sets `own` and defines `current`; all else has a default.
+    `Plain` masters are the entries themselves. Other kinds compute the entries from other parameters (`decomposed`), or add to
+    the layer's output (`hybrid`, `deltas`). Each kind says what it supports. A kind sets `own` and defines `current`;
+    everything else has a default.
 
-    Two signs say that the weight may not have the masters. One is their version counter, which every optimizer of plain torch
-    operators moves. The other is a backward pass that has given them a gradient: AdamW with fused=True, Trainer's choice, does
-    not move the counter.
+    Two signs say that the weight may not hold the masters' values. One is the masters' version counter, which every optimizer
+    of plain torch operators increases. The other is a backward pass that gave them a gradient: AdamW with fused=True, Trainer's
+    default, does not increase the counter.
     """
 
     kind: Kind = "overwrite"
-    can_move = False  # whether other positions can take the place of its own
-    can_stay_near = False  # whether each number that trains has an entry of a whole base to stay near
+    can_move = False  # whether other positions can replace the present ones
+    can_stay_near = False  # whether each trained number is one entry of a whole weight, so that it can be pulled to the base
     beside: Factors | None = None  # a low-rank product that trains beside the entries
-    side: Callable[[Tensor], Tensor] | None = None  # what is added to the module's output, of its input
-    calls = 0  # forward passes that came by, those of compiled code not counted
-    runs = 0  # of them, those that had a gradient to give
-    learnt = False  # whether there ever was a gradient
+    side: Callable[[Tensor], Tensor] | None = None  # module's input -> what is added to the module's output
+    calls = 0  # forward passes so far, without those of compiled code
+    runs = 0  # those of them in which gradients were enabled
+    learnt = False  # whether the masters ever had a gradient
 
     def __init__(self, target: Target, indices: Tensor) -> None:
-        """indices: positions [k] in the target's flat entries, sorted."""
+        """indices: sorted positions [k] in the target's flat entries."""
         self.name, self.weight, self.matrix = target.name, target.weight, target.matrix
-        self.outputs = int(any(is_conv1d(use.module) for use in target.uses))  # the side of the matrix that the outputs are on
+        self.outputs = int(any(is_conv1d(use.module) for use in target.uses))  # the matrix's dimension for the layer's outputs
         sharded = is_sharded(self.weight)
         self.piece = piece_of(self.name, self.weight) if sharded else None
         base = kernels.gather(full(self.weight) if sharded else dense(self.weight), indices)
         pattern = kernels.find_pattern(indices, *self.matrix) if self.in_place else None
         self.kept = Kept(indices, indices[:0], base, pattern, BASE)
         self.uses, self.own = [], {}
-        self.dense = False  # whether layers compute with the weight as any other, so that it has a gradient
+        self.dense = False  # True: layers ignore the masters and compute with the weight, which then can get a dense gradient
         self.may_have_stepped = False
         self.written = -1
         self._seen = None
@@ -63,56 +64,58 @@ class Masters(Followed):
         return self.current().detach().to(self.weight.dtype)
 
     def write(self) -> None:
-        """Bring the weight up to date if the masters have changed, or may have. Raises what `look` does."""
+        """Write the masters to the weight if they have changed, or may have changed. Raises what `look` raises."""
         self.look()
         changed = self.version != self.written
         if changed or self.may_have_stepped:
-            # after a known change, autograd should raise in a backward pass through the weight as it was; otherwise most likely
-            # the same values are written again, which need not raise
+            # After a known change, autograd should raise if a backward pass needs the old weight: write to the weight itself.
+            # Else most likely the same values are written again, and it should not raise: write to the weight's data.
             self._put(self.indices, self.rounded(), self.weight if changed else self.weight.data)
             self._note()
             self.written = self.version
             self.may_have_stepped = self.has_gradient()
 
     def write_step(self) -> None:
-        """Bring the weight up to date after the step of an optimizer that trains the masters."""
+        """Write the masters to the weight after a step of an optimizer that trains them."""
         self.may_have_stepped |= self.has_gradient()
-        if self.dense:  # the base is wanted: the weight is written when it is no more
+        if self.dense:  # in reference(), the weight must hold the base; it is written afterwards
             return
         self.write()
         self.may_have_stepped = False
 
     def _note_backward(self) -> None:
-        """Compiled code has no side effects; there, the optimizer's step alone is the sign."""
+        """Record that a backward pass gave a gradient. Compiled code has no side effects; there a step is the only sign."""
         if not torch.compiler.is_compiling():
             self.may_have_stepped = self.learnt = True
 
     def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
-        """The masters' gradient [k], of grad_outputᵀ · input: from grad_output [tokens, rows] and what `keep` kept of the input
-        [tokens, columns]."""
+        """The masters' gradient [k], float32: grad_outputᵀ · input at the positions.
+
+        grad_output: [tokens, rows]. kept: what `keep` returned for the input [tokens, columns].
+        """
         self._note_backward()
         if self.pattern is not None:
             return self.pattern.gradient(grad_output, kept)
         return kernels.sampled_gradient(grad_output, kept, self.indices)
 
     def gradient_of_rows(self, rows: Tensor, gradients: Tensor) -> Tensor:
-        """The masters' gradient [k], where row rows[i] of the weight has gradients[i]: see `kernels.gradient_of_rows`."""
+        """The masters' gradient [k] if row rows[i] of the weight has the gradient gradients[i] (`kernels.gradient_of_rows`)."""
         self._note_backward()
         return kernels.gradient_of_rows(rows, gradients, self.indices)
 
     def sample(self, gradient: Tensor) -> Tensor:
-        """The masters' gradient [k] out of the weight's."""
+        """The masters' gradient [k], sampled from the weight's."""
         self._note_backward()
         return kernels.gather(gradient.contiguous(), self.indices).float()
 
     def keep(self, input: Tensor) -> Tensor:
-        """What `gradient` needs of an input [..., columns]."""
+        """The part of an input [..., columns] that `gradient` needs."""
         if self.pattern is not None and self.pattern.keeps_columns_only:
             return input.index_select(-1, self.pattern.lines)
         return input
 
     def held(self) -> Held:
-        """Every entry that may differ from the base: those that train and those that did."""
+        """Every entry that may differ from the base: those that train, and those that trained earlier."""
         now = Held(self.indices, self.base, self.rounded())
         if self.left.indices.numel() == 0:
             return now
@@ -121,18 +124,18 @@ class Masters(Followed):
         return Held(*(part[order] for part in merged))
 
     def move(self, indices: Tensor, room: int) -> None:
-        """Train the entries at `indices` [k] from now on. Only masters that `can_move` have this."""
+        """Train the entries at `indices` [k] from now on; see `Plain.move`. Only masters with `can_move` support this."""
         raise NotImplementedError
 
     def restore(self) -> None:
-        """Put the base back. Raises what `look` does."""
+        """Write the base's values back to the weight. Raises what `look` raises."""
         self.look()
         self._put(self.indices, self.base, self.weight)
         self._put(self.left.indices, self.left.base, self.weight)
         self._note()
 
     def _put(self, indices: Tensor, values: Tensor, weight: Tensor) -> None:
-        """Write entries of the weight, or of what lies here of it."""
+        """Write entries of the weight, or those in this process's piece of it."""
         if self.piece is not None:
             span = self.piece.span(indices)
             weight, indices, values = self.piece.local, indices[span] - self.piece.start, values[span]
@@ -140,7 +143,7 @@ class Masters(Followed):
 
 
 class Plain(Masters):
-    """Masters of the entries themselves, one for each."""
+    """Masters that are the entries themselves."""
 
     def __init__(self, target: Target, indices: Tensor) -> None:
         super().__init__(target, indices)
@@ -152,14 +155,14 @@ class Plain(Masters):
         return self.values
 
     def move(self, indices: Tensor, room: int) -> None:
-        """Start at what the weight holds there.
+        """Train the entries at `indices` [k] from now on. New entries start at the values that the weight holds there.
 
-        Of the entries that leave, now or earlier, the `room` that changed the most keep their values; the others are the
-        base's again. The weight must have the masters' values.
+        Of the entries that leave, now or earlier, the `room` ones that changed most keep their values. The others get the
+        base's values again. The weight must hold the masters' values.
         """
         held = self.held()
         in_old, in_new = overlap(self.indices, indices)
-        below = kernels.gather(self.weight, indices)  # nothing else has changed the weight: this is the base, but where held
+        below = kernels.gather(self.weight, indices)  # nothing else changes the weight: the base's values, except where held
         values = below.to(torch.float32, copy=True)
         values[in_new] = self.values.detach()[in_old]
         in_held, where = overlap(held.indices, indices)
@@ -172,7 +175,7 @@ class Plain(Masters):
         stays[top_k(change, min(room, change.numel()))] = True
         old, holder = self.kept.name, self.uses[0][0]
         bits = torch.cat([below, left.base[stays], left.values[stays]])
-        name = old[:-1] if old.endswith("_") else old + "_"  # another one, so that either is whole at any moment
+        name = old[:-1] if old.endswith("_") else old + "_"  # a second buffer, so that one of the two is complete at any moment
         holder.register_buffer(name, bits, persistent=False)
         kernels.overwrite_(self.weight, left.indices[~stays], left.base[~stays])
         self._note()
@@ -184,12 +187,12 @@ class Plain(Masters):
 
 @contextlib.contextmanager
 def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo) -> Iterator[Undo]:
-    """Let the weights hold the base, and the layers compute with them as they are; then what was there before, if `still`.
-    Yields steps that are taken before that. undo: takes them, too, if an interrupt does not let them be taken in time.
+    """Inside, weights hold the base and layers ignore the masters. Afterwards, if `still()`, weights hold the trained values.
 
-    Autograd is not told: by its backward pass the weights have the bits again that it saw in the forward pass. If they were
-    cast or moved inside, the masters are written into what became of them.
-    Raises TuningError for weights that are sharded.
+    Yields an Undo whose steps run before the trained values are written back. undo: runs them if an interrupt prevented that.
+    Autograd does not notice the swap: in a later backward pass the weights have the bits of the forward pass again. If the
+    weights were cast or moved inside, the masters are written to them.
+    Raises TuningError for sharded weights, and what `look` raises.
     """
     if any(each.piece is not None for each in masters):
         raise TuningError("an adapter cannot be switched off on sharded weights; train with DDP, or load the base again")
@@ -206,7 +209,7 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo)
         if still():
             if all(each._is_as_seen() or not each.in_place for each in masters):
                 kernels.restore_(plan, look=False)
-                for each, written, may_have_stepped in known:  # a step may have been taken meanwhile, and is not written yet
+                for each, written, may_have_stepped in known:  # a step may have been taken inside; it is not written yet
                     each.written, each.may_have_stepped = written, each.may_have_stepped or may_have_stepped
             else:
                 for each in masters:

@@ -1,7 +1,7 @@
-"""A mask that moves while it trains: other entries take the place of some, and the optimizer's state follows.
+"""A mask that moves during training: new entries replace some trained ones, and the optimizer's state follows.
 
-Masks that move are known from sparse training (RigL, arXiv 1911.11134) and sparse fine-tuning (SpIEL, arXiv 2401.16405).
-Here each tensor keeps its number of entries, and the optimizer its parameters: only what stands in them is rearranged.
+Moving masks are known from sparse training (RigL, arXiv 1911.11134) and sparse fine-tuning (SpIEL, arXiv 2401.16405).
+Here each tensor keeps its number of entries, and the optimizer keeps its parameters. Only the values in them are rearranged.
 """
 
 import math
@@ -23,7 +23,7 @@ __all__ = ["check_cap", "move", "select"]
 
 
 def check_cap(cap: float) -> None:
-    """Raise TuningError unless cap is a finite number from 1 on."""
+    """Raise TuningError unless cap is a finite number, at least 1."""
     if isinstance(cap, bool) or not isinstance(cap, int | float) or not 1 <= cap < math.inf:
         raise TuningError(f"cap must be a number from 1 on, in budgets: 1 holds the budget, 2 twice that; found {cap!r}")
 
@@ -38,8 +38,9 @@ def select(
     cap: float,
     undo: Undo,
 ) -> list[tuple[Masters, Tensor, list[Tensor]]]:
-    """Select again on the weights as they are now; returns what `move` needs. whole: tensors that no mask was asked for.
+    """Select again on the present weights; returns (masters, new positions, optimizer state) of each tensor, for `move`.
 
+    whole: names of the tensors that train whole, without a mask.
     Raises TuningError, or what a mask raises, before anything has changed.
     """
     masked = {name: each for name, each in masters.items() if name not in whole}
@@ -64,10 +65,10 @@ def select(
 
 
 def _movable(optimizer: torch.optim.Optimizer, masters: Mapping[str, Masters]) -> dict[str, list[Tensor]]:
-    """Tensor name -> what the optimizer keeps for each entry of its masters, tensors [k].
+    """Tensor name -> the optimizer's state that has one number for each entry of the masters, tensors [k].
 
-    Raises TuningError if masters are not finite, or the optimizer does not train them or keeps something that is neither one
-    number an entry nor one for all (as 8-bit optimizers do, whose blocks of entries share a scale).
+    Raises TuningError if masters are not finite, or if the optimizer does not train them. Raises it, too, for state that has
+    neither one number for each entry nor one for all. 8-bit optimizers have such state: blocks of entries share a scale.
     """
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     found: dict[str, list[Tensor]] = {}
@@ -92,10 +93,10 @@ def _movable(optimizer: torch.optim.Optimizer, masters: Mapping[str, Masters]) -
 
 
 def move(masters: Masters, indices: Tensor, state: list[Tensor], cap: float) -> int:
-    """Train the entries at `indices` [k] instead of the present ones; returns how many are new.
+    """Train the entries at `indices` [k] instead of the present ones; returns the number of new entries.
 
-    Masters, gradient and optimizer state stay the tensors they are: what belongs to an entry that stays moves with it, bit
-    for bit; that of a new entry is zero. If none is new, nothing is touched.
+    Masters, gradient and optimizer state (state: tensors [k]) remain the same tensors. The numbers of an entry that stays move
+    with it, bit for bit. The gradient and state of a new entry are zero. If no entry is new, nothing changes.
     """
     if torch.equal(masters.indices, indices):
         return 0

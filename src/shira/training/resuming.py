@@ -1,7 +1,7 @@
-"""What a checkpoint keeps of a run, and how it is known to be of the same one: values, with a mark of what they belong to.
+"""A tuner's state in a checkpoint: the trained values, and for each tensor a mark that identifies its positions and base.
 
-Positions and base values need not be kept, since attaching again with the same settings gives the same ones; that they are
-the same must be checked, since values at other positions would train on without a sign.
+Positions and base values are not saved, since attaching again with the same settings gives the same ones. The marks let
+loading check that. Otherwise values at wrong positions would train on unnoticed.
 """
 
 import zlib
@@ -19,11 +19,11 @@ from .masters import Masters
 
 __all__ = ["load_state", "state_of"]
 
-VALUES, MARK = ".values", ".mark"  # of each tensor: float32 [k], and int64 [sides + 2]; variants have further ".values_…"
+VALUES, MARK = ".values", ".mark"  # for each tensor: float32 [k], and int64 [dimensions + 2]; variants add ".values_…"
 
 
 def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor]:
-    """Copies of all masters on the CPU, with their marks. Raises TuningError if the mask has moved since `attach`."""
+    """Copies of all masters on the CPU, with their marks. Raises TuningError if the mask has `moved` since `attach`."""
     if moved:
         raise TuningError(
             "a mask that has moved (refresh) cannot be resumed, since a checkpoint does not keep positions; save no "
@@ -38,9 +38,9 @@ def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor
 
 
 def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> None:
-    """Write the values of a `state_of` into these masters, bit for bit.
+    """Copy the values of a `state_of` to these masters, bit for bit.
 
-    Raises TuningError or BaseMismatch, before anything is written, if it is not of the same tensors, positions and base.
+    Raises TuningError or BaseMismatch, before anything is written, unless tensors, positions and base are the same.
     """
     if not isinstance(state, Mapping):
         raise TuningError(f"a checkpoint is what tuner.state_dict() gave, tensors by name; found {described(state)}")
@@ -59,11 +59,11 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
         _check(name, entries, held[name], state)
     for parameters in held.values():
         for key, parameter in parameters.items():
-            parameter.detach().copy_(state[key])  # no mode of autograd's is touched, which an interrupt could leave on
+            parameter.detach().copy_(state[key])  # detach(), not no_grad(): an interrupt could leave that mode on
 
 
 def _mark(entries: Masters) -> Tensor:
-    """The weight's sides, and checksums of the positions and of the base values that lay there."""
+    """int64 [dimensions + 2]: the weight's shape, and checksums of the positions and of the base's values there."""
     base = zlib.crc32(fingerprint(entries.base, SHA256).encode())  # as in older checkpoints
     return torch.tensor([*shape_of(entries.weight), checksum(entries.indices.cpu()), base], device="cpu")
 

@@ -1,8 +1,7 @@
-"""Staying near the base where it matters to what the model can do already: elastic weight consolidation (Kirkpatrick et al.,
-PNAS 2017, arXiv 1612.00796) on the entries that train.
+"""Elastic weight consolidation (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796) on the trained entries.
 
-A quadratic penalty pulls each entry back to the base, as strongly as general text is sensitive to it: by F, the mean squared
-gradient there. docs/masks/README.md has what that does for adapters that are added.
+A quadratic penalty pulls each entry back to the base. Its strength is the entry's importance for what the model can already
+do: F, the mean squared gradient on general text. docs/masks/README.md describes its effect on adapters that are added.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +19,7 @@ from .masters import Masters
 
 __all__ = ["hold"]
 
-STILL_FREE = 12  # bytes an entry of what training takes: a gradient and AdamW's moments, which do not exist before it
+STILL_FREE = 12  # bytes per entry for a gradient and AdamW's two moments, which do not exist before training
 
 
 def hold(
@@ -34,13 +33,13 @@ def hold(
     progress: Progress | None,
     undo: Undo,
 ) -> dict[str, Any]:
-    """Add pull · (value − base) / passes to each gradient of the masters from now on, until `undo`; returns what was done, for
-    the metadata. reference: inside it, the model is its base.
+    """Add pull · (value − base) / passes to each gradient of the masters, until `undo`; returns a record for the metadata.
 
-    pull = F / (reach · √(mean of the tensor's F)), float32 [k]: at the mean, a change of `reach` pulls as much as a typical
-    gradient of the batches.
-    Raises TuningError for a reach that is not above 0, passes below 1, or entries that have no whole base to stay near; or what
-    `calibrate` raises.
+    pull = F / (reach · √(mean of the tensor's F)), float32 [k]. For an entry of mean F, a change of `reach` pulls as strongly
+    as a typical gradient of the batches.
+    reference: a context manager in which the model is its base. passes: backward passes for each optimizer step.
+    Raises TuningError if reach is not above 0, passes is below 1, or the masters are not plain entries of whole weights; or
+    what `calibrate` raises.
     """
     if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach < float("inf"):
         raise TuningError(f"reach must be a number above 0, in units of the weights; found {reach!r}")

@@ -1,4 +1,4 @@
-"""While a tuner is attached, optimizers, state_dict and other libraries find the weights up to date."""
+"""Keep weights up to date while a tuner is attached: after optimizer steps, and for state_dict and other libraries."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ __all__ = ["Holders", "Training", "computing_dense"]
 
 
 class Holders:
-    """The modules in which a tuner keeps what it needs: as long as they are in the model, the base is."""
+    """The modules that hold a tuner's parameters and buffers. While they are in the model, its base is known."""
 
     def __init__(self, model: nn.Module, chosen: Collection[Target]) -> None:
         holders = {id(use.holder) for target in chosen for use in target.uses}
@@ -33,7 +33,7 @@ class Holders:
         self._tree = Tree(model)
 
     def check(self) -> None:
-        """Raise TuningError unless all of them are in the model still, wherever."""
+        """Raise TuningError unless all these modules are still somewhere in the model."""
         if self._tree.same():
             return
         inside = {id(module) for module in self._model.modules()}
@@ -46,9 +46,9 @@ class Holders:
 
 
 class Training:
-    """Lets modules compute with masters, and optimizers of torch write what they have stepped on into weights, until `undo`.
+    """Lets modules compute with masters, and writes the masters to the weights after each step of an optimizer, until `undo`.
 
-    check: raises what is to be said before a step, if the model is another. watch: tells what does not train.
+    check: called before a step; raises an error if modules are gone (`Holders.check`). watch: warns of untrained targets.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Training:
         _write_pieces_before(model, pieces, undo)
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise what `Masters.look` raises, before a step is taken on what cannot be written."""
+        """Called before a step. Raises what `check` and `Masters.look` raise, before masters change that cannot be written."""
         stepped = self._stepped(optimizer)
         if stepped:
             self._check()
@@ -84,7 +84,7 @@ class Training:
             each.look()
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write what was stepped on."""
+        """Called after a step. Writes the masters that the optimizer trains."""
         stepped = self._stepped(optimizer)
         for each in stepped:
             each.write_step()
@@ -103,7 +103,7 @@ class Training:
 
 
 def _write_pieces_before(model: nn.Module, pieces: list[Masters], undo: Undo) -> None:
-    """Before each forward pass bring sharded weights up to date; before fully_shard's own hook, which gathers them."""
+    """Write masters to sharded weights before each forward pass, ahead of fully_shard's own hook, which gathers the weights."""
     register = functools.partial(model.register_forward_pre_hook, prepend=True)
     set_hook(undo, hooks_of(model, "_forward_pre_hooks"), register, functools.partial(_write_pieces, pieces))
 
@@ -112,13 +112,17 @@ def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> Non
     changed = any(each.version != each.written for each in pieces)
     for each in pieces:
         each.write()
-    if changed:  # not by an optimizer's step
+    if changed:  # by other code: after an optimizer's step, `after` has already written and resharded
         reshard(module)
 
 
 def _leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[str, Masters], undo: Undo) -> None:
-    """Let a state_dict have weights that are up to date; and keep what modules hold for the tuner out of Transformers'
-    save_pretrained, and out of DDP's hands, which would send copies of the base to all processes in each step."""
+    """Prepare the model for state_dict, save_pretrained and DDP, until `undo`.
+
+    Saving a state_dict writes the masters to the weights first. Loading one does not need the masters in it. Transformers'
+    save_pretrained leaves out the masters. DDP leaves out the tuner's buffers; otherwise it would send copies of the base to
+    all processes in each step.
+    """
     fill = functools.partial(_fill_in, list(masters.values()))
     set_hook(undo, hooks_of(model, "_load_state_dict_pre_hooks"), model.register_load_state_dict_pre_hook, fill)
     write = functools.partial(_write_all, list(masters.values()))
@@ -142,12 +146,12 @@ def _leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[st
 def _write_all(masters: list[Masters], _module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
     for each in masters:
         if not (each.dense or each.over or each.piece is not None):
-            each.may_have_stepped = True  # also in a way that nobody sees: `parameter.data.copy_()`
+            each.may_have_stepped = True  # `parameter.data.copy_()` changes masters without any sign
             each.write()
 
 
 def _fill_in(masters: list[Masters], model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state_dict of the base has no masters: then those that are there stay."""
+    """Add the present masters to a state_dict without masters, such as one of the base, so that they stay as they are."""
     known = {id(parameter) for each in masters for parameter in each.parameters().values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in known:
@@ -163,7 +167,10 @@ def _reset_attribute(model: nn.Module, attribute: str, there: bool, before: Any)
 
 @contextlib.contextmanager
 def computing_dense(masters: Collection[Masters], undo: Undo) -> Iterator[Undo]:
-    """Let the layers compute with their whole weights, up to date, which then have gradients; keep the random numbers."""
+    """Inside, layers compute with their whole weights, which are up to date and can get gradients.
+
+    Yields an Undo for further steps, which run at the end. Torch's random numbers stay as before.
+    """
     for each in masters:
         each.write()
     with undo.part() as steps, same_random_numbers(each.weight for each in masters):

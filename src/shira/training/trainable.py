@@ -1,5 +1,7 @@
-"""Which weights entries can be trained in: those that can be overwritten where they are, and that nobody has frozen alone; and
-what is known of their model."""
+"""Check that targets can train: their entries must be writable in place, and not only some targets may be frozen.
+
+Also: describe the base model for the metadata.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +18,7 @@ __all__ = ["check_trainable", "describe_base"]
 
 
 def check_trainable(targets: Iterable[Target]) -> None:
-    """Raise TargetError, with its name, for a weight whose entries cannot be overwritten, or that alone was frozen.
+    """Raise TargetError, which names the target, if its entries cannot be overwritten, or if only some targets are frozen.
 
     Quantized weights of linear layers pass: deltas train beside them.
     """
@@ -42,7 +44,7 @@ def check_trainable(targets: Iterable[Target]) -> None:
             )
     plain = [target for target in targets if not is_quantized(target.weight)]
     frozen = [target.name for target in plain if not target.weight.requires_grad]
-    if 0 < len(frozen) < len(plain):  # who freezes the whole model means the base; who freezes a part of it means it
+    if 0 < len(frozen) < len(plain):  # freezing all is usual for a base; freezing some is a choice that attach() would undo
         raise TargetError(
             f"{len(frozen)} of {len(plain)} targets were frozen (requires_grad=False), the first is '{frozen[0]}'; exclude "
             "them, or unfreeze them before attach()"
@@ -50,7 +52,7 @@ def check_trainable(targets: Iterable[Target]) -> None:
 
 
 def describe_base(model: nn.Module, chosen: list[Target]) -> dict[str, Any]:
-    """What is known of the base model: its id (of a local folder just the name) and the dtype of the adapted weights."""
+    """The base model's id (of a local folder only the name), and the adapted weights' dtype (a list if there are several)."""
     identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     if Path(identity).exists():
         identity = Path(identity).resolve().name

@@ -1,4 +1,4 @@
-"""What a tuner holds of each weight that trains, in either of the paper's two ways (§3.3)."""
+"""What a tuner keeps for each weight that trains, in either of the paper's two ways (§3.3)."""
 
 import functools
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ from .following import Held
 
 __all__ = ["Hooked", "TunedWeight"]
 
-WHOLE = OWN + "whole"  # the beginning of the names of buffers that hold a base whole
+WHOLE = OWN + "whole"  # prefix of the names of buffers that hold a whole base weight
 
 
 class TunedWeight(Protocol):
@@ -28,26 +28,26 @@ class TunedWeight(Protocol):
 
     @property
     def indices(self) -> Tensor:
-        """The positions that train [k], sorted."""
+        """The sorted positions [k] that train."""
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What an optimizer trains."""
+        """The parameters for an optimizer."""
 
     def live_in(self, uses: Collection[Use], undo: Undo) -> None:
-        """Begin, in the modules that compute with the weight, until `undo`."""
+        """Start training in the modules that compute with the weight, until `undo`."""
 
     def held(self) -> Held:
         """Every entry that may differ from the base."""
 
     def look(self) -> None:
-        """Take note of what was done to the weight. Raises TuningError if its base is not known any more."""
+        """Find out what other code did to the weight. Raises TuningError if its base is no longer known."""
 
     def restore(self) -> None:
-        """Put the base back. Raises what `look` does."""
+        """Write the base's values back to the weight. Raises what `look` raises."""
 
 
 class Hooked:
-    """The gradient-hook way: the weight trains, its gradient is cleared off the mask, and its base is kept whole beside it."""
+    """The gradient-hook way: the weight trains, a hook clears its gradient off the mask, and a copy of its base is kept."""
 
     kind: Kind = "overwrite"
 
@@ -98,7 +98,7 @@ class Hooked:
 def _clear_off_mask(hooked: Hooked, parameter: Tensor) -> None:
     if parameter.grad is not None:
         hooked.look()
-        if parameter.grad.is_sparse:  # of an embedding that was made so
+        if parameter.grad.is_sparse:  # nn.Embedding(sparse=True)
             parameter.grad = parameter.grad.to_dense()
         kept = kernels.gather(parameter.grad, hooked.indices)
         parameter.grad.zero_()
@@ -106,7 +106,7 @@ def _clear_off_mask(hooked: Hooked, parameter: Tensor) -> None:
 
 
 def _keep_off_mask(hooked: Hooked, *_: Any) -> None:
-    """Weight decay shrinks entries that have no gradient, too: put those back."""
+    """Restore the entries off the mask: weight decay shrinks entries without a gradient, too."""
     hooked.look()
     weight = hooked.weight
     if weight._version != hooked.seen:

@@ -1,7 +1,7 @@
-"""A model in training: what `attach` has made of it, how it is put back, and what was trained.
+"""The `Tuner`: a model in training. It makes adapters of what was trained, and restores the model.
 
-Whatever is done to the model is written down first (`undoing`), so that an interrupt at any line, of `attach` or `detach` or of
-what undoes them, leaves a state that the next call takes up. The model itself holds its tuner, as `model.shira_tuner`.
+Every change to the model is recorded (`undoing`) before it is made. So an interrupt at any line of `attach`, `detach` or their
+undo steps leaves a state from which the next call continues. The model holds its tuner as `model.shira_tuner`.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ from .variants.choosing import Make
 
 __all__ = ["Tuner"]
 
-TUNER = OWN + "tuner"  # the attribute of a model under which its tuner is found
+TUNER = OWN + "tuner"  # the attribute of a model that holds its tuner
 MAKING, ATTACHED, LEAVING, GONE = "being attached", "attached", "being detached", "detached"
 
 
 class Trained(NamedTuple):
-    """What was trained of one weight or buffer."""
+    """The trained entries of one weight or buffer."""
 
     shape: tuple[int, ...]
     held: Held
@@ -55,17 +55,17 @@ class Trained(NamedTuple):
 class Tuner:
     """A model in training, from `attach` to `detach`. Also a context manager that detaches at its end.
 
-    model: what it was attached to. at_detach: steps that are taken when it is detached (`undoing.Undo`): each must bear to be
-    taken again, after an interrupt.
+    model: the model that it is attached to. at_detach: steps that `detach` runs (`undoing.Undo`). After an interrupt a step may
+    run again, which must be harmless.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Take the model, which nobody else may have. Raises TuningError if somebody has."""
+        """Claim the model. Raises TuningError if a tuner or switcher holds it, or if it is a copy of a model in training."""
         self.model = model
         self.at_detach = Undo()
         self._stage, self._thread = MAKING, threading.get_ident()
         self._entries: list[TunedWeight] = []
-        self._masters: dict[str, Masters] = {}  # the same by name; with the hook, none
+        self._masters: dict[str, Masters] = {}  # the entries by tensor name; empty with method="hook"
         self._training: steps.Training | None = None
         self._whole: tuple[str, ...] = ()
         self._mask: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class Tuner:
         make: Make,
         whole: Collection[str] = (),
     ) -> None:
-        """Make these entries trainable, and nothing else. whole: names of the targets that no mask was asked for."""
+        """Make these entries trainable, and nothing else. whole: names of the targets that train whole, without a mask."""
         self._mask, self._selector, self._whole = mask, selector, tuple(whole)
         self._base = describe_base(self.model, chosen)
         model, undo = self.model, self.at_detach
@@ -123,29 +123,34 @@ class Tuner:
 
     @property
     def attached(self) -> bool:
-        """Whether it has the model; until `detach` is done."""
+        """Whether the tuner holds the model: from the end of `attach` to the end of `detach`."""
         return self._stage in (ATTACHED, LEAVING)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer trains: one float32 tensor [k] a target (or a variant's; with the hook, the weights)."""
+        """The parameters for an optimizer: one float32 tensor [k] for each target.
+
+        A variant of training has its own parameters (docs/variants.md). With method="hook" they are the weights.
+        """
         return [parameter for entry in self._entries for parameter in entry.parameters().values()]
 
     @property
     def nnz(self) -> int:
-        """How many entries of the model train."""
+        """The number of the model's entries that train."""
         return sum(entry.indices.numel() for entry in self._entries)
 
     @torch.enable_grad()
     def refresh(self, optimizer: torch.optim.Optimizer, *, calibration: Iterable[Any] | None = None, cap: float = 1.0) -> int:
-        """Select again, on the weights as they are now, and train those entries from here on; returns how many are new.
+        """Select again on the present weights, and train the selected entries from now on; returns the number of new entries.
 
-        Call it after an optimizer's step. Each tensor keeps its number of entries, and the optimizer its parameters: the
-        masters and moments of the entries that stay move with them bit for bit; new entries start at the base's values,
-        their moments at zero. If the mask has not moved, nothing changes.
+        Call it after an optimizer's step. Each tensor keeps its number of entries, and the optimizer keeps its parameters.
+        Masters and moments of the entries that stay move with them, bit for bit. New entries start at the weight's present
+        values: the base's, or trained values that an entry kept when it left. Their moments start at zero. If the selection is
+        the same, nothing changes.
 
-        calibration: batches, if the mask needs gradients. They leave torch's random numbers as they were.
-        cap: how many entries the adapter may hold, in budgets, tensor by tensor. Entries that leave keep their trained values
-            while there is room, those that changed the most first; others are set back to the base. With 1 all of them are.
+        calibration: batches, if the mask needs gradients or activations. Torch's random numbers stay as they were.
+        cap: the entries that the adapter may hold, as a multiple of each tensor's budget. Entries that leave keep their trained
+            values while there is room, those that changed most first. The others get the base's values again. With cap=1 all
+            entries that leave do.
 
         Raises TuningError, or what `attach` raises for a mask, before anything has changed.
         """
@@ -170,14 +175,16 @@ class Tuner:
         loss_fn: LossFn | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Pull the entries that train back to the base, the more the more these batches, of general text, are sensitive to them
-        (elastic weight consolidation, arXiv 1612.00796). Adapters that are added disturb each other less then
-        (docs/masks/README.md).
+        """Pull the trained entries back to the base in training, by elastic weight consolidation (arXiv 1612.00796).
 
-        To be called once, before training; it leaves torch's random numbers as they were.
-        reach: the change, in units of the weights, at which an entry of the tensor's mean sensitivity is pulled as much as a
-            typical gradient of the batches pulls. passes: backward passes a step of the optimizer (gradient accumulation).
-        loss_fn, progress: as for `attach`.
+        The more sensitive the loss of `batches`, of general text, is to an entry, the stronger the pull. Adapters that are
+        added interfere less with each other then (docs/masks/README.md). Call it once, before training. Torch's random numbers
+        stay as they were.
+
+        reach: a change in units of the weights. At this change, an entry of the tensor's mean sensitivity is pulled as strongly
+            as a typical gradient of the batches pulls.
+        passes: backward passes for each step of the optimizer (gradient accumulation).
+        loss_fn, progress: as in `attach`.
 
         Raises TuningError or MaskError before anything has changed.
         """
@@ -189,7 +196,7 @@ class Tuner:
         self._mask = self._mask | {"stay_near": done}
 
     def masters(self, wish: str) -> dict[str, Masters]:
-        """Tensor name -> its entries in training. Raises TuningError, which says what was wished, if none may change now."""
+        """Tensor name -> its masters. Raises TuningError if they may not change now; `wish` completes the message."""
         masters = self._masters
         self.at_detach.finish_parts()
         if self._stage != ATTACHED or len(masters) < len(self._entries) or any(each.dense for each in masters.values()):
@@ -202,22 +209,20 @@ class Tuner:
 
     def _check_whole(self) -> None:
         if self._torn:
-            raise TuningError(
-                "a refresh was interrupted half way, and values stand at other entries than theirs; call detach()"
-            )
+            raise TuningError("a refresh was interrupted half way, and some values are at the wrong entries; call detach()")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What must be kept of a run, beside the optimizer's state, to resume it: the masters, and whose they are.
+        """The state to save, beside the optimizer's, to resume a run: the masters, with marks of their positions and base.
 
-        Raises TuningError if the mask has moved: positions are not kept.
+        Raises TuningError if the mask has moved, since positions are not saved.
         """
         return resuming.state_of(self.masters("saved"), moved="refresh" in self._mask)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up the masters of a `state_dict`, bit for bit; checked before anything has changed.
+        """Load the masters of a `state_dict`, bit for bit. The whole state is checked before anything changes.
 
-        Raises TuningError if it belongs to another mask or density, BaseMismatch if to another model.
+        Raises TuningError if the state belongs to another mask or density, BaseMismatch if it belongs to another model.
         """
         resuming.load_state(self.masters("resumed"), state)
 
@@ -225,8 +230,8 @@ class Tuner:
     def reference(self) -> Iterator[None]:
         """Inside, the model is its base, bit for bit: the reference of preference training, without a second copy.
 
-        Afterwards weights and buffers are what they were; a backward pass through an earlier forward pass may follow.
-        Raises TuningError if the tuner is detached, has method="hook", or is inside already.
+        Afterwards weights and buffers are as before, and a backward pass through an earlier forward pass works.
+        Raises TuningError if the tuner is detached, has method="hook", has sharded weights, or is inside reference() already.
 
             with tuner.reference(), torch.no_grad():
                 reference = model(**batch).logits
@@ -240,12 +245,13 @@ class Tuner:
     def adapter(
         self, name: str | None = None, *, training: dict[str, Any] | None = None, license: str | None = None
     ) -> Adapter:
-        """What was trained so far, as an overwrite adapter in the weights' dtype, or deltas where they are quantized; and the
-        floating-point buffers that have moved, such as BatchNorm's statistics.
+        """An adapter of what was trained so far, before or after `detach`.
 
-        Before or after `detach`. training: a summary for the file, anything that can be written as JSON.
+        It overwrites entries with values in the weights' dtype; for quantized weights it has deltas. It also overwrites the
+        floating-point buffers that have changed, such as BatchNorm's statistics.
+        training: a summary for the file, anything that JSON can hold.
         Warns (`NotTrained`) of targets that got no gradient.
-        Raises TuningError if a trained value is not finite, or a weight was changed by others (docs/guarantees.md).
+        Raises TuningError if a trained value is not finite, or if other code has changed a weight (docs/guarantees.md).
         """
         self._check_whole()
         if self._trained is None:
@@ -260,14 +266,14 @@ class Tuner:
                 tensors[tensor] = SparseTensor(shape, held.indices.cpu(), held.values.detach().cpu().clone(), kind)
             except AdapterError as error:
                 raise TuningError(f"training of '{tensor}' went wrong: {error}; try a lower learning rate") from error
-            if tensor not in self._whole:  # what is new at each load has no base
+            if tensor not in self._whole:  # a module that trains whole has new values at each load: no base to compare with
                 prints[tensor] = fingerprint(held.base)
         metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
         metadata |= {"fingerprints": prints, "low_rank": hybrid.kept(self._masters)}
         return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
 
     def _so_far(self) -> dict[str, Trained]:
-        """What was trained, by tensor name."""
+        """Tensor name -> its trained entries."""
         found = {}
         for entry in self._entries:
             held = entry.held()
@@ -278,7 +284,7 @@ class Tuner:
         return found
 
     def save_hybrid(self, folder: str | os.PathLike[str]) -> None:
-        """Write both parts of what was trained with low_rank: adapter.safetensors, and lora/ as PEFT loads it.
+        """Write both parts of training with low_rank: adapter.safetensors, and lora/, which PEFT can load.
 
         Raises TuningError without low_rank, or what `adapter` raises; OSError.
         """
@@ -287,18 +293,18 @@ class Tuner:
         hybrid.save(Path(folder), self.adapter(), self._masters)
 
     def detach(self) -> None:
-        """Give the model back its base, bit for bit: weights, buffers, and `requires_grad` flags. Doing it twice is harmless;
-        after an interrupt it goes on where it was.
+        """Restore the base bit for bit: weights, buffers, and `requires_grad` flags.
 
-        Raises TuningError, before anything is written, if a weight was changed by others so that its base is not known
-        (docs/guarantees.md). Put it right, or call `release`.
+        A second call is harmless. After an interrupt the next call continues.
+        Raises TuningError, before anything is written, if other code has changed a weight so that its base is not known
+        (docs/guarantees.md). Put the weight right, or call `release`.
         """
         self._leave(restore=True)
 
     def release(self) -> None:
-        """Let go of the model as it is: weights and buffers stay, all else is as after `detach`.
+        """Let go of the model as it is: weights and buffers keep their values; everything else is as after `detach`.
 
-        For a model whose base is not known any more, after an error has said so; or to keep what was trained in the weights.
+        Use it after an error that says that the base is no longer known, or to keep the trained values in the weights.
         """
         self._leave(restore=False)
 
@@ -321,13 +327,13 @@ class Tuner:
 
     @torch.inference_mode(False)
     def undo(self) -> None:
-        """Take back all that was done to the model. Can itself be interrupted, and called again."""
+        """Undo everything that was done to the model. After an interrupt it can be called again."""
         if self._restore:
             for entry in self._entries:
                 entry.restore()
         self.at_detach.close()
         if self._restore:
-            self._buffers.put_back()  # last: a calibration that was interrupted puts back those of training
+            self._buffers.put_back()  # last: undoing an interrupted calibration restores the buffers of training
         for parameters, key, flag in self._places:
             parameter = parameters.get(key)
             if parameter is not None and (parameter.is_floating_point() or not flag) and not parameter.is_inference():
@@ -345,13 +351,16 @@ class Tuner:
         self._leave(restore=True, quiet=error is not None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of a model, with which its tuner is copied, is nobody's: the copy only tells what was trained."""
+        """A tuner that is copied together with its model holds no model. It only knows what was trained."""
         told = {"at_detach": Undo(), "_places": [], "_stage": GONE}
         return self.__dict__ | dict.fromkeys(("_claim", "_training", "_selector")) | told
 
 
 def _owner(reference: "weakref.ref[Tuner]") -> str:
-    """What is said to others who want its model. Who was interrupted in making or leaving it, has left that to them."""
+    """What others are told who want the tuner's model; "" if they may have it.
+
+    If this thread was interrupted while it attached or detached the tuner, that is undone here first.
+    """
     tuner = reference()
     if tuner is None or tuner._stage == GONE:
         return ""

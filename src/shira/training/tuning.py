@@ -1,13 +1,13 @@
-"""Training: `attach` makes a few entries of a model's own weights trainable; any loop or trainer does the rest.
+"""Training: `attach` makes a few entries of a model's own weights trainable. Any loop or trainer can then train them.
 
-Both ways of the paper (§3.3):
+The paper has two ways (§3.3):
 
-"values" (Appendix E, the default). The chosen entries, as float32 masters, are the only parameters. While attached, the
-adapted layers compute with their weights as they are, into which changed masters are written before the forward
-pass; in the backward pass the weight's gradient is formed one layer at a time and only its sample survives.
+"values" (Appendix E, the default). Float32 masters of the chosen entries are the only parameters. Adapted layers still compute
+with their own weights; changed masters are written to the weights before the forward pass. The backward pass computes the
+weight's gradient for one layer at a time, and keeps only its values at the chosen positions.
 
-"hook" (Appendix D, "any trainer"). The weights are the parameters; a hook clears their gradients off the mask. It needs
-a copy of the base, full-size gradients and full-size optimizer state: it is here to be read, and to check the other.
+"hook" (Appendix D, "any trainer"). The weights are the parameters; a hook clears their gradients off the mask. It needs a copy
+of the base, full-size gradients and full-size optimizer state. It is here as readable code, and to check the other way.
 """
 
 import functools
@@ -62,29 +62,30 @@ def attach(
 ) -> Tuner:
     """Make a few entries of the model's weights trainable, and nothing else.
 
-    mask: a name from `shira.masks.available()` or a function of that form.
-    density: share of each target's entries, above 0 and at most 1 (0.01 if none of the three is given).
-    rank: gives each target the rank·(out + in) entries of a LoRA of that rank instead.
-    total: so many entries in all targets together, in proportion to their sizes.
-    scope: "model" ranks the scores of all targets in one list, instead of each target's by themselves; then a target keeps at
-        least `floor` (0 to 1) of what it would have had by itself. One that gets no entry is not trained.
-    overrides: name pattern -> a budget of its own, {"down_proj": 0.02, "layers.0.*": {"rank": 4}} (docs/masks/budgets.md).
-    targets: a list of names of modules or parameters, or suffixes of them; "all-linear", "attention", "mlp", "auto"; or a
-        regular expression (docs/targets.md). Layers of any kind, embeddings, mixtures' experts, norms and biases.
-    exclude: names none of which may be part of a target's name. layers: numbers of the layers to take, 3 or range(4, 12).
-    avoid: adapters, or files of them, none of whose entries may train.
-    calibration: batches for masks that need gradients or activations, read into a list; several are run more than once
-        where the sums of their gradients would take more memory than training does. The model runs in the mode it is in.
+    mask: a name from `shira.masks.available()`, or a mask function of your own (docs/masks/README.md).
+    density: share of each target's entries, above 0 and at most 1. It is 0.01 if density, rank and total are not given.
+    rank: instead, as many entries for each target as a LoRA of this rank has parameters: rank · (out + in).
+    total: instead, this many entries in all targets together, in proportion to their sizes.
+    scope: "tensor" ranks the scores of each target by themselves. "model" ranks those of all targets in one list. Then a target
+        keeps at least the share `floor` (0 to 1) of its own budget. A target that gets no entry does not train.
+    overrides: name pattern -> its own budget, {"down_proj": 0.02, "layers.0.*": {"rank": 4}} (docs/masks/budgets.md).
+    targets: a list of names of modules or parameters, or suffixes of names; "all-linear", "attention", "mlp" or "auto"; or a
+        regular expression (docs/targets.md). Layers of any kind can be targets, and embeddings, experts, norms and biases.
+    exclude: names; targets with one of them as a part of their name are left out. layers: numbers of the layers to take, 3 or
+        range(4, 12).
+    avoid: adapters, or files of adapters. None of their entries trains.
+    calibration: batches for masks that need gradients or activations, read into a list. Several batches run more than once if
+        the sums of all gradients would take more memory than training does. The model's mode (train or eval) does not change.
     loss_fn(model, batch): by default `model(**batch).loss`. progress(done, total): called after each batch of the calibration.
-    seed: with each tensor's name it seeds the mask.
-    method: "values" or "hook", see the module's docstring.
-    decompose: train the entries as those of a DoRA of this rank (the paper's SHiRA-WM-DoRA), or True: of one whose direction is
-        free at the mask's positions. low_rank: train a low-rank product beside the entries (docs/variants.md).
+    seed: seeds the mask, together with each tensor's name.
+    method: "values" or "hook"; see the module's docstring.
+    decompose: a rank trains the entries as those of a DoRA of this rank (the paper's SHiRA-WM-DoRA). True trains them as those
+        of a DoRA whose direction is free at the mask's positions.
+    low_rank: the rank of a low-rank product that trains beside the entries (docs/variants.md).
+    whole: modules that train whole, beside the targets and without a mask, and are part of the adapter: a list of names; () for
+        none; or "auto", the head of Transformers' classification models, which has new values at each load.
 
-    whole: modules all of whose parameters train, beside the targets and whatever the mask, and are in the adapter: "auto", the
-        head of one of Transformers' models for classification, which is new at each load; a list of names; or () for none.
-
-    The model, or a compiled one, which is trained as it is inside, is in the tuner's hands until `detach`.
+    The tuner holds the model until `detach`. If the model is compiled, it holds the original model inside.
     Raises TargetError, MaskError, BaseMismatch or TuningError before anything in the model has changed.
 
         tuner = shira.attach(model, mask="snip", density=0.01, calibration=batches)
@@ -95,7 +96,7 @@ def attach(
     lazy = next((name for name, each in model.named_parameters() if nn.parameter.is_lazy(each)), None)
     if lazy is not None:
         raise TuningError(f"'{lazy}' is of a lazy module that has not been called yet; run one forward pass, then attach")
-    claim(model, "", TuningError)  # what was interrupted in making or leaving a tuner is finished first
+    claim(model, "", TuningError)  # this also undoes an attach() or detach() that was interrupted
     _check_kinds(mask, seed, overrides, calibration, loss_fn, progress)
     if method not in ("values", "hook"):
         raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
@@ -149,7 +150,7 @@ def _begun(
     selector: Selector,
     select: Callable[[Undo], tuple[Indices, dict[str, Any] | None]],
 ) -> Tuner:
-    """Choose the entries, and begin. Whoever is interrupted here has no tuner, so the model is left as it was."""
+    """Choose the entries and start training. After an interrupt the caller has no tuner, so the model is restored here."""
     tuner = Tuner(model)
     try:
         try:
@@ -164,14 +165,17 @@ def _begun(
         except BaseException:
             tuner.undo()
             raise
-    except BaseException:  # a second interrupt: the next call finishes this while the tuner is being made, not once it is made
+    except BaseException:  # a second interrupt, in undo(): undo again, as the next call does so only for an unfinished tuner
         tuner.undo()
         raise
 
 
 def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: str | Iterable[str]) -> list[Target]:
-    """What of a new head trains whole: not what was named among the targets, which then is up to the mask, nor what was frozen
-    while the rest was not."""
+    """The parameters of a new head that train whole.
+
+    Those of modules named among the targets are left out, since the mask decides on them. None train if the head was frozen
+    while other targets were not.
+    """
     if not isinstance(targets, str):
         named = {id(use.holder) for target in chosen for use in target.uses}
         new = [target for target in new if not any(id(use.holder) in named for use in target.uses)]
@@ -180,7 +184,7 @@ def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: st
 
 
 def _names(option: str, given: Any) -> Any:
-    """A name, or a list of names."""
+    """The given name, or names as a list. Raises TuningError for anything else."""
     if isinstance(given, str):
         return given
     if isinstance(given, nn.Module) or not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
@@ -206,7 +210,7 @@ def _layers(given: Any) -> list[int] | None:
 
 
 def _check_kinds(mask: Any, seed: Any, overrides: Any, calibration: Any, loss_fn: Any, progress: Any) -> None:
-    """Raise TuningError, with what was meant, for arguments of another kind than they can be."""
+    """Raise TuningError, with an example of what is expected, for arguments of a wrong type."""
     if not isinstance(mask, str) and not callable(mask):
         raise TuningError(f'mask must be a name or a function, mask="wm", found {type(mask).__name__} {mask!r:.60}')
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -1,4 +1,4 @@
-"""Targets that never learn: which of them got no gradient, and why, as far as it can be known."""
+"""Warn of targets that do not learn: those that got no gradient, with the reason as far as it is known."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,13 +16,13 @@ SHOWN = 4  # names in a warning
 
 
 class NotTrained(UserWarning):
-    """Weights that were chosen to train, and do not."""
+    """Weights that were chosen to train do not train."""
 
 
 class GradientWatch:
-    """Looks at each step of an optimizer, and says once what does not train.
+    """Looks at the steps of optimizers, and warns once of each target that does not train.
 
-    Modules that no forward pass came by may be an expert without tokens in this batch: of them it is said at the end.
+    A module without a forward pass may be an expert without tokens in this batch, so the watch reports it only at the end.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class GradientWatch:
         self._steps = 0  # of optimizers that train these masters, after a backward pass that reached any
 
     def of_ours(self) -> None:
-        """After a step of an optimizer that trains these masters."""
+        """Called after a step of an optimizer that trains these masters."""
         for each in self._masters.values():
             each.learnt = each.learnt or each.has_gradient()
         if not any(each.learnt for each in self._masters.values()):
@@ -43,7 +43,7 @@ class GradientWatch:
             self._say(name for name, each in self._masters.items() if each.calls and not each.learnt)
 
     def of_another(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """After a step of an optimizer that trains none of these masters."""
+        """Called after a step of an optimizer that trains none of these masters."""
         if self._steps or "" in self._said or not any(each.learnt for each in self._masters.values()):
             return
         its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -57,7 +57,7 @@ class GradientWatch:
             )
 
     def at_the_end(self) -> None:
-        """When an adapter is made, or the tuner detached."""
+        """Called when an adapter is made or the tuner is detached."""
         if self._steps:
             self._say(name for name, each in self._masters.items() if not each.learnt)
 
