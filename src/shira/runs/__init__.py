@@ -1,1 +1,1 @@
-"""Runs: a training run as a YAML recipe, its memory before it starts, and the accuracy after it."""
+"""Training runs: the run as a YAML recipe, an estimate of its memory, and the accuracy after it."""

@@ -1,9 +1,9 @@
-"""The peak memory of a training step, predicted from a model's shapes: the step is run, on tensors without data.
+"""Predict the peak memory of a training step from a model's shapes, by running the step on tensors without data.
 
-Torch's fake tensors have shapes, dtypes, a device and storages that are made and freed as real ones are, but no memory; the
-same operators run on them, forward and backward, so nothing here knows of any model's layers. (Plain meta tensors would
-choose other kernels: attention with all its weights.) A log of storages says how much lived when, and what it was. The
-same is done for distributed training by torch.distributed._tools.mem_tracker.
+Torch's fake tensors have shapes, dtypes, a device, and storages that are created and freed like real ones, but no memory. The
+same operators run on them, forward and backward, so this module need not know any model's layers. (Plain meta tensors would
+choose other kernels: attention that keeps all its weights.) A log of storages records how much memory was in use at each
+moment, and for what. torch.distributed._tools.mem_tracker does the same for distributed training.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ Category = Literal["activations", "logits", "gradients", "temporaries"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the moment of the peak, part by part; `parameters` is how many entries train."""
+    """parts: bytes of each part at the moment of the peak. parameters: the number of entries that train."""
 
     parts: dict[str, int]
     parameters: int
@@ -59,18 +59,18 @@ def estimate(
     checkpointing: bool = False,
     dropout: float = 0.0,
 ) -> Estimate:
-    """The peak of a training step with AdamW, from the second on (the optimizer's state exists), in bytes.
+    """The peak memory of a training step with AdamW, in bytes, from the second step on (the optimizer's state exists).
 
-    build: makes the model, a causal language model of Transformers, in the dtype it trains in; called where its tensors take no
-        memory, so it must not read any.
-    method: "shira"; "lora" as PEFT has it, with float32 parameters and a dropout; "full".
-    density, rank: as in `attach`, density 0.01 if neither is given; a LoRA takes its rank, 16 if it is not given.
-    batch_size, length: rows, and tokens in each, all of which count in the loss; no row is padded.
+    build: creates the model, a causal language model of Transformers, in its training dtype. It is called in a mode in which
+        tensors take no memory, so it must not read any data.
+    method: "shira"; "lora", as in PEFT, with float32 parameters and dropout; or "full".
+    density, rank: as in `attach`; density is 0.01 if neither is given. A LoRA has only a rank, 16 if it is not given.
+    batch_size, length: rows, and tokens in each row. All tokens count in the loss; no row is padded.
     checkpointing: whether Transformers' gradient checkpointing is on.
 
-    Not counted: what Python, torch and its libraries take themselves; work space inside operators; what an allocator
-    does not give back. Selecting a mask is not training: those that need gradients run a backward pass before.
-    Raises DataError or TuningError for what cannot be, and what `attach` raises for targets and budgets.
+    Not counted: the memory of Python, torch and its libraries; work space inside operators; memory that an allocator does not
+    return. Selecting a mask is not part of the step; masks that need gradients run a backward pass of their own before it.
+    Raises DataError or TuningError for values that are not possible, and what `attach` raises for targets and budgets.
     """
     if method not in METHODS:
         raise TuningError(f"method must be one of {', '.join(METHODS)}, found {method!r}")
@@ -120,7 +120,7 @@ def estimate(
 
 
 def _step(model: Any, batch_size: int, length: int, frozen: bool, checkpointing: bool) -> None:
-    """Forward and backward pass. With checkpointing on a frozen embedding, its output must need a gradient."""
+    """One forward and backward pass. frozen: checkpointing on a frozen embedding, whose output must then need a gradient."""
     if checkpointing:
         model.activation_checkpointing_enable()
     if frozen:
@@ -134,20 +134,20 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _Log(TorchDispatchMode):
-    """When each storage was made and freed, and what it is."""
+    """Records when each storage was created and freed, and its category."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live: dict[int, int] = {}  # address of a storage -> its number, or -1 for what is counted elsewhere
-        self.events: list[tuple[int, int]] = []  # (number, bytes that come or go)
+        self.live: dict[int, int] = {}  # address of a storage -> its number; -1 if it is counted elsewhere
+        self.events: list[tuple[int, int]] = []  # (number, bytes; negative when freed)
         self.kinds: list[Category] = []
-        self.last: list[int] = []  # of each storage, the last side of the tensor it was made for
-        self.forward = 0  # how many layers of ours are in their forward pass
-        self.scratch: Tensor | None = None  # what the native kernel keeps from call to call
+        self.last: list[int] = []  # for each storage, the last dimension of the tensor that it was created for
+        self.forward = 0  # the number of trained layers that are in their forward pass
+        self.scratch: Tensor | None = None  # the buffer that the native kernel keeps between calls
         self.forget(known)
 
     def forget(self, known: Iterable[Tensor]) -> None:
-        """Leave out of the log what is counted elsewhere."""
+        """Leave these tensors out of the log: they are counted elsewhere."""
         self.live |= {tensor.untyped_storage()._cdata: -1 for tensor in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,7 +162,7 @@ class _Log(TorchDispatchMode):
         if storage._cdata in self.live:
             return
         number = self.live[storage._cdata] = len(self.kinds)
-        # a backward pass runs without gradients; a layer that is computed again in it, with
+        # gradients are off in a backward pass, but on while checkpointing computes a layer again in it
         forward = self.forward or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1
         self.kinds.append("activations" if forward else "temporaries")
         self.last.append(tensor.shape[-1] if tensor.ndim else 0)
@@ -174,7 +174,7 @@ class _Log(TorchDispatchMode):
         self.events.append((number, -size))
 
     def peak(self, trained: Iterable[Tensor], vocabulary: int) -> dict[Category, int]:
-        """Bytes of each kind when most was alive."""
+        """Bytes of each category at the moment when most memory was in use."""
         for parameter in trained:
             if parameter.grad is not None:
                 self.kinds[self.live[parameter.grad.untyped_storage()._cdata]] = "gradients"
@@ -191,7 +191,10 @@ class _Log(TorchDispatchMode):
 
 
 class _StandIn:
-    """What `Masters` is for a real weight: the masters and what their gradient takes, of positions that nobody has chosen."""
+    """Takes the place of `Masters` for a weight without data: creates masters and positions, and what their gradient needs.
+
+    The positions have the right number and dtype, but no values.
+    """
 
     def __init__(self, target: target_names.Target, count: int, mask: str, fake: Any, log: _Log) -> None:
         self.weight, self.log = target.weight, log
@@ -243,7 +246,7 @@ def _counted(log: _Log) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=64)
 def _pattern(mask: str, shape: tuple[int, int], count: int) -> Pattern | None:
-    """The whole lines of a mask that depends on the shape alone."""
+    """The whole lines of a mask that depends on the shape only (struct); None for other masks."""
     if mask.partition(":")[0] != "struct":
         return None
     indices = masks.resolve(mask)[1](torch.empty(1).expand(shape), count)
@@ -251,7 +254,7 @@ def _pattern(mask: str, shape: tuple[int, int], count: int) -> Pattern | None:
 
 
 def _lora(chosen: Iterable[target_names.Target], rank: int, dropout: float) -> list[nn.Parameter]:
-    """Low-rank branches beside linear layers, computed in the order and dtypes of PEFT's."""
+    """Add low-rank branches to linear layers, in PEFT's order of operations and dtypes. Returns their parameters."""
     trained = []
     for target in chosen:
         out, into = target.weight.shape

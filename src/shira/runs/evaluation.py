@@ -1,4 +1,4 @@
-"""Accuracy on multiple choice: the answer is the choice to which the model gives the highest probability."""
+"""Accuracy on multiple choice: the model's answer is the choice with the highest probability."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ __all__ = ["accuracy", "answered", "choice_scores", "interval", "mcnemar"]
 
 
 def accuracy(model: nn.Module, tokenizer: Any, examples: Sequence[Example], **options: Any) -> float:
-    """Share of examples that are answered rightly, 0 to 1; see `answered`."""
+    """Share of examples that are answered correctly, 0 to 1; see `answered`."""
     right = answered(model, tokenizer, examples, **options)
     return sum(right) / len(right)
 
@@ -27,16 +27,16 @@ def answered(
     batch_size: int = 32,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[bool]:
-    """Of each example, whether its most probable choice is the right one.
+    """For each example, whether its most probable choice is the right one.
 
-    on_progress is called with the number of examples done. Raises DataError if an example has no choices, or there are
-    no examples.
+    on_progress is called with the number of examples done. Raises DataError if there are no examples, or if one has fewer than
+    two choices or no valid label.
     """
     if not examples:
         raise DataError("no example to evaluate on")
     if any(len(example.choices) < 2 or not 0 <= example.label < len(example.choices) for example in examples):
         raise DataError("evaluation needs examples with 'choices' and 'label'")
-    # texts of like length side by side: less padding
+    # texts of similar length in one batch need less padding
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     right = [False] * len(examples)
     done = 0
@@ -50,7 +50,7 @@ def answered(
 
 
 def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 % by default: (low, high)."""
+    """The Wilson score interval of the share right / asked: (low, high). The default z gives the 95 % interval."""
     share, square = right / asked, z * z
     middle = (share + square / (2 * asked)) / (1 + square / asked)
     half = z / (1 + square / asked) * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
@@ -58,8 +58,11 @@ def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def mcnemar(ours: Sequence[bool], others: Sequence[bool]) -> float:
-    """How probable it is that two methods differ by so much on the same questions if they are equally good: McNemar's exact
-    test, two-sided, on the questions that one of them alone answers rightly."""
+    """The p-value of McNemar's exact test, two-sided: whether two methods differ on the same questions.
+
+    It is the probability of a difference at least this large if both are equally good. Only questions count that exactly one of
+    the two methods answers correctly.
+    """
     ours_only = sum(a and not b for a, b in zip(ours, others, strict=True))
     others_only = sum(b and not a for a, b in zip(ours, others, strict=True))
     apart = ours_only + others_only
@@ -68,9 +71,9 @@ def mcnemar(ours: Sequence[bool], others: Sequence[bool]) -> float:
 
 
 def choice_scores(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:
-    """The log-probability of each choice after its prompt: the sum over the choice's tokens, one list an example.
+    """The log-probability of each choice after its prompt: the sum over the choice's tokens. One list for each example.
 
-    A prompt whose choices are all single tokens is run once; else once a choice.
+    A prompt whose choices are all single tokens runs once. Any other prompt runs once for each choice.
     """
     rows: list[tuple[list[int], list[int]]] = []  # (prompt tokens, answer tokens)
     shares: list[tuple[list[int], list[list[int]]]] = []  # for each example: its rows, its choices' tokens

@@ -1,5 +1,8 @@
-"""One option, one definition: a field of a dataclass has its type, default, help text and bounds, how a command line spells it,
-and what takes its value. The check, the command (`cli/options.py`), the YAML file and the call are made from that."""
+"""Options that are defined once, as a field of a dataclass.
+
+The field has the option's type, default, help text and bounds, its form on a command line, and the receiver of its value. The
+check, the command (`cli/options.py`), the YAML file and the call are derived from it.
+"""
 
 import dataclasses
 import operator
@@ -15,17 +18,18 @@ from ..weights.targets import KEYWORDS
 
 __all__ = ["check", "kinds", "option", "parse_layers", "parse_targets", "passed_to"]
 
-LARGEST = 2**63 - 1  # whole number
+LARGEST = 2**63 - 1  # the largest integer in an int64 tensor
 BOUNDS = {"ge": "from {} on", "gt": "above {}", "le": "at most {}", "lt": "below {}"}  # named as in `operator`
 WORDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
 WORDS |= {list[str]: "a list of names", list[int]: "a list of numbers", dict[str, Any]: "'name: value' pairs"}
 
 
 def option(default: Any, help: str, to: str = "", *, group: str = "", parse: Any = None, **bounds: float) -> Any:
-    """A field of a dataclass that is an option.
+    """A dataclass field that is an option.
 
-    to: "attach", "trainer" or both: what takes the value. group: the heading of it and the next ones in a command's help.
-    parse: makes the value of what a command line says, or raises ValueError. bounds: any of BOUNDS, for numbers.
+    to: the receiver of the value: "attach", "trainer" or both. group: the heading of this and the next options in a command's
+        help.
+    parse: converts the text of a command line to the value, or raises ValueError. bounds: any of BOUNDS, for numbers.
     """
     limits = [(getattr(operator, name), BOUNDS[name].format(limit), limit) for name, limit in bounds.items()]
     about = {"help": help, "to": to, "group": group, "parse": parse, "limits": limits}
@@ -35,7 +39,7 @@ def option(default: Any, help: str, to: str = "", *, group: str = "", parse: Any
 
 
 def kinds(owner: Any) -> Iterator[tuple[dataclasses.Field[Any], tuple[Any, ...]]]:
-    """Each option of a dataclass, and the types that its value may have."""
+    """(field, types that its value may have) for each option of a dataclass."""
     hints = get_type_hints(owner)
     for field in dataclasses.fields(owner):
         hint = hints[field.name]
@@ -43,7 +47,7 @@ def kinds(owner: Any) -> Iterator[tuple[dataclasses.Field[Any], tuple[Any, ...]]
 
 
 def check(recipe: Any) -> None:
-    """Raise DataError, which names the option, for a value of another type or outside of the bounds."""
+    """Raise DataError, which names the option, if a value has a wrong type or is out of bounds."""
     for field, allowed in kinds(type(recipe)):
         value, limits = getattr(recipe, field.name), field.metadata["limits"]
         if not any(_fits(value, kind, limits) for kind in allowed):
@@ -52,20 +56,20 @@ def check(recipe: Any) -> None:
 
 
 def passed_to(receiver: str, recipe: Any) -> dict[str, Any]:
-    """The options that go to a receiver, by name. One that is None is left out: the receiver has its own default."""
+    """The options for a receiver, by name. Options that are None are left out, so that the receiver's defaults apply."""
     chosen = (field.name for field in dataclasses.fields(recipe) if receiver in field.metadata["to"])
     return {name: value for name in chosen if (value := getattr(recipe, name)) is not None}
 
 
 def parse_targets(text: str) -> str | list[str]:
-    """What --targets means: a comma makes a list of names, and so does a plain name; else a keyword or a regex."""
+    """Parse --targets: a plain name, or names with commas, give a list; a keyword or a regular expression gives the text."""
     if text in ("auto", *KEYWORDS) or not re.fullmatch(r"[\w.,\s-]+", text) or ".*" in text:
         return text
     return [part.strip() for part in text.split(",")]
 
 
 def parse_layers(text: str) -> list[int]:
-    """Numbers and spans, with commas: "0,2,4-7"."""
+    """Parse numbers and spans with commas: "0,2,4-7". Raises ValueError for anything else."""
     numbers: list[int] = []
     for part in text.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -76,7 +80,7 @@ def parse_layers(text: str) -> list[int]:
 
 
 def _fits(value: Any, kind: Any, limits: Any) -> bool:
-    """Whether a value is of a type: numbers finite and within the limits, and whole ones such as a tensor may hold."""
+    """Whether a value has a type. Numbers must also be finite and within the limits, and integers must fit into int64."""
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin is Literal:
         return isinstance(value, str) and value in inner
@@ -91,7 +95,7 @@ def _fits(value: Any, kind: Any, limits: Any) -> bool:
 
 
 def _told(kind: Any, limits: Any) -> str:
-    """A type in words, a number's with its limits."""
+    """A type in words; for a number, with its limits."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     ends = " and ".join(text for _, text, _ in limits) if kind in (int, float) else ""

@@ -1,4 +1,4 @@
-"""A recipe says all that decides a training run; each run writes down the one that reproduces it."""
+"""A recipe holds everything that decides a training run. `shira train` saves the recipe that reproduces the run."""
 
 import dataclasses
 import itertools
@@ -28,18 +28,18 @@ from .options import check, option, parse_layers, parse_targets, passed_to
 __all__ = ["Recipe", "check_run", "load_recipe", "read_settings", "save_recipe", "train_adapter"]
 
 OWN_TEXT = "own"
-GENERAL_BATCH = 4  # rows; their gradients are squared batch by batch
-BUDGETS = ("density", "rank", "total")  # one of them
+GENERAL_BATCH = 4  # rows in a batch of general text; the gradient of each batch is squared
+BUDGETS = ("density", "rank", "total")  # at most one of them is given
 NOT_TOGETHER = ({"eval_data", "eval_share"}, {"decompose", "stay_near", "refresh_every", "method hook"})
-PAPERS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # targets
-LARGER = (2**31, 2**31)  # than any matrix
-LONGEST = 2**20  # bytes of a recipe
-DEEPEST = 8  # settings in settings
+PAPERS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's targets (Table 9)
+LARGER = (2**31, 2**31)  # a shape larger than that of any matrix
+LONGEST = 2**20  # the largest size of a recipe, in bytes
+DEEPEST = 8  # the deepest nesting of a recipe's settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What `shira train` is told, on the command line or in a YAML file. Each option is defined here, once."""
+    """The settings of `shira train`, on the command line or in a YAML file. Each option is defined here, once."""
 
     model: str = option("SmolLM2-135M-Instruct", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
     data: str = option("", "JSONL, Parquet, a data set (org/name:train), or a task: spam, questions, film.", group="Data")
@@ -88,7 +88,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check(self)
         found = {name for name, value in vars(self).items() if value} | {f"method {self.method}"}
-        found -= {"refresh_every"} if self.refresh_every >= self.steps else set()  # it never comes to it
+        found -= {"refresh_every"} if self.refresh_every >= self.steps else set()  # the run ends before the first refresh
         for names in NOT_TOGETHER:
             if len(names & found) > 1:
                 raise DataError(f"recipe: give {' or '.join(sorted(names & found))}, not both")
@@ -97,13 +97,13 @@ class Recipe:
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, plain values only.
 
-    Raises DataError for a file that is no YAML mapping, is as large or deep as no recipe is, has a key twice, or repeats a part
-    of itself (by aliases, of which a few lines can stand for gigabytes); OSError if it cannot be read.
+    Raises DataError if the file is not a YAML mapping, is too large or too deeply nested for a recipe, has a key twice, or has
+    aliases (with which a few lines can stand for gigabytes). Raises OSError if the file cannot be read.
     """
     yaml = _yaml()
     place = path_of(path, "load_recipe('spam.yaml')", DataError)
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]  # yaml is looked for when it is needed
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]  # yaml is imported when it is needed
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
@@ -136,17 +136,18 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
-    """A recipe out of a YAML file (or none) and what was given beside it, which wins.
+    """A recipe from a YAML file (or none) and from settings given beside it, which win.
 
-    Raises DataError for what `read_settings` refuses, a setting that does not exist, or is of another type; OSError if the file
-    cannot be read. What earlier releases wrote is read.
+    Recipes of earlier releases can be read, too.
+    Raises DataError for what `read_settings` refuses, for an unknown setting, and for a value of a wrong type. Raises OSError
+    if the file cannot be read.
     """
     settings = read_settings(path) if path is not None else {}
-    if given.keys() & set(BUDGETS):  # one replaces another
+    if given.keys() & set(BUDGETS):  # a given budget replaces any budget of the file
         settings = {key: value for key, value in settings.items() if key not in BUDGETS}
     settings = settings | dict(given)
     decompose = settings.get("decompose", False)
-    if decompose is None or (type(decompose) is int and decompose == 0):  # as earlier releases had it: not at all, or True
+    if decompose is None or (type(decompose) is int and decompose == 0):  # earlier releases: None was False, and 0 was True
         settings["decompose"] = decompose is not None
     for name in settings:
         if name not in (known := Recipe.__dataclass_fields__):
@@ -158,7 +159,7 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe as YAML, with the versions it ran under as a comment."""
+    """Write a recipe as YAML. A comment gives the versions of shira, torch and transformers."""
     from ..version import __version__
 
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
@@ -167,7 +168,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 
 def check_run(recipe: Recipe) -> None:
-    """Refuse, before a model is loaded, what `train_adapter` would refuse later: mask, budgets, files, data and libraries."""
+    """Check mask, budgets, files, data and libraries before a model is loaded: raise what `train_adapter` would raise later."""
     masks.resolve(recipe.mask)
     density = recipe.density or (None if recipe.rank or recipe.total else 0.01)
     masks.plan({"any": LARGER}, density=density, rank=recipe.rank, total=recipe.total, scope=recipe.scope, floor=recipe.floor)
@@ -193,10 +194,11 @@ def train_adapter(
     on_step: Callable[[int, float, float], None] | None = None,
     on_evaluation: Callable[[int, int], None] | None = None,
 ) -> Adapter:
-    """Train one adapter as the recipe says. The model comes back as it was, bit for bit, also if anything fails.
+    """Train one adapter as the recipe says. The model is restored bit for bit, also after an error.
 
-    Called: on_read(done) after each example, on_calibration(done, total) after each batch of the calibration, on_step(step,
-    loss, tokens a second) after each optimizer step, on_evaluation(done, total) after each batch of what is held out.
+    Callbacks: on_read(done) after each example; on_calibration(done, total) after each batch of a calibration, and after each
+    token of text that the model writes; on_step(step, loss, tokens per second) after each optimizer step; on_evaluation(done,
+    total) after each batch of the held-out data.
     """
     hf.reporters(recipe.report_to)
     if recipe.pack:
@@ -236,7 +238,10 @@ def train_adapter(
 
 
 def _examples(recipe: Recipe, held_out: bool) -> Iterator[Example]:
-    """What the recipe trains on, or holds out: of a share, each example by a coin that its number and the seed decide."""
+    """The examples that a recipe trains on, or those that it holds out.
+
+    With eval_share, a random number decides for each example; it depends only on the recipe's seed and the example's number.
+    """
     if held_out and recipe.eval_data:
         yield from examples_of(recipe.eval_data, "test")
         return

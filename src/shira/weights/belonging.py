@@ -1,4 +1,4 @@
-"""Does an adapter belong to a model? Its names, its shapes and the fingerprints of its base values must agree."""
+"""Check that an adapter belongs to a model: names, shapes and the fingerprints of base values must agree."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -29,9 +29,10 @@ def check_base(
 ) -> None:
     """Raise BaseMismatch unless each tensor exists with the adapter's shape and, for overwrites, the recorded base values.
 
-    A tensor that is overwritten whole, such as the head of a classifier, which is random whenever it is made, is compared only
-    if all of them are: then nothing else tells the base.
-    label: what to call the adapter in the message. base_at(weight, indices): the base values there.
+    A tensor that is overwritten whole may be a classifier's head, which is random at each load. So its base values are compared
+    only if all tensors are overwritten whole, since then nothing else identifies the base.
+    label: the adapter's name in messages. base_at(weight, indices): the base values at indices.
+    Raises AdapterError if the metadata are not well formed.
     """
     check_described(label, adapter)
     in_part = known_in_part(adapter)
@@ -40,7 +41,7 @@ def check_base(
 
 
 def check_described(label: str, adapter: Adapter) -> None:
-    """`check_metadata` of an adapter. Raises AdapterError with the label."""
+    """Check an adapter's metadata. Raises AdapterError, whose message starts with the label."""
     try:
         check_metadata(adapter.metadata)
     except AdapterError as error:
@@ -55,7 +56,10 @@ def check_tensor(
     base_at: Callable[[Tensor, Tensor], Tensor],
     in_part: Callable[[], bool],
 ) -> None:
-    """`check_base` of one tensor; either side may be in a file, and is given back here. in_part: `known_in_part(adapter)`."""
+    """`check_base` for one tensor. Adapter and model may be files: one tensor at a time is read and freed.
+
+    in_part: `known_in_part(adapter)`.
+    """
     sparse = adapter.tensors[name]
     weight = weight_of(label, name, sparse, tensors, to_overwrite=True)
     if tells_base(name, sparse, adapter, in_part):
@@ -63,7 +67,7 @@ def check_tensor(
 
 
 def known_in_part(adapter: Adapter) -> Callable[[], bool]:
-    """Whether the base is known by a tensor that is overwritten in part; looked for when it is asked, once."""
+    """A function: does any tensor that is overwritten in part identify the base? It looks only once, at its first call."""
     return functools.cache(
         lambda: any(
             sparse.kind == "overwrite" and sparse.nnz < sparse.numel and name in adapter.fingerprints
@@ -73,7 +77,7 @@ def known_in_part(adapter: Adapter) -> Callable[[], bool]:
 
 
 def tells_base(name: str, sparse: SparseTensor, adapter: Adapter, in_part: Callable[[], bool]) -> bool:
-    """Whether the values under a tensor say if the base is the adapter's. A delta may be added to another base."""
+    """Whether the base values of a tensor can tell if the base is the adapter's. A delta may be added to another base."""
     if sparse.kind == "delta" or name not in adapter.fingerprints:
         return False
     return sparse.nnz < sparse.numel or not in_part()
@@ -82,11 +86,11 @@ def tells_base(name: str, sparse: SparseTensor, adapter: Adapter, in_part: Calla
 def weight_of(
     label: str, name: str, sparse: SparseTensor, tensors: Mapping[str, Tensor], *, to_overwrite: bool = False
 ) -> Tensor:
-    """The model's tensor of this name, if it has the sparse tensor's shape.
+    """The model's tensor of this name. Raises BaseMismatch unless it has the sparse tensor's shape.
 
-    to_overwrite: its entries must be plain, so that they can be overwritten. Raises BaseMismatch.
+    to_overwrite: it must also be possible to overwrite its entries: a contiguous floating-point tensor, not quantized.
     """
-    weight = tensors.get(name)  # read once: it may lie in a file
+    weight = tensors.get(name)  # read once: it may be in a file
     if weight is None:
         raise BaseMismatch(f"{label} does not belong to this model: it has no tensor '{name}'; {did_you_mean(name, tensors)}")
     if not isinstance(weight, Tensor):
@@ -104,7 +108,7 @@ def weight_of(
 
 
 def check_fingerprint(label: str, name: str, adapter: Adapter, values: Tensor, dtype: torch.dtype) -> None:
-    """Compare base values with the fingerprint that an adapter says they have. dtype: the weight's, for the message."""
+    """Raise BaseMismatch unless base values have the fingerprint that the adapter records. dtype: the weight's, for messages."""
     expected = adapter.fingerprints[name]
     found = fingerprint(values, like=expected)
     if found != expected:

@@ -1,1 +1,1 @@
-"""Variants of what trains: DoRA, a low-rank product beside the entries, deltas beside a quantized weight."""
+"""Variants of training: DoRA, a low-rank product beside the entries, deltas beside a quantized weight."""

@@ -1,4 +1,4 @@
-"""Which kind of masters each target gets: plain ones, or those of a variant that was asked for."""
+"""Choose the kind of masters for each target: plain ones, or those of the requested variant."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,10 +24,10 @@ Make = Callable[[Target, Tensor], Masters]
 def choose(
     targets: Iterable[Target], mask: str | Mask, method: str, decompose: bool | int, low_rank: int | None, seed: int
 ) -> tuple[Make, dict[str, Any]]:
-    """What makes the masters of a target and its positions, and what the metadata say of it.
+    """A function that makes the masters for a target and its positions, and the variant's entries for the metadata.
 
-    Raises TuningError for options that do not go together or are no rank; TargetError, or MaskError, for a target that cannot
-    have them, or that mask.
+    Raises TuningError for options that exclude each other or are not a rank. Raises TargetError or MaskError for a target that
+    does not support them or the mask.
     """
     targets = list(targets)
     chosen = {"decompose": None if decompose is False else decompose, "low_rank": low_rank}
@@ -57,7 +57,7 @@ def choose(
 
     def make(target: Target, indices: Tensor) -> Masters:
         seeded = seed_of(seed, f"{target.name}\nfactors")
-        if target.name not in names:  # trains whole
+        if target.name not in names:  # a target that trains whole, without a variant
             return Plain(target, indices)
         if is_quantized(target.weight):
             return Deltas(target, indices)
@@ -71,7 +71,7 @@ def choose(
 
 
 def _check_quantized(quantized: list[Target], mask: str | Mask, method: str, record: Mapping[str, Any]) -> None:
-    """Raise what is wrong with training deltas beside these targets."""
+    """Raise an error unless deltas can train beside these quantized targets, with this mask, method and variant (record)."""
     if not quantized:
         return
     first = f"'{quantized[0].name}' is {label(quantized[0].weight)}"

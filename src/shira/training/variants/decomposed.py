@@ -1,9 +1,9 @@
-"""Entries of a weight that train as those of a magnitude and a direction: SHiRA-WM-DoRA (§5.3.1, Table 2, arXiv 2406.13175).
+"""Entries of a weight that train as a magnitude and a direction: SHiRA-WM-DoRA (§5.3.1, Table 2, arXiv 2406.13175).
 
-DoRA (arXiv 2402.09353) writes a weight as m · V / ‖V‖, with a magnitude m for each output and the norms of V's rows taken for
-constants in the backward pass. The paper trains "by masking a high-rank DoRA with a WM mask …, thus changing only 1 % of the
-model during both training and inference": where the mask is, the weight has DoRA's entries, everywhere else its own. So the
-outcome is a plain adapter, and nothing is lost on the way.
+DoRA (arXiv 2402.09353) writes a weight as m · V / ‖V‖, with one magnitude m for each output. In the backward pass the norms of
+V's rows are constants. The paper trains "by masking a high-rank DoRA with a WM mask …, thus changing only 1 % of the model
+during both training and inference": at the mask's positions the weight has DoRA's entries, everywhere else its own. So the
+result is a plain adapter, and nothing that was trained is lost.
 """
 
 import torch
@@ -18,21 +18,24 @@ __all__ = ["Decomposed"]
 
 
 class Decomposed(Masters):
-    """The entries m · V / ‖V‖ at the mask's positions, V = W + upᵀ · down; or, without a rank, V = W except at the mask's
-    positions, where its entries are free, at the price of a plain adapter."""
+    """The entries m · V / ‖V‖ at the mask's positions.
+
+    With a rank, V = W + upᵀ · down. Without one, V = W except at the mask's positions, where V's entries train freely. That
+    costs about as much as a plain adapter.
+    """
 
     def __init__(self, target: Target, indices: Tensor, rank: int | None, seed: int) -> None:
         super().__init__(target, indices)
         self.factors = Factors(self.matrix, rank, seed, self.weight.device) if rank is not None else None
         if self.factors is None:
             self.own = {"": nn.Parameter(self.base.to(torch.float32, copy=True))}
-        else:  # the base's entries and the product take their place
+        else:  # no free entries: the direction is the base's entries plus the product
             self.own = self.factors.parameters()
         self.followed()
         self.magnitude = self.own["_magnitude"] = nn.Parameter(self.norms.clone())
 
     def current(self) -> Tensor:
-        return self._direction() * (self.magnitude / self.norms)[self._line()]  # exactly the base's while nothing has changed
+        return self._direction() * (self.magnitude / self.norms)[self._line()]  # the quotient is exactly 1 until m changes
 
     def write(self) -> None:
         self.look()
@@ -45,7 +48,7 @@ class Decomposed(Masters):
         self.norms = self._norms()
 
     def _line(self) -> Tensor:
-        """The output of each position."""
+        """The output that each position belongs to, int64 [k]."""
         positions, columns = self.indices.long(), self.matrix[1]
         return positions % columns if self.outputs else positions // columns
 
@@ -63,7 +66,7 @@ class Decomposed(Masters):
 
     @torch.no_grad()
     def _squares(self, there: Tensor) -> Tensor:
-        """Σ (W + upᵀ · down)² of each output, W with the entries `there` at the mask's positions, float64."""
+        """Σ (W + upᵀ · down)² of each output, float64. W has the entries `there` [k] at the mask's positions."""
         squares = torch.zeros(self.matrix[self.outputs], dtype=torch.float64, device=self.weight.device)
         whole = self.weight.detach().view(self.matrix)
         for rows, places in row_blocks(self.matrix, self.indices):

@@ -1,6 +1,6 @@
-"""A sparse product beside a layer: y = Q(x) + x · Sᵀ, for weights in which nothing can be overwritten.
+"""A sparse product beside a layer: y = Q(x) + x · Sᵀ, for weights whose entries cannot be overwritten.
 
-S holds the differences at the mask's positions; a change in training adds nothing to a quantized weight and takes nothing away.
+S holds the trained differences at the mask's positions. The quantized weight itself never changes.
 """
 
 import torch
@@ -17,7 +17,7 @@ __all__ = ["Deltas"]
 
 
 class Deltas(Masters):
-    """Differences [k], float32, that begin at 0 and train beside a quantized weight."""
+    """Differences [k], float32, that start at 0 and train beside a quantized weight."""
 
     kind: Kind = "delta"
     in_place = False
@@ -39,7 +39,11 @@ class Deltas(Masters):
         return Held(self.indices, self.base, self.values.detach())
 
     def look(self) -> None:
-        """What is kept of a quantized weight does not depend on how it is stored; it must be where the weight is."""
+        """Follow the weight: check its shape, and move positions and base values to its device.
+
+        The weight may be stored in another way than before, since the kept base values do not depend on that.
+        Raises TuningError if the weight was removed or has another shape.
+        """
         if self.over:
             return
         for holder, attribute, _ in self.uses:
@@ -55,8 +59,8 @@ class Deltas(Masters):
             self.layout = SparseLayout(self.indices, self.matrix)
 
     def write(self) -> None:
-        """Nothing is written."""
+        """Nothing is written to the weight."""
         self.look()
 
     def restore(self) -> None:
-        """The weight is as it was."""
+        """There is nothing to restore: the weight has not changed."""

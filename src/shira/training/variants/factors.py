@@ -1,4 +1,4 @@
-"""A low-rank product upᵀ · down beside a weight: at a few positions of it, a block of rows at a time, never whole."""
+"""A low-rank product upᵀ · down beside a weight. It is computed at a few positions or in blocks of rows, never as a whole."""
 
 import math
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from ... import kernels
 
 __all__ = ["Factors", "row_blocks"]
 
-BLOCK = 2**22  # entries of a float32 block, 16 MB
+BLOCK = 2**22  # entries of a block: 16 MiB in float32
 
 
 class Factors:
-    """up [rank, rows] and down [rank, columns], float32: LoRA's Bᵀ and A (arXiv 2106.09685), at a scale of 1.
+    """up [rank, rows] and down [rank, columns], float32: LoRA's Bᵀ and A (arXiv 2106.09685), with a scale of 1.
 
-    `up` begins at zero, `down` uniform in ±1/√columns, drawn from a seed on the CPU, so that it is the same everywhere.
+    `up` starts at zero. `down` is uniform in ±1/√columns, drawn from a seed on the CPU, so that it is the same on every device.
     """
 
     def __init__(self, matrix: tuple[int, int], rank: int, seed: int, device: torch.device) -> None:
@@ -32,11 +32,11 @@ class Factors:
         return {"_up": self.up, "_down": self.down}
 
     def inner_and_outer(self, outputs: int) -> tuple[Tensor, Tensor]:
-        """The factor that meets a layer's input [rank, in], and the other [rank, out]. outputs: as of `Masters`."""
+        """The factor that multiplies a layer's input [rank, in], and the other factor [rank, out]. outputs: as in `Masters`."""
         return (self.up, self.down) if outputs else (self.down, self.up)
 
     def at(self, indices: Tensor) -> Tensor:
-        """The product at sorted flat positions, float32 [k], for autograd."""
+        """The product at sorted flat positions, float32 [k]; differentiable."""
         product: Tensor = _ProductAt.apply(self.up, self.down, indices)  # type: ignore[no-untyped-call]
         return product
 
@@ -47,7 +47,7 @@ class Factors:
 
 
 class _ProductAt(torch.autograd.Function):
-    """(upᵀ · down) at positions: as the gradient of a weight is sampled; its own gradient is sparse."""
+    """upᵀ · down at positions. The forward pass is a sampled product like a weight's gradient; the gradient is sparse."""
 
     @staticmethod
     def forward(ctx: Any, up: Tensor, down: Tensor, indices: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class _ProductAt(torch.autograd.Function):
 
 
 def row_blocks(matrix: tuple[int, int], indices: Tensor) -> Iterator[tuple[slice, slice]]:
-    """A matrix in blocks of rows: which rows, and which of the sorted flat positions lie in them."""
+    """Split a matrix into blocks of rows. Yields the slice of rows, and the slice of the sorted flat positions in them."""
     rows, columns = matrix
     step = max(1, BLOCK // columns)
     for first in range(0, rows, step):

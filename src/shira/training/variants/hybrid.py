@@ -1,8 +1,8 @@
 """Sparse entries and a low-rank product, trained together (RoSA, arXiv 2401.04679): W + S + upᵀ · down.
 
-The product is dense, so what was trained is no sparse adapter. Two things can be had of it: the nearest sparse adapter, which
-has the sum's entries at the mask's positions and says what share of the change they hold; or both parts, exactly: S as an
-adapter and the product as a LoRA in PEFT's format.
+The product is dense, so the result is not a sparse adapter. There are two ways to save it. One is the nearest sparse adapter:
+it has the sum's entries at the mask's positions, and records which share of the squared change they hold. The other has both
+parts exactly: S as an adapter, and the product as a LoRA in PEFT's format.
 """
 
 import json
@@ -26,7 +26,7 @@ __all__ = ["Hybrid", "kept", "save"]
 
 
 class Hybrid(Plain):
-    """Masters of a linear layer's weight, and a low-rank product beside it."""
+    """Plain masters of a linear layer's weight, and a low-rank product beside it."""
 
     beside: Factors
 
@@ -34,7 +34,7 @@ class Hybrid(Plain):
         super().__init__(target, indices)
         self.beside = Factors(self.matrix, rank, seed, self.weight.device)
         self.own |= self.beside.parameters()
-        self.can_move = self.can_stay_near = False  # the product has no positions, and no base
+        self.can_move = self.can_stay_near = False  # the product has neither positions nor base values
 
     def side(self, input: Tensor) -> Tensor:
         inner, outer = self.beside.inner_and_outer(self.outputs)
@@ -48,7 +48,7 @@ class Hybrid(Plain):
 
 
 def kept(masters: Mapping[str, Masters]) -> dict[str, Any] | None:
-    """For the metadata: what share of the squared change the adapter alone has; None if nothing was trained beside it."""
+    """For the metadata: the rank, and the share of the squared change that the sparse adapter holds. None without low_rank."""
     both = _both_parts(masters)
     if not both:
         return None
@@ -57,12 +57,12 @@ def kept(masters: Mapping[str, Masters]) -> dict[str, Any] | None:
 
 
 def _both_parts(masters: Mapping[str, Masters]) -> list[tuple[Masters, Factors]]:
-    """The masters that have a low-rank product beside them, and that product."""
+    """(masters, product) for all masters with a low-rank product beside them."""
     return [(each, each.beside) for each in masters.values() if each.beside is not None]
 
 
 def _change(masters: Masters, product: Factors) -> tuple[float, float]:
-    """‖S + upᵀ · down‖² at the mask's positions, and of all."""
+    """‖S + upᵀ · down‖² over the mask's positions, and over all entries."""
     at = product.at(masters.indices).detach().double()
     total = masters.current().detach().double() - masters.base.double() + at
     inside = float(total.square().sum())
@@ -70,9 +70,9 @@ def _change(masters: Masters, product: Factors) -> tuple[float, float]:
 
 
 def save(folder: Path, adapter: Adapter, masters: Mapping[str, Masters]) -> None:
-    """Write both parts of what was trained, each exact: adapter.safetensors and lora/, a LoRA as PEFT loads it.
+    """Write both parts of what was trained, each exact: adapter.safetensors, and lora/, a LoRA that PEFT can load.
 
-    adapter: what the metadata of the sparse part are taken from.
+    adapter: the nearest sparse adapter. Its metadata, and its tensors without a product beside them, go into the sparse part.
     """
     both = _both_parts(masters)
     (folder / "lora").mkdir(parents=True, exist_ok=True)
