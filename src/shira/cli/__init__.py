@@ -1,4 +1,4 @@
-"""The `shira` command. Each subcommand is a few lines over the library; what fails ends in one line and exit code 1."""
+"""The `shira` command. Each subcommand is a few lines over the library. A failure prints one line and gives exit code 1."""
 
 import sys
 
@@ -51,7 +51,7 @@ if checkout.has("experiments"):
 
 
 def main() -> None:
-    """Run the command line: exit code 0, 1 if what was asked failed, 2 if it was asked wrongly."""
+    """Run the command line. The exit code is 0 for success, 1 if the command failed, and 2 if its arguments are wrong."""
     try:
         app(prog_name="shira")
     except (ShiraError, OSError) as error:

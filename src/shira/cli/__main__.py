@@ -1,4 +1,4 @@
-"""python -m shira.cli, for where no `shira` is on the path."""
+"""python -m shira.cli, for environments without `shira` on the path."""
 
 from . import main
 

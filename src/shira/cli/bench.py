@@ -1,4 +1,4 @@
-"""shira bench: ours beside the peers, in one run. Only a checkout has this command."""
+"""shira bench: measure shira, PEFT and plain torch in one run. Only a checkout has this command."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,7 @@ __all__ = ["bench"]
 
 
 class What(StrEnum):
-    """What can be measured."""
+    """The benchmarks."""
 
     switch = "switch"
     scale = "scale"
@@ -43,7 +43,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it runs; ignore the figures.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda: switch, scale, train and products on a GPU (docs/gpu.md).")] = "cpu",
 ) -> None:
-    """Measure shira beside PEFT and plain torch: alternating, medians, one JSON line a setup, a table at the end.
+    """Measure shira, PEFT and plain torch in turn. Prints one JSON line for each setup, then a table of medians.
 
     Example: shira bench switch --plot switch.png
     """

@@ -1,4 +1,4 @@
-"""What a checkout of the source has beside the package, and an installed wheel has not: the benchmarks and the experiments."""
+"""The benchmarks and the experiments: a checkout of the source has them, an installed wheel does not."""
 
 import importlib
 import sys
@@ -7,16 +7,16 @@ from typing import Any
 
 __all__ = ["CHECKOUT", "has", "module"]
 
-CHECKOUT = Path(__file__).parents[3]  # where this is one
+CHECKOUT = Path(__file__).parents[3]  # the root folder, if this is a checkout
 
 
 def has(package: str) -> bool:
-    """Whether this is a checkout with that package; one of the same name that is installed from elsewhere does not count."""
+    """Whether this is a checkout with that package. An installed package of the same name does not count."""
     return (CHECKOUT / package / "__init__.py").is_file()
 
 
 def module(name: str) -> Any:
-    """A module of the checkout. Raises ModuleNotFoundError for what it imports and is not installed."""
+    """Import a module of the checkout. Raises ModuleNotFoundError if something that it imports is not installed."""
     if str(CHECKOUT) not in sys.path:
         sys.path.insert(0, str(CHECKOUT))
     return importlib.import_module(name)

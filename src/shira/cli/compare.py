@@ -1,4 +1,4 @@
-"""shira compare: where adapters meet, and of what rank they are; as a table, JSON, or a page with pictures."""
+"""shira compare: overlap, distances and ranks of adapters, as a table, JSON, or a page with pictures."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def compare(
     spectra: Annotated[bool, typer.Option(help="Compute singular values, which takes most of the time.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
 ) -> None:
-    """Compare adapters: overlap, AWOM and AWOR, cosine, distances, sign conflicts, and the rank of what they change.
+    """Compare adapters: overlap, AWOM and AWOR, cosine, distances, sign conflicts, and the rank of their changes.
 
     Example: shira compare spam.safetensors questions.safetensors --base SmolLM2-135M-Instruct --out report/
     """
@@ -52,7 +52,7 @@ def compare(
         print_json(found.as_dict())
         return
     for title, head, rows in report.tables(found, loaded):
-        if len(rows) <= 4:  # upright, as long rows of figures do not fit a terminal of 80 columns
+        if len(rows) <= 4:  # transposed: long rows of figures do not fit into 80 columns
             head, *rows = map(list, zip(head, *rows, strict=True))
         table = Table(*map(cell, head), title=title, title_justify="left")
         for row in rows:
@@ -63,7 +63,7 @@ def compare(
 
 
 def _tensors(base: str) -> CheckpointSource:
-    """A folder of safetensors files is read tensor by tensor, without Transformers; anything else as a model."""
+    """The base. A folder of safetensors files is read tensor by tensor, without Transformers; else a model is loaded."""
     folder = Path(model_path(base))
     if any(folder.glob("*.safetensors")):
         return folder

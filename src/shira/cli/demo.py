@@ -1,4 +1,4 @@
-"""shira demo: two adapters on a real model, trained, saved, switched and fused in a few minutes."""
+"""shira demo: train, save, switch and fuse two adapters on a real model, in a few minutes."""
 
 import dataclasses
 import hashlib
@@ -25,8 +25,8 @@ from .output import bytes_text, console, print_json, progress, waiting
 __all__ = ["demo"]
 
 PAIR = ("spam", "questions")
-RECIPE = Recipe(density=0.02, lr=2e-3, steps=40, limit=960, license="Apache-2.0")  # 960: as long as the labels are balanced
-SWITCHES = 9  # how often each switch is timed; the median is shown
+RECIPE = Recipe(density=0.02, lr=2e-3, steps=40, limit=960, license="Apache-2.0")  # the first 960 have balanced labels
+SWITCHES = 9  # timings of each switch; their median is shown
 
 
 def demo(
@@ -35,7 +35,7 @@ def demo(
     examples: Annotated[int, typer.Option(help="Held-out examples for each task.", min=1, max=300)] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Train two adapters on SmolLM2-135M-Instruct, then switch one live model among them, both at once, and back.
+    """Train two adapters on SmolLM2-135M-Instruct; then switch one live model to each, to both at once, and back to the base.
 
     Example: shira demo --output /tmp/shira-demo
     """
@@ -99,8 +99,10 @@ def demo(
 
 
 def switch_milliseconds(switcher: Switcher, selection: Selection) -> float:
-    """The median time of switching to a selection: from the base, or, for the base, from the adapters active now. Leaves
-    the selection active."""
+    """The median time of switching to a selection, in milliseconds. Afterwards the selection is active.
+
+    A switch starts at the base, or, if the selection is the base, at the adapters that are active now.
+    """
     other = None if selection is not None else (switcher.active or None)
     times = []
     for _ in range(SWITCHES):
@@ -112,7 +114,7 @@ def switch_milliseconds(switcher: Switcher, selection: Selection) -> float:
 
 
 def changed_entries(model: nn.Module, switcher: Switcher, selection: Selection) -> int:
-    """How many of the model's weights differ from the base's, counted on the live model. Leaves the selection active."""
+    """The number of the model's weights that differ from the base's, on the live model. Afterwards the selection is active."""
     switcher.use(selection)
     now = {name: p.detach().clone() for name, p in model.named_parameters()}
     switcher.use(None)
@@ -131,7 +133,7 @@ def digest(model: nn.Module) -> str:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """The one table, and what to read from it."""
+    """Print the results as a table, and a few lines about them."""
     rows = result["rows"]
     table = Table(title=f"{SMOLLM2}, one live model, {result['examples']} held-out examples a task", title_justify="left")
     table.add_column("active", no_wrap=True)
@@ -157,7 +159,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held, in GB."""
+    """The peak memory of this process, in GB."""
     import resource
     import sys
 

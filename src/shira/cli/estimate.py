@@ -1,4 +1,4 @@
-"""shira estimate: the memory that training will take, part by part."""
+"""shira estimate: predict the memory that training takes, part by part."""
 
 import warnings
 from enum import StrEnum
@@ -13,7 +13,7 @@ from .output import bytes_text, cell, console, print_json, waiting
 
 __all__ = ["estimate"]
 
-SHARED = ("mask", "density", "rank", "targets")  # with training
+SHARED = ("mask", "density", "rank", "targets")  # options that `shira train` has, too
 
 
 class Method(StrEnum):
@@ -35,7 +35,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json")] = False,
     **options: Any,
 ) -> None:
-    """Predict the peak memory of a training step with AdamW. No weight is read or made.
+    """Predict the peak memory of a training step with AdamW. No weights are read or created.
 
     Example: shira estimate SmolLM2-135M-Instruct --mask wm --density 0.01 --batch-size 4 --length 512
     """
@@ -48,7 +48,7 @@ def estimate(
     config = load_config(model)
     chosen = getattr(torch, recipe.dtype, None) or getattr(config, "dtype", None) or torch.float32  # torch has no "auto"
     with waiting("running a step without data"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what a model says when it is built
+        warnings.simplefilter("ignore")  # a model may warn when it is built
         found = library.estimate(
             lambda: untrained(config, chosen),
             method=method.value,

@@ -1,4 +1,4 @@
-"""shira eval: accuracy with and without adapters."""
+"""shira eval: measure accuracy with and without adapters."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -42,8 +42,9 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Accuracy on held-out examples with its 95 % interval, of the base and, if adapters are given, with them; p: how probable
-    so large a difference to the base is if there is none (McNemar's exact test, on the same questions).
+    """Measure accuracy on held-out examples, with a 95 % interval: without adapters and, if adapters are given, with them.
+
+    p: the probability of so large a difference from the base by chance (McNemar's exact test, on the same questions).
 
     Example: shira eval SmolLM2-135M-Instruct --data spam -a spam.safetensors -a film.safetensors=0.5 --method mean
     """

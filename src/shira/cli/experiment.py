@@ -1,4 +1,4 @@
-"""shira experiment: the paper's experiments, run or resumed. Only a checkout has this command."""
+"""shira experiment: run or resume the paper's experiments. Only a checkout has this command."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ def experiment(
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the plots (PNG).", show_default=False)] = None,
 ) -> None:
-    """Run what is not yet in the results, a line a run; then show the tables. Several processes may share the work.
+    """Make the runs that are not yet in the results, one line each; then print the tables. Several processes may share the work.
 
     Example: shira experiment table2 --plots plots
     """

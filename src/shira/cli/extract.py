@@ -1,4 +1,4 @@
-"""shira extract: a sparse adapter out of a full fine-tune."""
+"""shira extract: make a sparse adapter from a full fine-tune."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +33,7 @@ def extract(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor that differs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, with every tensor.")] = False,
 ) -> None:
-    """Take the entries of a full fine-tune that differ most from its base; say how much of the difference they keep.
+    """Take the entries of a full fine-tune that differ most from its base, and report how much of the difference they keep.
 
     Example: shira extract SmolLM2-135M-Instruct my-fine-tune --density 0.05 -o mine.safetensors
     """
@@ -76,7 +76,7 @@ def extract(
 
 
 def _curve(facts: dict[str, Any]) -> Table:
-    """What each density would keep, with the suggested one marked."""
+    """A table of the share of ‖ΔW‖ that each density keeps. The suggested density is marked."""
     table = Table("density", "keeps of ‖ΔW‖", "", title=f"ΔW by scope {facts['scope']}", title_justify="left")
     for density, share in facts["curve"]:
         mark = "suggested" if density == facts["suggested_density"] else ""

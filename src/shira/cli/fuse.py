@@ -1,4 +1,4 @@
-"""shira fuse: several adapters into one file."""
+"""shira fuse: fuse several adapters into one file."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ Seed = Annotated[int | None, typer.Option(help="dare: of what is dropped (0).")]
 
 
 def method_options(method: str, **given: float | None) -> dict[str, float]:
-    """Those of a method's options that were given. Raises AdapterError for a method or option that cannot be."""
+    """The options that were given. Raises AdapterError for an unknown method, or for a wrong option or value."""
     options = {key: value for key, value in given.items() if value is not None}
     resolve(method, options)
     return options
@@ -45,7 +45,7 @@ def fuse(
     drop: Drop = None,
     seed: Seed = None,
 ) -> None:
-    """Fuse adapters into one: base + what the method makes of the changes, strength · (values − base).
+    """Fuse adapters into one: base + the change that the method computes from all strength · (values − base).
 
     Example: shira fuse spam.safetensors questions.safetensors=0.5 --base SmolLM2-135M-Instruct -o both.safetensors
     """
@@ -54,7 +54,7 @@ def fuse(
         strengths[path] = strength
     if len(strengths) < len(adapters):
         raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
-    options = method_options(method, density=density, drop=drop, seed=seed)  # before a model is loaded
+    options = method_options(method, density=density, drop=drop, seed=seed)  # errors come before the model is loaded
     check_strengths({str(path): strength for path, strength in strengths.items()})
     recorded = set()
     for file in strengths:

@@ -1,4 +1,4 @@
-"""shira inspect: what is in a file."""
+"""shira inspect: show what an adapter's file holds."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
 ) -> None:
-    """Show what an adapter's file holds, after checking all of it.
+    """Check an adapter's file, and show what it holds.
 
     Example: shira inspect spam.safetensors --tensors
     """
@@ -64,7 +64,7 @@ def _listed(settings: dict[str, Any] | None) -> str:
 
 
 def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
-    """All that is known of an adapter, as JSON would hold it."""
+    """Everything that is known of an adapter, as values that JSON can hold."""
     tensors = {
         name: {
             "shape": list(tensor.shape),

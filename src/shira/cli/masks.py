@@ -1,4 +1,4 @@
-"""shira masks: the catalogue."""
+"""shira masks: list all masks."""
 
 from typing import Annotated
 
@@ -12,7 +12,7 @@ __all__ = ["masks"]
 
 
 def masks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the masks: which entries each trains, who proposed it, what it needs, and its options.
+    """List the masks: the entries that each trains, its source, the calibration that it needs, and its options.
 
     Example: shira train SmolLM2-135M-Instruct --data spam --mask block:by=snip,size=8
     """
@@ -29,7 +29,7 @@ def masks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
 
 
 def _text(value: object) -> str:
-    """An option's default as it is written after --mask; '…' where it depends."""
+    """An option's default, as it is written after --mask; '…' if it has no fixed default."""
     if isinstance(value, tuple):
         return "+".join(map(str, value))
     return "…" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

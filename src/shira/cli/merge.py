@@ -1,4 +1,4 @@
-"""shira merge: adapters into a plain checkpoint."""
+"""shira merge: write a plain checkpoint that contains adapters."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(help="FILE or FILE=STRENGTH, one or more, as in `shira fuse`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new folder.")],
 ) -> None:
-    """Write a checkpoint that any tool loads: the base with adapters in its weights.
+    """Write a checkpoint that any tool can load: the base with adapters in its weights.
 
     Example: shira merge SmolLM2-135M-Instruct spam.safetensors questions.safetensors=0.5 -o merged
     """

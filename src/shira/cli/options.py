@@ -1,4 +1,4 @@
-"""Options of a command out of the fields of the Recipe."""
+"""Make options of commands from the fields of the Recipe."""
 
 import inspect
 from collections.abc import Callable
@@ -15,7 +15,7 @@ FIELDS = {field.name: (field.metadata, allowed) for field, allowed in kinds(Reci
 
 
 def recipe_options(*names: str, **defaults: Any) -> Callable[[Any], Any]:
-    """Give a command that takes `**options` these options of the Recipe, some with defaults of its own; or all of them."""
+    """Add options of the Recipe to a command that takes `**options`: those named here, or all. defaults: other defaults."""
 
     def add(command: Any) -> Any:
         parameters = [each for each in inspect.signature(command).parameters.values() if each.kind is not each.VAR_KEYWORD]
@@ -32,7 +32,7 @@ def recipe_options(*names: str, **defaults: Any) -> Callable[[Any], Any]:
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """What was given of the options, as the Recipe has it."""
+    """The options that were given, with the values that the Recipe takes. Raises typer.BadParameter for a text that is none."""
     found = {name: value for name, value in options.items() if value not in (None, [])}
     for name, value in found.items():
         about, _ = FIELDS[name]
@@ -45,7 +45,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameter(name: str, default: Any, group: str | None) -> inspect.Parameter:
-    """An option of a command: None if it is not given and has no default here, since a recipe file may say another."""
+    """One option of a command. Without a default here it is None if it is not given, since a recipe file may set it."""
     about, (kind, *_) = FIELDS[name]
     choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
     usual = getattr(Recipe(), name)

@@ -1,7 +1,7 @@
-"""How the commands speak: tables and results on stdout, progress and errors on stderr.
+"""Output of the commands: tables and results on stdout, progress and errors on stderr.
 
-What is printed is text, whoever wrote it: a console here knows no markup, and shows what would control a terminal as escapes.
-What a file or an argument says goes through `cell` as well, so that it cannot break a line either.
+Text may come from untrusted files. So the consoles here interpret no markup, and print control characters as escapes. Text from
+a file or an argument also goes through `cell`, so that it cannot break a line either.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from ..texts import shown, strict_json, visible
 
 __all__ = ["bytes_text", "cell", "console", "errors", "fail", "parse_adapter", "print_json", "progress", "waiting"]
 
-LONGEST_CELL, LONGEST_ERROR = 1000, 4000  # signs
+LONGEST_CELL, LONGEST_ERROR = 1000, 4000  # characters
 
-IS_FIRST = os.environ.get("RANK", "0") == "0"  # of several processes that torchrun started, one writes and saves
+IS_FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, only the first prints and saves
 
 
 class _Plain(Console):
-    """A console for text: no markup, no emoji names, no control characters but the end of a line."""
+    """A console for plain text: no markup, no emoji names, and no control characters except line breaks."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
@@ -49,13 +49,13 @@ errors = _Plain(stderr=True)
 
 
 def cell(value: object) -> str:
-    """A value out of a file, or a path, as it stands in a line or a table: in one line, and not without end."""
+    """A value from a file, or a path, for a line or a table: on one line, with at most LONGEST_CELL characters."""
     text = visible(str(value))
     return text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + "…"
 
 
 def fail(error: Exception) -> None:
-    """One line on stderr that says what went wrong."""
+    """Print one line on stderr that says what went wrong."""
     text = visible(str(error))
     errors.print(Text(type(error).__name__, "bold red"), end=": ")
     errors.print(text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + "…", highlight=False, soft_wrap=True)
@@ -63,9 +63,9 @@ def fail(error: Exception) -> None:
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """Progress on stderr; yields update(done, note), or update(done, note, what, total) for the next stage.
+    """Show progress on stderr. Yields a function: update(done, note), or update(done, note, what, total) for the next stage.
 
-    A terminal shows a bar for each stage. A log gets one line a stage, when it ends, with its time.
+    A terminal shows a bar for each stage. A log gets one line when a stage ends, with its duration.
     """
     stage, note, done, started = cell(what), "", 0, time.monotonic()
     with Progress(
@@ -99,7 +99,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """The time that passes, on stderr, for what cannot tell how far it is: a spinner in a terminal, one line in a log."""
+    """Show the elapsed time on stderr, for work without known progress: a spinner in a terminal, one line in a log."""
     started = time.monotonic()
     with Progress(
         SpinnerColumn(),
@@ -114,14 +114,14 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def _log(what: str, started: float, done: int = 0, total: int | None = None, note: str = "") -> None:
-    """A stage that has ended, as a line of a log."""
+    """Print the line of a log for a stage that has ended."""
     if IS_FIRST and not errors.is_terminal:
         count = f"{done}/{total} " if total else f"{done} " if done else ""
         errors.print(f"{what}: {count}in {time.monotonic() - started:.1f} s {note}".rstrip(), highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, for programs."""
+    """Print one JSON document on stdout, for programs."""
     print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
 
 
@@ -136,9 +136,9 @@ def bytes_text(count: int) -> str:
 
 
 def parse_adapter(text: str) -> tuple[str, Strength]:
-    """'poet.safetensors=0.5' -> ('poet.safetensors', 0.5); without '=', or if the whole is a file, the strength is 1.
+    """'poet.safetensors=0.5' -> ('poet.safetensors', 0.5). Without '=', or if the whole text is a file, the strength is 1.
 
-    In place of a number, a JSON object may map patterns of tensor names to numbers.
+    Instead of a number, a JSON object may map patterns of tensor names to numbers. Raises DataError for anything else.
     """
     path, equals, strength = text.partition("={") if text.endswith("}") else text.rpartition("=")
     if not equals or os.path.exists(text):

@@ -1,4 +1,4 @@
-"""shira targets: what would be trained."""
+"""shira targets: list the weights that training would change."""
 
 import re
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ def targets(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one entry a tensor.")] = False,
     **options: Any,
 ) -> None:
-    """List the weights that training would touch, and how many of their entries.
+    """List the weights that training would change, and how many of their entries.
 
     Example: shira targets SmolLM2-135M-Instruct --targets q_proj,v_proj,norm --layers 0-14
     """

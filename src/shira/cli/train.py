@@ -1,4 +1,4 @@
-"""shira train: one adapter from a model and examples."""
+"""shira train: train one adapter from a model and examples."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +20,9 @@ def train(
     config: Annotated[Path | None, typer.Option(help="A YAML recipe; the options given beside it win.")] = None,
     **options: Any,
 ) -> None:
-    """Train one adapter with Transformers' Trainer; beside it, a recipe that repeats the run.
+    """Train one adapter with Transformers' Trainer. A recipe that repeats the run is saved beside the adapter.
 
-    torchrun starts it on several processes (docs/distributed.md).
+    torchrun starts the command on several processes (docs/distributed.md).
 
     Example: shira train SmolLM2-135M-Instruct --data spam --steps 40 --density 0.02 -o spam.safetensors
     """
@@ -30,7 +30,7 @@ def train(
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
     if like is not None:
-        neighbour(output, like)  # what is wrong with it should be known before training
+        neighbour(output, like)  # raises its errors before training
     from ..integrations.transformers import load_model, load_tokenizer
 
     with waiting("loading the model"):

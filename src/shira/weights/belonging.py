@@ -108,7 +108,7 @@ def weight_of(
 
 
 def check_fingerprint(label: str, name: str, adapter: Adapter, values: Tensor, dtype: torch.dtype) -> None:
-    """Raise BaseMismatch unless base values have the fingerprint that the adapter records. dtype: the weight's, for messages."""
+    """Raise BaseMismatch unless base values have the fingerprint that the adapter records. dtype: of the weight."""
     expected = adapter.fingerprints[name]
     found = fingerprint(values, like=expected)
     if found != expected:
