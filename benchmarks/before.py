@@ -1,6 +1,7 @@
-"""What `Switcher.use` costs here beside another checkout, built as this one: `python -m benchmarks.before ../other`.
+"""Time `Switcher.use` here and in another checkout that is built in the same way: `python -m benchmarks.before ../other`.
 
-Two processes take turns, in either order; figures are medians of the rounds, and of the rounds' ratios.
+Two processes run in turn, each first in every second round. Times are medians over the rounds. The ratio, time here / time in
+the other checkout, is the median of the ratios of all rounds.
 """
 
 import argparse
@@ -18,7 +19,7 @@ SEQUENCES = {"a, off": ("a", None), "a, b": ("a", "b"), "a, same positions": ("a
 
 
 def work() -> None:
-    """Answer lines "size, dtype, sequence" with microseconds a call."""
+    """For each input line "size|dtype|sequence", print the microseconds of one call."""
     import torch
 
     import shira

@@ -1,4 +1,4 @@
-"""What all benchmarks share: alternating runs, one JSON line a setup, a table and a plot at the end."""
+"""Shared by all benchmarks: alternating runs, one JSON line for each setup, and a table and a plot at the end."""
 
 import json
 import platform
@@ -27,9 +27,9 @@ def alternate(
     warmup: int = 1,
     wait: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
-    """The median seconds of each run: all of them in turn, again and again, so that a slow spell of the machine meets all.
+    """The median time of each run, in seconds. The runs alternate, so that a slow period of the machine affects all of them.
 
-    between(name) is called before each run, untimed; wait() before the clock starts and before it stops.
+    between(name) is called before each run and is not timed. wait() is called before the clock starts and before it stops.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(warmup + repeats):
@@ -46,7 +46,7 @@ def alternate(
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on."""
+    """The machine and the versions, on which all figures depend."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -63,14 +63,14 @@ def machine() -> dict[str, Any]:
 
 
 def report(bench: str, **figures: Any) -> dict[str, Any]:
-    """Print one setup as one JSON line, and return it."""
+    """Print the figures of one setup as one JSON line, and return them."""
     row = {"bench": bench, **figures}
     print(json.dumps(row | {"machine": machine()}), flush=True)
     return row
 
 
 def show(title: str, rows: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str], plot: Path | None) -> None:
-    """A table of each setup's milliseconds and what they are over the first column's; and a plot of the same."""
+    """Print a table of milliseconds, each with its ratio to the first figure of the row. plot: where to save a plot of them."""
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     table = Table("setup", *names, title=f"{title}: ms (ratio to a row's first)")
     for row in rows:

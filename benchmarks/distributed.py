@@ -1,4 +1,4 @@
-"""Two processes that train one model: what each sends a step, by method; and what 70 billion parameters on 8 GPUs would take.
+"""Two processes train one model: the bytes that each sends in a step. Also computed: 70 billion parameters on 8 GPUs.
 
 shira bench distributed
 """
@@ -19,12 +19,12 @@ from .common import TARGETS, report
 METHODS = ["shira wm", "PEFT LoRA", "all weights"]
 STEPS = 4
 
-# LLaMA2-70B (arXiv 2307.09288): layers, width, width of keys and values, of the feed-forward part, vocabulary
+# LLaMA2-70B (arXiv 2307.09288): number of layers; sizes of the hidden state, of keys and values, of the MLP, of the vocabulary
 LAYERS, WIDTH, KEYS, INNER, VOCABULARY = 80, 8192, 1024, 28672, 32000
 
 
 def main(plot: Path | None = None, quick: bool = False) -> None:
-    """Bytes and seconds a step with DDP on two processes, one line a method; then the arithmetic of 70B."""
+    """Bytes and milliseconds of a step with DDP on two processes, one line for each method; then the table of `arithmetic`."""
     for method in METHODS:
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         line += ["-m", "benchmarks.distributed", method, str(2 if quick else STEPS)]
@@ -37,7 +37,7 @@ def main(plot: Path | None = None, quick: bool = False) -> None:
 
 
 def process(method: str, steps: int) -> None:
-    """One of the processes: SmolLM2 in float32, 2 rows of 64 tokens, AdamW."""
+    """One of the processes: it trains SmolLM2 in float32 with AdamW, on 2 rows of 64 tokens."""
     import torch.distributed as dist
     from torch import nn
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -56,7 +56,7 @@ def process(method: str, steps: int) -> None:
     wrapped = nn.parallel.DistributedDataParallel(model.train())
     sent: list[int] = []
 
-    def count(_state: Any, bucket):  # type: ignore[no-untyped-def]  # DDP looks at annotations
+    def count(_state: Any, bucket):  # type: ignore[no-untyped-def]  # DDP rejects annotations that it does not expect
         sent.append(bucket.buffer().nbytes)
         return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
@@ -82,8 +82,10 @@ def process(method: str, steps: int) -> None:
 
 
 def arithmetic(processes: int = 8, density: float = 0.01, rank: int = 32, tokens: int = 4096) -> str:
-    """A table, computed, of what each GPU holds and sends to train LLaMA2-70B in bfloat16 with its weights sharded by
-    fully_shard, checkpoints a layer, one row of tokens a GPU."""
+    """A computed table of what each GPU holds and sends when LLaMA2-70B trains in bfloat16.
+
+    fully_shard shards the weights, every layer is checkpointed, and each GPU has one row of `tokens` tokens.
+    """
     shapes = {"q": (WIDTH, WIDTH), "k": (KEYS, WIDTH), "v": (KEYS, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
     adapted = LAYERS * sum(out * into for out, into in shapes.values())
     layer = 2 * (WIDTH * WIDTH + KEYS * WIDTH) + 3 * INNER * WIDTH + 2 * WIDTH
@@ -111,7 +113,7 @@ def arithmetic(processes: int = 8, density: float = 0.01, rank: int = 32, tokens
         f"activations, {tokens} tokens, checkpointed": activations,
     }
     total = {name: sum(row[name] for row in rows.values()) for name in trained}
-    # a ring moves 2 (n - 1) / n of what is averaged (ours, in float32), and (n - 1) / n of what is gathered or scattered
+    # in a ring, a process sends 2 (n - 1) / n of averaged bytes (shira, float32), (n - 1) / n of gathered or scattered bytes
     ring = (processes - 1) / processes
     sent = {name: ring * count * (8 if name.startswith("shira") else 2) for name, count in trained.items()}
     gathers = dict.fromkeys(trained, 2 * ring * 2 * weights)

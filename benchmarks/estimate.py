@@ -1,10 +1,11 @@
-"""`shira estimate` against what training takes: one process a setup, the peak of its resident memory above what it had before
-the model (Linux only).
+"""Compare the prediction of `shira estimate` with the memory that training takes (Linux only).
 
     python -m benchmarks.estimate
 
-glibc keeps freed blocks below a threshold that grows to 32 MB, so resident memory depends on the order of what was freed.
-Measured with that threshold fixed (MALLOC_MMAP_THRESHOLD_), and, to see what it is worth, without.
+Each setup runs in its own process. "Measured" is the peak of the resident memory minus the resident memory before the model is
+created. glibc keeps freed blocks below a threshold that grows to 32 MB, so resident memory depends on the order in which blocks
+are freed. Each setup is measured with a fixed threshold (MALLOC_MMAP_THRESHOLD_), and again with glibc's default, to show the
+effect.
 """
 
 import itertools
@@ -32,7 +33,7 @@ Setup = dict[str, Any]  # model, dtype, method, tokens, checkpointing
 
 
 def config_of(model: str) -> Any:
-    """SmolLM2's, or that of a wider and shallower Llama."""
+    """The config of SmolLM2, or of a wider and shallower Llama."""
     if model != "wide":
         return load_config(model)
     from transformers import LlamaConfig
@@ -64,7 +65,7 @@ def predicted(setup: Setup) -> int:
 
 
 def measured(setup: Setup, environment: dict[str, str]) -> int:
-    """Peak resident bytes above those before the model was made, in a process of its own."""
+    """Peak resident bytes minus the resident bytes before the model is created, in a process of its own."""
     code = f"from benchmarks.estimate import train; train({setup!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -78,7 +79,7 @@ def measured(setup: Setup, environment: dict[str, str]) -> int:
 
 
 def train(setup: Setup) -> None:
-    """What the process runs: two steps after one of a tiny model, with which the libraries load what they need."""
+    """Run by the process: two steps of a tiny model, so that the libraries load what they need; then two steps of the model."""
     from transformers import LlamaConfig
 
     tiny = LlamaConfig(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
@@ -96,7 +97,7 @@ def steps(model: nn.Module, setup: Setup, vocabulary: int) -> None:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     ids = torch.randint(0, vocabulary, (4, setup["tokens"]))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     for _ in range(2):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
@@ -115,13 +116,13 @@ def prepared(model: nn.Module, method: str) -> list[nn.Parameter]:
 
 
 def resident(what: str) -> int:
-    """VmRSS, or VmHWM: its peak; bytes."""
+    """Resident memory (VmRSS) or its peak (VmHWM), in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def main(quick: bool) -> list[dict[str, Any]]:
-    """Both models in float32 and bfloat16, 4 rows of 128 and 256 tokens; or one setup, for a test."""
+    """Both models in float32 and bfloat16, with 4 rows of 128 or 256 tokens. quick: only one setup, for a test."""
     rows = []
     for setup in setups()[12:13] if quick else setups():
         mib = {"predicted": predicted(setup), "measured": measured(setup, FIXED), "usual malloc": measured(setup, {})}

@@ -1,4 +1,4 @@
-"""Files: bytes a parameter, how fast positions decode, and how long from a file to an active adapter."""
+"""Files: bytes per entry, the speed of decoding positions, and the time from a file to an active adapter."""
 
 import functools
 import tempfile
@@ -16,7 +16,7 @@ from .switch import LLAMA2_7B, adapter_for, model_of, random_positions
 
 
 def sizes(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
-    """Bytes a parameter of one 4096² bfloat16 weight; and PEFT's way: float32 values and two int32 coordinates."""
+    """Bytes per entry for one 4096² bfloat16 weight. PEFT's files have float32 values and two int32 coordinates."""
     rows = []
     side = 512 if quick else 4096
     with tempfile.TemporaryDirectory() as folder:
@@ -26,7 +26,7 @@ def sizes(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
             figures = {"shira": bytes_an_entry(folder, where, values, side, {})}
             for mask in ("rand", "struct"):
                 if mask == "struct" and density < 0.01:
-                    continue  # not even the diagonal and one row
+                    continue  # fewer entries than struct's diagonal and one row
                 model = model_of([(side, side)], torch.bfloat16)
                 drawn = shira.masks.select(mask, "w0", model.w0, round(density * side * side))  # type: ignore[arg-type]
                 settings = {"mask": {"name": mask, "seed": 0}}
@@ -42,15 +42,17 @@ def sizes(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
 
 
 def bytes_an_entry(folder: str, where: torch.Tensor, values: torch.Tensor, side: int, metadata: dict[str, Any]) -> float:
-    """Size of the file of one weight's adapter, over its entries."""
+    """The file size of one weight's adapter, divided by its number of entries."""
     path = Path(folder) / "a.safetensors"
     shira.Adapter({"w0": shira.SparseTensor((side, side), where, values)}, metadata).save(path)
     return path.stat().st_size / where.numel()
 
 
 def loading(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
-    """From a file in the page cache to an active adapter, on the target weights of LLaMA2-7B in bfloat16 (9 GB of memory); and
-    switching with 1 000 adapters registered over two."""
+    """The time from a file in the page cache to an active adapter, on LLaMA2-7B's target weights in bfloat16 (9 GB of memory).
+
+    Also: the time of switching with 1 000 adapters registered, compared with two.
+    """
     rows = []
     shapes = LLAMA2_7B[: 5 if quick else len(LLAMA2_7B)]
     model = model_of(shapes, torch.bfloat16)
@@ -76,7 +78,7 @@ def loading(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
 
 
 def many_registered(count: int, quick: bool) -> dict[str, Any]:
-    """`use` with many adapters registered, over two; all files, eight held ready."""
+    """The time of `use` with `count` adapters registered and with two. All adapters are files; eight are held ready."""
     model = model_of([(512, 512)] * 8, torch.bfloat16)
     switchers = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Fusion: ten adapters of LLaMA2-7B's shape into one, beside reading their ten files."""
+"""Fusion: the time of fusing ten adapters of LLaMA2-7B's shape, compared with reading their ten files."""
 
 import functools
 import tempfile
@@ -15,11 +15,11 @@ from .common import alternate, report, show
 from .switch import LLAMA2_7B, adapter_for, model_of
 
 ADAPTERS = 10
-LAYERS = 4  # of 32: base, adapters and result stay below 3 GB
+LAYERS = 4  # of 32, so that base, adapters and result take less than 3 GB
 
 
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
-    """Each method, from files in the page cache to an adapter in memory: overwrites over a base, and deltas without one."""
+    """Each method, from files in the page cache to an adapter in memory: overwrites with a base, and deltas without one."""
     shapes = [(512, 512)] * 3 if quick else LLAMA2_7B[: 5 * LAYERS]
     model = model_of(shapes, torch.bfloat16)
     rows = []
@@ -37,7 +37,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
 
 
 def save(model: torch.nn.Module, number: int, kind: str, path: str) -> int:
-    """Write a random adapter, its fingerprints included; returns its entries."""
+    """Write a random adapter with fingerprints; returns its number of entries."""
     weights = dict(model.named_parameters())
     tensors, prints = {}, {}
     for name, tensor in adapter_for(weights, number).tensors.items():
@@ -49,7 +49,7 @@ def save(model: torch.nn.Module, number: int, kind: str, path: str) -> int:
 
 
 def measure(paths: list[str], base: Base | None, repeats: int) -> dict[str, float]:
-    """Milliseconds for reading the files, one after the other, and for fusing them."""
+    """Milliseconds for reading the files one after the other, and for fusing them by each method."""
 
     def read() -> None:
         for path in paths:

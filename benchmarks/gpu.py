@@ -1,12 +1,12 @@
-"""On a GPU: switching, training and the ways to a gradient, each figure beside the floor that bytes alone set.
+"""On a GPU: switching, training, and the ways to compute a gradient. A switch is compared with the time of moving its bytes.
 
     shira bench switch --device cuda        one weight
     shira bench scale --device cuda         the target weights of LLaMA2-7B's shape
     shira bench train --device cuda         a training step of that model, and its peak memory
-    shira bench products --device cuda      dense, in blocks, sampled; and the constants that choose (kernels/gpu/products.py)
+    shira bench products --device cuda      dense, in blocks, sampled; and the constants for kernels/gpu/products.py
 
-Every run is timed with the device idle before it and after it. Every function takes "cpu" as well, so that a machine without a
-GPU can see that it runs; such figures mean nothing.
+Every run is timed with the device idle before it and after it. Every function also takes "cpu", so that a machine without a GPU
+can check that it runs; such figures mean nothing.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from .common import TARGETS, alternate, report, show
 from .switch import DENSITY, LLAMA2_7B, RANK, adapter_for, lora_fuses, model_of, random_positions, sparse_delta
 from .train import prepare
 
-SECTOR = 32  # bytes, the least that is read of or written to a GPU's memory
+SECTOR = 32  # bytes: the smallest unit that a GPU reads from or writes to its memory
 
 
 def wait(device: str) -> None:
@@ -40,7 +40,7 @@ def wait(device: str) -> None:
 
 
 def card(device: str, *, quick: bool = False) -> dict[str, Any]:
-    """What figures depend on: the GPU's name, and the bytes a second that a long copy reads and writes."""
+    """What figures depend on: the GPU's name, and the bytes per second of a long copy, reads and writes together."""
     source = torch.zeros(2**20 if quick else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = alternate({"copy": lambda: target.copy_(source)}, 3 if quick else 20, wait=lambda: wait(device))["copy"]
@@ -49,13 +49,13 @@ def card(device: str, *, quick: bool = False) -> dict[str, Any]:
 
 
 def sectors(indices: Tensor, itemsize: int) -> int:
-    """Pieces of memory that positions [k], sorted, touch."""
+    """The number of memory sectors that sorted positions [k] touch."""
     touched = indices.long() * itemsize // SECTOR
     return int((touched[1:] != touched[:-1]).sum()) + bool(touched.numel())
 
 
 def floor(adapter: shira.Adapter) -> int:
-    """Bytes that a switch to an adapter cannot do without: touched sectors both ways; positions, values and stash once."""
+    """The fewest bytes that a switch can move: touched sectors are read and written; positions, values and stash move once."""
     moved = sum(2 * SECTOR * sectors(tensor.indices, tensor.values.itemsize) for tensor in adapter.tensors.values())
     return moved + sum(t.indices.nbytes + 2 * t.values.nbytes for t in adapter.tensors.values())
 
@@ -63,7 +63,7 @@ def floor(adapter: shira.Adapter) -> int:
 def measure_switches(
     shapes: list[tuple[int, int]], dtype: torch.dtype, repeats: int, device: str, *, all_peers: bool
 ) -> dict[str, Any]:
-    """Milliseconds for one change of adapters; the bytes it must move, and what those take at the speed of a copy."""
+    """Milliseconds of each change of adapters; the bytes that a switch must move, and the time of copying as many bytes."""
     model = model_of(shapes, dtype)
     weights = dict(model.named_parameters())
     a, b = adapter_for(weights, 1), adapter_for(weights, 2)
@@ -93,7 +93,7 @@ def measure_switches(
     use("shira a to a2", "a", "a2")
     use("shira a to base", "a", None)
     use("shira base to a + b/2", None, {"a": 1.0, "b": 0.5})
-    use("shira pinned a", "b", "a", "host")  # b is ready, a waits in host memory
+    use("shira pinned a", "b", "a", "host")  # b is ready, a is in host memory
     runs |= lora_fuses(weights.values())
     if all_peers:
         sparse = {name: sparse_delta(a.tensors[name]).to(device) for name in weights}
@@ -105,7 +105,7 @@ def measure_switches(
             if other != which:
                 switcher.use(None)
         if which == "host":
-            switchers[which].use("a")  # which makes b take its place, and a wait
+            switchers[which].use("a")  # so that the next line moves a to host memory and makes b ready
         switchers[which].use(start)
 
     with torch.no_grad():
@@ -123,7 +123,7 @@ def measure_switches(
 
 
 def switch(plot: Path | None, quick: bool, device: str, *, scale: bool = False) -> list[dict[str, Any]]:
-    """The rows of `shira bench switch`, or with `scale` those of `shira bench scale`."""
+    """The rows of `shira bench switch`; with `scale`, those of `shira bench scale`."""
     rows = []
     if scale:
         shapes = LLAMA2_7B if not quick else [(96, 70), (70, 96)]
@@ -141,7 +141,7 @@ METHODS = ["frozen", "shira wm", "shira struct", "PEFT LoRA", "PEFT DoRA", "PEFT
 
 
 def llama2_7b(quick: bool) -> Any:
-    """The configuration of LLaMA2-7B, or of a toy."""
+    """The config of LLaMA2-7B; with quick, of a tiny model."""
     from transformers import LlamaConfig
 
     if quick:
@@ -151,14 +151,15 @@ def llama2_7b(quick: bool) -> Any:
     return LlamaConfig(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, use_cache=False)
 
 
-Setup = tuple[int, bool]  # tokens of a sequence; whether activations are checkpointed
+Setup = tuple[int, bool]  # (tokens in a sequence, whether activations are checkpointed)
 
 
 def train_method(method: str, setups: list[Setup], steps: int, device: str, quick: bool) -> dict[Setup, dict[str, float]]:
-    """A model in training by a method: for each setup its median step in milliseconds, its peak of GPU memory in GiB, and
-    how many parameters train.
+    """Train a model by a method. For each setup: the median milliseconds of a step, the peak GPU memory in GiB, and the number
+    of parameters that train.
 
-    One method at a time is on the device: five would not fit."""
+    Only one method is on the device at a time: all methods together would not fit.
+    """
     from shira.integrations.transformers import untrained
 
     torch.manual_seed(0)
@@ -191,7 +192,10 @@ def train_method(method: str, setups: list[Setup], steps: int, device: str, quic
 
 
 def train(plot: Path | None, quick: bool, device: str) -> list[dict[str, Any]]:
-    """LLaMA2-7B's shape in bfloat16, random weights: 1 % of q, k, v, up, down beside LoRA of rank 32, one sequence a step."""
+    """LLaMA2-7B's shape in bfloat16 with random weights, one sequence in each step.
+
+    shira trains 1 % of q, k, v, up and down. PEFT's methods have rank 32.
+    """
     setups: list[Setup] = list(itertools.product((16,) if quick else (512, 2048), (False, True)))
     figures: dict[str, dict[Setup, dict[str, float]]] = {}
     for method in METHODS:
@@ -214,7 +218,7 @@ def train(plot: Path | None, quick: bool, device: str) -> list[dict[str, Any]]:
 def measure_products(
     dtype: torch.dtype, tokens: int, rows: int, columns: int, density: float, repeats: int, device: str
 ) -> dict[str, Any]:
-    """Milliseconds of each way to one gradient, what they should take, and which would be chosen."""
+    """Milliseconds of each way to compute one gradient, the predicted milliseconds, and the way that would be chosen."""
     grad_output, input = (torch.randn(tokens, side, device=device).to(dtype) for side in (rows, columns))
     indices = random_positions(rows * columns, density, 0).to(device)
     ways: tuple[products.Way, ...] = ("dense", "blocks", "sampled")
@@ -229,7 +233,7 @@ def measure_products(
 
 
 def products_(plot: Path | None, quick: bool, device: str) -> list[dict[str, Any]]:
-    """Every way for the shapes of LLaMA2-7B; and a line to put into kernels/gpu/products.py."""
+    """Measure every way for the shapes of LLaMA2-7B. Prints a line to put into kernels/gpu/products.py."""
     found = []
     sides = [(96, 70)] if quick else [(4096, 4096), (11_008, 4096), (4096, 11_008)]
     sizes = itertools.product(
@@ -247,14 +251,14 @@ def products_(plot: Path | None, quick: bool, device: str) -> list[dict[str, Any
 
 
 def speed_of(rows: list[dict[str, Any]], memory: float) -> products.Speed:
-    """What rows of `products` say a GPU does in a second: medians over their shapes."""
+    """A GPU's speeds according to rows of `products_`: medians over their shapes. memory: bytes per second of a copy."""
     of = {"bfloat16": [], "float32": [], "blocks": [], "packed": [], "gathered": []}  # type: dict[str, list[float]]
     for row in rows:
         of[row["dtype"]].append(2e3 * math.prod(row["sizes"]) / row["ms"]["multiply"])
         if row["dtype"] == "bfloat16":
             of["blocks"].append(row["ms"]["multiply"] / row["ms"]["blocks"])
     for (dtype, (tokens, height, width)), found in itertools.groupby(rows, lambda row: (row["dtype"], row["sizes"])):
-        fewest, *_, most = ((row["density"], row["ms"]["sampled"] / 1e3) for row in found)  # what more positions take in time
+        fewest, *_, most = ((row["density"], row["ms"]["sampled"] / 1e3) for row in found)  # (density, seconds)
         read = math.prod((tokens, height, width)) * (2 if dtype == "bfloat16" else 4)
         of["gathered"].append((most[0] - fewest[0]) * read / max(most[1] - fewest[1], 1e-9))
         of["packed"].append(tokens * (height + width) / max(fewest[1] - fewest[0] * read / of["gathered"][-1], 1e-9))

@@ -1,4 +1,4 @@
-"""How orthogonal adapters are by kind and size (SHiRA §4.2, arXiv 2406.13175): Figures 4 and 9, on random weights."""
+"""The orthogonality of adapters by kind and size (SHiRA §4.2, arXiv 2406.13175): Figures 4 and 9, on random weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,21 +15,21 @@ from shira.analysis import spectra as linalg
 from .common import report
 
 DENSITY = 0.01
-FACTOR_RANK = 64  # of sparse LoRA: factors of that rank, sparse enough to hold 1 % of the weight's entries
+FACTOR_RANK = 64  # rank of sparse LoRA's factors, which together have 1 % as many entries as the weight
 SIZES = (128, 256, 512, 1024, 2048, 4096)
-PAIRS = 25  # of 50 adapters: each is in one pair
+PAIRS = 25  # from 50 adapters, each in one pair
 STATED = "stated in the paper (Figure 4), at 4096²: dense and sparse LoRA near 0, WM much higher, Struct nearly 1"
 
 Pair = tuple[Tensor, Tensor]
 
 
 def dense(side: int, generator: torch.Generator) -> Pair:
-    """Every entry changes."""
+    """Adapters that change every entry."""
     return torch.randn(side, side, generator=generator), torch.randn(side, side, generator=generator)
 
 
 def lora(side: int, generator: torch.Generator) -> Pair:
-    """Products of factors with as many parameters as a mask of 1 % (rank 1 at least), scaled to entries of variance 1."""
+    """Products of factors with as many parameters as a 1 % mask (at least rank 1), scaled so that entries have variance 1."""
     rank = max(1, round(DENSITY * side / 2))
     one, other = (
         torch.randn(side, rank, generator=generator) @ torch.randn(rank, side, generator=generator) / rank**0.5
@@ -39,7 +39,10 @@ def lora(side: int, generator: torch.Generator) -> Pair:
 
 
 def sparse_lora(side: int, generator: torch.Generator) -> Pair:
-    """Products of sparse factors of rank 64, which hold 1 % of the weight's entries together; scaled to variance 1."""
+    """Products of sparse factors of rank 64, scaled so that entries have variance 1.
+
+    The two factors together have 1 % as many entries as the weight.
+    """
     share = DENSITY * side / (2 * FACTOR_RANK)
 
     def factor(*shape: int) -> Tensor:
@@ -51,27 +54,30 @@ def sparse_lora(side: int, generator: torch.Generator) -> Pair:
 
 
 def wm(side: int, generator: torch.Generator) -> Pair:
-    """The top 1 % of one random weight, for both (WM-overlap)."""
+    """Both adapters at the top 1 % of one random weight (WM-overlap)."""
     where = masks.wm(torch.randn(side, side, generator=generator), round(DENSITY * side * side))
     return sparse(side, where, generator), sparse(side, where, generator)
 
 
 def wm_apart(side: int, generator: torch.Generator) -> Pair:
-    """The top 1 % of one random weight, and the next 1 % (WM-non-overlap)."""
+    """One adapter at the top 1 % of one random weight, the other at the next 1 % (WM-non-overlap)."""
     weight, k = torch.randn(side, side, generator=generator), round(DENSITY * side * side)
     first, both = masks.wm(weight, k), masks.wm(weight, 2 * k)
     return sparse(side, first, generator), sparse(side, both[~torch.isin(both, first)], generator)
 
 
 def rand(side: int, generator: torch.Generator) -> Pair:
-    """1 % drawn for each."""
+    """Each adapter at its own 1 % of random positions."""
     seeds = torch.randint(2**62, (2,), generator=generator).tolist()
     one, other = (sparse(side, masks.draw(side * side, round(DENSITY * side * side), seed), generator) for seed in seeds)
     return one, other
 
 
 def struct(side: int, generator: torch.Generator) -> Pair:
-    """Rows at one distance, from two offsets, and the diagonal; one row each where 1 % does not hold it with the diagonal."""
+    """Rows at equal distances, from a different offset for each adapter, and the diagonal.
+
+    Each adapter has at least one row, even if 1 % of the entries are too few for a row and the diagonal.
+    """
     rows = max(1, (round(DENSITY * side * side) - side) // (side - 1))
     apart = -(-side // rows)
     weight, k = torch.empty(side, side), rows * (side - 1) + side
@@ -83,7 +89,7 @@ def struct(side: int, generator: torch.Generator) -> Pair:
 
 
 def sparse(side: int, where: Tensor, generator: torch.Generator) -> Tensor:
-    """A matrix with normal values at these positions."""
+    """A sparse matrix with normally distributed values at these positions."""
     return linalg.as_matrix((side, side), where, torch.randn(where.numel(), generator=generator, dtype=torch.float64))
 
 
@@ -99,7 +105,7 @@ KINDS: dict[str, Callable[[int, torch.Generator], Pair]] = {
 
 
 def orthogonality(one: Tensor, other: Tensor) -> tuple[float, float, float]:
-    """AWOR, AWOM, and AWOM over ‖A₁‖ · ‖A₂‖."""
+    """AWOR, AWOM, and AWOM / (‖A₁‖ · ‖A₂‖)."""
     if one.is_sparse:
         product = linalg.gram(one, other)
         nonzero, squares = product.nonzero, product.squares
@@ -112,7 +118,7 @@ def orthogonality(one: Tensor, other: Tensor) -> tuple[float, float, float]:
 
 
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
-    """25 pairs of 50 adapters of each kind and size; means and standard deviations over the pairs."""
+    """For each kind and size, means and standard deviations over 25 pairs of adapters."""
     rows = []
     for side in (128, 256) if quick else SIZES:
         for kind, draw in KINDS.items():

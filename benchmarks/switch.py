@@ -1,4 +1,4 @@
-"""Switching: ours beside LoRA's fuse, PEFT's SHiRA merge and raw torch operators, one weight or the shape of LLaMA2-7B."""
+"""Switching: shira, LoRA's fuse, PEFT's SHiRA merge and plain torch operators, on one weight or on the shape of LLaMA2-7B."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,7 +16,7 @@ DENSITY = 0.01
 
 
 def random_positions(numel: int, density: float, seed: int) -> Tensor:
-    """Sorted, unique, int32 [about density · numel]."""
+    """Sorted, unique positions, int32 [about density · numel]."""
     generator = torch.Generator().manual_seed(seed)
     gaps = torch.empty(int(numel * density * 1.2) + 50).geometric_(density, generator=generator)
     positions = gaps.cumsum(0, dtype=torch.float64) - 1
@@ -24,7 +24,7 @@ def random_positions(numel: int, density: float, seed: int) -> Tensor:
 
 
 def adapter_for(weights: dict[str, Tensor], seed: int, indices_of: shira.Adapter | None = None) -> shira.Adapter:
-    """Random values at random positions, or at another adapter's."""
+    """An adapter with random values, at random positions or at those of another adapter."""
     tensors = {}
     for number, (name, weight) in enumerate(weights.items()):
         where = (
@@ -36,7 +36,7 @@ def adapter_for(weights: dict[str, Tensor], seed: int, indices_of: shira.Adapter
 
 
 def model_of(shapes: list[tuple[int, int]], dtype: torch.dtype) -> nn.Module:
-    """Random weights, cheaply made."""
+    """A model with weights of these shapes. To save time, only every 4096th entry is random."""
     model = nn.Module()
     for number, shape in enumerate(shapes):
         weight = torch.full(shape, 0.01, dtype=dtype)
@@ -46,7 +46,7 @@ def model_of(shapes: list[tuple[int, int]], dtype: torch.dtype) -> nn.Module:
 
 
 def measure(shapes: list[tuple[int, int]], dtype: torch.dtype, repeats: int, *, all_peers: bool) -> dict[str, float]:
-    """Milliseconds for one change of adapters on a model of these weights."""
+    """Milliseconds of each change of adapters, on a model with weights of these shapes."""
     model = model_of(shapes, dtype)
     weights = dict(model.named_parameters())
     a, b = adapter_for(weights, 1), adapter_for(weights, 2)
@@ -67,7 +67,7 @@ def measure(shapes: list[tuple[int, int]], dtype: torch.dtype, repeats: int, *, 
         return lambda: [change(*entry) for entry in long]
 
     touched = sum(int((a.tensors[n].indices.long() * w.itemsize // 64).unique().numel()) for n, w in weights.items())
-    same_lines = torch.zeros(touched * 8, dtype=torch.int64)  # as many cache lines of 64 bytes, side by side
+    same_lines = torch.zeros(touched * 8, dtype=torch.int64)  # the same number of 64-byte cache lines, side by side
 
     runs = {
         "index_copy_": each(lambda flat, where, values: flat.index_copy_(0, where, values)),
@@ -92,7 +92,7 @@ def measure(shapes: list[tuple[int, int]], dtype: torch.dtype, repeats: int, *, 
 
 
 def lora_fuses(weights: Collection[Tensor]) -> dict[str, Callable[[], Any]]:
-    """A LoRA added to each weight: in place, and as in the paper."""
+    """Two ways to add a LoRA to each weight: in place, and W + AB as in the paper."""
     factors = {w.shape: (w.new_empty(w.shape[0], RANK).normal_(), w.new_empty(RANK, w.shape[1]).normal_()) for w in weights}
 
     def in_place() -> None:
@@ -108,7 +108,7 @@ def lora_fuses(weights: Collection[Tensor]) -> dict[str, Callable[[], Any]]:
 
 
 def sparse_delta(tensor: shira.SparseTensor) -> Tensor:
-    """What PEFT's SHiRA adds to a weight when it merges."""
+    """The sparse tensor that PEFT's SHiRA adds to a weight when it merges."""
     where = tensor.indices.long()
     return torch.sparse_coo_tensor(
         torch.stack([where // tensor.shape[1], where % tensor.shape[1]]), tensor.values, tensor.shape, check_invariants=False

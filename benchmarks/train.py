@@ -1,4 +1,4 @@
-"""Training: ours beside PEFT's LoRA, DoRA and SHiRA, and the frozen model, which is the floor."""
+"""Training: shira, PEFT's LoRA, DoRA and SHiRA, and the frozen model as the lower bound."""
 
 import contextlib
 import json
@@ -29,9 +29,12 @@ METHODS = ["frozen", *OURS, "PEFT LoRA", "PEFT DoRA", "PEFT SHiRA"]
 def prepare(
     method: str, model: nn.Module, targets: Targets, *, rank: int = RANK, density: float | None = None
 ) -> tuple[nn.Module, list[nn.Parameter]]:
-    """A model in training by a method, with as many parameters as a LoRA of this rank, or ours at a density; and these."""
+    """Prepare a model for training by a method; returns it and the parameters that train.
+
+    PEFT's methods have this rank. shira trains as many entries as a LoRA of this rank has parameters, or this density.
+    """
     model.requires_grad_(False)
-    if method == "frozen":  # forward and input gradients, nothing but a scalar trained
+    if method == "frozen":  # forward pass and input gradients; only one scalar trains
         scale = nn.Parameter(next(model.parameters()).new_ones(1))
         first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
         first.register_forward_hook(lambda _module, _inputs, output: output * scale)
@@ -44,7 +47,7 @@ def prepare(
     if method == "PEFT SHiRA":
         config: Any = ShiraConfig(r=rank, target_modules=targets, random_seed=0)
         if next(model.parameters()).is_cuda:
-            config.mask_fn = random_mask  # PEFT's own draws on the CPU, seconds a layer of a large model
+            config.mask_fn = random_mask  # PEFT's own draws on the CPU, which takes seconds for a layer of a large model
     else:
         dora = method == "PEFT DoRA"
         config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=targets, use_dora=dora)
@@ -53,7 +56,7 @@ def prepare(
 
 
 def random_mask(layer: nn.Module, r: int, **_: Any) -> Tensor:
-    """PEFT's random mask, bool like the weight, drawn on its device."""
+    """PEFT's random mask, bool, of the weight's shape, drawn on the weight's device."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
     mask[torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]] = True
@@ -63,7 +66,7 @@ def random_mask(layer: nn.Module, r: int, **_: Any) -> Tensor:
 def model_step(
     method: str, tokens: int, *, batch: int = 4, targets: Targets = TARGETS, checkpoint: bool = False
 ) -> tuple[Callable[[], None], int]:
-    """One optimizer step of SmolLM2-135M, and how many parameters it trains."""
+    """A function that takes one optimizer step of SmolLM2-135M, and the number of parameters that train."""
     base = load_model(SMOLLM2, "float32")
     if checkpoint:
         base.activation_checkpointing_enable()
@@ -81,7 +84,7 @@ def model_step(
 
 
 def layer_step(method: str, side: int, tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
-    """One optimizer step of one square linear layer that is asked for its input's gradient, too."""
+    """The same as `model_step` for one square linear layer, whose input also gets a gradient."""
     torch.manual_seed(0)
     model, trained = prepare(method, nn.Sequential(nn.Linear(side, side, bias=False)).to(dtype), ["0"])
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -99,11 +102,11 @@ def layer_step(method: str, side: int, tokens: int, dtype: torch.dtype) -> tuple
 
 @contextlib.contextmanager
 def worker(method: str, *arguments: Any, **settings: Any) -> Iterator[Callable[[], dict[str, float]]]:
-    """A fresh process in which the method takes a step whenever it is asked; which gives a step's milliseconds, the peak
-    resident GiB so far, and how many parameters it trains.
+    """A new process that trains by a method. Yields a function that takes one step there.
 
-    In one process the methods would hand each other's freed memory around, and which of them pays for fresh pages would
-    change from run to run.
+    The function returns the step's milliseconds, the peak resident GiB so far, and the number of parameters that train.
+    In a shared process the methods would reuse each other's freed memory. Then the method that pays for new pages would change
+    from run to run.
     """
     code = f"from benchmarks.train import answer; answer(*{(method, *arguments)!r}, **{settings!r})"
     process = subprocess.Popen(
@@ -122,7 +125,7 @@ def worker(method: str, *arguments: Any, **settings: Any) -> Iterator[Callable[[
 
 
 def answer(method: str, *arguments: Any, **settings: Any) -> None:
-    """What a worker runs: a step a line read."""
+    """Run by a worker: one step for each line that it reads."""
     import psutil
 
     step, parameters = model_step(method, *arguments, **settings)
@@ -152,7 +155,7 @@ def model_rows(
     checkpoint: bool = False,
     methods: Sequence[str] = METHODS,
 ) -> dict[str, Any]:
-    """Steps of SmolLM2 by every method in turn, each in a process of its own: medians of `rounds`, and peaks."""
+    """Steps of SmolLM2 by every method in turn, each method in its own process: medians of `rounds` steps, and peak memory."""
     answers: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     with contextlib.ExitStack() as stack:
         workers = {
@@ -173,7 +176,7 @@ def model_rows(
 
 
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
-    """SmolLM2-135M in float32, 4 sequences of 128 and 256 tokens; one 4096² layer, float32 and bfloat16."""
+    """SmolLM2-135M in float32, with 4 sequences of 128 or 256 tokens; and one 4096² layer, in float32 and bfloat16."""
     if quick:
         rows = [model_rows(16, 1, 1, methods=["frozen", "shira wm", "PEFT LoRA"])]
     else:

@@ -25,7 +25,7 @@ def experiment(
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the plots (PNG).", show_default=False)] = None,
 ) -> None:
-    """Make the runs that are not yet in the results, one line each; then print the tables. Several processes may share the work.
+    """Make the runs that the results lack, one line each; then print the tables. Several processes may share the work.
 
     Example: shira experiment table2 --plots plots
     """
