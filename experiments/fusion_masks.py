@@ -1,8 +1,9 @@
-"""Which masks keep their accuracy alone and when two adapters are added: three tasks, three pairs, three seeds.
+"""Compare the accuracy of masks, alone and when two adapters are added: three tasks, three pairs, three seeds.
 
-Every rule gets as many entries (2 % of the targets; LoRA as many parameters), the same data, three learning rates on the
-first seed, and keeps the rate that is best on validation examples. What is done is in the results file, one JSON line a
-run, and is not done again; runs of different rules may share the file. docs/masks/README.md reads them.
+Every rule gets the same number of entries (2 % of the targets; LoRA as many parameters) and the same data. It tries three
+learning rates on the first seed, more while the highest is the best, and keeps the one with the best accuracy on validation
+examples. The results file has one JSON line for each run. A run that is in it is not made again. Runs of different rules may
+share the file. docs/masks/README.md discusses the results.
 
     python -m experiments.fusion_masks run --results experiments/fusion_masks.jsonl --rules wm snip lora
     python -m experiments.fusion_masks report --results experiments/fusion_masks.jsonl --plot fusion-masks.png
@@ -41,11 +42,11 @@ from .store import Key, Store, on_accelerator
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DENSITY = 0.02
 LORA_RANK = 10  # 2.07 M parameters on these targets, where 2 % are 2.05 M
-RATES = (1e-3, 2e-3, 4e-3)  # while the highest is the best, it is doubled
-LORA_RATES = (5e-4, 1e-3, 2e-3)  # as many
+RATES = (1e-3, 2e-3, 4e-3)  # learning rates; while the highest is the best, twice that is tried, too
+LORA_RATES = (5e-4, 1e-3, 2e-3)  # the same number
 HIGHEST_RATE = 16e-3
 SEEDS = (0, 1, 2)
-VALIDATION = 150  # examples of a task's training part that no training sees
+VALIDATION = 150  # examples of a task's training part that are kept from training
 CALIBRATION = 64
 STEPS, BATCH, EXAMPLES = 30, 16, 480
 PAIRS = list(itertools.combinations(TASKS, 2))
@@ -53,7 +54,7 @@ PAIRS = list(itertools.combinations(TASKS, 2))
 
 @dataclasses.dataclass
 class Setting:
-    """What a rule may look at."""
+    """The information that a rule may use."""
 
     model: nn.Module
     tokenizer: Any
@@ -67,7 +68,7 @@ def sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def in_each_line(scores: Tensor, k: int, dim: int) -> Tensor:
-    """The best k / lines entries of every row (dim 1) or column (dim 0); what is left over goes to the best of the rest."""
+    """A mask, bool: the best k / lines entries of every row (dim 1) or column (dim 0), then the best of the rest up to k."""
     each = k // scores.shape[1 - dim]
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(dim, scores.topk(each, dim).indices, True)
     rest = masks.top_k(scores.masked_fill(chosen, -1.0), k - int(chosen.sum()))
@@ -76,23 +77,23 @@ def in_each_line(scores: Tensor, k: int, dim: int) -> Tensor:
 
 
 def snip_rows(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
-    """SNIP with a cap a row: every output has as many trained inputs."""
+    """SNIP within each row: every output has the same number of trained inputs (and a few more if k does not divide evenly)."""
     return in_each_line(sensitivity(weight, gradient), k, 1)
 
 
 def snip_columns(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
-    """SNIP with a cap a column: every input has as many trained outputs."""
+    """SNIP within each column: every input has the same number of trained outputs (and a few more, as in `snip_rows`)."""
     return in_each_line(sensitivity(weight, gradient), k, 0)
 
 
 def wm_snip(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
-    """Magnitude first, gradient within: SNIP among the 5 k largest weights."""
+    """SNIP among the 5 · k largest weights."""
     largest = masks.wm(weight, min(5 * k, weight.numel()))
     return largest[masks.top_k(sensitivity(weight, gradient).view(-1)[largest], k)]
 
 
 def of_class(number: int, classes: int = 4) -> masks.Mask:
-    """SNIP among the positions of one of several disjoint classes, drawn by a hash: adapters of other classes never meet it."""
+    """SNIP among one of several disjoint random classes of positions. Adapters of different classes have no common position."""
 
     def snip_class(weight: Tensor, gradient: Tensor, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(weight.numel())
@@ -103,7 +104,7 @@ def of_class(number: int, classes: int = 4) -> masks.Mask:
 
 
 def task_over_general(setting: Setting) -> masks.Mask:
-    """SNIP discounted by what general text is sensitive to: |W · g| / √(mean squared gradient on general text)."""
+    """SNIP divided by the sensitivity of general text: |W · g| / √(mean squared gradient on general text, plus its mean)."""
 
     def snip_general(weight: Tensor, gradient: Tensor, k: int, name: str) -> Tensor:
         general = setting.general[name].float()
@@ -129,12 +130,12 @@ PENALIZED = {"snip-penalty", "wm-penalty"}
 
 
 def own_text(model: nn.Module, tokenizer: Any) -> list[dict[str, Any]]:
-    """Batches of what the model writes itself."""
+    """Batches of text that the model writes itself."""
     return hf.batches(hf.own_text(model, tokenizer), model, GENERAL_BATCH, tokenizer.pad_token_id or 0)
 
 
 def squared_gradients(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
-    """Mean squared gradient of every target on the model's own text, batches of four."""
+    """Mean squared gradient of every target on the model's own text, in batches of four rows."""
     found: dict[str, Tensor] = {}
 
     def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
@@ -145,8 +146,11 @@ def squared_gradients(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
 
 
 def split(task: str, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
-    """Examples to train on, to choose the learning rate by, and to measure with. A task's examples come with their labels in
-    turn, as long as each has some; so do those of every seed, drawn anew."""
+    """Examples to train on, to choose the learning rate with, and to measure with.
+
+    The labels of a task's examples alternate, as long as each label has examples left. Each seed draws training examples anew;
+    their labels alternate, too.
+    """
     rest = TASKS[task].train()
     training = rest[VALIDATION:]
     if seed:
@@ -159,7 +163,7 @@ def split(task: str, seed: int) -> tuple[list[Example], list[Example], list[Exam
 
 
 def train(setting: Setting, rule: str, rate: float) -> Path:
-    """Train one adapter and leave it in a file."""
+    """Train one adapter and save it, unless its file exists; returns the file."""
     path = Path(tempfile.gettempdir()) / "shira-fusion-masks" / f"{rule}-{setting.task}-{setting.seed}-{rate}.safetensors"
     if path.exists():
         return path
@@ -187,7 +191,7 @@ def target_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora(model: nn.Module, rows: list[hf.Row], options: dict[str, Any], path: Path) -> None:
-    """Train PEFT's LoRA and leave its factors in a file."""
+    """Train PEFT's LoRA and save its factors."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(options["seed"])
@@ -206,7 +210,7 @@ def lora(model: nn.Module, rows: list[hf.Row], options: dict[str, Any], path: Pa
 
 @contextlib.contextmanager
 def added(model: nn.Module, files: dict[str, Path]) -> Iterator[None]:
-    """The model with these adapters added: base + Σ changes, in float32, rounded once, for LoRA as for ours."""
+    """Inside, the model has these adapters added: base + Σ changes, in float32, rounded once, for LoRA as for shira."""
     if not any(path.name.startswith("lora") for path in files.values()):
         switcher = shira.Switcher(model)
         for name, path in files.items():
@@ -236,7 +240,7 @@ def measure(setting: Setting, files: dict[str, Path], task: str, part: str) -> f
 
 
 def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_rate: bool = False) -> None:
-    """All that is not in the results file yet; every_rate: on the first seed with the rates that lost, too."""
+    """Make all runs that are not in the results file yet. every_rate: on the first seed, use all learning rates."""
     model, tokenizer = on_accelerator(hf.load_model(SMOLLM2)), hf.load_tokenizer(SMOLLM2)
     general = squared_gradients(model, tokenizer) if "snip-general" in rules else {}
     store = Store(results)
@@ -282,7 +286,7 @@ def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_r
 
 
 def summary(results: Path) -> list[dict[str, Any]]:
-    """For each rule and rate: mean accuracy alone and fused, in per cent over tasks, pairs and the seeds that were run."""
+    """For each rule and learning rate: mean accuracy alone and fused, in per cent, over tasks, pairs and complete seeds."""
     done = [(line["key"], line["result"]["accuracy"]) for line in Store(results).lines()]
     base = {key["task"]: share for key, share in done if key["rule"] == "base"}
     found: dict[tuple[str, float], dict[str, dict[int, list[float]]]] = {}
@@ -317,7 +321,7 @@ def summary(results: Path) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The summary as a table; the rates that validation chose in bold."""
+    """The summary as a table. Rules are bold at the learning rate that validation chose."""
     lines = ["| rule | rate | seeds | alone | fused | drop (± over seeds) |", "|---|---|---|---|---|---|"]
     for row in rows:
         spread = f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
@@ -330,7 +334,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy fused over accuracy alone, a point a rule and rate."""
+    """Plot accuracy fused against accuracy alone: one point for each rule and learning rate."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""What an adapter on a quantized base costs, and what becomes of it when it is rounded into one.
+"""The cost of an adapter beside a quantized base, and the loss when the adapter is merged and quantized again.
 
-python -m experiments.quantized layers                 time and memory of one layer, forward and in training
+python -m experiments.quantized layers                 time and memory of one layer, in inference and in training
 python -m experiments.quantized rounding nf4           accuracy beside the base, merged, and quantized again
 """
 
@@ -26,11 +26,11 @@ from shira.weights.quantized import dense
 
 TOKENS = (1, 16, 512)
 SHAPES = ((1536, 576), (4096, 4096))
-RANK = 8  # of the LoRA beside
+RANK = 8  # of the LoRA in the comparison
 
 
 def quantize(model: nn.Module, way: str) -> nn.Module:
-    """Every linear layer but the output's, in place."""
+    """Quantize every linear layer except lm_head, in place. way: "int8" (torchao), or a quant_type of bitsandbytes, "nf4"."""
     if way == "int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -49,7 +49,7 @@ def quantize(model: nn.Module, way: str) -> nn.Module:
 
 
 def milliseconds(works: Mapping[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
-    """The best time of each, the rounds of all alternating: other work on the machine only adds."""
+    """The best time of each work over alternating rounds. The best, because other work on the machine only adds time."""
     best = dict.fromkeys(works, float("inf"))
     for _ in range(rounds):
         for title, work in works.items():
@@ -60,7 +60,7 @@ def milliseconds(works: Mapping[str, Callable[[], Any]], rounds: int = 15) -> di
 
 
 def layers() -> None:
-    """One JSON line for each shape, library and number of tokens: ms of the layer alone, with our deltas, with a LoRA."""
+    """Print a JSON line for each shape, library and number of tokens: ms of the layer alone, with deltas, and with a LoRA."""
     for out, inner in SHAPES:
         for way in ("int8", "nf4"):
             torch.manual_seed(0)
@@ -76,13 +76,13 @@ def layers() -> None:
 
 
 def timed(model: nn.Module, x: Tensor) -> dict[str, float]:
-    """A model of one layer, with a tuner attached: ms forward, and forward and backward."""
+    """Milliseconds of a forward pass, and of forward and backward, for a model of one layer with a tuner attached."""
     layer: Any = model[0]  # type: ignore[index]
     down, up = nn.Parameter(torch.randn(RANK, layer.in_features)), nn.Parameter(torch.randn(layer.out_features, RANK))
     x.requires_grad_()
 
     def bare() -> Tensor:
-        output: Tensor = type(layer).forward(layer, x)  # without what the tuner put there
+        output: Tensor = type(layer).forward(layer, x)  # without the tuner's forward
         return output
 
     def lora() -> Tensor:
@@ -100,7 +100,7 @@ def _forward_and_backward(forward: Callable[[], Tensor]) -> None:
 
 
 def rounding(way: str, task: str, steps: int, rate: float) -> None:
-    """One JSON line: accuracy of the bases, beside, merged and quantized again; what rounding takes away."""
+    """Print a JSON line: the effects of rounding, and accuracy of the bases, with the adapter beside, merged, quantized again."""
     tokenizer = hf.load_tokenizer(SMOLLM2)
     plain = hf.load_model(SMOLLM2, "float32")
     model = quantize(copy.deepcopy(plain), way)
@@ -146,8 +146,8 @@ def rounding(way: str, task: str, steps: int, rate: float) -> None:
             total += float(wanted.square().sum())
             elsewhere += float(change.square().sum() - at.square().sum())
     result["entries that move"] = moved / adapter.nnz
-    result["change along the adapter's"] = kept / total  # 1 if all of it is there
-    result["change elsewhere"] = elsewhere / total  # as scales move with their largest entry
+    result["change along the adapter's"] = kept / total  # 1 if the whole change is there
+    result["change elsewhere"] = elsewhere / total  # a block's scale changes with its largest entry
     result["quantized again"] = accuracy(again, tokenizer, test)
     print(json.dumps(result), flush=True)
 

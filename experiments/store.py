@@ -1,7 +1,7 @@
-"""Results as JSON lines: what has been run is not run again, several processes share the work, and any run can be redone alone.
+"""Results as JSON lines. A finished run is not made again, several processes share the work, and each run can be made alone.
 
-A key says all that decides a run, as plain JSON; its hash is the run's number. A line holds the key, what came out, when, how
-long it took and under which versions.
+A key holds everything that decides a run, as plain JSON. Its hash is the run's number. A line holds the key, the result, the
+time, the duration and the versions of the libraries.
 """
 
 import contextlib
@@ -23,28 +23,28 @@ from shira.data.packages import cache_folder
 __all__ = ["Key", "Store", "artefacts", "number", "on_accelerator", "work"]
 
 Key = dict[str, Any]
-WAIT = 5.0  # seconds between two looks at what other processes are doing
+WAIT = 5.0  # seconds before looking again, while other processes make all runs that are left
 
 
 def number(key: Key) -> str:
-    """The hash by which a run is known: the same for the same settings, in whatever order."""
+    """The hash that identifies a run. It does not depend on the order of the settings."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def artefacts() -> Path:
-    """Where trained adapters are kept, a folder a run: in the user cache, since they can be trained again."""
+    """The folder of trained adapters, one folder for each run. It is in the user cache, since adapters can be trained again."""
     folder = cache_folder() / "experiments"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def on_accelerator(model: nn.Module) -> nn.Module:
-    """The model, moved to a GPU if there is one."""
+    """The model, moved to an accelerator if there is one."""
     return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
 class Store:
-    """A file of results, which other processes may add to meanwhile."""
+    """A file of results, to which other processes may add lines at the same time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,12 +52,12 @@ class Store:
         self._read = 0  # bytes
 
     def get(self, key: Key) -> dict[str, Any] | None:
-        """What came out of a run, or None if it is not done."""
+        """The result of a run, or None if it is not done."""
         line = self.line(number(key))
         return None if line is None else line["result"]
 
     def line(self, run: str) -> dict[str, Any] | None:
-        """All that is known of a run, by its number."""
+        """The line of a run, by the run's number."""
         self._follow()
         return self._lines.get(run)
 
@@ -74,7 +74,7 @@ class Store:
             file.write(json.dumps(line | {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n")
 
     def forget(self, unwanted: Callable[[dict[str, Any]], bool]) -> int:
-        """Take lines out of the file; returns how many."""
+        """Remove lines from the file; returns their number."""
         kept = [line for line in self.lines() if not unwanted(line)]
         gone = len(self._lines) - len(kept)
         with FileLock(f"{artefacts() / self.path.name}.lock"):
@@ -83,7 +83,7 @@ class Store:
         return gone
 
     def _follow(self) -> None:
-        """Read what has been added; a line that is being written is left for the next time."""
+        """Read the lines that were added. A line that is not complete yet is read the next time."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -97,7 +97,7 @@ class Store:
 
 @contextlib.contextmanager
 def claim(run: str) -> Iterator[bool]:
-    """Whether this process may do a run; others cannot until it has ended, however it ends."""
+    """Yields whether this process may make a run. Then no other process can until this one has left, also by an error."""
     lock = FileLock(artefacts() / f"{run}.lock", timeout=0)
     try:
         lock.acquire()
@@ -117,10 +117,11 @@ def work(
     on_run: Callable[[Key, int], None] = lambda key, left: None,
     on_failure: Callable[[Key, str], None] = lambda key, what: None,
 ) -> None:
-    """Run what is wanted and not yet done, one after another, beside any other processes that do the same.
+    """Make the wanted runs that are not done yet, one after another. Other processes may do the same at the same time.
 
-    wanted() is asked anew after each run, since what is wanted may depend on what came out. on_run(key, how many are left) is
-    called before each. A run that fails is left out, for lack of memory say, and the others go on: on_failure(key, error).
+    wanted() is called again after each run, since the wanted runs may depend on results. on_run(key, number of runs left) is
+    called before each run. After a run that fails, for example for lack of memory, on_failure(key, error) is called, and the
+    other runs continue.
     """
     failed: set[str] = set()
     while left := [key for key in wanted() if store.get(key) is None and number(key) not in failed]:

@@ -1,8 +1,8 @@
-"""Table 12's setting: sentences and pairs of them are classified, by a head of its own that is part of the adapter.
+"""Table 12's setting: a head, which is part of the adapter, classifies sentences and pairs of sentences.
 
-The head is trained whole: a target of density 1 for us, one of `modules_to_save` for PEFT. It starts at the same random
-numbers for all, is kept in float32, and has the same learning rate under every method: a rate that suits a few entries of
-a weight throws a head about. The search is for the rate of what else trains.
+All entries of the head train: it is a target of density 1 in shira, and one of `modules_to_save` in PEFT. It starts at the same
+random numbers for all methods, stays in float32, and has the same learning rate under every method: a learning rate that suits
+a few entries of a weight is too high for a head. The search is for the learning rate of everything else that trains.
 """
 
 import random
@@ -26,7 +26,7 @@ from .tables import Answers, average, difference, markdown, mean_answers, points
 
 __all__ = ["Lab", "report", "score_key", "train_key", "wanted"]
 
-HEAD = "score"  # what Transformers calls it
+HEAD = "score"  # Transformers' name
 BATCH = 16
 MODEL = ("model", "dtype", "max_length")
 TRAINED_BY = ("targets", "examples", "steps", "batch_size", "warmup", "head_rate", "calibration", "validation")
@@ -36,7 +36,7 @@ Row = tuple[list[int], int]  # tokens, class
 def train_key(
     recipe: Mapping[str, Any], method: Mapping[str, Any], rate: float, seed: int, data: str | None = None, fold: int = 0
 ) -> Key:
-    """What decides a training run, by default on the task of the search."""
+    """The key of a training run, by default on the task of the search."""
     data = data or recipe["search"]
     made = {name: method[name] for name in ("peft", "options") if name in method}
     settings = {name: recipe[name] for name in (*MODEL, *TRAINED_BY)}
@@ -45,12 +45,12 @@ def train_key(
 
 
 def one(recipe: Recipe, method: Mapping[str, Any], rate: float, seed: int) -> list[Key]:
-    """The run of the search."""
+    """The keys for the search of the learning rate: one run."""
     return [train_key(recipe, method, rate, seed)]
 
 
 def score_key(recipe: Mapping[str, Any], trained: Key) -> Key:
-    """What decides a score: the run that made the adapter, by number, and what is asked."""
+    """The key of a score: the number of the run that made the adapter, and the test data."""
     settings = {name: recipe[name] for name in MODEL}
     return {"kind": "score", **settings, "adapters": [number(trained)], "on": trained["data"]} | {
         name: trained[name] for name in ("fold", "folds")
@@ -62,7 +62,7 @@ def folds(recipe: Mapping[str, Any], data: str) -> int:
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """For each method the search for its rate; then every task, fold by fold, on the first seed; then the other seeds."""
+    """The wanted runs: each method's search for its learning rate; then all tasks and folds, seed by seed; then more_seeds."""
     for method in recipe["methods"].values():
         yield from (train_key(recipe, method, rate, recipe["seeds"][0]) for rate in rates(recipe, method, store, one))
     more = recipe["more_seeds"]
@@ -76,7 +76,7 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
 
 
 def trainings(recipe: Recipe, store: Store, name: str, task: str, seed: int) -> list[Key]:
-    """The runs of a method at its best rate, one for each fold; none before that rate is known."""
+    """The runs of a method at its best learning rate, one for each fold. None before that learning rate is known."""
     rate = best_rate(recipe, recipe["methods"][name], store, one)
     if rate is None:
         return []
@@ -84,7 +84,7 @@ def trainings(recipe: Recipe, store: Store, name: str, task: str, seed: int) -> 
 
 
 class Lab(runs.Lab):
-    """The runs on one live model with a head."""
+    """Makes runs on one live model with a head."""
 
     def load(self, name: str, dtype: str) -> nn.Module:
         """A model for two classes, with the same random head whenever it is loaded."""
@@ -98,7 +98,7 @@ class Lab(runs.Lab):
         return model.eval()
 
     def train(self, key: Key) -> dict[str, Any]:
-        """Train an adapter into the folder of the run; the loss with it on validation sentences, of the task that has them."""
+        """Train an adapter into the run's folder. For the task with validation sentences, also the loss on them."""
         model, tokenizer, _ = self.model(key["model"], key["dtype"])
         where = {"fold": key["fold"], "folds": key["folds"]}
         rows = encoded(tokenizer, key, glue.examples(key["data"], "train", key["examples"], key["seed"], **where))
@@ -129,7 +129,7 @@ class Lab(runs.Lab):
         return result | {"validation_loss": float(loss)}
 
     def score(self, key: Key) -> dict[str, Any]:
-        """Which texts are classified rightly, and their classes, a digit each."""
+        """Which texts are classified correctly, and the texts' classes: one digit for each text."""
         model, tokenizer, _ = self.model(key["model"], key["dtype"])
         asked = glue.examples(key["on"], "test", fold=key["fold"], folds=key["folds"])
         with methods.adapted(model, [self.folder(run) for run in key["adapters"]]) as ready:
@@ -139,7 +139,7 @@ class Lab(runs.Lab):
 
 
 def with_head(key: Key) -> dict[str, Any]:
-    """A method that trains the head as well."""
+    """The method of a key, changed so that it trains the head as well."""
     method = dict(key["method"])
     if "peft" in method:
         head: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
@@ -160,9 +160,9 @@ def fit(
     warmup: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Train with AdamW and a linear schedule; the head with its own learning rate, unless it is all that trains.
+    """Train with AdamW and a linear schedule. The head has its own learning rate, unless nothing else trains.
 
-    counted.nnz: how many parameters there are. Returns their number and the mean loss of all steps.
+    counted.nnz: the number of parameters that train. Returns it, and the mean loss of all steps.
     """
     from transformers import get_linear_schedule_with_warmup
 
@@ -189,7 +189,7 @@ def fit(
 
 
 def batches(lengths: Sequence[int], size: int, steps: int, seed: int) -> list[list[int]]:
-    """The rows of each step: epoch after epoch in a new order, rows of like lengths together."""
+    """The rows of each step. Every epoch has a new order; rows of similar length are in one batch."""
     drawn, made = random.Random(seed), []
     while len(made) < steps:
         order = drawn.sample(range(len(lengths)), len(lengths))
@@ -201,7 +201,7 @@ def batches(lengths: Sequence[int], size: int, steps: int, seed: int) -> list[li
 
 
 def encoded(tokenizer: Any, key: Key, texts: Sequence[glue.Text]) -> list[Row]:
-    """Tokens and class of each text; one that is too long loses its beginning."""
+    """Tokens and class of each text. A text that is too long loses its beginning."""
     most = key["max_length"]
     return [(tokenizer(text.text)["input_ids"][-most:], text.label) for text in texts]
 
@@ -214,7 +214,7 @@ def batch_of(rows: Sequence[Row], model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: nn.Module, rows: Sequence[Row]) -> Tensor:
-    """What the head says of each text, float32 [texts, classes], on the CPU."""
+    """The head's output for each text, float32 [texts, classes], on the CPU."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
     found = torch.empty(len(rows), 2)
     for start in range(0, len(order), BATCH):
@@ -224,7 +224,7 @@ def logits(model: nn.Module, rows: Sequence[Row]) -> Tensor:
 
 
 def answers(recipe: Recipe, store: Store, name: str, task: str) -> list[dict[str, str]]:
-    """For each seed of a method that is done with a task its answers, fold after fold."""
+    """A method's answers on a task, all folds in order, for each seed whose folds are all done."""
     found = []
     for seed in [*recipe["seeds"], *recipe["more_seeds"].get(name, [])]:
         made = trainings(recipe, store, name, task, seed)
@@ -235,7 +235,7 @@ def answers(recipe: Recipe, store: Store, name: str, task: str) -> list[dict[str
 
 
 def most_frequent(recipe: Recipe, store: Store, task: str) -> float | None:
-    """The share of the most frequent class among what was asked."""
+    """The share of the most frequent class in the test data. None if no method is done with the task."""
     for name in recipe["tasks"][task]:
         scores = [store.get(score_key(recipe, key)) for key in trainings(recipe, store, name, task, recipe["seeds"][0])]
         if scores and all(scores):
@@ -245,8 +245,7 @@ def most_frequent(recipe: Recipe, store: Store, task: str) -> float | None:
 
 
 def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
-    """Accuracies in per cent with 95 % intervals over what was asked, and what each method does better than the one it is
-    compared with."""
+    """A table in per cent with 95 % intervals over the test texts: accuracies, and differences to the method compared with."""
     tasks, other = list(recipe["tasks"]), recipe["compare_with"]
     found = {name: {task: answers(recipe, store, name, task) for task in tasks} for name in recipe["methods"]}
     found = {name: {task: seeds for task, seeds in of.items() if seeds} for name, of in found.items()}
@@ -275,14 +274,14 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
 
 
 def cell(seeds: list[dict[str, str]], mean: Sequence[float], task: str) -> str:
-    """Accuracy with its interval over questions; of several seeds also how far they are apart (a standard deviation)."""
+    """Accuracy with its 95 % interval over questions; for several seeds, also the standard deviation over seeds."""
     text = share(*average({task: mean}))
     shares = [seed[task].count("1") / len(seed[task]) for seed in seeds]
     return text + (f"; {len(seeds)} seeds ± {100 * statistics.stdev(shares):.1f}" if len(seeds) > 1 else "")
 
 
 def apart(ours: Answers, others: Answers, tasks: Sequence[str], same: bool) -> str:
-    """A difference in points with its interval, and how probable one so large is by chance."""
+    """A difference in points with its 95 % interval, and the probability of so large a difference by chance."""
     if same or not all(task in ours and task in others for task in tasks):
         return ""
     return points(*difference({task: ours[task] for task in tasks}, others))

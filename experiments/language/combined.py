@@ -1,4 +1,4 @@
-"""Tables 2 and 3: one adapter for all benchmarks, as many parameters for every method, a learning rate of its own."""
+"""Tables 2 and 3: one adapter for all benchmarks. Every method has as many parameters, and its own learning rate."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ __all__ = ["report", "wanted"]
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The base's score; for each method the search for its rate, on the first seed; then its scores on all of its seeds."""
+    """The wanted runs: the base's score; each method's learning rate search and score, on the first seed; then more seeds."""
     yield score_key(recipe, [], recipe["data"])
     first = recipe["seeds"][0]
     for name, method in recipe["methods"].items():
@@ -32,7 +32,7 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
 
 
 def scored(recipe: Recipe, store: Store, name: str, seed: int) -> Iterator[Key]:
-    """The run of a method at its best rate, and its score."""
+    """The run of a method at its best learning rate, and its score."""
     rate = best_rate(recipe, recipe["methods"][name], store)
     assert rate is not None
     trained = train_key(recipe, recipe["methods"][name], rate, seed)
@@ -42,7 +42,7 @@ def scored(recipe: Recipe, store: Store, name: str, seed: int) -> Iterator[Key]:
 
 
 class Row(NamedTuple):
-    """What came out for a method, over its seeds."""
+    """The results of a method over its seeds."""
 
     name: str
     rate: float
@@ -51,8 +51,8 @@ class Row(NamedTuple):
     parameters: int
     file_bytes: int
     answers: dict[str, list[float]]
-    averages: list[float]  # a seed each
-    validation_loss: float | None  # by which the rate was chosen
+    averages: list[float]  # one for each seed
+    validation_loss: float | None  # on the first seed; the learning rate was chosen by it
     text_loss: float
 
 
@@ -78,7 +78,7 @@ def summary(recipe: Recipe, store: Store) -> list[Row]:
 
 
 def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
-    """The table, in per cent with 95 % intervals, and what each method does better than the one it is compared with."""
+    """The table, in per cent with 95 % intervals, with each method's difference to the method compared with."""
     rows = summary(recipe, store)
     if not rows:
         return "no results yet"
@@ -130,7 +130,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
 
 
 def more_than(against: Row | None, row: Row, tasks: Sequence[str]) -> str:
-    """How many points more a method has than another on some benchmarks, and how likely that is by chance."""
+    """The difference of two methods on some benchmarks, in points, and its probability by chance."""
     if against is None or row is against:
         return ""
     return points(*difference({task: row.answers[task] for task in tasks}, against.answers))
@@ -142,7 +142,7 @@ def on_the_rest(against: Row | None, row: Row, tasks: Sequence[str], left_out: s
 
 
 def plot(rows: list[Row], sparse: Sequence[str], path: Path) -> None:
-    """Average accuracy with its interval, a line a method, our masks' in colour; and accuracy over what was forgotten."""
+    """Plot each method's average accuracy with its interval, shira's masks in colour; and accuracy over the text loss."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -156,7 +156,7 @@ def plot(rows: list[Row], sparse: Sequence[str], path: Path) -> None:
         left.errorbar(100 * mean, place, xerr=196 * error, fmt="o", color=colour, capsize=3)
         right.plot(row.text_loss, 100 * mean, "o", color=colour)
     for place, row in enumerate(sorted(rows, key=lambda row: row.text_loss)):
-        away = 6 if place % 2 else -13  # names of methods that come close do not cover each other
+        away = 6 if place % 2 else -13  # so that the names of neighbouring points do not overlap
         at = (row.text_loss, 100 * average(row.answers)[0])
         right.annotate(row.name, at, (0, away), textcoords="offset points", ha="center", fontsize=8)
     left.set_yticks(range(len(rows)), [row.name for row in rows])
@@ -170,7 +170,7 @@ def plot(rows: list[Row], sparse: Sequence[str], path: Path) -> None:
 
 
 def curves(rows: list[Row]) -> dict[str, list[Row]]:
-    """Methods that differ in size alone: a name, a dash and a number."""
+    """Methods that differ only in size, by name. Their full names are a name, a dash and a number."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         name, dash, size = row.name.rpartition("-")
@@ -180,7 +180,7 @@ def curves(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def plot_curves(rows: list[Row], path: Path) -> None:
-    """Average accuracy, and the loss on the validation questions, over parameters and over the file's bytes."""
+    """Plot average accuracy, and the loss on the validation questions, over parameters and over the file's bytes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Table 4: one adapter a benchmark, trained apart, then all on one model: what is lost, by method and fusion."""
+"""Table 4: one adapter for each benchmark, trained separately, then all on one model: the loss by method and fusion."""
 
 import itertools
 import statistics
@@ -17,8 +17,10 @@ __all__ = ["report", "wanted"]
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The base; for each method the search for its rate, on the first seed; then for each seed and method the adapters, alone
-    and added; on some seeds other fusions and strengths."""
+    """The wanted runs: the base; each method's search for its learning rate, on the first seed; then each seed and method.
+
+    For a seed and method: the adapters, their scores alone and added, and on some seeds with other fusions and strengths.
+    """
     first = recipe["seeds"][0]
     for task in recipe["data"]:
         yield score_key(recipe, [], task)
@@ -42,20 +44,22 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
 
 
 def ways(recipe: Recipe, method: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """How a method's adapters are put together: added, and on some seeds in other ways, and added at other strengths."""
+    """The ways to combine a method's adapters: added; on some seeds also other fusions, and added at other strengths."""
     fusions = [{"fusion": name} | ({"options": options} if options else {}) for name, options in method["fusions"].items()]
     strengths = [{"fusion": "sum", "strength": strength} for strength in recipe["strengths"]]
     return fusions + strengths if seed in recipe["other_seeds"] else [{"fusion": "sum"}]
 
 
 def a_benchmark_each(recipe: Recipe, method: Mapping[str, Any], rate: float, seed: int) -> list[Key]:
-    """The runs that make a method's adapters, one a benchmark, none of which knows of another."""
+    """The runs that train a method's adapters, one for each benchmark, independent of each other."""
     return [train_key(recipe | {"data": task}, method, rate, seed) for task in recipe["data"]]
 
 
 def trained(recipe: Recipe, store: Store, method: Mapping[str, Any], seed: int) -> list[Key]:
-    """The runs that make a method's adapters at the rate that is best for them together; none before that rate is known. If
-    they are to lie apart, each avoids those before."""
+    """The runs that train a method's adapters, at the learning rate that is best for all of them together.
+
+    None before that learning rate is known. With the setting "apart", each adapter avoids the entries of those before it.
+    """
     rate = best_rate(recipe, method, store, a_benchmark_each)
     if rate is None:
         return []
@@ -66,7 +70,7 @@ def trained(recipe: Recipe, store: Store, method: Mapping[str, Any], seed: int) 
 
 
 def answers(recipe: Recipe, store: Store, adapters: Sequence[Sequence[Sequence[str]]], **how: Any) -> Answers | None:
-    """Benchmark -> its answers, a mean over seeds; adapters: for each seed and benchmark the runs whose adapters are on."""
+    """Benchmark -> its answers, a mean over seeds. adapters: for each seed and benchmark, the runs with the active adapters."""
     found = []
     for of_seed in adapters:
         keys = [score_key(recipe, runs, task, **how) for task, runs in zip(recipe["data"], of_seed, strict=True)]
@@ -77,7 +81,7 @@ def answers(recipe: Recipe, store: Store, adapters: Sequence[Sequence[Sequence[s
 
 
 def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
-    """Alone, added and what is lost, then the other fusions and strengths; in per cent with 95 % intervals over questions."""
+    """Tables in per cent with 95 % intervals over questions: alone, added and the loss; then other fusions and strengths."""
     tasks = recipe["data"]
     base = answers(recipe, store, [[[]] * len(tasks)])
     if base is None:
@@ -141,7 +145,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
 
 
 def lost_on(recipe: Recipe, store: Store, apart: Sequence[Sequence[str]], together: Sequence[Sequence[str]]) -> float:
-    """The share that is lost on one seed."""
+    """The accuracy that is lost on one seed when all adapters are added, as a share of 1."""
     alone, fused = answers(recipe, store, [apart]), answers(recipe, store, [together], fusion="sum")
     assert alone is not None and fused is not None
     return average(alone)[0] - average(fused)[0]
@@ -157,7 +161,7 @@ def apart_head(tasks: Sequence[str]) -> list[str]:
 
 
 def apart_rows(recipe: Recipe, store: Store) -> list[list[str]]:
-    """A line a method: L2 distances (Table 13), and of sparse ones the share of zeros in A₁ᵀA₂."""
+    """One row for each method: L2 distances (Table 13) and, for sparse adapters, AWOR, the share of zeros in A₁ᵀA₂."""
     rows = []
     for name, method in recipe["methods"].items():
         runs = [number(run) for run in trained(recipe, store, method, recipe["seeds"][0])]
@@ -173,7 +177,7 @@ def cells(found: Answers) -> list[str]:
 
 
 def plot(strengths: dict[str, dict[float, Answers]], base: float, path: Path) -> None:
-    """Average accuracy of the sum over its strength."""
+    """Plot the average accuracy of the added adapters over their strength."""
     import matplotlib
 
     matplotlib.use("Agg")

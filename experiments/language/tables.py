@@ -1,4 +1,4 @@
-"""Accuracies with how sure they are, and Markdown."""
+"""Accuracies, their intervals and p-values, and Markdown tables."""
 
 import math
 import statistics
@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 
 __all__ = ["Answers", "average", "chance", "difference", "markdown", "mean_answers", "points", "probability", "share"]
 
-Answers = Mapping[str, Sequence[float]]  # benchmark -> for each question the share of seeds that answered it rightly
+Answers = Mapping[str, Sequence[float]]  # benchmark -> for each question, the share of seeds that answered it correctly
 
 
 def mean_answers(scores: Sequence[Mapping[str, str]]) -> dict[str, list[float]]:
-    """Of several seeds' answers to the same questions, a digit each, the share that is right."""
+    """Benchmark -> for each question, the share of seeds that answered it correctly.
+
+    scores: for each seed, benchmark -> one digit for each question, 1 if it was answered correctly.
+    """
     return {
         task: [statistics.mean(map(int, digits)) for digits in zip(*(s[task] for s in scores), strict=True)]
         for task in scores[0]
@@ -18,24 +21,24 @@ def mean_answers(scores: Sequence[Mapping[str, str]]) -> dict[str, list[float]]:
 
 
 def average(answers: Answers) -> tuple[float, float]:
-    """The mean of the benchmarks' means, each counting alike, and its standard error over questions."""
+    """The mean of the benchmarks' means, all with the same weight, and its standard error over questions."""
     means = [statistics.fmean(found) for found in answers.values()]
     errors = [statistics.variance(found) / len(found) for found in answers.values()]
     return statistics.fmean(means), math.sqrt(sum(errors)) / len(means)
 
 
 def difference(ours: Answers, others: Answers) -> tuple[float, float]:
-    """The same of what one method answers better than another, question by question (a paired test)."""
+    """The same as `average` for the difference of two methods, question by question (a paired test)."""
     return average({task: [a - b for a, b in zip(ours[task], others[task], strict=True)] for task in ours})
 
 
 def chance(mean: float, error: float) -> float:
-    """How probable a mean this far from zero is if the true one is zero (two-sided z test; of yes and no, McNemar's)."""
+    """The probability of a mean this far from zero if the true mean is zero (two-sided z test; McNemar's for yes and no)."""
     return math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
 
 
 def points(mean: float, error: float) -> str:
-    """A difference in points with its 95 % interval, and how probable one so large is by chance: '+3.1 ± 1.0 (p 0.02)'."""
+    """A difference in points, its 95 % interval, and its probability by chance: '+3.1 ± 1.0 (p 0.02)'."""
     return f"{100 * mean:+.1f} ± {196 * error:.1f} ({probability(mean, error)})"
 
 
@@ -50,6 +53,6 @@ def share(mean: float, error: float) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
