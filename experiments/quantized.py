@@ -100,7 +100,7 @@ def _forward_and_backward(forward: Callable[[], Tensor]) -> None:
 
 
 def rounding(way: str, task: str, steps: int, rate: float) -> None:
-    """Print a JSON line: the effects of rounding, and accuracy of the bases, with the adapter beside, merged, quantized again."""
+    """Print as JSON: accuracy of the bases, and with the adapter beside, merged and quantized again; also rounding losses."""
     tokenizer = hf.load_tokenizer(SMOLLM2)
     plain = hf.load_model(SMOLLM2, "float32")
     model = quantize(copy.deepcopy(plain), way)

@@ -32,7 +32,7 @@ def recipe_options(*names: str, **defaults: Any) -> Callable[[Any], Any]:
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, with the values that the Recipe takes. Raises typer.BadParameter for a text that is none."""
+    """The options that were given, parsed to the Recipe's values. Raises typer.BadParameter if one cannot be parsed."""
     found = {name: value for name, value in options.items() if value not in (None, [])}
     for name, value in found.items():
         about, _ = FIELDS[name]

@@ -1,4 +1,4 @@
-"""A recipe holds everything that decides a training run. `shira train` saves the recipe that reproduces the run."""
+"""A recipe holds everything that decides a training run. `shira train` saves the one that reproduces its run."""
 
 import dataclasses
 import itertools

@@ -132,7 +132,7 @@ class Followed:
             self.uses[0][0]._non_persistent_buffers_set.discard(name)
 
     def look(self) -> None:
-        """Find out what other code did to the weight since the last call. This takes a microsecond if the answer is: nothing.
+        """Find out what other code did to the weight since the last call. If it did nothing, this takes a microsecond.
 
         A weight that was cast or moved with its module is followed. So is any other weight in which every entry has its trained
         value or the base's value. For all other weights, each call raises TuningError until the weight is put right.

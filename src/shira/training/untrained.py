@@ -30,7 +30,7 @@ class GradientWatch:
     ) -> None:
         self._masters, self._forwards, self._modules = masters, forwards, modules
         self._said: set[str] = set()
-        self._steps = 0  # of optimizers that train these masters, after a backward pass that reached any
+        self._steps = 0  # steps of optimizers that train these masters, after a backward pass that reached any of them
 
     def of_ours(self) -> None:
         """Called after a step of an optimizer that trains these masters."""
