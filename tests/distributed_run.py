@@ -315,7 +315,7 @@ def run_dies(folder, rank, ranks):
 def main():
     what, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    shira.masks.selection.LEAST_MEMORY = 0  # gradients of several batches are summed in groups of weights
+    shira.masks.selector.LEAST_MEMORY = 0  # gradients of several batches are summed in groups of weights
     runs = [globals()["run_" + one.replace("-", "_")] for one in what.split("+")]
     if what.startswith("accelerate"):
         for run in runs:

@@ -180,7 +180,7 @@ def test_sums_that_would_take_more_than_training_are_made_in_groups(monkeypatch,
     """At 1/32 of the entries training takes 16/32 of a byte an entry, and sums 4: an eighth of the weights at a time. It also
     keeps the inputs of all layers, and calibration only those of the layers whose sums it makes, if there are many tokens."""
     assert passes(tiny_llama, llama_batches(2), density=1 / 32) == 1  # less than a MiB
-    monkeypatch.setattr(shira.masks.selection, "LEAST_MEMORY", 0)
+    monkeypatch.setattr(shira.masks.selector, "LEAST_MEMORY", 0)
     few = [{"input_ids": torch.ones(1, 2, dtype=torch.int64), "labels": torch.ones(1, 2, dtype=torch.int64)}] * 2
     assert 8 <= passes(tiny_llama, few, density=1 / 32) <= 14  # of 14 weights of different sizes
     assert 2 <= passes(tiny_llama, llama_batches(2), density=1 / 32) <= 5  # of 27 tokens
@@ -189,7 +189,7 @@ def test_sums_that_would_take_more_than_training_are_made_in_groups(monkeypatch,
 
 def test_checkpointing_leaves_no_inputs_to_count_on(monkeypatch, tiny_llama):
     """Training keeps them no longer, so there is no room for more sums than its own numbers take."""
-    monkeypatch.setattr(shira.masks.selection, "LEAST_MEMORY", 0)
+    monkeypatch.setattr(shira.masks.selector, "LEAST_MEMORY", 0)
     tiny_llama.train()
     for reentrant in (False, True):
         tiny_llama.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -211,7 +211,7 @@ def packed():
 
 
 def test_parameters_without_a_storage_are_no_obstacle(monkeypatch):
-    monkeypatch.setattr(shira.masks.selection, "LEAST_MEMORY", 0)
+    monkeypatch.setattr(shira.masks.selector, "LEAST_MEMORY", 0)
     model = mlp()
     model[0].register_parameter("packed", nn.Parameter(packed(), requires_grad=False))
     assert passes(model, mlp_batches(2), loss_fn=mlp_loss, density=0.01, targets=["0.weight", "2.weight"]) >= 1
@@ -307,7 +307,7 @@ def status(key):
     return int(re.search(key + r":\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
 
 if what == "at once":
-    shira.masks.selection.TRAINING_BYTES = 2**40
+    shira.masks.selector.TRAINING_BYTES = 2**40
 for step in (train, calibrate):  # what they load when they are first used counts for neither
     step(*make(64, 2))
 model, batches = make(1024, 16)

@@ -32,6 +32,7 @@ from typing import NamedTuple
 from ..sparse.positions import draw, frequency_of, lines, seed_of
 from ..sparse.topk import top_k
 from .activation import wanda
+from .applying import options_of, ranked, score, score_of, select
 from .budgets import BudgetPlan, Pool, budget, plan, share_out
 from .catalogue import CATALOGUE, Mask, difference, intersection, needs, resolve, union
 from .gradient import fisher, grad, snip
@@ -39,7 +40,6 @@ from .lowrank import lift
 from .magnitude import wm
 from .patterns import block, nm
 from .scores import CALIBRATED, SCORES, Score
-from .selecting import options_of, ranked, score, score_of, select
 from .sets import from_adapter
 from .structured import struct
 from .uniform import rand

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import TuningError
 from ..masks import BudgetPlan
-from ..masks.selection import Selector
+from ..masks.selector import Selector
 from ..sparse.positions import overlap
 from ..weights.undoing import Undo
 from .masters import Masters

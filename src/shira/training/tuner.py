@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..errors import AdapterError, TuningError
 from ..masks.calibration import LossFn, Progress
-from ..masks.selection import Indices, Selector
+from ..masks.selector import Indices, Selector
 from ..sparse.tensor import Kind, SparseTensor, fingerprint
 from ..weights.buffers import Buffers
 from ..weights.model_tensors import OWN

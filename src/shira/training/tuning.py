@@ -22,7 +22,7 @@ from ..errors import TuningError
 from ..masks import Mask
 from ..masks.avoiding import Avoid, count_of, entries_of
 from ..masks.calibration import LossFn, Progress
-from ..masks.selection import Indices, Selector
+from ..masks.selector import Indices, Selector
 from ..sparse.positions import index_dtype
 from ..weights import targets as target_names
 from ..weights.distributed import check_plain, is_sharded
