@@ -1,8 +1,8 @@
 # `make demo` and `make test` set up .venv once; `touch constraints.txt` makes them do it again.
 PYTHON ?= python3
 BIN := .venv/bin
-# --no-build-isolation builds with the pinned setuptools of the environment itself
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# -qq: errors alone, so that notes of pip do not hide ours. --no-build-isolation builds with the pinned setuptools of the environment itself
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 # a process a processor, four at most: each real model takes 2 GB
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
