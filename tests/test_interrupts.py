@@ -1,6 +1,7 @@
 """An interrupt at any line of a tuner's calls, and another one in what undoes them: the next call finds the exact base."""
 
 import bisect
+import os
 
 import pytest
 import torch
@@ -179,4 +180,4 @@ def test_two_interrupts_as_attach_returns():
 @pytest.mark.parametrize("call", CALLS)
 def test_interrupts_at_every_line_and_at_pairs(call):
     lines_of(call, 1, 1, 0)
-    lines_of(call, 1, 7, 5)
+    lines_of(call, 1, *((7, 5) if "SHIRA_LONG" in os.environ else (41, 31)))
