@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 # a process a processor, four at most: each real model takes 2 GB
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-quantized test-deepspeed test-gpu test-sanitized soak lint clean
@@ -25,10 +25,10 @@ demo: .venv/ready ## train, save, switch and fuse two adapters on a real model (
 	$(BIN)/shira demo
 
 test: .venv/ready lint ## lint, types and tests, on tiny models and briefly on the real one
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --dist worksteal -m "not slow"
 
 test-slow: .venv/ready ## the tests that take minutes: the whole demo, trainers on the real model
-	$(PYTEST) -m slow
+	$(PYTEST) --dist load --maxschedchunk 1 -m slow
 
 test-quantized: .venv/ready ## tests on torchao's and bitsandbytes' layers, which it installs; both are noisy when imported
 	$(PIP) --no-build-isolation --editable '.[dev,quantized]'

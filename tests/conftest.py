@@ -151,5 +151,5 @@ def run(monkeypatch, capsys):
 
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that no process is left alone with one of them at the end."""
-    long = ("test_readme.py", "test_real.py", "test_distributed.py", "test_commonsense.py", "test_streaming.py")
-    items.sort(key=lambda item: item.path.name not in long)
+    long = ("test_the_whole_demo", "test_the_commands_run", "test_readme", "test_real", "test_distributed", "test_streaming")
+    items.sort(key=lambda item: next((place for place, name in enumerate(long) if name in item.nodeid), len(long)))
