@@ -244,3 +244,30 @@ def test_lazy_modules_and_sparse_gradients():
             loss(model, ids).backward()
             torch.optim.SGD(tuner.parameters(), lr=0.1).step()
         assert same_bits(base, all_bits(model))
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_offloading_hooks_that_are_put_on_and_taken_off(stepped):
+    accelerate = pytest.importorskip("accelerate")
+    model = mlp(torch.bfloat16)
+    before = all_bits(model)
+    tuner = shira.attach(model, density=0.3)
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+    x = torch.randn(3, 13).bfloat16()
+    model(x).float().square().mean().backward()
+    optimizer.step()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if stepped:
+        with pytest.raises(TuningError, match="on the meta device, as offloading leaves it"):
+            model(x).float().square().mean().backward()
+            optimizer.step()
+    else:
+        with torch.no_grad():
+            model(x)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    if not stepped:
+        model(x).float().square().mean().backward()  # the optimizer's own masters train on
+        optimizer.step()
+        assert tuner.adapter().nnz == tuner.nnz
+    tuner.detach()
+    assert same_bits(before, all_bits(model))

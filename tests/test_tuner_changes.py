@@ -114,10 +114,6 @@ def taken_away(model):
     model[0].weight = None
 
 
-def masters_replaced(model):
-    model.load_state_dict(model.state_dict(), assign=True)
-
-
 @pytest.mark.parametrize(
     ("act", "words"),
     [
@@ -128,7 +124,6 @@ def masters_replaced(model):
         (cast_alone, "cast from float32 to float16 by itself"),
         (other_layout, "not contiguous"),
         (taken_away, "not there any more"),
-        (masters_replaced, r"load_state_dict\(assign=True\)"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_each_time_until_released(act, words):
@@ -151,16 +146,32 @@ def test_what_cannot_be_followed_is_refused_each_time_until_released(act, words)
         shira.attach(model).detach()
 
 
+def test_other_masters_are_refused_and_the_base_comes_back():
+    model = mlp()
+    before = all_bits(model)
+    tuner = shira.attach(model, density=0.3)
+    train(model, tuner)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    model[0].shira_values = nn.Parameter(model[0].shira_values.detach() + 1)
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    for call in (lambda: model(torch.ones(1, 13)), optimizer.step, tuner.adapter, tuner.state_dict):
+        with pytest.raises(TuningError, match=r"'0.weight' .*load_state_dict\(assign=True\).*release\(\)"):
+            call()
+    tuner.detach()
+    assert same_bits(before, all_bits(model))
+
+
 @pytest.mark.parametrize(
     "act",
     [
         lambda model: model.load_state_dict(mlp().state_dict(), strict=False),
         lambda model: model.load_state_dict(mlp().state_dict(), strict=False, assign=True),
         lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())),
+        lambda model: model.load_state_dict(model.state_dict(), assign=True),
         lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
         lambda model: setattr(model[0], "weight", nn.Parameter(model[0].weight.detach().clone())),
     ],
-    ids=["base loaded", "base assigned", "own state loaded", "data moved", "same values, other parameter"],
+    ids=["base loaded", "base assigned", "own state loaded", "own state assigned", "data moved", "equal, another parameter"],
 )
 def test_weights_that_hold_what_they_should_are_followed(act):
     model = mlp()

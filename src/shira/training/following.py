@@ -131,15 +131,15 @@ class Followed:
             self.uses[0][0]._buffers.pop(name, None)
             self.uses[0][0]._non_persistent_buffers_set.discard(name)
 
-    def look(self) -> None:
+    def look(self, *, to_leave: bool = False) -> None:
         """Find out what other code did to the weight since the last call. If it did nothing, this takes a microsecond.
 
         A weight that was cast or moved with its module is followed. So is any other weight in which every entry has its trained
         value or the base's value. For all other weights, each call raises TuningError until the weight is put right.
-        Nothing is written to the weight.
+        Nothing is written to the weight. to_leave: the tuner only wants to restore the base, whatever became of the masters.
         """
         if self.uses and self.piece is None and not self.over and not self._is_as_seen():
-            self._follow()
+            self._follow(to_leave)
 
     def _is_as_seen(self) -> bool:
         seen = self._seen
@@ -167,13 +167,14 @@ class Followed:
             storage = weakref.ref(weight.untyped_storage())
             self._seen = Seen(storage, weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), version)
 
-    def _follow(self) -> None:
+    def _follow(self, to_leave: bool) -> None:
         """The slow part of `look`: the weight is not as it was last seen."""
         holder = self.uses[0][0]
         now = [(holder, attribute, holder._parameters.get(attribute)) for holder, attribute, _ in self.uses]
         same = all(weight is known for (_, _, weight), (_, _, known) in zip(now, self.uses, strict=True))
         weight = self._usable([found for _, _, found in now])
-        self._check_registered()
+        if not to_leave:
+            self._check_registered()
         bits = holder._buffers.get(self.kept.name)
         bits = self.kept.bits if bits is None else bits
         if bits.dtype != weight.dtype:
@@ -241,10 +242,16 @@ class Followed:
         return self.weight.shape if self._seen is None else self._seen.shape
 
     def _check_registered(self) -> None:
+        """Register the masters again where an equal copy took their place. Raises TuningError if it is not equal."""
         for holder, attribute, _ in self.uses:
             for ending, parameter in self.parameters().items():
-                found = holder._parameters.get(value_name(attribute) + ending, parameter)
-                if found is not parameter:
+                name = value_name(attribute) + ending
+                found = holder._parameters.get(name, parameter)
+                if found is parameter:
+                    continue
+                if found is not None and found.device == parameter.device and torch.equal(found, parameter):
+                    holder._parameters[name] = parameter  # hooks of Accelerate leave copies behind
+                else:
                     self._refuse(
                         "or what trains of it was replaced after attach(), as load_state_dict(assign=True), fully_shard and "
                         "DeepSpeed's ZeRO-3 do",

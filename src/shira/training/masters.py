@@ -129,7 +129,7 @@ class Masters(Followed):
 
     def restore(self) -> None:
         """Write the base's values back to the weight. Raises what `look` raises."""
-        self.look()
+        self.look(to_leave=True)
         self._put(self.indices, self.base, self.weight)
         self._put(self.left.indices, self.left.base, self.weight)
         self._note()

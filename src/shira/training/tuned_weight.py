@@ -39,7 +39,7 @@ class TunedWeight(Protocol):
     def held(self) -> Held:
         """Every entry that may differ from the base."""
 
-    def look(self) -> None:
+    def look(self, *, to_leave: bool = False) -> None:
         """Find out what other code did to the weight. Raises TuningError if its base is no longer known."""
 
     def restore(self) -> None:
@@ -76,7 +76,7 @@ class Hooked:
         self.holder._non_persistent_buffers_set.discard(self.key)
         self.weight.grad = None
 
-    def look(self) -> None:
+    def look(self, *, to_leave: bool = False) -> None:
         found = self.holder._buffers.get(self.key)
         self.base = self.base if found is None else found
         weight, base = self.holder._parameters.get(self.attribute), self.base

@@ -314,7 +314,7 @@ class Tuner:
             if restore:
                 self._holders.check()
             for entry in self._entries if restore else ():
-                entry.look()
+                entry.look(to_leave=True)
             with contextlib.nullcontext() if restore else contextlib.suppress(TuningError, RuntimeError, IndexError):
                 self._trained = self._so_far()
             self._restore, self._thread = restore, threading.get_ident()

@@ -38,7 +38,7 @@ class Deltas(Masters):
     def held(self) -> Held:
         return Held(self.indices, self.base, self.values.detach())
 
-    def look(self) -> None:
+    def look(self, *, to_leave: bool = False) -> None:
         """Follow the weight: check its shape, and move positions and base values to its device.
 
         The weight may be stored in another way than before, since the kept base values do not depend on that.
