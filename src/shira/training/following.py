@@ -242,15 +242,19 @@ class Followed:
         return self.weight.shape if self._seen is None else self._seen.shape
 
     def _check_registered(self) -> None:
-        """Register the masters again where an equal copy took their place. Raises TuningError if it is not equal."""
+        """Register the masters again where an equal copy took their place, as hooks of Accelerate leave it behind.
+
+        Raises TuningError for any other parameter; and for a copy in one of several processes, which may be a gathered piece.
+        """
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         for holder, attribute, _ in self.uses:
             for ending, parameter in self.parameters().items():
                 name = value_name(attribute) + ending
                 found = holder._parameters.get(name, parameter)
                 if found is parameter:
                     continue
-                if found is not None and found.device == parameter.device and torch.equal(found, parameter):
-                    holder._parameters[name] = parameter  # hooks of Accelerate leave copies behind
+                if alone and found is not None and _equal(found, parameter):
+                    holder._parameters[name] = parameter
                 else:
                     self._refuse(
                         "or what trains of it was replaced after attach(), as load_state_dict(assign=True), fully_shard and "
@@ -299,3 +303,7 @@ def _differ(one: Tensor, other: Tensor) -> Tensor:
     rows = [tensor.contiguous().view(-1, 1).view(torch.uint8) for tensor in (one, other)]
     differ: Tensor = (rows[0] != rows[1]).any(1)
     return differ
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return (one.device, one.dtype) == (other.device, other.dtype) and torch.equal(one, other)
