@@ -150,7 +150,8 @@ def print_result(result: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(f"changed: weights that differ from the base, of {result['weights']:,}", highlight=False)
-    console.print("LoRA file: as many parameters in float32, as PEFT saves them", highlight=False)
+    half = bytes_text(rows[1]["lora_bytes"] // 2)
+    console.print(f"LoRA file: as many parameters in float32, as PEFT saves them; in bfloat16 {half}", highlight=False)
     for task, (alone, fused) in result["gains"].items():
         kept = f", {fused / alone:.0%} of it" if alone > 0 else ""
         console.print(f"{task}: {100 * alone:+.1f} points alone, {100 * fused:+.1f} fused{kept}", highlight=False)

@@ -56,7 +56,8 @@ def cell(value: object) -> str:
 
 def fail(error: Exception) -> None:
     """Print one line on stderr that says what went wrong."""
-    text = visible(str(error))
+    missing = error.filename if isinstance(error, FileNotFoundError) else None
+    text = visible(f"there is no file or folder {missing!r}" if missing else str(error))
     errors.print(Text(type(error).__name__, "bold red"), end=": ")
     errors.print(text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + "…", highlight=False, soft_wrap=True)
 

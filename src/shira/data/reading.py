@@ -87,10 +87,11 @@ def _data_set(data: str) -> Iterator[tuple[str, object]]:
     local = Path(name).is_dir()
     if parts is None or not (local or "/" in name) or name.endswith(FILES):
         raise DataError(
-            f"{data!r} is neither a file nor a built-in task; {did_you_mean(data, BUILT_IN)} A data set is named "
-            "'org/name:train'."
+            f"{data!r} is neither a file nor a built-in task; {did_you_mean(data, BUILT_IN)}; a data set is named "
+            "'org/name:train'"
         )
     datasets = _library("datasets")
+    hidden = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         if local and any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
@@ -105,6 +106,9 @@ def _data_set(data: str) -> Iterator[tuple[str, object]]:
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         what = " ".join(str(error).split())
         raise DataError(f"cannot load the data set {data!r}: {type(error).__name__}: {what}") from error
+    finally:
+        if hidden:
+            datasets.enable_progress_bars()
     for number, row in enumerate(loaded.select_columns(_columns(data, loaded.column_names)), start=1):
         yield f"{data}, row {number}", row
 

@@ -106,14 +106,27 @@ def _library() -> Any:
         import transformers
     except ImportError as error:
         raise MissingExtra(f"this needs transformers: pip install 'shira-adapters[train]' ({error})") from error
-    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
-def _pretrained(kind: str, model: str, **options: Any) -> Any:
-    path = model_path(model)
+@contextlib.contextmanager
+def _without_bars(library: Any) -> Iterator[None]:
+    """Inside, Transformers shows no progress bars; afterwards it does what it did before."""
+    logging = library.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        return getattr(_library(), kind).from_pretrained(path, **options)
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _pretrained(kind: str, model: str, **options: Any) -> Any:
+    path, library = model_path(model), _library()
+    try:
+        with _without_bars(library):
+            return getattr(library, kind).from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         what = "folder" if Path(path).exists() else "folder, built-in name, or model id that can be reached"
         raise DataError(f"cannot load {model!r}: no model in that {what} ({str(error).strip().splitlines()[0]})") from error

@@ -23,6 +23,11 @@ class SparseLayout:
         rows, columns = indices.long() // matrix[1], indices.long() % matrix[1]
         self.by_rows = _starts(rows, matrix[0]), columns.int()
         self.pattern = kernels.find_pattern(indices, *matrix)
+        # Sparse tensors are not traced. To say so imports torch's compiler, so it is said here and not on import.
+        self.product = torch.compiler.disable(self._product)
+
+    def __reduce__(self) -> Any:
+        return SparseLayout, (self.indices, self.matrix)
 
     @functools.cached_property
     def by_columns(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,8 +39,7 @@ class SparseLayout:
         order = (columns * self.matrix[0] + rows).argsort()
         return _starts(columns, self.matrix[1]), rows[order].int(), order.int()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sparse tensors are not traced
-    def product(self, input: Tensor, values: Tensor) -> Tensor:
+    def _product(self, input: Tensor, values: Tensor) -> Tensor:
         """input [..., in] · Sᵀ: [..., out] in the input's dtype, computed in float32. values: S's entries, float32 [k]."""
         output: Tensor = _SparseProduct.apply(input, values, self)  # type: ignore[no-untyped-call]
         return output
