@@ -104,7 +104,7 @@ def test_data_that_is_not_there(tmp_path, monkeypatch):
     Path("empty").mkdir()
     for data, words in {
         "nowhere.parquet": "neither a file nor a built-in task",
-        "nowhere:train": "neither a file nor a built-in task.*A data set is named 'org/name:train'",
+        "nowhere:train": "neither a file nor a built-in task.*a data set is named 'org/name:train'",
         "no/such:train": "cannot load the data set 'no/such:train'",
         "no/such@main:plain:train[:10%]": "cannot load the data set 'no/such@main:plain:train",
         "other.parquet": "expected the columns 'messages'.*found 'question'",
