@@ -234,7 +234,7 @@ def test_vectors_and_rows_of_zeros_decompose():
     [
         ({"decompose": 0}, "decompose must be a rank"),
         ({"low_rank": True}, "low_rank must be a rank"),
-        ({"decompose": True, "low_rank": 2}, "cannot be had together"),
+        ({"decompose": True, "low_rank": 2}, "cannot be combined"),
         ({"decompose": True, "method": "hook"}, "needs method='values'"),
         ({"low_rank": 2, "targets": ["bias"]}, "'0.bias'"),
     ],

@@ -64,7 +64,7 @@ class Combined(NamedTuple):
 
 
 class Write(NamedTuple):
-    """One tensor's part of a plan."""
+    """A write to one tensor."""
 
     weight: Tensor  # any shape, contiguous
     indices: Tensor  # [k], int32 or int64, on the weight's device

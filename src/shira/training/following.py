@@ -280,8 +280,8 @@ class Followed:
 
     def _refuse(self, what: str, remedy: str) -> NoReturn:
         raise TuningError(
-            f"'{self.name}' {what}, while a tuner is attached; {remedy}, or call tuner.release(), which lets go of the model "
-            "as it is"
+            f"'{self.name}' {what}, while a tuner is attached; {remedy}, or call tuner.release(), which detaches and "
+            "leaves the weights as they are"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Holders:
         if gone is not None:
             raise TuningError(
                 f"the module '{gone}' was replaced or taken out while a tuner is attached, and its base with it; put it back, "
-                "or call tuner.release(), which lets go of the model as it is"
+                "or call tuner.release(), which detaches and leaves the weights as they are"
             )
 
 

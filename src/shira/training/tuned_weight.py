@@ -83,7 +83,7 @@ class Hooked:
         if weight is not self.weight or (weight.dtype, weight.shape, weight.device) != (base.dtype, base.shape, base.device):
             raise TuningError(
                 f"'{self.name}' was replaced, cast or moved by itself while a tuner is attached; put it back, or call "
-                "tuner.release(), which lets go of the model as it is"
+                "tuner.release(), which detaches and leaves the weights as they are"
             )
         self.indices = self.indices.to(weight.device)
 

@@ -357,7 +357,7 @@ class Tuner:
 
 
 def _owner(reference: "weakref.ref[Tuner]") -> str:
-    """What others are told who want the tuner's model; "" if they may have it.
+    """The error text for another would-be owner of the model; "" if the model is free.
 
     If this thread was interrupted while it attached or detached the tuner, that is undone here first.
     """

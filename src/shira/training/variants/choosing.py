@@ -33,7 +33,7 @@ def choose(
     chosen = {"decompose": None if decompose is False else decompose, "low_rank": low_rank}
     record = {key: value for key, value in chosen.items() if value is not None}
     if len(record) > 1:
-        raise TuningError("decompose and low_rank cannot be had together; choose one")
+        raise TuningError("decompose and low_rank cannot be combined; choose one")
     for option, rank in record.items():
         free = option == "decompose" and rank is True
         if not free and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
