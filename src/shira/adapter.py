@@ -17,7 +17,7 @@ from .files.writing import saving
 from .sparse.tensor import SparseTensor
 from .texts import described, shown
 
-__all__ = ["Adapter", "as_stored", "check_unchanged", "load", "opened", "read", "save"]
+__all__ = ["Adapter", "as_stored", "check_unchanged", "load", "opened", "prefixed", "read", "save"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +155,14 @@ def check_unchanged(adapter: Adapter) -> tuple[State, ...]:
     Raises FormatError if one of the files has changed since it was opened.
     """
     return adapter.tensors.state() if isinstance(adapter.tensors, StoredTensors) else ()
+
+
+def prefixed(adapter: Adapter, prefix: str) -> Adapter:
+    """The same adapter for a model that holds its model as a part: each name begins with the prefix, such as "unet."."""
+    metadata = dict(adapter.metadata)
+    if adapter.fingerprints:
+        metadata["fingerprints"] = {prefix + name: value for name, value in adapter.fingerprints.items()}
+    return Adapter({prefix + name: tensor for name, tensor in adapter.tensors.items()}, metadata)
 
 
 def as_stored(adapter: Adapter, name: str) -> SparseTensor:

@@ -3,7 +3,7 @@
 import os
 import time
 
-from ..adapter import Adapter, read
+from ..adapter import Adapter, prefixed, read
 from ..errors import AdapterError
 from ..files.paths import State, path_of
 
@@ -13,11 +13,15 @@ SETTLED = 50_000_000  # nanoseconds after a change to a file; a further change i
 
 
 class AdapterSource:
-    """An adapter, or the file of one. Raises AdapterError for anything else."""
+    """An adapter, or the file of one. Raises AdapterError for anything else.
 
-    def __init__(self, adapter: Adapter | str | os.PathLike[str]) -> None:
+    prefix: what is put before each name in a file, "unet." if the model is a part of the switcher's model.
+    """
+
+    def __init__(self, adapter: Adapter | str | os.PathLike[str], prefix: str = "") -> None:
         call = "switcher.add('poet', 'poet.safetensors')"
         self._content = adapter if isinstance(adapter, Adapter) else path_of(adapter, call, AdapterError)
+        self._prefix = prefix
         self._found: tuple[State, ...] | None = ()  # the files' state when they were last read; None if it proves nothing
         self._checked: tuple[State, ...] | None = None  # their state when they were last checked against the model
 
@@ -32,13 +36,14 @@ class AdapterSource:
         changed just before may change again with the same time stamp, so it is checked the next time as well.
         """
         if isinstance(self._content, Adapter):
-            return self._content, self._checked is None
+            adapter, is_new = self._content, self._checked is None
+            return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
         now = time.time_ns()
         adapter, found = read(self._content)
         is_settled = all(state[-1] < now - SETTLED for state in found)
         is_new = found != self._checked
         self._found = found if is_settled else None
-        return adapter, is_new
+        return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
 
     def is_checked(self) -> None:
         """Record that the content read last belongs to the model."""

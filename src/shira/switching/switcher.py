@@ -99,7 +99,7 @@ class Switcher:
             self._settle()
             return self._state.chosen or BASE
 
-    def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
+    def add(self, name: str, adapter: Adapter | str | os.PathLike[str] | AdapterSource) -> None:
         """Register an adapter, or a file of one, under a name, after checking that it belongs to this model.
 
         The model is not written to. A file is read again if its adapter has made room for others in memory, so it must stay
@@ -110,7 +110,7 @@ class Switcher:
         """
         if not isinstance(name, str) or not name:
             raise SwitchError(f'a name must be a string that is not empty, found {name!r}: add("poet", adapter)')
-        source = AdapterSource(adapter)
+        source = adapter if isinstance(adapter, AdapterSource) else AdapterSource(adapter)
         with self._turn, _writable():
             if name in self._sources:
                 raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")

@@ -1,0 +1,325 @@
+"""Diffusers: adapters of a whole pipeline, by the calls that users of its LoRAs know.
+
+A `Switcher` sees the pipeline's denoiser and text encoders as one model, whose names begin with the component:
+"unet.conv_in.weight". Nothing is added to the pipeline, so its own calls, hooks and compiled parts stay what they are.
+The VAE is never written to.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..adapter import Adapter, load, opened, prefixed
+from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
+from ..files.paths import path_of
+from ..fusion.strengths import Strength
+from ..sparse.tensor import SparseTensor
+from ..switching.sources import AdapterSource
+from ..switching.switcher import Switcher
+from ..texts import described, shown
+from ..weights.belonging import weight_of
+from ..weights.model_tensors import named_tensors, plain_model
+from .block_strengths import by_block
+
+__all__ = ["PipelineAdapters"]
+
+DENOISERS = ("unet", "transformer")
+COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
+
+File = Adapter | str | os.PathLike[str]
+
+
+class _Set(NamedTuple):
+    """What the user has set: name -> (strength as it was given, the same as numbers or patterns)."""
+
+    chosen: dict[str, tuple[Any, Strength]]
+    fused: dict[str, tuple[Any, Strength]]  # stays in the weights until `unfuse`
+    enabled: bool = True
+
+
+class PipelineAdapters:
+    """Loads adapters for a Diffusers pipeline, and sets which of them are active, at which strengths, in place.
+
+    Adapters change the components "unet", "transformer", "text_encoder", "text_encoder_2" and "text_encoder_3", where the
+    pipeline has them. Without an adapter the pipeline is the base, bit for bit. docs/diffusers.md compares the calls with
+    Diffusers' own. ready, host: as for `shira.Switcher`.
+
+    Every call raises SwitchError if somebody else owns the weights, or if accelerate has moved them out of the pipeline.
+
+        adapters = PipelineAdapters(pipe)
+        adapters.load("bluefire.safetensors")
+        adapters.set("bluefire", 0.8)
+        adapters.set(["bluefire", "paintings"], [1.0, 0.5])
+        adapters.set("bluefire", {"unet": {"down": 0.9, "up": {"block_1": [0.4, 0.8, 1.0]}}, "text_encoder": 0.5})
+        adapters.disable()
+    """
+
+    def __init__(self, pipe: Any, *, ready: int = 8, host: int = 0) -> None:
+        self._pipe = pipe
+        self._absent = nn.Module()  # stands for a component that the pipeline does not have
+        self._model = nn.Module()
+        self._tensors: dict[str, list[str]] = {}  # name of an adapter -> names of its tensors
+        self._set = _Set({}, {})
+        if not self._present():
+            raise SwitchError(
+                f"a pipeline must have one of the components {', '.join(COMPONENTS)} as a torch.nn.Module, found "
+                f"{described(pipe)} without any; load it first: StableDiffusionPipeline.from_pretrained(…)"
+            )
+        self._hold(self._present())
+        self._switcher = Switcher(self._model, ready=ready, host=host)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapters that are loaded."""
+        return self._switcher.names
+
+    @property
+    def active(self) -> dict[str, Any]:
+        """Name -> strength of each active adapter, as it was given to `set`; without those that are fused."""
+        return self._in_the_weights(self._set.chosen)
+
+    @property
+    def fused(self) -> dict[str, Any]:
+        """Name -> strength of each adapter that stays in the weights until `unfuse`."""
+        return self._in_the_weights(self._set.fused)
+
+    def _in_the_weights(self, meant: Mapping[str, tuple[Any, Strength]]) -> dict[str, Any]:
+        now = self._switcher.active
+        return {name: given for name, (given, _) in meant.items() if name in now}
+
+    def load(self, adapter: File, name: str | None = None, *, component: str | None = None) -> str:
+        """Load an adapter, or a file of one, after checking that it belongs to this pipeline. Nothing is activated.
+
+        Names of tensors begin with a component ("unet.…", "text_encoder.…"), as `save` writes them. Otherwise all belong to
+        `component`, by default to the denoiser: so it is with what `shira.attach(pipe.unet, …)` has trained.
+        name: by default the adapter's own name, or that of its file. A file is read again when it is needed again, so it must
+        stay where it is; an `Adapter` stays in memory.
+
+        Returns the name. Raises SwitchError if it is taken; BaseMismatch for an adapter of another pipeline; FormatError or
+        OSError for the file.
+        """
+        if isinstance(adapter, Adapter):
+            tensors, own = list(adapter.tensors), adapter.name
+        else:
+            adapter = path_of(adapter, "adapters.load('bluefire.safetensors')", AdapterError)
+            with opened(adapter) as found:
+                tensors, own = list(found.tensors), found.name or adapter.stem
+        name = own if name is None else name
+        self._follow()
+        prefix = self._prefix(repr(name) if isinstance(adapter, Adapter) else str(adapter), tensors, component)
+        self._switcher.add(name, AdapterSource(prefixed(adapter, prefix) if isinstance(adapter, Adapter) else adapter, prefix))
+        self._tensors[name] = [prefix + tensor for tensor in tensors]
+        return name
+
+    def _prefix(self, label: str, tensors: list[str], component: str | None) -> str:
+        """What to put before an adapter's names, so that each begins with a component."""
+        present = self._present()
+        if component is not None:
+            self._known(component, present)
+            return f"{component}."
+        first = {name.partition(".")[0] for name in tensors}
+        if first.isdisjoint(COMPONENTS):
+            denoiser = next((each for each in DENOISERS if each in present), None)
+            if denoiser is None:
+                raise AdapterError(
+                    f"{label}: the pipeline has no {' or '.join(DENOISERS)}; say component={next(iter(present))!r}"
+                )
+            return f"{denoiser}."
+        for each in sorted(first - present.keys()):
+            if each in COMPONENTS:
+                raise BaseMismatch(
+                    f"{label} does not belong to this pipeline: it changes {each!r}; here are {_listed(present)}"
+                )
+            raise AdapterError(
+                f"{label}: {each!r} is not a component, and other names begin with one; expected {_listed(present)}"
+            )
+        return ""
+
+    def set(self, names: str | list[str] | Mapping[str, Any], strengths: Any = None) -> None:
+        """Activate these adapters, and no others but those that are fused. [] activates none.
+
+        names: one, several, or name -> strength. strengths: one for all, or a list of as many; 1.0 by default.
+        A strength is a number, or says what each component gets: {"unet": 0.8, "text_encoder": 0.5}. A component is a number,
+        or says what its modules get, by their names and as deep as you like; "*" is for all that is not named, 1.0 by default.
+        In a UNet "down", "mid", "up" and "block_0" are names, too, and a list has a number for each layer of a block, its
+        convolutions included.
+
+        Raises SwitchError for an unknown or a fused name; AdapterError for a strength that is not possible; and what `load`
+        raises if a file or the pipeline has changed. Then what was active stays active.
+        """
+        given = _paired(names, strengths)
+        for name in given:
+            self._check(name)
+        present = self._present()
+        chosen = {name: (strength, by_block(name, strength, present, self._tensors[name])) for name, strength in given.items()}
+        self._apply(_Set(chosen, self._set.fused))
+
+    def disable(self) -> None:
+        """Take out what is active. `enable` brings it back. What is fused stays."""
+        self._apply(self._set._replace(enabled=False))
+
+    def enable(self) -> None:
+        """Activate again what was set when `disable` was called."""
+        self._apply(self._set._replace(enabled=True))
+
+    def delete(self, name: str) -> None:
+        """Take an adapter out of the weights if it is active, and forget it. Raises SwitchError if it is unknown or fused."""
+        if name in self._set.fused:
+            raise SwitchError(
+                f"adapter {name!r} is fused; call unfuse() first, or release() to keep it in the weights for good"
+            )
+        if name in self._set.chosen:
+            chosen = {other: strength for other, strength in self._set.chosen.items() if other != name}
+            self._apply(self._set._replace(chosen=chosen))
+        self._switcher.remove(name)
+        del self._tensors[name]
+
+    def fuse(self) -> None:
+        """Let what is active stay in the weights, under whatever is set later, until `unfuse`. Nothing is written.
+
+        Raises SwitchError if nothing is active.
+        """
+        if not self.active:
+            raise SwitchError("nothing is active that could be fused; call set(…) first")
+        self._apply(_Set({}, self._set.fused | self._set.chosen))
+
+    def unfuse(self) -> None:
+        """Take out all that was fused. What was set since stays active; without that, the base is back, bit for bit."""
+        self._apply(self._set._replace(fused={}))
+
+    def release(self) -> None:
+        """Keep what is in the weights for good: from now on it is the base. Nothing is written."""
+        self._hold(self._present())
+        self._switcher.release()
+        self._set = _Set({}, {})
+
+    def save(self, path: str | os.PathLike[str], **adapters: File) -> None:
+        """Write the adapters of several components to one file, each name with its component in front.
+
+        The file says of its training and licence what all of them say. Raises BaseMismatch for an adapter of something else.
+
+            adapters.save("bluefire.safetensors", unet=tuner.adapter("bluefire"), text_encoder="encoder.safetensors")
+        """
+        present = self._present()
+        tensors: dict[str, SparseTensor] = {}
+        prints: dict[str, str] = {}
+        said: list[dict[str, Any]] = []
+        if not adapters:
+            raise AdapterError("nothing to save: save('bluefire.safetensors', unet=adapter)")
+        for component, given in adapters.items():
+            self._known(component, present)
+            adapter = given if isinstance(given, Adapter) else load(given)
+            weights = named_tensors(present[component])
+            for name, tensor in adapter.tensors.items():
+                weight_of(f"the adapter for {component}", name, tensor, weights)
+            adapter = prefixed(adapter, f"{component}.")
+            tensors |= adapter.tensors
+            prints |= adapter.fingerprints
+            said.append(adapter.metadata)
+        same = {key: value for key, value in said[0].items() if all(other.get(key) == value for other in said)}
+        Adapter(tensors, same | {"fingerprints": prints}).save(path)
+
+    def by_step(self, strengths: Callable[[int, int], Mapping[str, Any]]) -> Callable[[Any, int, Any, dict[str, Any]], Any]:
+        """A function for `callback_on_step_end` of a pipeline's call: strengths that change from step to step.
+
+        strengths(step, steps): what `set` takes, name -> strength, for step 1, 2, … steps − 1. The first step, and the text
+        encoders before it, run with what is set when the pipeline is called. After the last step that is set again. If the call
+        ends early, by an exception or an interrupt, what was set last stays: call `set` or `disable`.
+
+            pipe(prompt, callback_on_step_end=adapters.by_step(lambda step, steps: {"bluefire": step / steps}))
+        """
+        before = self._set
+
+        def at_step_end(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal before
+            if step == 0:
+                before = self._set
+            known = getattr(pipe, "num_timesteps", None)
+            steps = len(pipe.scheduler.timesteps) if known is None else known
+            if step + 1 < steps:
+                self.set(strengths(step + 1, steps))
+            else:
+                self._apply(before)
+            return tensors
+
+        return at_step_end
+
+    def _check(self, name: str) -> None:
+        if not isinstance(name, str) or name not in self._tensors:
+            raise SwitchError(f"no adapter {shown(name)}; {did_you_mean(str(name), self._tensors)}")
+        if name in self._set.fused:
+            raise SwitchError(
+                f"adapter {name!r} is fused; call unfuse() first, or release() to keep it in the weights for good"
+            )
+
+    def _apply(self, wanted: _Set) -> None:
+        self._follow()
+        chosen = wanted.fused | (wanted.chosen if wanted.enabled else {})
+        self._switcher.use({name: strength for name, (_, strength) in chosen.items()})
+        self._set = wanted
+
+    def _present(self) -> dict[str, nn.Module]:
+        """The components that the pipeline has now, without wrappers of torch.compile."""
+        found = {name: getattr(self._pipe, name, None) for name in COMPONENTS}
+        return {
+            name: plain_model(module, SwitchError, "PipelineAdapters(pipe)")
+            for name, module in found.items()
+            if isinstance(module, nn.Module)
+        }
+
+    def _known(self, component: str, present: Mapping[str, nn.Module]) -> None:
+        if component not in present:
+            raise AdapterError(f"the pipeline has no component {shown(component)}; {did_you_mean(str(component), present)}")
+
+    def _hold(self, present: Mapping[str, nn.Module]) -> None:
+        """Make these the parts of the switcher's model. It always has all parts, so that a switcher sees each that changes."""
+        self._model._modules.update({name: present.get(name, self._absent) for name in COMPONENTS})
+
+    def _follow(self) -> None:
+        """Find components that were replaced since the last call. What is active becomes active in the new ones, if it fits."""
+        present = self._present()
+        for name, module in present.items():
+            if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters()):
+                raise SwitchError(
+                    f"accelerate keeps the weights of pipe.{name} outside of it (enable_sequential_cpu_offload); call "
+                    "pipe.remove_all_hooks() first, or use enable_model_cpu_offload, which moves it as a whole"
+                )
+        before: dict[str, Any] = dict(self._model._modules)
+        if all(before[name] is present.get(name, self._absent) for name in COMPONENTS):
+            return
+        active = self._switcher.active
+        self._hold(present)
+        if active:
+            try:
+                self._switcher.use(active)  # a copy, or the base loaded again: the base is found under the adapter
+            except SwitchError:  # something else: the old component gets its base, and the new one is taken as it is
+                self._hold(before)
+                self._switcher.use(None)
+                self._hold(present)
+
+
+def _paired(names: Any, strengths: Any) -> dict[str, Any]:
+    """Name -> strength as given."""
+    if isinstance(names, Mapping) and strengths is None:
+        return dict(names)
+    several = [names] if isinstance(names, str) else names
+    if not isinstance(several, list | tuple) or not all(isinstance(name, str) for name in several):
+        raise SwitchError(
+            f'expected a name, set("bluefire"), several, set(["bluefire", "paintings"], [1.0, 0.5]); found {shown(names)}'
+        )
+    if isinstance(strengths, list | tuple):
+        if len(strengths) != len(several):
+            raise AdapterError(
+                f"expected a strength for each of {len(several)} adapters, found {len(strengths)}: {shown(strengths)}"
+            )
+    else:
+        strengths = [1.0 if strengths is None else strengths] * len(several)
+    if len(set(several)) < len(several):
+        raise SwitchError(f"one adapter is named twice: {shown(several)}")
+    return dict(zip(several, strengths, strict=True))
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, names))
