@@ -6,6 +6,7 @@ import string
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -99,7 +100,7 @@ def xl():
             tokenizer=tokenizer(),
             tokenizer_2=tokenizer(),
             unet=diffusers.UNet2DConditionModel.from_config({**unet(**more).config, "cross_attention_dim": 32}).eval(),
-            scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1),
+            scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
             add_watermarker=False,
         )
     )
@@ -121,13 +122,9 @@ def sd3():
         pos_embed_max_size=8,
     )
     parts = dict.fromkeys(("text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"))
-    encoders = {
-        name: text_encoder("CLIPTextModelWithProjection", 4 + n) for n, name in enumerate(("text_encoder", "text_encoder_2"))
-    }
+    parts |= {f"text_encoder{end}": text_encoder("CLIPTextModelWithProjection", 4 + len(end)) for end in ("", "_2")}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return quiet(
-        diffusers.StableDiffusion3Pipeline(transformer=transformer.eval(), scheduler=scheduler, vae=vae(), **parts, **encoders)
-    )
+    return quiet(diffusers.StableDiffusion3Pipeline(transformer=transformer.eval(), scheduler=scheduler, vae=vae(), **parts))
 
 
 def flux():
@@ -144,11 +141,7 @@ def flux():
     )
     parts = {"text_encoder": text_encoder(), **dict.fromkeys(("text_encoder_2", "tokenizer", "tokenizer_2"))}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return quiet(
-        diffusers.FluxPipeline(
-            transformer=transformer.eval(), scheduler=scheduler, vae=vae(), text_encoder=text_encoder(), **parts
-        )
-    )
+    return quiet(diffusers.FluxPipeline(transformer=transformer.eval(), scheduler=scheduler, vae=vae(), **parts))
 
 
 PIPELINES = {"sd": stable_diffusion, "xl": xl, "sd3": sd3, "flux": flux}
@@ -332,8 +325,8 @@ def test_strengths_by_block_as_diffusers_reads_them(pipe, adapters):
         ({"unet": {"up": [0.2, 0.4]}}, {r"unet.up_blocks.\d.\w+.0.": 0.2, r"unet.up_blocks.\d.\w+.1.": 0.4}),
         ({"unet": {"*": 0, "up_blocks.0.resnets": [0.25, 0.5]}}, {"unet.up_blocks.0.resnets.1.": 0.5}),
         ({"unet": {"up.block_0": 0.5, "up": 0.25}}, {"unet.up_blocks.0.": 0.5, "unet.up_blocks.1.": 0.25}),
-        ({"*": 0, "unet": {"mid": [0.5]}}, {"unet.mid_block.": 0.5, "text_encoder.": 0, "unet.conv_in": 1}),
-        ({"text_encoder": {"text_model": 0.5, "*": 0}}, {"unet.": 1}),
+        ({"*": 0, "unet": {"mid": [0.5]}}, {"unet.mid_block.": 0.5, "text_encoder.": 0, "unet.conv_in": 0}),
+        ({"text_encoder": {"encoder": 0.5, "*": 0}}, {"unet.": 1, "text_encoder.encoder": 0.5, "text_encoder.embeddings": 0}),
         ({}, {"unet.": 1}),
     ],
 )
@@ -395,11 +388,7 @@ WRONG = [
     (lambda a: a.load(shira.Adapter({}), "a"), SwitchError, "there is an adapter 'a' already"),
     (lambda a: a.load(adapter(sd3(), 1), "c"), BaseMismatch, "changes 'transformer'; here are 'unet', 'text_encoder'"),
     (lambda a: a.load(adapter(xl(), 1), "c"), BaseMismatch, "does not belong"),
-    (
-        lambda a: a.load(shira.Adapter(adapter(flux(), 1, ("transformer",)).tensors, {"name": "c"})),
-        BaseMismatch,
-        "'transformer'",
-    ),
+    (lambda a: a.load(adapter(flux(), 1, ("transformer",)), "c"), BaseMismatch, "changes 'transformer'"),
     (lambda a: a.load(adapter(a._pipe, 1), "c", component="vae"), AdapterError, "no component 'vae'"),
     (lambda a: a.load(adapter(a._pipe, 1), "c", component="unet"), BaseMismatch, "no tensor 'unet.unet"),
     (lambda a: a.save("x.safetensors"), AdapterError, "nothing to save"),
@@ -554,6 +543,7 @@ def test_a_constant_strength_by_step_is_that_strength(pipe, adapters):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_pipeline_is_cast_while_adapters_are_active(dtype):
     pipe, reference = stable_diffusion(), stable_diffusion().to(dtype)
+    pipe.to(dtype).to(torch.float32)  # values that the narrower dtype holds, or the adapters would belong to another base
     adapters = PipelineAdapters(pipe)
     adapters.load(adapter(pipe, 1), "a")
     adapters.load(adapter(pipe, 2), "b")
@@ -562,6 +552,7 @@ def test_the_pipeline_is_cast_while_adapters_are_active(dtype):
     adapters.set("b", 0.5)
     pipe.to(dtype)
     adapters.set("b")
+    assert (adapters.fused, adapters.active) == ({"a": 1.0}, {"b": 1.0})
     adapters.unfuse()
     adapters.disable()
     assert same_bits(pipe_bits(pipe), pipe_bits(reference))
@@ -718,7 +709,7 @@ STEPS = st.lists(
 @given(STEPS)
 @settings(max_examples=40)
 def test_the_base_is_exact_after_any_sequence_of_calls(steps):
-    pipe = stable_diffusion()
+    pipe = stable_diffusion().to(torch.float16).to(torch.float32)
     made = {"a": adapter(pipe, 1), "b": adapter(pipe, 2, ("unet",)), "d": adapter(pipe, 4, kind="delta")}
     reference = {part: copy.deepcopy(getattr(pipe, part)) for part in PARTS if hasattr(pipe, part)}
     adapters = PipelineAdapters(pipe, ready=2)

@@ -55,6 +55,22 @@ def switcher_of(model):
 
 
 @pytest.mark.parametrize("act", CASTS)
+def test_another_sum_after_a_change_starts_from_the_changed_base(act):
+    """The sum is new, so it is computed from the base under what is active: from the values that are in the stash."""
+    model, other = mlp(), mlp()
+    CASTS[act](other)
+    for each in (model, other):
+        switcher = Switcher(each)
+        for name in ("a", "b"):
+            switcher.add(name, shira.Adapter(adapters(mlp())[name].tensors))  # without fingerprints it fits in any dtype
+        if each is model:
+            switcher.use({"a": 0.5, "b": 2.0})
+            CASTS[act](model)
+        switcher.use({"a": 1.0, "b": 0.5})
+    assert same_bits(all_bits(model), all_bits(other))
+
+
+@pytest.mark.parametrize("act", CASTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("active", ["plain", {"a": 0.5, "b": 2.0}])
 def test_what_is_done_to_a_model_is_done_to_its_base(act, dtype, active):

@@ -109,8 +109,9 @@ class PipelineAdapters:
         name = own if name is None else name
         self._follow()
         prefix = self._prefix(repr(name) if isinstance(adapter, Adapter) else str(adapter), tensors, component)
-        self._switcher.add(name, AdapterSource(prefixed(adapter, prefix) if isinstance(adapter, Adapter) else adapter, prefix))
-        self._tensors[name] = [prefix + tensor for tensor in tensors]
+        if isinstance(name, str) and name not in self.names:
+            self._tensors[name] = [prefix + tensor for tensor in tensors]
+        self._switcher.add(name, AdapterSource(adapter, prefix))
         return name
 
     def _prefix(self, label: str, tensors: list[str], component: str | None) -> str:
@@ -166,15 +167,12 @@ class PipelineAdapters:
 
     def delete(self, name: str) -> None:
         """Take an adapter out of the weights if it is active, and forget it. Raises SwitchError if it is unknown or fused."""
-        if name in self._set.fused:
-            raise SwitchError(
-                f"adapter {name!r} is fused; call unfuse() first, or release() to keep it in the weights for good"
-            )
+        self._check(name)
         if name in self._set.chosen:
             chosen = {other: strength for other, strength in self._set.chosen.items() if other != name}
             self._apply(self._set._replace(chosen=chosen))
         self._switcher.remove(name)
-        del self._tensors[name]
+        self._tensors.pop(name, None)
 
     def fuse(self) -> None:
         """Let what is active stay in the weights, under whatever is set later, until `unfuse`. Nothing is written.
@@ -247,8 +245,8 @@ class PipelineAdapters:
         return at_step_end
 
     def _check(self, name: str) -> None:
-        if not isinstance(name, str) or name not in self._tensors:
-            raise SwitchError(f"no adapter {shown(name)}; {did_you_mean(str(name), self._tensors)}")
+        if name not in self.names:
+            raise SwitchError(f"no adapter {shown(name)}; {did_you_mean(str(name), self.names)}")
         if name in self._set.fused:
             raise SwitchError(
                 f"adapter {name!r} is fused; call unfuse() first, or release() to keep it in the weights for good"

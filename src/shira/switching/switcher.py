@@ -335,7 +335,12 @@ class Switcher:
         """What to write over the base, with every value computed and checked: held ready, or made now."""
         if not key.strengths:
             return Prepared(self._nothing)
-        return self._ready.take(key) or prepare(key, self._sources, self._ready, self._now, self._state.plans)
+        held = self._ready.take(key)
+        if held is None:
+            for plan in self._state.plans:  # sums are computed from the stash, which must still be that of the weights
+                plan.check()
+            held = prepare(key, self._sources, self._ready, self._now, self._state.plans)
+        return held
 
 
 def _owner(switcher: "weakref.ref[Switcher]") -> str:
