@@ -67,7 +67,7 @@ def vae():
     torch.manual_seed(2)
     down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
     blocks = {"block_out_channels": (4, 4), "down_block_types": down, "up_block_types": up}
-    return diffusers.AutoencoderKL(latent_channels=4, norm_num_groups=2, **blocks).eval()
+    return diffusers.AutoencoderKL(latent_channels=4, norm_num_groups=2, shift_factor=0.0, **blocks).eval()
 
 
 def quiet(pipe):
@@ -174,7 +174,7 @@ def adapter(pipe, seed, components=("unet", "transformer", "text_encoder"), shar
     generator = torch.Generator().manual_seed(seed)
     tensors, prints = {}, {}
     for component in components:
-        for name, weight in getattr(pipe, component, nn.Module()).named_parameters():
+        for name, weight in (getattr(pipe, component, None) or nn.Module()).named_parameters():
             if weight.ndim > 1:
                 chosen = (torch.rand(weight.numel(), generator=generator) < share).nonzero().view(-1)
                 old = weight.detach().reshape(-1)[chosen]

@@ -25,6 +25,7 @@ class What(StrEnum):
     orthogonality = "orthogonality"
     distributed = "distributed"
     products = "products"
+    diffusers = "diffusers"
 
 
 ON_A_GPU = (What.switch, What.scale, What.train, What.products)
@@ -36,7 +37,7 @@ def bench(
         typer.Argument(
             help="switch: one weight. scale: LLaMA2-7B's shape. train: a step, and memory. files: bytes. load: from a file. "
             "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size. distributed: what two processes send. "
-            "products: ways to a gradient, on a GPU."
+            "products: ways to a gradient, on a GPU. diffusers: adapters of an image pipeline."
         ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Where to save a plot (PNG).", show_default=False)] = None,
