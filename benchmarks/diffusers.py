@@ -59,13 +59,9 @@ def pipeline(widths: tuple[int, ...]) -> Any:
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * depth,
         cross_attention_dim=64,
     )
-    letters = [
-        *string.ascii_lowercase,
-        *(f"{letter}</w>" for letter in string.ascii_lowercase),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    tokenizer = transformers.CLIPTokenizer(vocab={word: at for at, word in enumerate(letters)}, merges=[], model_max_length=8)
+    letters = string.ascii_lowercase
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(vocab={word: at for at, word in enumerate(words)}, merges=[], model_max_length=8)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     ends = {"vocab_size": len(words), "max_position_embeddings": 8, "bos_token_id": 52, "eos_token_id": 53}
     pipe = diffusers.StableDiffusionPipeline(
