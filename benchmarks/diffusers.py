@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import string
 import tempfile
 import warnings
@@ -262,10 +263,12 @@ def times(widths: tuple[int, ...], count: int, repeats: int) -> dict[str, dict[s
         for number in range(count):
             ours.add(string.ascii_lowercase[number], LINEAR)
     both = (["a", "b"], [1.0, 0.5])
+    others = itertools.count(1)
     changes: dict[str, tuple[Callable[[Lora], Any], Callable[[Lora], Any]]] = {
         "base to a": (lambda ours: ours.off(), lambda ours: ours.set("a")),
         "a to b": (lambda ours: ours.set("a"), lambda ours: ours.set("b")),
         "a to a + b/2": (lambda ours: ours.set("a"), lambda ours: ours.set(*both)),
+        "a to a strength not used before": (lambda ours: ours.set("a"), lambda ours: ours.set("a", 1 / (1 + next(others)))),
         "fuse a + unfuse": (lambda ours: ours.set("a"), lambda ours: ours.fuse_and_unfuse()),
         "a call of the UNet on the base": (lambda ours: ours.off(), lambda ours: ours.noise()),
         "a call of the UNet with a": (lambda ours: ours.set("a"), lambda ours: ours.noise()),

@@ -108,7 +108,11 @@ def _base_here(weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> T
     for plan in plans:
         for part, stash in zip(plan.parts, plan.stash, strict=True):
             if part.weight is weight and part.indices.numel():
-                place = torch.searchsorted(part.indices, indices.to(part.indices.dtype))
+                wanted = indices.to(part.indices.dtype)
+                if wanted.shape == part.indices.shape and torch.equal(wanted, part.indices):  # another strength of the same
+                    values.copy_(stash)
+                    continue
+                place = torch.searchsorted(part.indices, wanted)
                 place.clamp_(max=part.indices.numel() - 1)
                 hit = part.indices[place] == indices
                 values[hit] = stash[place[hit]]
