@@ -3,6 +3,8 @@
 import copy
 import re
 import string
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 import shira
 from conftest import all_bits, bits, same_bits
+from interrupting import interrupted
 from shira import AdapterError, BaseMismatch, SwitchError
 from shira.integrations.diffusers import PipelineAdapters
 
@@ -741,3 +744,67 @@ def test_the_base_is_exact_after_any_sequence_of_calls(steps):
     assert same_bits(
         pipe_bits(pipe), {f"{part}.{n}": b for part, model in reference.items() for n, b in all_bits(model).items()}
     )
+
+
+INTERRUPTED = {
+    "load": lambda adapters: adapters.load(adapters.third, "c"),
+    "set": lambda adapters: adapters.set(["a", "b"], 0.5),
+    "fuse": lambda adapters: (adapters.set("a"), adapters.fuse(), adapters.set("b")),
+    "unfuse": lambda adapters: (adapters.set("a"), adapters.fuse(), adapters.unfuse(), adapters.disable()),
+    "delete": lambda adapters: (adapters.set("a"), adapters.delete("a")),
+    "replace": lambda adapters: (adapters.set("a"), setattr(adapters._pipe, "unet", adapters.copy), adapters.set("b")),
+}
+
+
+@pytest.mark.parametrize("call", INTERRUPTED)
+def test_the_base_survives_interrupts(pipe, call):
+    base, original = pipe_bits(pipe), pipe.unet
+    parts = {"unet": copy.deepcopy(pipe.unet), "text_encoder": copy.deepcopy(pipe.text_encoder)}
+    small = [adapter(SimpleNamespace(**parts), seed, share=0.02) for seed in (1, 2, 3)]
+    few = ["unet.conv_in.weight", "unet.conv_out.weight", "text_encoder.encoder.layers.0.mlp.fc1.weight"]
+    small = [shira.Adapter({name: each.tensors[name] for name in few}, each.metadata) for each in small]
+    lines, line = 10**9, 10**9
+    while line > 0:
+        adapters = PipelineAdapters(pipe)
+        adapters.third, adapters.copy = small[2], parts["unet"]
+        adapters.load(small[0], "a")
+        adapters.load(small[1], "b")
+        with interrupted(line) as left:
+            INTERRUPTED[call](adapters)
+        assert bool(left) == (line == 10**9)
+        lines = lines - left[0] if left else lines  # the first time nothing strikes, and the lines are counted
+        adapters.unfuse()
+        adapters.disable()
+        assert same_bits(pipe_bits(pipe), base), line
+        assert same_bits(all_bits(parts["unet"]), all_bits(original)), line
+        pipe.unet = original
+        adapters.set("b")
+        adapters.disable()
+        assert same_bits(pipe_bits(pipe), base), line
+        line = min(line, lines) - 1 - lines // 20
+    assert lines > 100
+
+
+def test_the_snippets_of_the_page_run(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    pipe = stable_diffusion()
+    pipe.unet = unet(layers=2)
+    base = pipe_bits(pipe)
+    paintings = adapter(pipe, 2)
+    shira.Adapter(paintings.tensors, paintings.metadata | {"name": "paintings"}).save("paintings.safetensors")
+    run = pipe.__call__
+    monkeypatch.setattr(type(pipe), "__call__", lambda self, *given, **more: run(*given, height=16, width=16, **more))
+    names = {"pipe": pipe, "batches": [noise_batch(0), noise_batch(1)], "loss": noise_loss}
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, names)
+    assert same_bits(pipe_bits(pipe), base)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_in_small(run, tmp_path):
+    code, out, err = run(f"bench diffusers --quick --plot {tmp_path}/plot.png")
+    assert code == 0, err
+    assert "0 of 1,120,548 changed" in out and (tmp_path / "plot.png").exists()

@@ -268,7 +268,7 @@ class PipelineAdapters:
         }
 
     def _known(self, component: str, present: Mapping[str, nn.Module]) -> None:
-        if component not in present:
+        if not isinstance(component, str) or component not in present:
             raise AdapterError(f"the pipeline has no component {shown(component)}; {did_you_mean(str(component), present)}")
 
     def _hold(self, present: Mapping[str, nn.Module]) -> None:
