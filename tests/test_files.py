@@ -178,7 +178,7 @@ def test_a_file_that_lends_its_positions_is_looked_at_as_well(registered):
 def test_an_unchanged_file_is_not_compared_with_the_base_again(registered, monkeypatch):
     switcher, path, _, _ = registered
     compared = []
-    monkeypatch.setattr(shira.switching.model_now, "check_base", lambda label, *_: compared.append(label))
+    monkeypatch.setattr(shira.switching.model_state, "check_base", lambda label, *_: compared.append(label))
     switcher.use("poet")
     switcher.use("other")
     switcher.use("poet")

@@ -18,9 +18,9 @@ from ..sparse.positions import checksum
 from ..sparse.tensor import Kind, SparseTensor, numel_of
 from ..texts import shown, strict_json
 from . import encoding
-from .foreign import instead
 from .metadata import check_metadata
 from .paths import State, open_regular, path_of, state_of
+from .suggestions import instead
 from .tensorfiles import read_header, read_tensor
 
 __all__ = ["FileChanged", "Gaps", "StoredTensors", "neighbour"]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import Overlap
+from ..kernels import UnitedPositions
 from ..sparse.tensor import SparseTensor
-from .methods import Method, Share
+from .methods import AdapterChange, Method
 
 __all__ = ["combine"]
 
@@ -16,7 +16,7 @@ __all__ = ["combine"]
 def combine(
     name: str,
     parts: Sequence[tuple[SparseTensor, float]],
-    overlap: Overlap,
+    overlap: UnitedPositions,
     base: Tensor,
     method: Method,
     *,
@@ -43,12 +43,12 @@ def combine(
             change = torch.sub(change, under, out=under)
         if strength != 1:
             change = strength * change
-        piece, factor = method.thin(Share(name, tensor.indices, values, change, place))
+        piece, factor = method.thin(AdapterChange(name, tensor.indices, values, change, place))
         pieces.append(piece)
         exact.append(strength * factor == 1 and (deltas or tensor.kind == "overwrite"))
     if method.thins:
         left = kernels.unite([piece.places for piece in pieces])
-        overlap = Overlap(overlap.indices[left.indices], left.places, left.counts)
+        overlap = UnitedPositions(overlap.indices[left.indices], left.places, left.counts)
         base, wide = base[left.indices], wide[left.indices]
     result = (wide + method.combine([piece.change for piece in pieces], overlap)).to(base.dtype)
     alone = torch.empty_like(result) if all(exact) else result.clone()

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, did_you_mean
-from ..kernels import Overlap, overwrite_
+from ..kernels import UnitedPositions, overwrite_
 from ..sparse.positions import coin, seed_of
 from ..sparse.tensor import SHA256, fingerprint
 from ..sparse.topk import top_k
 from ..texts import shown
 
-__all__ = ["METHODS", "Method", "Share", "drop", "elect", "largest", "mean", "resolve", "total", "trim"]
+__all__ = ["METHODS", "AdapterChange", "Method", "drop", "elect", "largest", "mean", "resolve", "total", "trim"]
 
 
-class Share(NamedTuple):
+class AdapterChange(NamedTuple):
     """One adapter's share of one tensor."""
 
     name: str  # the tensor's
@@ -38,7 +38,7 @@ class Share(NamedTuple):
     places: Tensor  # [k], rising, where its positions are in the union of all adapters' positions
 
 
-def total(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
+def total(changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
     """The sum of the changes (SHiRA §3.2, arXiv 2406.13175; task arithmetic, arXiv 2212.04089, which negates by α < 0)."""
     added = changes[0].new_zeros(overlap.indices.numel())
     for change, place in zip(changes, overlap.places, strict=True):
@@ -51,12 +51,12 @@ def _add_(sums: Tensor, place: Tensor, change: Tensor) -> None:
     overwrite_(sums, place, sums.index_select(0, place) + change)
 
 
-def mean(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
+def mean(changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
     """The mean of the changes at each entry (the stitching of Localize-and-Stitch, arXiv 2408.13656)."""
     return total(changes, overlap).div_(overlap.counts)
 
 
-def largest(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
+def largest(changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
     """The change with the largest magnitude at each entry; among equal ones the first."""
     best = changes[0].new_zeros(overlap.indices.numel())
     for change, place in zip(changes, overlap.places, strict=True):
@@ -65,7 +65,7 @@ def largest(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
     return best
 
 
-def elect(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
+def elect(changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
     """The mean of the changes with the sign of their sum; 0 where the sum is 0 (TIES, steps 2 and 3, arXiv 2306.01708)."""
     sign = total(changes, overlap).sign_()
     agreed, count = torch.zeros_like(sign), torch.zeros_like(sign)
@@ -76,7 +76,7 @@ def elect(changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
     return agreed.div_(count.clamp_(min=1))
 
 
-def trim(part: Share, density: float = 0.2) -> tuple[Tensor, float]:
+def trim(part: AdapterChange, density: float = 0.2) -> tuple[Tensor, float]:
     """Keep the largest changes (TIES, step 1, arXiv 2306.01708).
 
     density: the share of the adapter's entries in the tensor to keep, above 0, at most 1. The paper ranks all changes of a
@@ -86,7 +86,7 @@ def trim(part: Share, density: float = 0.2) -> tuple[Tensor, float]:
     return top_k(part.change.abs().nan_to_num_(nan=math.inf, posinf=math.inf), kept), 1.0
 
 
-def drop(part: Share, drop: float = 0.5, seed: int = 0) -> tuple[Tensor, float]:
+def drop(part: AdapterChange, drop: float = 0.5, seed: int = 0) -> tuple[Tensor, float]:
     """Drop each change with a probability, and scale up the others to keep the expected sum (DARE, arXiv 2311.03099).
 
     drop: the probability, at least 0, below 1. What is dropped depends only on the seed, the tensor's name, the positions and
@@ -114,15 +114,17 @@ class Method(NamedTuple):
         """Whether each adapter's changes are thinned out before they are combined."""
         return METHODS[self.name].thin is not None
 
-    def thin(self, part: Share) -> tuple[Share, float]:
+    def thin(self, part: AdapterChange) -> tuple[AdapterChange, float]:
         """What stays of a part, and the factor by which its changes were multiplied."""
         function = METHODS[self.name].thin
         if function is None:
             return part, 1.0
         kept, factor = function(part, **dict(self.options))
-        return Share(part.name, part.indices[kept], part.values[kept], factor * part.change[kept], part.places[kept]), factor
+        return AdapterChange(
+            part.name, part.indices[kept], part.values[kept], factor * part.change[kept], part.places[kept]
+        ), factor
 
-    def combine(self, changes: Sequence[Tensor], overlap: Overlap) -> Tensor:
+    def combine(self, changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
         """The total change [n] at the positions of the overlap."""
         return METHODS[self.name].combine(changes, overlap)
 
@@ -132,7 +134,7 @@ class Method(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    combine: Callable[[Sequence[Tensor], Overlap], Tensor]
+    combine: Callable[[Sequence[Tensor], UnitedPositions], Tensor]
     thin: Callable[..., tuple[Tensor, float]] | None = None
 
 

@@ -11,21 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import opaque, reference, torch_ops
+from . import custom_ops, reference, torch_ops
 from .backends import BACKENDS, backend, backend_for, backend_of
 from .cpu import native
 from .gpu import ops as gpu
-from .gpu.waiting import Waiting, arrived
+from .gpu.host_memory import Waiting, arrived
 from .pattern import Pattern, find_pattern
-from .plan import Combined, Contribution, Overlap, Sum, WeightChanged, WeightMemory, Write, WritePlan, same_bits
+from .plan import Combined, Contribution, Sum, UnitedPositions, WeightChanged, WeightMemory, Write, WritePlan, same_bits
 
 __all__ = [
     "BACKENDS",
     "Combined",
     "Contribution",
-    "Overlap",
     "Pattern",
     "Sum",
+    "UnitedPositions",
     "Waiting",
     "WeightChanged",
     "WeightMemory",
@@ -55,7 +55,7 @@ __all__ = [
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
     """The entries of `weight` at `indices` [k], as a new tensor [k]."""
     if torch.compiler.is_compiling():
-        gathered: Tensor = opaque.gather(weight, indices)
+        gathered: Tensor = custom_ops.gather(weight, indices)
         return gathered
     values: Tensor = backend_for(weight, indices).gather(weight, indices)
     return values
@@ -147,9 +147,9 @@ def prepare(plan: WritePlan) -> None:
         gpu.prepare(plan)
 
 
-def unite(runs: Sequence[Tensor]) -> Overlap:
+def unite(runs: Sequence[Tensor]) -> UnitedPositions:
     """The union of the positions of several tensors. runs: one or more, each [k], sorted and unique, int32 or int64."""
-    overlap: Overlap = backend_for(*runs).unite(runs)
+    overlap: UnitedPositions = backend_for(*runs).unite(runs)
     return overlap
 
 
@@ -177,7 +177,7 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     grad_output: [tokens, out]; input: [tokens, in]; indices: [k], flat in [out, in].
     """
     if torch.compiler.is_compiling():
-        sampled: Tensor = opaque.sampled_gradient(grad_output, input, indices)
+        sampled: Tensor = custom_ops.sampled_gradient(grad_output, input, indices)
         return sampled
     gradient: Tensor = backend_for(grad_output, input, indices).sampled_gradient(grad_output, input, indices)
     return gradient
@@ -191,6 +191,6 @@ def gradient_of_rows(rows: Tensor, gradients: Tensor, indices: Tensor) -> Tensor
     Rows that do not occur take no memory.
     """
     if torch.compiler.is_compiling():
-        compiled: Tensor = opaque.gradient_of_rows(rows, gradients, indices)
+        compiled: Tensor = custom_ops.gradient_of_rows(rows, gradients, indices)
         return compiled
     return torch_ops.gradient_of_rows(rows, gradients, indices)

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from ..errors import ShiraError
 
-__all__ = ["Combined", "Contribution", "Overlap", "Sum", "WeightChanged", "WeightMemory", "Write", "WritePlan", "same_bits"]
+__all__ = [
+    "Combined",
+    "Contribution",
+    "Sum",
+    "UnitedPositions",
+    "WeightChanged",
+    "WeightMemory",
+    "Write",
+    "WritePlan",
+    "same_bits",
+]
 
 
 class WeightChanged(ShiraError):
@@ -36,7 +46,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-class Overlap(NamedTuple):
+class UnitedPositions(NamedTuple):
     """The union of the positions of several sparse tensors of one shape."""
 
     indices: Tensor  # [n], sorted and unique, in the dtype of the tensors' positions
@@ -79,7 +89,7 @@ class Sum(NamedTuple):
     strengths: tuple[float, ...]  # for each adapter its α
 
     @classmethod
-    def of(cls, overlap: Overlap, parts: Sequence[tuple[Tensor, float]]) -> "Sum":
+    def of(cls, overlap: UnitedPositions, parts: Sequence[tuple[Tensor, float]]) -> "Sum":
         """The sum of adapters at the union of their positions. parts: the values and the strength of each adapter."""
         places = []
         for (values, _), own in zip(parts, overlap.places, strict=True):
@@ -107,7 +117,7 @@ class WritePlan:
     sums: tuple[Sum | None, ...] = ()
     compiled: Any = None  # the plan as cpu/native.py needs it
     launches: dict[torch.device, Any] = field(default_factory=dict)  # the plan as gpu/ops.py needs it
-    arrival: list[Any] = field(default_factory=list)  # copies in progress, of gpu/waiting.py
+    arrival: list[Any] = field(default_factory=list)  # copies in progress, of gpu/host_memory.py
     writer: "WritePlan | None" = None  # set by `over`: the plan with these values
     keeper: "WritePlan | None" = None  # set by `over`: the plan with this stash
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .plan import Overlap, Sum, WeightChanged, WritePlan, same_bits
+from .plan import Sum, UnitedPositions, WeightChanged, WritePlan, same_bits
 
 __all__ = ["gather", "look_at", "overwrite_", "restore_", "sampled_gradient", "swap_", "unite", "write_", "write_sums_"]
 
@@ -96,10 +96,10 @@ def _summed(base: Tensor, made: Sum) -> Tensor:
     return torch.where((count == 1) & exact, alone, (wide + total).to(base.dtype))
 
 
-def unite(runs: Sequence[Tensor]) -> Overlap:
+def unite(runs: Sequence[Tensor]) -> UnitedPositions:
     """The union of the positions of several tensors. runs: one or more, each [k], sorted and unique."""
     indices, counts = torch.unique(torch.cat(list(runs)), return_counts=True)
-    return Overlap(indices, [torch.searchsorted(indices, run, out_int32=True) for run in runs], counts.int())
+    return UnitedPositions(indices, [torch.searchsorted(indices, run, out_int32=True) for run in runs], counts.int())
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

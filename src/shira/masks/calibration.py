@@ -23,7 +23,7 @@ from ..weights.buffers import Buffers
 from ..weights.distributed import full, is_sharded
 from ..weights.quantized import shape_of
 from ..weights.targets import is_conv1d
-from ..weights.undoing import Undo, hooks_of, set_hook
+from ..weights.undo import Undo, hooks_of, set_hook
 
 __all__ = ["LossFn", "Progress", "calibrate", "model_loss", "same_random_numbers", "without_cudnn_attention"]
 

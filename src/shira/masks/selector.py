@@ -11,7 +11,7 @@ from .. import masks
 from ..sparse.positions import index_dtype
 from ..weights.distributed import full, groups_of, is_sharded, same_everywhere
 from ..weights.quantized import dense
-from ..weights.undoing import Undo
+from ..weights.undo import Undo
 from . import BudgetPlan, Mask
 from .avoiding import count_of
 from .calibration import LossFn, Progress, calibrate

@@ -14,8 +14,8 @@ from ..kernels import Sum, Write, WritePlan
 from ..sparse.tensor import SparseTensor, all_finite
 from ..weights.model_tensors import is_buffer
 from ..weights.quantized import is_quantized
-from . import beside
-from .model_now import ModelNow
+from . import quantized_layers
+from .model_state import ModelState
 from .ready import Chosen, Prepared, Ready
 from .sources import AdapterSource
 
@@ -23,7 +23,7 @@ __all__ = ["checked", "overflow", "prepare"]
 
 
 def prepare(
-    key: Chosen, sources: Mapping[str, AdapterSource], ready: Ready, now: ModelNow, active: Sequence[WritePlan]
+    key: Chosen, sources: Mapping[str, AdapterSource], ready: Ready, now: ModelState, active: Sequence[WritePlan]
 ) -> Prepared:
     """A selection with every value computed and checked. It is held ready from now on, if that is possible.
 
@@ -39,7 +39,7 @@ def prepare(
     made, products = [], []
     for name, parts in by_weight.values():
         if is_quantized(now.weights[name]):
-            products.append(beside.product(name, now.weights[name], parts, key.method))
+            products.append(quantized_layers.product(name, now.weights[name], parts, key.method))
         else:
             made.append(_write(name, parts, key.method, ready, now, active))
     plan = WritePlan.of([write for write, _ in made], [total for _, total in made])
@@ -48,7 +48,7 @@ def prepare(
     return prepared if moves else ready.hold(key, prepared)
 
 
-def checked(name: str, source: AdapterSource, now: ModelNow, active: Sequence[WritePlan]) -> dict[str, SparseTensor]:
+def checked(name: str, source: AdapterSource, now: ModelState, active: Sequence[WritePlan]) -> dict[str, SparseTensor]:
     """The tensors of an adapter, read and checked against the model. Raises what `Switcher.add` raises."""
     adapter, is_new = source.read()
     tensors = now.checked(source.label(name), adapter, active, is_new=is_new)
@@ -66,7 +66,7 @@ def _write(
     parts: list[tuple[SparseTensor, float]],
     method: Method,
     ready: Ready,
-    now: ModelNow,
+    now: ModelState,
     active: Sequence[WritePlan],
 ) -> tuple[Write, Sum | None]:
     """The write to one tensor; and the sum that gives its values, if the kernel computes the sum while it writes."""
@@ -86,7 +86,7 @@ def _write(
     return _here(weight, indices, values, ready, now), None
 
 
-def _here(weight: Tensor, indices: Tensor, values: Tensor, ready: Ready, now: ModelNow) -> Write:
+def _here(weight: Tensor, indices: Tensor, values: Tensor, ready: Ready, now: ModelState) -> Write:
     """A write to a weight or, if the weight is sharded, to its local piece."""
     piece = now.pieces.get(id(weight))
     if piece is not None:

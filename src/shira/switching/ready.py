@@ -12,7 +12,7 @@ from ..errors import SwitchError
 from ..fusion.methods import Method, resolve
 from ..fusion.strengths import CheckedStrength, Strength, check_strengths, is_there
 from ..kernels import Waiting, WritePlan
-from .beside import AddedProduct
+from .quantized_layers import AddedProduct
 
 __all__ = ["BASE", "Chosen", "Prepared", "Ready", "Selection", "chosen"]
 

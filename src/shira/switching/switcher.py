@@ -26,10 +26,10 @@ from ..sparse.tensor import all_finite
 from ..weights.distributed import reshard
 from ..weights.model_tensors import ModelTensors, named_tensors, plain_model
 from ..weights.owners import check_free
-from .model_now import ModelNow
+from .model_state import ModelState
 from .preparing import checked, overflow, prepare
-from .putting_back import put_back
 from .ready import BASE, Chosen, Prepared, Ready, Selection, chosen
+from .recovery import put_back
 from .sources import AdapterSource
 
 __all__ = ["Switcher"]
@@ -77,7 +77,7 @@ class Switcher:
         self._blocks: list[list[Chosen]] = []  # the open blocks of `using`
         self._state: _State = _State(BASE)
         self._owner = functools.partial(_owner, weakref.ref(self))
-        self._now = ModelNow(self._model, self._owner)
+        self._now = ModelState(self._model, self._owner)
 
     @property
     def names(self) -> list[str]:
@@ -171,7 +171,7 @@ class Switcher:
         Use it when the base is not known any more, after `use` has said so; or to keep an adapter in the weights for good.
         """
         with self._turn, _writable():
-            self._now.sides.show(())
+            self._now.quantized.show(())
             self._state = _State(BASE)
             self._take_up()
 
@@ -211,7 +211,7 @@ class Switcher:
         state = self._state
         if state.chosen is not None:
             return
-        self._now.sides.show(())
+        self._now.quantized.show(())
         try:
             for plan in state.plans:
                 if plan.begun[0]:
@@ -254,7 +254,7 @@ class Switcher:
         """Restore the base in the model as it is now, and start again from it, with nothing active."""
         if self._state.plans:
             self._put_back(self._state)
-        self._now.sides.show(())
+        self._now.quantized.show(())
         self._state = _State(BASE)
         self._take_up()
 
@@ -263,7 +263,7 @@ class Switcher:
         self._ready.drop()
         for source in self._sources.values():
             source.check_again()
-        self._now = ModelNow(self._model, self._owner)
+        self._now = ModelState(self._model, self._owner)
 
     def _activate(self, wanted: Chosen) -> None:
         self._settle()
@@ -302,7 +302,7 @@ class Switcher:
                 finite = kernels.write_sums_(coming, leaving)
             else:
                 kernels.change_(leaving, coming)
-            self._now.sides.show(prepared.beside)
+            self._now.quantized.show(prepared.beside)
             self._was_written()
             if finite:
                 self._state = _State(wanted, (coming,)) if wanted.strengths else _State(BASE)

@@ -16,7 +16,7 @@ from ..errors import TuningError
 from ..weights.distributed import Piece, is_sharded
 from ..weights.model_tensors import OWN
 from ..weights.targets import VALUES, Use
-from ..weights.undoing import Undo
+from ..weights.undo import Undo
 
 __all__ = ["BASE", "Followed", "Held", "Kept", "value_name"]
 

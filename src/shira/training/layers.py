@@ -19,7 +19,7 @@ from ..errors import TuningError
 from ..weights.distributed import is_partitioned
 from ..weights.model_tensors import OWN
 from ..weights.targets import Use
-from ..weights.undoing import Undo, hooks_of, set_hook
+from ..weights.undo import Undo, hooks_of, set_hook
 from .following import value_name
 from .masters import Masters
 

@@ -14,7 +14,7 @@ from ..sparse.topk import top_k
 from ..weights.distributed import full, is_sharded, piece_of
 from ..weights.quantized import dense
 from ..weights.targets import Target, is_conv1d
-from ..weights.undoing import Undo
+from ..weights.undo import Undo
 from .following import BASE, Followed, Held, Kept
 from .variants.factors import Factors
 

@@ -15,7 +15,7 @@ from ..errors import TuningError
 from ..masks import BudgetPlan
 from ..masks.selector import Selector
 from ..sparse.positions import overlap
-from ..weights.undoing import Undo
+from ..weights.undo import Undo
 from .masters import Masters
 from .steps import computing_dense
 

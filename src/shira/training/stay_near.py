@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import TuningError
 from ..masks.calibration import LossFn, Progress, calibrate
 from ..masks.selector import LEAST_MEMORY
-from ..weights.undoing import Undo, hooks_of, set_hook
+from ..weights.undo import Undo, hooks_of, set_hook
 from .masters import Masters
 
 __all__ = ["hold"]

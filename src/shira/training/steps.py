@@ -14,7 +14,7 @@ from ..weights import optimizers
 from ..weights.distributed import average_after_backward, check_positions, groups_of, reshard
 from ..weights.model_tensors import OWN, Tree
 from ..weights.targets import Target
-from ..weights.undoing import Undo, hooks_of, set_hook
+from ..weights.undo import Undo, hooks_of, set_hook
 from .following import value_name
 from .layers import install
 from .masters import Masters

@@ -11,7 +11,7 @@ from ..errors import TuningError
 from ..sparse.tensor import Kind
 from ..weights.model_tensors import OWN
 from ..weights.targets import Target, Use
-from ..weights.undoing import Undo, hooks_of, set_hook
+from ..weights.undo import Undo, hooks_of, set_hook
 from .following import Held
 
 __all__ = ["Hooked", "TunedWeight"]

@@ -1,6 +1,6 @@
 """The `Tuner`: a model in training. It makes adapters of what was trained, and restores the model.
 
-Every change to the model is recorded (`undoing`) before it is made. So an interrupt at any line of `attach`, `detach` or their
+Every change to the model is recorded (`undo`) before it is made. So an interrupt at any line of `attach`, `detach` or their
 undo steps leaves a state from which the next call continues. The model holds its tuner as `model.shira_tuner`.
 """
 
@@ -28,7 +28,7 @@ from ..weights.model_tensors import OWN
 from ..weights.owners import Claim, claim
 from ..weights.quantized import keep_differentiable, shape_of
 from ..weights.targets import Target
-from ..weights.undoing import Undo
+from ..weights.undo import Undo
 from . import refresh, resuming, stay_near, steps
 from .following import Held
 from .layers import forget_copies, let_checkpoints_see_gradients
@@ -55,7 +55,7 @@ class Trained(NamedTuple):
 class Tuner:
     """A model in training, from `attach` to `detach`. Also a context manager that detaches at its end.
 
-    model: the model that it is attached to. at_detach: steps that `detach` runs (`undoing.Undo`). After an interrupt a step may
+    model: the model that it is attached to. at_detach: steps that `detach` runs (`undo.Undo`). After an interrupt a step may
     run again, which must be harmless.
     """
 

@@ -29,7 +29,7 @@ from ..weights.distributed import check_plain, is_sharded
 from ..weights.model_tensors import named_tensors, plain_model
 from ..weights.owners import claim
 from ..weights.targets import Target
-from ..weights.undoing import Undo
+from ..weights.undo import Undo
 from .trainable import check_trainable
 from .tuner import Tuner
 from .variants import choosing

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..sparse.tensor import FLOAT_DTYPES
 from .distributed import is_sharded
 from .model_tensors import OWN, is_buffer, named_tensors
-from .undoing import Undo
+from .undo import Undo
 
 __all__ = ["Buffers"]
 

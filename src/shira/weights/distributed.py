@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError, TuningError
-from .undoing import Undo, hooks_of, set_hook
+from .undo import Undo, hooks_of, set_hook
 
 __all__ = [
     "Piece",

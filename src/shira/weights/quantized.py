@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .undoing import Undo
+from .undo import Undo
 
 __all__ = ["dense", "is_quantized", "keep_differentiable", "label", "shape_of"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import torch_ops
-from ..plan import Combined, Contribution, Overlap, WeightChanged, Write, WritePlan
+from ..plan import Combined, Contribution, UnitedPositions, WeightChanged, Write, WritePlan
 
 __all__ = [
     "available",
@@ -108,7 +108,7 @@ def restore_(plan: WritePlan, *, look: bool) -> None:
     _run(plan, _compiled(plan), RESTORE, int(plan.begun[0]), look=look)
 
 
-def unite(runs: Sequence[Tensor]) -> Overlap:
+def unite(runs: Sequence[Tensor]) -> UnitedPositions:
     """See `reference.unite`: one window of positions at a time, one bit for each position, without sorting.
 
     Raises IndexError for positions below 0, or from 2⁶² on.
@@ -127,7 +127,9 @@ def unite(runs: Sequence[Tensor]) -> Overlap:
     indices, counts = (torch.empty(room, dtype=kind, device=CPU) for kind in (dtype, torch.int32))
     given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
     found = _native.unite(*given)
-    return Overlap(indices[:found].clone(), places, counts[:found])  # callers keep the positions: not the spare memory, too
+    return UnitedPositions(
+        indices[:found].clone(), places, counts[:found]
+    )  # callers keep the positions: not the spare memory, too
 
 
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:

@@ -15,12 +15,12 @@ from ..weights.distributed import gather_pieces, is_sharded, piece_of, reshard
 from ..weights.model_tensors import ModelTensors, is_buffer
 from ..weights.optimizers import watch
 from ..weights.owners import claim
-from .beside import Sides
+from .quantized_layers import QuantizedLayers
 
-__all__ = ["ModelNow"]
+__all__ = ["ModelState"]
 
 
-class ModelNow:
+class ModelState:
     """What is known about a model. It is valid until the model changes.
 
     weights: every name of each tensor -> the tensor; tensors with the same memory are one object.
@@ -34,7 +34,7 @@ class ModelNow:
         self.tensors = ModelTensors(model)
         self.weights = self.tensors.by_name
         self.pieces = {id(weight): piece_of(name, weight) for name, weight in self.weights.items() if is_sharded(weight)}
-        self.sides = Sides(model)
+        self.quantized = QuantizedLayers(model)
         self.claim = claim(model, owner, None)
         watch()
         self._watched: list[Tensor] = []  # the weights that any adapter has been checked against
@@ -56,7 +56,7 @@ class ModelNow:
         There is one tensor for each tied weight. label: the adapter's name in messages. plans: what is active over the base.
         is_new: whether the content is new; then the base is compared. Raises BaseMismatch.
         """
-        plain, _ = self.sides.split(label, adapter, self.weights)
+        plain, _ = self.quantized.split(label, adapter, self.weights)
         if is_new:
             shared = next((name for name in adapter.tensors if name in self.tensors.overlapping), None)
             if shared is not None:

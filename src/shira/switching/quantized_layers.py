@@ -16,7 +16,7 @@ from ..sparse.tensor import SparseTensor, all_finite
 from ..weights.belonging import weight_of
 from ..weights.quantized import is_quantized, label, shape_of
 
-__all__ = ["AddedProduct", "Sides", "product"]
+__all__ = ["AddedProduct", "QuantizedLayers", "product"]
 
 
 class AddedProduct(NamedTuple):
@@ -27,7 +27,7 @@ class AddedProduct(NamedTuple):
     values: Tensor  # float32 [n]
 
 
-class Sides:
+class QuantizedLayers:
     """The quantized linear layers of a model. Shows products by adding them to the layers' outputs."""
 
     def __init__(self, model: nn.Module) -> None:
