@@ -49,7 +49,7 @@ def _panels(pyplot: Any, count: int, height: float, most: int = 2) -> tuple[Any,
 
 
 def matrices(pyplot: Any, found: Comparison) -> Any:
-    """UnitedPositions, AWOR and cosine, adapters by adapters."""
+    """Overlap, AWOR and cosine, adapters by adapters."""
     names = found.adapters
     fields: dict[str, Callable[[Any], float | None]] = {
         "overlap": lambda pair: pair.overlap,
