@@ -1,4 +1,4 @@
-"""Make options of commands from the fields of the Recipe."""
+"""Make options of commands from the fields of a recipe."""
 
 import inspect
 from collections.abc import Callable
@@ -11,19 +11,27 @@ from ..runs.recipes import Recipe
 
 __all__ = ["given", "recipe_options"]
 
-FIELDS = {field.name: (field.metadata, allowed) for field, allowed in kinds(Recipe)}
+
+def fields_of(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Name -> (what its definition says, types that its value may have) for each option of a kind of recipe."""
+    return {field.name: (field.metadata, allowed) for field, allowed in kinds(kind)}
 
 
-def recipe_options(*names: str, **defaults: Any) -> Callable[[Any], Any]:
-    """Add options of the Recipe to a command that takes `**options`: those named here, or all. defaults: other defaults."""
+FIELDS = fields_of(Recipe)
+
+
+def recipe_options(*names: str, of: Any = Recipe, **defaults: Any) -> Callable[[Any], Any]:
+    """Add options of a recipe to a command that takes `**options`: those named here, or all. defaults: other defaults."""
+    fields = fields_of(of)
 
     def add(command: Any) -> Any:
         parameters = [each for each in inspect.signature(command).parameters.values() if each.kind is not each.VAR_KEYWORD]
         group = None
-        for name, (about, _) in FIELDS.items():
+        for name, (about, kinds_of_value) in fields.items():
             group = about["group"] or group
             if name in (*names, *defaults) or not names:
-                parameters.append(_parameter(name, defaults.get(name), None if names else group))
+                usual, panel = getattr(of(), name), None if names else group
+                parameters.append(_parameter(name, about, kinds_of_value[0], usual, defaults.get(name), panel))
         command.__signature__ = inspect.Signature(parameters)
         command.__annotations__ = {each.name: each.annotation for each in parameters}
         return command
@@ -31,11 +39,11 @@ def recipe_options(*names: str, **defaults: Any) -> Callable[[Any], Any]:
     return add
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, parsed to the Recipe's values. Raises typer.BadParameter if one cannot be parsed."""
-    found = {name: value for name, value in options.items() if value not in (None, [])}
+def given(options: dict[str, Any], of: Any = Recipe) -> dict[str, Any]:
+    """The options that were given, parsed to the recipe's values. Raises typer.BadParameter if one cannot be parsed."""
+    found, fields = {name: value for name, value in options.items() if value not in (None, [])}, fields_of(of)
     for name, value in found.items():
-        about, _ = FIELDS[name]
+        about, _ = fields[name]
         try:
             found[name] = about["parse"](value) if about["parse"] else value
         except ValueError:
@@ -44,11 +52,9 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _parameter(name: str, default: Any, group: str | None) -> inspect.Parameter:
+def _parameter(name: str, about: Any, kind: Any, usual: Any, default: Any, group: str | None) -> inspect.Parameter:
     """One option of a command. Without a default here it is None if it is not given, since a recipe file may set it."""
-    about, (kind, *_) = FIELDS[name]
     choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
-    usual = getattr(Recipe(), name)
     shown: Any = default is not None or (usual not in (None, "") and str(usual).strip("[]").replace("'", ""))
     take: Any = typer.Argument if name == "model" else typer.Option
     option = take(help=about["help"], show_default=shown, rich_help_panel=group, metavar=choices)

@@ -6,13 +6,12 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from .. import masks
-from ..adapter import Adapter, opened
+from ..adapter import Adapter
 from ..data.batches import batches, check_packing
 from ..data.reading import examples_of
 from ..data.tasks import Example
@@ -23,23 +22,26 @@ from ..files.tensorfiles import write_whole
 from ..integrations import transformers as hf
 from ..texts import shown, strict_json
 from ..training.tuning import attach
-from .options import check, option, parse_layers, parse_targets, passed_to
+from .options import check, option, parse_targets, passed_to
+from .parts import Masked, Run, check_mask
 
-__all__ = ["Recipe", "check_run", "load_recipe", "read_settings", "save_recipe", "train_adapter"]
+__all__ = ["Recipe", "check_run", "load_recipe", "read_settings", "recipe_of", "save_recipe", "train_adapter"]
 
 OWN_TEXT = "own"
 GENERAL_BATCH = 4  # rows in a batch of general text; the gradient of each batch is squared
 BUDGETS = ("density", "rank", "total")  # at most one of them is given
 NOT_TOGETHER = ({"eval_data", "eval_share"}, {"decompose", "stay_near", "refresh_every", "method hook"})
 PAPERS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's targets (Table 9)
-LARGER = (2**31, 2**31)  # a shape larger than that of any matrix
 LONGEST = 2**20  # the largest size of a recipe, in bytes
 DEEPEST = 8  # the deepest nesting of a recipe's settings
 
 
+Kind = TypeVar("Kind", bound=Masked)
+
+
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The settings of `shira train`, on the command line or in a YAML file. Each option is defined here, once."""
+class _Source:
+    """The model, and the data that it learns from."""
 
     model: str = option("SmolLM2-135M-Instruct", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
     data: str = option("", "JSONL, Parquet, a data set (org/name:train), or a task: spam, questions, film.", group="Data")
@@ -48,21 +50,12 @@ class Recipe:
     limit: int | None = option(None, "Training uses this many examples at most.", ge=1)
     max_length: int = option(512, "An example has this many tokens at most.", ge=2)
     pack: bool = option(False, "A row of --max-length tokens holds several examples. A batch then counts rows.")
-    mask: str = option("wm", "The mask: wm, snip, block:by=snip,size=8, …; see `shira masks`.", "attach", group="Mask")
-    density: float | None = option(None, "Share of each target's entries that train; 0.01 by default.", "attach", gt=0, le=1)
-    rank: int | None = option(None, "In place of --density: the entries of a LoRA of this rank.", "attach", ge=1)
-    total: int | None = option(None, "In place of --density: so many entries in all targets together.", "attach", ge=1)
-    scope: Literal["tensor", "model"] = option("tensor", "model ranks the entries of all targets in one list.", "attach")
-    floor: float = option(0.0, "With --scope model, each target keeps this share of its budget.", "attach", ge=0, le=1)
-    overrides: dict[str, Any] | None = option(
-        None, """Budgets by name, as JSON: '{"down_proj": 0.02, "q_proj": {"rank": 4}}'.""", "attach", parse=strict_json
-    )
-    avoid: list[str] | None = option(None, "No entry of this adapter's file trains. May be given more than once.", "attach")
-    targets: str | list[str] = option(
-        PAPERS, "Names with commas, all-linear, attention, mlp, auto, or a regular expression.", "attach", parse=parse_targets
-    )
-    exclude: list[str] | None = option(None, "Names to leave out, with commas.", "attach", parse=lambda text: text.split(","))
-    layers: list[int] | None = option(None, "Numbers of the layers: 3, or 4-11, or 0,2,4-7.", "attach", parse=parse_layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """What only language models have."""
+
     calibration: int = option(64, "The number of examples for masks that need gradients or activations.", ge=1)
     refresh_every: int = option(0, "The mask is selected again each time after this many steps (0: never).", "trainer", ge=0)
     refresh_cap: float = option(1.0, "With --refresh-every, the adapter's largest size in budgets.", "trainer", ge=1)
@@ -75,13 +68,15 @@ class Recipe:
     lr: float = option(1e-3, "The learning rate.", gt=0)
     steps: int = option(100, "The number of optimizer steps.", "trainer", ge=1)
     batch_size: int = option(16, "The number of examples a batch, or of rows with --pack.", "trainer", ge=1)
-    accumulate: int = option(1, "The number of batches a step.", "trainer", ge=1)
-    schedule: str = option("linear", "The learning rate schedule of Transformers: linear, cosine and others.", "trainer")
-    warmup: float = option(0.0, "Share of the steps in which the learning rate rises.", "trainer", ge=0, le=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The model's dtype. auto: the checkpoint's.")
-    seed: int = option(0, "The seed of the mask and of the order of the examples.", "attach, trainer", ge=0)
-    name: str = option("", "The adapter's name. It is the data's if none is given.", group="Results")
-    license: str | None = option(None, "The adapter's licence. The file holds it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Run, _Training, Masked, _Source):  # dataclasses take their fields from the last to the first
+    """The settings of `shira train`, on the command line or in a YAML file. Each option is defined once."""
+
+    targets: str | list[str] = option(
+        PAPERS, "Names with commas, all-linear, attention, mlp, auto, or a regular expression.", "attach", parse=parse_targets
+    )
     report_to: str = option("none", "Where the run is reported: tensorboard, wandb, …, several with commas.", "trainer")
     log_folder: str = option("runs", "The folder where TensorBoard finds the runs.")
 
@@ -142,6 +137,14 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
     Raises DataError for what `read_settings` refuses, for an unknown setting, and for a value of a wrong type. Raises OSError
     if the file cannot be read.
     """
+    recipe = recipe_of(Recipe, path, given)
+    if not recipe.data:
+        raise DataError("no data to train on: give --data: a built-in task, a JSONL or Parquet file, or a data set")
+    return recipe
+
+
+def recipe_of(kind: type[Kind], path: str | Path | None, given: Mapping[str, Any]) -> Kind:
+    """The same for any kind of recipe, which need not name its data."""
     settings = read_settings(path) if path is not None else {}
     if given.keys() & set(BUDGETS):  # a given budget replaces any budget of the file
         settings = {key: value for key, value in settings.items() if key not in BUDGETS}
@@ -150,33 +153,24 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
     if decompose is None or (type(decompose) is int and decompose == 0):  # earlier releases: None was False, and 0 was True
         settings["decompose"] = decompose is not None
     for name in settings:
-        if name not in (known := Recipe.__dataclass_fields__):
+        if name not in (known := kind.__dataclass_fields__):
             raise DataError(f"{path}: unknown setting {shown(name)}; {did_you_mean(str(name), known)}")
-    recipe = Recipe(**settings)
-    if not recipe.data:
-        raise DataError("no data to train on: give --data: a built-in task, a JSONL or Parquet file, or a data set")
-    return recipe
+    return kind(**settings)
 
 
-def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe as YAML. A comment gives the versions of shira, torch and transformers."""
+def save_recipe(recipe: Masked, path: str | Path, library: str = "") -> None:
+    """Write a recipe as YAML. A comment gives the versions of shira, torch and a library, which is transformers by default."""
     from ..version import __version__
 
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
-    versions = f"# shira-adapters {__version__}, torch {torch.__version__}, transformers {hf.version()}\n"
+    library = library or f"transformers {hf.version()}"
+    versions = f"# shira-adapters {__version__}, torch {torch.__version__}, {library}\n"
     write_whole(Path(path), (versions + _yaml().safe_dump(settings, sort_keys=False)).encode())
 
 
 def check_run(recipe: Recipe) -> None:
     """Check mask, budgets, files, data and libraries before a model is loaded: raise what `train_adapter` would raise later."""
-    masks.resolve(recipe.mask)
-    density = recipe.density or (None if recipe.rank or recipe.total else 0.01)
-    masks.plan({"any": LARGER}, density=density, rank=recipe.rank, total=recipe.total, scope=recipe.scope, floor=recipe.floor)
-    overrides = {f"overrides: {name}": budget for name, budget in (recipe.overrides or {}).items()}
-    masks.plan(dict.fromkeys(overrides, LARGER), density=0.01, overrides=overrides)
-    for file in recipe.avoid or ():
-        with opened(file):
-            pass
+    check_mask(recipe)
     hf.reporters(recipe.report_to)
     hf.check_schedule(recipe.schedule)
     for data in (recipe.data, recipe.eval_data, recipe.stay_near):

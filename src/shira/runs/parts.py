@@ -1,0 +1,62 @@
+"""The options that several kinds of recipe share, as dataclasses that they inherit from: those of the mask, and those of a run."""
+
+import dataclasses
+from typing import Any, Literal
+
+from .. import masks
+from ..adapter import opened
+from ..texts import strict_json
+from .options import option, parse_layers, parse_targets
+
+__all__ = ["Masked", "Run", "check_mask"]
+
+LARGER = (2**31, 2**31)  # a shape larger than that of any matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """Which entries train: mask, budgets and targets."""
+
+    mask: str = option("wm", "The mask: wm, snip, block:by=snip,size=8, …; see `shira masks`.", "attach", group="Mask")
+    density: float | None = option(None, "Share of each target's entries that train; 0.01 by default.", "attach", gt=0, le=1)
+    rank: int | None = option(None, "In place of --density: the entries of a LoRA of this rank.", "attach", ge=1)
+    total: int | None = option(None, "In place of --density: so many entries in all targets together.", "attach", ge=1)
+    scope: Literal["tensor", "model"] = option("tensor", "model ranks the entries of all targets in one list.", "attach")
+    floor: float = option(0.0, "With --scope model, each target keeps this share of its budget.", "attach", ge=0, le=1)
+    overrides: dict[str, Any] | None = option(
+        None, """Budgets by name, as JSON: '{"down_proj": 0.02, "q_proj": {"rank": 4}}'.""", "attach", parse=strict_json
+    )
+    avoid: list[str] | None = option(None, "No entry of this adapter's file trains. May be given more than once.", "attach")
+    targets: str | list[str] = option(
+        "all-linear",
+        "Names with commas, all-linear, attention, mlp, auto, or a regular expression.",
+        "attach",
+        parse=parse_targets,
+    )
+    exclude: list[str] | None = option(None, "Names to leave out, with commas.", "attach", parse=lambda text: text.split(","))
+    layers: list[int] | None = option(None, "Numbers of the layers: 3, or 4-11, or 0,2,4-7.", "attach", parse=parse_layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The steps of a run, and what its file says."""
+
+    accumulate: int = option(1, "The number of batches a step.", "trainer", ge=1)
+    schedule: str = option("linear", "The learning rate schedule of Transformers: linear, cosine and others.", "trainer")
+    warmup: float = option(0.0, "Share of the steps in which the learning rate rises.", "trainer", ge=0, le=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The model's dtype. auto: the checkpoint's.")
+    seed: int = option(0, "The seed of the mask and of the order of the examples.", "attach, trainer", ge=0)
+    name: str = option("", "The adapter's name. It is the data's if none is given.", group="Results")
+    license: str | None = option(None, "The adapter's licence. The file holds it.")
+
+
+def check_mask(recipe: Masked) -> None:
+    """Check mask, budgets, and the files to avoid before a model is loaded: raise what `attach` would raise later."""
+    masks.resolve(recipe.mask)
+    density = recipe.density or (None if recipe.rank or recipe.total else 0.01)
+    masks.plan({"any": LARGER}, density=density, rank=recipe.rank, total=recipe.total, scope=recipe.scope, floor=recipe.floor)
+    overrides = {f"overrides: {name}": budget for name, budget in (recipe.overrides or {}).items()}
+    masks.plan(dict.fromkeys(overrides, LARGER), density=0.01, overrides=overrides)
+    for file in recipe.avoid or ():
+        with opened(file):
+            pass
