@@ -18,8 +18,10 @@ from . import (
     inspect,
     masks,
     merge,
+    sample,
     targets,
     train,
+    train_image,
 )
 from .output import fail
 
@@ -35,6 +37,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
+app.command("train-image")(train_image.train_image)
+app.command("sample")(sample.sample)
 app.command("targets")(targets.targets)
 app.command("estimate")(estimate.estimate)
 app.command("masks")(masks.masks)

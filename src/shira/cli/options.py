@@ -56,7 +56,7 @@ def _parameter(name: str, about: Any, kind: Any, usual: Any, default: Any, group
     """One option of a command. Without a default here it is None if it is not given, since a recipe file may set it."""
     choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
     shown: Any = default is not None or (usual not in (None, "") and str(usual).strip("[]").replace("'", ""))
-    take: Any = typer.Argument if name == "model" else typer.Option
+    take: Any = typer.Argument if name in ("model", "pipeline") else typer.Option
     option = take(help=about["help"], show_default=shown, rich_help_panel=group, metavar=choices)
     read: Any = str if about["parse"] or choices else kind
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[read | None, option])

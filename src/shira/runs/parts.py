@@ -1,4 +1,4 @@
-"""The options that several kinds of recipe share, as dataclasses that they inherit from: those of the mask, and those of a run."""
+"""The options that several kinds of recipe share, as dataclasses to inherit from: those of the mask, and those of a run."""
 
 import dataclasses
 from typing import Any, Literal

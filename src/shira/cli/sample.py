@@ -1,0 +1,104 @@
+"""shira sample: make pictures with a Diffusers pipeline and adapters."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..adapter import load
+from ..data.grids import grid
+from ..data.pictures import check_pillow
+from ..errors import DataError
+from ..fusion.strengths import Strength
+from ..switching.switcher import Switcher
+from .fuse import Density, Drop, MethodName, Seed, method_options
+from .output import cell, console, parse_adapter, progress, waiting
+
+__all__ = ["sample"]
+
+
+def sample(
+    pipe: Annotated[str, typer.Option("--pipe", help="A folder of a Diffusers pipeline, or a hub id.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="One row of the grid. May be given more than once.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="FILE or FILE=STRENGTH; several are fused.", show_default=False)
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="Factors on all strengths, with commas: 0,0.5,1,1.25. One column each.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="One column for each seed (4, or 1 with --sweep).", min=1)] = None,
+    first_seed: Annotated[int, typer.Option(help="The first of the seeds.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="The number of denoising steps.", min=1)] = 30,
+    guidance: Annotated[float | None, typer.Option(help="The guidance; by default the pipeline's own.", min=0)] = None,
+    resolution: Annotated[int | None, typer.Option(help="The side in pixels; by default the pipeline's own.", min=8)] = None,
+    method: MethodName = "sum",
+    density: Density = None,
+    drop: Drop = None,
+    seed: Seed = None,
+    dtype: Annotated[str, typer.Option(help="auto (float32), float32, bfloat16 or float16.")] = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The grid's file.")] = Path("grid.png"),
+) -> None:
+    """Make a labelled grid of pictures: one row for each prompt, one column for each seed or strength.
+
+    Example: shira sample --pipe pipeline -a bluefire.safetensors -a paintings.safetensors=0.5 -p tiger -p dog --seeds 4
+    """
+    options = method_options(method, density=density, drop=drop, seed=seed)
+    given = [parse_adapter(text) for text in adapter or []]
+    adapters = {path: (load(path), strength) for path, strength in given}
+    if len(adapters) < len(given):
+        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
+    factors = _factors(sweep)
+    if sweep is not None and not adapters:
+        raise DataError("--sweep needs an adapter: give -a FILE")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {output.parent} to save the grid in; make it first")
+    check_pillow()
+    from ..integrations import diffusers_sampling as sampling
+
+    numbers = [first_seed + number for number in range(seeds or (1 if sweep is not None else 4))]
+    with waiting("loading the pipeline"):
+        loaded = sampling.load_pipeline(pipe, dtype)
+        _to_the_accelerator(loaded)
+    switcher = Switcher(sampling.modules_of(loaded))
+    for path, (content, _) in adapters.items():
+        switcher.add(path, content)
+    columns: dict[str, list[Any]] = {}
+    done = 0
+    with progress("making pictures", len(factors) * len(numbers) * len(prompt)) as update:
+        for factor in factors:
+            selection = {path: _times(strength, factor) for path, (_, strength) in adapters.items()}
+            switcher.use(selection or None, method, **options)
+            for number in numbers:
+                images = []
+                for text in prompt:
+                    images.append(sampling.sample(loaded, text, number, steps=steps, guidance=guidance, resolution=resolution))
+                    done += 1
+                    update(done)
+                label = [f"× {factor:g}"] * (sweep is not None) + [f"seed {number}"] * (sweep is None or len(numbers) > 1)
+                columns[", ".join(label)] = images
+    switcher.use(None)
+    grid(list(zip(*columns.values(), strict=True)), prompt, list(columns)).save(output)
+    console.print(f"{cell(output)}: {len(prompt)} x {len(columns)} pictures", highlight=False)
+
+
+def _factors(sweep: str | None) -> list[float]:
+    """The factors of --sweep, each once. Raises typer.BadParameter if they are not numbers."""
+    try:
+        return list(dict.fromkeys(float(part) for part in sweep.split(","))) if sweep is not None else [1.0]
+    except ValueError:
+        raise typer.BadParameter(f"found {sweep!r}; expected numbers with commas, 0,0.5,1", param_hint="--sweep") from None
+
+
+def _times(strength: Strength, factor: float) -> Strength:
+    if isinstance(strength, Mapping):
+        return {pattern: value * factor for pattern, value in strength.items()}
+    return strength * factor
+
+
+def _to_the_accelerator(pipe: Any) -> None:
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    if device is not None and torch.accelerator.is_available():
+        pipe.to(device)

@@ -1,0 +1,67 @@
+"""Diffusers: load a pipeline, and let it make pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DataError, MissingExtra
+
+__all__ = ["load_pipeline", "modules_of", "sample", "version"]
+
+
+def load_pipeline(name: str, dtype: str = "auto") -> Any:
+    """A Diffusers pipeline: a folder, or a hub id. dtype: "float32", "bfloat16", "float16"; "auto" leaves it to Diffusers.
+
+    Raises DataError if there is no such pipeline.
+    """
+    diffusers = _library()
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(
+            name, **({} if dtype == "auto" else {"dtype": getattr(torch, dtype)})
+        )
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        what = "folder" if Path(name).exists() else "folder, or pipeline id that can be reached"
+        said = " ".join(str(error).split())[:300]
+        raise DataError(f"cannot load {name!r}: no Diffusers pipeline in that {what} ({said})") from error
+
+
+def version() -> str:
+    """The version of Diffusers."""
+    return str(_library().__version__)
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any, prompt: str, seed: int, *, steps: int = 30, guidance: float | None = None, resolution: int | None = None
+) -> Any:
+    """One PIL image of a prompt. guidance, resolution (the side in pixels): by default the pipeline's own."""
+    options: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
+    options |= {} if resolution is None else {"height": resolution, "width": resolution}
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    modules = [module for module in modules_of(pipe).modules() if module.training]
+    try:
+        for module in modules:
+            module.training = False
+        start = torch.Generator().manual_seed(seed)
+        return pipe(prompt=prompt, num_inference_steps=steps, generator=start, **options).images[0]
+    finally:
+        for module in modules:
+            module.training = True
+        pipe.set_progress_bar_config(**(before or {}))
+
+
+def modules_of(pipe: Any) -> nn.Module:
+    """A module that holds the pipeline's models under their names, so that tensors are called "unet.conv_in.weight"."""
+    return nn.ModuleDict({name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
+
+
+def _library() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise MissingExtra(f"this needs diffusers: pip install 'shira-adapters[image]' ({error})") from error
+    diffusers.utils.logging.disable_progress_bar()
+    return diffusers

@@ -1,0 +1,262 @@
+"""Diffusers: train an adapter on pictures with Accelerate. The loss is in `diffusion_losses`."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..data.pictures import Picture, pictures_in, square
+from ..errors import DataError, MissingExtra, TuningError, did_you_mean
+from ..masks.calibration import without_cudnn_attention
+from ..training.tuner import Tuner
+from .diffusers_sampling import sample
+from .diffusion_losses import Parts
+
+__all__ = ["Examples", "accelerator_for", "check_schedule", "class_pictures", "ready", "train"]
+
+CLIP = 1.0  # the largest norm of a step's gradient
+Progress = Callable[[int, int], None]
+
+
+def accelerator_for(mixed_precision: str, accumulate: int) -> Any:
+    """An Accelerator of these settings. It takes the place of one that the process has already."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise MissingExtra(f"this needs accelerate: pip install 'shira-adapters[image]' ({error})") from error
+    AcceleratorState._reset_state()  # otherwise another precision is refused
+    try:
+        return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+    except ValueError as error:
+        raise DataError(f"mixed precision {mixed_precision!r} is not possible here: {error}") from error
+
+
+def check_schedule(schedule: str) -> None:
+    """Raise DataError for a schedule of the learning rate that Diffusers does not have, or that needs more settings."""
+    from diffusers.optimization import SchedulerType
+
+    known = [each.value for each in SchedulerType if each.value != "piecewise_constant"]
+    if schedule not in known:
+        raise DataError(f"unknown schedule {schedule!r}; {did_you_mean(schedule, known)}")
+
+
+def class_pictures(
+    pipe: Any, prompt: str, folder: str | Path | None, count: int, *, on_picture: Progress | None = None, **options: Any
+) -> list[Picture]:
+    """Pictures of a class for prior preservation: those in the folder, and what the pipeline makes to have `count` of them.
+
+    A folder is filled with what was made, so that the next run finds it. options: for `sample`.
+    """
+    place = Path(folder) if folder is not None else None
+    there = place is not None and place.is_dir() and any(place.iterdir())
+    found = pictures_in(place, prompt) if place is not None and there else []
+    for number in range(len(found), count):
+        image = sample(pipe, prompt, number, **options)
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+            file = place / f"class-{number:05d}.png"
+            image.save(file)
+            found.append(Picture(file, prompt))
+        else:
+            found.append(Picture(image, prompt))
+        if on_picture is not None:
+            on_picture(number + 1, count)
+    return found
+
+
+@contextlib.contextmanager
+def ready(parts: Parts, checkpointing: bool) -> Iterator[None]:
+    """Inside, the parts are in training mode, with gradient checkpointing if wanted. Afterwards they are as before."""
+    modes = {module: module.training for module in parts.modules()}
+    switched = []
+    try:
+        for part in parts.children() if checkpointing else ():
+            model: Any = part
+            of_diffusers = hasattr(model, "enable_gradient_checkpointing")  # Transformers has the words the other way round
+            switched.append(model.disable_gradient_checkpointing if of_diffusers else model.gradient_checkpointing_disable)
+            (model.enable_gradient_checkpointing if of_diffusers else model.gradient_checkpointing_enable)()
+        parts.train()
+        yield
+    finally:
+        for off in switched:
+            off()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class Examples:
+    """Pictures as batches of latents and text.
+
+    Latents and text are computed once and kept in host memory, unless they change: with random crops, and if the text encoders
+    train.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        pictures: Sequence[Picture],
+        priors: Sequence[Picture] = (),
+        *,
+        resolution: int,
+        crop: Literal["center", "random"] = "center",
+        flip: bool = False,
+        drop_captions: float = 0.0,
+        prior_weight: float = 1.0,
+        on_picture: Progress | None = None,
+    ) -> None:
+        if resolution % parts.multiple:
+            below, above = (parts.multiple * (resolution // parts.multiple + more) for more in (0, 1))
+            near = f"{below} or {above}" if below else str(above)
+            raise DataError(
+                f"resolution must be a multiple of {parts.multiple} for this pipeline, found {resolution}; take {near}"
+            )
+        self.parts, self.resolution, self.crop, self.flip = parts, resolution, crop, flip
+        self.drop_captions, self.prior_weight = drop_captions, prior_weight
+        self.pictures, self.priors = list(pictures), list(priors)
+        self._latents: dict[tuple[int, bool], tuple[Tensor, Any]] = {}
+        self._text: dict[str, dict[str, Tensor]] = {}
+        everything = [*self.pictures, *self.priors]
+        for number, picture in enumerate(everything, start=1):
+            pixels, size = square(picture, resolution, crop, torch.Generator())  # also finds broken files before training
+            for flipped in (False, True)[: 1 + flip] if crop == "center" else ():
+                self._latents[id(picture), flipped] = self._encoded(pixels, flipped), size
+            if on_picture is not None:
+                on_picture(number, len(everything))
+
+    def batches(self, size: int, seed: int, process: int = 0, processes: int = 1) -> Iterator[dict[str, Any]]:
+        """Batches without an end, of `size` pictures, and as many of the class. Each process takes its own share."""
+        generator = torch.Generator().manual_seed((seed * processes + process) % 2**63)
+        orders = [_order(len(each), seed, process, processes) for each in (self.pictures, self.priors) if each]
+        while True:
+            chosen = [self.pictures[next(orders[0])] for _ in range(size)]
+            weights = [1 / size] * size
+            captions = [
+                ""
+                if self.drop_captions and float(torch.rand((), generator=generator)) < self.drop_captions
+                else picture.caption
+                for picture in chosen
+            ]
+            if self.priors:
+                more = [self.priors[next(orders[1])] for _ in range(size)]
+                chosen, captions = chosen + more, captions + [picture.caption for picture in more]
+                weights += [self.prior_weight / size] * size
+            yield self._batch(chosen, captions, weights, generator)
+
+    def _batch(
+        self, chosen: list[Picture], captions: list[str], weights: list[float], generator: torch.Generator
+    ) -> dict[str, Any]:
+        found = [self._draw(picture, generator) for picture in chosen]
+        latents = torch.stack([each for each, _ in found])
+        text: Any = captions if self.parts.trains_text else self._text_of(captions)
+        return {
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=generator),
+            "level": self.parts.draw(len(chosen), generator),
+            "weight": torch.tensor(weights),
+            "text": text,
+            "sizes": [size for _, size in found],
+        }
+
+    def _draw(self, picture: Picture, generator: torch.Generator) -> tuple[Tensor, Any]:
+        flipped = self.flip and float(torch.rand((), generator=generator)) < 0.5
+        if self.crop == "center":
+            return self._latents[id(picture), flipped]
+        pixels, size = square(picture, self.resolution, self.crop, generator)
+        return self._encoded(pixels, flipped), size
+
+    def _encoded(self, pixels: Tensor, flipped: bool) -> Tensor:
+        return self.parts.latents((pixels.flip(-1) if flipped else pixels)[None])[0].cpu()
+
+    @torch.no_grad()
+    def _text_of(self, captions: list[str]) -> dict[str, Tensor]:
+        for caption in captions:
+            if caption not in self._text:
+                self._text[caption] = {key: value.cpu() for key, value in self.parts.encode([caption]).items()}
+        return {key: torch.cat([self._text[caption][key] for caption in captions]) for key in self._text[captions[0]]}
+
+
+def _order(count: int, seed: int, process: int, processes: int) -> Iterator[int]:
+    """Numbers below `count` without an end, each once before any comes again. All processes draw the same, and share them."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    place = 0
+    while True:
+        for number in torch.randperm(count, generator=generator).tolist():
+            if place % processes == process:
+                yield number
+            place += 1
+
+
+def train(
+    tuner: Tuner,
+    parts: Parts,
+    batches: Iterator[dict[str, Any]],
+    accelerator: Any,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int = 4,
+    accumulate: int = 1,
+    schedule: str = "linear",
+    warmup: float = 0.0,
+    seed: int = 0,
+    on_step: Callable[[int, float, float], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Train the tuner's parts with AdamW, for a number of optimizer steps.
+
+    batches: from `Examples.batches`. accelerator: from `accelerator_for`, with the same `accumulate`.
+    schedule: any of Diffusers' ("linear", "cosine", "constant", …). warmup: the share of the steps in which the rate rises.
+    on_step(step, loss, pictures per second) and after_step(step) are called after each step.
+    Returns a summary for the adapter's file. Raises TuningError if the loss becomes infinite or NaN.
+    """
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=learning_rate, weight_decay=0.0)
+    rates = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps)
+    model, prepared = accelerator.prepare(parts, optimizer)
+    devices = [accelerator.device.index] if accelerator.device.type == "cuda" else []
+    losses: list[float] = []
+    started = time.perf_counter()
+    try:
+        with without_cudnn_attention(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)  # for dropout, if a part has any
+            for step in range(1, steps + 1):
+                total = 0.0
+                for _ in range(accumulate):
+                    with accelerator.accumulate(model):
+                        loss = model(next(batches))
+                        accelerator.backward(loss)
+                        total += float(loss.detach()) / accumulate
+                        if accelerator.sync_gradients:
+                            accelerator.clip_grad_norm_(tuner.parameters(), CLIP)
+                        prepared.step()
+                        prepared.zero_grad()
+                if not math.isfinite(total):
+                    raise TuningError(f"the loss became {total} at step {step}; try a lower learning rate")
+                rates.step()
+                losses.append(total)
+                if on_step is not None:
+                    done = step * batch_size * accumulate * accelerator.num_processes
+                    on_step(step, total, done / (time.perf_counter() - started))
+                if after_step is not None:
+                    after_step(step)
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+    tenth = max(1, steps // 10)
+    return {
+        "steps": steps,
+        "batch_size": batch_size * accumulate * accelerator.num_processes,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "prediction": parts.prediction,
+        "loss": round(sum(losses[-tenth:]) / tenth, 4),
+        "parameters": tuner.nnz,
+        "seed": seed,
+    }

@@ -1,0 +1,202 @@
+"""A recipe that trains one adapter on pictures. `shira train-image` saves the one that reproduces its run."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ..adapter import Adapter
+from ..data.pictures import check_pillow, pictures_in
+from ..errors import DataError
+from ..integrations import diffusers_sampling as sampling
+from ..integrations import diffusers_training as training
+from ..integrations.diffusion_losses import Parts
+from ..training.tuning import attach
+from .options import check, option, parse_targets, passed_to
+from .parts import Masked, Run, check_mask
+from .recipes import recipe_of, save_recipe
+
+__all__ = ["ImageRecipe", "check_image_run", "load_image_recipe", "save_image_recipe", "train_image"]
+
+DENSITY = 0.02  # the paper's for image models
+STYLES = "(?i).*(attn|attention[.]|conv).*"  # attention and convolutions
+SHOWN = 4  # captions that are sampled if no prompt is given
+
+OnSample = Callable[[str, list[str], list[Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pictures:
+    """The pipeline, and the pictures that it learns from."""
+
+    pipeline: str = option("", "A folder of a Diffusers pipeline, or a hub id.")
+    data: str = option(
+        "", "A folder of pictures, with captions in metadata.jsonl or in NAME.txt beside NAME.png.", group="Data"
+    )
+    prompt: str | None = option(None, "One caption for all pictures (DreamBooth: a photo of sks dog).")
+    class_prompt: str | None = option(None, "Prior preservation: a caption of the whole class (a photo of a dog).")
+    class_data: str | None = option(None, "Pictures of the class. The folder is filled with what the pipeline makes.")
+    class_count: int = option(100, "With --class-prompt, so many pictures of the class.", ge=1)
+    prior_weight: float = option(1.0, "The weight of the class in the loss.", ge=0)
+    resolution: int | None = option(None, "The side of the square pictures, in pixels; by default the pipeline's own.", ge=8)
+    crop: Literal["center", "random"] = option("center", "Where longer sides are cropped; random keeps no latents.")
+    flip: bool = option(False, "Half of the pictures are mirrored.")
+    drop_captions: float = option(0.0, "This share of the captions is left empty, as guidance needs.", ge=0, le=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """What only image models have."""
+
+    calibration: int = option(32, "The number of pictures for masks that need gradients or activations.", ge=1)
+    train_text_encoder: bool = option(False, "The text encoders train, too.", group="Training")
+    min_snr: float | None = option(None, "Noise levels weigh at most this in the loss (min-SNR, often 5).", gt=0)
+    checkpointing: bool = option(False, "Gradient checkpointing: less memory, more time.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Computes in this precision, over weights in --dtype.")
+    lr: float = option(1e-4, "The learning rate.", gt=0)
+    steps: int = option(500, "The number of optimizer steps.", "trainer", ge=1)
+    batch_size: int = option(4, "The number of pictures a batch. Those of the class come on top.", "trainer", ge=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRecipe(Run, _Training, Masked, _Pictures):  # dataclasses take their fields from the last to the first
+    """The settings of `shira train-image`, on the command line or in a YAML file. Each option is defined once."""
+
+    density: float | None = option(
+        None, f"Share of each target's entries that train; {DENSITY} by default.", "attach", gt=0, le=1
+    )
+    targets: str | list[str] = option(
+        STYLES,
+        "Names with commas, all-linear, attention, auto, or a regular expression. Attention and convolutions by default.",
+        "attach",
+        parse=parse_targets,
+    )
+    schedule: str = option("linear", "The learning rate schedule of Diffusers: linear, cosine and others.", "trainer")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The pipeline's dtype. auto: float32.")
+    sample_every: int = option(0, "Sample pictures are made each time after this many steps (0: at the end).", ge=0)
+    sample_prompt: list[str] | None = option(None, "What the samples show; captions by default. May be given more than once.")
+    sample_steps: int = option(30, "The number of denoising steps of a sample.", ge=1)
+    guidance: float | None = option(None, "The guidance of samples; by default the pipeline's own.", ge=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.class_prompt is None and (self.class_data is not None or self.prior_weight != 1.0):
+            raise DataError("recipe: class_data and prior_weight need a class_prompt, such as 'a photo of a dog'")
+
+
+def load_image_recipe(path: str | Path | None, given: Mapping[str, Any]) -> ImageRecipe:
+    """A recipe from a YAML file (or none) and from settings given beside it, which win.
+
+    Raises DataError for what is not a recipe, or if pipeline or data are missing; OSError if the file cannot be read.
+    """
+    recipe = recipe_of(ImageRecipe, path, given)
+    if not recipe.pipeline:
+        raise DataError("no pipeline to train: give a folder of a Diffusers pipeline, or a hub id")
+    if not recipe.data:
+        raise DataError("no pictures to train on: give --data, a folder of pictures")
+    return recipe
+
+
+def save_image_recipe(recipe: ImageRecipe, path: str | Path) -> None:
+    """Write a recipe as YAML. A comment gives the versions of shira, torch and diffusers."""
+    save_recipe(recipe, path, f"diffusers {sampling.version()}")
+
+
+def check_image_run(recipe: ImageRecipe) -> None:
+    """Check everything that needs no pipeline, before one is loaded: raise what `train_image` would raise later."""
+    check_mask(recipe)
+    check_pillow()
+    pictures_in(recipe.data, recipe.prompt)
+    sampling.version()
+    training.check_schedule(recipe.schedule)
+
+
+def train_image(
+    recipe: ImageRecipe,
+    pipe: Any,
+    *,
+    on_class: Callable[[int, int], None] | None = None,
+    on_picture: Callable[[int, int], None] | None = None,
+    on_calibration: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int, float, float], None] | None = None,
+    on_sample: OnSample | None = None,
+) -> Adapter:
+    """Train one adapter on a pipeline as the recipe says. The pipeline is restored bit for bit, also after an error.
+
+    The adapter's tensors have the pipeline's names before their own: "unet.conv_in.weight". The pipeline stays on the device
+    that Accelerate has chosen.
+    Callbacks: on_class(done, total) after each picture of the class that is made; on_picture(done, total) after each picture
+    that is read; on_calibration(done, total) after each batch of a calibration; on_step(step, loss, pictures per second) after
+    each step; on_sample(title, prompts, images) for the base, each time samples are made, and at the end.
+    """
+    parts = Parts(pipe, text_encoders=recipe.train_text_encoder, min_snr=recipe.min_snr)
+    pictures = pictures_in(recipe.data, recipe.prompt)
+    accelerator = training.accelerator_for(recipe.mixed_precision, recipe.accumulate)
+    pipe.to(accelerator.device)
+    resolution = recipe.resolution or _own_resolution(pipe, parts)
+    shape: dict[str, Any] = {"steps": recipe.sample_steps, "guidance": recipe.guidance, "resolution": resolution}
+    prompts = recipe.sample_prompt or list(dict.fromkeys(picture.caption for picture in pictures))[:SHOWN]
+
+    def show(title: str) -> None:
+        if on_sample is not None and accelerator.is_main_process:
+            on_sample(title, prompts, [sampling.sample(pipe, prompt, recipe.seed, **shape) for prompt in prompts])
+
+    priors = []
+    if recipe.class_prompt is not None:
+        with accelerator.main_process_first():
+            priors = training.class_pictures(
+                pipe, recipe.class_prompt, recipe.class_data, recipe.class_count, on_picture=on_class, **shape
+            )
+    examples = training.Examples(
+        parts,
+        pictures,
+        priors,
+        resolution=resolution,
+        crop=recipe.crop,
+        flip=recipe.flip,
+        drop_captions=recipe.drop_captions,
+        prior_weight=recipe.prior_weight,
+        on_picture=on_picture,
+    )
+    show("base")
+    calibration = itertools.islice(
+        examples.batches(recipe.batch_size, recipe.seed), -(-recipe.calibration // recipe.batch_size)
+    )
+    budget = {} if recipe.density or recipe.rank or recipe.total else {"density": DENSITY}
+    with training.ready(parts, recipe.checkpointing):
+        tuner = attach(
+            parts,
+            calibration=calibration,
+            loss_fn=lambda model, batch: model(batch),
+            progress=on_calibration,
+            **(passed_to("attach", recipe) | budget),
+        )
+        with tuner:
+            summary = training.train(
+                tuner,
+                parts,
+                examples.batches(recipe.batch_size, recipe.seed, accelerator.process_index, accelerator.num_processes),
+                accelerator,
+                learning_rate=recipe.lr,
+                on_step=on_step,
+                after_step=lambda step: _now_and_then(recipe, step, show),
+                **passed_to("trainer", recipe),
+            )
+            show(f"step {recipe.steps}")
+            what = {"data": Path(recipe.data).name, "pictures": len(pictures), "resolution": resolution}
+            what |= {"prompt": recipe.prompt} if recipe.prompt is not None else {}
+            what |= {"class_prompt": recipe.class_prompt, "class_pictures": len(priors)} if priors else {}
+            name = recipe.name or Path(recipe.data).resolve().name
+            return tuner.adapter(name, training=what | summary, license=recipe.license)
+
+
+def _now_and_then(recipe: ImageRecipe, step: int, show: Callable[[str], None]) -> None:
+    if recipe.sample_every and step % recipe.sample_every == 0 and step < recipe.steps:
+        show(f"step {step}")
+
+
+def _own_resolution(pipe: Any, parts: Parts) -> int:
+    """The side that the pipeline makes by itself."""
+    own = getattr(pipe, "default_sample_size", None) or getattr(pipe, parts.part).config.sample_size
+    return int(own if isinstance(own, int) else min(own)) * int(pipe.vae_scale_factor)
