@@ -61,7 +61,11 @@ def modules_of(pipe: Any) -> nn.Module:
 def _library() -> Any:
     try:
         import diffusers
+        import transformers  # noqa: F401
     except ImportError as error:
         raise MissingExtra(f"this needs diffusers: pip install 'shira-adapters[image]' ({error})") from error
+    from transformers.utils import logging
+
     diffusers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
     return diffusers

@@ -20,6 +20,11 @@ from .diffusion_losses import Parts
 __all__ = ["Examples", "accelerator_for", "check_schedule", "class_pictures", "ready", "train"]
 
 CLIP = 1.0  # the largest norm of a step's gradient
+SWITCHES = (  # what turns gradient checkpointing on and off: in Diffusers, in Transformers, in older Transformers
+    ("enable_gradient_checkpointing", "disable_gradient_checkpointing"),
+    ("activation_checkpointing_enable", "activation_checkpointing_disable"),
+    ("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
+)
 Progress = Callable[[int, int], None]
 
 
@@ -77,10 +82,9 @@ def ready(parts: Parts, checkpointing: bool) -> Iterator[None]:
     switched = []
     try:
         for part in parts.children() if checkpointing else ():
-            model: Any = part
-            of_diffusers = hasattr(model, "enable_gradient_checkpointing")  # Transformers has the words the other way round
-            switched.append(model.disable_gradient_checkpointing if of_diffusers else model.gradient_checkpointing_disable)
-            (model.enable_gradient_checkpointing if of_diffusers else model.gradient_checkpointing_enable)()
+            on, off = next(names for names in SWITCHES if hasattr(part, names[0]))
+            switched.append(getattr(part, off))
+            getattr(part, on)()
         parts.train()
         yield
     finally:

@@ -97,8 +97,9 @@ class Parts(nn.Module):
         options |= {"prompt_2": None, "prompt_3": None}
         known = inspect.signature(self.pipe.encode_prompt).parameters
         found = self.pipe.encode_prompt(captions, **{name: value for name, value in options.items() if name in known})
-        pooled = {2: None, 3: found[1], 4: found[2]}[len(found)]
-        return {"embeds": found[0]} | ({} if pooled is None else {"pooled": pooled})
+        if len(found) == 2:  # Stable Diffusion 1 and 2: (embeds, those of the negative prompt)
+            return {"embeds": found[0]}
+        return {"embeds": found[0], "pooled": found[1 if len(found) == 3 else 2]}  # Flux; SDXL and Stable Diffusion 3
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """The weighted loss of a batch: a float32 number."""

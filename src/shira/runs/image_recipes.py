@@ -20,7 +20,7 @@ from .recipes import recipe_of, save_recipe
 __all__ = ["ImageRecipe", "check_image_run", "load_image_recipe", "save_image_recipe", "train_image"]
 
 DENSITY = 0.02  # the paper's for image models
-STYLES = "(?i).*(attn|attention[.]|conv).*"  # attention and convolutions
+STYLES = "(?i).*(attn|attention[.]|conv(?!_in|_out)).*"  # attention and convolutions, but not those from and to four channels
 SHOWN = 4  # captions that are sampled if no prompt is given
 
 OnSample = Callable[[str, list[str], list[Any]], None]
