@@ -2,7 +2,11 @@
 
 import functools
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +25,7 @@ from shira.cli.options import fields_of
 from shira.data.grids import grid
 from shira.data.pictures import Picture, pictures_in, square
 from shira.integrations.diffusers_sampling import load_pipeline, modules_of, sample
-from shira.integrations.diffusers_training import Examples
+from shira.integrations.diffusers_training import Examples, accelerator_for, train
 from shira.integrations.diffusion_losses import Parts
 from shira.runs.image_recipes import ImageRecipe, check_image_run, load_image_recipe, train_image
 
@@ -289,29 +293,79 @@ def test_text_encoders_train_when_asked(folder):
     before = all_bits(modules_of(pipe))
     adapter = train_image(overfit(steps=3, train_text_encoder=True, checkpointing=True), pipe)
     assert {name.partition(".")[0] for name in adapter.tensors} == {"unet", "text_encoder"}
-    moved = shira.compare(adapter, adapter)
-    assert moved is not None and same_bits(before, all_bits(modules_of(pipe)))
+    weights = dict(modules_of(pipe).named_parameters())
+    for part in ("unet", "text_encoder"):
+        moved = [t.values - weights[n].detach().view(-1)[t.indices] for n, t in adapter.tensors.items() if n.startswith(part)]
+        assert torch.cat(moved).abs().max() > 0.01
+    assert same_bits(before, all_bits(modules_of(pipe)))
     assert not pipe.unet.is_gradient_checkpointing and not pipe.unet.training and not pipe.text_encoder.training
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_checkpointing_and_accumulation_change_nothing(folder, checkpointing):
-    """Two batches of one picture a step are one batch of two, if the noise is the same; here only that both train."""
+def test_checkpointing_changes_nothing(folder):
     plain = train_image(overfit(steps=2), stable_diffusion())
-    other = train_image(overfit(steps=2, checkpointing=checkpointing), stable_diffusion())
+    other = train_image(overfit(steps=2, checkpointing=True), stable_diffusion())
     for name, tensor in plain.tensors.items():
         torch.testing.assert_close(tensor.values, other.tensors[name].values)
-    split = train_image(overfit(steps=2, batch_size=2, accumulate=2), stable_diffusion())
-    assert split.metadata["training"]["batch_size"] == plain.metadata["training"]["batch_size"] == 4
+
+
+def test_two_batches_a_step(folder):
+    """The gradient of a step is the mean over its batches."""
+    pipe = stable_diffusion()
+    parts = Parts(pipe)
+    examples = Examples(parts, pictures_in("dog"), resolution=SIDE)
+    found = {}
+    for size, accumulate in ((4, 1), (2, 2)):
+        batch = next(examples.batches(4, seed=0))
+        halves = [{key: _part(value, half) for key, value in batch.items()} for half in (slice(0, 2), slice(2, 4))]
+        for half in halves:
+            half["weight"] = half["weight"] * 2
+        with shira.attach(parts, targets=["conv_shortcut"], density=0.2) as tuner:
+            given, accelerator = iter([batch] if accumulate == 1 else halves), accelerator_for("no", accumulate)
+            losses = []
+            options = {"batch_size": size, "accumulate": accumulate, "learning_rate": 0.01, "steps": 1}
+            train(tuner, parts, given, accelerator, on_step=lambda *step, to=losses: to.append(step), **options)
+            found[accumulate] = (losses[0][1], torch.cat([each.detach().clone() for each in tuner.parameters()]))
+    torch.testing.assert_close(found[1], found[2], rtol=1e-4, atol=1e-5)
+
+
+def _part(value, half):
+    return {key: each[half] for key, each in value.items()} if isinstance(value, dict) else value[half]
+
+
+@pytest.mark.parametrize("name", ["epsilon", "sdxl", "sd3", "flux"])
+def test_the_denoiser_is_called_as_the_pipeline_calls_it(name):
+    pipe, calls = PIPELINES[name](), []
+    parts = Parts(pipe)
+    model = getattr(pipe, parts.part)
+    hook = model.register_forward_hook(lambda _, args, options, out: calls.append((args, options, out[0])), with_kwargs=True)
+    sample(pipe, "a dog", 0, steps=2, guidance=3.5 if name == "flux" else 1.0, resolution=SIDE)
+    hook.remove()
+    for args, options, out in calls:
+        noisy = args[0] if args else options["hidden_states"]
+        time = torch.as_tensor(args[1] if args else options["timestep"]).view(-1)
+        text = {"embeds": options["encoder_hidden_states"]}
+        if name == "sdxl":
+            text["pooled"] = options["added_cond_kwargs"]["text_embeds"]
+        elif name != "epsilon":
+            text["pooled"] = options["pooled_projections"]
+        if name == "flux":
+            noisy, out = (pipe._unpack_latents(each, SIDE, SIDE, pipe.vae_scale_factor) for each in (noisy, out))
+            time = time * 1000
+        with torch.no_grad():
+            found = parts._predict(noisy, time, text, [(SIDE, SIDE, 0, 0)], noisy.shape[-2:])
+        torch.testing.assert_close(found, out, rtol=1e-4, atol=1e-5)
+        if name != "flux":
+            torch.testing.assert_close(parts.encode(["a dog"]), text, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("mask", ["snip", "rand", "struct", "grad"])
 def test_masks(folder, mask):
     adapter = train_image(overfit(steps=2, mask=mask, density=0.5 if mask == "struct" else None), stable_diffusion())
     assert adapter.metadata["mask"]["name"] == mask
-    density = 0.5 if mask == "struct" else 0.02  # struct is for larger matrices
+    density = 0.5 if mask == "struct" else 0.02  # struct is for larger matrices, and here makes fewer entries
     assert adapter.metadata["mask"]["density"] == density
-    assert adapter.density == pytest.approx(density, rel=0.2)
+    assert adapter.density == pytest.approx(density, rel=0.25)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "weights"])
@@ -495,6 +549,23 @@ def test_the_commands(run, folder):
         tiles = [swept.crop((x, y, x + 128, y + 128)).tobytes() for x, y in places]
         alone = base.crop((base.width - 132, base.height - 132, base.width - 4, base.height - 4)).tobytes()
     assert tiles[0] == alone and len(set(tiles)) == 3
+
+
+def test_two_processes(folder):
+    """They train one adapter, on batches of both; the class is made once."""
+    stable_diffusion().save_pretrained("pipeline")
+    line = f"{LINE} --data dog --class-prompt dog --class-count 2 --class-data made --sample-every 2 -o two.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "shira.cli", *line.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(shira.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "training: 3/3" in done.stderr and "Warning" not in done.stderr
+    adapter = shira.load("two.safetensors")
+    assert adapter.metadata["training"]["batch_size"] == 4
+    pipe = stable_diffusion()
+    switcher = shira.Switcher(modules_of(pipe))
+    switcher.add("two", adapter)
+    assert len(list((folder / "made").iterdir())) == 2 and (folder / "two.png").exists()
 
 
 def test_wrong_options_are_refused_before_a_pipeline_is_loaded(run, folder, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.pictures import Picture, pictures_in, square
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
@@ -37,7 +37,8 @@ def accelerator_for(mixed_precision: str, accumulate: int) -> Any:
         raise MissingExtra(f"this needs accelerate: pip install 'shira-adapters[image]' ({error})") from error
     AcceleratorState._reset_state()  # otherwise another precision is refused
     try:
-        return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+        options = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": accumulate}
+        return Accelerator(cpu=not torch.accelerator.is_available(), **options)  # it finds processes on the CPU only if asked
     except ValueError as error:
         raise DataError(f"mixed precision {mixed_precision!r} is not possible here: {error}") from error
 
@@ -224,6 +225,8 @@ def train(
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=learning_rate, weight_decay=0.0)
     rates = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps)
     model, prepared = accelerator.prepare(parts, optimizer)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model.broadcast_buffers = False  # no buffer changes here, and DDP fails if the only ones are the tuner's
     devices = [accelerator.device.index] if accelerator.device.type == "cuda" else []
     losses: list[float] = []
     started = time.perf_counter()
