@@ -1,0 +1,162 @@
+"""`shira train-image` and `shira sample`, on tiny random pipelines."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("PIL")
+
+import torch
+from PIL import Image
+
+import shira
+from pipelines import folder_with_pictures, stable_diffusion
+from shira import DataError
+from shira.cli.options import fields_of
+from shira.data.grids import grid
+from shira.integrations.diffusers_sampling import load_pipeline, modules_of
+from shira.runs.image_recipes import ImageRecipe, check_image_run, load_image_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers' Euler with NumPy 2.4
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with pictures."""
+    monkeypatch.chdir(tmp_path)
+    folder_with_pictures(tmp_path)
+    return tmp_path
+
+
+LINE = "train-image pipeline --steps 3 --density 0.1 --batch-size 2 --sample-steps 2 --guidance 2"
+
+
+def test_the_commands(run, folder):
+    """Train DreamBooth with samples, repeat it to the bit by its recipe, and make grids of its adapter."""
+    stable_diffusion().save_pretrained("pipeline")
+    line = f"{LINE} --data dog --prompt 'sks dog' --class-prompt dog --class-count 2 --sample-every 2 --sample-prompt 'a dog'"
+    code, out, err = run(f"{line} --sample-prompt 'sks dog' --license MIT --flip -o one.safetensors")
+    assert code == 0, err
+    assert "one.yaml, the samples are one.png" in " ".join(out.split())
+    assert re.search(r"^making pictures of the class: 2/2 ", err, re.MULTILINE), err
+    assert re.search(r"^training: 3/3 in [\d.]+ s loss [\d.]+  [\d.]+ pictures/s$", err, re.MULTILINE), err
+    one = shira.load("one.safetensors")
+    assert one.metadata["base"] == {"id": "pipeline", "dtype": "float32"}
+    assert one.metadata["license"] == "MIT" and one.name == "dog"
+    assert one.metadata["training"]["prompt"] == "sks dog"
+    with Image.open("one.png") as samples:
+        width, height = samples.size
+    assert width > 3 * 128 and height > 2 * 128  # base, step 2, step 3; two prompts
+
+    assert run("train-image --config one.yaml -o two.safetensors")[0] == 0
+    two = shira.load("two.safetensors")
+    assert two.metadata == one.metadata
+    assert all(torch.equal(tensor.values, two.tensors[name].values) for name, tensor in one.tensors.items())
+    assert (folder / "one.png").read_bytes() == (folder / "two.png").read_bytes()
+    assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
+
+    assert run(f"{LINE} --data dog --seed 3 --name other -o other.safetensors")[0] == 0
+    common = "sample --pipe pipeline -p dog -p tiger --steps 2 --guidance 2"
+    code, out, err = run(f"{common} -a one.safetensors -a other.safetensors=0.5 --seeds 3 -o grid.png")
+    assert code == 0, err
+    assert "grid.png: 2 x 3 pictures" in out and "making pictures: 6/6" in err
+    assert run(f"{common} -a one.safetensors --sweep 0,0.5,1 -o sweep.png")[0] == 0
+    assert run(f"{common} --seeds 1 -o base.png")[0] == 0
+    with Image.open("sweep.png") as swept, Image.open("base.png") as base:
+        places = [(swept.width - (3 - n) * (128 + 4), swept.height - 128 - 4) for n in range(3)]
+        tiles = [swept.crop((x, y, x + 128, y + 128)).tobytes() for x, y in places]
+        alone = base.crop((base.width - 132, base.height - 132, base.width - 4, base.height - 4)).tobytes()
+    assert tiles[0] == alone and len(set(tiles)) == 3
+
+
+def test_two_processes(folder):
+    """They train one adapter, on batches of both; the class is made once."""
+    stable_diffusion().save_pretrained("pipeline")
+    line = f"{LINE} --data dog --class-prompt dog --class-count 2 --class-data made --sample-every 2 -o two.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "shira.cli", *line.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(shira.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "training: 3/3" in done.stderr and "Warning" not in done.stderr
+    adapter = shira.load("two.safetensors")
+    assert adapter.metadata["training"]["batch_size"] == 4
+    pipe = stable_diffusion()
+    switcher = shira.Switcher(modules_of(pipe))
+    switcher.add("two", adapter)
+    assert len(list((folder / "made").iterdir())) == 2 and (folder / "two.png").exists()
+
+
+def test_wrong_options_are_refused_before_a_pipeline_is_loaded(run, folder, monkeypatch):
+    monkeypatch.setattr("shira.integrations.diffusers_sampling.load_pipeline", None)
+    for options, words in {
+        "--data dog --mask snap": "unknown mask 'snap'; did you mean 'snip'",
+        "--data dog --density 0": "density must be a finite number above 0",
+        "--data dog --prior-weight 2": "class_data and prior_weight need a class_prompt",
+        "--data dog --schedule liner": "unknown schedule 'liner'; did you mean 'linear'",
+        "--data dog --crop middle": "crop must be one of center, random",
+        "--data dog --mixed-precision fp8": "mixed_precision must be one of no, bf16, fp16",
+        "--data cat": "cat is not a folder of pictures",
+        "": "no pictures to train on: give --data, a folder of pictures",
+        "--data dog -o none/a.safetensors": "there is no folder none",
+        "--data dog --min-snr 0": "min_snr must be a finite number above 0",
+    }.items():
+        code, _, err = run(f"{LINE} {options}".replace("--density 0.1", "" if "density" in options else "--density 0.1"))
+        assert code == 1 and words in " ".join(err.split()), err
+    code, _, err = run("train-image --data dog")
+    assert code == 1 and "no pipeline to train" in err
+    code, _, err = run("sample --pipe pipeline -p x --sweep 1")
+    assert code == 1 and "--sweep needs an adapter" in err
+    code, _, err = run("sample --pipe pipeline -p x --sweep 1,a")
+    assert code == 2 and "expected numbers with commas" in " ".join(re.sub("│", " ", err).split())
+
+
+def test_what_is_no_pipeline(run, folder):
+    (folder / "empty").mkdir()
+    for name in ("empty", "nobody/nothing"):
+        code, _, err = run(f"sample --pipe {name} -p x")
+        assert code == 1 and f"DataError: cannot load '{name}': no Diffusers pipeline in that folder" in err
+
+
+def test_the_options_are_defined_once(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    code, out, _ = run("train-image --help")
+    text = re.sub(r"[│\s]+", " ", out)
+    assert code == 0
+    for name, (about, _) in fields_of(ImageRecipe).items():
+        assert re.fullmatch(r"\S.*\S\.", about["help"]), name
+        assert about["help"] in text, name
+        assert name == "pipeline" or f" --{name.replace('_', '-')} " in text, name
+    for group in ("Data", "Mask", "Training", "Results"):
+        assert f"─ {group} ─" in out
+
+
+def test_a_recipe_of_another_kind(folder):
+    (folder / "r.yaml").write_text("{pipeline: x, data: dog, max_length: 3}")
+    with pytest.raises(DataError, match="unknown setting 'max_length'"):
+        load_image_recipe("r.yaml", {})
+    recipe = load_image_recipe(None, {"pipeline": "x", "data": "dog", "rank": 4})
+    check_image_run(recipe)
+    assert json.dumps(vars(recipe))
+
+
+def test_grids():
+    tile = Image.new("RGB", (32, 32), "red")
+    found = grid([[tile, tile]], ["a tiger"], ["base", "a very long title that takes several lines of the grid"])
+    assert found.width > 2 * 128 and found.height > 128
+    assert found.getpixel((found.width - 10, found.height - 10)) == (255, 0, 0)
+    plain = grid([[tile]], [""], ["x"], smallest=1)
+    assert plain.width == 32 + 8
+    with pytest.raises(DataError, match="a grid needs a title for each row and column"):
+        grid([[tile]], ["a", "b"], ["x"])
+
+
+def test_a_pipeline_is_loaded_in_a_dtype(folder):
+    stable_diffusion().save_pretrained("pipeline")
+    assert load_pipeline("pipeline").unet.dtype == torch.float32
+    assert load_pipeline("pipeline", "bfloat16").unet.dtype == torch.bfloat16
