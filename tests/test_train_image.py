@@ -222,7 +222,7 @@ def test_prior_preservation_takes_pictures_of_the_class(folder):
     (folder / "class/green.txt").unlink()  # they need no captions
     adapter = train_image(recipe, pipe, on_class=lambda done, total: shown.append((done, total)))
     assert shown == [(2, 3), (3, 3)]  # one was there
-    assert sorted(path.name for path in (folder / "class").iterdir()) == ["class-00001.png", "class-00002.png", "green.png"]
+    assert sorted(path.name for path in (folder / "class").iterdir()) == ["class-00000.png", "class-00001.png", "green.png"]
     assert adapter.metadata["training"]["class_pictures"] == 3
     shown.clear()
     train_image(recipe, pipe, on_class=lambda done, total: shown.append(done))

@@ -22,7 +22,7 @@ def train_image(
 ) -> None:
     """Train one adapter on a Diffusers pipeline. A recipe that repeats the run and a grid of samples are saved beside it.
 
-    Example: shira train-image runwayml/stable-diffusion-v1-5 --data dog --prompt "a photo of sks dog" -o dog.safetensors
+    Example: shira train-image stable-diffusion-v1-5/stable-diffusion-v1-5 --data dog --prompt "a sks dog" -o dog.safetensors
     """
     recipe = load_image_recipe(config, given(options, ImageRecipe))
     if not output.parent.is_dir():

@@ -1,6 +1,7 @@
 """Diffusers: train an adapter on pictures with Accelerate. The loss is in `diffusion_losses`."""
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,16 +29,20 @@ SWITCHES = (  # what turns gradient checkpointing on and off: in Diffusers, in T
 Progress = Callable[[int, int], None]
 
 
-def accelerator_for(mixed_precision: str, accumulate: int) -> Any:
-    """An Accelerator of these settings. It takes the place of one that the process has already."""
+def accelerator_for(mixed_precision: str, accumulate: int, *, unused: bool = False) -> Any:
+    """An Accelerator of these settings. It takes the place of one that the process has already.
+
+    unused: some entries may get no gradient, as in the last layer of a text encoder whose second last is read.
+    """
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise MissingExtra(f"this needs accelerate: pip install 'shira-adapters[image]' ({error})") from error
     AcceleratorState._reset_state()  # otherwise another precision is refused
     try:
-        options = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": accumulate}
+        found = DistributedDataParallelKwargs(find_unused_parameters=unused)
+        options = {"kwargs_handlers": [found], "mixed_precision": mixed_precision, "gradient_accumulation_steps": accumulate}
         return Accelerator(cpu=not torch.accelerator.is_available(), **options)  # it finds processes on the CPU only if asked
     except ValueError as error:
         raise DataError(f"mixed precision {mixed_precision!r} is not possible here: {error}") from error
@@ -62,17 +67,19 @@ def class_pictures(
     place = Path(folder) if folder is not None else None
     there = place is not None and place.is_dir() and any(place.iterdir())
     found = pictures_in(place, prompt) if place is not None and there else []
-    for number in range(len(found), count):
-        image = sample(pipe, prompt, number, **options)
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
-            file = place / f"class-{number:05d}.png"
+    seeds = itertools.count()
+    while len(found) < count:
+        seed = next(seeds)
+        file = place / f"class-{seed:05d}.png" if place is not None else None
+        if file is not None and file.exists():
+            continue
+        image = sample(pipe, prompt, seed, **options)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file)
-            found.append(Picture(file, prompt))
-        else:
-            found.append(Picture(image, prompt))
+        found.append(Picture(file or image, prompt))
         if on_picture is not None:
-            on_picture(number + 1, count)
+            on_picture(len(found), count)
     return found
 
 

@@ -132,7 +132,7 @@ def train_image(
     """
     parts = Parts(pipe, text_encoders=recipe.train_text_encoder, min_snr=recipe.min_snr)
     pictures = pictures_in(recipe.data, recipe.prompt)
-    accelerator = training.accelerator_for(recipe.mixed_precision, recipe.accumulate)
+    accelerator = training.accelerator_for(recipe.mixed_precision, recipe.accumulate, unused=recipe.train_text_encoder)
     pipe.to(accelerator.device)
     resolution = recipe.resolution or _own_resolution(pipe, parts)
     shape: dict[str, Any] = {"steps": recipe.sample_steps, "guidance": recipe.guidance, "resolution": resolution}
