@@ -208,7 +208,9 @@ def test_bfloat16(folder, precision):
 
 def test_prior_preservation_takes_pictures_of_the_class(folder):
     pipe, shown = stable_diffusion(), []
-    recipe = overfit(prompt="a photo of sks dog", class_prompt="a dog", class_data="class", class_count=3, prior_weight=0.5)
+    recipe = overfit(
+        steps=3, prompt="a photo of sks dog", class_prompt="a dog", class_data="class", class_count=3, prior_weight=0.5
+    )
     priors = [Picture("class/green.png", "a dog")]
     parts = Parts(pipe)
     parts.trains_text = True  # a batch then has the captions themselves
