@@ -28,6 +28,7 @@ __all__ = ["DENOISERS", "Parts"]
 
 DENOISERS = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "transformer", "FluxTransformer2DModel": "transformer"}
 NOISE = ("epsilon", "v_prediction", "sample")
+MOST = 20.0  # the largest weight of a noise level if the picture is predicted
 FLUX_GUIDANCE = 3.5  # what Flux's own scripts train with, where a transformer takes guidance as an input
 
 
@@ -123,9 +124,12 @@ class Parts(nn.Module):
         return total
 
     def _scale(self, level: Tensor) -> Tensor:
-        """The weight of each noise level in the loss: 1, or min(SNR, γ) in units of the prediction (arXiv 2303.09556)."""
+        """The weight of each noise level in the loss: min(SNR, γ) in units of the prediction (arXiv 2303.09556).
+
+        Without γ it is 1. Where the picture is predicted it is then SNR + 1, which is 1 for v, up to MOST.
+        """
         if self.min_snr is None:
-            return torch.ones_like(level)
+            return (1 / (1 - level)).clamp(max=MOST) if self.prediction == "sample" else torch.ones_like(level)
         ratio = level / (1 - level)
         if self.prediction == "epsilon":
             return (self.min_snr / ratio).clamp(max=1)  # also where the ratio is 0
