@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-quantized test-deepspeed test-gpu test-sanitized soak lint clean
+.PHONY: help demo emoji-model test test-slow test-quantized test-deepspeed test-gpu test-sanitized soak lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,6 +23,10 @@ help: ## show this
 
 demo: .venv/ready ## train, save, switch and fuse two adapters on a real model (a few minutes)
 	$(BIN)/shira demo
+
+emoji-model: .venv/ready ## train a text-to-image model of 24 emoji from nothing (some minutes), and draw them at guidance 1 to 4
+	$(BIN)/python -m experiments.image.emoji train --concepts 24
+	$(BIN)/python -m experiments.image.emoji sample --concepts 24 --out emoji.png
 
 test: .venv/ready lint ## lint, types and tests, on tiny models and briefly on the real one
 	$(PYTEST) --dist worksteal -m "not slow"
