@@ -29,6 +29,7 @@ def test_a_question_is_taken_apart(query, expected):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_parts_of_each_benchmark_are_apart():
     sizes = {benchmark.name: len(benchmark.test()) for benchmark in BENCHMARKS}
     assert sizes == {

@@ -75,6 +75,7 @@ def test_the_commands(run, folder):
     assert tiles[0] == alone and len(set(tiles)) == 3
 
 
+@pytest.mark.slow
 def test_two_processes(folder):
     """They train one adapter, on batches of both; the class is made once."""
     stable_diffusion().save_pretrained("pipeline")
