@@ -149,6 +149,7 @@ def run(monkeypatch, capsys):
     return run_
 
 
+@pytest.hookimpl(trylast=True)  # after those that are not asked for are left out
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that no process is left alone with one of them at the end.
 
