@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import shira
 from conftest import letter_tokenizer
 from shira import DataError, MissingExtra
+from shira.data.progress_bars import without_bars
 from shira.data.reading import example_of, examples_of, read_examples
 from shira.data.tasks import Example
 from shira.data.tokens import IGNORED, encode
@@ -224,3 +225,19 @@ def test_the_chat_template_of_a_real_model():
     assert row["input_ids"] == whole
     counted = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
     assert counted == "Hello, you!<|im_end|>\nAgain?<|im_end|>\n"
+
+
+@pytest.mark.parametrize("library", ["transformers", "datasets", "diffusers"])
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_of_others_stay_as_they_were(library, shown):
+    library = pytest.importorskip(library)
+    logging = library.utils.logging
+    before = logging.is_progress_bar_enabled()
+    try:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        with pytest.raises(ZeroDivisionError), without_bars(library):
+            assert not logging.is_progress_bar_enabled()
+            raise ZeroDivisionError
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()

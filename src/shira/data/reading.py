@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..errors import DataError, MissingExtra, did_you_mean
 from ..texts import shown
 from .commonsense import COMMONSENSE
+from .progress_bars import without_bars
 from .tasks import TASKS, Example
 
 __all__ = ["example_of", "examples_of", "read_examples"]
@@ -91,24 +92,20 @@ def _data_set(data: str) -> Iterator[tuple[str, object]]:
             "'org/name:train'"
         )
     datasets = _library("datasets")
-    hidden = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     try:
-        if local and any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(name)
-            if isinstance(loaded, dict):
-                loaded = loaded[parts["split"] or "train"]
-            elif parts["split"]:
-                raise ValueError(f"it is one split; leave out ':{parts['split']}'")
-        else:
-            revision, split = parts["revision"], parts["split"] or "train"
-            loaded = datasets.load_dataset(name, parts["config"], split=split, revision=revision)
+        with without_bars(datasets):
+            if local and any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
+                loaded = datasets.load_from_disk(name)
+                if isinstance(loaded, dict):
+                    loaded = loaded[parts["split"] or "train"]
+                elif parts["split"]:
+                    raise ValueError(f"it is one split; leave out ':{parts['split']}'")
+            else:
+                revision, split = parts["revision"], parts["split"] or "train"
+                loaded = datasets.load_dataset(name, parts["config"], split=split, revision=revision)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         what = " ".join(str(error).split())
         raise DataError(f"cannot load the data set {data!r}: {type(error).__name__}: {what}") from error
-    finally:
-        if hidden:
-            datasets.enable_progress_bars()
     for number, row in enumerate(loaded.select_columns(_columns(data, loaded.column_names)), start=1):
         yield f"{data}, row {number}", row
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.progress_bars import without_bars
 from ..errors import DataError, MissingExtra
 
 __all__ = ["load_pipeline", "modules_of", "sample", "version"]
@@ -16,11 +17,12 @@ def load_pipeline(name: str, dtype: str = "auto") -> Any:
 
     Raises DataError if there is no such pipeline.
     """
-    diffusers = _library()
+    diffusers, transformers = _libraries()
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(
-            name, **({} if dtype == "auto" else {"dtype": getattr(torch, dtype)})
-        )
+        with without_bars(diffusers, transformers):
+            return diffusers.DiffusionPipeline.from_pretrained(
+                name, **({} if dtype == "auto" else {"dtype": getattr(torch, dtype)})
+            )
     except (OSError, ValueError, AttributeError, ImportError) as error:
         what = "folder" if Path(name).exists() else "folder, or pipeline id that can be reached"
         said = " ".join(str(error).split())[:300]
@@ -29,7 +31,7 @@ def load_pipeline(name: str, dtype: str = "auto") -> Any:
 
 def version() -> str:
     """The version of Diffusers."""
-    return str(_library().__version__)
+    return str(_libraries()[0].__version__)
 
 
 @torch.no_grad()
@@ -58,14 +60,10 @@ def modules_of(pipe: Any) -> nn.Module:
     return nn.ModuleDict({name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
 
 
-def _library() -> Any:
+def _libraries() -> tuple[Any, Any]:
     try:
         import diffusers
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise MissingExtra(f"this needs diffusers: pip install 'shira-adapters[image]' ({error})") from error
-    from transformers.utils import logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    logging.disable_progress_bar()
-    return diffusers
+    return diffusers, transformers

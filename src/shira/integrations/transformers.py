@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data.batches import batches, check_packing, collate, mean_loss
 from ..data.models import model_path
+from ..data.progress_bars import without_bars
 from ..data.tokens import Row, encode
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
 from ..files.paths import temporary_folder
@@ -109,23 +110,10 @@ def _library() -> Any:
     return transformers
 
 
-@contextlib.contextmanager
-def _without_bars(library: Any) -> Iterator[None]:
-    """Inside, Transformers shows no progress bars; afterwards it does what it did before."""
-    logging = library.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _pretrained(kind: str, model: str, **options: Any) -> Any:
     path, library = model_path(model), _library()
     try:
-        with _without_bars(library):
+        with without_bars(library):
             return getattr(library, kind).from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         what = "folder" if Path(path).exists() else "folder, built-in name, or model id that can be reached"
