@@ -234,6 +234,25 @@ def test_every_kind_of_pipeline(kind, tmp_path):
     assert torch.equal(picture(pipe), plain)
 
 
+def test_other_methods_of_fusion_hold_for_a_replaced_component_too(pipe, adapters):
+    base = pipe_bits(pipe)
+    adapters.set(["a", "b"], [1.0, 0.5])
+    by_sum = pipe_bits(pipe)
+    adapters.set(["a", "b"], [1.0, 0.5], method="ties", density=0.5)
+    by_ties = pipe_bits(pipe)
+    assert not same_bits(by_sum, by_ties)
+    pipe.unet = copy.deepcopy(pipe.unet)
+    adapters.enable()
+    assert same_bits(pipe_bits(pipe), by_ties)
+    adapters.fuse()
+    assert same_bits(pipe_bits(pipe), by_ties)
+    with pytest.raises(AdapterError, match="tie"):
+        adapters.set([], method="tie")
+    assert same_bits(pipe_bits(pipe), by_ties)
+    adapters.unfuse()
+    assert same_bits(pipe_bits(pipe), base)
+
+
 def test_calls_as_in_the_documentation(pipe, adapters):
     base = pipe_bits(pipe)
     assert adapters.names == ["a", "b"] and adapters.active == {}

@@ -67,6 +67,13 @@ def test_the_commands(run, folder):
     assert code == 0, err
     assert "grid.png: 2 x 3 pictures" in out and "making pictures: 6/6" in err
     assert run(f"{common} -a one.safetensors --sweep 0,0.5,1 -o sweep.png")[0] == 0
+    plain = {
+        name.removeprefix("unet."): tensor for name, tensor in one.tensors.items()
+    }  # as shira.attach(pipe.unet) names them
+    shira.Adapter(plain).save("plain.safetensors")
+    both = """-a plain.safetensors='{"unet": {"down": 0.5, "up": {"block_0": 0.0}}}' -a other.safetensors"""
+    code, _, err = run(f"{common} {both} --method ties --density 0.5 --sweep 0,1 -o p.png")
+    assert code == 0, err
     assert run(f"{common} --seeds 1 -o base.png")[0] == 0
     with Image.open("sweep.png") as swept, Image.open("base.png") as base:
         places = [(swept.width - (3 - n) * (128 + 4), swept.height - 128 - 4) for n in range(3)]

@@ -10,8 +10,7 @@ from ..adapter import load
 from ..data.grids import grid
 from ..data.pictures import check_pillow
 from ..errors import DataError
-from ..fusion.strengths import Strength
-from ..switching.switcher import Switcher
+from ..integrations.diffusers import PipelineAdapters
 from .fuse import Density, Drop, MethodName, Seed, method_options
 from .output import cell, console, parse_adapter, progress, waiting
 
@@ -22,7 +21,10 @@ def sample(
     pipe: Annotated[str, typer.Option("--pipe", help="A folder of a Diffusers pipeline, or a hub id.")],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="One row of the grid. May be given more than once.")],
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="FILE or FILE=STRENGTH; several are fused.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--adapter", "-a", help='FILE or FILE=STRENGTH, a number or JSON: {"unet": {"down": 0.5}}.', show_default=False
+        ),
     ] = None,
     sweep: Annotated[
         str | None, typer.Option(help="Factors on all strengths, with commas: 0,0.5,1,1.25. One column each.")
@@ -45,11 +47,13 @@ def sample(
     """
     options = method_options(method, density=density, drop=drop, seed=seed)
     given = [parse_adapter(text) for text in adapter or []]
-    adapters = {path: (load(path), strength) for path, strength in given}
-    if len(adapters) < len(given):
+    strengths = dict(given)
+    if len(strengths) < len(given):
         raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
     factors = _factors(sweep)
-    if sweep is not None and not adapters:
+    for path in strengths:
+        load(path)  # what is wrong with it should be known before a pipeline is loaded
+    if sweep is not None and not strengths:
         raise DataError("--sweep needs an adapter: give -a FILE")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} to save the grid in; make it first")
@@ -60,15 +64,14 @@ def sample(
     with waiting("loading the pipeline"):
         loaded = sampling.load_pipeline(pipe, dtype)
         _to_the_accelerator(loaded)
-    switcher = Switcher(sampling.modules_of(loaded))
-    for path, (content, _) in adapters.items():
-        switcher.add(path, content)
+    adapters = PipelineAdapters(loaded)
+    for path in strengths:
+        adapters.load(path, path)
     columns: dict[str, list[Any]] = {}
     done = 0
     with progress("making pictures", len(factors) * len(numbers) * len(prompt)) as update:
         for factor in factors:
-            selection = {path: _times(strength, factor) for path, (_, strength) in adapters.items()}
-            switcher.use(selection or None, method, **options)
+            adapters.set({path: _times(strength, factor) for path, strength in strengths.items()}, method=method, **options)
             for number in numbers:
                 images = []
                 for text in prompt:
@@ -77,7 +80,7 @@ def sample(
                     update(done)
                 label = [f"× {factor:g}"] * (sweep is not None) + [f"seed {number}"] * (sweep is None or len(numbers) > 1)
                 columns[", ".join(label)] = images
-    switcher.use(None)
+    adapters.disable()
     grid(list(zip(*columns.values(), strict=True)), prompt, list(columns)).save(output)
     console.print(f"{cell(output)}: {len(prompt)} x {len(columns)} pictures", highlight=False)
 
@@ -90,10 +93,13 @@ def _factors(sweep: str | None) -> list[float]:
         raise typer.BadParameter(f"found {sweep!r}; expected numbers with commas, 0,0.5,1", param_hint="--sweep") from None
 
 
-def _times(strength: Strength, factor: float) -> Strength:
+def _times(strength: Any, factor: float) -> Any:
+    """A strength as `PipelineAdapters.set` takes it, times a factor. What is not named has 1.0, so it is named."""
     if isinstance(strength, Mapping):
-        return {pattern: value * factor for pattern, value in strength.items()}
-    return strength * factor
+        return {"*": factor} | {part: _times(value, factor) for part, value in strength.items()}
+    if isinstance(strength, list):
+        return [_times(value, factor) for value in strength]
+    return strength * factor if isinstance(strength, int | float) else strength
 
 
 def _to_the_accelerator(pipe: Any) -> None:

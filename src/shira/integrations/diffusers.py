@@ -7,6 +7,7 @@ The VAE is never written to.
 
 import os
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -37,6 +38,7 @@ class _Set(NamedTuple):
     chosen: dict[str, tuple[Any, Strength]]
     fused: dict[str, tuple[Any, Strength]]  # stays in the weights until `unfuse`
     enabled: bool = True
+    method: tuple[str, Mapping[str, float]] = ("sum", MappingProxyType({}))  # that combines all of them, with its options
 
 
 class PipelineAdapters:
@@ -138,7 +140,9 @@ class PipelineAdapters:
             )
         return ""
 
-    def set(self, names: str | list[str] | Mapping[str, Any], strengths: Any = None) -> None:
+    def set(
+        self, names: str | list[str] | Mapping[str, Any], strengths: Any = None, *, method: str = "sum", **options: float
+    ) -> None:
         """Activate these adapters, and no others but those that are fused. [] activates none.
 
         names: one, several, or name -> strength. strengths: one for all, or a list of as many; 1.0 by default.
@@ -146,6 +150,7 @@ class PipelineAdapters:
         or says what its modules get, by their names and as deep as you like; "*" is for all that is not named, 1.0 by default.
         In a UNet "down", "mid", "up" and "block_0" are names, too, and a list has a number for each layer of a block, its
         convolutions included.
+        method, options: how changes that meet are combined, as in `Switcher.use`; those that are fused take part.
 
         Raises SwitchError for an unknown or a fused name; AdapterError for a strength that is not possible; and what `load`
         raises if a file or the pipeline has changed. Then what was active stays active.
@@ -155,7 +160,7 @@ class PipelineAdapters:
             self._check(name)
         present = self._present()
         chosen = {name: (strength, by_block(name, strength, present, self._tensors[name])) for name, strength in given.items()}
-        self._apply(_Set(chosen, self._set.fused))
+        self._apply(_Set(chosen, self._set.fused, method=(method, options)))
 
     def disable(self) -> None:
         """Take out what is active. `enable` brings it back. What is fused stays."""
@@ -181,7 +186,7 @@ class PipelineAdapters:
         """
         if not self.active:
             raise SwitchError("nothing is active that could be fused; call set(…) first")
-        self._apply(_Set({}, self._set.fused | self._set.chosen))
+        self._apply(self._set._replace(chosen={}, fused=self._set.fused | self._set.chosen))
 
     def unfuse(self) -> None:
         """Take out all that was fused. What was set since stays active; without that, the base is back, bit for bit."""
@@ -255,7 +260,8 @@ class PipelineAdapters:
     def _apply(self, wanted: _Set) -> None:
         self._follow()
         chosen = wanted.fused | (wanted.chosen if wanted.enabled else {})
-        self._switcher.use({name: strength for name, (_, strength) in chosen.items()})
+        method, options = wanted.method
+        self._switcher.use({name: strength for name, (_, strength) in chosen.items()}, method, **options)
         self._set = wanted
 
     def _present(self) -> dict[str, nn.Module]:
@@ -287,11 +293,11 @@ class PipelineAdapters:
         before: dict[str, Any] = dict(self._model._modules)
         if all(before[name] is present.get(name, self._absent) for name in COMPONENTS):
             return
-        active = self._switcher.active
+        active, method = self._switcher.active, self._switcher.method
         self._hold(present)
         if active:
             try:
-                self._switcher.use(active)  # a copy, or the base loaded again: the base is found under the adapter
+                self._switcher.use(active, **method)  # a copy, or the base loaded again: the base is found under the adapter
             except SwitchError:  # something else: the old component gets its base, and the new one is taken as it is
                 self._hold(before)
                 self._switcher.use(None)
