@@ -1,6 +1,7 @@
 """KeyboardInterrupt wherever shira's own Python code can be interrupted: at any line, and again while that is dealt with."""
 
 import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -10,37 +11,42 @@ import shira
 HERE = str(Path(shira.__file__).parent)
 
 
+@functools.cache
+def is_ours(file):
+    return file.startswith(HERE)
+
+
 @contextlib.contextmanager
 def interrupted(line, later=0, error=KeyboardInterrupt):
     """KeyboardInterrupt, or another error, before the `line`-th line of shira that runs, and, if `later`, a second one at the
     `later`-th event (a line, call or return) after that. Yields a list of what is still to come: empty once all have struck."""
     left = [line] + [later] * bool(later)
-    total = len(left)
 
-    def strike(frame):
-        if not left or not frame.f_code.co_filename.startswith(HERE):
-            return
+    def strike():
         left[0] -= 1
         if left[0] == 0:
             del left[0]
+            if left:
+                sys.setprofile(profile)
             raise error
 
     def trace(frame, event, _):
-        if not frame.f_code.co_filename.startswith(HERE):
+        if event == "line":
+            if left:
+                strike()
+        elif not is_ours(frame.f_code.co_filename):
             return None
-        if event == "line" and (len(left) == total or later):
-            strike(frame)
         return trace
 
     def profile(frame, event, _):
         """Python drops a trace function that has raised: it is put back at the next call or return, for frames to come."""
-        if later and len(left) == 1 and total == 2:
+        if left:
             sys.settrace(trace)
-            strike(frame)
+            if is_ours(frame.f_code.co_filename):
+                strike()
 
     before = sys.gettrace(), sys.getprofile()
     try:
-        sys.setprofile(profile)
         sys.settrace(trace)
         yield left
     except error:
