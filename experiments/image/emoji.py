@@ -30,7 +30,7 @@ from shira.errors import DataError, ShiraError
 from shira.files.paths import temporary_folder
 
 from . import scoring
-from .classifier import kept
+from .classifier import kept, trained
 from .grids import Picture, grid
 from .parts import GUIDED, PixelShuffleVAE, encoded, guided_at_first, load, pipeline, text_parts
 from .training import Settings, Training, train
@@ -164,7 +164,7 @@ def score_command(options: argparse.Namespace) -> None:
         if step % 100 == 0:
             print(f"classifier: step {step} of {steps}, loss {loss:.3f}", flush=True)
 
-    judge = kept(place / f"classifier-{steps}.pt", real, steps, on_step)
+    judge = kept(place / f"classifier-{steps}.pt", len(chosen), lambda: trained(real, steps, on_step=on_step))
     line = {"concepts": len(chosen), "classifier_steps": steps}
     line |= {f"classifier_{k}": v for k, v in scoring.on_real(judge, real).items()}
     print(json.dumps(line), flush=True)
@@ -188,6 +188,13 @@ def release_command(options: argparse.Namespace) -> None:
     save_file({k: v.bfloat16().contiguous() for k, v in model.state_dict().items()}, options.out, metadata)
     digest = hashlib.sha256(options.out.read_bytes()).hexdigest()
     print(f"{options.out}: {options.out.stat().st_size:,} bytes, sha256 {digest}")
+
+
+def quiet() -> None:
+    """Hide the notes and progress bars of Diffusers and Transformers, so that ours are seen."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -215,9 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command in (training, sampling, scores, releasing):
         command.add_argument("--concepts", type=int, help="of how many concepts the model is (all 1,026)")
     options = parser.parse_args(arguments)
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+    quiet()
     work = {"train": train_command, "sample": sample_command, "score": score_command, "release": release_command}
     try:
         work[options.command](options)

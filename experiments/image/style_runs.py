@@ -1,0 +1,194 @@
+"""The runs of the style experiment: what a recipe wants, in which order, and how each is made."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.language.search import rates_to_try
+from experiments.store import Key, Store, artefacts, number
+from shira.data.emoji import named
+from shira.errors import DataError
+
+from . import style_adapters, style_scores
+from .emoji import facts_of, folder, generate
+from .grids import Picture as Pixels
+from .parts import load
+from .styles import SEEN, UNSEEN, general_pictures, training_pictures, validation_pictures
+
+Recipe = Mapping[str, Any]
+SHOWN = (*SEEN, *UNSEEN)
+
+
+def train_key(recipe: Recipe, style: str, size: str, name: str, rate: float, **more: Any) -> Key:
+    """A training. more: "avoid", numbers of runs whose positions the mask leaves free; "near", a reach of stay_near."""
+    method = {key: value for key, value in recipe["methods"][name].items() if key != "rates"}
+    if "lora" not in method:
+        method["rank"] = recipe["rank"]
+    same = {key: recipe[key] for key in ("concepts", "side", "steps", "batch")}
+    return {"kind": "train", "style": style, "size": size, "method": method, "rate": rate, "seed": 0} | same | more
+
+
+def score_key(recipe: Recipe, adapters: Sequence[tuple[Key, float]], style: str | None, fusion: Recipe = {}) -> Key:  # noqa: B006
+    """Pictures of all SHOWN concepts with these adapters, each at its strength. style: of the real pictures to compare with."""
+    used = [{"run": number(key), "strength": strength} for key, strength in adapters]
+    same = {key: recipe[key] for key in ("concepts", "side", "sampling", "seeds")}
+    return {"kind": "score", "adapters": used, "style": style, "fusion": dict(fusion)} | same
+
+
+def losses(recipe: Recipe, store: Store, size: str, name: str) -> dict[float, float]:
+    """Learning rate -> loss on the pictures of concepts that were not trained, for the rates tried so far."""
+    found: dict[float, float] = {}
+    while True:
+        tried = rates_to_try(recipe["methods"][name]["rates"], found, recipe["most_rates"])
+        results = {r: store.get(train_key(recipe, recipe["rates_style"], size, name, r)) for r in tried if r not in found}
+        found |= {rate: result["validation_loss"] for rate, result in results.items() if result is not None}
+        if not results or None in results.values():
+            return found
+
+
+def best_rate(recipe: Recipe, store: Store, size: str, name: str) -> float | None:
+    """The learning rate with the lowest loss, or None while some are not tried."""
+    found = losses(recipe, store, size, name)
+    if any(rate not in found for rate in rates_to_try(recipe["methods"][name]["rates"], found, recipe["most_rates"])):
+        return None
+    return min(found, key=lambda rate: found[rate])
+
+
+def chosen(recipe: Recipe, store: Store, style: str, size: str, name: str, **more: Any) -> Key | None:
+    """The training of a style at the method's best learning rate, or None while that is not known."""
+    rate = best_rate(recipe, store, size, name)
+    return None if rate is None else train_key(recipe, style, size, name, rate, **more)
+
+
+def pair(recipe: Recipe, store: Store, size: str, name: str, fusion: Recipe) -> list[Key] | None:
+    """The trainings of the two styles that are added. With "avoid" in the fusion, the second avoids the first's positions."""
+    one, other = recipe["styles"]
+    more = {"near": fusion["near"]} if "near" in fusion else {}
+    first = chosen(recipe, store, one, size, name, **more)
+    if first is None:
+        return None
+    second = chosen(recipe, store, other, size, name, **more, **({"avoid": [number(first)]} if "avoid" in fusion else {}))
+    return None if second is None else [first, second]
+
+
+def added(recipe: Recipe, keys: Sequence[Key], fusion: Recipe) -> Key:
+    """The pictures of two styles at once."""
+    how = {key: value for key, value in fusion.items() if key in ("method", "options")}
+    return score_key(recipe, [(key, fusion.get("strength", 1.0)) for key in keys], None, how)
+
+
+def fusions_of(recipe: Recipe, name: str) -> dict[str, Recipe]:
+    """What LoRA has of the ways to add two adapters: Diffusers sums them."""
+    every: dict[str, Recipe] = recipe["fusions"]
+    return {how: each for how, each in every.items() if "lora" not in recipe["methods"][name] or how in ("sum", "half")}
+
+
+def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
+    """The base; for each size and method its rates, both styles alone, and their sum; then strengths, fusions, more styles."""
+    yield score_key(recipe, [], None)
+    for size in recipe["sizes"][::-1]:
+        for name in recipe["methods"]:
+            for rate in rates_to_try(recipe["methods"][name]["rates"], losses(recipe, store, size, name), recipe["most_rates"]):
+                yield train_key(recipe, recipe["rates_style"], size, name, rate)
+            keys = pair(recipe, store, size, name, {})
+            if keys:
+                yield from keys
+                yield from (score_key(recipe, [(key, 1.0)], key["style"]) for key in keys)
+                yield added(recipe, keys, {})
+    size = recipe["sizes"][-1]
+    for name in recipe["swept"]:
+        key = chosen(recipe, store, recipe["styles"][0], size, name)
+        yield from (score_key(recipe, [(key, s)], key["style"]) for s in recipe["sweep"] if key and s not in (0, 1))
+    for name in recipe["fused"]:
+        for fusion in fusions_of(recipe, name).values():
+            keys = pair(recipe, store, size, name, fusion)
+            if keys:
+                yield from keys
+                yield added(recipe, keys, fusion)
+                if "avoid" in fusion or "near" in fusion:
+                    yield from (score_key(recipe, [(key, 1.0)], key["style"]) for key in keys)
+    for style in recipe["more_styles"]:
+        for name in recipe["more_methods"]:
+            key = chosen(recipe, store, style, size, name)
+            if key:
+                yield key
+                yield score_key(recipe, [(key, 1.0)], style)
+
+
+class Lab:
+    """Makes runs on one pipeline, whose base is the same after each."""
+
+    def __init__(self, recipe: Recipe, store: Store) -> None:
+        self.recipe, self.store = recipe, store
+        self.place = folder(recipe["concepts"])
+
+    @cached_property
+    def pipe(self) -> Any:
+        facts = facts_of(self.place)
+        if facts["step"] != facts["of"]:
+            raise DataError(f"the model in {self.place} is not finished; go on: python -m experiments.image.emoji train")
+        return load(self.place / "pipeline")
+
+    @cached_property
+    def judges(self) -> dict[str, Any]:
+        return {what: style_scores.judge(what, self.recipe["side"], self.place) for what in ("style", "concept")}
+
+    def run(self, key: Key) -> dict[str, Any]:
+        return self.train(key) if key["kind"] == "train" else self.score(key)
+
+    def train(self, key: Key) -> dict[str, Any]:
+        method = dict(key["method"])
+        method |= {"near": key["near"]} if "near" in key else {}
+        place = artefacts() / number(key)
+        place.mkdir(parents=True, exist_ok=True)
+        return style_adapters.trained(
+            method,
+            self.pipe,
+            training_pictures(key["style"], key["size"], key["side"]),
+            validation_pictures(key["style"], key["side"]),
+            place,
+            side=key["side"],
+            steps=key["steps"],
+            batch=key["batch"],
+            rate=key["rate"],
+            seed=key["seed"],
+            general=general_pictures(key["side"]) if "near" in key else (),
+            avoid=[self.adapter(run) / style_adapters.FILE for run in key.get("avoid", ())],
+        )
+
+    def adapter(self, run: str) -> Path:
+        """The folder of a trained adapter. If the cache has lost it, it is trained again."""
+        line = self.store.line(run)
+        if line is None:
+            raise DataError(f"{self.store.path}: no run {run!r}")
+        place = artefacts() / run
+        if not place.is_dir() or not any(place.iterdir()):
+            self.train(line["key"])
+        return place
+
+    def score(self, key: Key) -> dict[str, Any]:
+        made = self.pictures(key, SHOWN, range(key["seeds"]))
+        targets = style_scores.target_pictures(named(SHOWN), key["style"] or "base", key["side"])
+        return style_scores.scores(made, self.judges, targets)
+
+    def pictures(self, key: Key, names: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Pixels]]:
+        """Name -> one picture for each seed. The noise depends on the seed alone."""
+        folders = [self.adapter(each["run"]) for each in key["adapters"]]
+        how = key["fusion"]
+        strengths = [each["strength"] for each in key["adapters"]]
+        with style_adapters.adapted(self.pipe, folders, strengths, how.get("method", "sum"), **how.get("options", {})):
+            return drawn(self.pipe, names, seeds, **key["sampling"])
+
+
+def drawn(pipe: Any, names: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float) -> dict[str, list[Pixels]]:
+    """Pictures in bfloat16 arithmetic, as the adapters were trained: name -> one for each seed."""
+    found: dict[str, list[Pixels]] = {name: [] for name in names}
+    for seed in seeds:
+        with torch.autocast("cpu", torch.bfloat16):
+            made = generate(pipe, names, guidance, steps, seed)
+        for name, picture in zip(names, made, strict=True):
+            found[name].append(picture)
+    return found
