@@ -18,7 +18,8 @@ from shira.data.pictures import Picture
 from shira.integrations.diffusers import PipelineAdapters
 from shira.integrations.diffusers_training import Examples, accelerator_for, ready, train
 from shira.integrations.diffusion_losses import Parts
-from shira.runs.image_recipes import STYLES as TARGETS
+
+TARGETS = "(?i).*(attn|attention[.]|conv).*"  # attention and all convolutions, those from and to the latents included
 
 FILE = "adapter.safetensors"
 CALIBRATION = 4  # batches that masks and `stay_near` see

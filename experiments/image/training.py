@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,6 +15,8 @@ from shira.errors import DataError
 from shira.files.paths import temporary_file
 
 from .parts import scheduler, unet
+
+FALL = 0.4  # the share of the steps, at the end, in which the learning rate falls
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,13 @@ class Settings:
 
     def rate_at(self, step: int) -> float:
         """50 steps of warm-up, then constant; over the last 40 % it falls to 0."""
-        left = (self.steps - step) / (0.4 * self.steps)
+        left = (self.steps - step) / (FALL * self.steps)
         return self.rate * min(1.0, (step + 1) / 50, left)
+
+    def go_on_from(self, kept: dict[str, Any], step: int) -> bool:
+        """Whether a training with these other settings can go on here. `passes` may differ until the rate falls in one."""
+        falls = (1 - FALL) * min(self.steps, replace(self, passes=kept.get("passes", self.passes)).steps)
+        return kept | {"passes": self.passes} == asdict(self) and (kept["passes"] == self.passes or step <= falls)
 
     def average_at(self, step: int) -> float:
         """How much the moving average keeps. It looks back over about the last twentieth of the training."""
@@ -126,9 +134,9 @@ class Training:
             temporary.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a saved state. Raises DataError if it was trained with other settings."""
+        """Go on from a saved state. Raises DataError if it was trained with other settings (see `Settings.go_on_from`)."""
         state = torch.load(path, weights_only=True)
-        if state["settings"] != asdict(self.settings):
+        if not self.settings.go_on_from(state["settings"], state["step"]):
             raise DataError(
                 f"{path} was trained with {state['settings']}, not {asdict(self.settings)}; start anew with --again"
             )
