@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up .venv once; `touch constraints.txt` makes them do it again.
+# `make demo`, `make demo-image` and `make test` set up .venv once; `touch constraints.txt` makes them do it again.
 PYTHON ?= python3
 BIN := .venv/bin
 # -qq: errors alone, so that notes of pip do not hide ours. --no-build-isolation builds with the pinned setuptools of the environment itself
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo emoji-model test test-slow test-quantized test-deepspeed test-gpu test-sanitized soak lint clean
+.PHONY: help demo demo-image emoji-model test test-slow test-quantized test-deepspeed test-gpu test-sanitized soak lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,6 +23,9 @@ help: ## show this
 
 demo: .venv/ready ## train, save, switch and fuse two adapters on a real model (a few minutes)
 	$(BIN)/shira demo
+
+demo-image: .venv/ready ## train a small text-to-image model and two styles, and draw one grid of both (six minutes)
+	$(BIN)/python -m experiments.image.demo
 
 emoji-model: .venv/ready ## train a text-to-image model of 24 emoji from nothing (some minutes), and draw them at guidance 1 to 4
 	$(BIN)/python -m experiments.image.emoji train --concepts 24

@@ -1,5 +1,7 @@
 """The style experiment: its runs, its trainings on a tiny random pipeline, and what its judges and pages say."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -8,10 +10,11 @@ pytest.importorskip("peft")
 
 import torch
 from experiments import store as stores
+from experiments.image import demo, emoji, parts, style_adapters, style_report, style_runs, style_scores, styles
 from experiments.image import main as command
-from experiments.image import style_adapters, style_report, style_runs, style_scores, styles
 from PIL import Image
 
+import shira
 from conftest import all_bits, same_bits
 from pipelines import SIDE, stable_diffusion
 from shira.data.pictures import Picture
@@ -172,3 +175,23 @@ def test_what_adapters_see_and_do_not():
     assert len({p.image.tobytes() for p in pictures}) == 64  # the filters' random numbers differ
     flat = styles.training_pictures("flat", "few", 32)
     assert len(flat) == 8 and flat[0].image.size == (32, 32)
+
+
+@pytest.mark.real
+def test_the_demo_leaves_a_grid_and_the_base(tmp_path, monkeypatch, capsys):
+    """The whole of `make demo-image`, on a random UNet and for two steps."""
+    torch.manual_seed(0)
+    pipe = parts.pipeline(parts.unet(32, (16, 32)), *parts.text_parts())
+    (tmp_path / "emoji-24").mkdir()
+    emoji.save_pipeline(pipe, tmp_path / "emoji-24" / "pipeline", {"step": 1, "of": 1})
+    monkeypatch.setattr(emoji, "folder", lambda count: tmp_path / f"emoji-{count}")
+    for name, value in {"VARIANTS": 1, "SHOWN": ("dog", "pizza"), "SAMPLING": 2, "SWITCHES": 1}.items():
+        monkeypatch.setattr(demo, name, value)
+    demo.main(["--out", str(tmp_path / "made"), "--steps", "2"])
+    said = capsys.readouterr().out
+    assert "base back bit for bit: yes" in said and "base again" in said
+    with Image.open(tmp_path / "made" / "grid.png") as grid:
+        assert grid.width > 8 * 96 and grid.height > 2 * 96
+    again = shira.load(tmp_path / "made" / "bluefire.safetensors")
+    assert again.metadata["training"]["pictures"] == 24 and "Apache-2.0" in again.metadata["license"]
+    assert re.search(r"base again +│ +[\d.]+ │ +0 │", said) and not re.search(r"bluefire \+ paintings +│ +[\d.]+ │ +0 │", said)

@@ -1,7 +1,7 @@
 """The demo to look at: two styles on a small emoji model, in place on one pipeline. `make demo-image` runs it.
 
-It trains the model of 24 emoji, if the cache has none, and one adapter for each of two styles on 16 of them. It draws one grid:
-the base, each style, both, some strengths, and the base again, whose bits are compared with those before.
+It trains the model of 24 emoji, if the cache has none, and one adapter for each of two styles. It draws one grid: the base,
+each style, both, some strengths, and the base again, whose bits are compared with those before.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shira.cli.demo import digest, peak_memory_gb
 from shira.cli.output import bytes_text, console, progress
-from shira.data.emoji import named
+from shira.data.emoji import FEW, named
 from shira.data.grids import grid
 from shira.errors import ShiraError
 from shira.integrations.diffusers import PipelineAdapters
@@ -27,11 +27,14 @@ from shira.runs.image_recipes import ImageRecipe, save_image_recipe, train_image
 
 from . import emoji
 from .parts import load
-from .styles import FILTERS, SEEN, UNSEEN, styled
+from .style_adapters import TARGETS
+from .styles import FILTERS, styled
 
 CONCEPTS = 24
-TRAINED = (*SEEN, *UNSEEN[4:12])
-SHOWN = ("panda face", "pizza", "octopus", "tiger", "frog", "hamburger")  # the last ones are not trained
+SHOWN = ("panda face", "pizza", "octopus", "tiger", "frog", "heart eyes")
+VARIANTS = 4  # pictures of each emoji in a style; they differ in the filters' random numbers
+STEPS, RATE = 300, 0.03
+GUIDANCE, SAMPLING = 2.0, 20  # and denoising steps
 SWITCHES = 9  # timings of each switch; their median is shown
 
 
@@ -39,8 +42,8 @@ def training_folder(style: str, place: Path) -> Path:
     """A folder of pictures in a style, with captions, as `shira train-image` reads it."""
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "metadata.jsonl", "w", encoding="utf-8") as captions:
-        for concept in named(TRAINED):
-            for seed in range(4):
+        for concept in named(FEW):
+            for seed in range(VARIANTS):
                 file = f"{concept.name.replace(' ', '-')}-{seed}.png"
                 Image.fromarray(styled(concept, style, 32, seed)).save(place / file)
                 captions.write(json.dumps({"file_name": file, "text": concept.name}) + "\n")
@@ -50,7 +53,7 @@ def training_folder(style: str, place: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo-image"), help="a folder for what is made (demo-image)")
-    parser.add_argument("--steps", type=int, default=150, help="training steps for each style (150)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps for each style ({STEPS})")
     options = parser.parse_args(arguments)
     emoji.quiet()
     try:
@@ -75,7 +78,8 @@ def demo(place: Path, steps: int) -> None:
             data=str(training_folder(style, place / style)),
             steps=steps,
             batch_size=16,
-            lr=2e-3,
+            lr=RATE,
+            targets=TARGETS,
             mixed_precision="bf16",
             license=emoji.LICENCES,
         )
@@ -98,11 +102,10 @@ def demo(place: Path, steps: int) -> None:
         changed = sum(int((now != base[name]).sum()) for name, now in weights.state_dict().items())
         rows.append([*row, f"{changed:,}", bytes_text(files[title].stat().st_size) if title in files else ""])
         with torch.autocast("cpu", torch.bfloat16):
-            columns.append(emoji.generate(pipe, SHOWN, 2.0, steps=20))
+            columns.append(emoji.generate(pipe, SHOWN, GUIDANCE, SAMPLING))
     same = digest(weights) == before
-    titles = [name if name in TRAINED else f"{name} (not trained)" for name in SHOWN]
     cells = [[Image.fromarray(column[row]) for column in columns] for row in range(len(SHOWN))]
-    grid(cells, titles, [title for title, _ in states], smallest=96).save(place / "grid.png", optimize=True)
+    grid(cells, SHOWN, [title for title, _ in states], smallest=96).save(place / "grid.png", optimize=True)
     table = Table(title="one live pipeline", title_justify="left")
     for column in ("active", "switch\nms", "weights\nchanged", "file\nsize"):
         table.add_column(column, justify="left" if column == "active" else "right", no_wrap=True)

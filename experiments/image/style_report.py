@@ -131,9 +131,9 @@ def searched(recipe: Recipe, store: Store) -> Table:
     return Table("Learning rates", ["method", "pictures", f"loss on {VALIDATED} unseen concepts"], rows)
 
 
-def pictures(lab: Lab, into: Path) -> list[tuple[str, Path]]:
+def pictures(lab: Lab, recipe: Recipe, into: Path) -> list[tuple[str, Path]]:
     """Draw all grids whose adapters are trained: (what a grid shows, its file) of each."""
-    recipe, store = lab.recipe, lab.store
+    store = lab.store
     one, other = recipe["styles"]
     found: list[tuple[str, Path]] = []
 

@@ -1,7 +1,7 @@
 """The runs of the style experiment: what a recipe wants, in which order, and how each is made."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from shira.data.emoji import named
 from shira.errors import DataError
 
 from . import style_adapters, style_scores
-from .emoji import facts_of, folder, generate
+from .emoji import facts_of, folder, generate, quiet
 from .grids import Picture as Pixels
 from .parts import load
 from .styles import SEEN, UNSEEN, general_pictures, training_pictures, validation_pictures
@@ -121,22 +121,23 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
 class Lab:
     """Makes runs on one pipeline, whose base is the same after each."""
 
-    def __init__(self, recipe: Recipe, store: Store) -> None:
-        self.recipe, self.store = recipe, store
-        self.place = folder(recipe["concepts"])
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
-    @cached_property
-    def pipe(self) -> Any:
-        facts = facts_of(self.place)
+    @cache  # noqa: B019
+    def pipe(self, concepts: int) -> Any:
+        place = folder(concepts)
+        facts = facts_of(place)
         if facts["step"] != facts["of"]:
-            raise DataError(f"the model in {self.place} is not finished; go on: python -m experiments.image.emoji train")
-        return load(self.place / "pipeline")
+            raise DataError(f"the model in {place} is not finished; go on: python -m experiments.image.emoji train")
+        return load(place / "pipeline")
 
-    @cached_property
-    def judges(self) -> dict[str, Any]:
-        return {what: style_scores.judge(what, self.recipe["side"], self.place) for what in ("style", "concept")}
+    @cache  # noqa: B019
+    def judges(self, concepts: int, side: int) -> dict[str, Any]:
+        return {what: style_scores.judge(what, side, folder(concepts)) for what in ("style", "concept")}
 
     def run(self, key: Key) -> dict[str, Any]:
+        quiet()
         return self.train(key) if key["kind"] == "train" else self.score(key)
 
     def train(self, key: Key) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class Lab:
         place.mkdir(parents=True, exist_ok=True)
         return style_adapters.trained(
             method,
-            self.pipe,
+            self.pipe(key["concepts"]),
             training_pictures(key["style"], key["size"], key["side"]),
             validation_pictures(key["style"], key["side"]),
             place,
@@ -172,15 +173,15 @@ class Lab:
     def score(self, key: Key) -> dict[str, Any]:
         made = self.pictures(key, SHOWN, range(key["seeds"]))
         targets = style_scores.target_pictures(named(SHOWN), key["style"] or "base", key["side"])
-        return style_scores.scores(made, self.judges, targets)
+        return style_scores.scores(made, self.judges(key["concepts"], key["side"]), targets)
 
     def pictures(self, key: Key, names: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Pixels]]:
         """Name -> one picture for each seed. The noise depends on the seed alone."""
         folders = [self.adapter(each["run"]) for each in key["adapters"]]
-        how = key["fusion"]
+        how, pipe = key["fusion"], self.pipe(key["concepts"])
         strengths = [each["strength"] for each in key["adapters"]]
-        with style_adapters.adapted(self.pipe, folders, strengths, how.get("method", "sum"), **how.get("options", {})):
-            return drawn(self.pipe, names, seeds, **key["sampling"])
+        with style_adapters.adapted(pipe, folders, strengths, how.get("method", "sum"), **how.get("options", {})):
+            return drawn(pipe, names, seeds, **key["sampling"])
 
 
 def drawn(pipe: Any, names: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float) -> dict[str, list[Pixels]]:
