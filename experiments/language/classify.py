@@ -7,7 +7,7 @@ a few entries of a weight is too high for a head. The search is for the learning
 
 import random
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,16 @@ def with_head(key: Key) -> dict[str, Any]:
     return method | {"options": head | method["options"]}
 
 
+def batch_of(rows: Sequence[Row], model: nn.Module) -> dict[str, Tensor]:
+    config: Any = model.config
+    padded = left_padded([tokens for tokens, _ in rows], config.pad_token_id)
+    return to_device(padded | {"labels": torch.tensor([label for _, label in rows])}, model)
+
+
 def fit(
     counted: Any,
     model: nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[tuple[Any, int]],
     *,
     steps: int,
     batch_size: int,
@@ -159,29 +165,34 @@ def fit(
     head_rate: float,
     warmup: float,
     seed: int,
+    schedule: str = "linear",
+    head: str = HEAD,
+    collate: Callable[[Sequence[Any], nn.Module], dict[str, Tensor]] = batch_of,
 ) -> dict[str, Any]:
-    """Train with AdamW and a linear schedule. The head has its own learning rate, unless nothing else trains.
+    """Train with AdamW. The head has its own learning rate, unless nothing else trains.
 
-    counted.nnz: the number of parameters that train. Returns it, and the mean loss of all steps.
+    counted.nnz: the number of parameters that train. rows: what is classified, and its class. schedule: a name of Transformers.
+    head: the name of the head's module. collate: makes the model's inputs of rows. Returns the number of parameters, and the
+    mean loss of all steps.
     """
-    from transformers import get_linear_schedule_with_warmup
+    from transformers import get_scheduler
 
     torch.manual_seed(seed)
     training = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    head = [parameter for name, parameter in training if HEAD in name.split(".")]
-    rest = [parameter for name, parameter in training if HEAD not in name.split(".")]
-    groups = [{"params": rest}, {"params": head, "lr": head_rate}] if rest else [{"params": head}]
+    of_head = [parameter for name, parameter in training if head in name.split(".")]
+    rest = [parameter for name, parameter in training if head not in name.split(".")]
+    groups = [{"params": rest}, {"params": of_head, "lr": head_rate}] if rest else [{"params": of_head}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * steps), steps)
+    rate = get_scheduler(schedule, optimizer, round(warmup * steps), steps)
     model.train()
     total = 0.0
-    for batch in batches([len(tokens) for tokens, _ in rows], batch_size, steps, seed):
+    for batch in batches([len(shown) for shown, _ in rows], batch_size, steps, seed):
         with without_cudnn_attention():
-            loss = model(**batch_of([rows[row] for row in batch], model)).loss
+            loss = model(**collate([rows[row] for row in batch], model)).loss
             loss.backward()
-        nn.utils.clip_grad_norm_([*rest, *head], 1.0)
+        nn.utils.clip_grad_norm_([*rest, *of_head], 1.0)
         optimizer.step()
-        schedule.step()
+        rate.step()
         optimizer.zero_grad()
         total += float(loss.detach())
     model.eval()
@@ -204,12 +215,6 @@ def encoded(tokenizer: Any, key: Key, texts: Sequence[glue.Text]) -> list[Row]:
     """Tokens and class of each text. A text that is too long loses its beginning."""
     most = key["max_length"]
     return [(tokenizer(text.text)["input_ids"][-most:], text.label) for text in texts]
-
-
-def batch_of(rows: Sequence[Row], model: nn.Module) -> dict[str, Tensor]:
-    config: Any = model.config
-    padded = left_padded([tokens for tokens, _ in rows], config.pad_token_id)
-    return to_device(padded | {"labels": torch.tensor([label for _, label in rows])}, model)
 
 
 @torch.no_grad()

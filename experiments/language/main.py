@@ -11,7 +11,7 @@ from experiments.store import Key, Store, number, work
 from shira.errors import DataError
 
 from .runs import Lab
-from .settings import named, recipes
+from .settings import Recipe, named, recipes
 
 __all__ = ["main", "recipes"]
 
@@ -31,7 +31,7 @@ def main(
     again: the number of a run to remove from the results first. Raises DataError if that run or the recipe does not exist.
     """
     recipe = named(name)
-    experiment: Any = importlib.import_module(f"experiments.language.{recipe['experiment']}")
+    experiment = experiment_of(recipe)
     store = Store(results)
     if again and not store.forget(lambda line: line["run"] == again):
         raise DataError(f"{results}: no run {again!r}")
@@ -43,6 +43,12 @@ def main(
         plots.mkdir(parents=True, exist_ok=True)
     text: str = experiment.report(recipe, store, plots)
     return text
+
+
+def experiment_of(recipe: Recipe) -> Any:
+    """The module of a recipe's experiment: "image.classify" is in another folder of experiments, "combined" is in this one."""
+    name = recipe["experiment"]
+    return importlib.import_module(f"experiments.{name}" if "." in name else f"experiments.language.{name}")
 
 
 def label(key: Key) -> str:
