@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 import torch
 from experiments import store as stores
 from experiments.image import demo, emoji, parts, style_adapters, style_report, style_runs, style_scores, styles
-from experiments.image import main as command
+from experiments.language import main as command
 from PIL import Image
 
 import shira
@@ -86,14 +86,14 @@ def test_the_runs_follow_from_the_results(place):
 
 
 def test_results_name_runs_that_can_be_made_again(place):
-    recipe = place / "r.yaml"
-    recipe.write_text(str(RECIPE), encoding="utf-8")
+    recipe = place / "styles.yaml"
+    recipe.write_text(str(RECIPE | {"experiment": "image.style_experiment"}), encoding="utf-8")
     store = stores.Store(place / "styles.jsonl")
     finished(store)
-    text = command.main(recipe, store.path, run=False)
-    assert text == command.main(recipe, store.path, run=False)
+    text = command.main(str(recipe), store.path, run=False)
+    assert text == command.main(str(recipe), store.path, run=False)
     with pytest.raises(stores.shira.DataError, match="no run 'nothing'"):
-        command.main(recipe, store.path, run=False, again="nothing")
+        command.main(str(recipe), store.path, run=False, again="nothing")
 
 
 def colour(red):

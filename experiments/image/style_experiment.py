@@ -1,4 +1,4 @@
-"""Styles on the emoji model: `shira experiment styles`. The runs are in `style_runs`, tables and grids in `style_report`."""
+"""Styles on the emoji model: `shira experiment image`. The runs are in `style_runs`, tables and grids in `style_report`."""
 
 from pathlib import Path
 

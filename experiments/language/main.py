@@ -37,8 +37,8 @@ def main(
         raise DataError(f"{results}: no run {again!r}")
     if run:
         lab = getattr(experiment, "Lab", Lab)(store)
-        wanted = functools.partial(experiment.wanted, recipe, store)
-        work(wanted, lab.run, store, lambda k, left: on_run(label(k), left), lambda k, what: on_failure(label(k), what))
+        wanted, said = functools.partial(experiment.wanted, recipe, store), getattr(experiment, "label", label)
+        work(wanted, lab.run, store, lambda k, left: on_run(said(k), left), lambda k, what: on_failure(said(k), what))
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
     text: str = experiment.report(recipe, store, plots)
