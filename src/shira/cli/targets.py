@@ -29,7 +29,7 @@ def targets(
     found = given(options)
     names = {key: found.pop(key) for key in ("exclude", "layers") if key in found}
     chosen = target_names.resolve(skeleton(model), found.pop("targets"), **names)
-    counts = masks.plan({target.name: target.sides for target in chosen}, **(found or {"density": 0.01})).counts
+    counts = masks.plan({target.name: target.budget_shape for target in chosen}, **(found or {"density": 0.01})).counts
     rows = [_row(target, counts[target.name]) for target in chosen]
     if as_json:
         print_json(rows)

@@ -25,7 +25,7 @@ class ModelState:
 
     weights: every name of each tensor -> the tensor; tensors with the same memory are one object.
     pieces: id of a sharded weight -> the piece of it in this process.
-    sides: the quantized layers. claim: a claim on the whole model; `owner` says who owns it at the moment.
+    quantized: the quantized layers. claim: a claim on the whole model; `owner` says who owns it at the moment.
     """
 
     def __init__(self, model: nn.Module, owner: Callable[[], str]) -> None:

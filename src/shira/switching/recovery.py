@@ -98,10 +98,10 @@ def _entries(name: str, weight: Tensor, shape: torch.Size, indices: Tensor, writ
     indices = indices.long().to(weight.device)
     there = indices < weight.numel()  # rows may be missing, for example if an embedding was made smaller
     indices, written, stash = indices[there], written.to(weight.device)[there], stash.to(weight.device)[there]
-    return _Entries(name, weight, indices, _sides(weight)[_places(weight, indices)], written, stash)
+    return _Entries(name, weight, indices, _with_dimensions(weight)[_places(weight, indices)], written, stash)
 
 
-def _sides(weight: Tensor) -> Tensor:
+def _with_dimensions(weight: Tensor) -> Tensor:
     """The weight, detached, with at least one dimension."""
     return weight.detach() if weight.ndim else weight.detach().view(1)
 
@@ -144,4 +144,4 @@ def _same(one: Tensor, other: Tensor) -> Tensor:
 
 def _write(entries: _Entries, base: Tensor) -> None:
     with torch.inference_mode(entries.weight.is_inference()):
-        _sides(entries.weight)[_places(entries.weight, entries.indices)] = base
+        _with_dimensions(entries.weight)[_places(entries.weight, entries.indices)] = base

@@ -76,7 +76,9 @@ def _check(name: str, entries: Masters, held: Mapping[str, Tensor], state: Mappi
     *shape, positions, base = _mark(entries).tolist()
     mark = state[name + MARK]
     if mark.dtype != torch.int64 or mark.ndim != 1 or mark.numel() < 2:
-        raise TuningError(f"'{name + MARK}' must be whole numbers, int64 [sides + 2], found {mark.dtype} {list(mark.shape)}")
+        raise TuningError(
+            f"'{name + MARK}' must be whole numbers, int64 [dimensions + 2], found {mark.dtype} {list(mark.shape)}"
+        )
     found = mark.tolist()
     if found[:-2] != shape:
         raise BaseMismatch(f"the checkpoint is of another model: '{name}' is {found[:-2]} there and {shape} here")

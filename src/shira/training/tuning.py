@@ -119,7 +119,7 @@ def attach(
     weights = {target.name: target.weight for target in chosen}
     avoided, avoided_names = entries_of(avoid, named_tensors(model), weights)
     plan = masks.plan(
-        {target.name: target.sides for target in chosen},
+        {target.name: target.budget_shape for target in chosen},
         density=density,
         rank=rank,
         total=total,

@@ -67,7 +67,7 @@ class Target:
         return tuple(use.module for use in self.uses)
 
     @property
-    def sides(self) -> tuple[int, ...]:
+    def budget_shape(self) -> tuple[int, ...]:
         """The shape that budgets use: [out, in]; [out, in · kernel] of a convolution; [experts, out, in]; [n] of a vector."""
         shape = shape_of(self.weight)
         return shape if self.stacked or len(shape) < 3 else (shape[0], math.prod(shape[1:]))
@@ -78,8 +78,8 @@ class Target:
 
         A vector has rows of one entry. The matrices of experts are stacked.
         """
-        sides = self.sides
-        return (math.prod(sides[:-1]), sides[-1]) if len(sides) > 1 else (math.prod(sides), 1)
+        shape = self.budget_shape
+        return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
 
 
 def resolve(
