@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import shira
-from conftest import all_bits, same_bits
+from conftest import all_bits, mlp, mlp_batches, mlp_loss, same_bits
 from families import family, family_batch
 from shira.weights.distributed import full
 
@@ -78,6 +78,22 @@ def run_ddp(folder, rank, ranks):
         del wrapped
     assert same_bits(before, all_bits(model))
     refused("attach to the model first, then wrap it", attach, nn.parallel.DistributedDataParallel(model))
+
+
+def run_without_buffers(folder, rank, ranks):
+    """A model without buffers, in DDP: while it trains, and afterwards."""
+    model = mlp()
+    with shira.attach(model, density=0.2) as tuner:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        for inputs, labels in mlp_batches(size=8):
+            optimizer.zero_grad()
+            mlp_loss(wrapped, (inputs.chunk(ranks)[rank], labels.chunk(ranks)[rank])).backward()
+            optimizer.step()
+        if rank == 0:
+            tuner.adapter("trained").save(folder / "without-buffers.safetensors")
+    inputs, _ = mlp_batches()[0]
+    assert all(torch.equal(wrapped(inputs), mlp()(inputs)) for _ in range(2))
 
 
 def run_variants(folder, rank, ranks):

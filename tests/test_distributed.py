@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import shira
-from conftest import letter_tokenizer
+from conftest import letter_tokenizer, mlp, mlp_batches, mlp_loss
 from distributed_run import VARIANTS, attach, attach_variant, train
 from families import family
 from shira.weights.distributed import Piece
@@ -50,6 +50,17 @@ def trained_alone(mask="wm", variant=None):
         return tuner.adapter("trained")
 
 
+def mlp_trained_alone():
+    model = mlp()
+    with shira.attach(model, density=0.2) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        for batch in mlp_batches(size=8):
+            optimizer.zero_grad()
+            mlp_loss(model, batch).backward()
+            optimizer.step()
+        return tuner.adapter("trained")
+
+
 def same_adapter(one, other):
     assert one.tensors.keys() == other.tensors.keys()
     assert one.fingerprints == other.fingerprints
@@ -61,9 +72,10 @@ def same_adapter(one, other):
 def test_two_processes_train_what_one_does(tmp_path):
     """Whole models under DDP, their variants, sharded models, which switch as well; then two mistakes, each an error before the
     first step. In one launch: to start two processes takes longer than what they do."""
-    code, printed = run_two("ddp+variants+fsdp+other-positions+sharded-too-late", tmp_path)
+    code, printed = run_two("ddp+without-buffers+variants+fsdp+other-positions+sharded-too-late", tmp_path)
     assert code == 0, printed
     same_adapter(shira.load(tmp_path / "ddp.safetensors"), trained_alone())
+    same_adapter(shira.load(tmp_path / "without-buffers.safetensors"), mlp_trained_alone())
     for variant in VARIANTS:
         same_adapter(shira.load(tmp_path / f"{variant}.safetensors"), trained_alone(variant=variant))
     for mask in ("wm", "snip"):

@@ -1,5 +1,6 @@
 """Rows of files and data sets as examples, and examples as tokens."""
 
+import contextlib
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import shira
 from conftest import letter_tokenizer
 from shira import DataError, MissingExtra
-from shira.data.progress_bars import without_bars
+from shira.data.quiet import quiet
 from shira.data.reading import example_of, examples_of, read_examples
 from shira.data.tasks import Example
 from shira.data.tokens import IGNORED, encode
@@ -235,9 +236,23 @@ def test_progress_bars_of_others_stay_as_they_were(library, shown):
     before = logging.is_progress_bar_enabled()
     try:
         (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
-        with pytest.raises(ZeroDivisionError), without_bars(library):
+        with pytest.raises(ZeroDivisionError), quiet(library):
             assert not logging.is_progress_bar_enabled()
             raise ZeroDivisionError
         assert logging.is_progress_bar_enabled() == shown
     finally:
         (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
+def test_retries_of_the_hub_are_not_shown(caplog, monkeypatch):
+    """The hub's own function, at a port where nobody answers; what else it says is shown."""
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for inside, expected in ((quiet(), 0), (contextlib.nullcontext(), 3)):
+        with inside, pytest.raises(Exception, match="refused"):
+            _http.http_backoff("HEAD", "http://127.0.0.1:1", max_retries=1, base_wait_time=0)
+        assert len(caplog.messages) == expected
+    with quiet():
+        _http.logger.warning("Rate limited. Waiting 60s before retry [Retry 1/5].")
+    assert len(caplog.messages) == 4

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..errors import DataError, MissingExtra, did_you_mean
 from ..texts import shown
 from .commonsense import COMMONSENSE
-from .progress_bars import without_bars
+from .quiet import quiet
 from .tasks import TASKS, Example
 
 __all__ = ["example_of", "examples_of", "read_examples"]
@@ -93,7 +93,7 @@ def _data_set(data: str) -> Iterator[tuple[str, object]]:
         )
     datasets = _library("datasets")
     try:
-        with without_bars(datasets):
+        with quiet(datasets):
             if local and any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
                 loaded = datasets.load_from_disk(name)
                 if isinstance(loaded, dict):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.progress_bars import without_bars
+from ..data.quiet import quiet
 from ..errors import DataError, MissingExtra
 
 __all__ = ["load_pipeline", "modules_of", "sample", "version"]
@@ -19,7 +19,7 @@ def load_pipeline(name: str, dtype: str = "auto") -> Any:
     """
     diffusers, transformers = _libraries()
     try:
-        with without_bars(diffusers, transformers):
+        with quiet(diffusers, transformers):
             return diffusers.DiffusionPipeline.from_pretrained(
                 name, **({} if dtype == "auto" else {"dtype": getattr(torch, dtype)})
             )

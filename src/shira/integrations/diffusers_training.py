@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.pictures import Picture, pictures_in, square
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
@@ -232,8 +232,6 @@ def train(
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=learning_rate, weight_decay=0.0)
     rates = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps)
     model, prepared = accelerator.prepare(parts, optimizer)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model.broadcast_buffers = False  # no buffer changes here, and DDP fails if the only ones are the tuner's
     devices = [accelerator.device.index] if accelerator.device.type == "cuda" else []
     losses: list[float] = []
     started = time.perf_counter()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.batches import batches, check_packing, collate, mean_loss
 from ..data.models import model_path
-from ..data.progress_bars import without_bars
+from ..data.quiet import quiet
 from ..data.tokens import Row, encode
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
 from ..files.paths import temporary_folder
@@ -113,7 +113,7 @@ def _library() -> Any:
 def _pretrained(kind: str, model: str, **options: Any) -> Any:
     path, library = model_path(model), _library()
     try:
-        with without_bars(library):
+        with quiet(library):
             return getattr(library, kind).from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         what = "folder" if Path(path).exists() else "folder, built-in name, or model id that can be reached"

@@ -35,8 +35,6 @@ __all__ = [
     "same_everywhere",
 ]
 
-CHECKSUM = "shira_positions"
-
 
 class Piece(NamedTuple):
     """This process's piece of a weight: flat entries start to stop. local: the tensor from which the model gathers them."""
@@ -208,36 +206,30 @@ def check_positions(model: nn.Module, positions: Iterable[Tensor], undo: Undo) -
     """Make the first forward pass in DDP raise TuningError if processes train different positions, until `undo`.
 
     DDP would then average entries that have nothing to do with each other.
-    DDP copies the first process's buffers to all processes. So a buffer with a checksum of the positions is enough to compare.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     digest = hashlib.sha256()
     for indices in positions:
         digest.update(indices.cpu().long().numpy().tobytes())
-    own = int.from_bytes(digest.digest()[:7], "big")
-    device = next(model.parameters()).device
-    undo.callback(_forget_checksum, model)
-    model.register_buffer(CHECKSUM, torch.tensor([own], device=device), persistent=False)
-    hook = functools.partial(_compare_checksum, own, getattr(model, CHECKSUM)._version)
+    unchecked = [int.from_bytes(digest.digest()[:7], "big")]
+    hook = functools.partial(_compare_checksum, unchecked)
     set_hook(undo, hooks_of(model, "_forward_pre_hooks"), model.register_forward_pre_hook, hook)
 
 
-def _compare_checksum(own: int, seen: int, module: nn.Module, _inputs: Any) -> None:
-    buffer = module._buffers.get(CHECKSUM)
-    if buffer is not None and buffer._version != seen:
-        found = int(buffer)
-        _forget_checksum(module)  # else DDP would copy it in every forward pass
-        if found != own:
-            raise TuningError(
-                f"process {torch.distributed.get_rank()} chose other positions to train than the first; give all of them "
-                "the same seed, and the same calibration batches"
-            )
-
-
-def _forget_checksum(model: nn.Module) -> None:
-    model._buffers.pop(CHECKSUM, None)
-    model._non_persistent_buffers_set.discard(CHECKSUM)
+@torch.compiler.disable
+def _compare_checksum(unchecked: list[int], model: nn.Module, _inputs: Any) -> None:
+    wrapper: Any = nn.parallel.DistributedDataParallel._active_ddp_module  # None outside of DDP's forward pass
+    if wrapper is None or not unchecked:
+        return
+    own = unchecked.pop()
+    first = torch.tensor([own], device=next(model.parameters()).device)
+    torch.distributed.broadcast(first, torch.distributed.get_global_rank(wrapper.process_group, 0), wrapper.process_group)
+    if int(first) != own:
+        raise TuningError(
+            f"process {torch.distributed.get_rank()} chose other positions to train than the first; give all of them "
+            "the same seed, and the same calibration batches"
+        )
 
 
 def check_plain(model: nn.Module) -> None:
