@@ -134,6 +134,46 @@ def llama_batches(count: int = 3, seed: int = 0) -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with pictures."""
+    from pipelines import folder_with_pictures
+
+    monkeypatch.chdir(tmp_path)
+    folder_with_pictures(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def one_pipeline():
+    from pipelines import stable_diffusion
+
+    return stable_diffusion()
+
+
+@pytest.fixture
+def pipe(one_pipeline):
+    """A pipeline of Diffusers for tests that leave it as it was."""
+    from pipelines import pipe_bits
+
+    before = pipe_bits(one_pipeline)
+    yield one_pipeline
+    assert same_bits(pipe_bits(one_pipeline), before)
+
+
+@pytest.fixture
+def adapters(pipe):
+    """Two adapters of that pipeline, "a" and "b"."""
+    from pipelines import pipe_adapter
+
+    made = shira.integrations.diffusers.PipelineAdapters(pipe)
+    for seed, name in enumerate("ab", start=1):
+        made.load(pipe_adapter(pipe, seed), name)
+    yield made
+    made.unfuse()
+    made.disable()
+
+
+@pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command line in this process; returns (exit code, stdout, stderr)."""
 

@@ -5,9 +5,11 @@ import functools
 import diffusers
 import torch
 from PIL import Image
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from conftest import letter_tokenizer
+import shira
+from conftest import all_bits, bits, letter_tokenizer
 
 SIDE = 32  # of pictures; latents have half of it
 
@@ -46,12 +48,12 @@ def vae(**more):
     ).eval()
 
 
-def unet(width=16, channels=4, **more):
+def unet(width=16, channels=4, layers=1, **more):
     return diffusers.UNet2DConditionModel(
         sample_size=SIDE // 2,
         in_channels=channels,
         out_channels=4,
-        layers_per_block=1,
+        layers_per_block=layers,
         block_out_channels=(8, 16),
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -62,8 +64,8 @@ def unet(width=16, channels=4, **more):
     ).eval()
 
 
-def stable_diffusion(prediction="epsilon", **more):
-    torch.manual_seed(0)
+def stable_diffusion(prediction="epsilon", seed=0, **more):
+    torch.manual_seed(seed)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -167,6 +169,37 @@ PIPELINES = {
     "sd3": sd3,
     "flux": flux,
 }
+
+
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "vae")
+
+
+def picture(pipe, steps=2, **options):
+    """The pixels of an image, from the same noise each time."""
+    pipe.set_progress_bar_config(disable=True)
+    options |= {"height": 16, "width": 16, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    return bits(pipe("a dog", num_inference_steps=steps, **options).images)
+
+
+def pipe_bits(pipe):
+    """The bits of all components, each name with the component in front."""
+    parts = [part for part in PARTS if isinstance(getattr(pipe, part, None), nn.Module)]
+    return {f"{part}.{name}": value for part in parts for name, value in all_bits(getattr(pipe, part)).items()}
+
+
+def pipe_adapter(pipe, seed, components=("unet", "transformer", "text_encoder"), share=0.1, kind="overwrite"):
+    """Random positions and values in every matrix and convolution of some components, named with the component in front."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, prints = {}, {}
+    for component in components:
+        for name, weight in (getattr(pipe, component, None) or nn.Module()).named_parameters():
+            if weight.ndim > 1:
+                chosen = (torch.rand(weight.numel(), generator=generator) < share).nonzero().view(-1)
+                old = weight.detach().reshape(-1)[chosen]
+                values = old + 0.3 * torch.randn(len(chosen), generator=generator).to(old.dtype)
+                tensors[f"{component}.{name}"] = shira.SparseTensor(tuple(weight.shape), chosen, values, kind)
+                prints[f"{component}.{name}"] = shira.sparse.tensor.fingerprint(old)
+    return shira.Adapter(tensors, {"name": f"random{seed}", "fingerprints": prints})
 
 
 def folder_with_pictures(folder):

@@ -141,7 +141,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
     from shira.integrations.trainer import PROCESSES, ShiraCallback
-    from test_trainer import llama, trainer_of
+    from trainers import llama, trainer_of
 
     model = llama()
     with shira.attach(model, mask="rand", density=0.05) as tuner:

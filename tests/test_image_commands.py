@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import shira
-from pipelines import folder_with_pictures, stable_diffusion
+from pipelines import stable_diffusion
 from shira import DataError
 from shira.cli.options import fields_of
 from shira.data.grids import grid
@@ -24,14 +24,6 @@ from shira.integrations.diffusers_sampling import load_pipeline, modules_of
 from shira.runs.image_recipes import ImageRecipe, check_image_run, load_image_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers' Euler with NumPy 2.4
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with pictures."""
-    monkeypatch.chdir(tmp_path)
-    folder_with_pictures(tmp_path)
-    return tmp_path
 
 
 LINE = "train-image pipeline --steps 3 --density 0.1 --batch-size 2 --sample-steps 2 --guidance 2"

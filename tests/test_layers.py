@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import shira
-from conftest import all_bits, same_bits
+from conftest import all_bits, bits, same_bits
 from families import FAMILIES, family, family_batch
 from shira import MaskError, TargetError, TuningError
 
@@ -269,3 +269,25 @@ def test_what_follows_a_target_may_change_its_output_in_place(kind):
             loss.backward()
             found.append((loss.detach(), *(parameter.grad for parameter in tuner.parameters())))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_transposed_convolutions_in_any_model(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 4, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 3, 4, 2, 1)
+    ).eval()
+    base, noise = all_bits(model), torch.randn(2, 4, 3, 3)
+    with shira.attach(model, mask="wm", density=0.1, targets=["0", "3"]) as tuner:
+        optimizer = torch.optim.Adam(tuner.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(noise).square().mean().backward()
+            optimizer.step()
+        trained = model(noise)
+        tuner.adapter("faces").save(tmp_path / "faces.safetensors")
+    switcher = shira.Switcher(model)
+    switcher.add("faces", tmp_path / "faces.safetensors")
+    switcher.use("faces")
+    assert torch.equal(bits(model(noise)), bits(trained))
+    switcher.use(None)
+    assert same_bits(all_bits(model), base)

@@ -1,16 +1,13 @@
 """What users do to a model between two calls of its switcher: it works, or it is one clear error while nothing is written."""
 
 import copy
-import gc
-import threading
 
 import pytest
 import torch
 from torch import nn
 
 import shira
-from conftest import all_bits, bits, mlp, random_adapter, same_bits
-from interrupting import interrupted
+from conftest import all_bits, mlp, random_adapter, same_bits
 from shira import BaseMismatch, ShiraError, SparseTensor, Switcher, SwitchError
 
 CASTS = {
@@ -250,189 +247,6 @@ def test_a_replaced_weight_that_comes_back_is_the_base():
     assert same_bits(base, all_bits(model))
 
 
-def test_a_copy_of_a_model_is_nobodys():
-    model = mlp()
-    base = all_bits(model)
-    switcher = switcher_of(model)
-    switcher.use("a")
-    twin = copy.deepcopy(model)
-    other = Switcher(twin)
-    other.add("x", shira.Adapter(adapters(mlp())["plain"].tensors))
-    other.use("x")
-    other.use(None)
-    assert same_bits(all_bits(twin), all_bits(model))
-    switcher.use(None)
-    assert same_bits(base, all_bits(model))
-
-
-def test_a_model_has_one_owner_at_a_time():
-    model = mlp()
-    base = all_bits(model)
-    first, second = switcher_of(model), switcher_of(model)
-    inner = Switcher(model[0])
-    inner.add("x", shira.Adapter({"weight": SparseTensor((11, 13), torch.tensor([4]), torch.ones(1))}))
-    first.use("a")
-    held = all_bits(model)
-    for call in (
-        lambda: second.use("b"),
-        lambda: second.add("c", random_adapter(mlp(), 4)),
-        lambda: second.prefetch("b"),
-        lambda: inner.use("x"),
-        lambda: shira.attach(model, density=0.1),
-    ):
-        with pytest.raises(ShiraError, match=r"a Switcher has 'a' active in it; call its use\(None\) first"):
-            call()
-        assert same_bits(held, all_bits(model))
-    second.use(None)  # it has nothing to put back
-    first.use(None)
-    second.use("b")
-    with pytest.raises(SwitchError, match="'b' active"):
-        first.use("a")
-    second.use(None)
-    assert same_bits(base, all_bits(model))
-    second.use("a")
-    second = None
-    gc.collect()
-    first.use("plain")  # a switcher that is gone owns nothing: what it left is the base
-    first.use(None)
-
-
-def test_weights_that_are_one_memory_are_owned_together():
-    model = mlp()
-    twin = mlp()
-    twin[2].weight.data = model[2].weight.data
-    first, second = switcher_of(model), switcher_of(twin)
-    first.use("a")
-    with pytest.raises(SwitchError, match="already in use"):
-        second.use("b")
-    first.use(None)
-    second.use("b")
-    second.use(None)
-
-
-def test_threads_take_turns():
-    model = mlp()
-    base = all_bits(model)
-    switcher = switcher_of(model)
-    failed = []
-
-    def work(names):
-        try:
-            for number in range(150):
-                switcher.use(names[number % len(names)])
-        except BaseException as error:  # noqa: BLE001
-            failed.append(error)
-
-    threads = [
-        threading.Thread(target=work, args=(names,)) for names in (["a", "b"], ["plain", None], [{"a": 0.5, "b": 1.0}, "a"])
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not failed and not any(thread.is_alive() for thread in threads)
-    switcher.use(None)
-    assert same_bits(base, all_bits(model))
-
-
-def test_two_switchers_in_two_threads_never_lose_the_base():
-    model = mlp()
-    base = all_bits(model)
-    foreign = []
-
-    def work(switcher):
-        for number in range(150):
-            try:
-                switcher.use(("a", "b", None)[number % 3])
-            except SwitchError:
-                pass
-            except BaseException as error:  # noqa: BLE001
-                foreign.append(error)
-        switcher.use(None)
-
-    threads = [threading.Thread(target=work, args=(switcher_of(model),)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not foreign
-    assert same_bits(base, all_bits(model))
-
-
-def test_views_of_one_memory_are_one_weight_or_refused():
-    flat = torch.randn(200)
-    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "abcd"})
-    model["a"].weight.data, model["b"].weight.data = flat[:64].view(8, 8), flat[:64].view(8, 8)
-    model["c"].weight.data, model["d"].weight.data = flat[100:164].view(8, 8), flat[130:194].view(8, 8)
-    base = all_bits(model)
-    part = SparseTensor((8, 8), torch.tensor([1, 40]), torch.tensor([5.0, 6.0]))
-    switcher = Switcher(model)
-    switcher.add("both", shira.Adapter({"a.weight": part, "b.weight": part}))
-    switcher.add("second", shira.Adapter({"b.weight": part}))
-    for name in ("both", "second"):
-        switcher.use({name: 2.0})
-        assert torch.equal(model["a"].weight, model["b"].weight) and not same_bits(base, all_bits(model))
-        switcher.use(None)
-        assert same_bits(base, all_bits(model))
-    with pytest.raises(BaseMismatch, match="'c.weight' shares a part of its memory with 'd.weight'"):
-        switcher.add("torn", shira.Adapter({"c.weight": part}))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["compiled", "compiled inside"])
-def test_a_compiled_model_is_switched_under_its_own_names(kind):
-    model = mlp()
-    base = all_bits(model)
-    adapter = random_adapter(model, 1)
-    if kind == "compiled":
-        outer = torch.compile(model, backend="eager")
-    else:
-        outer = nn.Sequential(*model)
-        outer[2] = torch.compile(model[2], backend="eager")
-    inputs = torch.randn(3, 13)
-    plain = outer(inputs)
-    switcher = Switcher(outer)
-    switcher.add("a", adapter)
-    switcher.use("a")
-    assert not torch.equal(outer(inputs), plain)
-    switcher.use(None)
-    assert torch.equal(outer(inputs), plain)
-    assert same_bits(base, all_bits(model))
-
-
-def test_inference_mode_leaves_nothing_that_cannot_be_written():
-    model = mlp()
-    base = all_bits(model)
-    switcher = switcher_of(model)
-    with torch.inference_mode():
-        switcher.use({"a": 0.5, "b": 1.0})
-        other = mlp()
-        inner = switcher_of(other)
-        inner.use("a")
-    switcher.use("plain")
-    switcher.use(None)
-    inner.use("b")
-    inner.use(None)
-    assert same_bits(base, all_bits(model)) and same_bits(base, all_bits(other))
-    model(torch.randn(2, 13)).sum().backward()
-
-
-def test_buffers_that_a_checkpoint_holds_are_switched_too():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    base = all_bits(model)
-    mean = SparseTensor((4,), torch.arange(4), torch.full((4,), 7.0))
-    switcher = Switcher(model)
-    switcher.add("x", shira.Adapter({"1.running_mean": mean}))
-    switcher.use("x")
-    assert torch.equal(model[1].running_mean, mean.values)
-    model(torch.randn(8, 4))  # in training, which moves it
-    switcher.use(None)
-    assert torch.equal(model[1].running_mean, torch.zeros(4))
-    model[1].num_batches_tracked.zero_()
-    model[1].running_var.fill_(1)
-    assert same_bits(base, {name: bits(tensor) for name, tensor in model.named_parameters()})
-
-
 def test_an_adapter_that_is_changed_after_it_was_added():
     model = mlp()
     base = all_bits(model)
@@ -475,21 +289,6 @@ def test_a_wrong_call_shows_the_one_that_was_meant(call, words):
     assert switcher.active == {} and same_bits(base, all_bits(model))
 
 
-def test_a_switch_inside_autocast_is_seen():
-    model = mlp()
-    inputs = torch.randn(3, 13)
-    switcher = switcher_of(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = model(inputs)
-        switcher.use("a")
-        adapted = model(inputs)
-        switcher.use(None)
-        assert torch.equal(model(inputs), plain) and not torch.equal(adapted, plain)
-    switcher.use("a")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(inputs), adapted)
-
-
 @pytest.mark.parametrize("act", ["weight_norm", "parametrized", "removed"])
 def test_a_weight_that_is_taken_away_is_an_error_each_time(act):
     model = mlp()
@@ -515,42 +314,6 @@ def test_a_weight_that_is_taken_away_is_an_error_each_time(act):
     switcher.release()
 
 
-def test_scalars_are_followed():
-    model = nn.Module()
-    model.scale = nn.Parameter(torch.tensor(2.3))
-    switcher = Switcher(model)
-    switcher.add("x", shira.Adapter({"scale": SparseTensor((), torch.tensor([0]), torch.tensor([7.7]))}))
-    switcher.use("x")
-    model.half()
-    switcher.use(None)
-    assert torch.equal(model.scale, torch.tensor(2.3).half())
-
-
-def test_a_module_that_is_put_on_later_is_found():
-    model = mlp()
-    switcher = switcher_of(model)
-    switcher.use("a")
-    held = all_bits(model)
-    model.add_module("score", nn.Linear(7, 2))
-    switcher.add("head", shira.Adapter({"score.weight": SparseTensor((2, 7), torch.tensor([3]), torch.ones(1))}))
-    assert switcher.active == {"a": 1.0} and same_bits(held, {name: bits(model.get_parameter(name)) for name in held})
-    switcher.use("head")
-    assert model.score.weight.view(-1)[3] == 1
-    switcher.use(None)
-
-
-def test_sums_over_a_buffer_are_of_what_it_is_now():
-    model = nn.Sequential(nn.BatchNorm1d(4))
-    switcher = Switcher(model)
-    switcher.add("x", shira.Adapter({"0.running_mean": SparseTensor((4,), torch.arange(4), torch.ones(4))}))
-    for before in (0.0, 10.0):
-        model[0].running_mean.fill_(before)
-        switcher.use({"x": 0.5})
-        assert torch.equal(model[0].running_mean, torch.full((4,), (before + 1) / 2))
-        switcher.use(None)
-        assert torch.equal(model[0].running_mean, torch.full((4,), before))
-
-
 def test_blocks_that_overlap_end_on_what_was_before_the_first():
     model = mlp()
     base = all_bits(model)
@@ -565,30 +328,3 @@ def test_blocks_that_overlap_end_on_what_was_before_the_first():
     with switcher.using("a"), switcher.using("b"):
         assert switcher.active == {"b": 1.0}
     assert same_bits(base, all_bits(model))
-
-
-def test_a_cast_model_lays_no_claim_on_the_memory_that_it_gave_back():
-    held = []
-    for seed in range(20):
-        model = mlp(seed=seed)
-        switcher = Switcher(model)
-        switcher.add("a", shira.Adapter(random_adapter(model, 1).tensors))
-        switcher.use("a")
-        model.half()
-        held.append((model, switcher))
-        for other in [mlp(seed=number) for number in range(3)]:
-            shira.attach(other, density=0.1).detach()
-
-
-def test_an_interrupt_leaves_no_other_model_waiting():
-    """Whatever line it strikes at: another thread's switcher, over another model, goes on."""
-    others = mlp()
-    elsewhere = switcher_of(others)
-    for line in range(1, 400):
-        switcher = switcher_of(mlp())
-        with interrupted(line):
-            switcher.use("a")
-        thread = threading.Thread(target=lambda: (elsewhere.use("b"), elsewhere.use(None)))
-        thread.start()
-        thread.join(20)
-        assert not thread.is_alive(), f"line {line}"

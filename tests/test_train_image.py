@@ -11,7 +11,7 @@ from PIL import Image
 
 import shira
 from conftest import all_bits, same_bits
-from pipelines import PIPELINES, SIDE, folder_with_pictures, sd3, stable_diffusion
+from pipelines import PIPELINES, SIDE, sd3, stable_diffusion
 from shira import DataError
 from shira.data.pictures import Picture, pictures_in, square
 from shira.integrations.diffusers_sampling import modules_of, sample
@@ -20,14 +20,6 @@ from shira.integrations.diffusion_losses import Parts
 from shira.runs.image_recipes import ImageRecipe, train_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers' Euler with NumPy 2.4
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with pictures."""
-    monkeypatch.chdir(tmp_path)
-    folder_with_pictures(tmp_path)
-    return tmp_path
 
 
 def overfit(**more):

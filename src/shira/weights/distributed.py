@@ -213,11 +213,10 @@ def check_positions(model: nn.Module, positions: Iterable[Tensor], undo: Undo) -
     for indices in positions:
         digest.update(indices.cpu().long().numpy().tobytes())
     unchecked = [int.from_bytes(digest.digest()[:7], "big")]
-    hook = functools.partial(_compare_checksum, unchecked)
+    hook = functools.partial(torch.compiler.disable(_compare_checksum), unchecked)
     set_hook(undo, hooks_of(model, "_forward_pre_hooks"), model.register_forward_pre_hook, hook)
 
 
-@torch.compiler.disable
 def _compare_checksum(unchecked: list[int], model: nn.Module, _inputs: Any) -> None:
     wrapper: Any = nn.parallel.DistributedDataParallel._active_ddp_module  # None outside of DDP's forward pass
     if wrapper is None or not unchecked:

@@ -1,0 +1,137 @@
+"""What trains beside the entries: buffers that move, new heads; and targets that never learn."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import shira
+from conftest import bits, mlp, mlp_batches, mlp_loss, same_bits
+from shira import TargetError
+from shira.training.untrained import NotTrained
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.two(self.norm(self.one(x)).relu().mean(-1))
+
+
+def test_statistics_come_back_and_are_in_the_adapter(tmp_path):
+    torch.manual_seed(0)
+    model = Normed()
+    base = copy.deepcopy(model)
+    inputs = torch.randn(8, 2, 9) + 1
+    kept = {name: bits(buffer) for name, buffer in model.named_buffers()}
+    options = {"calibration": [inputs], "loss_fn": lambda m, x: m(x).square().mean(), "mask": "snip", "density": 0.3}
+    with shira.attach(model, **options) as tuner:
+        assert {name: bits(b).tolist() for name, b in model.named_buffers() if "shira" not in name} == {
+            name: found.tolist() for name, found in kept.items()
+        }
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.1)
+        for _ in range(3):
+            model(inputs).square().mean().backward()
+            optimizer.step()
+        outputs = model.eval()(inputs)
+        with tuner.reference():
+            assert torch.equal(model(inputs), base.eval()(inputs))
+        assert torch.equal(model(inputs), outputs)
+        adapter = tuner.adapter("x")
+    assert same_bits(kept, {name: bits(buffer) for name, buffer in model.named_buffers()})
+    assert {"norm.running_mean", "norm.running_var"} <= adapter.tensors.keys() == adapter.fingerprints.keys()
+    assert tuner.adapter("x").tensors.keys() == adapter.tensors.keys()
+    adapter.save(tmp_path / "x.safetensors")
+    for name, tensor in shira.load(tmp_path / "x.safetensors").tensors.items():
+        live = base.state_dict()[name]
+        live.view(-1)[tensor.indices.long()] = tensor.values
+    torch.testing.assert_close(base(inputs), outputs)
+
+
+def test_statistics_are_cast_with_the_model():
+    model, expected = Normed(), None
+    tuner = shira.attach(model, density=0.3)
+    base = {name: buffer.clone() for name, buffer in model.named_buffers() if "shira" not in name}
+    model(torch.randn(8, 2, 9))
+    model.half().double()
+    tuner.detach()
+    expected = {name: b.half().double() if b.is_floating_point() else b for name, b in base.items()}
+    assert same_bits({name: bits(b) for name, b in model.named_buffers()}, {name: bits(b) for name, b in expected.items()})
+
+
+def test_a_new_head_trains_whole(tmp_path):
+    from transformers import BertConfig, BertForTokenClassification
+
+    sides = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20, "vocab_size": 30}
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(**sides, num_labels=3)).eval()
+    ids, labels = torch.randint(1, 30, (2, 5)), torch.randint(3, (2, 5))
+    with shira.attach(model, density=0.05) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+        outputs = model(input_ids=ids).logits
+        adapter = tuner.adapter("x")
+    assert adapter.metadata["mask"]["whole"] == ["classifier.weight", "classifier.bias"]
+    assert adapter.tensors["classifier.weight"].nnz == 48 and adapter.tensors["classifier.bias"].nnz == 3
+    assert not any("classifier" in name for name in adapter.fingerprints) and len(adapter.fingerprints) == 6
+    nn.init.normal_(model.classifier.weight)  # as at another load
+    nn.init.normal_(model.classifier.bias)
+    switcher = shira.Switcher(model)
+    switcher.add("x", adapter)
+    switcher.use("x")
+    torch.testing.assert_close(model(input_ids=ids).logits, outputs)
+    switcher.use(None)
+    for options, names in [
+        ({"exclude": "classifier"}, set()),
+        ({"whole": ()}, set()),
+        ({"whole": ["bert.embeddings.LayerNorm"]}, {"bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}),
+        ({"targets": ["query", "classifier"]}, set()),
+        ({"low_rank": 2}, {"classifier.weight", "classifier.bias"}),
+        ({"method": "hook", "scope": "model"}, {"classifier.weight", "classifier.bias"}),
+    ]:
+        with shira.attach(model, density=0.5, **options) as tuner:
+            assert set(tuner._whole) == names
+    with pytest.raises(TargetError, match="whole='head' matches no module"):
+        shira.attach(model, whole=["head"])
+
+
+class Aside(nn.Module):
+    """A layer whose weight is read without calling it, one that is never called, one whose output is dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.idle, self.lost, self.used = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        self.lost(x)
+        return self.used(x @ self.read.weight)
+
+
+def test_targets_that_never_learn_are_said_once():
+    model = Aside()
+    tuner = shira.attach(model, density=0.5)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.warns(NotTrained, match=r"1 of 4 targets got no gradient.*'lost.weight'; .*does not reach the loss"):
+        optimizer.step()
+    with pytest.warns(NotTrained, match=r"2 of 4 targets.*'read.weight', 'idle.weight'; their modules were never called"):
+        tuner.adapter()
+    tuner.adapter()
+    tuner.detach()
+
+
+def test_an_optimizer_that_was_made_before_attach_is_said():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with shira.attach(model, density=0.3):
+        mlp_loss(model, mlp_batches(1)[0]).backward()
+        with pytest.warns(NotTrained, match=r"none of tuner.parameters\(\).*after attach"):
+            optimizer.step()
+        optimizer.step()
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1).step()

@@ -1,0 +1,290 @@
+"""What is done to a pipeline, and what interrupts, between two calls of its adapters: the base is never lost."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("PIL")
+
+import diffusers
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shira
+from conftest import all_bits, bits, same_bits
+from interrupting import interrupted
+from pipelines import PARTS, picture, pipe_adapter, pipe_bits, stable_diffusion, unet
+from shira import AdapterError, BaseMismatch, SwitchError
+from shira.integrations.diffusers import PipelineAdapters
+
+
+def test_other_methods_of_fusion_hold_for_a_replaced_component_too(pipe, adapters):
+    base = pipe_bits(pipe)
+    adapters.set(["a", "b"], [1.0, 0.5])
+    by_sum = pipe_bits(pipe)
+    adapters.set(["a", "b"], [1.0, 0.5], method="ties", density=0.5)
+    by_ties = pipe_bits(pipe)
+    assert not same_bits(by_sum, by_ties)
+    pipe.unet = copy.deepcopy(pipe.unet)
+    adapters.enable()
+    assert same_bits(pipe_bits(pipe), by_ties)
+    adapters.fuse()
+    assert same_bits(pipe_bits(pipe), by_ties)
+    with pytest.raises(AdapterError, match="tie"):
+        adapters.set([], method="tie")
+    assert same_bits(pipe_bits(pipe), by_ties)
+    adapters.unfuse()
+    assert same_bits(pipe_bits(pipe), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_pipeline_is_cast_while_adapters_are_active(dtype):
+    pipe, reference = stable_diffusion(), stable_diffusion().to(dtype)
+    pipe.to(dtype).to(torch.float32)  # values that the narrower dtype holds, or the adapters would belong to another base
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.load(pipe_adapter(pipe, 2), "b")
+    adapters.set("a")
+    adapters.fuse()
+    adapters.set("b", 0.5)
+    pipe.to(dtype)
+    adapters.set("b")
+    assert (adapters.fused, adapters.active) == ({"a": 1.0}, {"b": 1.0})
+    adapters.unfuse()
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), pipe_bits(reference))
+
+
+def test_a_compiled_denoiser_is_not_compiled_again():
+    pipe = stable_diffusion()
+    torch._dynamo.reset()
+    counted = torch._dynamo.testing.CompileCounter()
+    adapters = PipelineAdapters(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend=counted)
+    adapters.load(pipe_adapter(stable_diffusion(), 1), "a")
+    adapters.load(pipe_adapter(stable_diffusion(), 2), "b")
+    inputs = [torch.randn(1, 4, 8, 8), torch.tensor(3), torch.randn(1, 8, 16)]
+
+    def output():
+        with torch.no_grad():
+            return bits(pipe.unet(*inputs).sample)
+
+    plain, compiled = output(), counted.frame_count
+    assert compiled
+    seen = []
+    for call in (
+        lambda: adapters.set("a"),
+        lambda: adapters.set(["a", "b"], 0.5),
+        lambda: adapters.set("b", {"unet": {"mid": 0.5}}),
+    ):
+        call()
+        seen.append(output())
+        assert counted.frame_count == compiled
+    assert not any(torch.equal(one, plain) for one in seen)
+    adapters.disable()
+    assert torch.equal(output(), plain) and counted.frame_count == compiled
+    assert PipelineAdapters(pipe).names == []
+
+
+def test_a_component_is_replaced():
+    pipe = stable_diffusion()
+    base = pipe_bits(pipe)
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.set("a")
+    active, old = pipe_bits(pipe), pipe.unet
+    pipe.unet = copy.deepcopy(old)  # a copy with the adapter's values in its weights
+    adapters.set("a", 0.5)
+    adapters.set("a")
+    assert same_bits(pipe_bits(pipe), active)
+    assert same_bits(all_bits(old), all_bits(stable_diffusion().unet))
+    pipe.unet = stable_diffusion().unet  # the base loaded again
+    adapters.set("a")
+    assert same_bits(pipe_bits(pipe), active)
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), base)
+
+
+@pytest.mark.parametrize("other", [lambda: stable_diffusion(seed=9).unet, lambda: unet(layers=2), lambda: None])
+def test_another_component_gets_no_adapter_of_the_old_one(other):
+    pipe = stable_diffusion()
+    base = pipe_bits(pipe)
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.set("a")
+    old, pipe.unet = pipe.unet, other()
+    fresh = pipe_bits(pipe) | {name: value for name, value in base.items() if name.startswith("text_encoder.")}
+    with pytest.raises(BaseMismatch):
+        adapters.set("a", 0.5)
+    assert adapters.active == {} and same_bits(pipe_bits(pipe), fresh)
+    assert same_bits(
+        {f"unet.{name}": b for name, b in all_bits(old).items()}, {n: b for n, b in base.items() if n.startswith("unet.")}
+    )
+    pipe.unet = old
+    adapters.enable()
+    assert adapters.active == {"a": 1.0}
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), base)
+
+
+def test_a_component_that_comes_later():
+    pipe = stable_diffusion()
+    encoder, pipe.text_encoder = pipe.text_encoder, None
+    adapters = PipelineAdapters(pipe)
+    pipe.text_encoder = encoder
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.set("a", {"unet": 0})
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), pipe_bits(stable_diffusion()))
+
+
+def test_one_owner(pipe, adapters):
+    adapters.set("a")
+    with pytest.raises(shira.TuningError, match="already in use"):
+        shira.attach(pipe.unet, mask="wm", density=0.1, targets=["to_q"])
+    second = PipelineAdapters(diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False))
+    with pytest.raises(SwitchError, match="already in use"):
+        second.load(pipe_adapter(stable_diffusion(), 2), "b")
+    adapters.disable()
+    second.load(pipe_adapter(pipe, 2), "b")
+    second.set("b")
+    second.disable()
+
+
+def test_offload_of_whole_models_moves_the_adapter_with_them():
+    accelerate = pytest.importorskip("accelerate")
+    pipe = stable_diffusion()
+    base = pipe_bits(pipe)
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.set("a")
+    wanted = picture(pipe)
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):  # enable_model_cpu_offload, without an accelerator
+        accelerate.cpu_offload_with_hook(part, "cpu")
+    assert torch.equal(picture(pipe), wanted)
+    for part in (pipe.unet, pipe.text_encoder):  # to a device and back: other memory, the same values
+        part._apply(lambda tensor: tensor.clone())
+    adapters.set("a", 0.5)
+    pipe.unet._apply(lambda tensor: tensor.clone())
+    adapters.set("a")
+    assert torch.equal(picture(pipe), wanted)
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), base)
+
+
+def test_offload_of_single_weights_is_refused():
+    accelerate = pytest.importorskip("accelerate")
+    pipe = stable_diffusion()
+    base = pipe_bits(pipe)
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.set("a")
+    wanted = picture(pipe)
+    accelerate.cpu_offload(pipe.unet, "cpu")  # enable_sequential_cpu_offload, without an accelerator
+    other = pipe_adapter(stable_diffusion(), 2)
+    for call in (adapters.disable, lambda: adapters.set("a", 0.5), lambda: adapters.load(other, "b")):
+        with pytest.raises(SwitchError, match="remove_all_hooks"):
+            call()
+    assert torch.equal(picture(pipe), wanted)  # what is active moves along
+    accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), base)
+
+
+BLOCKS = {"unet": {"up": {"block_0": [0.5, 1.0]}, "down": 0.25}}
+
+
+NAMES = st.lists(st.sampled_from("abd"), unique=True, max_size=3)
+
+
+VERBS = ("disable", "enable", "fuse", "unfuse", "reload", "cast", "copy")
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("set"), NAMES, st.sampled_from([1.0, 0.5, -1.0, BLOCKS])),
+        st.tuples(st.sampled_from(VERBS)),
+        st.tuples(st.sampled_from(["delete", "load"]), st.sampled_from("abd")),
+    ),
+    max_size=12,
+)
+
+
+@given(STEPS)
+@settings(max_examples=40)
+def test_the_base_is_exact_after_any_sequence_of_calls(steps):
+    pipe = stable_diffusion().to(torch.float16).to(torch.float32)
+    made = {"a": pipe_adapter(pipe, 1), "b": pipe_adapter(pipe, 2, ("unet",)), "d": pipe_adapter(pipe, 4, kind="delta")}
+    reference = {part: copy.deepcopy(getattr(pipe, part)) for part in PARTS if hasattr(pipe, part)}
+    adapters = PipelineAdapters(pipe, ready=2)
+    casts = [torch.float16, torch.float32]
+    for verb, *what in steps:
+        try:
+            if verb == "set":
+                adapters.set(*what)
+            elif verb == "load":
+                adapters.load(made[what[0]], what[0])
+            elif verb == "delete":
+                adapters.delete(what[0])
+            elif verb == "reload" and len(casts) == 2:
+                pipe.unet = copy.deepcopy(reference["unet"])
+            elif verb == "cast" and casts:
+                dtype = casts.pop(0)
+                pipe.to(dtype)
+                for model in reference.values():
+                    model.to(dtype)
+            elif verb == "copy":
+                pipe.unet = copy.deepcopy(pipe.unet)
+            elif verb in VERBS[:4]:
+                getattr(adapters, verb)()
+        except shira.ShiraError:
+            pass
+    adapters.unfuse()
+    adapters.disable()
+    assert adapters.active == adapters.fused == {}
+    assert same_bits(
+        pipe_bits(pipe), {f"{part}.{n}": b for part, model in reference.items() for n, b in all_bits(model).items()}
+    )
+
+
+INTERRUPTED = {
+    "load": lambda adapters: adapters.load(adapters.third, "c"),
+    "set": lambda adapters: adapters.set(["a", "b"], 0.5),
+    "fuse": lambda adapters: (adapters.set("a"), adapters.fuse(), adapters.set("b")),
+    "unfuse": lambda adapters: (adapters.set("a"), adapters.fuse(), adapters.unfuse(), adapters.disable()),
+    "delete": lambda adapters: (adapters.set("a"), adapters.delete("a")),
+    "replace": lambda adapters: (adapters.set("a"), setattr(adapters._pipe, "unet", adapters.copy), adapters.set("b")),
+}
+
+
+@pytest.mark.parametrize("call", INTERRUPTED)
+def test_the_base_survives_interrupts(pipe, call):
+    base, original = pipe_bits(pipe), pipe.unet
+    parts = {"unet": copy.deepcopy(pipe.unet), "text_encoder": copy.deepcopy(pipe.text_encoder)}
+    small = [pipe_adapter(SimpleNamespace(**parts), seed, share=0.02) for seed in (1, 2, 3)]
+    few = ["unet.conv_in.weight", "unet.conv_out.weight", "text_encoder.encoder.layers.0.mlp.fc1.weight"]
+    small = [shira.Adapter({name: each.tensors[name] for name in few}, each.metadata) for each in small]
+    lines, line = 10**9, 10**9
+    while line > 0:
+        adapters = PipelineAdapters(pipe)
+        adapters.third, adapters.copy = small[2], parts["unet"]
+        adapters.load(small[0], "a")
+        adapters.load(small[1], "b")
+        with interrupted(line) as left:
+            INTERRUPTED[call](adapters)
+        assert bool(left) == (line == 10**9)
+        lines = lines - left[0] if left else lines  # the first time nothing strikes, and the lines are counted
+        adapters.unfuse()
+        adapters.disable()
+        assert same_bits(pipe_bits(pipe), base), line
+        assert same_bits(all_bits(parts["unet"]), all_bits(original)), line
+        pipe.unet = original
+        adapters.set("b")
+        adapters.disable()
+        assert same_bits(pipe_bits(pipe), base), line
+        line = min(line, lines) - 1 - lines // 20
+    assert lines > 100

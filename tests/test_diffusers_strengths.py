@@ -1,0 +1,109 @@
+"""Strengths of adapters of pipelines: by component, by block, by step."""
+
+import re
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("PIL")
+
+import torch
+
+import shira
+from conftest import same_bits
+from pipelines import picture, pipe_adapter, pipe_bits, sd3
+from shira.integrations.diffusers import PipelineAdapters
+
+
+def strengths_by_tensor(pipe, adapters, made, given):
+    """Tensor -> the strength with which it was changed: 0, 1, or a value in between, from the largest change."""
+    base = {name: value.view(torch.float32) for name, value in pipe_bits(pipe).items()}
+    adapters.set("a", given)
+    now = {name: value.view(torch.float32) for name, value in pipe_bits(pipe).items()}
+    adapters.disable()
+    found = {}
+    for name, tensor in made.tensors.items():
+        whole = tensor.values - base[name][tensor.indices]
+        place = int(whole.abs().argmax())
+        change = now[name][tensor.indices] - base[name][tensor.indices]
+        found[name] = round(float(change[place] / whole[place]), 3)
+    return found
+
+
+def test_strengths_by_block_as_diffusers_reads_them(pipe, adapters):
+    made = pipe_adapter(pipe, 1)
+    given = {"unet": {"down": 0.9, "mid": 0.7, "up": {"block_0": [0.4, 0.8], "block_1": 0.6}}, "text_encoder": 0.5}
+    for name, found in strengths_by_tensor(pipe, adapters, made, given).items():
+        rules = {
+            "unet.down_blocks.": 0.9,
+            "unet.mid_block.": 0.7,
+            "unet.up_blocks.0.attentions.0.": 0.4,
+            "unet.up_blocks.0.resnets.0.": 0.4,
+            "unet.up_blocks.0.attentions.1.": 0.8,
+            "unet.up_blocks.0.resnets.1.": 0.8,
+            "unet.up_blocks.1.": 0.6,
+            "text_encoder.": 0.5,
+        }
+        assert found == next((value for start, value in rules.items() if name.startswith(start)), 1.0), name
+
+
+@pytest.mark.parametrize(
+    "given,rules",
+    [
+        ({"unet": {"up": [0.2, 0.4]}}, {r"unet.up_blocks.\d.\w+.0.": 0.2, r"unet.up_blocks.\d.\w+.1.": 0.4}),
+        ({"unet": {"*": 0, "up_blocks.0.resnets": [0.25, 0.5]}}, {"unet.up_blocks.0.resnets.1.": 0.5}),
+        ({"unet": {"up.block_0": 0.5, "up": 0.25}}, {"unet.up_blocks.0.": 0.5, "unet.up_blocks.1.": 0.25}),
+        ({"*": 0, "unet": {"mid": [0.5]}}, {"unet.mid_block.": 0.5, "text_encoder.": 0, "unet.conv_in": 0}),
+        ({"text_encoder": {"encoder": 0.5, "*": 0}}, {"unet.": 1, "text_encoder.encoder": 0.5, "text_encoder.embeddings": 0}),
+        ({}, {"unet.": 1}),
+    ],
+)
+def test_further_strengths_by_block(pipe, adapters, given, rules):
+    found = strengths_by_tensor(pipe, adapters, pipe_adapter(pipe, 1), given)
+    for start, expected in rules.items():
+        meant = {found[name] for name in found if re.match(start, name) and "samplers" not in name}
+        assert meant == {expected}, start
+
+
+def test_blocks_without_entries_are_no_error(pipe, adapters):
+    made = pipe_adapter(pipe, 3)
+    only = {name: tensor for name, tensor in made.tensors.items() if "up_blocks.0.attentions" in name}
+    adapters.load(shira.Adapter(only, made.metadata), "up")
+    adapters.set("up", {"unet": {"down": 0.9, "mid": 1, "up": {"block_0": [0.5, 1.0], "block_1": 0.3}}})
+    assert adapters.active
+
+
+def test_nested_names_of_a_transformer():
+    pipe = sd3()
+    adapters = PipelineAdapters(pipe)
+    made = pipe_adapter(pipe, 1, ("transformer",))
+    adapters.load(made, "a")
+    given = {"transformer": {"transformer_blocks": [0.5, 0.25], "proj_out": 0, "pos_embed.proj": 0.75}}
+    found = strengths_by_tensor(pipe, adapters, made, given)
+    rules = {"transformer_blocks.0": 0.5, "transformer_blocks.1": 0.25, "proj_out": 0, "pos_embed": 0.75}
+    for name, value in found.items():
+        assert value == next((v for start, v in rules.items() if name.startswith(f"transformer.{start}")), 1.0), name
+
+
+def test_by_step_changes_the_strength_and_the_base_is_back(pipe, adapters):
+    base, plain, seen = pipe_bits(pipe), picture(pipe, 4), []
+
+    def strengths(step, steps):
+        seen.append((step, steps))
+        return {"a": step / steps, "b": {"unet": {"mid": 0.5}}}
+
+    changed = picture(pipe, 4, callback_on_step_end=adapters.by_step(strengths))
+    assert seen == [(1, 4), (2, 4), (3, 4)] and adapters.active == {}
+    assert same_bits(pipe_bits(pipe), base) and not torch.equal(changed, plain)
+    adapters.set("a")
+    before = pipe_bits(pipe)
+    assert torch.equal(picture(pipe, 1), picture(pipe, 1, callback_on_step_end=adapters.by_step(strengths)))
+    assert not torch.equal(picture(pipe, 2), picture(pipe, 2, callback_on_step_end=adapters.by_step(lambda step, steps: {})))
+    assert same_bits(pipe_bits(pipe), before) and adapters.active == {"a": 1.0}
+
+
+def test_a_constant_strength_by_step_is_that_strength(pipe, adapters):
+    adapters.set("a", 0.5)
+    assert torch.equal(
+        picture(pipe, 3), picture(pipe, 3, callback_on_step_end=adapters.by_step(lambda step, steps: {"a": 0.5}))
+    )

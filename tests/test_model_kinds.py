@@ -1,0 +1,116 @@
+"""Switching models that are out of the ordinary: compiled, in inference mode or autocast, with buffers, scalars and blocks."""
+
+import pytest
+import torch
+from torch import nn
+
+import shira
+from conftest import all_bits, bits, mlp, random_adapter, same_bits
+from shira import SparseTensor, Switcher
+from test_model_changes import switcher_of
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["compiled", "compiled inside"])
+def test_a_compiled_model_is_switched_under_its_own_names(kind):
+    model = mlp()
+    base = all_bits(model)
+    adapter = random_adapter(model, 1)
+    if kind == "compiled":
+        outer = torch.compile(model, backend="eager")
+    else:
+        outer = nn.Sequential(*model)
+        outer[2] = torch.compile(model[2], backend="eager")
+    inputs = torch.randn(3, 13)
+    plain = outer(inputs)
+    switcher = Switcher(outer)
+    switcher.add("a", adapter)
+    switcher.use("a")
+    assert not torch.equal(outer(inputs), plain)
+    switcher.use(None)
+    assert torch.equal(outer(inputs), plain)
+    assert same_bits(base, all_bits(model))
+
+
+def test_inference_mode_leaves_nothing_that_cannot_be_written():
+    model = mlp()
+    base = all_bits(model)
+    switcher = switcher_of(model)
+    with torch.inference_mode():
+        switcher.use({"a": 0.5, "b": 1.0})
+        other = mlp()
+        inner = switcher_of(other)
+        inner.use("a")
+    switcher.use("plain")
+    switcher.use(None)
+    inner.use("b")
+    inner.use(None)
+    assert same_bits(base, all_bits(model)) and same_bits(base, all_bits(other))
+    model(torch.randn(2, 13)).sum().backward()
+
+
+def test_buffers_that_a_checkpoint_holds_are_switched_too():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    base = all_bits(model)
+    mean = SparseTensor((4,), torch.arange(4), torch.full((4,), 7.0))
+    switcher = Switcher(model)
+    switcher.add("x", shira.Adapter({"1.running_mean": mean}))
+    switcher.use("x")
+    assert torch.equal(model[1].running_mean, mean.values)
+    model(torch.randn(8, 4))  # in training, which moves it
+    switcher.use(None)
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
+    model[1].num_batches_tracked.zero_()
+    model[1].running_var.fill_(1)
+    assert same_bits(base, {name: bits(tensor) for name, tensor in model.named_parameters()})
+
+
+def test_a_switch_inside_autocast_is_seen():
+    model = mlp()
+    inputs = torch.randn(3, 13)
+    switcher = switcher_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(inputs)
+        switcher.use("a")
+        adapted = model(inputs)
+        switcher.use(None)
+        assert torch.equal(model(inputs), plain) and not torch.equal(adapted, plain)
+    switcher.use("a")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(inputs), adapted)
+
+
+def test_scalars_are_followed():
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(2.3))
+    switcher = Switcher(model)
+    switcher.add("x", shira.Adapter({"scale": SparseTensor((), torch.tensor([0]), torch.tensor([7.7]))}))
+    switcher.use("x")
+    model.half()
+    switcher.use(None)
+    assert torch.equal(model.scale, torch.tensor(2.3).half())
+
+
+def test_a_module_that_is_put_on_later_is_found():
+    model = mlp()
+    switcher = switcher_of(model)
+    switcher.use("a")
+    held = all_bits(model)
+    model.add_module("score", nn.Linear(7, 2))
+    switcher.add("head", shira.Adapter({"score.weight": SparseTensor((2, 7), torch.tensor([3]), torch.ones(1))}))
+    assert switcher.active == {"a": 1.0} and same_bits(held, {name: bits(model.get_parameter(name)) for name in held})
+    switcher.use("head")
+    assert model.score.weight.view(-1)[3] == 1
+    switcher.use(None)
+
+
+def test_sums_over_a_buffer_are_of_what_it_is_now():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    switcher = Switcher(model)
+    switcher.add("x", shira.Adapter({"0.running_mean": SparseTensor((4,), torch.arange(4), torch.ones(4))}))
+    for before in (0.0, 10.0):
+        model[0].running_mean.fill_(before)
+        switcher.use({"x": 0.5})
+        assert torch.equal(model[0].running_mean, torch.full((4,), (before + 1) / 2))
+        switcher.use(None)
+        assert torch.equal(model[0].running_mean, torch.full((4,), before))

@@ -1,0 +1,170 @@
+"""A model has one owner at a time: copies of it, shared memory, threads, compiled models."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import shira
+from conftest import all_bits, mlp, random_adapter, same_bits
+from interrupting import interrupted
+from shira import BaseMismatch, ShiraError, SparseTensor, Switcher, SwitchError
+from test_model_changes import adapters, switcher_of
+
+
+def test_a_copy_of_a_model_is_nobodys():
+    model = mlp()
+    base = all_bits(model)
+    switcher = switcher_of(model)
+    switcher.use("a")
+    twin = copy.deepcopy(model)
+    other = Switcher(twin)
+    other.add("x", shira.Adapter(adapters(mlp())["plain"].tensors))
+    other.use("x")
+    other.use(None)
+    assert same_bits(all_bits(twin), all_bits(model))
+    switcher.use(None)
+    assert same_bits(base, all_bits(model))
+
+
+def test_a_model_has_one_owner_at_a_time():
+    model = mlp()
+    base = all_bits(model)
+    first, second = switcher_of(model), switcher_of(model)
+    inner = Switcher(model[0])
+    inner.add("x", shira.Adapter({"weight": SparseTensor((11, 13), torch.tensor([4]), torch.ones(1))}))
+    first.use("a")
+    held = all_bits(model)
+    for call in (
+        lambda: second.use("b"),
+        lambda: second.add("c", random_adapter(mlp(), 4)),
+        lambda: second.prefetch("b"),
+        lambda: inner.use("x"),
+        lambda: shira.attach(model, density=0.1),
+    ):
+        with pytest.raises(ShiraError, match=r"a Switcher has 'a' active in it; call its use\(None\) first"):
+            call()
+        assert same_bits(held, all_bits(model))
+    second.use(None)  # it has nothing to put back
+    first.use(None)
+    second.use("b")
+    with pytest.raises(SwitchError, match="'b' active"):
+        first.use("a")
+    second.use(None)
+    assert same_bits(base, all_bits(model))
+    second.use("a")
+    second = None
+    gc.collect()
+    first.use("plain")  # a switcher that is gone owns nothing: what it left is the base
+    first.use(None)
+
+
+def test_weights_that_are_one_memory_are_owned_together():
+    model = mlp()
+    twin = mlp()
+    twin[2].weight.data = model[2].weight.data
+    first, second = switcher_of(model), switcher_of(twin)
+    first.use("a")
+    with pytest.raises(SwitchError, match="already in use"):
+        second.use("b")
+    first.use(None)
+    second.use("b")
+    second.use(None)
+
+
+def test_threads_take_turns():
+    model = mlp()
+    base = all_bits(model)
+    switcher = switcher_of(model)
+    failed = []
+
+    def work(names):
+        try:
+            for number in range(150):
+                switcher.use(names[number % len(names)])
+        except BaseException as error:  # noqa: BLE001
+            failed.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=(names,)) for names in (["a", "b"], ["plain", None], [{"a": 0.5, "b": 1.0}, "a"])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failed and not any(thread.is_alive() for thread in threads)
+    switcher.use(None)
+    assert same_bits(base, all_bits(model))
+
+
+def test_two_switchers_in_two_threads_never_lose_the_base():
+    model = mlp()
+    base = all_bits(model)
+    foreign = []
+
+    def work(switcher):
+        for number in range(150):
+            try:
+                switcher.use(("a", "b", None)[number % 3])
+            except SwitchError:
+                pass
+            except BaseException as error:  # noqa: BLE001
+                foreign.append(error)
+        switcher.use(None)
+
+    threads = [threading.Thread(target=work, args=(switcher_of(model),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not foreign
+    assert same_bits(base, all_bits(model))
+
+
+def test_views_of_one_memory_are_one_weight_or_refused():
+    flat = torch.randn(200)
+    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "abcd"})
+    model["a"].weight.data, model["b"].weight.data = flat[:64].view(8, 8), flat[:64].view(8, 8)
+    model["c"].weight.data, model["d"].weight.data = flat[100:164].view(8, 8), flat[130:194].view(8, 8)
+    base = all_bits(model)
+    part = SparseTensor((8, 8), torch.tensor([1, 40]), torch.tensor([5.0, 6.0]))
+    switcher = Switcher(model)
+    switcher.add("both", shira.Adapter({"a.weight": part, "b.weight": part}))
+    switcher.add("second", shira.Adapter({"b.weight": part}))
+    for name in ("both", "second"):
+        switcher.use({name: 2.0})
+        assert torch.equal(model["a"].weight, model["b"].weight) and not same_bits(base, all_bits(model))
+        switcher.use(None)
+        assert same_bits(base, all_bits(model))
+    with pytest.raises(BaseMismatch, match="'c.weight' shares a part of its memory with 'd.weight'"):
+        switcher.add("torn", shira.Adapter({"c.weight": part}))
+
+
+def test_a_cast_model_lays_no_claim_on_the_memory_that_it_gave_back():
+    held = []
+    for seed in range(20):
+        model = mlp(seed=seed)
+        switcher = Switcher(model)
+        switcher.add("a", shira.Adapter(random_adapter(model, 1).tensors))
+        switcher.use("a")
+        model.half()
+        held.append((model, switcher))
+        for other in [mlp(seed=number) for number in range(3)]:
+            shira.attach(other, density=0.1).detach()
+
+
+def test_an_interrupt_leaves_no_other_model_waiting():
+    """Whatever line it strikes at: another thread's switcher, over another model, goes on."""
+    others = mlp()
+    elsewhere = switcher_of(others)
+    for line in range(1, 400):
+        switcher = switcher_of(mlp())
+        with interrupted(line):
+            switcher.use("a")
+        thread = threading.Thread(target=lambda: (elsewhere.use("b"), elsewhere.use(None)))
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive(), f"line {line}"

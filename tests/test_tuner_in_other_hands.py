@@ -1,0 +1,136 @@
+"""A model in training in the hands of other code: pickled, compiled, hooked, saved, in inference mode."""
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import shira
+from conftest import all_bits, llama_batches, mlp, mlp_batches, mlp_loss, same_bits
+from families import family, family_batch
+from shira import TargetError, TuningError
+from shira.training.untrained import NotTrained
+from test_tuner_changes import VARIANTS, own_names, train
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_are_computed_from_others():
+    from torch.nn import utils
+    from torch.nn.utils import parametrizations
+
+    for wrap in (utils.weight_norm, utils.spectral_norm):
+        model = nn.Sequential(wrap(nn.Linear(5, 5)), nn.Linear(5, 5))
+        with pytest.raises(TargetError, match=r"'0.weight_.*' belongs to a Linear under torch.nn.utils"):
+            shira.attach(model)
+        shira.attach(model, exclude="0").detach()
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 5)), nn.Linear(5, 5))
+    for targets in ("all-linear", ["0"], r"\d"):
+        with pytest.raises(TargetError, match=r"'0.weight' is parametrized.*'0.parametrizations.weight.original1'"):
+            shira.attach(model, targets=targets)
+    with shira.attach(model, targets=["0.parametrizations.weight.original1"], density=0.5) as tuner:
+        model(torch.ones(2, 5)).square().sum().backward()
+        assert bool(tuner.parameters()[0].grad.any())
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        frozen = nn.Linear(4, 4)
+    with pytest.raises(TargetError, match="made under torch.inference_mode"):
+        shira.attach(frozen)
+    model = mlp()
+    with torch.inference_mode():
+        tuner = shira.attach(model, density=0.3)
+    train(model, tuner)
+    with torch.inference_mode():
+        tuner.detach()
+    assert same_bits(all_bits(model), all_bits(mlp()))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_pickled_model_in_training_computes_the_same_and_is_nobodys(options):
+    model = mlp()
+    file = io.BytesIO()
+    with shira.attach(model, density=0.3, **options) as tuner:
+        train(model, tuner)
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        batch = mlp_batches(1)[0]
+        assert torch.equal(loaded(batch[0]), model(batch[0]))
+        mlp_loss(loaded, batch).backward()
+        with pytest.raises(TuningError, match="a copy of one in training"):
+            shira.attach(loaded)
+        told = loaded.shira_tuner.adapter("x")
+        assert told.tensors.keys() == tuner.adapter("x").tensors.keys()
+    assert same_bits(all_bits(model), all_bits(mlp()))
+
+
+def test_another_librarys_hooks_put_on_and_taken_off():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = mlp()
+    tuner = shira.attach(model, density=0.3)
+    hooks.add_hook_to_module(model[0], hooks.ModelHook())
+    train(model, tuner)
+    outputs = model(torch.ones(1, 13))
+    adapter = tuner.adapter()
+    tuner.detach()
+    assert same_bits(all_bits(model), all_bits(mlp()))
+    assert torch.equal(model(torch.ones(1, 13)), mlp()(torch.ones(1, 13))) and not torch.equal(
+        model(torch.ones(1, 13)), outputs
+    )
+    hooks.remove_hook_from_module(model[0])
+    with shira.attach(model, density=0.3) as tuner:  # the forward that was put back passes through, and is replaced
+        train(model, tuner)
+        again = tuner.adapter()
+    assert all(torch.equal(adapter.tensors[name].values, again.tensors[name].values) for name in adapter.tensors)
+    assert all("forward" not in vars(module) for module in model)
+    hooks.add_hook_to_module(model[0], hooks.ModelHook())
+    tuner = shira.attach(model, density=0.3)
+    hooks.remove_hook_from_module(model[0])
+    with pytest.warns(NotTrained, match="'0.weight'; their modules were given another forward"):
+        train(model, tuner)
+        tuner.adapter()
+    tuner.detach()
+
+
+def test_a_model_that_was_compiled_and_has_run_trains_in_its_wrapper():
+    torch.compiler.reset()
+    plain, model = family("llama").train(), family("llama").train()
+    compiled = torch.compile(model, backend="eager")
+    adapters = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled(**family_batch("llama"))
+        for each, forward in ((plain, plain), (compiled, compiled)):
+            with shira.attach(each, density=0.1) as tuner:
+                optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+                for seed in range(2):
+                    optimizer.zero_grad()
+                    forward(**family_batch("llama", seed)).loss.backward()
+                    optimizer.step()
+                adapters.append(tuner.adapter())
+        assert torch.equal(compiled(**family_batch("llama")).logits, family("llama").train()(**family_batch("llama")).logits)
+    torch.compiler.reset()
+    assert adapters[0].tensors.keys() == adapters[1].tensors.keys()
+    for name, tensor in adapters[0].tensors.items():
+        torch.testing.assert_close(tensor.values, adapters[1].tensors[name].values)
+
+
+def test_save_pretrained_has_the_weights_of_now_and_no_more(tiny_llama, tmp_path):
+    from safetensors.torch import load_file
+
+    ignored = tiny_llama._keys_to_ignore_on_save
+    with shira.attach(tiny_llama, density=0.1) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        tiny_llama(**llama_batches(1)[0]).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            tuner.parameters()[0].add_(1)
+        tiny_llama.save_pretrained(tmp_path)
+        saved, adapter = load_file(tmp_path / "model.safetensors"), tuner.adapter()
+    assert not [name for name in saved if "shira" in name]
+    for name, tensor in adapter.tensors.items():
+        assert torch.equal(saved[name].view(-1)[tensor.indices.long()], tensor.values)
+    assert not own_names(tiny_llama) and tiny_llama._keys_to_ignore_on_save == ignored
