@@ -4,6 +4,7 @@ import contextlib
 import os
 import shlex
 import sys
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
 
@@ -73,6 +74,17 @@ def mlp_batches(count: int = 3, size: int = 7, seed: int = 0) -> list[tuple[Tens
 def mlp_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     inputs, labels = batch
     return nn.functional.cross_entropy(model(inputs.to(next(model.parameters()).dtype)).float(), labels)
+
+
+def attach_is_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    """`attach` with these options raises this error, and the model stays as it is."""
+    model = mlp()
+    before, state, flags = all_bits(model), set(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=words):
+        shira.attach(model, **options)
+    assert same_bits(before, all_bits(model))
+    assert set(model.state_dict()) == state
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 
 def random_adapter(model: nn.Module, seed: int, density: float = 0.3, kind: str = "overwrite") -> shira.Adapter:

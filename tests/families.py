@@ -7,7 +7,6 @@ SMALL = {
     "vocab_size": 31,
     "hidden_size": 16,
     "intermediate_size": 20,
-    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
@@ -17,37 +16,35 @@ SMALL = {
 }
 
 
-def llama() -> nn.Module:
+def llama(layers: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **SMALL))
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, num_hidden_layers=layers, **SMALL))
 
 
-def gpt2() -> nn.Module:
+def gpt2(layers: int) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(
-        vocab_size=31, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2, loss_type="ForCausalLM"
-    )
+    sizes = {"vocab_size": 31, "n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 64}
+    config = GPT2Config(bos_token_id=1, eos_token_id=2, loss_type="ForCausalLM", **sizes)
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # transformers takes this from the name of the class, and logs that this one says nothing
     return model
 
 
-def mixtral() -> nn.Module:
+def mixtral(layers: int) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(
-        MixtralConfig(num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager", **SMALL)
-    )
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    return MixtralForCausalLM(MixtralConfig(num_hidden_layers=layers, **experts, **SMALL))
 
 
-def vit() -> nn.Module:
+def vit(layers: int) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         hidden_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=20,
         image_size=8,
@@ -61,9 +58,9 @@ def vit() -> nn.Module:
 FAMILIES = {"llama": llama, "gpt2": gpt2, "mixtral": mixtral, "vit": vit}
 
 
-def family(name: str, seed: int = 0) -> nn.Module:
+def family(name: str, seed: int = 0, layers: int = 2) -> nn.Module:
     torch.manual_seed(seed)
-    return FAMILIES[name]().eval()
+    return FAMILIES[name](layers).eval()
 
 
 def family_batch(name: str, seed: int = 0, size: int = 3) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shira
-from conftest import all_bits, llama_batches, mlp, mlp_batches, mlp_loss, random_adapter, same_bits
+from conftest import all_bits, attach_is_refused, llama_batches, mlp, mlp_batches, mlp_loss, random_adapter, same_bits
 from shira import MaskError, TargetError, masks
 from shira.weights.targets import by_pattern
 
@@ -240,13 +240,7 @@ def test_a_pattern_means_a_whole_name_or_a_suffix_after_a_dot():
     ],
 )
 def test_a_budget_that_cannot_be_had_changes_nothing(options, error, words):
-    model = mlp()
-    before, state, flags = all_bits(model), set(model.state_dict()), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(error, match=words):
-        shira.attach(model, **options)
-    assert same_bits(before, all_bits(model))
-    assert set(model.state_dict()) == state
-    assert [p.requires_grad for p in model.parameters()] == flags
+    attach_is_refused(options, error, words)
 
 
 def test_the_adapter_says_how_its_budget_was_shared(tmp_path):

@@ -289,15 +289,21 @@ def test_only_a_checkout_has_the_benchmarks_and_the_experiments(run, tmp_path):
     (folder / "benchmarks").mkdir()
     (folder / "benchmarks" / "__init__.py").touch()
 
-    def installed(*words):
-        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from shira.cli import main; main()"
-        return subprocess.run([sys.executable, "-P", "-c", code, folder, *words], capture_output=True, text=True)
-
-    out = installed("--help").stdout
-    assert re.search(r"\binspect\b", out) and not re.search(r"\bbench\b|\bexperiment\b", out)
-    for command in ("bench", "experiment"):
-        refused = installed(command, "--help")
-        assert refused.returncode == 2 and f"No such command '{command}'" in refused.stderr
+    code = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from shira.cli import main
+for words in (["--help"], ["bench", "--help"], ["experiment", "--help"]):
+    sys.argv[1:] = words
+    try:
+        main()
+    except SystemExit as stop:
+        print("exit", stop.code)
+"""
+    installed = subprocess.run([sys.executable, "-P", "-c", code, folder], capture_output=True, text=True)
+    assert re.search(r"\binspect\b", installed.stdout) and not re.search(r"\bbench\b|\bexperiment\b", installed.stdout)
+    assert re.findall(r"exit (\d)", installed.stdout) == ["0", "2", "2"]
+    assert re.findall(r"No such command '(\w+)'", installed.stderr) == ["bench", "experiment"]
 
 
 def test_a_missing_extra_is_named(run, folder, monkeypatch):

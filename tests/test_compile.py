@@ -49,7 +49,7 @@ def test_training_compiles_to_one_graph(name, mask):
     batch = family_batch(name)
     found = {}
     for compiled in (False, True):
-        model = family(name).train()
+        model = family(name, layers=1).train()  # each layer takes a second to compile
         if name == "mixtral":
             model.set_experts_implementation("batched_mm")  # Transformers' own way of computing with no loop over experts
         counter = CompileCounterWithBackend("aot_eager")
@@ -81,7 +81,7 @@ def test_inductor_trains_as_eager_does():
 
 
 def test_switching_a_compiled_model_compiles_nothing_again():
-    model = family("llama")
+    model = family("llama", layers=1)
     batch = family_batch("llama")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)

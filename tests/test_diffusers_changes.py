@@ -22,6 +22,16 @@ from shira import AdapterError, BaseMismatch, SwitchError
 from shira.integrations.diffusers import PipelineAdapters
 
 
+def one_active():
+    """A pipeline of its own, the bits of its base, and its adapters, one of them active."""
+    pipe = stable_diffusion()
+    base = pipe_bits(pipe)
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.set("a")
+    return pipe, base, adapters
+
+
 def test_other_methods_of_fusion_hold_for_a_replaced_component_too(pipe, adapters):
     base = pipe_bits(pipe)
     adapters.set(["a", "b"], [1.0, 0.5])
@@ -91,11 +101,7 @@ def test_a_compiled_denoiser_is_not_compiled_again():
 
 
 def test_a_component_is_replaced():
-    pipe = stable_diffusion()
-    base = pipe_bits(pipe)
-    adapters = PipelineAdapters(pipe)
-    adapters.load(pipe_adapter(pipe, 1), "a")
-    adapters.set("a")
+    pipe, base, adapters = one_active()
     active, old = pipe_bits(pipe), pipe.unet
     pipe.unet = copy.deepcopy(old)  # a copy with the adapter's values in its weights
     adapters.set("a", 0.5)
@@ -111,11 +117,7 @@ def test_a_component_is_replaced():
 
 @pytest.mark.parametrize("other", [lambda: stable_diffusion(seed=9).unet, lambda: unet(layers=2), lambda: None])
 def test_another_component_gets_no_adapter_of_the_old_one(other):
-    pipe = stable_diffusion()
-    base = pipe_bits(pipe)
-    adapters = PipelineAdapters(pipe)
-    adapters.load(pipe_adapter(pipe, 1), "a")
-    adapters.set("a")
+    pipe, base, adapters = one_active()
     old, pipe.unet = pipe.unet, other()
     fresh = pipe_bits(pipe) | {name: value for name, value in base.items() if name.startswith("text_encoder.")}
     with pytest.raises(BaseMismatch):
@@ -157,11 +159,7 @@ def test_one_owner(pipe, adapters):
 
 def test_offload_of_whole_models_moves_the_adapter_with_them():
     accelerate = pytest.importorskip("accelerate")
-    pipe = stable_diffusion()
-    base = pipe_bits(pipe)
-    adapters = PipelineAdapters(pipe)
-    adapters.load(pipe_adapter(pipe, 1), "a")
-    adapters.set("a")
+    pipe, base, adapters = one_active()
     wanted = picture(pipe)
     for part in (pipe.text_encoder, pipe.unet, pipe.vae):  # enable_model_cpu_offload, without an accelerator
         accelerate.cpu_offload_with_hook(part, "cpu")
@@ -178,11 +176,7 @@ def test_offload_of_whole_models_moves_the_adapter_with_them():
 
 def test_offload_of_single_weights_is_refused():
     accelerate = pytest.importorskip("accelerate")
-    pipe = stable_diffusion()
-    base = pipe_bits(pipe)
-    adapters = PipelineAdapters(pipe)
-    adapters.load(pipe_adapter(pipe, 1), "a")
-    adapters.set("a")
+    pipe, base, adapters = one_active()
     wanted = picture(pipe)
     accelerate.cpu_offload(pipe.unet, "cpu")  # enable_sequential_cpu_offload, without an accelerator
     other = pipe_adapter(stable_diffusion(), 2)

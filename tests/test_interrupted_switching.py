@@ -1,5 +1,7 @@
 """Interrupted at any line, and once more while that is dealt with: the next call finds the exact base."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -46,13 +48,13 @@ def cast(switcher):
 @pytest.mark.parametrize("call", [*CALLS, "using", "after a cast"])
 def test_a_switcher_that_is_interrupted(call, backend):
     act = CALLS.get(call) or {"using": using, "after a cast": cast}[call]
+    torch.manual_seed(0)
+    first = nn.Linear(8, 8, bias=False)
+    whole = all_bits(copy.deepcopy(first).double() if call == "after a cast" else first)
 
     def attempt(line, later):
         owners._claims.clear()  # python leaks the frames of some exceptions that a trace function raises, and claims with them
-        torch.manual_seed(0)
-        model = nn.Linear(8, 8, bias=False)
-        base = all_bits(model.double() if call == "after a cast" else model)
-        model.float()
+        model, base = copy.deepcopy(first), whole
         with kernels.backend(backend):
             switcher = Switcher(model)
             for name, each in ADAPTERS.items():

@@ -1,6 +1,7 @@
 """An interrupt at any line of a tuner's calls, and another one in what undoes them: the next call finds the exact base."""
 
 import bisect
+import functools
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ class Model(nn.Module):
         return self.two(self.norm(self.one(x)).relu())
 
 
+@functools.cache
 def batches(seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(5, 4, generator=generator) for _ in range(2)]
@@ -47,9 +49,12 @@ def everything(model):
     return tensors, attributes, hooks, own, [p.requires_grad for p in model.parameters()], [p.grad for p in model.parameters()]
 
 
+@functools.cache
 def made():
+    """A model, and what it is. It is the same one for each run, since each leaves it as it was."""
     torch.manual_seed(0)
-    return Model()
+    model = Model()
+    return model, everything(model)
 
 
 def attach(model, mask="snip", **options):
@@ -125,8 +130,7 @@ def one_thread():
 def base_is_back(call, line, event=0):
     """Interrupt a call, take the way back; whether all interrupts struck."""
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    model, held = made(), []
-    before = everything(model)
+    (model, before), held = made(), []
     act, back = call(model)
     with interrupted(line, event) as left:
         held.append(act())
