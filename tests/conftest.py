@@ -207,6 +207,7 @@ def pytest_collection_modifyitems(items):
 
     A process is given two tests to begin with, so the two longest do not stand beside each other.
     """
-    long = ("test_the_whole_demo", "test_the_commands_run", "test_readme", "test_real", "test_distributed", "test_streaming")
+    long = ("test_the_whole_demo", "test_the_commands_run", "at_pairs", "at_every_line")
+    long += ("test_readme", "test_real", "test_distributed", "test_streaming", "after a cast")
     items.sort(key=lambda item: next((place for place, name in enumerate(long) if name in item.nodeid), len(long)))
     items[1:3] = reversed(items[1:3])
