@@ -12,6 +12,7 @@ import torch
 from experiments import store as stores
 from experiments.image import demo, emoji, parts, style_adapters, style_report, style_runs, style_scores, styles
 from experiments.language import main as command
+from experiments.language import settings
 from PIL import Image
 
 import shira
@@ -94,6 +95,21 @@ def test_results_name_runs_that_can_be_made_again(place):
     assert text == command.main(str(recipe), store.path, run=False)
     with pytest.raises(stores.shira.DataError, match="no run 'nothing'"):
         command.main(str(recipe), store.path, run=False, again="nothing")
+
+
+def test_what_decides_a_run_is_in_its_number():
+    recipe = settings.named("image")
+    cases = [("bluefire", "many", name, rate) for name, method in recipe["methods"].items() for rate in method["rates"]]
+    keys = [style_runs.train_key(recipe, *case) for case in cases]
+    keys += [style_runs.train_key(recipe, *cases[-1], **more) for more in ({"near": 0.1}, {"near": 0.2}, {"avoid": ["a"]})]
+    keys += [style_runs.train_key(recipe | {name: 99}, *cases[-1]) for name in ("concepts", "side", "steps", "batch", "rank")]
+    keys += [
+        style_runs.train_key(recipe, "paintings", *cases[-1][1:]),
+        style_runs.train_key(recipe, "bluefire", "few", *cases[-1][2:]),
+    ]
+    keys += [style_runs.score_key(recipe, [(keys[0], strength)], "bluefire") for strength in (0.5, 1.0)]
+    keys += [style_runs.score_key(recipe, [(keys[0], 1.0)], "bluefire", {"method": name}) for name in ("mean", "ties")]
+    assert len({stores.number(key) for key in keys}) == len(keys)
 
 
 def colour(red):

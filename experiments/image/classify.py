@@ -21,7 +21,7 @@ from experiments.language.search import best_rate, losses, rates
 from experiments.language.settings import Recipe
 from experiments.language.tables import Answers, difference, markdown, mean_answers, points
 from experiments.store import Key, Store, number, on_accelerator
-from shira.data.progress_bars import without_bars
+from shira.data.quiet import quiet
 
 from . import dino, labelled
 
@@ -83,7 +83,7 @@ class Lab(runs.Lab):
 
         folder = dino.model_folder() if name == dino.NAME else name
         made: Any = transformers.Dinov2ForImageClassification
-        with without_bars(transformers):
+        with quiet(transformers):
             loaded = made.from_pretrained(folder, num_labels=0, dtype=getattr(torch, dtype))
         loaded.config.num_labels, loaded.config.problem_type = OUTPUTS, "single_label_classification"
         torch.manual_seed(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from shira.data.packages import Package, cache_folder, fetch, rename_whole
-from shira.data.progress_bars import without_bars
+from shira.data.quiet import quiet
 from shira.errors import DataError, MissingExtra
 from shira.files.paths import temporary_folder
 
@@ -69,7 +69,7 @@ def features(pictures: npt.NDArray[Any] | Tensor, side: int = 112, batch: int = 
 def _model() -> Any:
     import transformers
 
-    with without_bars(transformers):
+    with quiet(transformers):
         return transformers.Dinov2Model.from_pretrained(model_folder()).eval()
 
 
@@ -88,7 +88,7 @@ def model_folder() -> Path:
         model = transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE, use_mask_token=False))
     read_weights(model, onnx.load(source).graph)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(folder.parent) as temporary, without_bars(transformers):
+    with temporary_folder(folder.parent) as temporary, quiet(transformers):
         model.save_pretrained(temporary / NAME)
         rename_whole(temporary / NAME, folder)
     return folder
