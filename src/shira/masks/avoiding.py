@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter import Adapter, load
 from ..errors import TuningError
 from ..weights.belonging import weight_of
+from ..weights.model_tensors import named_tensors
 
 __all__ = ["Avoid", "count_of", "entries_of"]
 
@@ -18,11 +19,11 @@ Avoid = Adapter | str | os.PathLike[str]
 
 
 def entries_of(
-    avoid: Avoid | Iterable[Avoid], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    avoid: Avoid | Iterable[Avoid], model: nn.Module, targets: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The positions that the adapters to avoid hold in the targets, and the labels of these adapters.
 
-    avoid: adapters, or files of them. tensors: all tensors of the model, by each of their names.
+    avoid: adapters, or files of them. targets: tensor name -> weight.
     Returns tensor name -> int64 [n], sorted and unique; and a label for each adapter.
     Raises BaseMismatch if the model lacks a tensor of an adapter, or has it in another shape; TuningError if `avoid` holds
     anything else; FormatError or OSError for a file.
@@ -35,6 +36,7 @@ def entries_of(
             raise TuningError(
                 f'avoid must be adapters or files of them, avoid=["poet.safetensors"], found {kind} {given!r:.60}'
             )
+    tensors = named_tensors(model) if adapters else {}
     held: dict[int, list[Tensor]] = {}  # keyed by identity, because a tied weight has several names
     labels = []
     for number, given in enumerate(adapters, start=1):

@@ -48,7 +48,7 @@ def put_back(plans: Sequence[WritePlan], names: Mapping[int, list[str]], tensors
     messages. Raises SwitchError, before anything is written, if the base values under the adapter are not known any more.
     """
     found: list[tuple[_Entries, Bases]] = []
-    present = tensors.numbers
+    present = tensors.first_of.keys()
     for plan in plans:
         for number in range(int(plan.begun[0])):
             part, stash, shape = plan.parts[number], plan.stash[number], plan.shapes[number]

@@ -26,7 +26,7 @@ from ..masks.selector import Indices, Selector
 from ..sparse.positions import index_dtype
 from ..weights import targets as target_names
 from ..weights.distributed import check_plain, is_sharded
-from ..weights.model_tensors import named_tensors, plain_model
+from ..weights.model_tensors import plain_model
 from ..weights.owners import claim
 from ..weights.targets import Target
 from ..weights.undo import Undo
@@ -117,7 +117,7 @@ def attach(
         raise TuningError("method='hook' needs whole weights; on sharded ones train with method='values'")
     make, variant = choosing.choose(chosen, mask, method, decompose, low_rank, seed)
     weights = {target.name: target.weight for target in chosen}
-    avoided, avoided_names = entries_of(avoid, named_tensors(model), weights)
+    avoided, avoided_names = entries_of(avoid, model, weights)
     plan = masks.plan(
         {target.name: target.budget_shape for target in chosen},
         density=density,

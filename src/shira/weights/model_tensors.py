@@ -65,7 +65,7 @@ class ModelTensors:
 
     by_name: each checkpoint name -> its tensor. For tensors that are the same memory, it is the first of them.
     overlapping: the name of a tensor -> the name of a different tensor that shares some of its memory.
-    numbers: the id of every tensor object in the model.
+    first_of: the id of every tensor object in the model -> the tensor that `by_name` has for it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,7 +73,7 @@ class ModelTensors:
         self._tree = Tree(model, [(where, key, tensor) for _, tensor, (where, key) in found])
         self.by_name, self.overlapping = _by_memory({name: tensor for name, tensor, _ in found})
         self._all = {name: tensor for name, tensor, _ in found}
-        self.numbers = {id(tensor) for tensor in self._all.values()}
+        self.first_of = {id(tensor): self.by_name[name] for name, tensor in self._all.items()}
 
     def same(self) -> bool:
         """Whether the model still has the same module and tensor objects. Their contents are not compared."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TargetError, did_you_mean
-from .model_tensors import COMPILED, OWN, ModelTensors, is_buffer, named_tensors
+from .model_tensors import COMPILED, OWN, ModelTensors, is_buffer
 from .quantized import shape_of
 
 __all__ = ["KEYWORDS", "Target", "Use", "by_pattern", "is_conv1d", "plain_name", "resolve", "whole_modules"]
@@ -124,11 +124,14 @@ def whole_modules(model: nn.Module, wanted: str | Iterable[str], *, exclude: str
 
     Raises TargetError if a name matches nothing, or if a weight cannot be trained in place.
     """
+    entries = _heads(model) if wanted == "auto" else [wanted] if isinstance(wanted, str) else list(wanted)
+    if not entries:
+        return []
     weights = _Weights(model)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     found = {plain_name(name): module for name, module in model.named_modules()}
     chosen = []
-    for entry in _heads(model) if wanted == "auto" else [wanted] if isinstance(wanted, str) else wanted:
+    for entry in entries:
         meant = [name for name in found if isinstance(entry, str) and entry and _matches(name, entry)]
         below = [name for name in weights.owners if any(name.startswith(f"{module}.") for module in meant)]
         if not below:
@@ -151,7 +154,7 @@ def _heads(model: nn.Module) -> list[str]:
 def _targets(model: nn.Module, weights: "_Weights", chosen: Iterable[str]) -> list[Target]:
     """The weights of these names, each with every module that computes with its memory."""
     now = ModelTensors(model)
-    first = {id(tensor): now.by_name[name] for name, tensor in named_tensors(model).items()}
+    first = now.first_of
     tensor_names: dict[int, str] = {}
     for name, tensor in now.by_name.items():
         tensor_names.setdefault(id(tensor), name)
