@@ -90,6 +90,12 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not(text, tmp_path):
     assert same_bits(all_bits(whole.averaged()), all_bits(resumed.averaged()))
     with pytest.raises(DataError, match="was trained with .*start anew with --again"):
         training(text, replace(TINY, rate=2e-3)).resume(tmp_path / "checkpoint.pt")
+    longer = training(text, replace(TINY, passes=12))  # 9 steps; the rate falls from step 3.6 of 6 on, and from 5.4 of 9
+    longer.resume(tmp_path / "checkpoint.pt")
+    list(longer.run())
+    assert longer.step == 9
+    with pytest.raises(DataError, match="was trained with"):  # it would have fallen already
+        training(text, replace(TINY, passes=4)).resume(tmp_path / "checkpoint.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 

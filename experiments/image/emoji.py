@@ -95,7 +95,8 @@ def facts_of(place: Path) -> dict[str, Any]:
 
 def train_command(options: argparse.Namespace) -> None:
     chosen = concepts(options.concepts)
-    settings = Settings(len(chosen), options.passes, options.batch or (24 if len(chosen) < 100 else 48))
+    few = len(chosen) < 100
+    settings = Settings(len(chosen), options.passes or (600 if few else 400), options.batch or (24 if few else 48))
     names, parts = [e.name for e in chosen], text_parts()
     latents = PixelShuffleVAE().encode(real_pictures(chosen))
     training = Training(settings, latents, encoded(names, *parts), encoded([""], *parts))
@@ -202,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train, or go on, and save a pipeline in the cache")
     training.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command goes on")
-    training.add_argument("--passes", type=int, default=600, help="how often each concept is seen in all (600)")
+    training.add_argument("--passes", type=int, help="how often each concept is seen in all (600; from 100 concepts on 400)")
     training.add_argument("--batch", type=int, help="pictures a step (24 below 100 concepts, otherwise 48)")
     training.add_argument("--look", type=float, default=5, help="minutes between checkpoints and progress pictures (5)")
     training.add_argument("--again", action="store_true", help="start anew")
