@@ -298,8 +298,9 @@ def test_the_model_comes_back(bench, tmp_path, name, capfd):
     assert same_bits(before, all_bits(model)) and torch.equal(model(**ids).logits, base)
 
 
-def test_the_page_of_results_says_what_is_in_the_results():
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", language.PAGES)
+def test_the_pages_of_results_say_what_is_in_the_results(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert language.fill(page, settings.FOLDER.parent / "results") == page
 
 

@@ -59,6 +59,8 @@ def finished(store, recipe=RECIPE):
         if key["kind"] == "train":
             loss = key["rate"] if "mask" in key["method"] else 1 - key["rate"]
             store.add(key, {"validation_loss": loss, "parameters": 7}, 0)
+        elif key["kind"] == "judges":
+            store.add(key, {"style": {"base": 0.9, "all": 0.95}, "concept": {"base": 0.8, "all": 0.7}}, 0)
         else:
             looks = dict.fromkeys(style_scores.LOOKS, (0.2, 0.01))
             both = looks | {"recognised": (0.9 - 0.3 * len(key["adapters"]), 0.02), "distance": (9.0, 0.1)}
@@ -81,6 +83,7 @@ def test_the_runs_follow_from_the_results(place):
     assert second["avoid"] == [stores.number(first)] and store.get(second)
     text = style_report.in_markdown(style_report.tables(RECIPE, store))
     assert "| WM | apart | 20 | 20 | 20 | 30 ± 2 | 30 ± 2 | 30 | 30 |" in text  # 60 % alone, 30 % together
+    assert "| concept | 80 % | 70 % |" in text
     assert "LoRA | ties" not in text and "0.0020 at 0.002" in text and "(lowest)" in text
     page = style_report.page(style_report.tables(RECIPE, store), [("a < b", place / "a.png")])
     assert 'src="a.png"' in page and "a &lt; b" in page and "<td>apart</td>" in page

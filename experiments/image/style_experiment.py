@@ -26,5 +26,7 @@ def label(key: Key) -> str:
     if key["kind"] == "train":
         made = "LoRA" if "lora" in key["method"] else key["method"]["mask"]
         return f"{number(key)}: train {made} on {key['size']} of {key['style']}, learning rate {key['rate']:g}"
+    if key["kind"] == "judges":
+        return f"{number(key)}: train the judges"
     used = " + ".join(f"{each['strength']:g} {each['run']}" for each in key["adapters"])
     return f"{number(key)}: draw {used or 'the base'}"

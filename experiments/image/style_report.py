@@ -11,7 +11,7 @@ from experiments.language.tables import markdown
 from experiments.store import Key, Store
 from shira.data.grids import grid
 
-from .style_runs import Lab, Recipe, added, best_rate, chosen, fusions_of, losses, pair, score_key
+from .style_runs import Lab, Recipe, added, best_rate, chosen, fusions_of, judges_key, losses, pair, score_key
 from .styles import SEEN, UNSEEN, VALIDATED
 
 CONCEPTS = (*SEEN[1::3], *UNSEEN[2:16:4])  # rows of the grids
@@ -33,7 +33,8 @@ def tables(recipe: Recipe, store: Store) -> list[Table]:
     """All tables, as far as their runs are there."""
     styles = (*recipe["styles"], *recipe["more_styles"])
     found = [*(alone(recipe, store, style) for style in styles), sums(recipe, store), ways(recipe, store)]
-    return [table for table in (*found, strengths(recipe, store), searched(recipe, store)) if table.rows]
+    last = (strengths(recipe, store), searched(recipe, store), judged(recipe, store))
+    return [table for table in (*found, *last) if table.rows]
 
 
 def in_markdown(found: Sequence[Table]) -> str:
@@ -129,6 +130,14 @@ def searched(recipe: Recipe, store: Store) -> Table:
             tried = [f"{loss:.4f} at {rate:g}{' (lowest)' * (rate == best)}" for rate, loss in sorted(found.items())]
             rows += [[name, size, ", ".join(tried)]] if tried else []
     return Table("Learning rates", ["method", "pictures", f"loss on {VALIDATED} unseen concepts"], rows)
+
+
+def judged(recipe: Recipe, store: Store) -> Table:
+    """How often the judges are right about real pictures that they were not trained on."""
+    found = store.get(judges_key(recipe)) or {}
+    rows = [[what, *(f"{100 * share:.0f} %" for share in shares.values())] for what, shares in found.items()]
+    looks = list(next(iter(found.values()), {}))
+    return Table("How often the judges are right about real pictures that were held out", ["judge of the", *looks], rows)
 
 
 def pictures(lab: Lab, recipe: Recipe, into: Path) -> list[tuple[str, Path]]:

@@ -38,6 +38,11 @@ def score_key(recipe: Recipe, adapters: Sequence[tuple[Key, float]], style: str 
     return {"kind": "score", "adapters": used, "style": style, "fusion": dict(fusion)} | same
 
 
+def judges_key(recipe: Recipe) -> Key:
+    """How often the judges are right about real pictures that were held out."""
+    return {"kind": "judges", "concepts": recipe["concepts"], "side": recipe["side"], "steps": style_scores.STEPS}
+
+
 def losses(recipe: Recipe, store: Store, size: str, name: str) -> dict[float, float]:
     """Learning rate -> loss on the pictures of concepts that were not trained, for the rates tried so far."""
     found: dict[float, float] = {}
@@ -87,7 +92,8 @@ def fusions_of(recipe: Recipe, name: str) -> dict[str, Recipe]:
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The base; for each size and method its rates, both styles alone, and their sum; then strengths, fusions, more styles."""
+    """The judges; the base; for each size and method its rates, both styles alone, and their sum; then all the rest."""
+    yield judges_key(recipe)
     yield score_key(recipe, [], None)
     for size in recipe["sizes"][::-1]:
         for name in recipe["methods"]:
@@ -138,7 +144,12 @@ class Lab:
 
     def run(self, key: Key) -> dict[str, Any]:
         quiet()
-        return self.train(key) if key["kind"] == "train" else self.score(key)
+        makers = {"train": self.train, "score": self.score, "judges": self.accuracies}
+        return makers[key["kind"]](key)
+
+    def accuracies(self, key: Key) -> dict[str, Any]:
+        found = self.judges(key["concepts"], key["side"])
+        return {what: style_scores.held_out_accuracy(what, model, key["side"]) for what, model in found.items()}
 
     def train(self, key: Key) -> dict[str, Any]:
         method = dict(key["method"])

@@ -58,11 +58,13 @@ def judge(what: str, side: int, folder: Path, steps: int | None = None) -> nn.Se
 
 
 @torch.no_grad()
-def held_out_accuracy(what: str, model: nn.Module, side: int) -> float:
-    """How often a judge is right about real pictures that it was not trained on."""
+def held_out_accuracy(what: str, model: nn.Module, side: int) -> dict[str, float]:
+    """Look -> how often a judge is right about real pictures of it that the judge was not trained on; and "all" of them."""
     pictures, concept, look, held = real_pictures(side)
-    labels = look if what == "style" else concept
-    return float((_answers(model, pictures[held]).argmax(1) == labels[held]).float().mean())
+    labels = (look if what == "style" else concept)[held]
+    right = (_answers(model, pictures[held]).argmax(1) == labels).float()
+    found = {name: float(right[look[held] == place].mean()) for place, name in enumerate(LOOKS)}
+    return {name: round(share, 4) for name, share in (found | {"all": float(right.mean())}).items()}
 
 
 @torch.no_grad()

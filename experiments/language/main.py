@@ -13,7 +13,9 @@ from shira.errors import DataError
 from .runs import Lab
 from .settings import Recipe, named, recipes
 
-__all__ = ["main", "recipes"]
+__all__ = ["PAGES", "main", "recipes"]
+
+PAGES = ("results.md", "styles.md")  # of docs, whose tables are made from results
 
 
 def main(
@@ -71,10 +73,12 @@ def fill(text: str, results: Path) -> str:
     return re.sub(r"<!-- ([a-z0-9-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
-if __name__ == "__main__":  # docs/results.md and its pictures
+if __name__ == "__main__":  # the pages and their plots
     root = Path(__file__).parents[2]
-    stored, page = root / "experiments" / "language" / "results", root / "docs" / "results.md"
-    text = fill(page.read_text(encoding="utf-8"), stored)
-    page.write_text(text, encoding="utf-8")
-    for name in re.findall(r"\(pictures/([a-z0-9-]+)\.png\)", text):
-        main(name, stored / f"{name}.jsonl", run=False, plots=root / "docs" / "pictures")
+    stored = root / "experiments" / "language" / "results"
+    for page in (root / "docs" / name for name in PAGES):
+        text = fill(page.read_text(encoding="utf-8"), stored)
+        page.write_text(text, encoding="utf-8")
+        for name in re.findall(r"\(pictures/([a-z0-9-]+)\.png\)", text):
+            if name in recipes():
+                main(name, stored / f"{name}.jsonl", run=False, plots=root / "docs" / "pictures")
