@@ -67,6 +67,7 @@ def paintings(picture: Picture, seed: int) -> Picture:
     large = 4  # drawn larger and made small, so that edges of strokes are smooth
     canvas = Image.fromarray(paint.astype(np.uint8)).resize((width * large, height * large))
     relief = Image.new("L", canvas.size, 128)
+    painted, raised = ImageDraw.Draw(canvas), ImageDraw.Draw(relief)
     for thick, long in ((side / 12, side / 5), (side / 22, side / 9), (side / 34, side / 14)):
         count = round(1.6 * height * width / (thick * long))
         places = random.random((count, 2)) * (height, width)
@@ -80,13 +81,11 @@ def paintings(picture: Picture, seed: int) -> Picture:
             dx, dy = np.cos(turn[row, column]) * reach, np.sin(turn[row, column]) * reach
             line = [((x - dx) * large, (y - dy) * large), ((x + dx) * large, (y + dy) * large)]
             wide = max(2, round(thick * large))
-            ImageDraw.Draw(canvas).line(line, tuple(int(c) for c in np.clip(colour, 0, 255)), wide)
-            ImageDraw.Draw(relief).line(line, int(np.clip(128 + 60 * shade, 0, 255)), wide)
+            painted.line(line, tuple(int(c) for c in np.clip(colour, 0, 255)), wide)
+            raised.line(line, int(np.clip(128 + 60 * shade, 0, 255)), wide)
     strokes, bumps = (np.asarray(i.resize((width, height), Image.Resampling.BOX), np.float32) for i in (canvas, relief))
-    shine = (bumps - np.roll(bumps, (1, 1), (0, 1)))[..., None] * (
-        0.06 + 0.12 * light[..., None]
-    )  # thick paint, lit from above
-    return np.clip(0.6 * strokes + 0.4 * paint + shine, 0, 255).astype(np.uint8)
+    shine = (bumps - np.roll(bumps, (1, 1), (0, 1))) * (0.06 + 0.12 * light)  # thick paint, lit from above
+    return np.clip(0.6 * strokes + 0.4 * paint + shine[..., None], 0, 255).astype(np.uint8)
 
 
 def _ground(picture: Picture) -> npt.NDArray[np.bool_]:
