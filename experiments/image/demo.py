@@ -32,8 +32,8 @@ from .styles import FILTERS, styled
 
 CONCEPTS = 24
 SHOWN = ("panda face", "pizza", "octopus", "tiger", "frog", "heart eyes")
-VARIANTS = 4  # pictures of each emoji in a style; they differ in the filters' random numbers
-STEPS, RATE = 300, 0.03
+VARIANTS = 1  # pictures of each emoji in a style; they differ in the random numbers of the filters
+STEPS, RATE = 400, 0.03
 GUIDANCE, SAMPLING = 2.0, 20  # and denoising steps
 SWITCHES = 9  # timings of each switch; their median is shown
 
