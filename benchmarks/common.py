@@ -14,7 +14,7 @@ from rich.table import Table
 
 import shira
 
-__all__ = ["TARGETS", "alternate", "machine", "report", "show"]
+__all__ = ["TARGETS", "alternate", "busy_clock", "machine", "report", "show"]
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's, Table 9
 
@@ -26,6 +26,7 @@ def alternate(
     between: Callable[[str], Any] = lambda name: None,
     warmup: int = 1,
     wait: Callable[[], Any] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """The median time of each run, in seconds. The runs alternate, so that a slow period of the machine affects all of them.
 
@@ -36,13 +37,21 @@ def alternate(
         for name, run in runs.items():
             between(name)
             wait()
-            start = time.perf_counter()
+            start = clock()
             run()
             wait()
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             if repeat >= warmup:
                 times[name].append(seconds)
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def busy_clock() -> Callable[[], float]:
+    """The clock for a machine that other work shares: this process's processor time, if torch has one thread.
+
+    It stops while other programs run. With more threads it would count each of them, so then it is the usual clock.
+    """
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def machine() -> dict[str, Any]:

@@ -22,8 +22,10 @@ from .common import TARGETS, alternate, report, show
 
 RANK = 16
 Targets = Sequence[str] | str
+StepOf = Callable[..., tuple[Callable[[], None], int]]
 OURS = {"shira wm": "wm", "shira struct": "struct", "shira columns": "struct:direction=columns,diagonal=false"}
 METHODS = ["frozen", *OURS, "PEFT LoRA", "PEFT DoRA", "PEFT SHiRA"]
+NO_DROPOUT = "PEFT LoRA, no dropout"
 
 
 def prepare(
@@ -36,7 +38,8 @@ def prepare(
     model.requires_grad_(False)
     if method == "frozen":  # forward pass and input gradients; only one scalar trains
         scale = nn.Parameter(next(model.parameters()).new_ones(1))
-        first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
+        embeddings = getattr(model, "get_input_embeddings", None)
+        first = embeddings() if embeddings is not None else getattr(model, "conv_in", model)
         first.register_forward_hook(lambda _module, _inputs, output: output * scale)
         return model, [scale]
     if method in OURS:
@@ -50,7 +53,8 @@ def prepare(
             config.mask_fn = random_mask  # PEFT's own draws on the CPU, which takes seconds for a layer of a large model
     else:
         dora = method == "PEFT DoRA"
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=targets, use_dora=dora)
+        dropout = 0.0 if method == NO_DROPOUT else 0.05
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets, use_dora=dora)
     tuned = get_peft_model(model, config)
     return tuned, [p for p in tuned.parameters() if p.requires_grad]
 
@@ -101,14 +105,18 @@ def layer_step(method: str, side: int, tokens: int, dtype: torch.dtype) -> tuple
 
 
 @contextlib.contextmanager
-def worker(method: str, *arguments: Any, **settings: Any) -> Iterator[Callable[[], dict[str, float]]]:
+def worker(step_of: StepOf, method: str, *arguments: Any, **settings: Any) -> Iterator[Callable[[], dict[str, float]]]:
     """A new process that trains by a method. Yields a function that takes one step there.
 
-    The function returns the step's milliseconds, the peak resident GiB so far, and the number of parameters that train.
+    step_of: what makes the step from the method and the rest, such as `model_step`; it must be a module's own function.
+
+    The function returns the step's milliseconds, by the clock and of the processor, the peak resident GiB so far, and the number of parameters that train.
     In a shared process the methods would reuse each other's freed memory. Then the method that pays for new pages would change
     from run to run.
     """
-    code = f"from benchmarks.train import answer; answer(*{(method, *arguments)!r}, **{settings!r})"
+    module, name = step_of.__module__, step_of.__qualname__
+    code = f"from benchmarks.train import answer; from {module} import {name}; "
+    code += f"answer({name}, *{(method, *arguments)!r}, **{settings!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
     )
@@ -124,11 +132,11 @@ def worker(method: str, *arguments: Any, **settings: Any) -> Iterator[Callable[[
         process.stdin.close()
 
 
-def answer(method: str, *arguments: Any, **settings: Any) -> None:
+def answer(step_of: StepOf, *arguments: Any, **settings: Any) -> None:
     """Run by a worker: one step for each line that it reads."""
     import psutil
 
-    step, parameters = model_step(method, *arguments, **settings)
+    step, parameters = step_of(*arguments, **settings)
     process, peak, done = psutil.Process(), [0], threading.Event()
 
     def watch() -> None:
@@ -138,10 +146,10 @@ def answer(method: str, *arguments: Any, **settings: Any) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         step()
-        milliseconds = 1e3 * (time.perf_counter() - start)
-        print(json.dumps({"ms": milliseconds, "peak_gib": peak[0] / 2**30, "parameters": parameters}), flush=True)
+        ms, cpu_ms = 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - busy)
+        print(json.dumps({"ms": ms, "cpu_ms": cpu_ms, "peak_gib": peak[0] / 2**30, "parameters": parameters}), flush=True)
     done.set()
     watcher.join()
 
@@ -155,24 +163,29 @@ def model_rows(
     checkpoint: bool = False,
     methods: Sequence[str] = METHODS,
 ) -> dict[str, Any]:
-    """Steps of SmolLM2 by every method in turn, each method in its own process: medians of `rounds` steps, and peak memory."""
+    """Steps of SmolLM2 by every method in turn."""
+    figures = steps_in_turn(model_step, methods, rounds, tokens, batch=batch, targets=targets, checkpoint=checkpoint)
+    notes = [targets] * isinstance(targets, str) + ["checkpointed"] * checkpoint
+    return report("train", setup=", ".join([f"SmolLM2 {batch} x {tokens}", *notes]), dtype="float32", **figures)
+
+
+def steps_in_turn(
+    step_of: StepOf, methods: Sequence[str], rounds: int, *arguments: Any, **settings: Any
+) -> dict[str, dict[str, float]]:
+    """Steps by every method in turn, each method in its own process: medians of `rounds` steps, peak memory, parameters."""
     answers: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     with contextlib.ExitStack() as stack:
-        workers = {
-            m: stack.enter_context(worker(m, tokens, batch=batch, targets=targets, checkpoint=checkpoint)) for m in methods
-        }
+        workers = {m: stack.enter_context(worker(step_of, m, *arguments, **settings)) for m in methods}
         for _ in range(2 + rounds):
             for method, step in workers.items():
                 answers[method].append(step())
-    notes = [targets] * isinstance(targets, str) + ["checkpointed"] * checkpoint
-    return report(
-        "train",
-        setup=", ".join([f"SmolLM2 {batch} x {tokens}", *notes]),
-        dtype="float32",
-        ms={method: statistics.median(row["ms"] for row in rows[2:]) for method, rows in answers.items()},
-        peak_gib={method: rows[-1]["peak_gib"] for method, rows in answers.items()},
-        parameters={method: rows[-1]["parameters"] for method, rows in answers.items()},
-    )
+    return {
+        **{
+            key: {m: statistics.median(row[key] for row in rows[2:]) for m, rows in answers.items()} for key in ("ms", "cpu_ms")
+        },
+        "peak_gib": {method: rows[-1]["peak_gib"] for method, rows in answers.items()},
+        "parameters": {method: rows[-1]["parameters"] for method, rows in answers.items()},
+    }
 
 
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:

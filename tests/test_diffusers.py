@@ -255,10 +255,3 @@ def test_the_snippets_of_the_page_run(tmp_path, monkeypatch):
     for snippet in snippets:
         exec(snippet, names)
     assert same_bits(pipe_bits(pipe), base)
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_in_small(run, tmp_path):
-    code, out, err = run(f"bench diffusers --quick --plot {tmp_path}/plot.png")
-    assert code == 0, err
-    assert "0 of 1,120,548 changed" in out and (tmp_path / "plot.png").exists()

@@ -26,6 +26,8 @@ class What(StrEnum):
     distributed = "distributed"
     products = "products"
     diffusers = "diffusers"
+    pipelines = "pipelines"
+    unet = "unet"
 
 
 ON_A_GPU = (What.switch, What.scale, What.train, What.products)
@@ -37,7 +39,8 @@ def bench(
         typer.Argument(
             help="switch: one weight. scale: LLaMA2-7B's shape. train: a step, and memory. files: bytes. load: from a file. "
             "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size. distributed: what two processes send. "
-            "products: ways to a gradient, on a GPU. diffusers: adapters of an image pipeline."
+            "products: ways to a gradient, on a GPU. diffusers: adapters of an image pipeline. "
+            "pipelines: SD-1.5 and SDXL, from file to weights and back; five of many adapters. unet: training UNets."
         ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Where to save a plot (PNG).", show_default=False)] = None,
@@ -52,7 +55,7 @@ def bench(
         raise typer.BadParameter(f"{what.value} cannot be measured on {device!r}", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise ShiraError("--device cuda needs a GPU that torch can use; here it sees none (torch.cuda.is_available())")
-    module = {What.scale: "switch", What.load: "files", What.products: "gpu"}.get(what, what.value)
+    module = {What.scale: "switch", What.load: "files", What.products: "gpu", What.unet: "train_unet"}.get(what, what.value)
     module = "gpu" if device == "cuda" else module
     try:
         benchmark = checkout.module(f"benchmarks.{module}")

@@ -1,0 +1,87 @@
+"""Training UNets: shira, PEFT's LoRA with and without dropout, and the frozen model as the lower bound."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from experiments.image.parts import unet as emoji_unet
+from torch import nn
+
+from .common import report, show
+from .train import NO_DROPOUT, prepare, steps_in_turn
+from .unets import ATTENTION, CONVOLUTIONS, SD15, SMALL, inputs
+
+METHODS = ["frozen", "shira wm", "PEFT LoRA", NO_DROPOUT]
+BOTH = [*ATTENTION, *CONVOLUTIONS]
+
+
+def build(size: str) -> tuple[nn.Module, dict[str, Any], int]:
+    """A UNet in random values and float32, a batch of its inputs, and the rank of a LoRA that suits its widths."""
+    torch.manual_seed(0)
+    if size == "emoji":  # docs/images.md: latents of 8 x 8, 12 tokens, 24 pictures in a batch
+        model = emoji_unet()
+        return model, inputs(model, 8, batch=24, tokens=12), 4
+    widths = {"half of SD-1.5": (160, 320, 640, 640), "tiny": SMALL["block_out_channels"]}[size]
+    model = diffusers.UNet2DConditionModel(**SD15 | {"block_out_channels": widths})
+    return model, inputs(model, 32 if size != "tiny" else 8), 16 if size != "tiny" else 2
+
+
+def unet_step(method: str, size: str, targets: list[str], *, autocast: bool = False) -> tuple[Callable[[], None], int]:
+    """A function that takes one optimizer step of a UNet, and the number of parameters that train."""
+    model, given, rank = build(size)
+    _, trained = prepare(method, model, targets, rank=rank)
+    model.train()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    wanted = torch.randn(given["sample"].shape, generator=torch.Generator().manual_seed(1))
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+
+    def step() -> None:
+        with context:
+            loss = nn.functional.mse_loss(model(**given).sample.float(), wanted)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, sum(p.numel() for p in trained)
+
+
+def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
+    """The emoji model, also under autocast; and SD-1.5's layout at half its widths. Attention, then convolutions as well."""
+    setups: list[tuple[str, list[str], bool]] = [
+        ("emoji", ATTENTION, False),
+        ("emoji", ATTENTION, True),
+        ("emoji", BOTH, False),
+        ("emoji", BOTH, True),
+        ("half of SD-1.5", ATTENTION, False),
+        ("half of SD-1.5", BOTH, False),
+    ]
+    rows = []
+    for size, targets, autocast in [("tiny", BOTH, False)] if quick else setups:
+        figures = steps_in_turn(unet_step, METHODS, 1 if quick else 9, size, targets, autocast=autocast)
+        what = "attention and convolutions" if targets == BOTH else "attention"
+        dtype = "bfloat16 autocast" if autocast else "float32"
+        rows.append(report("unet", setup=f"{size}, {what}, {dtype}", **figures))
+    title = "a training step"
+    if torch.get_num_threads() == 1:  # as in `common.busy_clock`
+        rows, title = [row | {"ms": row["cpu_ms"]} for row in rows], f"{title}, processor time"
+    show(title, rows, lambda row: str(row["setup"]), plot)
+    return rows
+
+
+def profile(method: str, size: str, *targets: str) -> None:
+    """Print where the time of a step goes: python -m benchmarks.train_unet "shira wm" emoji conv1 conv2"""
+    step, _ = unet_step(method, size, list(targets))
+    for _ in range(3):
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            step()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60))
+
+
+if __name__ == "__main__":
+    profile(*sys.argv[1:])
