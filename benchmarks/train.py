@@ -110,7 +110,8 @@ def worker(step_of: StepOf, method: str, *arguments: Any, **settings: Any) -> It
 
     step_of: what makes the step from the method and the rest, such as `model_step`; it must be a module's own function.
 
-    The function returns the step's milliseconds, by the clock and of the processor, the peak resident GiB so far, and the number of parameters that train.
+    The function returns the step's milliseconds, by the clock ("ms") and of the processor ("cpu_ms"), the peak resident GiB so
+    far, and the number of parameters that train.
     In a shared process the methods would reuse each other's freed memory. Then the method that pays for new pages would change
     from run to run.
     """

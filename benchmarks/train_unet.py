@@ -1,6 +1,7 @@
 """Training UNets: shira, PEFT's LoRA with and without dropout, and the frozen model as the lower bound."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,15 @@ import torch
 from experiments.image.parts import unet as emoji_unet
 from torch import nn
 
-from .common import report, show
+from shira import kernels
+from shira.training import convolutions
+
+from .common import alternate, busy_clock, report, show
 from .train import NO_DROPOUT, prepare, steps_in_turn
 from .unets import ATTENTION, CONVOLUTIONS, SD15, SMALL, inputs
 
-METHODS = ["frozen", "shira wm", "PEFT LoRA", NO_DROPOUT]
+SPARSER = "shira wm 1 %"
+METHODS = ["frozen", "shira wm", SPARSER, "PEFT LoRA", NO_DROPOUT]
 BOTH = [*ATTENTION, *CONVOLUTIONS]
 
 
@@ -33,7 +38,8 @@ def build(size: str) -> tuple[nn.Module, dict[str, Any], int]:
 def unet_step(method: str, size: str, targets: list[str], *, autocast: bool = False) -> tuple[Callable[[], None], int]:
     """A function that takes one optimizer step of a UNet, and the number of parameters that train."""
     model, given, rank = build(size)
-    _, trained = prepare(method, model, targets, rank=rank)
+    sparser = {"density": 0.01} if method == SPARSER else {}  # the paper's; else as many as a LoRA of this rank has
+    _, trained = prepare("shira wm" if sparser else method, model, targets, rank=rank, **sparser)
     model.train()
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     wanted = torch.randn(given["sample"].shape, generator=torch.Generator().manual_seed(1))
@@ -50,10 +56,9 @@ def unet_step(method: str, size: str, targets: list[str], *, autocast: bool = Fa
 
 
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
-    """The emoji model, also under autocast; and SD-1.5's layout at half its widths. Attention, then convolutions as well."""
+    """The emoji model, under autocast, too; and SD-1.5's layout at half its widths. Attention, then convolutions as well."""
     setups: list[tuple[str, list[str], bool]] = [
         ("emoji", ATTENTION, False),
-        ("emoji", ATTENTION, True),
         ("emoji", BOTH, False),
         ("emoji", BOTH, True),
         ("half of SD-1.5", ATTENTION, False),
@@ -61,7 +66,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     ]
     rows = []
     for size, targets, autocast in [("tiny", BOTH, False)] if quick else setups:
-        figures = steps_in_turn(unet_step, METHODS, 1 if quick else 9, size, targets, autocast=autocast)
+        figures = steps_in_turn(unet_step, METHODS, 1 if quick else 5, size, targets, autocast=autocast)
         what = "attention and convolutions" if targets == BOTH else "attention"
         dtype = "bfloat16 autocast" if autocast else "float32"
         rows.append(report("unet", setup=f"{size}, {what}, {dtype}", **figures))
@@ -83,5 +88,30 @@ def profile(method: str, size: str, *targets: str) -> None:
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60))
 
 
+def weight_gradients(repeats: int = 3) -> None:
+    """Print how long a 3 x 3 convolution's gradients take: the input's, the weight's whole one, and a sampled one."""
+    for images, side, width, rank in (
+        *((24, 96, 8, 4), (24, 192, 4, 4), (1, 160, 32, 16), (1, 320, 16, 16), (1, 640, 8, 16)),
+        *((1, 320, 32, 16), (1, 640, 16, 16), (1, 640, 32, 16), (1, 1280, 8, 16), (1, 1280, 16, 16)),
+    ):
+        layer = nn.Conv2d(side, side, 3, padding=1).requires_grad_(False)
+        input, gradient = torch.randn(2, images, side, width, width)
+        positions = torch.randperm(layer.weight.numel())[: rank * 10 * side].sort().values.int()
+        operator = functools.partial(torch.ops.aten.convolution_backward, gradient, input, layer.weight, None)
+        settings = (layer.stride, layer.padding, layer.dilation, False, (0, 0), 1)
+
+        def sampled(layer: Any = layer, gradient: Any = gradient, input: Any = input, positions: Any = positions) -> Any:
+            return sum(kernels.sampled_gradient(*part, positions) for part in convolutions._parts(layer, gradient, input))
+
+        runs = {
+            "input's gradient": functools.partial(operator, *settings, (True, False, False)),
+            "whole": functools.partial(operator, *settings, (False, True, False)),
+            "sampled": sampled,
+        }
+        ms = {name: 1e3 * value for name, value in alternate(runs, repeats, clock=busy_clock()).items()}
+        density = positions.numel() / layer.weight.numel()
+        report("weight gradients", setup=f"{images} x {side} x {width}²", density=density, ms=ms)
+
+
 if __name__ == "__main__":
-    profile(*sys.argv[1:])
+    profile(*sys.argv[1:]) if sys.argv[1:] else weight_gradients()

@@ -1,9 +1,9 @@
 """The forward and backward passes of modules while entries of their parameters train.
 
 Every forward pass computes what it did before; gradients are kept for the trained positions only.
-Linear layers and embeddings get a backward pass that samples the weight's gradient. At most one layer's whole gradient exists
-at a time, where a dense product is faster than sampling. Any other module keeps its own forward. While that runs, a tensor over
-the same storage replaces the parameter, and its gradient is sampled as soon as autograd has computed it.
+Linear layers, convolutions and embeddings get a backward pass that samples the weight's gradient. At most one layer's whole
+gradient exists at a time, where a dense product is faster than sampling. Any other module keeps its own forward. While that
+runs, a tensor over the same storage replaces the parameter, and its gradient is sampled as soon as autograd has computed it.
 """
 
 import contextlib
@@ -20,11 +20,13 @@ from ..weights.distributed import is_partitioned
 from ..weights.model_tensors import OWN
 from ..weights.targets import Use
 from ..weights.undo import Undo, hooks_of, set_hook
+from .convolutions import SparseConv2d, is_plain
 from .following import value_name
 from .masters import Masters
 
 __all__ = ["SparseLinear", "install", "is_installed", "let_checkpoints_see_gradients"]
 
+KNOWN = (*(f"torch.nn.modules.{name}" for name in ("linear", "conv", "sparse")), "transformers.pytorch_utils")
 SWITCH = "gradient_checkpointing"  # the attribute by which Transformers turns checkpointing on, in blocks and stacks of blocks
 
 
@@ -81,7 +83,7 @@ def _usual_forward(module: nn.Module) -> Callable[..., Any] | None:
     Forwards of earlier tuners are skipped: another library may have set one again after its tuner was detached.
     """
     forward = module.__dict__.get("forward")
-    while isinstance(forward, functools.partial) and forward.func in (_linear, _conv1d, _embedding, _tapped, _beside):
+    while isinstance(forward, functools.partial) and forward.func in (_linear, _conv1d, _conv2d, _embedding, _tapped, _beside):
         forward = forward.args[0] if forward.func in (_tapped, _beside) else None
     return None if getattr(forward, "__func__", None) is type(module).forward else forward
 
@@ -138,11 +140,11 @@ def _kind(module: nn.Module) -> str:
     """The name of the module's class if its forward is known, else "".
 
     Not known are subclasses, whose forward may do anything; modules on which other code has set a forward, which must be
-    called; and embeddings with scale_grad_by_freq, which scale their gradients.
+    called; embeddings with scale_grad_by_freq, which scale their gradients; and convolutions in groups or with other padding.
     """
-    known = type(module).__module__ in ("torch.nn.modules.linear", "torch.nn.modules.sparse", "transformers.pytorch_utils")
-    by_frequency = isinstance(module, nn.Embedding) and module.scale_grad_by_freq
-    return type(module).__name__ if known and "forward" not in module.__dict__ and not by_frequency else ""
+    unlike = isinstance(module, nn.Embedding) and module.scale_grad_by_freq
+    unlike = unlike or (isinstance(module, nn.Conv2d) and not is_plain(module))
+    return type(module).__name__ if type(module).__module__ in KNOWN and "forward" not in module.__dict__ and not unlike else ""
 
 
 def _ready(masters: Masters, module: nn.Module) -> bool:
@@ -277,6 +279,16 @@ class _Conv1D(torch.autograd.Function):
         return grad_input, None, grad_bias, grad_values, None
 
 
+def _conv2d(module: nn.Conv2d, masters: Masters, input: Tensor) -> Tensor:
+    if input.dim() == 3:  # one image
+        return _conv2d(module, masters, input[None])[0]
+    if not _ready(masters, module):
+        usual: Tensor = module._conv_forward(input, module.weight, module.bias)
+        return usual
+    output: Tensor = SparseConv2d.apply(input, module.weight, module.bias, masters.current(), masters, module)  # type: ignore[no-untyped-call]
+    return output
+
+
 def _embedding(module: nn.Embedding, masters: Masters, ids: Tensor) -> Tensor:
     if not _ready(masters, module):
         return nn.functional.embedding(ids, module.weight, module.padding_idx)
@@ -303,7 +315,12 @@ class _Embedding(torch.autograd.Function):
         return None, None, ctx.masters.gradient_of_rows(ids.reshape(-1), flat), None, None
 
 
-OWN_BACKWARD: dict[str, Callable[..., Tensor]] = {"Linear": _linear, "Conv1D": _conv1d, "Embedding": _embedding}
+OWN_BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "Linear": _linear,
+    "Conv1D": _conv1d,
+    "Conv2d": _conv2d,
+    "Embedding": _embedding,
+}
 
 
 def let_checkpoints_see_gradients(model: nn.Module, trained: Iterable[nn.Module], undo: Undo) -> None:
