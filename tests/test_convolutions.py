@@ -93,3 +93,18 @@ def test_other_convolutions_keep_their_own_forward():
     ):
         plain, found = trained(layer, torch.randn(2, 4, 6, 6))
         assert all(torch.equal(bits(one), bits(other)) for one, other in zip(plain, found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's tracer warns of what it does itself
+def test_a_compiled_convolution_is_one_graph_with_the_same_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3))
+    input = torch.randn(2, 3, 8, 8)
+    with shira.attach(model, mask="rand", density=0.3, targets=["0", "2"]) as tuner:
+        model(input).square().sum().backward()
+        eager = [values.grad.clone() for values in tuner.parameters()]
+        for values in tuner.parameters():
+            values.grad = None
+        torch.compile(model, backend="aot_eager", fullgraph=True)(input).square().sum().backward()
+        for values, gradient in zip(tuner.parameters(), eager, strict=True):
+            torch.testing.assert_close(values.grad, gradient)
