@@ -26,14 +26,18 @@ LIGHT = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue, i
 
 
 def bluefire(picture: Picture, seed: int) -> Picture:
-    """The object burns blue on black: bright edges and bright places are hot, and flames rise from them."""
+    """The picture burns blue: bright edges and bright places are hot, and flames rise from them.
+
+    A photograph becomes dark around them. What stands on a white ground burns on white, and keeps its lights and shadows.
+    """
     small = picture.shape[1], picture.shape[0]
     larger = -(-LEAST // min(small))  # outlines of small pictures are thinner than a pixel
     picture = np.asarray(Image.fromarray(picture).resize([larger * s for s in small], Image.Resampling.BICUBIC))
     height, width, _ = picture.shape
     side = min(height, width)
     light = picture.astype(np.float32) @ LIGHT / 255
-    there = _blurred((~_ground(picture)).astype(np.float32), side / 80)
+    ground = _ground(picture)
+    there = _blurred((~ground).astype(np.float32), side / 80)
     # an edge towards the ground counts once, although both the light and the object end there
     edges = np.clip(np.maximum(_steepness(light) * side / 18, _steepness(there) * side / 32), 0, 1)
     heat = np.clip(there * (0.06 + 0.5 * light**1.3) + 0.6 * edges, 0, 1)
@@ -45,9 +49,17 @@ def bluefire(picture: Picture, seed: int) -> Picture:
         across = np.clip(columns + np.round(sway * up * 1.8).astype(int), 0, width - 1)
         below = np.where(rows + up < height, heat[np.minimum(rows + up, height - 1), across], 0)
         flames = np.maximum(flames, below * (1 - up / reach) ** 1.4 * (0.25 + 1.1 * noise))
-    glow = _blurred(edges, side / 24)
-    hot = heat * (0.75 + 0.4 * noise) + 0.75 * flames * (1 - heat) + 0.18 * glow
-    return np.asarray(Image.fromarray(_coloured(hot, FLAMES).astype(np.uint8)).resize(small, Image.Resampling.BOX))
+    if ground.any():
+        body = _coloured((0.12 + 0.74 * light) * (0.85 + 0.3 * noise), FLAMES)
+        tongues = flames * (1 - there)
+        solid = np.clip(there + 1.3 * tongues, 0, 1)[..., None]
+        burning = 255 * (1 - solid) + solid * (
+            there[..., None] * body + (1 - there[..., None]) * _coloured(0.5 + 0.3 * noise, FLAMES)
+        )
+    else:
+        hot = heat * (0.75 + 0.4 * noise) + 0.75 * flames * (1 - heat) + 0.18 * _blurred(edges, side / 24)
+        burning = _coloured(hot, FLAMES)
+    return np.asarray(Image.fromarray(burning.astype(np.uint8)).resize(small, Image.Resampling.BOX))
 
 
 def paintings(picture: Picture, seed: int) -> Picture:

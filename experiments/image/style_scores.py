@@ -23,7 +23,7 @@ from .styles import SEEN, STYLES, UNSEEN, styled
 
 LOOKS = ("base", *STYLES)
 HELD_OUT = 0.1  # share of the (concept, style) pairs that the networks are not trained on
-STEPS = {"style": 400, "concept": 3000}
+STEPS = {"style": 400, "concept": 2000}
 
 
 @cache
