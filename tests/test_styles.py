@@ -63,7 +63,11 @@ def finished(store, recipe=RECIPE):
             store.add(key, {"style": {"base": 0.9, "all": 0.95}, "concept": {"base": 0.8, "all": 0.7}}, 0)
         else:
             looks = dict.fromkeys(style_scores.LOOKS, (0.2, 0.01))
-            both = looks | {"recognised": (0.9 - 0.3 * len(key["adapters"]), 0.02), "distance": (9.0, 0.1)}
+            both = looks | {
+                "recognised": (0.9 - 0.3 * len(key["adapters"]), 0.02),
+                "distance": (9.0, 0.1),
+                "similarity": (0.8, 0.1),
+            }
             store.add(key, {"seen": both, "unseen": both}, 0)
     raise AssertionError("the runs never end")
 
@@ -158,6 +162,8 @@ def test_scores_count_right_answers(monkeypatch):
         style_scores, "concepts", lambda count: [style_scores.Emoji(name, "", "") for name in (*styles.SEEN, *styles.UNSEEN)]
     )
 
+    monkeypatch.setattr(style_scores.dino, "features", lambda given, side: torch.tensor(given[:, 0, :2, 0]).float() + 1)
+
     class Reads(torch.nn.Module):
         def __init__(self, place, classes):
             super().__init__()
@@ -179,6 +185,7 @@ def test_scores_count_right_answers(monkeypatch):
     assert found["seen"]["recognised"] == (1.0, 0.0) and found["unseen"]["recognised"][0] == 0.5
     assert found["seen"]["base"][0] == found["seen"]["bluefire"][0] == 0.5 and found["unseen"]["base"] == (1.0, 0.0)
     assert found["seen"]["distance"][0] == pytest.approx(0.5 / 16, abs=1e-4) and "distance" not in found["unseen"]
+    assert found["seen"]["similarity"][0] == 2.5  # (1 · 1 + 1 · 1) and (1 · 1 + 2 · 1), as the features have it
 
 
 @pytest.mark.real

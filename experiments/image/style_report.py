@@ -46,16 +46,20 @@ def alone(recipe: Recipe, store: Store, style: str) -> Table:
     rows = []
     base = store.get(score_key(recipe, [], None))
     if base:
-        rows.append(["base", "", "", "", *_both(base, style), ""])
+        rows.append(["base", "", "", "", *_both(base, style), "", ""])
     for size in recipe["sizes"]:
         for name in recipe["methods"]:
             key = chosen(recipe, store, style, size, name)
             made, found = (store.get(key), store.get(score_key(recipe, [(key, 1.0)], style))) if key else (None, None)
             if key and made and found:
-                distance = "{:.1f} / {:.1f}".format(*(found[group]["distance"][0] for group in ("seen", "unseen")))
-                rows.append([name, size, f"{key['rate']:g}", f"{made['parameters']:,}", *_both(found, style), distance])
+                groups = [found[group] for group in ("seen", "unseen")]
+                distance = " / ".join(f"{group['distance'][0]:.1f}" for group in groups)
+                similar = " / ".join(f"{group['similarity'][0]:.2f}" for group in groups)
+                rows.append(
+                    [name, size, f"{key['rate']:g}", f"{made['parameters']:,}", *_both(found, style), distance, similar]
+                )
     head = ["method", "pictures", "learning rate", "parameters", f"{style}, seen", "unseen", "named, seen", "unseen"]
-    return Table(f"{style}, at strength 1", [*head, "distance, seen / unseen"], rows if len(rows) > 1 else [])
+    return Table(f"{style}, at strength 1", [*head, "distance, seen / unseen", "similarity"], rows if len(rows) > 1 else [])
 
 
 def _both(found: dict[str, Any], look: str) -> list[str]:

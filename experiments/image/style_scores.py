@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shira.data.emoji import Emoji
 
+from . import dino
 from .classifier import kept, trained
 from .emoji import concepts, pixels
 from .grids import Picture as Pixels
@@ -23,6 +25,7 @@ from .styles import SEEN, STYLES, UNSEEN, styled
 
 LOOKS = ("base", *STYLES)
 HELD_OUT = 0.1  # share of the (concept, style) pairs that the networks are not trained on
+SIMILAR_SIDE = 70  # pixels, to which pictures are enlarged for DINOv2
 STEPS = {"style": 400, "concept": 2000}
 
 
@@ -79,8 +82,8 @@ def scores(
     """made: for each concept its pictures, one a seed. targets: the real picture of each concept in the wanted style.
 
     Returns for the concepts that adapters have seen, and for the others, means over the concepts with the half width of a 95 %
-    interval over the seeds: "recognised", the share whose concept is named rightly; a share for each look; and "distance", the
-    mean difference from the real picture in that style, of 255.
+    interval over the seeds: "recognised", the share whose concept is named rightly; a share for each look; "distance", the
+    mean difference from the real picture in that style, of 255; and "similarity", DINOv2's cosine to that picture.
     """
     number = {e.name: place for place, e in enumerate(concepts(None))}
     found: dict[str, Any] = {}
@@ -88,6 +91,7 @@ def scores(
         chosen = [name for name in names if name in made]
         if not chosen:
             continue
+        flat_made = [picture for name in chosen for picture in made[name]]
         pictures = torch.stack([pixels(made[name]) for name in chosen])  # [concepts, seeds, 3, side, side]
         flat = pictures.flatten(0, 1)
         shape = pictures.shape[:2]
@@ -99,6 +103,10 @@ def scores(
         if all(targets.get(name) is not None for name in chosen):
             real = pixels([targets[name] for name in chosen])[:, None]  # type: ignore[misc]
             found[group]["distance"] = _mean((pictures - real).abs().mean((2, 3, 4)) * 127.5)
+            drawn, wanted = (
+                dino.features(np.stack(each), SIMILAR_SIDE) for each in (flat_made, [targets[name] for name in chosen])
+            )
+            found[group]["similarity"] = _mean((drawn.view(*shape, -1) * wanted[:, None]).sum(-1))
     return found
 
 
