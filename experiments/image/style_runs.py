@@ -92,22 +92,11 @@ def fusions_of(recipe: Recipe, name: str) -> dict[str, Recipe]:
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The judges; the base; for each size and method its rates, both styles alone, and their sum; then all the rest."""
+    """The judges and the base; all that is trained on many concepts; then the same trainings on few."""
     yield judges_key(recipe)
     yield score_key(recipe, [], None)
-    for size in recipe["sizes"][::-1]:
-        for name in recipe["methods"]:
-            for rate in rates_to_try(recipe["methods"][name]["rates"], losses(recipe, store, size, name), recipe["most_rates"]):
-                yield train_key(recipe, recipe["rates_style"], size, name, rate)
-            keys = pair(recipe, store, size, name, {})
-            if keys:
-                yield from keys
-                yield from (score_key(recipe, [(key, 1.0)], key["style"]) for key in keys)
-                yield added(recipe, keys, {})
-    size = recipe["sizes"][-1]
-    for name in recipe["swept"]:
-        key = chosen(recipe, store, recipe["styles"][0], size, name)
-        yield from (score_key(recipe, [(key, s)], key["style"]) for s in recipe["sweep"] if key and s not in (0, 1))
+    *fewer, size = recipe["sizes"]
+    yield from _compared(recipe, store, size)
     for name in recipe["fused"]:
         for fusion in fusions_of(recipe, name).values():
             keys = pair(recipe, store, size, name, fusion)
@@ -116,12 +105,29 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
                 yield added(recipe, keys, fusion)
                 if "avoid" in fusion or "near" in fusion:
                     yield from (score_key(recipe, [(key, 1.0)], key["style"]) for key in keys)
+    for name in recipe["swept"]:
+        key = chosen(recipe, store, recipe["styles"][0], size, name)
+        yield from (score_key(recipe, [(key, s)], key["style"]) for s in recipe["sweep"] if key and s not in (0, 1))
     for style in recipe["more_styles"]:
         for name in recipe["more_methods"]:
             key = chosen(recipe, store, style, size, name)
             if key:
                 yield key
                 yield score_key(recipe, [(key, 1.0)], style)
+    for size in fewer:
+        yield from _compared(recipe, store, size)
+
+
+def _compared(recipe: Recipe, store: Store, size: str) -> Iterator[Key]:
+    """For each method its learning rates; then both styles alone, and their sum."""
+    for name in recipe["methods"]:
+        for rate in rates_to_try(recipe["methods"][name]["rates"], losses(recipe, store, size, name), recipe["most_rates"]):
+            yield train_key(recipe, recipe["rates_style"], size, name, rate)
+        keys = pair(recipe, store, size, name, {})
+        if keys:
+            yield from keys
+            yield from (score_key(recipe, [(key, 1.0)], key["style"]) for key in keys)
+            yield added(recipe, keys, {})
 
 
 class Lab:
