@@ -129,10 +129,11 @@ def test_a_style_is_trained_and_the_base_is_back(tmp_path, method):
     pipe = stable_diffusion()
     before = all_bits(modules_of(pipe))
     options = {"side": SIDE, "steps": 2, "batch": 2, "rate": 1e-2, "seed": 0, "general": [colour(9), colour(99)]}
-    folders = []
+    folders, summaries = [], []
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         summary = style_adapters.trained(method, pipe, [colour(200)] * 2, [colour(100)], tmp_path / name, **options)
+        summaries.append(summary)
         folders.append(tmp_path / name)
         assert same_bits(all_bits(modules_of(pipe)), before)
     assert summary["validation_loss"] > 0 and summary["file_bytes"] > 4 * summary["parameters"]
@@ -140,9 +141,13 @@ def test_a_style_is_trained_and_the_base_is_back(tmp_path, method):
     plain = style_runs.drawn(pipe, **draw)["dog"][0]
     with style_adapters.adapted(pipe, folders[:1], [1.0]):
         alone = style_runs.drawn(pipe, **draw)["dog"][0]
+        parts = style_adapters.Parts(pipe)
+        examples = style_adapters.Examples(parts, [colour(100)], resolution=SIDE)
+        first = style_adapters.loss_of(parts, examples)
     with style_adapters.adapted(pipe, folders, [1.0, 0.5]):
         both = style_runs.drawn(pipe, **draw)["dog"][0]
     assert not np.array_equal(alone, plain) and not np.array_equal(both, alone)
+    assert first == pytest.approx(summaries[0]["validation_loss"], rel=1e-3)  # at the strength at which it was trained
     assert same_bits(all_bits(modules_of(pipe)), before)
     assert np.array_equal(style_runs.drawn(pipe, **draw)["dog"][0], plain)
 

@@ -83,7 +83,10 @@ def _with_lora(pipe: Any, rank: int, seed: int, fit: Any, folder: Path) -> dict[
         own = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
         summary: dict[str, Any] = fit(SimpleNamespace(parameters=lambda: own, nnz=sum(p.numel() for p in own)))
         layers = get_peft_model_state_dict(pipe.unet, adapter_name="style")
-        pipe.save_lora_weights(folder, unet_lora_layers={k: v.contiguous() for k, v in layers.items()})
+        about = pipe.unet.peft_config["style"].to_dict()  # without it α = r is assumed when the file is loaded
+        pipe.save_lora_weights(
+            folder, unet_lora_layers={k: v.contiguous() for k, v in layers.items()}, unet_lora_adapter_metadata=about
+        )
     finally:
         pipe.unload_lora_weights()
         for parameter in before:
