@@ -51,9 +51,13 @@ def test_the_readme_explains_every_extra_and_no_page_names_another():
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS + INLINE if line.startswith("make ")])
 def test_make_targets_exist(line):
-    """What they do is run by CI (`make test test-slow`) and by test_real.py (`make demo`)."""
+    """What they do is run by CI (`make test test-slow`) and by test_real.py (`make demo`).
+
+    test_styles.py runs the demo with pictures, on a smaller model.
+    """
     shown = subprocess.run([*line.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {"make demo": ".venv/bin/shira demo", "make test": "pytest", "make test-slow": "pytest -m slow"}[line] in shown
+    runs = {"make demo": ".venv/bin/shira demo", "make demo-image": "experiments.image.demo"}
+    assert (runs | {"make test": "pytest", "make test-slow": "pytest -m slow"})[line] in shown
 
 
 @pytest.mark.real
