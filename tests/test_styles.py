@@ -225,4 +225,8 @@ def test_the_demo_leaves_a_grid_and_the_base(tmp_path, monkeypatch, capsys):
         assert grid.width > 8 * 96 and grid.height > 2 * 96
     again = shira.load(tmp_path / "made" / "bluefire.safetensors")
     assert again.metadata["training"]["pictures"] == 24 and "Apache-2.0" in again.metadata["license"]
-    assert re.search(r"base again +│ +[\d.]+ │ +0 │", said) and not re.search(r"bluefire \+ paintings +│ +[\d.]+ │ +0 │", said)
+    assert (
+        "both at 0.6" in said
+        and re.search(r"base again +│ +[\d.]+ │ +0 │", said)
+        and not re.search(r"both at 0.6 +│ +[\d.]+ │ +0 │", said)
+    )

@@ -33,7 +33,8 @@ from .styles import FILTERS, styled
 CONCEPTS = 24
 SHOWN = ("panda face", "pizza", "octopus", "tiger", "frog", "heart eyes")
 VARIANTS = 1  # pictures of each emoji in a style; they differ in the random numbers of the filters
-STEPS, RATE = 400, 0.03
+STEPS, RATE = 300, 0.03
+BOTH = 0.6  # strength of each when both are active; at 1 the shapes get lost (docs/styles.md)
 GUIDANCE, SAMPLING = 2.0, 20  # and denoising steps
 SWITCHES = 9  # timings of each switch; their median is shown
 
@@ -95,7 +96,7 @@ def demo(place: Path, steps: int) -> None:
     one, other = files
     states: list[tuple[str, dict[str, float]]] = [("base", {})]
     states += [(f"{one} {strength:g}", {one: strength}) for strength in (0.25, 0.5, 0.75)]
-    states += [(one, {one: 1.0}), (other, {other: 1.0}), (f"{one} + {other}", {one: 1.0, other: 1.0}), ("base again", {})]
+    states += [(one, {one: 1.0}), (other, {other: 1.0}), (f"both at {BOTH:g}", {one: BOTH, other: BOTH}), ("base again", {})]
     columns, rows = [], []
     for title, wanted in states:
         row = [title, f"{switch_milliseconds(adapters, wanted):.2f}"]
