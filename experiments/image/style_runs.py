@@ -88,7 +88,7 @@ def added(recipe: Recipe, keys: Sequence[Key], fusion: Recipe) -> Key:
 def fusions_of(recipe: Recipe, name: str) -> dict[str, Recipe]:
     """What LoRA has of the ways to add two adapters: Diffusers sums them."""
     every: dict[str, Recipe] = recipe["fusions"]
-    return {how: each for how, each in every.items() if "lora" not in recipe["methods"][name] or how in ("sum", "half")}
+    return {how: each for how, each in every.items() if "lora" not in recipe["methods"][name] or each.keys() <= {"strength"}}
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
