@@ -323,3 +323,26 @@ def test_a_checkpoint_is_not_overwritten_by_what_is_extracted_from_it(tmp_path):
         assert (tmp_path / name / "model.safetensors").read_bytes() == content
     with pytest.raises(CheckpointError, match="is a file of tuned, which is read"):
         extract_to(tmp_path / "tuned" / "model.safetensors", tmp_path / "base", tmp_path / "tuned", density=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("keep", [0.3, 0.9, 1.0])
+def test_a_share_to_keep_is_reached_and_hardly_exceeded(dtype, scope, keep):
+    base, tuned = two_checkpoints(dtype)
+    adapter = shira.extract(base, tuned, keep=keep, scope=scope)
+    facts = summary(adapter)
+    groups = [facts] if scope == "model" else facts["tensors"].values()
+    assert all(group["kept"] >= keep - 1e-9 for group in groups)
+    if scope == "model" and keep < 1:  # one entry less, and the share is missed, or would be in bins
+        entries = sum(each["entries"] for each in facts["tensors"].values())
+        with_less = shira.extract(base, tuned, density=(adapter.nnz - 1) / entries, scope="model")
+        assert with_less.nnz == adapter.nnz - 1 and summary(with_less)["kept"] < keep * 1.004
+    assert adapter.metadata["mask"] == {"name": "extracted", "keep": keep, "scope": scope}
+
+
+def test_a_share_to_keep_is_checked():
+    base, tuned = two_checkpoints()
+    for options, words in (({"keep": 0}, "keep must be above 0"), ({"keep": 0.5, "density": 0.5}, "give one of them")):
+        with pytest.raises(MaskError, match=words):
+            shira.extract(base, tuned, **options)

@@ -18,13 +18,21 @@ from ..texts import described, shown, strict_json
 from ..weights.distributed import is_sharded
 from ..weights.quantized import is_quantized
 
-__all__ = ["Checkpoint", "CheckpointSource", "form_of", "identity", "pieces_of", "rewrite", "tensors_of"]
+__all__ = ["Checkpoint", "CheckpointSource", "LazyTensors", "form_of", "identity", "pieces_of", "rewrite", "tensors_of"]
 
 Path_ = str | os.PathLike[str]
 CheckpointSource = Path_ | nn.Module | Mapping[str, Tensor]
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each of which is made when it is asked for. Their forms are known without."""
+
+    def form(self, name: str) -> Form:
+        """Shape and dtype of a tensor, without making it."""
+        raise NotImplementedError
+
+
+class Checkpoint(LazyTensors):
     """A checkpoint folder, or one .safetensors file, as a mapping of its tensors.
 
     path: a folder with `*.safetensors` and, if there are several, their `*.safetensors.index.json`.
@@ -109,7 +117,7 @@ def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
                 raise CheckpointError(f"'{name}' is {state} in this model; give a plain model or checkpoint")
         return dict(source.state_dict())
     if isinstance(source, Mapping):
-        for name, tensor in {} if isinstance(source, Checkpoint) else source.items():
+        for name, tensor in () if isinstance(source, LazyTensors) else source.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise CheckpointError(f"expected tensors by name, found {described(tensor if isinstance(name, str) else name)}")
         return source
@@ -124,7 +132,7 @@ def form_of(tensors: Mapping[str, Tensor], name: str) -> Form | None:
     """Shape and dtype of a tensor, without reading it; None if there is no tensor of that name."""
     if name not in tensors:
         return None
-    if isinstance(tensors, Checkpoint):
+    if isinstance(tensors, LazyTensors):
         return tensors.form(name)
     return Form(tuple(tensors[name].shape), tensors[name].dtype)
 

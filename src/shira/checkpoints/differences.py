@@ -6,6 +6,7 @@ bin gives the number itself. Only counts are held of the entries that are not ta
 memory than one for a tensor.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +20,19 @@ from ..files.tensorfiles import Form
 from ..sparse.tensor import FLOAT_DTYPES
 from .checkpoint import form_of, pieces_of
 
-__all__ = ["Cut", "ProgressCount", "Survey", "TensorPair", "chunks", "cut", "largest", "paired", "square_of", "survey"]
+__all__ = [
+    "Cut",
+    "ProgressCount",
+    "Survey",
+    "TensorPair",
+    "chunks",
+    "cut",
+    "enough",
+    "largest",
+    "paired",
+    "square_of",
+    "survey",
+]
 
 CHUNK = 2**16  # entries processed together; they fit the processor's cache
 LOW = 15  # number of lower bits of a rank; the 16 bits above them are its bin
@@ -184,6 +197,24 @@ def largest(group: Sequence[Survey], budgets: Sequence[int]) -> list[float]:
     squares = (within * middle.square()).cumsum(0)
     part = np.interp(budgets, [0.0, *within.cumsum(0).tolist()], [0.0, *squares.tolist()])
     return [float(p) / float(squares[-1]) * sum(survey.square for survey in group) for p in part]
+
+
+def enough(group: Sequence[Survey], share: float) -> int:
+    """How many of the largest entries of a group of tensors hold this share of its ‖ΔW‖: at least it, and hardly more.
+
+    Each entry counts as the smallest number of its bin. So the share is reached for certain, with up to 0.4 % to spare.
+    """
+    counts = _upper(group)
+    filled = counts.nonzero().view(-1).flip(0)  # the largest first
+    least = (filled.int() << LOW).sub(1).clamp(min=0).view(torch.float32).double()  # a rank is 1 + the bits
+    within = counts[filled]
+    squares = (within * least.square()).cumsum(0)
+    wanted = share**2 * sum(survey.square for survey in group)
+    place = int(torch.searchsorted(squares, wanted))
+    if place == len(squares) or not wanted:  # without a norm only signs of zeros differ
+        return int(within.sum())
+    above = float(squares[place - 1]) if place else 0.0
+    return int(within[:place].sum()) + math.ceil((wanted - above) / float(least[place].square()))
 
 
 def square_of(change: Tensor) -> float:

@@ -18,9 +18,9 @@ from ..sparse.tensor import Kind, SparseTensor, fingerprint
 from ..texts import described, shown
 from ..weights.targets import KEYWORDS
 from .checkpoint import Checkpoint, CheckpointSource, identity, tensors_of
-from .differences import Cut, ProgressCount, Survey, TensorPair, chunks, cut, largest, paired, square_of, survey
+from .differences import Cut, ProgressCount, Survey, TensorPair, chunks, cut, enough, largest, paired, square_of, survey
 
-__all__ = ["extract", "extract_to", "summary"]
+__all__ = ["Scope", "check_options", "extract", "extract_to", "summary"]
 
 Scope = Literal["tensor", "model"]
 CURVE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # densities that a summary tries
@@ -33,6 +33,7 @@ def extract(
     tuned: CheckpointSource,
     *,
     density: float | None = None,
+    keep: float | None = None,
     scope: Scope = "tensor",
     kind: Kind = "overwrite",
     targets: str | Iterable[str] | None = None,
@@ -47,6 +48,7 @@ def extract(
     density: the share of entries to take: of each tensor that differs (scope "tensor"), or of all of these together (scope
         "model"). Among equal |ΔW| (in float32) the first positions win; over a model, the alphabetically first tensors.
         None takes every entry whose bits differ, if these are at most 10 % of the checkpoint's entries.
+    keep: instead, the share of ‖ΔW‖ to keep, of each tensor or of the whole model, with as few entries as that takes.
     kind: "overwrite" holds the tuned values, bit for bit; "delta" holds the differences, in float32 (float64 for float64).
     targets: the tensors to take entries from, all by default: names of tensors or modules, or suffixes of them; "attention",
         "mlp"; or a regular expression on whole names. Differences in other tensors count as lost.
@@ -56,7 +58,8 @@ def extract(
     `summary(adapter)` says how much of ΔW is kept, and what other densities would keep.
 
     Raises CheckpointError if the checkpoints cannot be read, do not match, do not differ, or differ too much for `density`
-    None; MaskError for another density; TargetError for targets that match nothing; AdapterError for another scope or kind.
+    None; MaskError for another density or keep, or for both; TargetError for targets that match nothing; AdapterError for
+    another scope or kind.
 
         shira.extract("SmolLM2-135M", "SmolLM2-135M-Instruct", density=0.05).save("instruct.safetensors")
     """
@@ -66,6 +69,7 @@ def extract(
         tuned,
         tensors.__setitem__,
         density=density,
+        keep=keep,
         scope=scope,
         kind=kind,
         targets=targets,
@@ -99,6 +103,7 @@ def _extract(
     receive: Callable[[str, SparseTensor], None],
     *,
     density: float | None = None,
+    keep: float | None = None,
     scope: Scope = "tensor",
     kind: Kind = "overwrite",
     targets: str | Iterable[str] | None = None,
@@ -107,14 +112,7 @@ def _extract(
     on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Call `receive` with the adapter's tensors, one by one. Returns the adapter's metadata."""
-    for what, value, known in (("scope", scope, get_args(Scope)), ("kind", kind, get_args(Kind))):
-        if not isinstance(value, str) or value not in known:
-            raise AdapterError(f"unknown {what} {shown(value)}; {did_you_mean(str(value), known)}")
-    if density is not None and (type(density) not in (int, float) or not 0 < density <= 1):
-        raise MaskError(f"density must be above 0 and at most 1, found {described(density)}")
-    for what, text in (("name", name), ("license", license)):
-        if text is not None and not isinstance(text, str):
-            raise AdapterError(f"{what} must be a text, found {described(text)}")
+    check_options(density, keep, scope, kind, name, license)
     before, after = tensors_of(base), tensors_of(tuned)
     chosen = _chosen(targets, sorted(set(before) | set(after)))
     pairs, not_compared = paired(before, after, chosen)
@@ -138,11 +136,11 @@ def _extract(
     watch.total = watch.done + 2 * sum(found.pair.numel for found in in_reach)
     groups = [in_reach] if scope == "model" else [[found] for found in in_reach]  # each group has one budget
     facts = {"tuned": identity(tuned), "scope": scope} | _facts(pairs, surveys, groups)
-    if density is None:
+    if density is None and keep is None:
         _check_sparse(facts, sum(found.changed for found in in_reach))
     taken: dict[str, _Taken] = {}
     for group in groups:
-        level = cut(group, _budget(group, density or 1.0), watch)
+        level = cut(group, enough(group, keep) if keep else _budget(group, density or 1.0), watch)
         for found in group:
             sparse, part = _take(found.pair, level, kind, watch)
             if sparse.nnz:
@@ -153,13 +151,30 @@ def _extract(
     dtypes = sorted({str(found.pair.dtype).removeprefix("torch.") for found in in_reach})
     metadata = {
         "name": name or identity(tuned),
-        "mask": {"name": "extracted", "density": density or "exact", "scope": scope},
+        "mask": {"name": "extracted", **({"keep": keep} if keep else {"density": density or "exact"}), "scope": scope},
         "base": {"id": identity(base) or "unknown", "dtype": dtypes[0] if len(dtypes) == 1 else dtypes},
         "extraction": facts,
         "license": license,
         "fingerprints": {tensor: part.fingerprint for tensor, part in taken.items()},
     }
     return {key: value for key, value in metadata.items() if value}
+
+
+def check_options(
+    density: float | None, keep: float | None, scope: Scope, kind: Kind, name: str | None, license: str | None
+) -> None:
+    """Raise AdapterError or MaskError for options that `extract` refuses, whatever the checkpoints are."""
+    for what, value, known in (("scope", scope, get_args(Scope)), ("kind", kind, get_args(Kind))):
+        if not isinstance(value, str) or value not in known:
+            raise AdapterError(f"unknown {what} {shown(value)}; {did_you_mean(str(value), known)}")
+    for what, number in (("density", density), ("keep", keep)):
+        if number is not None and (type(number) not in (int, float) or not 0 < number <= 1):
+            raise MaskError(f"{what} must be above 0 and at most 1, found {described(number)}")
+    if density is not None and keep is not None:
+        raise MaskError("density and keep both say how many entries to take; give one of them")
+    for what, text in (("name", name), ("license", license)):
+        if text is not None and not isinstance(text, str):
+            raise AdapterError(f"{what} must be a text, found {described(text)}")
 
 
 def summary(adapter: Adapter) -> dict[str, Any]:

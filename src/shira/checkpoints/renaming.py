@@ -5,14 +5,14 @@ model. An adapter has the names in memory. Names are mapped only if the mapping 
 names, and there is no second way to do it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from ..adapter import Adapter
 from ..errors import BaseMismatch
 from ..sparse.tensor import SparseTensor
 from .checkpoint import Checkpoint
 
-__all__ = ["names_in", "renamed"]
+__all__ = ["names_in", "prefix_swaps", "renamed"]
 
 ALIKE = 2  # last words of two names that must be equal if both may mean the same tensor
 
@@ -35,7 +35,8 @@ def names_in(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[st
     }
     if not all(alike.values()):
         return {}  # this is another model: `check_base` says so
-    found = _mappings(checkpoint, shapes, missing[0], alike[missing[0]])
+    names = [missing[0], *(name for name in shapes if name != missing[0])]
+    found = prefix_swaps(names, alike[missing[0]], checkpoint, lambda name, other: checkpoint.form(other).shape == shapes[name])
     if len(found) == 1:
         return found[0]
     why = "several prefixes map all of them" if found else "no one prefix maps all of them"
@@ -46,18 +47,19 @@ def names_in(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[st
     )
 
 
-def _mappings(
-    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], name: str, candidates: list[str]
+def prefix_swaps(
+    names: Sequence[str], candidates: Sequence[str], known: Container[str], fits: Callable[[str, str], bool]
 ) -> list[dict[str, str]]:
-    """The ways to replace one prefix by another that turn every name into a name of the checkpoint with the same shape."""
+    """The ways to replace one prefix by another that turn every name into a known name that fits.
+
+    candidates: known names that the first name may mean. fits(name, other): whether `name` may mean the known name `other`.
+    """
     mappings: list[dict[str, str]] = []
     for candidate in candidates:
-        for prefix, new in _prefixes(name, candidate):
-            mapped = {each: new + each.removeprefix(prefix) for each in shapes if each.startswith(prefix)}
-            fits = len(mapped) == len(shapes) and all(
-                other in checkpoint and checkpoint.form(other).shape == shapes[each] for each, other in mapped.items()
-            )
-            if fits and mapped not in mappings:
+        for prefix, new in _prefixes(names[0], candidate):
+            mapped = {each: new + each.removeprefix(prefix) for each in names if each.startswith(prefix)}
+            whole = len(mapped) == len(names) and all(other in known and fits(each, other) for each, other in mapped.items())
+            if whole and mapped not in mappings:
                 mappings.append(mapped)
     return mappings
 

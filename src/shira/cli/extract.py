@@ -21,6 +21,9 @@ def extract(
     density: Annotated[
         float | None, typer.Option(help="Share of entries to take; without it all that differ, if few do.", show_default=False)
     ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Instead, the share of ‖ΔW‖ to keep, with the fewest entries.", show_default=False)
+    ] = None,
     scope: Annotated[str, typer.Option(help="What has the budget: each tensor, or the whole model.")] = "tensor",
     kind: Annotated[str, typer.Option(help="overwrite (the tuned values) or delta (the differences).")] = "overwrite",
     targets: Annotated[
@@ -46,6 +49,7 @@ def extract(
             model_path(base),
             model_path(tuned),
             density=density,
+            keep=keep,
             scope=scope,
             kind=kind,
             targets=names,
