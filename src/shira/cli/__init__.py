@@ -9,6 +9,7 @@ from . import (
     bench,
     checkout,
     compare,
+    convert,
     demo,
     estimate,
     evaluate,
@@ -48,6 +49,7 @@ app.command("compare")(compare.compare)
 app.command("fuse")(fuse.fuse)
 app.command("extract")(extract.extract)
 app.command("merge")(merge.merge)
+app.command("convert")(convert.convert)
 if checkout.has("benchmarks"):
     app.command("bench")(bench.bench)
 if checkout.has("experiments"):

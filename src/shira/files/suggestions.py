@@ -7,16 +7,15 @@ from ..errors import CheckpointError
 from .paths import open_regular
 from .tensorfiles import read_header
 
-__all__ = ["ADAPTER", "instead"]
+__all__ = ["ADAPTER", "PEFT_PREFIX", "instead", "is_ours"]
 
 ADAPTER = "adapter.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PEFT_PREFIX = "base_model.model."  # of tensor names in PEFT's files
 MANY = 32  # files of a folder that are opened
 PEFT = (
-    "it is an adapter of PEFT, which has to be converted: merge it into its base with PEFT "
-    "(model.merge_and_unload().save_pretrained('merged')), then take what differs with "
-    "`shira extract BASE merged -o adapter.safetensors` (with --density, if it is a LoRA)"
+    "it is an adapter of PEFT, which has to be converted: `shira convert FOLDER --base MODEL -o adapter.safetensors`, with "
+    "--density 0.01 or --keep 0.9 unless it is a SHiRA"
 )
 
 
@@ -29,7 +28,7 @@ def instead(path: Path, tensors: Iterable[str] = ()) -> str:
         files = sorted(path.iterdir(), key=lambda file: (file.suffix != ".safetensors", file.name))
     except OSError:
         return "pass the .safetensors file in it"
-    ours = [file for file in files[:MANY] if _is_ours(file)]
+    ours = [file for file in files[:MANY] if is_ours(file)]
     ours = [file for file in ours if file.name == ADAPTER] or ours
     if len(ours) == 1:
         return f"pass the file in it: {str(ours[0])!r}"
@@ -40,7 +39,8 @@ def instead(path: Path, tensors: Iterable[str] = ()) -> str:
     return "pass an adapter's .safetensors file; there is none in it"
 
 
-def _is_ours(file: Path) -> bool:
+def is_ours(file: Path) -> bool:
+    """Whether a file is an adapter's, by its header."""
     try:
         with open_regular(file) as content:
             return read_header(content)[1].get("format") == "shira"

@@ -1,0 +1,107 @@
+"""shira convert: PEFT's checkpoints as adapters, and adapters as checkpoints of PEFT's SHiRA."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..adapter import load
+from ..checkpoints.extraction import summary
+from ..errors import AdapterError, CheckpointError, FormatError, did_you_mean
+from ..files.suggestions import is_ours
+from .output import bytes_text, cell, console, progress, waiting
+
+__all__ = ["convert"]
+
+WAYS = ("shira", "peft")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A folder that PEFT saved; or, with --to peft, an adapter's file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's file; with --to peft, a new folder.")],
+    to: Annotated[str, typer.Option(help="shira (from PEFT) or peft (a checkpoint of its SHiRA).")] = "shira",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The model it was trained on: a folder or a hub id; PEFT's configuration may name it.", show_default=False
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Of a LoRA, …: the share of each weight's entries to take.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Instead, the share of ‖ΔW‖ to keep, with the fewest entries.", show_default=False)
+    ] = None,
+    scope: Annotated[str, typer.Option(help="What has the budget: each tensor, or the whole model.")] = "tensor",
+    name: Annotated[str | None, typer.Option(help="The adapter's name; the folder's by default.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter's file that exists.")] = False,
+) -> None:
+    """Convert PEFT's checkpoints: its SHiRA and Super-Tuning exactly; of a LoRA and all that it merges, the largest entries.
+
+    Example: shira convert my-lora --base my-model --keep 0.9 -o mine.safetensors
+
+    And back: shira convert mine.safetensors --to peft -o mine-peft
+    """
+    if to not in WAYS:
+        raise AdapterError(f"unknown --to {to!r}; {did_you_mean(to, WAYS)}")
+    if to == "peft":
+        _to_peft(source, output, base, {"--density": density, "--keep": keep, "--name": name})
+        return
+    if not output.parent.is_dir():
+        raise FileNotFoundError(2, "No such folder", str(output.parent))
+    if output.exists() and not force:
+        raise AdapterError(f"{output} exists; name another file, or replace it with --force")
+    if source.is_file() and is_ours(source):
+        raise AdapterError(f"{source} is an adapter of shira already; --to peft makes a checkpoint of PEFT's SHiRA of it")
+    from ..integrations import peft
+
+    _, config = peft.read_config(source)
+    if peft.is_sparse(config):
+        if density is not None or keep is not None:
+            raise AdapterError(
+                f"{source} is a {config['peft_type']}, which is sparse and taken whole: leave out --density and --keep"
+            )
+        with waiting("converting"):
+            adapter, report = peft.load(source, base), "exactly as in PEFT"
+    else:
+        from ..integrations import peft_merging
+
+        with progress("converting", 100) as update:
+            adapter = peft_merging.convert(
+                source,
+                base,
+                density=density,
+                keep=keep,
+                scope=scope,  # type: ignore[arg-type]  # `convert` checks it
+                on_progress=lambda share: update(int(100 * share), ""),
+            )
+        facts = summary(adapter)
+        whole = f", and {len(facts['whole'])} tensors that PEFT trained whole" if facts["whole"] else ""
+        report = f"{facts['kept']:.1%} of ‖ΔW‖{whole}"
+    if name:
+        adapter.metadata["name"] = name
+    adapter.save(output)
+    size = bytes_text(output.stat().st_size)
+    console.print(f"{cell(output)}: {adapter.nnz:,} entries in {len(adapter.tensors)} tensors, {size}, {report}")
+
+
+def _to_peft(source: Path, output: Path, base: str | None, options: dict[str, object]) -> None:
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise AdapterError(f"{given[0]} is for checkpoints of PEFT; leave it out with --to peft")
+    if output.suffix == ".safetensors":
+        raise CheckpointError(f"PEFT loads a folder, found the name of a file, {output}; use --output {output.with_suffix('')}")
+    from ..integrations import peft
+
+    try:
+        adapter = load(source)
+    except FormatError as error:
+        raise FormatError(f"--to peft takes an adapter's file: {error}") from error
+    with waiting("converting"):
+        lost = peft.save(adapter, output, base)
+    size = bytes_text(sum(file.stat().st_size for file in output.iterdir()))
+    console.print(f"{cell(output)}: {adapter.nnz:,} entries in {len(adapter.tensors)} tensors, {size}")
+    if lost:
+        console.print(
+            f"{lost:,} of them differ in the last bits: PEFT adds differences in float32, which cannot give every value"
+        )
