@@ -79,27 +79,33 @@ def readers(model):
     )
 
 
-def test_a_folder_is_refused_with_the_file_in_it(tmp_path):
+def test_a_folder_is_read_if_it_is_clear_which_file_in_it_is_meant(tmp_path):
     model = mlp()
-    adapter = random_adapter(model, 1)
+    adapter = random_adapter(model, 1, kind="delta")
 
     def refused(words):
         for read in readers(model):
             with pytest.raises(FormatError, match=words):
                 read(tmp_path)
 
+    def accepted():
+        for number in range(len(readers(model))):
+            found = readers(mlp())[number](tmp_path)  # a model of its own, since a model has one owner
+            if isinstance(found, shira.Adapter):
+                assert found.nnz == adapter.nnz
+
     refused("is a folder; pass an adapter's .safetensors file; there is none in it")
     write_whole(tmp_path / "model.safetensors", b"no adapter")
     os.mkfifo(tmp_path / "fifo.safetensors")
     adapter.save(tmp_path / "any")
-    refused(f"is a folder; pass the file in it: '{tmp_path}/any'")
+    accepted()
     (tmp_path / "any").unlink()
     adapter.save(tmp_path / "poet.safetensors")
-    refused(f"is a folder; pass the file in it: '{tmp_path}/poet.safetensors'")
+    accepted()
     adapter.save(tmp_path / "coder.safetensors")
     refused(f"pass one of the files in it, as '{tmp_path}/coder.safetensors'")
     adapter.save(tmp_path / PLACE)
-    refused(f"pass the file in it: '{tmp_path}/{PLACE}'")
+    accepted()
 
 
 def test_what_peft_saved_is_named_and_how_to_convert_it(tmp_path):

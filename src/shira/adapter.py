@@ -13,6 +13,7 @@ from typing import Any
 from .errors import AdapterError, FormatError
 from .files.paths import State, path_of
 from .files.reading import FileChanged, Path_, StoredTensors
+from .files.suggestions import adapter_in
 from .files.writing import saving
 from .sparse.tensor import SparseTensor
 from .texts import described, shown
@@ -112,6 +113,7 @@ def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
 def load(path: Path_) -> Adapter:
     """Read an adapter and check all of it.
 
+    path: its file, or a folder with one adapter's file in it, or with `adapter.safetensors`, as a trainer saves it.
     Raises FormatError, which names the file, the tensor, what was expected and what was found; OSError if the file does not
     exist or may not be read.
 
@@ -141,7 +143,7 @@ def opened(path: Path_) -> Iterator[Adapter]:
 
     Raises what `load` raises; at the end of the `with` FormatError, if the file has changed meanwhile.
     """
-    found = path_of(path, "shira.load('poet.safetensors')", FormatError)
+    found = adapter_in(path_of(path, "shira.load('poet.safetensors')", FormatError))
     with contextlib.ExitStack() as stack:
         tensors = StoredTensors(found, stack)
         adapter = Adapter(tensors, tensors.metadata)  # type: ignore[arg-type]  # read only

@@ -1,4 +1,4 @@
-"""What to suggest to a user who passed a folder, or another kind of file, instead of an adapter's file."""
+"""A user passed a folder, or another kind of file, instead of an adapter's file: which file is meant, or what to pass."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from ..errors import CheckpointError
 from .paths import open_regular
 from .tensorfiles import read_header
 
-__all__ = ["ADAPTER", "PEFT_PREFIX", "instead", "is_ours"]
+__all__ = ["ADAPTER", "PEFT_PREFIX", "adapter_in", "instead", "is_ours"]
 
 ADAPTER = "adapter.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -24,19 +24,28 @@ def instead(path: Path, tensors: Iterable[str] = ()) -> str:
     if not path.is_dir():
         peft = path.name in PEFT_FILES or (path.parent / PEFT_FILES[0]).is_file()
         return PEFT if peft or any(name.startswith(PEFT_PREFIX) for name in tensors) else "pass an adapter's .safetensors file"
-    try:
-        files = sorted(path.iterdir(), key=lambda file: (file.suffix != ".safetensors", file.name))
-    except OSError:
-        return "pass the .safetensors file in it"
-    ours = [file for file in files[:MANY] if is_ours(file)]
-    ours = [file for file in ours if file.name == ADAPTER] or ours
-    if len(ours) == 1:
-        return f"pass the file in it: {str(ours[0])!r}"
+    ours = _adapters_in(path)
     if ours:
-        return f"pass one of the files in it, as {str(ours[0])!r}"
-    if any(file.name in PEFT_FILES for file in files):
+        return f"pass {'the file' if len(ours) == 1 else 'one of the files'} in it, as {str(ours[0])!r}"
+    if any((path / name).is_file() for name in PEFT_FILES):
         return PEFT
     return "pass an adapter's .safetensors file; there is none in it"
+
+
+def adapter_in(path: Path) -> Path:
+    """The adapter's file in a folder, if it is clear which: the only one, or `adapter.safetensors`; otherwise the path."""
+    ours = _adapters_in(path) if path.is_dir() else []
+    return ours[0] if len(ours) == 1 else path
+
+
+def _adapters_in(folder: Path) -> list[Path]:
+    """The adapters' files in a folder; `adapter.safetensors` alone, if it is one."""
+    try:
+        files = sorted(folder.iterdir(), key=lambda file: (file.name != ADAPTER, file.suffix != ".safetensors", file.name))
+    except OSError:
+        return []
+    ours = [file for file in files[:MANY] if is_ours(file)]
+    return ours[:1] if ours and ours[0].name == ADAPTER else ours
 
 
 def is_ours(file: Path) -> bool:
