@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import shira
 from conftest import all_bits, bits, llama_batches, mlp, random_adapter, same_bits
-from shira import AdapterError, BaseMismatch, CheckpointError, FormatError, MaskError, Switcher
+from interrupting import interrupted
+from shira import AdapterError, BaseMismatch, CheckpointError, DataError, FormatError, MaskError, Switcher
 from shira.checkpoints.extraction import summary
 from shira.integrations.peft import load, save
 from shira.integrations.peft_masks import mask_fn
@@ -404,3 +405,36 @@ def test_the_snippets_of_the_page_run(run, tiny_llama, tmp_path, monkeypatch):
     assert torch.equal(of_peft(tiny_llama, "back"), of_peft(tiny_llama, "my-shira"))
     exec(snippets[3][1], names)
     assert names["peft_model"](**llama_batches(1)[0]).loss.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that the interrupt left open
+def test_an_interrupt_in_a_conversion_leaves_the_model_as_it_was(tiny_llama, tmp_path):
+    model = tiny_llama.bfloat16()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"], bias="all")
+    tune(model, config, tmp_path / "poet")
+    before, modules = all_bits(model), {name: type(module) for name, module in model.named_modules()}
+    line, struck = 1, True
+    while struck:
+        with interrupted(line) as left:
+            convert(tmp_path / "poet", model, density=0.1)
+        struck = not left
+        assert same_bits(all_bits(model), before), f"line {line}"
+        assert {name: type(module) for name, module in model.named_modules()} == modules and "peft_config" not in vars(model)
+        line += 11
+    assert line > 1000
+
+
+def test_a_model_with_an_adapter_in_it_is_no_base(tiny_llama, tmp_path):
+    tune(tiny_llama, peft.LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "lora")
+    tune(tiny_llama, peft.ShiraConfig(r=2, target_modules=["q_proj"]), tmp_path / "shira")
+    switcher = Switcher(tiny_llama)
+    switcher.add("x", random_adapter(tiny_llama, 1))
+    switcher.use({"x": 1.0})
+    active = all_bits(tiny_llama)
+    with pytest.raises(DataError, match="already in use: a Switcher has 'x' active"):
+        convert(tmp_path / "lora", tiny_llama, density=0.1)
+    with pytest.raises(BaseMismatch, match="already in use: a Switcher has 'x' active"):
+        load(tmp_path / "shira", tiny_llama)
+    assert same_bits(all_bits(tiny_llama), active)
+    switcher.use(None)
+    assert convert(tmp_path / "lora", tiny_llama, density=0.1).nnz and load(tmp_path / "shira", tiny_llama).nnz

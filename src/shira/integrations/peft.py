@@ -31,6 +31,7 @@ from ..sparse.tensor import SparseTensor, fingerprint
 from ..texts import described, shown, strict_json
 from ..weights.belonging import check_base
 from ..weights.model_tensors import named_tensors, plain_model
+from ..weights.owners import claim
 
 __all__ = ["CONFIG", "Base", "Stored", "is_sparse", "load", "read_config", "save"]
 
@@ -59,7 +60,7 @@ def load(path: Path_, base: Base | None = None) -> Adapter:
     Modules that PEFT saved whole (`modules_to_save`) become tensors that are overwritten whole.
 
     Raises FormatError for another method of PEFT (`peft_merging.convert` takes it) or a malformed file, BaseMismatch for
-    another base, and what reading the base raises.
+    another base or one with an adapter active in it, and what reading the base raises.
 
         shira.integrations.peft.load("my-peft-shira", base=model).save("mine.safetensors")
     """
@@ -208,7 +209,9 @@ def _read(path: Path) -> Stored:
 def _tensors(base: Base) -> Mapping[str, Tensor]:
     """The tensors of a model in memory or on the disk; of a hub id without data, from its configuration."""
     if isinstance(base, nn.Module):
-        return named_tensors(plain_model(base, BaseMismatch, "load('my-peft-shira', base=model)"))
+        plain = plain_model(base, BaseMismatch, "load('my-peft-shira', base=model)")
+        claim(plain, "", BaseMismatch)  # with an adapter in it, it is not the base
+        return named_tensors(plain)
     path = model_path(os.fspath(base))
     if os.path.exists(path):
         return Checkpoint(path)

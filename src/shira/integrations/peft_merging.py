@@ -22,7 +22,9 @@ from ..files.tensorfiles import Form
 from ..sparse.tensor import SparseTensor, fingerprint
 from ..texts import described, shown
 from ..weights.model_tensors import plain_model
+from ..weights.owners import claim
 from ..weights.quantized import is_quantized
+from ..weights.undo import Undo
 from .peft import Base, read_config
 
 __all__ = ["convert"]
@@ -109,7 +111,9 @@ def _model(where: Path, config: Mapping[str, Any], base: Base | None) -> tuple[n
     """The base in memory, and its name if it was loaded."""
     given = base if base is not None else config.get("base_model_name_or_path")
     if isinstance(given, nn.Module):
-        return plain_model(given, DataError, "convert('my-lora', model, density=0.01)"), None
+        plain = plain_model(given, DataError, "convert('my-lora', model, density=0.01)")
+        claim(plain, "", DataError)  # with an adapter in it, it is not the base
+        return plain, None
     if not isinstance(given, str | os.PathLike) or not given:
         found = f"found {described(base)}" if base is not None else "and adapter_config.json names none"
         raise DataError(f"{where}: give the model that it was trained on, base=model (--base), a folder or a hub id; {found}")
@@ -133,28 +137,37 @@ def _beside(library: Any, model: nn.Module, where: Path) -> Iterator[Vectors]:
             raise DataError(f"'{name}' is {state} in the base; give a plain model, loaded with its weights")
     if any(isinstance(module, library.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
         raise DataError("the base holds an adapter of PEFT already; give the plain model, as from_pretrained loads it")
-    flags = [(each, each.requires_grad) for each in model.parameters()]
     vectors = {name: (each, each.detach().clone()) for name, each in model.named_parameters() if each.ndim < 2}
+    flags = [(each, each.requires_grad) for each in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     tree = [(module, key, child) for module in model.modules() for key, child in module._modules.items()]
-    try:
+    with Undo().part() as undo:
+        undo.callback(_take_out, model, tree, vectors, flags, modes)
         try:
             library.PeftModel.from_pretrained(model, str(where), adapter_name=NAME)
         except Exception as error:  # of another library
             raise DataError(f"PEFT cannot load {where} into this base: {type(error).__name__}: {error}") from error
         yield vectors
-    finally:
-        for module, key, child in tree:
-            module._modules[key] = child
-        if "peft_config" in model.__dict__:
-            del model.peft_config
-        with torch.no_grad():
-            for parameter, value in vectors.values():
-                parameter.copy_(value)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+
+
+@torch.no_grad()
+def _take_out(
+    model: nn.Module,
+    tree: list[tuple[nn.Module, str, nn.Module | None]],
+    vectors: Vectors,
+    flags: list[tuple[nn.Parameter, bool]],
+    modes: list[tuple[nn.Module, bool]],
+) -> None:
+    """Give a model its own modules, vectors, flags and modes back. Harmless if it has them."""
+    for module, key, child in tree:
+        module._modules[key] = child
+    model.__dict__.pop("peft_config", None)
+    for parameter, value in vectors.values():
+        parameter.copy_(value)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    for module, mode in modes:
+        module.training = mode
 
 
 class _Weights(LazyTensors):
@@ -232,17 +245,22 @@ def _merge(layer: Any, name: str) -> dict[str, Tensor]:
     base = layer.get_base_layer()
     places = [(module, key, each) for module in base.modules() for key, each in module._parameters.items()]
     held = [(module, key, each, each.data) for module, key, each in places if each is not None]
-    try:
-        for _, _, parameter, data in held:
-            parameter.data = data.to(torch.promote_types(data.dtype, torch.float32), copy=True)
-        layer.merge(adapter_names=[NAME])
-        return {key: each.data for key, each in _parameters(layer).items()}
-    except Exception as error:  # of another library
-        raise CheckpointError(f"PEFT cannot merge its adapter into '{name}': {type(error).__name__}: {error}") from error
-    finally:
-        for module, key, parameter, data in held:
-            parameter.data = data
-            module._parameters[key] = parameter
-        if layer.get_base_layer() is not base:  # it swaps whole modules
-            layer.unmerge()
-        layer.merged_adapters.clear()
+    with Undo().part() as undo:
+        undo.callback(_unmerge, layer, base, held)
+        try:
+            for _, _, parameter, data in held:
+                parameter.data = data.to(torch.promote_types(data.dtype, torch.float32), copy=True)
+            layer.merge(adapter_names=[NAME])
+            return {key: each.data for key, each in _parameters(layer).items()}
+        except Exception as error:  # of another library
+            raise CheckpointError(f"PEFT cannot merge its adapter into '{name}': {type(error).__name__}: {error}") from error
+
+
+def _unmerge(layer: Any, base: nn.Module, held: list[tuple[nn.Module, str, nn.Parameter, Tensor]]) -> None:
+    """Give a layer its own parameters back. Harmless if it has them."""
+    for module, key, parameter, data in held:
+        parameter.data = data
+        module._parameters[key] = parameter
+    if layer.get_base_layer() is not base:  # PEFT swaps whole modules
+        layer.unmerge()
+    layer.merged_adapters.clear()
