@@ -1,6 +1,7 @@
 """The style experiment: its runs, its trainings on a tiny random pipeline, and what its judges and pages say."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,21 @@ def test_results_name_runs_that_can_be_made_again(place):
     assert text == command.main(str(recipe), store.path, run=False)
     with pytest.raises(stores.shira.DataError, match="no run 'nothing'"):
         command.main(str(recipe), store.path, run=False, again="nothing")
+
+
+def test_results_say_which_base_they_are_of_and_are_not_mixed(place, monkeypatch):
+    store = stores.Store(place / "styles.jsonl")
+    lab = style_runs.Lab(store)
+    monkeypatch.setattr(lab, "pipe", lambda concepts: SimpleNamespace(unet=torch.nn.Linear(2, 2)))
+    monkeypatch.setattr(lab, "accuracies", lambda key: {"style": {"all": 1.0}})
+    key = style_runs.judges_key(RECIPE)
+    result = lab.run(key)
+    assert re.fullmatch("[0-9a-f]{12}", result["base"]) and result["style"] == {"all": 1.0}
+    store.add(style_runs.score_key(RECIPE, [], None), {"base": "0" * 12}, 0)
+    other = style_runs.Lab(store)
+    monkeypatch.setattr(other, "pipe", lab.pipe)
+    with pytest.raises(stores.shira.DataError, match="is of the base 000000000000, and the one in .*--results mine.jsonl"):
+        other.run(key)
 
 
 def test_what_decides_a_run_is_in_its_number():

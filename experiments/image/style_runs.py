@@ -9,6 +9,7 @@ import torch
 
 from experiments.language.search import rates_to_try
 from experiments.store import Key, Store, artefacts, number
+from shira.cli.demo import digest
 from shira.data.emoji import named
 from shira.errors import DataError
 
@@ -31,11 +32,11 @@ def train_key(recipe: Recipe, style: str, size: str, name: str, rate: float, **m
     return {"kind": "train", "style": style, "size": size, "method": method, "rate": rate, "seed": 0} | same | more
 
 
-def score_key(recipe: Recipe, adapters: Sequence[tuple[Key, float]], style: str | None, fusion: Recipe = {}) -> Key:  # noqa: B006
+def score_key(recipe: Recipe, adapters: Sequence[tuple[Key, float]], style: str | None, fusion: Recipe | None = None) -> Key:
     """Pictures of all SHOWN concepts with these adapters, each at its strength. style: of the real pictures to compare with."""
     used = [{"run": number(key), "strength": strength} for key, strength in adapters]
     same = {key: recipe[key] for key in ("concepts", "side", "sampling", "seeds")}
-    return {"kind": "score", "adapters": used, "style": style, "fusion": dict(fusion)} | same
+    return {"kind": "score", "adapters": used, "style": style, "fusion": dict(fusion or {})} | same
 
 
 def judges_key(recipe: Recipe) -> Key:
@@ -145,13 +146,29 @@ class Lab:
         return load(place / "pipeline")
 
     @cache  # noqa: B019
+    def base(self, concepts: int) -> str:
+        """The base's weights in twelve digits: each training of it on another machine makes others.
+
+        Raises DataError if the results are of another base.
+        """
+        own = digest(self.pipe(concepts).unet)[:12]
+        others = {line["result"]["base"] for line in self.store.lines()} - {own}
+        if others:
+            raise DataError(
+                f"{self.store.path} is of the base {', '.join(sorted(others))}, and the one in {folder(concepts)} is {own}: "
+                "write to another file, --results mine.jsonl"
+            )
+        return own
+
+    @cache  # noqa: B019
     def judges(self, concepts: int, side: int) -> dict[str, Any]:
         return {what: style_scores.judge(what, side, folder(concepts)) for what in ("style", "concept")}
 
     def run(self, key: Key) -> dict[str, Any]:
         quiet()
         makers = {"train": self.train, "score": self.score, "judges": self.accuracies}
-        return makers[key["kind"]](key)
+        base = self.base(key["concepts"])
+        return makers[key["kind"]](key) | {"base": base}
 
     def accuracies(self, key: Key) -> dict[str, Any]:
         found = self.judges(key["concepts"], key["side"])

@@ -43,7 +43,7 @@ class Settings:
 
     def go_on_from(self, kept: dict[str, Any], step: int) -> bool:
         """Whether a training with these other settings can go on here. `passes` may differ until the rate falls in one."""
-        falls = (1 - FALL) * min(self.steps, replace(self, passes=kept.get("passes", self.passes)).steps)
+        falls = (1 - FALL) * min(self.steps, replace(self, passes=kept["passes"]).steps)
         return kept | {"passes": self.passes} == asdict(self) and (kept["passes"] == self.passes or step <= falls)
 
     def average_at(self, step: int) -> float:
