@@ -86,16 +86,16 @@ def test_a_table_of_what_was_run(bench, tmp_path, capfd):
 def test_the_head_is_in_the_adapter_and_comes_off_again(bench, tmp_path, name, capfd):
     lab = classify.Lab(Store(tmp_path / "results.jsonl"))
     model, _, _ = lab.model(bench["model"], "bfloat16")
-    before, rows = all_bits(model), classify.rows_of(bench, "few", "test")
-    assert model.classifier.weight.dtype == torch.float32
-    base = classify.logits(model, rows)
     key = classify.train_key(bench, bench["methods"][name], 0.01, 0, "few")
+    before, rows = all_bits(model), lab.rows(classify.score_key(bench, key), "test")
+    assert model.classifier.weight.dtype == torch.float32
+    base = lab.logits(model, rows)
     result = lab.run(key)
     lab.store.add(key, result, 0)
-    assert same_bits(before, all_bits(model)) and torch.equal(classify.logits(model, rows), base)
+    assert same_bits(before, all_bits(model)) and torch.equal(lab.logits(model, rows), base)
     assert result["parameters"] >= model.classifier.weight.numel()
     with methods.adapted(model, [lab.folder(number(key))]) as ready:
-        assert not torch.equal(classify.logits(ready, rows), base)
+        assert not torch.equal(lab.logits(ready, rows), base)
     assert same_bits(before, all_bits(model))
 
 
@@ -107,11 +107,8 @@ def test_training_learns_what_decides(bench, tmp_path, capfd):
     score = lab.run(classify.score_key(bench, key))
     assert classify.share(score) == 1.0
     model, _, _ = lab.model(bench["model"], "bfloat16")
-    asked = classify.rows_of(bench, "many", "test")
-    assert (
-        sum(int(answer) == label for answer, (_, label) in zip(classify.logits(model, asked).argmax(-1), asked, strict=True))
-        < 16
-    )
+    asked = lab.rows(classify.score_key(bench, key), "test")
+    assert sum(int(answer) == label for answer, (_, label) in zip(lab.logits(model, asked).argmax(-1), asked, strict=True)) < 16
 
 
 def test_intervals_are_over_seeds():

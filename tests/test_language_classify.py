@@ -64,15 +64,15 @@ def test_the_head_is_in_the_adapter_and_comes_off_again(bench, tmp_path, name, c
     model, _, _ = lab.model(bench["model"], "bfloat16")
     before, rows = all_bits(model), [([3, 4, 5], 0), ([6, 7], 1)]
     assert model.score.weight.dtype == torch.float32
-    base = classify.logits(model, rows)
+    base = lab.logits(model, rows)
     key = classify.train_key(bench, bench["methods"][name], 0.01, 0)
     lab.store.add(key, lab.run(key), 0)
     assert same_bits(before, all_bits(model)) and all(parameter.requires_grad for parameter in model.parameters())
     with methods.adapted(model, [lab.folder(number(key))]) as ready:
-        found = classify.logits(ready, rows)
+        found = lab.logits(ready, rows)
         head = bits(ready.get_submodule("score").weight if name != "lora" else ready.score.modules_to_save["0"].weight)
     assert not torch.equal(found, base) and not torch.equal(head, before["score.weight"])
-    assert same_bits(before, all_bits(model)) and torch.equal(classify.logits(model, rows), base)
+    assert same_bits(before, all_bits(model)) and torch.equal(lab.logits(model, rows), base)
     if name != "lora":
         adapter = shira.load(lab.folder(number(key)) / methods.OURS)
         assert adapter.tensors["score.weight"].nnz == 48 and (len(adapter.tensors) == 1) == (name == "head")
@@ -88,14 +88,14 @@ def test_an_adapter_with_a_head_fits_a_model_with_another_head(bench, tmp_path, 
     switcher = shira.Switcher(model)
     switcher.add("mine", path)
     with switcher.using("mine"):
-        expected = classify.logits(model, rows)
+        expected = lab.logits(model, rows)
     with torch.no_grad():
         model.score.weight.normal_()
     fresh = all_bits(model)
     switcher = shira.Switcher(model)
     switcher.add("mine", path)
     with switcher.using("mine"):
-        assert torch.equal(classify.logits(model, rows), expected)
+        assert torch.equal(lab.logits(model, rows), expected)
     assert same_bits(fresh, all_bits(model))
     whole = shira.Adapter({"score.weight": shira.load(path).tensors["score.weight"]}, shira.load(path).metadata)
     with pytest.raises(BaseMismatch, match="'score.weight' have fingerprint"):  # nothing else tells the base

@@ -232,8 +232,9 @@ def test_the_demo_leaves_a_grid_and_the_base(tmp_path, monkeypatch, capsys):
     (tmp_path / "emoji-24").mkdir()
     emoji.save_pipeline(pipe, tmp_path / "emoji-24" / "pipeline", {"step": 1, "of": 1})
     monkeypatch.setattr(emoji, "folder", lambda count: tmp_path / f"emoji-{count}")
-    for name, value in {"VARIANTS": 1, "SHOWN": ("dog", "pizza"), "SAMPLING": 2, "SWITCHES": 1}.items():
+    for name, value in {"VARIANTS": 1, "SHOWN": ("dog", "pizza"), "SAMPLING": 2}.items():
         monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr("shira.cli.demo.SWITCHES", 1)
     demo.main(["--out", str(tmp_path / "made"), "--steps", "2"])
     said = capsys.readouterr().out
     assert "base back bit for bit: yes" in said and "base again" in said

@@ -9,14 +9,13 @@ import functools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from experiments.language import methods, runs
-from experiments.language.classify import fit
+from experiments.language import classify, methods
 from experiments.language.search import best_rate, losses, rates
 from experiments.language.settings import Recipe
 from experiments.language.tables import Answers, difference, markdown, mean_answers, points
@@ -27,9 +26,7 @@ from . import dino, labelled
 
 __all__ = ["Lab", "report", "score_key", "train_key", "wanted"]
 
-HEAD = "classifier"  # Transformers' name
 OUTPUTS = 10  # of the head, also where there are fewer classes
-BATCH = 32
 MODEL = ("model", "dtype", "side", "test", "validation")
 TRAINED_BY = ("targets", "examples", "steps", "batch_size", "schedule", "warmup", "head_rate", "calibration")
 Row = tuple[Tensor, int]  # pixels [3, side, side], class
@@ -73,8 +70,12 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
                         yield score_key(recipe, made)
 
 
-class Lab(runs.Lab):
-    """Makes runs on one live model, which gets the head of the run's set of pictures."""
+class Lab(classify.Lab):
+    """Makes runs on one live model with a head for pictures."""
+
+    head = "classifier"  # Transformers' name
+    for_peft: ClassVar[dict[str, str]] = {}
+    batch = 32
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one lab a process)
     def model(self, name: str, dtype: str) -> tuple[nn.Module, None, int]:
@@ -94,73 +95,17 @@ class Lab(runs.Lab):
         model = on_accelerator(loaded.eval())
         return model, None, methods.checksum(model)
 
-    def train(self, key: Key) -> dict[str, Any]:
-        """Train an adapter into the run's folder, and compute its loss on the validation pictures."""
-        model, _, _ = self.model(key["model"], key["dtype"])
-        rows = rows_of(key, key["data"], "train")
-        shown = rows[: key["calibration"]]
-        calibration = [batch_of(shown[start : start + BATCH], model) for start in range(0, len(shown), BATCH)]
-        with runs.new_folder(key) as folder:
-            summary = methods.train(
-                with_head(key),
-                model,
-                rows,
-                calibration,
-                folder,
-                targets=key["targets"],
-                fit=functools.partial(fit, head=HEAD, collate=batch_of),
-                steps=key["steps"],
-                batch_size=key["batch_size"],
-                learning_rate=key["rate"],
-                schedule=key["schedule"],
-                head_rate=key["head_rate"],
-                warmup=key["warmup"],
-                seed=key["seed"],
-            )
-        asked = rows_of(key, key["data"], "validation")
-        with methods.adapted(model, [runs.artefacts() / number(key)]) as ready:
-            loss = nn.functional.cross_entropy(logits(ready, asked), torch.tensor([label for _, label in asked]))
-        result = {"loss": summary["loss"], "parameters": summary["parameters"], "file_bytes": runs.size(key)}
-        return result | {"validation_loss": float(loss)}
+    def rows(self, key: Key, part: Any) -> list[Row]:
+        """Pictures in a fixed order, as DINOv2 takes them, and their classes."""
+        drawn = {"examples": key["examples"], "seed": key["seed"]} if part == "train" else {}
+        found = labelled.part(key["on" if part == "test" else "data"], part, key["test"], key["validation"], **drawn)
+        return list(zip(dino.pixels(found.pictures, key["side"]), found.labels, strict=True))
 
-    def score(self, key: Key) -> dict[str, Any]:
-        """Which pictures are classified correctly, and the pictures' classes: one digit for each picture."""
-        model, _, _ = self.model(key["model"], key["dtype"])
-        asked = rows_of(key, key["on"], "test")
-        with methods.adapted(model, [self.folder(run) for run in key["adapters"]]) as ready:
-            answers = logits(ready, asked).argmax(-1).tolist()
-        right = "".join(str(int(answer == label)) for answer, (_, label) in zip(answers, asked, strict=True))
-        return {"right": {key["on"]: right}, "classes": "".join(str(label) for _, label in asked)}
-
-
-def with_head(key: Key) -> dict[str, Any]:
-    """The method of a key, changed so that it trains the head as well."""
-    method = dict(key["method"])
-    if "peft" in method:
-        head: dict[str, Any] = {"modules_to_save": [HEAD]}
-    else:
-        head = {"targets": [*key["targets"], HEAD], "overrides": {HEAD: 1.0}}
-    return method | {"options": head | method["options"]}
-
-
-def rows_of(key: Key, data: str, which: Any) -> list[Row]:
-    """The pictures of a run, in a fixed order, as DINOv2 takes them."""
-    drawn = {"examples": key["examples"], "seed": key["seed"]} if which == "train" else {}
-    found = labelled.part(data, which, key["test"], key["validation"], **drawn)
-    return list(zip(dino.pixels(found.pictures, key["side"]), found.labels, strict=True))
-
-
-def batch_of(rows: Sequence[Row], model: nn.Module) -> dict[str, Tensor]:
-    weight: Any = model.get_submodule("dinov2.embeddings.patch_embeddings.projection").weight
-    pixel_values = torch.stack([pixels for pixels, _ in rows]).to(weight)
-    return {"pixel_values": pixel_values, "labels": torch.tensor([label for _, label in rows], device=weight.device)}
-
-
-@torch.no_grad()
-def logits(model: nn.Module, rows: Sequence[Row]) -> Tensor:
-    """The head's output for each picture, float32 [pictures, classes], on the CPU."""
-    parts = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    return torch.cat([model(**batch_of(part, model)).logits.float().cpu() for part in parts])
+    def collate(self, rows: Sequence[Row], model: nn.Module) -> dict[str, Tensor]:
+        """The model's inputs for rows."""
+        weight: Any = model.get_submodule("dinov2.embeddings.patch_embeddings.projection").weight
+        pixel_values = torch.stack([pixels for pixels, _ in rows]).to(weight)
+        return {"pixel_values": pixel_values, "labels": torch.tensor([label for _, label in rows], device=weight.device)}
 
 
 def scores(recipe: Recipe, store: Store, name: str, data: str) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ each style, both, some strengths, and the base again, whose bits are compared wi
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from shira.cli.demo import digest, peak_memory_gb
+from shira.cli.demo import digest, print_end, switch_milliseconds
 from shira.cli.output import bytes_text, console, progress
 from shira.data.emoji import FEW, named
 from shira.data.grids import grid
@@ -36,7 +35,6 @@ VARIANTS = 1  # pictures of each emoji in a style; they differ in the random num
 STEPS, RATE = 300, 0.03
 BOTH = 0.6  # strength of each when both are active; at 1 the shapes get lost (docs/styles.md)
 GUIDANCE, SAMPLING = 2.0, 20  # and denoising steps
-SWITCHES = 9  # timings of each switch; their median is shown
 
 
 def training_folder(style: str, place: Path) -> Path:
@@ -56,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-image"), help="a folder for what is made (demo-image)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps for each style ({STEPS})")
     options = parser.parse_args(arguments)
-    emoji.quiet()
+    emoji.hide_library_output()
     try:
         demo(options.out, options.steps)
     except ShiraError as error:
@@ -99,7 +97,7 @@ def demo(place: Path, steps: int) -> None:
     states += [(one, {one: 1.0}), (other, {other: 1.0}), (f"both at {BOTH:g}", {one: BOTH, other: BOTH}), ("base again", {})]
     columns, rows = [], []
     for title, wanted in states:
-        row = [title, f"{switch_milliseconds(adapters, wanted):.2f}"]
+        row = [title, f"{switch_milliseconds(adapters.set, wanted, {} if wanted else adapters.active):.2f}"]
         changed = sum(int((now != base[name]).sum()) for name, now in weights.state_dict().items())
         rows.append([*row, f"{changed:,}", bytes_text(files[title].stat().st_size) if title in files else ""])
         with torch.autocast("cpu", torch.bfloat16):
@@ -114,23 +112,10 @@ def demo(place: Path, steps: int) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(f"changed: weights that differ from the base, of {sum(map(Tensor.numel, base.values())):,}", highlight=False)
-    console.print(f"base back bit for bit: {'yes' if same else 'NO, this is a bug'} (SHA-256 of all weights)")
-    console.print(f"{time.perf_counter() - started:.0f} s, peak memory {peak_memory_gb():.1f} GB", highlight=False)
+    print_end(same, time.perf_counter() - started)
     console.print(f"look at {place / 'grid.png'}", highlight=False)
     if not same:
         raise SystemExit(1)
-
-
-def switch_milliseconds(adapters: PipelineAdapters, wanted: dict[str, float]) -> float:
-    """The median time of a switch to these adapters: from the base, or, to the base, from what is active."""
-    other = {} if wanted else adapters.active
-    times = []
-    for _ in range(SWITCHES):
-        adapters.set(other)
-        start = time.perf_counter()
-        adapters.set(wanted)
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
 
 
 def _finished(source: Path) -> bool:

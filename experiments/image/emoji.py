@@ -191,7 +191,7 @@ def release_command(options: argparse.Namespace) -> None:
     print(f"{options.out}: {options.out.stat().st_size:,} bytes, sha256 {digest}")
 
 
-def quiet() -> None:
+def hide_library_output() -> None:
     """Hide the notes and progress bars of Diffusers and Transformers, so that ours are seen."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command in (training, sampling, scores, releasing):
         command.add_argument("--concepts", type=int, help="of how many concepts the model is (all 1,026)")
     options = parser.parse_args(arguments)
-    quiet()
+    hide_library_output()
     work = {"train": train_command, "sample": sample_command, "score": score_command, "release": release_command}
     try:
         work[options.command](options)

@@ -5,7 +5,7 @@ from pathlib import Path
 from experiments.store import Key, Store, number
 
 from . import style_report
-from .emoji import quiet
+from .emoji import hide_library_output
 from .style_runs import Lab, Recipe, wanted
 
 __all__ = ["Lab", "label", "report", "wanted"]
@@ -15,7 +15,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
     """The tables in Markdown. plots: a folder for the grids and styles.html."""
     found = style_report.tables(recipe, store)
     if plots is not None:
-        quiet()
+        hide_library_output()
         grids = style_report.pictures(Lab(store), recipe, plots)
         (plots / "styles.html").write_text(style_report.page(found, grids), encoding="utf-8")
     return style_report.in_markdown(found)

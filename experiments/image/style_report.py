@@ -139,8 +139,9 @@ def searched(recipe: Recipe, store: Store) -> Table:
 def judged(recipe: Recipe, store: Store) -> Table:
     """How often the judges are right about real pictures that they were not trained on."""
     found = store.get(judges_key(recipe)) or {}
-    rows = [[what, *(f"{100 * share:.0f} %" for share in shares.values())] for what, shares in found.items()]
-    looks = list(next(iter(found.values()), {}))
+    shares = {what: found[what] for what in ("style", "concept") if found}
+    rows = [[what, *(f"{100 * share:.0f} %" for share in of.values())] for what, of in shares.items()]
+    looks = list(shares["style"]) if shares else []
     return Table("How often the judges are right about real pictures that were held out", ["judge of the", *looks], rows)
 
 

@@ -14,7 +14,7 @@ from shira.data.emoji import named
 from shira.errors import DataError
 
 from . import style_adapters, style_scores
-from .emoji import facts_of, folder, generate, quiet
+from .emoji import facts_of, folder, generate, hide_library_output
 from .grids import Picture as Pixels
 from .parts import load
 from .styles import SEEN, UNSEEN, general_pictures, training_pictures, validation_pictures
@@ -165,7 +165,7 @@ class Lab:
         return {what: style_scores.judge(what, side, folder(concepts)) for what in ("style", "concept")}
 
     def run(self, key: Key) -> dict[str, Any]:
-        quiet()
+        hide_library_output()
         makers = {"train": self.train, "score": self.score, "judges": self.accuracies}
         base = self.base(key["concepts"])
         return makers[key["kind"]](key) | {"base": base}

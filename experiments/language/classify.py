@@ -5,11 +5,12 @@ random numbers for all methods, stays in float32, and has the same learning rate
 a few entries of a weight is too high for a head. The search is for the learning rate of everything else that trains.
 """
 
+import functools
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,11 @@ def trainings(recipe: Recipe, store: Store, name: str, task: str, seed: int) -> 
 
 
 class Lab(runs.Lab):
-    """Makes runs on one live model with a head."""
+    """Makes runs on one live model with a head. The class is extended for other things than texts."""
+
+    head: ClassVar = HEAD
+    for_peft: ClassVar[dict[str, str]] = {"task_type": "SEQ_CLS"}
+    batch: ClassVar = BATCH  # rows of a batch without training
 
     def load(self, name: str, dtype: str) -> nn.Module:
         """A model for two classes, with the same random head whenever it is loaded."""
@@ -97,55 +102,76 @@ class Lab(runs.Lab):
         head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
         return model.eval()
 
-    def train(self, key: Key) -> dict[str, Any]:
-        """Train an adapter into the run's folder. For the task with validation sentences, also the loss on them."""
-        model, tokenizer, _ = self.model(key["model"], key["dtype"])
+    def rows(self, key: Key, part: str) -> list[Any]:
+        """What a run classifies, and its class. part: "train", "validation" or "test"."""
+        _, tokenizer, _ = self.model(key["model"], key["dtype"])
         where = {"fold": key["fold"], "folds": key["folds"]}
-        rows = encoded(tokenizer, key, glue.examples(key["data"], "train", key["examples"], key["seed"], **where))
+        if part == "train":
+            return encoded(tokenizer, key, glue.examples(key["data"], part, key["examples"], key["seed"], **where))
+        if part == "validation":
+            return encoded(tokenizer, key, glue.examples(key["data"], part, key["validation"]))
+        return encoded(tokenizer, key, glue.examples(key["on"], part, **where))
+
+    def collate(self, rows: Sequence[Any], model: nn.Module) -> dict[str, Tensor]:
+        """The model's inputs for rows."""
+        return batch_of(rows, model)
+
+    def train(self, key: Key) -> dict[str, Any]:
+        """Train an adapter into the run's folder. Without folds, also the loss on what is kept for validation."""
+        model, _, _ = self.model(key["model"], key["dtype"])
+        rows = self.rows(key, "train")
         shown = rows[: key["calibration"]]
-        calibration = [batch_of(shown[start : start + BATCH], model) for start in range(0, len(shown), BATCH)]
+        calibration = [self.collate(shown[start : start + self.batch], model) for start in range(0, len(shown), self.batch)]
         with runs.new_folder(key) as folder:
             summary = methods.train(
-                with_head(key),
+                self.with_head(key),
                 model,
                 rows,
                 calibration,
                 folder,
                 targets=key["targets"],
-                fit=fit,
+                fit=functools.partial(fit, head=self.head, collate=self.collate),
                 steps=key["steps"],
                 batch_size=key["batch_size"],
                 learning_rate=key["rate"],
+                schedule=key.get("schedule", "linear"),
                 head_rate=key["head_rate"],
                 warmup=key["warmup"],
                 seed=key["seed"],
             )
         result = {"loss": summary["loss"], "parameters": summary["parameters"], "file_bytes": runs.size(key)}
-        if key["folds"] > 1:
+        if key.get("folds", 1) > 1:
             return result
-        asked = encoded(tokenizer, key, glue.examples(key["data"], "validation", key["validation"]))
+        asked = self.rows(key, "validation")
         with methods.adapted(model, [runs.artefacts() / number(key)]) as ready:
-            loss = nn.functional.cross_entropy(logits(ready, asked), torch.tensor([label for _, label in asked]))
+            loss = nn.functional.cross_entropy(self.logits(ready, asked), torch.tensor([label for _, label in asked]))
         return result | {"validation_loss": float(loss)}
 
     def score(self, key: Key) -> dict[str, Any]:
-        """Which texts are classified correctly, and the texts' classes: one digit for each text."""
-        model, tokenizer, _ = self.model(key["model"], key["dtype"])
-        asked = glue.examples(key["on"], "test", fold=key["fold"], folds=key["folds"])
+        """Which test rows are classified correctly, and the rows' classes: one digit for each."""
+        model, _, _ = self.model(key["model"], key["dtype"])
+        asked = self.rows(key, "test")
         with methods.adapted(model, [self.folder(run) for run in key["adapters"]]) as ready:
-            answers = logits(ready, encoded(tokenizer, key, asked)).argmax(-1).tolist()
-        right = "".join(str(int(answer == text.label)) for answer, text in zip(answers, asked, strict=True))
-        return {"right": {key["on"]: right}, "classes": "".join(str(text.label) for text in asked)}
+            answers = self.logits(ready, asked).argmax(-1).tolist()
+        right = "".join(str(int(answer == label)) for answer, (_, label) in zip(answers, asked, strict=True))
+        return {"right": {key["on"]: right}, "classes": "".join(str(label) for _, label in asked)}
 
+    def with_head(self, key: Key) -> dict[str, Any]:
+        """The method of a key, changed so that it trains the head as well."""
+        method = dict(key["method"])
+        if "peft" in method:
+            head: dict[str, Any] = {"modules_to_save": [self.head], **self.for_peft}
+        else:
+            head = {"targets": [*key["targets"], self.head], "overrides": {self.head: 1.0}}
+        return method | {"options": head | method["options"]}
 
-def with_head(key: Key) -> dict[str, Any]:
-    """The method of a key, changed so that it trains the head as well."""
-    method = dict(key["method"])
-    if "peft" in method:
-        head: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
-    else:
-        head = {"targets": [*key["targets"], HEAD], "overrides": {HEAD: 1.0}}
-    return method | {"options": head | method["options"]}
+    @torch.no_grad()
+    def logits(self, model: nn.Module, rows: Sequence[Any]) -> Tensor:
+        """The head's output for each row, float32 [rows, classes], on the CPU."""
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+        parts = [[rows[row] for row in order[start : start + self.batch]] for start in range(0, len(order), self.batch)]
+        found = torch.cat([model(**self.collate(part, model)).logits.float().cpu() for part in parts])
+        return found[torch.tensor(order).argsort()]
 
 
 def batch_of(rows: Sequence[Row], model: nn.Module) -> dict[str, Tensor]:
@@ -215,17 +241,6 @@ def encoded(tokenizer: Any, key: Key, texts: Sequence[glue.Text]) -> list[Row]:
     """Tokens and class of each text. A text that is too long loses its beginning."""
     most = key["max_length"]
     return [(tokenizer(text.text)["input_ids"][-most:], text.label) for text in texts]
-
-
-@torch.no_grad()
-def logits(model: nn.Module, rows: Sequence[Row]) -> Tensor:
-    """The head's output for each text, float32 [texts, classes], on the CPU."""
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
-    found = torch.empty(len(rows), 2)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        found[chosen] = model(**batch_of([rows[row] for row in chosen], model)).logits.float().cpu()
-    return found
 
 
 def answers(recipe: Recipe, store: Store, name: str, task: str) -> list[dict[str, str]]:

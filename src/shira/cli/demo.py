@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,7 +68,8 @@ def demo(
     with progress("measuring accuracy", len(states) * len(PAIR) * examples) as update:
         done = 0
         for label, selection in states:
-            row: dict[str, Any] = {"active": label, "switch_ms": switch_milliseconds(switcher, selection)}
+            other = None if selection is not None else switcher.active or None
+            row: dict[str, Any] = {"active": label, "switch_ms": switch_milliseconds(switcher.use, selection, other)}
             row["changed"] = changed_entries(model, switcher, selection)
             for task in PAIR:
                 row[task] = accuracy(
@@ -98,17 +100,13 @@ def demo(
         raise typer.Exit(1)
 
 
-def switch_milliseconds(switcher: Switcher, selection: Selection) -> float:
-    """The median time of switching to a selection, in milliseconds. Afterwards the selection is active.
-
-    A switch starts at the base, or, if the selection is the base, at the adapters that are active now.
-    """
-    other = None if selection is not None else (switcher.active or None)
+def switch_milliseconds(use: Callable[[Any], object], wanted: Any, before: Any) -> float:
+    """The median time of `use(wanted)` after `use(before)`, in milliseconds."""
     times = []
     for _ in range(SWITCHES):
-        switcher.use(other)
+        use(before)
         start = time.perf_counter()
-        switcher.use(selection)
+        use(wanted)
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times)
 
@@ -155,8 +153,13 @@ def print_result(result: dict[str, Any]) -> None:
     for task, (alone, fused) in result["gains"].items():
         kept = f", {fused / alone:.0%} of it" if alone > 0 else ""
         console.print(f"{task}: {100 * alone:+.1f} points alone, {100 * fused:+.1f} fused{kept}", highlight=False)
-    console.print(f"base back bit for bit: {'yes' if result['restored'] else 'NO, this is a bug'} (SHA-256 of all weights)")
-    console.print(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_gb']:.1f} GB", highlight=False)
+    print_end(result["restored"], result["seconds"])
+
+
+def print_end(restored: bool, seconds: float) -> None:
+    """Print whether the base is back, and what the run cost."""
+    console.print(f"base back bit for bit: {'yes' if restored else 'NO, this is a bug'} (SHA-256 of all weights)")
+    console.print(f"{seconds:.0f} s, peak memory {peak_memory_gb():.1f} GB", highlight=False)
 
 
 def peak_memory_gb() -> float:
