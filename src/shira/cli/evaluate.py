@@ -24,7 +24,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct.")],
     data: Annotated[
         list[str],
-        typer.Option(help="A file (prompt, choices, label), a data set, or a built-in task: spam, boolq, …"),
+        typer.Option(help="JSONL or Parquet (prompt, choices, label), a data set, or a built-in task: spam, boolq, …"),
     ],
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="FILE or FILE=STRENGTH; several are fused.", show_default=False)
