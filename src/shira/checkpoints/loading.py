@@ -63,7 +63,8 @@ def ways_to_load(folder: Path, names: list[str]) -> Iterator[Loaded]:
         def renamed(
             name: str, renamings: list[Any], converters: list[Any], model: Any = model, state: Any = state
         ) -> tuple[str, object]:
-            return rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            there, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            return there, converted
 
         yield _loaded(kind.__name__, state, names, renamed, renamings, converters)
 
