@@ -7,13 +7,14 @@ Transformers say which others can load it.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-__all__ = ["Loaded", "ways_to_load"]
+__all__ = ["Loaded", "loaded_as", "ways_to_load"]
 
 HEADS = (  # Transformers' lists of classes that a checkpoint may be loaded as, beside the one that its configuration names
     *("MODEL", "MODEL_FOR_MASKED_LM", "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM"),
@@ -46,8 +47,6 @@ def ways_to_load(folder: Path, names: list[str]) -> Iterator[Loaded]:
         return
     try:
         from transformers import AutoConfig
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -55,41 +54,41 @@ def ways_to_load(folder: Path, names: list[str]) -> Iterator[Loaded]:
     for kind in _classes(config):
         with torch.device("meta"), _silent():
             model = kind(config)
-        steps = get_model_conversion_mapping(model)
-        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        converters = [step for step in steps if isinstance(step, WeightConverter)]
-        state = model.state_dict()
-
-        def renamed(
-            name: str, renamings: list[Any], converters: list[Any], model: Any = model, state: Any = state
-        ) -> tuple[str, object]:
-            there, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-            return there, converted
-
-        yield _loaded(kind.__name__, state, names, renamed, renamings, converters)
+        loaded = loaded_as(model, names)
+        if loaded is not None:
+            yield loaded
 
 
-def _loaded(
-    kind: str,
-    state: Mapping[str, torch.Tensor],
-    names: list[str],
-    renamed: Callable[..., tuple[str, object]],
-    renamings: list[Any],
-    converters: list[Any],
-) -> Loaded:
-    """Rename each tensor as `convert_and_load_state_dict_in_model` of Transformers does."""
+def loaded_as(model: nn.Module, names: Iterable[str]) -> Loaded | None:
+    """A checkpoint with these tensors as Transformers loads it into a model. None for a model that is not of Transformers.
+
+    Each is renamed as in its `convert_and_load_state_dict_in_model`.
+    """
+    try:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return None
+    if not isinstance(model, PreTrainedModel):
+        return None
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
     sources: dict[str, list[str]] = {}
     changed = set()
     for name in names:
-        there, converted = renamed(name, renamings, converters)
+        there, converted = rename_source_key(name, renamings, converters, prefix, state)
         if there not in state and name in state:
-            there, converted = renamed(name, [], [])
+            there, converted = rename_source_key(name, [], [], prefix, state)
         if there in state:
             sources.setdefault(there, []).append(name)
             if converted is not None:
                 changed.add(there)
     changed |= {there for there, parts in sources.items() if len(parts) > 1}
-    return Loaded(kind, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources, frozenset(changed))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return Loaded(type(model).__name__, shapes, sources, frozenset(changed))
 
 
 def _classes(config: Any) -> Iterator[Any]:
