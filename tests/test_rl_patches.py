@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,13 @@ def test_what_has_to_be_done_first(tmp_path):
         shira.load(tmp_path / "x.safetensors")
     with pytest.raises(FormatError, match="expected version '1' with 'raw' or 'gap_delta'"):
         shira.load(as_trl(tmp_path / "y", encoding="nvcomp_cascaded"))
+    index = {"metadata": {"version": "000001", "delta_encoding": "xor", "compression_format": "zstd"}, "weight_map": {}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"w": torch.zeros(9, dtype=torch.uint8)}, tmp_path / "model-00000-of-00001.safetensors")
+    (tmp_path / "x.safetensors").unlink()
+    for path in (tmp_path, tmp_path / "model-00000-of-00001.safetensors"):
+        with pytest.raises(FormatError, match="it is a delta of slime.*let slime apply it.*shira extract BASE APPLIED"):
+            shira.load(path)
 
 
 def put(path, params, positions=8, values=2, encoding="indices", **metadata):
@@ -398,3 +406,28 @@ def test_damaged_patches_are_read_or_refused(layout, tmp_path):
         refused = check(path)
         outcomes.add(type(refused.get("load")))
     assert FormatError in outcomes
+
+
+def test_the_page(tmp_path, monkeypatch, run):
+    """docs/rl-patches.md: its commands and its snippet run, with patches in the layouts that it describes."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/rl-patches.md").read_text(encoding="utf-8")
+    model = llama(1)
+    model.save_pretrained("my-model")
+    tensors = {name: (each.shape, each.indices.tolist(), each.values.tolist()) for name, each in _small(model).items()}
+    as_trl(Path("patch.safetensors"), tensors)
+    Path("weight_v000007").mkdir()
+    as_slime(Path("weight_v000007/rank0000_flush000000.safetensors"), tensors)
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) >= 5
+    for command in commands:
+        program, _, line = command.partition(" ")
+        code, _, err = run(line)
+        assert (program, code) == ("shira", 0), f"{command}: {err}"
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(snippet, {"model": model})
+
+
+def _small(model):
+    return random_adapter(model, 1, density=0.02).tensors

@@ -115,7 +115,7 @@ def load(path: Path_) -> Adapter:
     """Read an adapter and check all of it.
 
     path: its file, or a folder with one adapter's file in it, or with `adapter.safetensors`, as a trainer saves it; or a weight
-        patch of an RL trainer, a file or a folder, that holds the shapes of its tensors (docs/peft.md).
+        patch of an RL trainer, a file or a folder, that holds the shapes of its tensors (docs/rl-patches.md).
     Raises FormatError, which names the file, the tensor, what was expected and what was found; OSError if the file does not
     exist or may not be read.
 

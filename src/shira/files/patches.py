@@ -1,7 +1,7 @@
 """Weight patches of RL trainers, read as an adapter's tensors: what changed between two syncs of trainer and inference engine.
 
 A patch holds, for each tensor, flat positions in C order and the new values there. TRL, slime and verl lay it out differently;
-docs/peft.md describes what we read. Nothing in a file is used before it is checked.
+docs/rl-patches.md describes what we read. Nothing in a file is used before it is checked.
 """
 
 import contextlib
