@@ -1,10 +1,13 @@
 """Rows of files and data sets as examples, and examples as tokens."""
 
 import contextlib
+import csv
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +17,10 @@ from hypothesis import strategies as st
 import shira
 from conftest import letter_tokenizer
 from shira import DataError, MissingExtra
+from shira.data import textfiles
 from shira.data.quiet import quiet
-from shira.data.reading import example_of, examples_of, read_examples
+from shira.data.reading import examples_of, read_examples
+from shira.data.rows import example_of
 from shira.data.tasks import Example
 from shira.data.tokens import IGNORED, encode
 from shira.integrations import transformers as hf
@@ -27,13 +32,33 @@ ROWS = {
     "turns": [{"prompt": [USER], "completion": [ANSWER]}],
     "chat": [{"messages": [USER, ANSWER]}, {"messages": [{"role": "system", "content": "be"}, USER, ANSWER, USER, ANSWER]}],
     "choices": [{"prompt": "yes?", "choices": [" no", " yes"], "label": 1}],
+    "alpaca": [
+        {"instruction": "add", "input": "1 1", "output": "2", "text": "add 1 1: 2"},
+        {"instruction": "greet", "input": "", "output": "hi", "text": "greet: hi"},
+    ],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "system": "be"},
+        {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yo"}], "system": None},
+    ],
+    "questions": [{"question": "why?", "answer": "so"}],
 }
+
+
+def turn(answer, asked):
+    """A question and its answer: for a chat template, and for a model without one."""
+    messages = ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+    return Example(f"{asked}\n\n", answer, messages=messages, first=1)
+
+
 EXPECTED = {
     "text": [Example("", "once"), Example("", "twice")],
     "pairs": [Example("1+1=", "2")],
     "turns": [Example(messages=(USER, ANSWER), first=1)],
     "chat": [Example(messages=tuple(row["messages"])) for row in ROWS["chat"]],
     "choices": [Example("yes?", " yes", (" no", " yes"), 1)],
+    "alpaca": [turn("2", "add\n\n1 1"), turn("hi", "greet")],
+    "sharegpt": [Example(messages=({"role": "system", "content": "be"}, USER, ANSWER)), Example(messages=(USER, ANSWER))],
+    "questions": [turn("so", "why?")],
 }
 
 
@@ -53,7 +78,9 @@ def test_one_row_means_the_same_in_every_kind_of_file(kind, tmp_path):
     write(tmp_path / "files" / "train.jsonl", ROWS[kind])
     write(tmp_path / "files" / "test.jsonl", ROWS[kind][:1])
     lines = write(tmp_path / "data.jsonl", ROWS[kind])
-    for source in (lines, tmp_path / "data.parquet", tmp_path / "saved", tmp_path / "splits", tmp_path / "files"):
+    listed = tmp_path / "data.json"
+    listed.write_text(json.dumps(ROWS[kind], indent=1))
+    for source in (lines, listed, tmp_path / "data.parquet", tmp_path / "saved", tmp_path / "splits", tmp_path / "files"):
         assert list(examples_of(str(source), "train")) == EXPECTED[kind]
     for source in ("splits:test", "files:test", "files:train[:1]"):
         assert list(read_examples(tmp_path / source)) == EXPECTED[kind][:1]
@@ -68,6 +95,100 @@ def test_a_table_of_uneven_rows(tmp_path):
     assert list(read_examples(tmp_path / "a.parquet")) == [Example(messages=(named, ANSWER)), Example("", "plain")]
 
 
+def test_tables_with_a_header(tmp_path):
+    path = tmp_path / "data.csv"
+    for content, expected in {
+        "prompt,completion\r\n1+1=,2\r\n": [Example("1+1=", "2")],
+        '\ufeffid;text\n1;"two\nlines; ""one"" cell"\n\n2;b\n': [Example("", 'two\nlines; "one" cell'), Example("", "b")],
+        "instruction\tinput\toutput\nadd\t1 1\t2\ngreet\t\thi\n": EXPECTED["alpaca"],
+        "question, answer\nwhy?,so\n": EXPECTED["questions"],
+        'prompt,choices,label\nyes?,"["" no"", "" yes""]",1\n': EXPECTED["choices"],
+        f"text\n{'x' * 200_000}\n": [Example("", "x" * 200_000)],  # longer than Python's limit for a cell
+    }.items():
+        path.write_bytes(content.encode())
+        assert list(read_examples(path)) == expected
+    assert csv.field_size_limit() == 131072
+    assert list(read_examples(path))[0].origin == f"{path}, line 2"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("prompt,answer_\na,b\n", "line 2: expected .*; found 'prompt', 'answer_', but no 'completion'"),
+        ("ask,reply\na,b\n", "line 1: expected a header with the columns 'messages'.*'text'; found 'ask', 'reply'"),
+        ("", "line 1: expected a header.*found none"),
+        ("text,text\na,b\n", "line 1: expected each column once; found 'text', 'text'"),
+        ('text,id\n"a\nb",1\nc\n', "line 4: expected 2 cells, for 'text', 'id'; found 1"),
+        ("prompt,completion\na,b,c\n", "line 2: expected 2 cells, .*found 3"),
+        ("prompt,completion\na,\n", "line 2: .*found 'prompt', but no 'completion'"),
+        ('text\n"a"b\n', r"line 2: it is not CSV in UTF-8 \(.*quote cells"),
+        ("messages\nhi\n", "line 2: expected JSON in the column 'messages', found 'hi'"),
+        ("text\n\udce9t\udce9\n", "not UTF-8|not CSV in UTF-8"),
+    ],
+)
+def test_a_bad_table_is_refused_with_its_line(content, words, tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=f"(?s)data.csv, .*{words}"):
+        list(read_examples(path))
+
+
+@given(st.lists(st.text(), min_size=1, max_size=9), st.integers(1, 9), st.sampled_from([None, 0, 2]))
+def test_a_json_list_is_read_in_pieces(texts, piece, indent):
+    """Whatever piece of the file is in memory, the rows are those of the whole list, each with its line."""
+    rows = [{"text": text} for text in texts]
+    content = json.dumps(rows, indent=indent, ensure_ascii=False)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(textfiles, "PIECE", piece):
+        path = Path(folder, "data.json")
+        path.write_bytes(content.encode(errors="replace"))
+        read = list(read_examples(path))
+        assert [example.completion for example in read] == [row["text"] for row in json.loads(path.read_bytes())]
+        lines = path.read_bytes().split(b"\n")
+        assert all(b"{" in lines[int(example.origin.rpartition(" ")[2]) - 1] for example in read)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"text": "a"},\n {"text": 3}]', "line 2: 'text': expected a string, found 3"),
+        ('[{"text": "a"}\n {"text": "b"}]', "after line 1: expected a list of JSON objects with .*expected ','"),
+        ('[\n{"text": "a"},\n{"text": "b"', "after line 2: expected a list of JSON objects"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "after line 1: expected the end of the file after the list"),
+        ("[1, 2]", "line 1: expected an object with .*; found 1"),
+        ("[ ]", "holds no example"),
+        ("[", "after line 1: expected a list"),
+    ],
+)
+def test_a_bad_list_is_refused_with_its_line(content, words, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=words):
+        list(read_examples(path))
+
+
+def test_a_question_is_a_chat_or_text(tmp_path):
+    """The chat template formats it where there is one; otherwise a blank line is between the question and the answer."""
+    tokenizer = letter_tokenizer()
+    assert letters(encode(tokenizer, EXPECTED["questions"])[0])[0] == letters(encode(tokenizer, [chat_of("why?", "so")])[0])[0]
+    tokenizer.chat_template = None
+    (row,) = encode(tokenizer, EXPECTED["questions"])
+    plain = encode(tokenizer, [Example("why?\n\n", "so")])[0]
+    assert row == plain
+    with pytest.raises(DataError, match="messages need a tokenizer with a chat template"):
+        encode(tokenizer, EXPECTED["sharegpt"])
+
+
+def chat_of(asked, answer):
+    return Example(messages=({"role": "user", "content": asked}, {"role": "assistant", "content": answer}))
+
+
+def test_a_bad_row_is_found_before_the_model_is_loaded(tmp_path, monkeypatch, run):
+    path = write(tmp_path / "data.jsonl", [*ROWS["text"] * 50, {"txt": "a"}])
+    monkeypatch.setattr(hf, "load_model", lambda *given: pytest.fail("the model was loaded"))
+    code, _, err = run(f"train {tmp_path} --data {path} -o {tmp_path / 'a.safetensors'}")
+    assert code == 1 and "data.jsonl, line 101: expected" in " ".join(err.split())
+
+
 def test_files_are_read_a_row_at_a_time(tmp_path):
     lines = write(tmp_path / "data.jsonl", [*ROWS["text"], 3])
     examples = read_examples(lines)
@@ -79,7 +200,15 @@ def test_files_are_read_a_row_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ([], r"expected an object with 'messages'; 'prompt' and 'completion'; .* found \[\]"),
+        ([], r"expected an object with 'messages'; .*'prompt' and 'completion'; .* found \[\]"),
+        (
+            {"instruction": "a", "answer": "b"},
+            "expected .*'instruction' and 'output'.*found 'instruction', 'answer', but no 'output'",
+        ),
+        ({"instruction": "a", "input": 3, "output": "b"}, "'input': expected a string, found 3"),
+        ({"conversations": [{"from": "human"}]}, "message 1 of 'conversations' must have 'from' and 'value', two strings"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "'from' must be one of 'human', .* found 'observation'"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "expected a turn of the role 'assistant'"),
         ({"prompt": "a", "txt": "b"}, "expected 'messages'.*found 'prompt', 'txt', but no 'completion'"),
         ({"messages": "hi"}, "expected 'messages' to be a list of messages, found 'hi'"),
         ({"messages": []}, r"expected 'messages' to be a list of messages, found \[\]"),
@@ -100,7 +229,7 @@ def test_a_bad_row_is_named(row, words):
 def test_data_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_list([{"question": "a"}]).to_parquet("other.parquet")
+    datasets.Dataset.from_list([{"query": "a"}]).to_parquet("other.parquet")
     datasets.Dataset.from_list(ROWS["text"]).save_to_disk("saved")
     Path("torn.parquet").write_bytes(Path("other.parquet").read_bytes()[:-9])
     Path("empty").mkdir()
@@ -109,7 +238,7 @@ def test_data_that_is_not_there(tmp_path, monkeypatch):
         "nowhere:train": "neither a file nor a built-in task.*a data set is named 'org/name:train'",
         "no/such:train": "cannot load the data set 'no/such:train'",
         "no/such@main:plain:train[:10%]": "cannot load the data set 'no/such@main:plain:train",
-        "other.parquet": "expected the columns 'messages'.*found 'question'",
+        "other.parquet": "expected the columns 'messages'.*found 'query'",
         "torn.parquet": "torn.parquet is not a whole Parquet file",
         "saved:test": "cannot load the data set 'saved:test': ValueError: it is one split",
         "empty": "cannot load the data set 'empty'",
@@ -199,11 +328,12 @@ def test_the_page_on_data(run, tmp_path, monkeypatch, tiny_llama):
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     tiny_llama.save_pretrained("SmolLM2")
     letter_tokenizer().save_pretrained("SmolLM2")
-    files = re.findall(r"\n`(\w+\.jsonl)`[^\n]*\n\n```json\n(.*?)```", page, re.DOTALL)
-    assert [name for name, _ in files] == ["text.jsonl", "pairs.jsonl", "turns.jsonl", "chat.jsonl", "questions.jsonl"]
-    for name, lines in files:
-        Path(name).write_text(lines)
-        assert len(list(read_examples(name))) == lines.count("\n")
+    files = re.findall(r"\n`(\w+\.\w+)`: [^`]*(?:`[^`\n]*`[^`]*)*?\n\n```\w+\n(.*?)```", page, re.DOTALL)
+    lines = ["text.jsonl", "pairs.jsonl", "turns.jsonl", "chat.jsonl", "questions.jsonl"]
+    assert [name for name, _ in files] == [*lines, "alpaca.json", "sharegpt.json", "asked.csv"]
+    for name, content in files:
+        Path(name).write_text(content)
+        assert len(list(read_examples(name))) == content.count("\n") - name.endswith(".csv")
     (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(snippet, {})
     commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]

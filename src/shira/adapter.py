@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import AdapterError, FormatError
+from .files.patches import StoredPatch, is_patch
 from .files.paths import State, path_of
 from .files.reading import FileChanged, Path_, StoredTensors
 from .files.suggestions import adapter_in
@@ -113,7 +114,8 @@ def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
 def load(path: Path_) -> Adapter:
     """Read an adapter and check all of it.
 
-    path: its file, or a folder with one adapter's file in it, or with `adapter.safetensors`, as a trainer saves it.
+    path: its file, or a folder with one adapter's file in it, or with `adapter.safetensors`, as a trainer saves it; or a weight
+        patch of an RL trainer, a file or a folder, that holds the shapes of its tensors (docs/rl-patches.md).
     Raises FormatError, which names the file, the tensor, what was expected and what was found; OSError if the file does not
     exist or may not be read.
 
@@ -145,7 +147,13 @@ def opened(path: Path_) -> Iterator[Adapter]:
     """
     found = adapter_in(path_of(path, "shira.load('poet.safetensors')", FormatError))
     with contextlib.ExitStack() as stack:
-        tensors = StoredTensors(found, stack)
+        tensors: StoredTensors | StoredPatch
+        try:
+            tensors = StoredTensors(found, stack)
+        except FormatError:
+            if not is_patch(found):
+                raise
+            tensors = StoredPatch(found, stack)
         adapter = Adapter(tensors, tensors.metadata)  # type: ignore[arg-type]  # read only
         yield adapter
         check_unchanged(adapter)
@@ -156,7 +164,7 @@ def check_unchanged(adapter: Adapter) -> tuple[State, ...]:
 
     Raises FormatError if one of the files has changed since it was opened.
     """
-    return adapter.tensors.state() if isinstance(adapter.tensors, StoredTensors) else ()
+    return adapter.tensors.state() if isinstance(adapter.tensors, StoredTensors | StoredPatch) else ()
 
 
 def prefixed(adapter: Adapter, prefix: str) -> Adapter:

@@ -51,8 +51,8 @@ def merge(
     that adapters in files have for it.
 
     A checkpoint may use other tensor names than the model in memory: GPT-2's are "h.0…" on the Hub, and "transformer.h.0…" in a
-    language model. If replacing one prefix by another turns all of the adapters' names into names of the checkpoint, the
-    adapters are merged under these names.
+    language model. If replacing one prefix by another turns all of the adapters' names into names of the checkpoint, or if
+    Transformers gives the checkpoint's tensors these names when it loads it, the adapters are merged under those.
 
     Returns how many of the adapters' entries still have the base's value: changes too small for its dtype are rounded away.
 

@@ -1,25 +1,27 @@
-"""shira convert: PEFT's checkpoints as adapters, and adapters as checkpoints of PEFT's SHiRA."""
+"""shira convert: PEFT's checkpoints and RL trainers' weight patches as adapters, and adapters as these."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..adapter import load
+from ..adapter import Adapter, load
 from ..checkpoints.extraction import summary
+from ..data.models import model_path
 from ..errors import AdapterError, CheckpointError, FormatError, did_you_mean
+from ..files.patches import is_patch
 from ..files.suggestions import is_ours
 from .output import bytes_text, cell, console, progress, waiting
 
 __all__ = ["convert"]
 
-WAYS = ("shira", "peft")
+WAYS = ("shira", "peft", "trl", "slime", "verl")
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A folder that PEFT saved; or, with --to peft, an adapter's file.")],
+    source: Annotated[Path, typer.Argument(help="A folder that PEFT saved, or a weight patch; with another --to, an adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's file; with --to peft, a new folder.")],
-    to: Annotated[str, typer.Option(help="shira (from PEFT) or peft (a checkpoint of its SHiRA).")] = "shira",
+    to: Annotated[str, typer.Option(help="shira, peft (its SHiRA), or the weight patch of trl, slime or verl.")] = "shira",
     base: Annotated[
         str | None,
         typer.Option(
@@ -33,10 +35,15 @@ def convert(
         float | None, typer.Option(help="Instead, the share of ‖ΔW‖ to keep, with the fewest entries.", show_default=False)
     ] = None,
     scope: Annotated[str, typer.Option(help="What has the budget: each tensor, or the whole model.")] = "tensor",
+    positions: Annotated[
+        str | None, typer.Option(help="In a weight patch: gap, or raw (int32), which verl takes.", show_default=False)
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The adapter's name; the folder's by default.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter's file that exists.")] = False,
 ) -> None:
     """Convert PEFT's checkpoints: its SHiRA and Super-Tuning exactly; of a LoRA and all that it merges, the largest entries.
+
+    And weight patches of RL trainers (TRL's, slime's, verl's), exactly.
 
     Example: shira convert my-lora --base my-model --keep 0.9 -o mine.safetensors
 
@@ -47,10 +54,20 @@ def convert(
     if to == "peft":
         _to_peft(source, output, base, {"--density": density, "--keep": keep, "--name": name})
         return
+    if to != "shira" or is_patch(source):
+        for option, value in {"--density": density, "--keep": keep}.items():
+            if value is not None:
+                raise AdapterError(f"{option} is for checkpoints of PEFT; a weight patch is taken whole: leave it out")
     if not output.parent.is_dir():
         raise FileNotFoundError(2, "No such folder", str(output.parent))
     if output.exists() and not force:
         raise AdapterError(f"{output} exists; name another file, or replace it with --force")
+    if to != "shira":
+        _to_patch(source, output, to, positions, base)
+        return
+    if is_patch(source):
+        _from_patch(source, output, base, name)
+        return
     if source.is_file() and is_ours(source):
         raise AdapterError(f"{source} is an adapter of shira already; --to peft makes a checkpoint of PEFT's SHiRA of it")
     from ..integrations import peft
@@ -81,8 +98,33 @@ def convert(
     if name:
         adapter.metadata["name"] = name
     adapter.save(output)
+    _report(output, adapter, f", {report}")
+
+
+def _from_patch(source: Path, output: Path, base: str | None, name: str | None) -> None:
+    from ..integrations import rl_patches
+
+    with waiting("converting"):
+        adapter = rl_patches.load(source, None if base is None else model_path(base))
+    if name:
+        adapter.metadata["name"] = name
+    adapter.save(output)
+    checked = "" if adapter.fingerprints else "; without fingerprints, so nothing will tell its base from another (--base)"
+    _report(output, adapter, f", exactly as in the patch{checked}")
+
+
+def _to_patch(source: Path, output: Path, to: str, positions: str | None, base: str | None) -> None:
+    from ..integrations import rl_patches
+
+    adapter = load(source)
+    with waiting("converting"):
+        rl_patches.save(adapter, output, to, positions=positions, base=base)  # type: ignore[arg-type]  # `save` checks them
+    _report(output, adapter, "")
+
+
+def _report(output: Path, adapter: Adapter, more: str) -> None:
     size = bytes_text(output.stat().st_size)
-    console.print(f"{cell(output)}: {adapter.nnz:,} entries in {len(adapter.tensors)} tensors, {size}, {report}")
+    console.print(f"{cell(output)}: {adapter.nnz:,} entries in {len(adapter.tensors)} tensors, {size}{more}")
 
 
 def _to_peft(source: Path, output: Path, base: str | None, options: dict[str, object]) -> None:

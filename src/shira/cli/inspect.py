@@ -7,13 +7,14 @@ import typer
 from rich.table import Table
 
 from ..adapter import Adapter, load
+from ..files.suggestions import adapter_in
 from .output import bytes_text, cell, console, print_json
 
 __all__ = ["describe", "inspect"]
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A shira adapter.")],
+    file: Annotated[Path, typer.Argument(help="An adapter, or a weight patch of an RL trainer.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
 ) -> None:
@@ -63,6 +64,12 @@ def _listed(settings: dict[str, Any] | None) -> str:
     return ", ".join(f"{key} {value}" for key, value in words.items()) or "not recorded"
 
 
+def _files_of(path: Path) -> list[Path]:
+    """The files of an adapter: one, also if its folder is given, or those of a weight patch."""
+    found = adapter_in(path)
+    return sorted(found.glob("*.safetensors")) if found.is_dir() else [found]
+
+
 def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
     """Everything that is known of an adapter, as values that JSON can hold."""
     tensors = {
@@ -82,7 +89,7 @@ def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
         "name": adapter.name,
         "nnz": adapter.nnz,
         "density": adapter.density,
-        "bytes": file.stat().st_size,
+        "bytes": sum(each.stat().st_size for each in _files_of(file)),
         "kinds": sorted({t.kind for t in adapter.tensors.values()}),
         "dtypes": sorted({str(entry["dtype"]) for entry in tensors.values()}),
         **{key: known.get(key) for key in ("mask", "base", "training", "license", "fused")},

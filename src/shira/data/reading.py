@@ -1,24 +1,22 @@
-"""Read examples from JSONL, Parquet and data sets of the `datasets` library, one at a time. Errors name the bad row."""
+"""Read examples from JSONL, JSON, CSV, Parquet and data sets of the `datasets` library. Errors name the bad row."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, MissingExtra, did_you_mean
-from ..texts import shown
 from .commonsense import COMMONSENSE
 from .quiet import quiet
+from .rows import COLUMNS, EXPECTED, example_of
 from .tasks import TASKS, Example
+from .textfiles import csv_rows, json_rows
 
-__all__ = ["example_of", "examples_of", "read_examples"]
+__all__ = ["examples_of", "read_examples"]
 
-COLUMNS = ("messages", "prompt", "completion", "choices", "label", "text")
-EXPECTED = "'messages'; 'prompt' and 'completion'; 'prompt', 'choices' and 'label'; or 'text'"
 BUILT_IN = {**TASKS, **COMMONSENSE}
-FILES = (".jsonl", ".json", ".parquet")
+FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 # name@revision:configuration:split[slice]; only the name is required
 DATA_SET = re.compile(r"(?P<name>[^:@]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:\[]+)(?=:))?(:(?P<split>[^:\[]+(\[.*\])?))?")
 
@@ -34,17 +32,19 @@ def examples_of(data: str, part: Literal["train", "test"]) -> Iterator[Example]:
 
 
 def read_examples(data: str | Path) -> Iterator[Example]:
-    """Examples of a JSONL or Parquet file, or of a data set: a folder or hub id, such as `org/name:train[:10%]`.
+    """Examples of a JSONL, JSON, CSV or Parquet file, or of a data set: a folder or hub id, such as `org/name:train[:10%]`.
 
-    A row holds {"messages"}, {"prompt", "completion"} (strings, or lists of messages), {"prompt", "choices", "label"}, or
-    {"text"}. Other columns are not read. One row is in memory at a time; with Parquet, a thousand rows are.
+    A row holds one of the forms that `rows.example_of` lists. Other columns are not read. One row is in memory at a time; with
+    Parquet, a thousand rows are.
 
     Raises DataError that names the file and the line or row; MissingExtra if a library is not installed; OSError if a file
     cannot be read.
     """
     data = str(data)
-    read = _data_set if not Path(data).is_file() else _parquet if data.endswith(".parquet") else _jsonl
-    return _examples(data, read(data))
+    if not Path(data).is_file():
+        return _examples(data, _data_set(data))
+    readers = {".parquet": _parquet, ".csv": csv_rows, ".tsv": csv_rows}
+    return _examples(data, readers.get(Path(data).suffix.lower(), json_rows)(data))
 
 
 def _examples(data: str, rows: Iterator[tuple[str, object]]) -> Iterator[Example]:
@@ -54,17 +54,6 @@ def _examples(data: str, rows: Iterator[tuple[str, object]]) -> Iterator[Example
         yield example_of(row, origin)
     if not found:
         raise DataError(f"{data} holds no example")
-
-
-def _jsonl(path: str) -> Iterator[tuple[str, object]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                origin = f"{path}, line {number}"
-                try:
-                    yield origin, json.loads(line)
-                except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
-                    raise DataError(f"{origin}: expected a JSON object with {EXPECTED}; it is not JSON ({error})") from error
 
 
 def _parquet(path: str) -> Iterator[tuple[str, object]]:
@@ -115,66 +104,6 @@ def _columns(data: str, names: list[str]) -> list[str]:
     if not chosen:
         raise DataError(f"{data}: expected the columns {EXPECTED}; found {', '.join(map(repr, names)) or 'none'}")
     return chosen
-
-
-def example_of(row: object, origin: str) -> Example:
-    """The example that a row holds. Raises DataError, which begins with the origin, if the row holds none."""
-    if not isinstance(row, Mapping):
-        raise DataError(f"{origin}: expected an object with {EXPECTED}; found {shown(row)}")
-    row = {key: value for key, value in row.items() if value is not None}  # tables hold null where a value is missing
-    try:
-        if "choices" in row:
-            return _question(row, origin)
-        if "messages" in row:
-            return _chat((), _messages(row["messages"], "messages"), origin)
-        if "text" in row:
-            return Example(completion=_text(row["text"], "text"), origin=origin)
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, list) or isinstance(completion, list):
-            return _chat(_messages(prompt, "prompt"), _messages(completion, "completion"), origin)
-        return Example(_text(prompt, "prompt"), _text(completion, "completion"), origin=origin)
-    except KeyError as error:
-        found = ", ".join(map(repr, row)) or "nothing"
-        raise DataError(f"{origin}: expected {EXPECTED}; found {found}, but no {error}") from error
-    except TypeError as error:
-        raise DataError(f"{origin}: {error}") from error
-
-
-def _question(row: Mapping[str, Any], origin: str) -> Example:
-    choices, label = row["choices"], row["label"]
-    if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) for c in choices)):
-        raise TypeError(f"'choices' must be a list of at least two strings, found {shown(choices)}")
-    if type(label) is not int or not 0 <= label < len(choices):
-        raise TypeError(f"label must be from 0 to {len(choices) - 1}, found {shown(label)}")
-    return Example(_text(row["prompt"], "prompt"), choices[label], tuple(choices), label, origin=origin)
-
-
-def _chat(prompt: tuple[dict[str, Any], ...], completion: tuple[dict[str, Any], ...], origin: str) -> Example:
-    if not any(message["role"] == "assistant" for message in completion):
-        raise TypeError(
-            "expected a turn of the role 'assistant' to learn from; found " + shown([m["role"] for m in completion])
-        )
-    return Example(messages=prompt + completion, first=len(prompt), origin=origin)
-
-
-def _messages(value: object, column: str) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list) or not value:
-        raise TypeError(f"expected '{column}' to be a list of messages, found {shown(value)}")
-    messages = []
-    for number, message in enumerate(value, start=1):
-        fits = isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        if not fits:
-            raise TypeError(
-                f"message {number} of '{column}' must have 'role' and 'content', two strings; found {shown(message)}"
-            )
-        messages.append({key: part for key, part in message.items() if part is not None})
-    return tuple(messages)
-
-
-def _text(value: object, column: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"'{column}': expected a string, found {shown(value)}")
-    return value
 
 
 def _library(name: str) -> Any:

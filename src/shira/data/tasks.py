@@ -31,7 +31,8 @@ HELD_OUT = 300  # examples of each built-in task that are never trained on
 class Example:
     """A prompt and its completion; with `choices`, a question whose answer is `choices[label]`; or the `messages` of a chat.
 
-    messages: {"role", "content"} each. The model learns the assistant's turns from number `first` on.
+    messages: {"role", "content"} each. The model learns the assistant's turns from number `first` on. A prompt and a
+        completion beside them are the same for a model without a chat template.
     origin: where the example comes from, such as a file and line, for errors.
     """
 

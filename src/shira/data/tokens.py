@@ -146,7 +146,7 @@ def encode(
 
 def _pieces(tokenizer: Any, example: Example, max_length: int) -> Iterator[tuple[list[int], list[bool]]]:
     """The rows of an example: (ids, whether each counts). A text is cut to max_length; other rows may be longer."""
-    if example.messages:
+    if example.messages and not (example.completion and not getattr(tokenizer, "chat_template", None)):
         yield from _chat(tokenizer, example)
         return
     prompt = tokenizer(example.prompt)["input_ids"] if example.prompt else []

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..texts import strict_json
 from .paths import open_regular
 from .tensorfiles import read_header
 
@@ -13,6 +14,11 @@ ADAPTER = "adapter.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PEFT_PREFIX = "base_model.model."  # of tensor names in PEFT's files
 MANY = 32  # files of a folder that are opened
+SLIME = (
+    "it is a delta of slime, bytes against the weights of the version before, compressed with zstd: let slime apply it to a "
+    "checkpoint, and extract that: `shira extract BASE APPLIED -o adapter.safetensors`"
+)
+INDEX = "model.safetensors.index.json"
 PEFT = (
     "it is an adapter of PEFT, which has to be converted: `shira convert FOLDER --base MODEL -o adapter.safetensors`, with "
     "--density 0.01 or --keep 0.9 unless it is a SHiRA"
@@ -21,6 +27,8 @@ PEFT = (
 
 def instead(path: Path, tensors: Iterable[str] = ()) -> str:
     """What to pass instead of a folder, or of a safetensors file with these tensors that is not a shira adapter."""
+    if _is_delta_of_bytes(path if path.is_dir() else path.parent):
+        return SLIME
     if not path.is_dir():
         peft = path.name in PEFT_FILES or (path.parent / PEFT_FILES[0]).is_file()
         return PEFT if peft or any(name.startswith(PEFT_PREFIX) for name in tensors) else "pass an adapter's .safetensors file"
@@ -30,6 +38,15 @@ def instead(path: Path, tensors: Iterable[str] = ()) -> str:
     if any((path / name).is_file() for name in PEFT_FILES):
         return PEFT
     return "pass an adapter's .safetensors file; there is none in it"
+
+
+def _is_delta_of_bytes(folder: Path) -> bool:
+    """Whether a folder is one that slime's transport "disk" writes: the layout of a checkpoint, and compressed bytes in it."""
+    try:
+        with open_regular(folder / INDEX) as file:
+            return "delta_encoding" in strict_json(file.read())["metadata"]
+    except (CheckpointError, OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def adapter_in(path: Path) -> Path:

@@ -33,7 +33,7 @@ from ..weights.belonging import check_base
 from ..weights.model_tensors import named_tensors, plain_model
 from ..weights.owners import claim
 
-__all__ = ["CONFIG", "Base", "Stored", "is_sparse", "load", "read_config", "save"]
+__all__ = ["CONFIG", "Base", "Stored", "is_sparse", "load", "read_config", "save", "tensors_of"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PADDING = -0.0  # w + (-0.0) is w, also for w = -0.0
@@ -135,7 +135,7 @@ def save(adapter: Adapter, folder: Path_, base: Base | None = None) -> int:
     if not sparse:
         raise AdapterError(f"{label} overwrites whole tensors alone; PEFT's SHiRA needs a layer with a part of its entries")
     r = _rank_of(label, sparse)
-    known = _tensors(base) if base is not None else {}
+    known = tensors_of(base) if base is not None else {}
     if base is not None:
         check_base(label, adapter, known, lambda weight, at: weight.detach().reshape(-1)[at.to(weight.device)])
         _check_linear(label, base, sparse)
@@ -206,7 +206,7 @@ def _read(path: Path) -> Stored:
     return Stored(folder, config, plain)
 
 
-def _tensors(base: Base) -> Mapping[str, Tensor]:
+def tensors_of(base: Base) -> Mapping[str, Tensor]:
     """The tensors of a model in memory or on the disk; of a hub id without data, from its configuration."""
     if isinstance(base, nn.Module):
         plain = plain_model(base, BaseMismatch, "load('my-peft-shira', base=model)")
@@ -228,7 +228,7 @@ def _base_of(stored: Stored, base: Base | None, names: list[str]) -> Callable[[s
             f"{stored.folder} does not say which model it is for, and PEFT's files hold no shapes: give the base, base=model "
             "(--base)"
         )
-    tensors = _tensors(given)
+    tensors = tensors_of(given)
 
     def fits(name: str, other: str) -> bool:
         form = form_of(tensors, other)

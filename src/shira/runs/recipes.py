@@ -1,5 +1,6 @@
 """A recipe holds everything that decides a training run. `shira train` saves the one that reproduces its run."""
 
+import collections
 import dataclasses
 import itertools
 import random
@@ -44,7 +45,9 @@ class _Source:
     """The model, and the data that it learns from."""
 
     model: str = option("SmolLM2-135M-Instruct", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
-    data: str = option("", "JSONL, Parquet, a data set (org/name:train), or a task: spam, questions, film.", group="Data")
+    data: str = option(
+        "", "A JSONL, JSON, CSV or Parquet file, a data set (org/name:train), or a task: spam, questions, film.", group="Data"
+    )
     eval_data: str | None = option(None, "Held-out data, named as in --data. Its mean loss is taken before and after.")
     eval_share: float = option(0.0, "In place of --eval-data, this share of the data is held out.", ge=0, lt=1)
     limit: int | None = option(None, "Training uses this many examples at most.", ge=1)
@@ -139,7 +142,7 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
     """
     recipe = recipe_of(Recipe, path, given)
     if not recipe.data:
-        raise DataError("no data to train on: give --data: a built-in task, a JSONL or Parquet file, or a data set")
+        raise DataError("no data to train on: give --data: a built-in task, a JSONL, JSON, CSV or Parquet file, or a data set")
     return recipe
 
 
@@ -169,13 +172,16 @@ def save_recipe(recipe: Masked, path: str | Path, library: str = "") -> None:
 
 
 def check_run(recipe: Recipe) -> None:
-    """Check mask, budgets, files, data and libraries before a model is loaded: raise what `train_adapter` would raise later."""
+    """Check mask, budgets, files, data and libraries before a model is loaded: raise what `train_adapter` would raise later.
+
+    All rows are read that the run will read.
+    """
     check_mask(recipe)
     hf.reporters(recipe.report_to)
     hf.check_schedule(recipe.schedule)
-    for data in (recipe.data, recipe.eval_data, recipe.stay_near):
+    for data, limit in ((recipe.data, recipe.limit), (recipe.eval_data, None), (recipe.stay_near, recipe.calibration)):
         if data is not None and data != OWN_TEXT:
-            next(examples_of(data, "train"))
+            collections.deque(itertools.islice(examples_of(data, "train"), limit), maxlen=0)
 
 
 def train_adapter(
