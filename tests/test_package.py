@@ -113,6 +113,12 @@ def test_the_exported_names():
         "merge",
     ]
     assert all(hasattr(shira, name) for name in shira.__all__)
+    assert dir(shira) == sorted([*shira.__all__, "__version__"])
+    with pytest.raises(AttributeError, match="module 'shira' has no attribute 'atach'"):
+        shira.atach  # noqa: B018
+    tree = ast.walk(ast.parse(FILES[""].read_text(encoding="utf-8")))
+    typed = {alias.name: node.module or alias.name for node in tree if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert shira.PLACES.items() <= typed.items()  # a type checker finds what is imported
 
 
 def test_every_error_is_a_shira_error_and_in_the_tree():
@@ -124,10 +130,11 @@ def test_every_error_is_a_shira_error_and_in_the_tree():
             assert f"{name} " in tree or f"{name}\n" in tree
 
 
-@pytest.mark.parametrize("module", ["shira", "shira.cli"])
-def test_importing_is_lean(module):
+@pytest.mark.parametrize("names", ["shira", "shira.cli"])
+def test_importing_is_lean(names):
+    """Every public name is used, since a name is imported when it is used."""
     code = (
-        f"import torch, sys; before = set(sys.modules); import {module}; "
+        f"import torch, sys; before = set(sys.modules); import {names}; [getattr(shira, name) for name in shira.__all__]; "
         "loaded = set(sys.modules) - before; "
         "print(*sorted({name.partition('.')[0] for name in loaded} | ({'torch._dynamo'} & loaded)))"
     )
@@ -135,7 +142,7 @@ def test_importing_is_lean(module):
     heavy = {"transformers", "accelerate", "triton", "datasets", "pandas", "matplotlib", "yaml", "gguf", "diffusers", "peft"}
     heavy |= {"torch._dynamo", "sympy"}  # torch's compiler
     assert not heavy & set(loaded)
-    if module == "shira":
+    if names == "shira":
         assert not {"typer", "rich", "xxhash", "jinja2"} & set(loaded)
 
 

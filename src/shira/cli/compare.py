@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from ..analysis import comparison, report
-from ..checkpoints.checkpoint import CheckpointSource
 from ..data.models import model_path
-from ..files.tensorfiles import write_whole
 from .output import bytes_text, cell, console, print_json, progress, waiting
+
+if TYPE_CHECKING:
+    from ..checkpoints.checkpoint import CheckpointSource
 
 __all__ = ["compare"]
 
@@ -23,7 +23,7 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for index.html and compare.json.", show_default=False)] = None,
     tensor: Annotated[
-        str | None, typer.Option(help="The tensor whose mask and spectrum the page draws (the most changed).")
+        str | None, typer.Option(help="The tensor whose mask and spectrum the page draws.", show_default="the most changed")
     ] = None,
     spectra: Annotated[bool, typer.Option(help="Compute singular values, which takes most of the time.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
@@ -32,6 +32,9 @@ def compare(
 
     Example: shira compare spam.safetensors questions.safetensors --base SmolLM2-135M-Instruct --out report/
     """
+    from ..analysis import comparison, report
+    from ..files.tensorfiles import write_whole
+
     loaded = comparison.named(adapters)
     if tensor is not None:
         report.check_held(loaded, tensor)
@@ -62,7 +65,7 @@ def compare(
         console.print(f"{cell(out / 'index.html')}: {bytes_text(len(page.encode()))}")
 
 
-def _tensors(base: str) -> CheckpointSource:
+def _tensors(base: str) -> "CheckpointSource":
     """The base. A folder of safetensors files is read tensor by tensor, without Transformers; else a model is loaded."""
     folder = Path(model_path(base))
     if any(folder.glob("*.safetensors")):

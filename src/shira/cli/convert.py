@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..adapter import load
-from ..checkpoints.extraction import summary
 from ..errors import AdapterError, CheckpointError, FormatError, did_you_mean
-from ..files.suggestions import is_ours
 from .output import bytes_text, cell, console, progress, waiting
 
 __all__ = ["convert"]
@@ -32,8 +29,8 @@ def convert(
     keep: Annotated[
         float | None, typer.Option(help="Instead, the share of ‖ΔW‖ to keep, with the fewest entries.", show_default=False)
     ] = None,
-    scope: Annotated[str, typer.Option(help="What has the budget: each tensor, or the whole model.")] = "tensor",
-    name: Annotated[str | None, typer.Option(help="The adapter's name; the folder's by default.", show_default=False)] = None,
+    scope: Annotated[str, typer.Option(help="What has the budget: tensor (each), or model (all together).")] = "tensor",
+    name: Annotated[str | None, typer.Option(help="The adapter's name.", show_default="the folder's")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter's file that exists.")] = False,
 ) -> None:
     """Convert PEFT's checkpoints: its SHiRA and Super-Tuning exactly; of a LoRA and all that it merges, the largest entries.
@@ -47,6 +44,9 @@ def convert(
     if to == "peft":
         _to_peft(source, output, base, {"--density": density, "--keep": keep, "--name": name})
         return
+    from ..checkpoints.extraction import summary
+    from ..files.suggestions import is_ours
+
     if not output.parent.is_dir():
         raise FileNotFoundError(2, "No such folder", str(output.parent))
     if output.exists() and not force:
@@ -91,6 +91,7 @@ def _to_peft(source: Path, output: Path, base: str | None, options: dict[str, ob
         raise AdapterError(f"{given[0]} is for checkpoints of PEFT; leave it out with --to peft")
     if output.suffix == ".safetensors":
         raise CheckpointError(f"PEFT loads a folder, found the name of a file, {output}; use --output {output.with_suffix('')}")
+    from ..adapter import load
     from ..integrations import peft
 
     try:

@@ -5,22 +5,21 @@ import hashlib
 import statistics
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
-from torch import nn
 
-from ..adapter import load
 from ..data.models import SMOLLM2, model_path
-from ..data.tasks import TASKS
 from ..errors import ShiraError
-from ..runs.evaluation import accuracy
 from ..runs.recipes import Recipe, save_recipe, train_adapter
-from ..switching.ready import Selection
-from ..switching.switcher import Switcher
 from .output import bytes_text, console, print_json, progress, waiting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..switching.ready import Selection
+    from ..switching.switcher import Switcher
 
 __all__ = ["demo"]
 
@@ -39,9 +38,14 @@ def demo(
 
     Example: shira demo --output /tmp/shira-demo
     """
+    from ..adapter import load
+    from ..data.tasks import TASKS
+    from ..integrations.transformers import load_model, load_tokenizer
+    from ..runs.evaluation import accuracy
+    from ..switching.switcher import Switcher
+
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    from ..integrations.transformers import load_model, load_tokenizer
 
     with waiting("fetching model and data"):
         model_path(SMOLLM2)
@@ -98,7 +102,7 @@ def demo(
         raise typer.Exit(1)
 
 
-def switch_milliseconds(switcher: Switcher, selection: Selection) -> float:
+def switch_milliseconds(switcher: "Switcher", selection: "Selection") -> float:
     """The median time of switching to a selection, in milliseconds. Afterwards the selection is active.
 
     A switch starts at the base, or, if the selection is the base, at the adapters that are active now.
@@ -113,7 +117,7 @@ def switch_milliseconds(switcher: Switcher, selection: Selection) -> float:
     return 1e3 * statistics.median(times)
 
 
-def changed_entries(model: nn.Module, switcher: Switcher, selection: Selection) -> int:
+def changed_entries(model: "nn.Module", switcher: "Switcher", selection: "Selection") -> int:
     """The number of the model's weights that differ from the base's, on the live model. Afterwards the selection is active."""
     switcher.use(selection)
     now = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -123,8 +127,10 @@ def changed_entries(model: nn.Module, switcher: Switcher, selection: Selection) 
     return changed
 
 
-def digest(model: nn.Module) -> str:
+def digest(model: "nn.Module") -> str:
     """SHA-256 over the bits of all parameters."""
+    import torch
+
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         sha.update(name.encode())

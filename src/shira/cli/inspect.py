@@ -1,13 +1,15 @@
 """shira inspect: show what an adapter's file holds."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..adapter import Adapter, load
 from .output import bytes_text, cell, console, print_json
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
 
 __all__ = ["describe", "inspect"]
 
@@ -21,6 +23,8 @@ def inspect(
 
     Example: shira inspect spam.safetensors --tensors
     """
+    from ..adapter import load
+
     facts = describe(load(file), file)
     if as_json:
         print_json(facts)
@@ -63,7 +67,7 @@ def _listed(settings: dict[str, Any] | None) -> str:
     return ", ".join(f"{key} {value}" for key, value in words.items()) or "not recorded"
 
 
-def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
+def describe(adapter: "Adapter", file: Path) -> dict[str, Any]:
     """Everything that is known of an adapter, as values that JSON can hold."""
     tensors = {
         name: {
