@@ -32,7 +32,7 @@ def compare(
 
     Example: shira compare spam.safetensors questions.safetensors --base SmolLM2-135M-Instruct --out report/
     """
-    from ..analysis import comparison, report
+    from ..analysis import comparison, report, words
     from ..files.tensorfiles import write_whole
 
     loaded = comparison.named(adapters)
@@ -45,14 +45,15 @@ def compare(
         found = comparison.compare(
             *loaded.values(), base=tensors, spectra=spectra, on_progress=lambda done, _: update(done, "")
         )
+    facts = {"made": report.made(loaded, base), **found.as_dict()}
     if out is not None:
         with waiting("drawing"):
-            page = report.page(found, loaded, tensors, tensor)
+            page = report.page(found, loaded, tensors, tensor, base)
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "compare.json", json.dumps(found.as_dict()).encode())
+        write_whole(out / "compare.json", json.dumps(facts).encode())
         write_whole(out / "index.html", page.encode())
     if as_json:
-        print_json(found.as_dict())
+        print_json(facts)
         return
     for title, head, rows in report.tables(found, loaded):
         if len(rows) <= 4:  # transposed: long rows of figures do not fit into 80 columns
@@ -61,6 +62,8 @@ def compare(
         for row in rows:
             table.add_row(*map(cell, row))
         console.print(table)
+    for sentence in words.in_words(found):
+        console.print(cell(sentence), highlight=False)
     if out is not None:
         console.print(f"{cell(out / 'index.html')}: {bytes_text(len(page.encode()))}")
 
