@@ -117,7 +117,8 @@ def test_what_an_adapter_a_tuner_and_a_switcher_say_of_themselves(tmp_path):
     model = mlp()
     with shira.attach(model, mask="rand", density=0.1) as tuner:
         assert re.fullmatch(
-            r"<shira.Tuner attached: \d+ of \d+ entries \(1\d\.\d\d%\) in \d tensors\n  mask 'rand', model Sequential, base 'Sequential'>",
+            r"<shira.Tuner attached: \d+ of \d+ entries \(1\d\.\d\d%\) in \d tensors\n"
+            r"  mask 'rand', model Sequential, base 'Sequential'>",
             repr(tuner),
         )
         trained = tuner.adapter("trained")

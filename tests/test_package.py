@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import inspect
 import re
 import subprocess
 import sys
@@ -144,6 +145,22 @@ def test_importing_is_lean(names):
     assert not heavy & set(loaded)
     if names == "shira":
         assert not {"typer", "rich", "xxhash", "jinja2"} & set(loaded)
+
+
+def test_the_documented_calls_are_those_that_mypy_reads():
+    """Those of README.md and docs/, and the public functions and methods of the classes, stand in documented_calls.py."""
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *(root / "docs").rglob("*.md")]
+    blocks = "".join(part for page in pages for part in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
+    here = (root / "tests" / "documented_calls.py").read_text("utf-8")
+    names = r"\b(shira|tuner|switcher|adapters)\.([A-Za-z_]+)\("
+    documented = set(re.findall(names, blocks))
+    documented |= {("shira", name) for name in shira.__all__ if inspect.isfunction(getattr(shira, name))}
+    for variable, kind in {"tuner": shira.Tuner, "switcher": shira.Switcher}.items():
+        documented |= {(variable, name) for name, method in vars(kind).items() if inspect.isfunction(method) and name[0] != "_"}
+    inner = {("tuner", name) for name in ("begin", "masters", "undo")}  # for the package's own use
+    assert len(documented) > 30
+    assert documented - inner <= set(re.findall(names, here))
 
 
 def test_files_stay_short():

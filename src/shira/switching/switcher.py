@@ -88,9 +88,8 @@ class Switcher:
         if chosen is None:
             active = "a switch was interrupted; the next call restores the base"
         else:
-            parts = [
-                shown(name) + f" × {as_given(strength)}" * (strength != 1.0) for name, strength in chosen.strengths[:SHOWN]
-            ]
+            used = chosen.strengths[:SHOWN]
+            parts = [shown(name) + f" × {as_given(strength)}" * (strength != 1.0) for name, strength in used]
             more = f" + … ({len(chosen.strengths):,})" * (len(chosen.strengths) > SHOWN)
             active = f"{' + '.join(parts)}{more} active" if parts else "the base is active"
         return f"<shira.Switcher of {type(self._model).__name__}: {active}\n  registered: {known or 'none'}>"
