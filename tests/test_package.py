@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import shira
+from shira import kernels
 
 SOURCE = Path(shira.__file__).parent
 ARCHITECTURE = Path(__file__).parents[1] / "docs/architecture.md"
@@ -145,6 +147,18 @@ def test_importing_is_lean(names):
     assert not heavy & set(loaded)
     if names == "shira":
         assert not {"typer", "rich", "xxhash", "jinja2"} & set(loaded)
+
+
+def test_without_the_kernels_in_c_one_warning_says_so(monkeypatch):
+    monkeypatch.setattr(kernels.native, "_native", None)
+    monkeypatch.setattr(kernels.backends, "_told", [])
+    weight, indices = torch.arange(6.0), torch.tensor([1, 4])
+    with kernels.backend("reference"):  # asked for by name
+        kernels.gather(weight, indices)
+    with pytest.warns(kernels.backends.NotCompiled, match="without its kernels in C.*install a C compiler") as given:
+        for _ in range(2):
+            assert kernels.gather(weight, indices).tolist() == [1.0, 4.0]
+    assert len(given) == 1
 
 
 def test_the_documented_calls_are_those_that_mypy_reads():
