@@ -1,6 +1,6 @@
 """Sparse High Rank Adapters (SHiRA, arXiv 2406.13175): train, store, switch and fuse 1-2 % of a model's own weights.
 
-Names are imported when they are first used, so that `import shira` and the help of the commands do not wait for torch.
+All names are imported when one is first used, so that `import shira` and the help of the commands do not wait for torch.
 """
 
 from importlib import import_module
@@ -76,9 +76,11 @@ PLACES = {  # of the names that are imported when they are used
 def __getattr__(name: str) -> Any:
     if name not in PLACES:
         raise AttributeError(f"module 'shira' has no attribute {name!r}")
-    module = import_module(f".{PLACES[name]}", __name__)
-    globals()[name] = found = module if name == "masks" else getattr(module, name)
-    return found
+    if name == "masks":  # our own modules ask for it, while others are half imported
+        return import_module(".masks", __name__)
+    for each, place in PLACES.items():  # all together, so that shira.checkpoints.extraction and others are there, too
+        globals()[each] = getattr(import_module(f".{place}", __name__), each) if each != "masks" else __getattr__(each)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
