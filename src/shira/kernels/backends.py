@@ -49,7 +49,7 @@ def backend_for(*tensors: Tensor) -> Any:
         return native
     if gpu.available(*tensors):
         return gpu
-    if not native.available() and not _told and all(tensor.device.type == "cpu" for tensor in tensors):
+    if not native.built() and not _told and all(tensor.device.type == "cpu" for tensor in tensors):
         _told.append(NotCompiled)
         warnings.warn(
             "shira was installed without its kernels in C, so torch's operators do their work: the results are the same, and "
