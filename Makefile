@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-image emoji-model test test-slow test-quantized test-deepspeed test-gpu test-sanitized soak lint clean
+.PHONY: help demo demo-image emoji-model test test-slow test-quantized test-deepspeed test-gpu test-sanitized soak dist lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -59,6 +59,9 @@ test-sanitized: .venv/ready ## the kernels in C under AddressSanitizer and UBSan
 soak: .venv/ready ## 100,000 operations on models whose base must never be lost, and interrupts at every pair of moments (half an hour)
 	$(BIN)/python tests/soak.py --operations 100000
 	SHIRA_LONG=1 $(BIN)/python -m pytest tests/test_interrupted_switching.py tests/test_interrupts.py
+
+dist: .venv/ready ## the source distribution and the wheel, in dist/; both are tried in empty environments
+	$(BIN)/python tests/dist.py
 
 lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,9 +1,18 @@
-"""The one thing pyproject.toml cannot say: the C kernel. Where no compiler is at hand, torch's operators serve instead."""
+"""What pyproject.toml cannot say: the kernels in C, and README.md for the page of an index.
+
+Where no compiler is at hand, the wheel has none of them and suits any machine. torch's operators serve instead.
+"""
 
 import platform
+import re
 import sys
+import tomllib
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).parent
 
 # no -ffast-math: linked into a shared library, it changes how the whole process rounds
 FLAGS = ["-O3", "-fopenmp-simd", "-pthread", "-fvisibility=hidden"]
@@ -19,4 +28,47 @@ native = Extension(
     py_limited_api=True,
     optional=True,
 )
-setup(ext_modules=[native], options={"bdist_wheel": {"py_limited_api": "cp311"}})
+
+
+class Wheel(bdist_wheel):
+    """A wheel that is pure, for any platform, if the kernels could not be compiled."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        if not any(Path(path).exists() for path in self.get_finalized_command("build_ext").get_outputs()):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+
+def for_an_index(readme: str, repository: str | None, version: str) -> str:
+    """README.md with links that lead somewhere from any page: those into the checkout lead into the repository.
+
+    repository: its address, as on GitHub. Without one, such a link becomes its words, and such a picture is left out.
+    """
+
+    def linked(found: re.Match[str]) -> str:
+        picture, words, target = found.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return found[0]
+        if repository is None:
+            return "" if picture else words
+        return f"{picture}[{words}]({repository}/{'raw' if picture else 'blob'}/v{version}/{target})"
+
+    parts = re.split(r"(^```.*?^```)", readme, flags=re.MULTILINE | re.DOTALL)  # code keeps its brackets
+    return "".join(part if part.startswith("```") else re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", linked, part) for part in parts)
+
+
+if __name__ == "__main__":  # the backend runs this file under that name
+    readme = (ROOT / "README.md").read_text("utf-8")
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"].get("urls", {})
+    known = re.search(r'__version__ = "(.+)"', (ROOT / "src/shira/version.py").read_text("utf-8"))
+    setup(
+        ext_modules=[native],
+        cmdclass={"bdist_wheel": Wheel},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+        long_description=for_an_index(
+            (ROOT / "README.md").read_text("utf-8"), urls.get("Repository"), known[1] if known else ""
+        ),
+        long_description_content_type="text/markdown",
+    )

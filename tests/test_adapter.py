@@ -1,4 +1,5 @@
 import hashlib
+import re
 
 import pytest
 import torch
@@ -6,8 +7,10 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import bits
+import shira
+from conftest import bits, mlp
 from shira import Adapter, AdapterError, SparseTensor
+from shira.adapter import opened
 from shira.sparse.positions import index_dtype
 from shira.sparse.tensor import SHA256, all_finite, fingerprint
 
@@ -92,3 +95,43 @@ def test_all_finite_is_isfinite_of_each(dtype):
             broken = values.clone()
             broken[where] = odd
             assert not all_finite(broken) and not torch.isfinite(broken).all()
+
+
+def test_what_an_adapter_a_tuner_and_a_switcher_say_of_themselves(tmp_path):
+    """Three lines at most; nothing that a file says controls the terminal; nothing is read or changed."""
+    adapter = shira.Adapter(
+        {"w": SparseTensor((2, 4), torch.tensor([1, 5]), torch.tensor([1.0, 2.0]))},
+        {"name": "po\x1bet", "mask": {"name": "wm"}, "base": {"id": "some/model"}},
+    )
+    assert repr(adapter) == (
+        "<shira.Adapter 'po\\x1bet': 2 entries in 1 tensors, 25.00% of them, overwrite\n  mask 'wm', base 'some/model'>"
+    )
+    assert repr(shira.Adapter({})) == (
+        "<shira.Adapter without a name: 0 entries in 0 tensors, 0.00% of them, empty\n  mask and base are not recorded>"
+    )
+    assert "mask and base are not recorded" in repr(shira.Adapter({}, {"mask": "wm", "base": ["x"]}))
+    adapter.save(tmp_path / "a.safetensors")
+    with opened(tmp_path / "a.safetensors") as stored:
+        assert repr(stored) == "<shira.Adapter 'po\\x1bet', 1 tensors in an open file>"
+
+    model = mlp()
+    with shira.attach(model, mask="rand", density=0.1) as tuner:
+        assert re.fullmatch(
+            r"<shira.Tuner attached: \d+ of \d+ entries \(1\d\.\d\d%\) in \d tensors\n"
+            r"  mask 'rand', model Sequential, base 'Sequential'>",
+            repr(tuner),
+        )
+        trained = tuner.adapter("trained")
+    assert repr(tuner).startswith(f"<shira.Tuner detached: {tuner.nnz} of ")
+
+    switcher = shira.Switcher(model)
+    assert repr(switcher) == "<shira.Switcher of Sequential: the base is active\n  registered: none>"
+    for number in range(9):
+        switcher.add(f"a{number}", trained)
+    switcher.use({"a0": 1.0, "a1": 0.5, "a2": {"*": 0.25}})
+    assert repr(switcher) == (
+        "<shira.Switcher of Sequential: 'a0' + 'a1' × 0.5 + 'a2' × {'*': 0.25} active\n"
+        "  registered: 'a0', 'a1', 'a2', 'a3', 'a4', 'a5', 'a6', 'a7', … (9)>"
+    )
+    switcher._state = switcher._state._replace(chosen=None)
+    assert "a switch was interrupted" in repr(switcher)

@@ -1,4 +1,5 @@
 import base64
+import datetime
 import itertools
 import json
 import math
@@ -283,7 +284,48 @@ def test_the_report_is_one_page_that_needs_nothing_else(run, tmp_path):
     assert len(pictures) == page.count("<img") == 5
     assert all(alt and base64.b64decode(data).startswith(b"\x89PNG") for alt, data in pictures)
     assert "viewport" in page and "One mask: 2.<wbr>weight" in page and len(page) < 1_000_000
-    assert json.loads((tmp_path / "a" / "report" / "compare.json").read_text())["adapters"] == ["random1", "random2", "random3"]
+    facts = json.loads((tmp_path / "a" / "report" / "compare.json").read_text())
+    assert facts["adapters"] == ["random1", "random2", "random3"]
+    today = datetime.date.today().isoformat()
+    assert facts["made"] == {"base": "base", "date": today, "version": f"shira {shira.__version__}"}
+    assert f"Base: base · {today} · shira {shira.__version__}" in page
+    for sentence in ("random1 and random2: nearly orthogonal", "positions would leave", "up to 0.1 “nearly orthogonal”"):
+        assert sentence in page
+
+
+def test_the_words_follow_from_the_numbers():
+    from shira.analysis.words import DIRECTION, SCALES, chance_awor, chance_shared, in_words
+
+    shape = (20, 10)
+
+    def adapter(name, places, sign):
+        indices = torch.tensor(places)
+        values = torch.full((len(places),), sign)
+        return shira.Adapter({"w": shira.SparseTensor(shape, indices, values, "delta")}, {"name": name})
+
+    one, other = adapter("one", range(40), 1.0), adapter("other", range(30, 70), -2.0)
+    found = shira.compare(one, other)
+    assert chance_shared(found, "one", "other") == pytest.approx(40 * 40 / 200)
+    assert chance_awor(found, "one", "other") == pytest.approx((1 - 0.2 * 0.2) ** 20)
+    words, first, second = in_words(found)
+    assert "one and other: partly opposed (cosine -0.25)" in words
+    assert "share 10 positions, 25 % of the smaller one's, about as many as random ones would (8)" in words
+    assert "At 100 % of these the signs differ: they mostly differ" in words
+    assert "Adding them changes 70 entries and leaves 50.0 % of the change of one, and 87.5 % of that of other" in words
+    assert first.startswith("one changes 40 of the 40 entries") and "can hold most of this change" in second
+    apart, *_ = in_words(shira.compare(one, adapter("apart", range(100, 140), 1.0), spectra=False))
+    assert "nearly orthogonal (cosine 0)" in apart and "share 0 positions, 0 % of the smaller one's, fewer than" in apart
+    same, *rest = in_words(shira.compare(one, adapter("same", range(40), 3.0), spectra=False))
+    assert "much the same (cosine 1)" in same and "more than random" in same and "mostly agree" in same
+    assert "leaves 400.0 % of the change of one, and 133.3 % of that of same" in same
+    assert not any("effective rank" in sentence for sentence in rest)
+    nothing, *_ = in_words(shira.compare(one, adapter("nothing", [3], 0.0)))
+    assert nothing == "one or nothing changes nothing, so they have no direction to compare."
+    assert DIRECTION.told().startswith("cosine of the two changes: up to −0.5 “opposed”, up to −0.1 “partly opposed”")
+    for scale in SCALES:  # a word holds up to and with its end, as the page says
+        for (end, word), (_, above) in itertools.pairwise(scale.steps):
+            assert scale.word(end) == word and scale.word(end + 1e-9) == above
+            assert f"{end:g} “{word}”".replace("-", "−") in scale.told()
 
 
 def test_a_report_of_deltas_and_odd_shapes(tmp_path):
@@ -304,7 +346,7 @@ def test_a_report_of_deltas_and_odd_shapes(tmp_path):
     ("line", "code", "words"),
     [
         ("compare 1.safetensors --base base --tensor 2.wight --out r", 1, "no adapter holds a tensor '2.wight'; did you mean"),
-        ("compare 1.safetensors --out r", 1, "pass base="),
+        ("compare 1.safetensors --out r", 1, "pass --base"),
         ("compare none.safetensors --out r", 1, "FileNotFoundError"),
         ("compare 1.safetensors --base nowhere --out r", 1, "DataError: cannot load 'nowhere'"),
         ("compare", 2, "Missing argument"),

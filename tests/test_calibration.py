@@ -283,7 +283,7 @@ def test_calibration_without_batches_inputs_or_labels(tiny_llama):
 
 
 PEAK = r"""
-import re, sys, torch, shira
+import re, sys, torch, shira.masks.selector
 from torch import nn
 what, tokens = sys.argv[1], int(sys.argv[2])
 loss_fn = lambda model, batch: model(batch).float().square().mean()

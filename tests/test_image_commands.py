@@ -96,15 +96,15 @@ def test_wrong_options_are_refused_before_a_pipeline_is_loaded(run, folder, monk
     monkeypatch.setattr("shira.integrations.diffusers_sampling.load_pipeline", None)
     for options, words in {
         "--data dog --mask snap": "unknown mask 'snap'; did you mean 'snip'",
-        "--data dog --density 0": "density must be a finite number above 0",
-        "--data dog --prior-weight 2": "class_data and prior_weight need a class_prompt",
+        "--data dog --density 0": "--density must be a finite number above 0",
+        "--data dog --prior-weight 2": "--class-data and --prior-weight need a --class-prompt",
         "--data dog --schedule liner": "unknown schedule 'liner'; did you mean 'linear'",
-        "--data dog --crop middle": "crop must be one of center, random",
-        "--data dog --mixed-precision fp8": "mixed_precision must be one of no, bf16, fp16",
+        "--data dog --crop middle": "--crop must be one of center, random",
+        "--data dog --mixed-precision fp8": "--mixed-precision must be one of no, bf16, fp16",
         "--data cat": "cat is not a folder of pictures",
         "": "no pictures to train on: give --data, a folder of pictures",
         "--data dog -o none/a.safetensors": "there is no folder none",
-        "--data dog --min-snr 0": "min_snr must be a finite number above 0",
+        "--data dog --min-snr 0": "--min-snr must be a finite number above 0",
     }.items():
         code, _, err = run(f"{LINE} {options}".replace("--density 0.1", "" if "density" in options else "--density 0.1"))
         assert code == 1 and words in " ".join(err.split()), err

@@ -142,7 +142,7 @@ def test_struct_refuses_a_budget_without_room_for_the_diagonal_and_a_row():
         ({"density": float("nan")}, "above 0"),
         ({"rank": 0}, "rank must be from 1 to 3"),
         ({"rank": 4}, "rank must be from 1 to 3"),
-        ({}, "one of them"),
+        ({}, "give one of density=, rank="),
         ({"rank": 1, "density": 0.1}, "one of them"),
     ],
 )

@@ -14,6 +14,9 @@ import shira
 from shira import DataError, cli
 from shira.cli.options import FIELDS
 from shira.cli.options import given as read
+from shira.cli.wording import as_typed
+from shira.data.reading import BUILT_IN
+from shira.fusion.methods import METHODS
 from shira.integrations import transformers as hf
 from shira.runs.options import passed_to
 from shira.runs.recipes import Recipe, load_recipe, save_recipe
@@ -67,16 +70,63 @@ def test_help_shows_every_option(run, monkeypatch):
         assert f"─ {group} ─" in out
 
 
-def test_help_needs_no_extra():
-    code = (
-        "import sys\n"
-        "for name in ('transformers', 'yaml', 'datasets', 'accelerate'): sys.modules[name] = None\n"
-        "sys.argv = ['shira', 'train', '--help']\n"
-        "from shira import cli; cli.main()"
-    )
+def test_help_and_version_need_neither_torch_nor_an_extra():
+    """That is also why they are there in a quarter of a second."""
+    code = """
+import sys
+for name in ("torch", "numpy", "transformers", "yaml", "datasets", "accelerate"): sys.modules[name] = None
+from shira import cli
+for words in (["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)):
+    sys.argv[1:] = words
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert not stop.code, words
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--density" in done.stdout
+    assert done.stdout.startswith(f"shira {shira.__version__}\n")
+    assert done.stdout.count("Usage: shira ") == 1 + len(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "estimate", "fuse", "sample"])
+def test_help_names_what_there_is_and_shows_defaults_as_they_are_typed(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "300")
+    text = re.sub(r"[│\s]+", " ", run(f"{command} --help")[1])
+    words = set(re.findall(r"[\w-]+", text))
+    if "--data" in text:
+        assert BUILT_IN.keys() <= words
+    if "--mask" in text:  # those that need an adapter cannot be named
+        assert {mask.name for mask in shira.masks.available() if mask.options.get("adapter", "") is not None} <= words
+        assert "[default: wm]" in text
+    if "--method" in text and command not in ("train", "estimate"):
+        assert METHODS.keys() <= words
+        assert "[default: sum]" in text and "[default: 0.2]" in text
+    assert "[default: (" not in text and "by default" not in text
+    if command == "train":
+        for shown in ("0.01", "no-pack", "false", "q_proj,k_proj,v_proj,up_proj,down_proj", "the data's", "512"):
+            assert f"[default: {shown}]" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("comparing needs the base: pass base=", "comparing needs the base: pass --base"),
+        ("give the model (base=), or density=0.5, or mask='snip'", "give the model (--base), or --density 0.5, or --mask snip"),
+        ("a.safetensors: layers=[7, 8] are not there", "a.safetensors: --layers 7, 8 are not there"),
+        ("density must be at most 1, found 2", "--density must be at most 1, found 2"),
+        ("tensor 'a': rank must be 1 to 4; mask 'x' is unknown", "tensor 'a': rank must be 1 to 4; mask 'x' is unknown"),
+        ("recipe: density must be at most 1", "--density must be at most 1"),
+        ("recipe: rank must be at most 1", "recipe: rank must be at most 1"),
+        ("recipe: give density or eval_data, not both", "give --density or --eval-data, not both"),
+        ("method 'ties' has no option 'density'; known: 'k'", "method 'ties' has no option --density; known: 'k'"),
+        ("the base must be a model whose density is 1", "the base must be a model whose density is 1"),
+        ("by=snip and functools.partial(f, adapter=…)", "by=snip and functools.partial(f, adapter=…)"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(text, shown):
+    flags = {name: f"--{name.replace('_', '-')}" for name in ("base", "density", "rank", "layers", "eval_data", "mask")}
+    assert as_typed(text, flags, {"density"}) == shown
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -182,24 +232,24 @@ def test_decompose_of_earlier_releases(tmp_path):
     ("options", "words"),
     [
         ("--mask snap", "MaskError: unknown mask 'snap'; did you mean 'snip'"),
-        ("--density 0", "recipe: density must be a finite number above 0 and at most 1, found 0.0"),
-        ("--density 0.1 --rank 4", "MaskError: give density, rank or total, one of them"),
-        ("--rank 0", "recipe: rank must be a whole number from 1 on, found 0"),
-        ("--scope all", "recipe: scope must be one of tensor, model, found 'all'"),
-        ("--floor 0.5", "MaskError: floor=0.5 has a meaning with scope='model' only"),
-        ("--scope model --floor 2", "recipe: floor must be a finite number from 0 on and at most 1, found 2.0"),
+        ("--density 0", ": --density must be a finite number above 0 and at most 1, found 0.0"),
+        ("--density 0.1 --rank 4", "MaskError: give one of them: found --density 0.1 and --rank 4"),
+        ("--rank 0", ": --rank must be a whole number from 1 on, found 0"),
+        ("--scope all", ": --scope must be one of tensor, model, found 'all'"),
+        ("--floor 0.5", "MaskError: --floor 0.5 has a meaning with --scope model only"),
+        ("--scope model --floor 2", ": --floor must be a finite number from 0 on and at most 1, found 2.0"),
         ("--overrides '{\"mlp\": 3}'", "MaskError: tensor 'overrides: mlp': density must be above 0 and at most 1, found 3"),
         ("--avoid none.safetensors", "FileNotFoundError: .*none.safetensors"),
-        ("--method both", "recipe: method must be one of values, hook, found 'both'"),
-        ("--method hook --decompose 4", "recipe: give decompose or method hook, not both"),
-        ("--method hook --stay-near own", "recipe: give method hook or stay_near, not both"),
-        ("--decompose -1", "recipe: decompose must be true or false or a whole number from 1 on, found -1"),
-        ("--decompose 4 --stay-near own", "recipe: give decompose or stay_near, not both"),
-        ("--refresh-every 2 --decompose true", "recipe: give decompose or refresh_every, not both"),
-        ("--refresh-every 2 --stay-near own", "recipe: give refresh_every or stay_near, not both"),
-        ("--refresh-every -1", "recipe: refresh_every must be a whole number from 0 on, found -1"),
-        ("--reach 0", "recipe: reach must be a finite number above 0, found 0.0"),
-        ("--limit 0", "recipe: limit must be a whole number from 1 on, found 0"),
+        ("--method both", ": --method must be one of values, hook, found 'both'"),
+        ("--method hook --decompose 4", ": give --decompose or --method hook, not both"),
+        ("--method hook --stay-near own", ": give --method hook or --stay-near, not both"),
+        ("--decompose -1", ": --decompose must be true or false or a whole number from 1 on, found -1"),
+        ("--decompose 4 --stay-near own", ": give --decompose or --stay-near, not both"),
+        ("--refresh-every 2 --decompose true", ": give --decompose or --refresh-every, not both"),
+        ("--refresh-every 2 --stay-near own", ": give --refresh-every or --stay-near, not both"),
+        ("--refresh-every -1", ": --refresh-every must be a whole number from 0 on, found -1"),
+        ("--reach 0", ": --reach must be a finite number above 0, found 0.0"),
+        ("--limit 0", ": --limit must be a whole number from 1 on, found 0"),
         ("--schedule liner", "DataError: unknown schedule 'liner'; did you mean 'linear'"),
         ("--report-to tensorbord", "DataError: cannot report to 'tensorbord'"),
         ("--eval-data nowhere.jsonl", "DataError: 'nowhere.jsonl' is neither a file nor a built-in task"),

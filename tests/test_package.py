@@ -2,14 +2,17 @@
 
 import ast
 import graphlib
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import shira
+from shira import kernels
 
 SOURCE = Path(shira.__file__).parent
 ARCHITECTURE = Path(__file__).parents[1] / "docs/architecture.md"
@@ -113,6 +116,12 @@ def test_the_exported_names():
         "merge",
     ]
     assert all(hasattr(shira, name) for name in shira.__all__)
+    assert dir(shira) == sorted([*shira.__all__, "__version__"])
+    with pytest.raises(AttributeError, match="module 'shira' has no attribute 'atach'"):
+        shira.atach  # noqa: B018
+    tree = ast.walk(ast.parse(FILES[""].read_text(encoding="utf-8")))
+    typed = {alias.name: node.module or alias.name for node in tree if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert shira.PLACES.items() <= typed.items()  # a type checker finds what is imported
 
 
 def test_every_error_is_a_shira_error_and_in_the_tree():
@@ -124,10 +133,11 @@ def test_every_error_is_a_shira_error_and_in_the_tree():
             assert f"{name} " in tree or f"{name}\n" in tree
 
 
-@pytest.mark.parametrize("module", ["shira", "shira.cli"])
-def test_importing_is_lean(module):
+@pytest.mark.parametrize("names", ["shira", "shira.cli"])
+def test_importing_is_lean(names):
+    """Every public name is used, since a name is imported when it is used."""
     code = (
-        f"import torch, sys; before = set(sys.modules); import {module}; "
+        f"import torch, sys; before = set(sys.modules); import {names}; [getattr(shira, name) for name in shira.__all__]; "
         "loaded = set(sys.modules) - before; "
         "print(*sorted({name.partition('.')[0] for name in loaded} | ({'torch._dynamo'} & loaded)))"
     )
@@ -135,8 +145,36 @@ def test_importing_is_lean(module):
     heavy = {"transformers", "accelerate", "triton", "datasets", "pandas", "matplotlib", "yaml", "gguf", "diffusers", "peft"}
     heavy |= {"torch._dynamo", "sympy"}  # torch's compiler
     assert not heavy & set(loaded)
-    if module == "shira":
+    if names == "shira":
         assert not {"typer", "rich", "xxhash", "jinja2"} & set(loaded)
+
+
+def test_without_the_kernels_in_c_one_warning_says_so(monkeypatch):
+    monkeypatch.setattr(kernels.native, "_native", None)
+    monkeypatch.setattr(kernels.backends, "_told", [])
+    weight, indices = torch.arange(6.0), torch.tensor([1, 4])
+    with kernels.backend("reference"):  # asked for by name
+        kernels.gather(weight, indices)
+    with pytest.warns(kernels.backends.NotCompiled, match="without its kernels in C.*install a C compiler") as given:
+        for _ in range(2):
+            assert kernels.gather(weight, indices).tolist() == [1.0, 4.0]
+    assert len(given) == 1
+
+
+def test_the_documented_calls_are_those_that_mypy_reads():
+    """Those of README.md and docs/, and the public functions and methods of the classes, stand in documented_calls.py."""
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *(root / "docs").rglob("*.md")]
+    blocks = "".join(part for page in pages for part in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
+    here = (root / "tests" / "documented_calls.py").read_text("utf-8")
+    names = r"\b(shira|tuner|switcher|adapters)\.([A-Za-z_]+)\("
+    documented = set(re.findall(names, blocks))
+    documented |= {("shira", name) for name in shira.__all__ if inspect.isfunction(getattr(shira, name))}
+    for variable, kind in {"tuner": shira.Tuner, "switcher": shira.Switcher}.items():
+        documented |= {(variable, name) for name, method in vars(kind).items() if inspect.isfunction(method) and name[0] != "_"}
+    inner = {("tuner", name) for name in ("begin", "masters", "undo")}  # for the package's own use
+    assert len(documented) > 30
+    assert documented - inner <= set(re.findall(names, here))
 
 
 def test_files_stay_short():

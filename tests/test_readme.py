@@ -1,5 +1,6 @@
 """Every command and snippet of README.md, run as it stands, on the real model."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -76,6 +77,20 @@ def test_the_snippet_runs(tmp_path):
     done = subprocess.run([sys.executable, "-W", "error", "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["spam.safetensors"]
+
+
+def test_links_work_on_the_page_of_an_index_too():
+    """`make dist` checks what stands in the wheel."""
+    spec = importlib.util.spec_from_file_location("setup_of_shira", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    text = "[a](docs/a.md#b) ![p](docs/p.png) [c](https://x.org) [d](#d)\n```\n[e](f)\n```\n[g](LICENSE)"
+    plain = "a  [c](https://x.org) [d](#d)\n```\n[e](f)\n```\ng"
+    assert setup.for_an_index(text, None, "1.0") == plain
+    there = "[a](https://h/o/r/blob/v1.0/docs/a.md#b) ![p](https://h/o/r/raw/v1.0/docs/p.png) [c](https://x.org) [d](#d)"
+    linked = setup.for_an_index(text, "https://h/o/r", "1.0")
+    assert linked == f"{there}\n```\n[e](f)\n```\n[g](https://h/o/r/blob/v1.0/LICENSE)"
+    assert "](docs/" in README and "](docs/" not in setup.for_an_index(README, None, "1.0")
 
 
 def anchors(page):

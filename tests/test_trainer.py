@@ -17,6 +17,7 @@ import shira
 from conftest import all_bits, bits, mlp, same_bits
 from shira import BaseMismatch, TuningError
 from shira.integrations.trainer import ADAPTER, ShiraCallback, set_aside
+from shira.training.checkpoint_watch import FullCheckpoint
 from test_distributed import torchrun
 from trainers import STEPS, llama, losses, rows, same_adapter, snip, trainer_of, values
 
@@ -92,6 +93,23 @@ def test_resuming_in_the_same_process(tmp_path, options):
     (one, masters, adapter), (other, resumed, again) = found
     assert len(one) == STEPS and one == other
     assert torch.equal(masters, resumed) and same_adapter(adapter, again)
+
+
+def test_without_the_callback_one_warning_says_that_whole_models_are_saved(tmp_path):
+    """`filterwarnings = error` shows that there is none with the callback, nor if nothing is saved, in the other tests."""
+    model = llama()
+    with snip(model) as tuner:
+        trainer = trainer_of(model, tmp_path, save_steps=1, max_steps=2)
+        with pytest.warns(
+            FullCheckpoint, match=rf"{tuner.nnz:,} entries train.*callbacks=\[ShiraCallback\(tuner\)\]"
+        ) as warned:
+            trainer.train()
+            trainer.save_model(tmp_path / "final")
+        assert len(warned) == 1
+        model.save_pretrained(tmp_path / "own")  # by the user's own wish: nothing to warn of
+    model = llama()
+    with snip(model):
+        trainer_of(model, tmp_path / "none", save_strategy="no", max_steps=1).train()
 
 
 def test_a_checkpoint_holds_no_copy_of_the_base(tmp_path):

@@ -51,6 +51,19 @@ class Adapter:
                     f"{f'tensor {shown(name)}' if isinstance(name, str) else 'name of a tensor'}"
                 )
 
+    def __repr__(self) -> str:
+        """Two lines: how many entries, of what, and the mask and base that are recorded."""
+        name = shown(self.name) if self.name else "without a name"
+        if not isinstance(self.tensors, dict):  # still in a file, of which nothing is read for this
+            return f"<shira.Adapter {name}, {len(self.tensors):,} tensors in an open file>"
+        kinds = " and ".join(sorted({tensor.kind for tensor in self.tensors.values()}))
+        mask, base = ((value if isinstance(value := self.metadata.get(key), dict) else {}) for key in ("mask", "base"))
+        known = [f"{key} {shown(value)}" for key, value in (("mask", mask.get("name")), ("base", base.get("id"))) if value]
+        return (
+            f"<shira.Adapter {name}: {self.nnz:,} entries in {len(self.tensors):,} tensors, {self.density:.2%} of them, "
+            f"{kinds or 'empty'}\n  {', '.join(known) or 'mask and base are not recorded'}>"
+        )
+
     @property
     def nnz(self) -> int:
         """Number of entries that the adapter holds in all tensors."""

@@ -37,15 +37,21 @@ def png(pyplot: Any, figure: Any) -> str:
     return base64.b64encode(data.getvalue()).decode()
 
 
-def _panels(pyplot: Any, count: int, height: float, most: int = 2) -> tuple[Any, list[Any]]:
-    """A figure that a phone can show: at most two panels a row, or three small ones, of given height each."""
+def _panels(pyplot: Any, count: int, height: float, most: int = 2, width: float = 5.4) -> tuple[Any, list[Any]]:
+    """A figure that a phone can show: at most two panels a row, or three small ones, of given height each.
+
+    A last row with fewer panels is centred.
+    """
     across = min(most, count)
     rows = -(-count // across)
-    figure, axes = pyplot.subplots(rows, across, figsize=(5.4, height * rows), layout="constrained", squeeze=False)
-    flat = list(axes.flat)
-    for unused in flat[count:]:
-        unused.set_axis_off()
-    return figure, flat[:count]
+    figure = pyplot.figure(figsize=(width, height * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, 2 * across)
+    axes = []
+    for number in range(count):
+        row, place = divmod(number, across)
+        start = 2 * place + across - min(across, count - row * across)
+        axes.append(figure.add_subplot(grid[row, start : start + 2]))
+    return figure, axes
 
 
 def matrices(pyplot: Any, found: Comparison) -> Any:
@@ -130,8 +136,10 @@ def mask_pictures(pyplot: Any, shape: tuple[int, ...], changes: Mapping[str, Spa
         drawn["two or more" if len(drawn) > 2 else "both"] = where[count > 1]
     images = {name: _cells(shape, indices) for name, indices in drawn.items()}
     down, across = next(iter(images.values())).shape
-    width = 4.4 if len(images) == 1 else 2.3
-    figure, axes = _panels(pyplot, len(images), 0.5 + min(4.5, max(1.0, width * down / across)))
+    alone = len(images) == 1
+    high = min(4.5, max(1.0, (4.4 if alone else 2.3) * down / across))
+    whole = min(5.4, max(3.0, high * across / down + 1.2)) if alone else 5.4  # no wider than what is drawn
+    figure, axes = _panels(pyplot, len(images), 0.5 + high, width=whole)
     most = max(float(image.max()) for image in images.values())
     for axis, (name, image) in zip(axes, images.items(), strict=True):
         shown = axis.imshow((100 * image).numpy(), cmap="magma_r", vmin=0, vmax=max(100 * most, 1e-9), interpolation="nearest")

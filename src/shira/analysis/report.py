@@ -1,5 +1,6 @@
 """A comparison as one HTML page, report.html.j2, with its pictures inside: no script, no other file, nothing fetched."""
 
+import datetime
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -8,10 +9,12 @@ from ..adapter import Adapter
 from ..checkpoints.checkpoint import CheckpointSource
 from ..errors import AdapterError, MissingExtra, did_you_mean
 from ..texts import visible
+from ..version import __version__
 from .comparison import Comparison, deltas
 from .pictures import heat_maps, histograms, mask_pictures, matrices, png, spectra_curves
+from .words import SCALES, in_words
 
-__all__ = ["check_held", "needs_extra", "page", "tables"]
+__all__ = ["check_held", "made", "needs_extra", "page", "tables"]
 
 
 def check_held(adapters: Mapping[str, Adapter], tensor: str) -> None:
@@ -40,10 +43,28 @@ def _visible(value: Any) -> Any:
     return value if hasattr(value, "__html__") else visible(str(value))
 
 
-def page(found: Comparison, adapters: Mapping[str, Adapter], base: CheckpointSource | None, tensor: str | None = None) -> str:
+def made(adapters: Mapping[str, Adapter], base_name: str | None = None) -> dict[str, str]:
+    """The base, the date and the version, for a page or a file. base_name: the base that was given, if one was.
+
+    Otherwise the base is what the adapters record.
+    """
+    recorded = [known for adapter in adapters.values() if isinstance(known := adapter.metadata.get("base"), dict)]
+    named = dict.fromkeys(", ".join(str(value) for value in known.values() if value) for known in recorded)
+    base = base_name or "; ".join(filter(None, named)) or "not recorded"
+    return {"base": base, "date": datetime.date.today().isoformat(), "version": f"shira {__version__}"}
+
+
+def page(
+    found: Comparison,
+    adapters: Mapping[str, Adapter],
+    base: CheckpointSource | None,
+    tensor: str | None = None,
+    base_name: str | None = None,
+) -> str:
     """The whole page.
 
     found: of these adapters. tensor: the one whose mask and spectrum are drawn; the one that changes most, if none is named.
+    base_name: what the page calls the base; by default what the adapters record.
     Raises AdapterError if no adapter holds it; MissingExtra without matplotlib or jinja2.
     """
     pyplot, template = needs_extra()
@@ -60,13 +81,23 @@ def page(found: Comparison, adapters: Mapping[str, Adapter], base: CheckpointSou
     }
     if meetings:
         pictures["matrices"] = png(pyplot, matrices(pyplot, found))
-    tensors = Table("Every tensor", TENSOR_HEAD, list(_tensor_rows(found)))
+    tensors = _without_empty(Table("Every tensor", TENSOR_HEAD, list(_tensor_rows(found))))
     rendered: str = template.render(
-        adapters=found.adapters, about=about, meetings=meetings, tensors=tensors, tensor=tensor, shape=shape, pictures=pictures
+        made=made(adapters, base_name),
+        sentences=in_words(found),
+        scales=[scale.told() for scale in SCALES],
+        adapters=found.adapters,
+        about=about,
+        meetings=meetings,
+        tensors=tensors,
+        tensor=tensor,
+        shape=shape,
+        pictures=pictures,
     )
     return rendered
 
 
+UNKNOWN = "–"
 ADAPTER_HEAD = ["adapter", "mask", "entries", "density", "‖ΔW‖", "effective rank", "LoRA's rank", "LoRA holds"]
 PAIR_HEAD = ["pair", "overlap", "Jaccard", "AWOR", "AWOM", "relative", "cosine", "distance", "conflicts", "their share"]
 
@@ -85,7 +116,7 @@ def tables(found: Comparison, adapters: Mapping[str, Adapter]) -> list[Table]:
     """Of the adapters, and of each two, if there are two."""
     about = []
     for name, change in found.total.changes.items():
-        mask = (adapters[name].metadata.get("mask") or {}).get("name", "–")
+        mask = (adapters[name].metadata.get("mask") or {}).get("name", UNKNOWN)
         density = f"{adapters[name].density:.2%}"
         ranks = [_number(change.effective_rank), _number(change.lora_rank), _share(change.lora_energy)]
         about.append([name, str(mask), f"{change.entries:,}", density, _number(change.l2), *ranks])
@@ -95,7 +126,13 @@ def tables(found: Comparison, adapters: Mapping[str, Adapter]) -> list[Table]:
         norms = [_number(pair.awom), _number(pair.awom_relative), _number(pair.cosine), _number(pair.distance)]
         pairs.append([f"{pair.first}, {pair.second}", *shares, *norms, f"{pair.conflicts:,}", _share(pair.conflict_mass)])
     listed = [Table("What they change", ADAPTER_HEAD, about), Table("Where they meet", PAIR_HEAD, pairs)]
-    return [table for table in listed if table.rows]
+    return [_without_empty(table) for table in listed if table.rows]
+
+
+def _without_empty(table: Table) -> Table:
+    """The table without columns in which nothing is known, as ranks without spectra."""
+    kept = [number for number in range(len(table.head)) if any(row[number] != UNKNOWN for row in table.rows)]
+    return Table(table.title, [table.head[number] for number in kept], [[row[number] for number in kept] for row in table.rows])
 
 
 def _tensor_rows(found: Comparison) -> Iterable[list[str]]:
@@ -107,8 +144,8 @@ def _tensor_rows(found: Comparison) -> Iterable[list[str]]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return UNKNOWN if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    return UNKNOWN if value is None else f"{value:.1%}"

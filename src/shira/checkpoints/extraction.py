@@ -171,7 +171,7 @@ def check_options(
         if number is not None and (type(number) not in (int, float) or not 0 < number <= 1):
             raise MaskError(f"{what} must be above 0 and at most 1, found {described(number)}")
     if density is not None and keep is not None:
-        raise MaskError("density and keep both say how many entries to take; give one of them")
+        raise MaskError(f"density={density} and keep={keep} both say how many entries to take; give one of them")
     for what, text in (("name", name), ("license", license)):
         if text is not None and not isinstance(text, str):
             raise AdapterError(f"{what} must be a text, found {described(text)}")
@@ -278,7 +278,7 @@ def _check_sparse(facts: Mapping[str, Any], changed: int) -> None:
     kept = ", ".join(f"{density:g} keeps {share:.0%}" for density, share in facts["curve"] if density in (0.01, 0.05, 0.2))
     raise CheckpointError(
         f"{changed:,} of {entries:,} entries differ ({changed / entries:.1%}), an exact adapter holds at most {SPARSE:.0%}. "
-        f"Give a density: of the difference's norm {kept}"
+        f"Give the share to take, density=; of the difference's norm {kept}"
         + (f"; {suggested:g} is the least tried that keeps {ENOUGH:.0%}" if suggested else "")
     )
 

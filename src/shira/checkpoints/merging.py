@@ -15,7 +15,7 @@ from ..errors import AdapterError, BaseMismatch, CheckpointError
 from ..files.paths import path_of, temporary_folder
 from ..fusion.combining import combine
 from ..fusion.methods import Method
-from ..fusion.strengths import CheckedStrength, Strength, as_given, check_strengths, given_strengths, strengths_of
+from ..fusion.strengths import CheckedStrength, File, Strength, as_given, check_strengths, given_strengths, strengths_of
 from ..sparse.tensor import FLOAT_DTYPES, SparseTensor, all_finite
 from ..texts import markdown
 from ..weights.belonging import check_base
@@ -32,7 +32,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 
 def merge(
     base: Path_,
-    adapter: Adapter | Path_ | Mapping[str, Strength] | Mapping[str, tuple[Adapter, Strength]],
+    adapter: Adapter | Path_ | Mapping[File, Strength] | Mapping[str, tuple[Adapter, Strength]],
     out: Path_,
     *,
     on_progress: Callable[[float], None] | None = None,
@@ -118,7 +118,7 @@ def _merge(
 
 
 def _in_files(
-    adapter: Adapter | Path_ | Mapping[str, Strength] | Mapping[str, tuple[Adapter, Strength]], files: contextlib.ExitStack
+    adapter: Adapter | Path_ | Mapping[File, Strength] | Mapping[str, tuple[Adapter, Strength]], files: contextlib.ExitStack
 ) -> dict[str, tuple[Adapter, CheckedStrength]]:
     """Label -> (adapter, strength), for each form in which `merge` takes adapters. `files` closes the files that are opened."""
     if isinstance(adapter, Adapter):

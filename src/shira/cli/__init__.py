@@ -1,10 +1,12 @@
 """The `shira` command. Each subcommand is a few lines over the library. A failure prints one line and gives exit code 1."""
 
 import sys
+from typing import Annotated
 
 import typer
 
 from ..errors import ShiraError
+from ..version import __version__
 from . import (
     bench,
     checkout,
@@ -25,35 +27,55 @@ from . import (
     train_image,
 )
 from .output import fail
+from .wording import Command
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="shira",
-    help="Sparse High Rank Adapters: train 1-2 % of a model's own weights, switch in milliseconds.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("train-image")(train_image.train_image)
-app.command("sample")(sample.sample)
-app.command("targets")(targets.targets)
-app.command("estimate")(estimate.estimate)
-app.command("masks")(masks.masks)
-app.command("eval")(evaluate.evaluate)
-app.command("inspect")(inspect.inspect)
-app.command("compare")(compare.compare)
-app.command("fuse")(fuse.fuse)
-app.command("extract")(extract.extract)
-app.command("merge")(merge.merge)
-app.command("convert")(convert.convert)
+COMMANDS = {
+    "demo": demo.demo,
+    "train": train.train,
+    "train-image": train_image.train_image,
+    "sample": sample.sample,
+    "targets": targets.targets,
+    "estimate": estimate.estimate,
+    "masks": masks.masks,
+    "eval": evaluate.evaluate,
+    "inspect": inspect.inspect,
+    "compare": compare.compare,
+    "fuse": fuse.fuse,
+    "extract": extract.extract,
+    "merge": merge.merge,
+    "convert": convert.convert,
+}
 if checkout.has("benchmarks"):
-    app.command("bench")(bench.bench)
+    COMMANDS["bench"] = bench.bench
 if checkout.has("experiments"):
-    app.command("experiment")(experiment.experiment)
+    COMMANDS["experiment"] = experiment.experiment
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and stop, if it was asked for."""
+    if wanted:
+        print(f"shira {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Sparse High Rank Adapters: train 1-2 % of a model's own weights, switch in milliseconds."""
 
 
 def main() -> None:

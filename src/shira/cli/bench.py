@@ -4,7 +4,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from ..errors import MissingExtra, ShiraError
@@ -53,6 +52,8 @@ def bench(
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and what not in ON_A_GPU):
         raise typer.BadParameter(f"{what.value} cannot be measured on {device!r}", param_hint="--device")
+    import torch
+
     if device == "cuda" and not torch.cuda.is_available():
         raise ShiraError("--device cuda needs a GPU that torch can use; here it sees none (torch.cuda.is_available())")
     module = {What.scale: "switch", What.load: "files", What.products: "gpu", What.unet: "train_unet"}.get(what, what.value)

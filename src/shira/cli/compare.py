@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from ..analysis import comparison, report
-from ..checkpoints.checkpoint import CheckpointSource
 from ..data.models import model_path
-from ..files.tensorfiles import write_whole
 from .output import bytes_text, cell, console, print_json, progress, waiting
+
+if TYPE_CHECKING:
+    from ..checkpoints.checkpoint import CheckpointSource
 
 __all__ = ["compare"]
 
@@ -23,7 +23,7 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for index.html and compare.json.", show_default=False)] = None,
     tensor: Annotated[
-        str | None, typer.Option(help="The tensor whose mask and spectrum the page draws (the most changed).")
+        str | None, typer.Option(help="The tensor whose mask and spectrum the page draws.", show_default="the most changed")
     ] = None,
     spectra: Annotated[bool, typer.Option(help="Compute singular values, which takes most of the time.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
@@ -32,6 +32,9 @@ def compare(
 
     Example: shira compare spam.safetensors questions.safetensors --base SmolLM2-135M-Instruct --out report/
     """
+    from ..analysis import comparison, report, words
+    from ..files.tensorfiles import write_whole
+
     loaded = comparison.named(adapters)
     if tensor is not None:
         report.check_held(loaded, tensor)
@@ -42,14 +45,15 @@ def compare(
         found = comparison.compare(
             *loaded.values(), base=tensors, spectra=spectra, on_progress=lambda done, _: update(done, "")
         )
+    facts = {"made": report.made(loaded, base), **found.as_dict()}
     if out is not None:
         with waiting("drawing"):
-            page = report.page(found, loaded, tensors, tensor)
+            page = report.page(found, loaded, tensors, tensor, base)
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "compare.json", json.dumps(found.as_dict()).encode())
+        write_whole(out / "compare.json", json.dumps(facts).encode())
         write_whole(out / "index.html", page.encode())
     if as_json:
-        print_json(found.as_dict())
+        print_json(facts)
         return
     for title, head, rows in report.tables(found, loaded):
         if len(rows) <= 4:  # transposed: long rows of figures do not fit into 80 columns
@@ -58,11 +62,13 @@ def compare(
         for row in rows:
             table.add_row(*map(cell, row))
         console.print(table)
+    for sentence in words.in_words(found):
+        console.print(cell(sentence), highlight=False)
     if out is not None:
         console.print(f"{cell(out / 'index.html')}: {bytes_text(len(page.encode()))}")
 
 
-def _tensors(base: str) -> CheckpointSource:
+def _tensors(base: str) -> "CheckpointSource":
     """The base. A folder of safetensors files is read tensor by tensor, without Transformers; else a model is loaded."""
     folder = Path(model_path(base))
     if any(folder.glob("*.safetensors")):

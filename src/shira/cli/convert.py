@@ -1,17 +1,16 @@
 """shira convert: PEFT's checkpoints and RL trainers' weight patches as adapters, and adapters as these."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..adapter import Adapter, load
-from ..checkpoints.extraction import summary
 from ..data.models import model_path
 from ..errors import AdapterError, CheckpointError, FormatError, did_you_mean
-from ..files.patches import is_patch
-from ..files.suggestions import is_ours
 from .output import bytes_text, cell, console, progress, waiting
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
 
 __all__ = ["convert"]
 
@@ -34,11 +33,11 @@ def convert(
     keep: Annotated[
         float | None, typer.Option(help="Instead, the share of ‖ΔW‖ to keep, with the fewest entries.", show_default=False)
     ] = None,
-    scope: Annotated[str, typer.Option(help="What has the budget: each tensor, or the whole model.")] = "tensor",
+    scope: Annotated[str, typer.Option(help="What has the budget: tensor (each), or model (all together).")] = "tensor",
     positions: Annotated[
         str | None, typer.Option(help="In a weight patch: gap, or raw (int32), which verl takes.", show_default=False)
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The adapter's name; the folder's by default.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(help="The adapter's name.", show_default="the folder's")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter's file that exists.")] = False,
 ) -> None:
     """Convert PEFT's checkpoints: its SHiRA and Super-Tuning exactly; of a LoRA and all that it merges, the largest entries.
@@ -54,6 +53,10 @@ def convert(
     if to == "peft":
         _to_peft(source, output, base, {"--density": density, "--keep": keep, "--name": name})
         return
+    from ..checkpoints.extraction import summary
+    from ..files.patches import is_patch
+    from ..files.suggestions import is_ours
+
     if to != "shira" or is_patch(source):
         for option, value in {"--density": density, "--keep": keep}.items():
             if value is not None:
@@ -114,6 +117,7 @@ def _from_patch(source: Path, output: Path, base: str | None, name: str | None) 
 
 
 def _to_patch(source: Path, output: Path, to: str, positions: str | None, base: str | None) -> None:
+    from ..adapter import load
     from ..integrations import rl_patches
 
     adapter = load(source)
@@ -122,7 +126,7 @@ def _to_patch(source: Path, output: Path, to: str, positions: str | None, base: 
     _report(output, adapter, "")
 
 
-def _report(output: Path, adapter: Adapter, more: str) -> None:
+def _report(output: Path, adapter: "Adapter", more: str) -> None:
     size = bytes_text(output.stat().st_size)
     console.print(f"{cell(output)}: {adapter.nnz:,} entries in {len(adapter.tensors)} tensors, {size}{more}")
 
@@ -133,6 +137,7 @@ def _to_peft(source: Path, output: Path, base: str | None, options: dict[str, ob
         raise AdapterError(f"{given[0]} is for checkpoints of PEFT; leave it out with --to peft")
     if output.suffix == ".safetensors":
         raise CheckpointError(f"PEFT loads a folder, found the name of a file, {output}; use --output {output.with_suffix('')}")
+    from ..adapter import load
     from ..integrations import peft
 
     try:

@@ -6,22 +6,21 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
-from torch import nn
 
-from ..adapter import load
 from ..data.models import SMOLLM2, model_path
-from ..data.tasks import TASKS
 from ..errors import ShiraError
-from ..runs.evaluation import accuracy
 from ..runs.recipes import Recipe, save_recipe, train_adapter
-from ..switching.ready import Selection
-from ..switching.switcher import Switcher
 from .output import bytes_text, console, print_json, progress, waiting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..switching.ready import Selection
+    from ..switching.switcher import Switcher
 
 __all__ = ["demo"]
 
@@ -40,9 +39,14 @@ def demo(
 
     Example: shira demo --output /tmp/shira-demo
     """
+    from ..adapter import load
+    from ..data.tasks import TASKS
+    from ..integrations.transformers import load_model, load_tokenizer
+    from ..runs.evaluation import accuracy
+    from ..switching.switcher import Switcher
+
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    from ..integrations.transformers import load_model, load_tokenizer
 
     with waiting("fetching model and data"):
         model_path(SMOLLM2)
@@ -111,7 +115,7 @@ def switch_milliseconds(use: Callable[[Any], object], wanted: Any, before: Any) 
     return 1e3 * statistics.median(times)
 
 
-def changed_entries(model: nn.Module, switcher: Switcher, selection: Selection) -> int:
+def changed_entries(model: "nn.Module", switcher: "Switcher", selection: "Selection") -> int:
     """The number of the model's weights that differ from the base's, on the live model. Afterwards the selection is active."""
     switcher.use(selection)
     now = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -121,8 +125,10 @@ def changed_entries(model: nn.Module, switcher: Switcher, selection: Selection) 
     return changed
 
 
-def digest(model: nn.Module) -> str:
+def digest(model: "nn.Module") -> str:
     """SHA-256 over the bits of all parameters."""
+    import torch
+
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         sha.update(name.encode())

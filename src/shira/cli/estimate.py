@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..runs.parts import check_mask
 from ..runs.recipes import Recipe
 from .options import given, recipe_options
 from .output import bytes_text, cell, console, print_json, waiting
@@ -32,7 +33,7 @@ def estimate(
     length: Annotated[int, typer.Option(help="Tokens a row.", min=2)] = 512,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Gradient checkpointing.")] = False,
     dropout: Annotated[float, typer.Option(help="With lora: the dropout before it.", min=0, max=1)] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **options: Any,
 ) -> None:
     """Predict the peak memory of a training step with AdamW. No weights are read or created.
@@ -45,6 +46,7 @@ def estimate(
     from ..runs import estimate as library
 
     recipe = Recipe(**given(options))
+    check_mask(recipe)
     config = load_config(model)
     chosen = getattr(torch, recipe.dtype, None) or getattr(config, "dtype", None) or torch.float32  # torch has no "auto"
     with waiting("running a step without data"), warnings.catch_warnings():

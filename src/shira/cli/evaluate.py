@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..adapter import load
-from ..data.reading import examples_of
-from ..data.tasks import Example
+from ..data.commonsense import COMMONSENSE
+from ..data.tasks import TASKS
 from ..errors import DataError
-from ..fusion.strengths import Strength
-from ..runs.evaluation import answered, interval, mcnemar
-from ..switching.switcher import Switcher
 from .fuse import Density, Drop, MethodName, Seed, method_options
 from .output import cell, console, parse_adapter, print_json, progress, waiting
+
+if TYPE_CHECKING:
+    from ..data.tasks import Example
+    from ..fusion.strengths import Strength
 
 __all__ = ["evaluate"]
 
@@ -24,7 +24,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct.")],
     data: Annotated[
         list[str],
-        typer.Option(help="JSONL or Parquet (prompt, choices, label), a data set, or a built-in task: spam, boolq, …"),
+        typer.Option(
+            help="JSONL or Parquet (prompt, choices, label), a data set, or a task: "
+            f"{', '.join([*TASKS, *COMMONSENSE])}. May be given more than once."
+        ),
     ],
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="FILE or FILE=STRENGTH; several are fused.", show_default=False)
@@ -37,10 +40,10 @@ def evaluate(
         bool,
         typer.Option("--harness", help="Let EleutherAI's lm-eval score; a choice of several words then counts by its length."),
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="Use this many examples at most (all).", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    limit: Annotated[int | None, typer.Option(help="Use this many examples at most.", show_default="all", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="The number of answers that are scored at a time.", min=1)] = 32,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy on held-out examples, with a 95 % interval: without adapters and, if adapters are given, with them.
 
@@ -48,7 +51,11 @@ def evaluate(
 
     Example: shira eval SmolLM2-135M-Instruct --data spam -a spam.safetensors -a film.safetensors=0.5 --method mean
     """
+    from ..adapter import load
+    from ..data.reading import examples_of
     from ..integrations.transformers import load_model, load_tokenizer
+    from ..runs.evaluation import answered, mcnemar
+    from ..switching.switcher import Switcher
 
     options = method_options(method, density=density, drop=drop, seed=seed)
     adapters = {path: (load(path), strength) for path, strength in map(parse_adapter, adapter or [])}
@@ -93,11 +100,13 @@ def evaluate(
 
 
 def _cell(share: float, asked: int, p: float | None) -> str:
+    from ..runs.evaluation import interval
+
     low, high = interval(round(share * asked), asked)
     return f"{100 * share:.1f} ({100 * low:.0f}-{100 * high:.0f})" + ("" if p is None else f", p {p:.2g}")
 
 
-def _by_harness(model: Any, tokenizer: Any, examples: Sequence[Example], **options: Any) -> Sequence[bool]:
+def _by_harness(model: Any, tokenizer: Any, examples: "Sequence[Example]", **options: Any) -> Sequence[bool]:
     from ..integrations import lm_eval
 
     (score,) = lm_eval.evaluate(model, tokenizer, [lm_eval.task_of("data", examples)], **options)

@@ -17,7 +17,7 @@ def experiment(
         str, typer.Argument(help="A recipe of experiments/language/recipes, or a YAML file; none lists them.")
     ] = "",
     results: Annotated[
-        Path | None, typer.Option(help="JSON lines to add to (experiments/language/results/NAME.jsonl).", show_default=False)
+        Path | None, typer.Option(help="JSON lines to add to.", show_default="experiments/language/results/NAME.jsonl")
     ] = None,
     only_report: Annotated[bool, typer.Option("--report", help="Run nothing; make the tables of what is there.")] = False,
     again: Annotated[

@@ -6,8 +6,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..adapter import opened
-from ..checkpoints import extraction
 from ..data.models import model_path
 from .output import bytes_text, cell, console, print_json, progress
 
@@ -19,19 +17,17 @@ def extract(
     tuned: Annotated[str, typer.Argument(help="Its fine-tune, in the same form.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's file.")] = Path("extracted.safetensors"),
     density: Annotated[
-        float | None, typer.Option(help="Share of entries to take; without it all that differ, if few do.", show_default=False)
+        float | None, typer.Option(help="Share of entries to take.", show_default="all that differ, if few do")
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Instead, the share of ‖ΔW‖ to keep, with the fewest entries.", show_default=False)
     ] = None,
-    scope: Annotated[str, typer.Option(help="What has the budget: each tensor, or the whole model.")] = "tensor",
+    scope: Annotated[str, typer.Option(help="What has the budget: tensor (each), or model (all together).")] = "tensor",
     kind: Annotated[str, typer.Option(help="overwrite (the tuned values) or delta (the differences).")] = "overwrite",
     targets: Annotated[
-        str | None, typer.Option(help="Names with commas, attention, mlp, or a regex; all by default.", show_default=False)
+        str | None, typer.Option(help="Names with commas, attention, mlp, or a regular expression.", show_default="all")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="The adapter's name; the fine-tune's by default.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="The adapter's name.", show_default="the fine-tune's")] = None,
     license: Annotated[str | None, typer.Option(help="The adapter's licence, for its file.", show_default=False)] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor that differs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, with every tensor.")] = False,
@@ -40,6 +36,9 @@ def extract(
 
     Example: shira extract SmolLM2-135M-Instruct my-fine-tune --density 0.05 -o mine.safetensors
     """
+    from ..adapter import opened
+    from ..checkpoints import extraction
+
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
     names = [part.strip() for part in targets.split(",")] if targets and "," in targets else targets

@@ -2,27 +2,28 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..adapter import opened
 from ..errors import DataError
-from ..fusion import fusing
-from ..fusion.methods import resolve
-from ..fusion.strengths import Strength, check_strengths
 from .output import bytes_text, cell, console, parse_adapter, waiting
+
+if TYPE_CHECKING:
+    from ..fusion.strengths import Strength
 
 __all__ = ["Density", "Drop", "MethodName", "Seed", "fuse", "method_options"]
 
 MethodName = Annotated[str, typer.Option(help="Where they meet: sum, mean, max, ties or dare.")]
-Density = Annotated[float | None, typer.Option(help="ties: the share of each adapter's changes to keep (0.2).")]
-Drop = Annotated[float | None, typer.Option(help="dare: the probability of dropping a change (0.5).")]
-Seed = Annotated[int | None, typer.Option(help="dare: of what is dropped (0).")]
+Density = Annotated[float | None, typer.Option(help="ties: the share of each adapter's changes to keep.", show_default="0.2")]
+Drop = Annotated[float | None, typer.Option(help="dare: the probability of dropping a change.", show_default="0.5")]
+Seed = Annotated[int | None, typer.Option(help="dare: the seed of what is dropped.", show_default="0")]
 
 
 def method_options(method: str, **given: float | None) -> dict[str, float]:
     """The options that were given. Raises AdapterError for an unknown method, or for a wrong option or value."""
+    from ..fusion.methods import resolve
+
     options = {key: value for key, value in given.items() if value is not None}
     resolve(method, options)
     return options
@@ -39,7 +40,7 @@ def fuse(
     base: Annotated[
         str | None, typer.Option(help="The model they were trained on; needed unless all are deltas.", show_default=False)
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The fused adapter's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="The fused adapter's name.", show_default="the names of all, with +")] = None,
     method: MethodName = "sum",
     density: Density = None,
     drop: Drop = None,
@@ -49,6 +50,10 @@ def fuse(
 
     Example: shira fuse spam.safetensors questions.safetensors=0.5 --base SmolLM2-135M-Instruct -o both.safetensors
     """
+    from ..adapter import opened
+    from ..fusion import fusing
+    from ..fusion.strengths import check_strengths
+
     strengths: dict[str | os.PathLike[str], Strength] = {}
     for path, strength in map(parse_adapter, adapters):
         strengths[path] = strength

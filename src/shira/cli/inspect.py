@@ -1,14 +1,15 @@
 """shira inspect: show what an adapter's file holds."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..adapter import Adapter, load
-from ..files.suggestions import adapter_in
 from .output import bytes_text, cell, console, print_json
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
 
 __all__ = ["describe", "inspect"]
 
@@ -22,6 +23,8 @@ def inspect(
 
     Example: shira inspect spam.safetensors --tensors
     """
+    from ..adapter import load
+
     facts = describe(load(file), file)
     if as_json:
         print_json(facts)
@@ -66,11 +69,13 @@ def _listed(settings: dict[str, Any] | None) -> str:
 
 def _files_of(path: Path) -> list[Path]:
     """The files of an adapter: one, also if its folder is given, or those of a weight patch."""
+    from ..files.suggestions import adapter_in
+
     found = adapter_in(path)
     return sorted(found.glob("*.safetensors")) if found.is_dir() else [found]
 
 
-def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
+def describe(adapter: "Adapter", file: Path) -> dict[str, Any]:
     """Everything that is known of an adapter, as values that JSON can hold."""
     tensors = {
         name: {

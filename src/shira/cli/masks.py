@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .. import masks as catalogue
 from .output import console, print_json
 
 __all__ = ["masks"]
@@ -16,6 +15,8 @@ def masks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
 
     Example: shira train SmolLM2-135M-Instruct --data spam --mask block:by=snip,size=8
     """
+    from .. import masks as catalogue
+
     rows = catalogue.available()
     if as_json:
         print_json([row._asdict() for row in rows])

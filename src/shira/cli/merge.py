@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoints import merging
 from ..data.models import model_path
 from ..errors import DataError
 from .output import bytes_text, cell, console, parse_adapter, progress
@@ -22,6 +21,8 @@ def merge(
 
     Example: shira merge SmolLM2-135M-Instruct spam.safetensors questions.safetensors=0.5 -o merged
     """
+    from ..checkpoints import merging
+
     parts = [parse_adapter(text) for text in adapters]
     if len({path for path, _ in parts}) < len(parts):
         raise DataError("one adapter is given twice; give it once, with the sum of its strengths")

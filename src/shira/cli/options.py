@@ -52,10 +52,19 @@ def given(options: dict[str, Any], of: Any = Recipe) -> dict[str, Any]:
     return found
 
 
+def _shown(name: str, usual: Any, parse: Any) -> str:
+    """A default as it would be typed; "" if there is none."""
+    if usual in (None, ""):
+        return ""
+    if isinstance(usual, bool):
+        return str(usual).lower() if parse else f"{'' if usual else 'no-'}{name.replace('_', '-')}"
+    return ",".join(usual) if isinstance(usual, list) else str(usual)
+
+
 def _parameter(name: str, about: Any, kind: Any, usual: Any, default: Any, group: str | None) -> inspect.Parameter:
     """One option of a command. Without a default here it is None if it is not given, since a recipe file may set it."""
     choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
-    shown: Any = default is not None or (usual not in (None, "") and str(usual).strip("[]").replace("'", ""))
+    shown: Any = True if default is not None else about["usual"] or _shown(name, usual, about["parse"]) or False
     take: Any = typer.Argument if name in ("model", "pipeline") else typer.Option
     option = take(help=about["help"], show_default=shown, rich_help_panel=group, metavar=choices)
     read: Any = str if about["parse"] or choices else kind

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -24,8 +24,10 @@ from rich.progress import (
 from rich.text import Text
 
 from ..errors import DataError
-from ..fusion.strengths import Strength
 from ..texts import shown, strict_json, visible
+
+if TYPE_CHECKING:
+    from ..fusion.strengths import Strength
 
 __all__ = ["bytes_text", "cell", "console", "errors", "fail", "parse_adapter", "print_json", "progress", "waiting"]
 
@@ -136,7 +138,7 @@ def bytes_text(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def parse_adapter(text: str) -> tuple[str, Strength]:
+def parse_adapter(text: str) -> "tuple[str, Strength]":
     """'poet.safetensors=0.5' -> ('poet.safetensors', 0.5). Without '=', or if the whole text is a file, the strength is 1.
 
     Instead of a number, a JSON object may map patterns of tensor names to numbers. Raises DataError for anything else.

@@ -6,11 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..adapter import load
-from ..data.grids import grid
-from ..data.pictures import check_pillow
 from ..errors import DataError
-from ..integrations.diffusers import PipelineAdapters
 from .fuse import Density, Drop, MethodName, Seed, method_options
 from .output import cell, console, parse_adapter, progress, waiting
 
@@ -29,11 +25,15 @@ def sample(
     sweep: Annotated[
         str | None, typer.Option(help="Factors on all strengths, with commas: 0,0.5,1,1.25. One column each.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="One column for each seed (4, or 1 with --sweep).", min=1)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="One column for each seed.", show_default="4, or 1 with --sweep", min=1)
+    ] = None,
     first_seed: Annotated[int, typer.Option(help="The first of the seeds.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="The number of denoising steps.", min=1)] = 30,
-    guidance: Annotated[float | None, typer.Option(help="The guidance; by default the pipeline's own.", min=0)] = None,
-    resolution: Annotated[int | None, typer.Option(help="The side in pixels; by default the pipeline's own.", min=8)] = None,
+    guidance: Annotated[float | None, typer.Option(help="The guidance.", show_default="the pipeline's own", min=0)] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="The side in pixels.", show_default="the pipeline's own", min=8)
+    ] = None,
     method: MethodName = "sum",
     density: Density = None,
     drop: Drop = None,
@@ -45,6 +45,11 @@ def sample(
 
     Example: shira sample --pipe pipeline -a bluefire.safetensors -a paintings.safetensors=0.5 -p tiger -p dog --seeds 4
     """
+    from ..adapter import load
+    from ..data.grids import grid
+    from ..data.pictures import check_pillow
+    from ..integrations.diffusers import PipelineAdapters
+
     options = method_options(method, density=density, drop=drop, seed=seed)
     given = [parse_adapter(text) for text in adapter or []]
     strengths = dict(given)

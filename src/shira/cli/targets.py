@@ -1,20 +1,21 @@
 """shira targets: list the weights that training would change."""
 
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Column, Table
 
-from .. import masks
-from ..weights import targets as target_names
 from .options import given, recipe_options
 from .output import cell, console, print_json
+
+if TYPE_CHECKING:
+    from ..weights.targets import Target
 
 __all__ = ["targets"]
 
 
-@recipe_options("exclude", "layers", "density", "rank", targets="all-linear")
+@recipe_options("exclude", "layers", "density", "rank", "total", targets="all-linear")
 def targets(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct; only its config is read.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one entry a tensor.")] = False,
@@ -24,11 +25,13 @@ def targets(
 
     Example: shira targets SmolLM2-135M-Instruct --targets q_proj,v_proj,norm --layers 0-14
     """
+    from .. import masks
     from ..integrations.transformers import skeleton
+    from ..weights.targets import resolve
 
     found = given(options)
     names = {key: found.pop(key) for key in ("exclude", "layers") if key in found}
-    chosen = target_names.resolve(skeleton(model), found.pop("targets"), **names)
+    chosen = resolve(skeleton(model), found.pop("targets"), **names)
     counts = masks.plan({target.name: target.budget_shape for target in chosen}, **(found or {"density": 0.01})).counts
     rows = [_row(target, counts[target.name]) for target in chosen]
     if as_json:
@@ -47,7 +50,7 @@ def targets(
     console.print(f"{len(rows)} tensors, {trained:,} of {entries:,} entries ({trained / entries:.2%})")
 
 
-def _row(target: target_names.Target, trained: int) -> dict[str, Any]:
+def _row(target: "Target", trained: int) -> dict[str, Any]:
     layer = " and ".join(dict.fromkeys(type(module).__name__ for module in target.modules))
     shape = list(target.weight.shape)
     return {"name": target.name, "shape": shape, "layer": layer, "entries": target.weight.numel(), "trained": trained}

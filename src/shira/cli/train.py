@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..files.reading import neighbour
 from ..runs.recipes import check_run, load_recipe, save_recipe, train_adapter
 from .options import given, recipe_options
 from .output import IS_FIRST, bytes_text, cell, console, progress, waiting
@@ -30,6 +29,8 @@ def train(
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
     if like is not None:
+        from ..files.reading import neighbour
+
         neighbour(output, like)  # raises its errors before training
     from ..integrations.transformers import load_model, load_tokenizer
 

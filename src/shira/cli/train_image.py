@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data.grids import grid
 from ..runs.image_recipes import ImageRecipe, check_image_run, load_image_recipe, save_image_recipe
 from ..runs.image_recipes import train_image as trained
 from .options import given, recipe_options
@@ -28,6 +27,7 @@ def train_image(
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
     check_image_run(recipe)
+    from ..data.grids import grid
     from ..integrations.diffusers_sampling import load_pipeline
 
     with waiting("loading the pipeline"):

@@ -22,7 +22,7 @@ from ..weights.distributed import is_sharded
 from ..weights.model_tensors import named_tensors
 from .combining import combine
 from .methods import Method, resolve
-from .strengths import CheckedStrength, Strength, as_given, check_strengths, given_strengths, strengths_of
+from .strengths import CheckedStrength, File, Strength, as_given, check_strengths, given_strengths, strengths_of
 
 __all__ = ["fuse"]
 
@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 
 def fuse(
-    adapters: Mapping[str | os.PathLike[str], Strength] | Mapping[str, tuple[Adapter, Strength]],
+    adapters: Mapping[File, Strength] | Mapping[str, tuple[Adapter, Strength]],
     base: Base | None = None,
     method: str = "sum",
     **options: float,

@@ -1,9 +1,10 @@
 """The strength of an adapter: one number, or one for each tensor by pattern."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..adapter import Adapter
 from ..errors import AdapterError, TargetError
@@ -11,9 +12,10 @@ from ..files.paths import path_of
 from ..texts import described, shown
 from ..weights.targets import by_pattern
 
-__all__ = ["CheckedStrength", "Strength", "as_given", "check_strengths", "given_strengths", "is_there", "strengths_of"]
+__all__ = ["CheckedStrength", "File", "Strength", "as_given", "check_strengths", "given_strengths", "is_there", "strengths_of"]
 
 LARGEST = (2 - 2**-23) * 2.0**127  # the largest float32, because changes are added up in float32
+File = TypeVar("File", bound=str | os.PathLike[str])  # a type checker takes no dict of str for one of str | PathLike
 Strength = float | Mapping[str, float]  # of the whole adapter; or pattern of tensor names -> strength
 CheckedStrength = float | tuple[tuple[str, float], ...]  # the same, checked and hashable
 

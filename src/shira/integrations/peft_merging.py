@@ -65,7 +65,7 @@ def convert(
     if density is None and keep is None:
         raise MaskError(
             f"{where} is a {config['peft_type']}, which changes every entry of its weights: say how many to take, by "
-            "density=0.01 (--density 0.01), or which share of ‖ΔW‖ to keep, by keep=0.9 (--keep 0.9)"
+            "density=0.01, or which share of ‖ΔW‖ to keep, by keep=0.9"
         )
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(CHANGE_THE_BASE):
@@ -116,10 +116,10 @@ def _model(where: Path, config: Mapping[str, Any], base: Base | None) -> tuple[n
         return plain, None
     if not isinstance(given, str | os.PathLike) or not given:
         found = f"found {described(base)}" if base is not None else "and adapter_config.json names none"
-        raise DataError(f"{where}: give the model that it was trained on, base=model (--base), a folder or a hub id; {found}")
+        raise DataError(f"{where}: give the model that it was trained on, base=, a folder or a hub id; {found}")
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
-        raise DataError(f"{where} is for the task {shown(task)}: load its model as for PEFT, and pass it in Python: base=model")
+        raise DataError(f"{where} is for the task {shown(task)}: load its model as for PEFT, and pass the model in Python")
     from .transformers import load_model
 
     return load_model(os.fspath(given)), identity(given) if os.path.exists(given) else os.fspath(given)

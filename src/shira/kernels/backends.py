@@ -1,6 +1,7 @@
 """Which backend runs for which tensors: C on the CPU, Triton on a GPU, torch's operators where these are missing."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -12,12 +13,17 @@ from .cpu import native
 from .gpu import ops as gpu
 from .plan import WritePlan
 
-__all__ = ["BACKENDS", "backend", "backend_for", "backend_of"]
+__all__ = ["BACKENDS", "NotCompiled", "backend", "backend_for", "backend_of"]
 
 BACKENDS: dict[str, Any] = {"reference": reference, "torch": torch_ops}
 if native.available():
     BACKENDS["native"] = native
+_told: list[type[Warning]] = []  # warnings that were given
 _forced: ContextVar[str | None] = ContextVar("shira_backend", default=None)
+
+
+class NotCompiled(UserWarning):
+    """The kernels in C were not built, so torch's operators do their work on the CPU, more slowly."""
 
 
 @contextlib.contextmanager
@@ -35,11 +41,23 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backend_for(*tensors: Tensor) -> Any:
-    """The backend for tensors of one device."""
+    """The backend for tensors of one device. Warns (`NotCompiled`) once in a process where the kernels in C are missing."""
     forced = _forced.get()
     if forced:
         return gpu if forced == "triton" else BACKENDS[forced]
-    return native if native.available(*tensors) else gpu if gpu.available(*tensors) else torch_ops
+    if native.available(*tensors):
+        return native
+    if gpu.available(*tensors):
+        return gpu
+    if not native.built() and not _told and all(tensor.device.type == "cpu" for tensor in tensors):
+        _told.append(NotCompiled)
+        warnings.warn(
+            "shira was installed without its kernels in C, so torch's operators do their work: the results are the same, and "
+            "switching and training are slower; to have the kernels, install a C compiler and then shira again",
+            NotCompiled,
+            stacklevel=3,
+        )
+    return torch_ops
 
 
 def backend_of(plan: WritePlan) -> Any:

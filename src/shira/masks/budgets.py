@@ -46,7 +46,7 @@ def budget(shape: Shape, *, density: float | None = None, rank: int | None = Non
     Raises MaskError unless exactly one is given, 0 < density ≤ 1, rank ≥ 1, and the rank's count fits the tensor.
     """
     if (density is None) == (rank is None):
-        raise MaskError(f"give density or rank, one of them; found density={density}, rank={rank}")
+        raise MaskError(_one_of(density=density, rank=rank))
     numel = math.prod(shape)
     if rank is not None:
         if len(shape) < 2:
@@ -59,6 +59,13 @@ def budget(shape: Shape, *, density: float | None = None, rank: int | None = Non
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < float(density) <= 1:
         raise MaskError(f"density must be above 0 and at most 1, found {density!r}")
     return max(1, round(float(density) * numel))
+
+
+def _one_of(**budgets: float | None) -> str:
+    given = [f"{name}={value}" for name, value in budgets.items() if value is not None]
+    if not given:
+        return f"no budget is given; give one of {', '.join(f'{name}=' for name in budgets)}"
+    return f"give one of them: found {' and '.join(given)}"
 
 
 def plan(
@@ -86,7 +93,7 @@ def plan(
     Raises MaskError, with the numbers, if a budget does not fit.
     """
     if sum(value is not None for value in (density, rank, total)) != 1:
-        raise MaskError(f"give density, rank or total, one of them; found density={density}, rank={rank}, total={total}")
+        raise MaskError(_one_of(density=density, rank=rank, total=total))
     if scope not in ("tensor", "model"):
         raise MaskError(f"scope must be 'tensor' or 'model', found {scope!r}")
     if not isinstance(floor, int | float) or not 0 <= floor <= 1:

@@ -4,18 +4,16 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..adapter import Adapter
-from ..data.pictures import check_pillow, pictures_in
 from ..errors import DataError
-from ..integrations import diffusers_sampling as sampling
-from ..integrations import diffusers_training as training
-from ..integrations.diffusion_losses import Parts
-from ..training.tuning import attach
 from .options import check, option, parse_targets, passed_to
 from .parts import Masked, Run, check_mask
 from .recipes import recipe_of, save_recipe
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..integrations.diffusion_losses import Parts
 
 __all__ = ["ImageRecipe", "check_image_run", "load_image_recipe", "save_image_recipe", "train_image"]
 
@@ -39,7 +37,7 @@ class _Pictures:
     class_data: str | None = option(None, "Pictures of the class. The folder is filled with what the pipeline makes.")
     class_count: int = option(100, "With --class-prompt, so many pictures of the class.", ge=1)
     prior_weight: float = option(1.0, "The weight of the class in the loss.", ge=0)
-    resolution: int | None = option(None, "The side of the square pictures, in pixels; by default the pipeline's own.", ge=8)
+    resolution: int | None = option(None, "The side of the square pictures, in pixels.", usual="the pipeline's own", ge=8)
     crop: Literal["center", "random"] = option("center", "Where longer sides are cropped; random keeps no latents.")
     flip: bool = option(False, "Half of the pictures are mirrored.")
     drop_captions: float = option(0.0, "This share of the captions is left empty, as guidance needs.", ge=0, le=1)
@@ -63,9 +61,7 @@ class _Training:
 class ImageRecipe(Run, _Training, Masked, _Pictures):  # dataclasses take their fields from the last to the first
     """The settings of `shira train-image`, on the command line or in a YAML file. Each option is defined once."""
 
-    density: float | None = option(
-        None, f"Share of each target's entries that train; {DENSITY} by default.", "attach", gt=0, le=1
-    )
+    density: float | None = option(None, "Share of each target's entries that train.", "attach", usual=str(DENSITY), gt=0, le=1)
     targets: str | list[str] = option(
         STYLES,
         "Names with commas, all-linear, attention, auto, or a regular expression. Attention and convolutions by default.",
@@ -75,9 +71,9 @@ class ImageRecipe(Run, _Training, Masked, _Pictures):  # dataclasses take their 
     schedule: str = option("linear", "The learning rate schedule of Diffusers: linear, cosine and others.", "trainer")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The pipeline's dtype. auto: float32.")
     sample_every: int = option(0, "Sample pictures are made each time after this many steps (0: at the end).", ge=0)
-    sample_prompt: list[str] | None = option(None, "What the samples show; captions by default. May be given more than once.")
+    sample_prompt: list[str] | None = option(None, "What the samples show. May be given more than once.", usual="captions")
     sample_steps: int = option(30, "The number of denoising steps of a sample.", ge=1)
-    guidance: float | None = option(None, "The guidance of samples; by default the pipeline's own.", ge=0)
+    guidance: float | None = option(None, "The guidance of samples.", usual="the pipeline's own", ge=0)
 
     def __post_init__(self) -> None:
         check(self)
@@ -100,11 +96,17 @@ def load_image_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Imag
 
 def save_image_recipe(recipe: ImageRecipe, path: str | Path) -> None:
     """Write a recipe as YAML. A comment gives the versions of shira, torch and diffusers."""
+    from ..integrations import diffusers_sampling as sampling
+
     save_recipe(recipe, path, f"diffusers {sampling.version()}")
 
 
 def check_image_run(recipe: ImageRecipe) -> None:
     """Check everything that needs no pipeline, before one is loaded: raise what `train_image` would raise later."""
+    from ..data.pictures import check_pillow, pictures_in
+    from ..integrations import diffusers_sampling as sampling
+    from ..integrations import diffusers_training as training
+
     check_mask(recipe)
     check_pillow()
     pictures_in(recipe.data, recipe.prompt)
@@ -121,7 +123,7 @@ def train_image(
     on_calibration: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, float, float], None] | None = None,
     on_sample: OnSample | None = None,
-) -> Adapter:
+) -> "Adapter":
     """Train one adapter on a pipeline as the recipe says. The pipeline is restored bit for bit, also after an error.
 
     The adapter's tensors have the pipeline's names before their own: "unet.conv_in.weight". The pipeline stays on the device
@@ -130,6 +132,12 @@ def train_image(
     that is read; on_calibration(done, total) after each batch of a calibration; on_step(step, loss, pictures per second) after
     each step; on_sample(title, prompts, images) for the base, each time samples are made, and at the end.
     """
+    from ..data.pictures import pictures_in
+    from ..integrations import diffusers_sampling as sampling
+    from ..integrations import diffusers_training as training
+    from ..integrations.diffusion_losses import Parts
+    from ..training.tuning import attach
+
     parts = Parts(pipe, text_encoders=recipe.train_text_encoder, min_snr=recipe.min_snr)
     pictures = pictures_in(recipe.data, recipe.prompt)
     accelerator = training.accelerator_for(recipe.mixed_precision, recipe.accumulate, unused=recipe.train_text_encoder)
@@ -196,7 +204,7 @@ def _now_and_then(recipe: ImageRecipe, step: int, show: Callable[[str], None]) -
         show(f"step {step}")
 
 
-def _own_resolution(pipe: Any, parts: Parts) -> int:
+def _own_resolution(pipe: Any, parts: "Parts") -> int:
     """The side that the pipeline makes by itself."""
     own = getattr(pipe, "default_sample_size", None) or getattr(pipe, parts.part).config.sample_size
     return int(own if isinstance(own, int) else min(own)) * int(pipe.vae_scale_factor)

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import DataError
 from ..texts import shown
-from ..weights.targets import KEYWORDS
 
 __all__ = ["check", "kinds", "option", "parse_layers", "parse_targets", "passed_to"]
 
@@ -24,15 +23,18 @@ WORDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a finite 
 WORDS |= {list[str]: "a list of names", list[int]: "a list of numbers", dict[str, Any]: "'name: value' pairs"}
 
 
-def option(default: Any, help: str, to: str = "", *, group: str = "", parse: Any = None, **bounds: float) -> Any:
+def option(
+    default: Any, help: str, to: str = "", *, group: str = "", usual: str = "", parse: Any = None, **bounds: float
+) -> Any:
     """A dataclass field that is an option.
 
     to: the receiver of the value: "attach", "trainer" or both. group: the heading of this and the next options in a command's
         help.
+    usual: what holds if the value is None, for the help of a command.
     parse: converts the text of a command line to the value, or raises ValueError. bounds: any of BOUNDS, for numbers.
     """
     limits = [(getattr(operator, name), BOUNDS[name].format(limit), limit) for name, limit in bounds.items()]
-    about = {"help": help, "to": to, "group": group, "parse": parse, "limits": limits}
+    about = {"help": help, "to": to, "group": group, "usual": usual, "parse": parse, "limits": limits}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=about)
     return dataclasses.field(default=default, metadata=about)
@@ -63,6 +65,8 @@ def passed_to(receiver: str, recipe: Any) -> dict[str, Any]:
 
 def parse_targets(text: str) -> str | list[str]:
     """Parse --targets: a plain name, or names with commas, give a list; a keyword or a regular expression gives the text."""
+    from ..weights.targets import KEYWORDS
+
     if text in ("auto", *KEYWORDS) or not re.fullmatch(r"[\w.,\s-]+", text) or ".*" in text:
         return text
     return [part.strip() for part in text.split(",")]

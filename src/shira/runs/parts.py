@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any, Literal
 
-from .. import masks
-from ..adapter import opened
 from ..texts import strict_json
 from .options import option, parse_layers, parse_targets
 
 __all__ = ["Masked", "Run", "check_mask"]
 
+MASKS = "struct, rand, wm, grad, snip, fisher, wanda, lift, block, nm, union, intersection, difference"
 LARGER = (2**31, 2**31)  # a shape larger than that of any matrix
 
 
@@ -17,8 +16,10 @@ LARGER = (2**31, 2**31)  # a shape larger than that of any matrix
 class Masked:
     """Which entries train: mask, budgets and targets."""
 
-    mask: str = option("wm", "The mask: wm, snip, block:by=snip,size=8, …; see `shira masks`.", "attach", group="Mask")
-    density: float | None = option(None, "Share of each target's entries that train; 0.01 by default.", "attach", gt=0, le=1)
+    mask: str = option(
+        "wm", f"The mask: {MASKS}; with options, as block:by=snip,size=8. See `shira masks`.", "attach", group="Mask"
+    )
+    density: float | None = option(None, "Share of each target's entries that train.", "attach", usual="0.01", gt=0, le=1)
     rank: int | None = option(None, "In place of --density: the entries of a LoRA of this rank.", "attach", ge=1)
     total: int | None = option(None, "In place of --density: so many entries in all targets together.", "attach", ge=1)
     scope: Literal["tensor", "model"] = option("tensor", "model ranks the entries of all targets in one list.", "attach")
@@ -46,12 +47,15 @@ class Run:
     warmup: float = option(0.0, "Share of the steps in which the learning rate rises.", "trainer", ge=0, le=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The model's dtype. auto: the checkpoint's.")
     seed: int = option(0, "The seed of the mask and of the order of the examples.", "attach, trainer", ge=0)
-    name: str = option("", "The adapter's name. It is the data's if none is given.", group="Results")
+    name: str = option("", "The adapter's name.", group="Results", usual="the data's")
     license: str | None = option(None, "The adapter's licence. The file holds it.")
 
 
 def check_mask(recipe: Masked) -> None:
     """Check mask, budgets, and the files to avoid before a model is loaded: raise what `attach` would raise later."""
+    from .. import masks
+    from ..adapter import opened
+
     masks.resolve(recipe.mask)
     density = recipe.density or (None if recipe.rank or recipe.total else 0.01)
     masks.plan({"any": LARGER}, density=density, rank=recipe.rank, total=recipe.total, scope=recipe.scope, floor=recipe.floor)

@@ -7,24 +7,22 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-from torch import nn
-
-from ..adapter import Adapter
-from ..data.batches import batches, check_packing
-from ..data.reading import examples_of
-from ..data.tasks import Example
-from ..data.tokens import Row, encode, pack
+from ..data.commonsense import COMMONSENSE
+from ..data.tasks import TASKS
 from ..errors import DataError, MissingExtra, did_you_mean
 from ..files.paths import open_regular, path_of
-from ..files.tensorfiles import write_whole
-from ..integrations import transformers as hf
 from ..texts import shown, strict_json
-from ..training.tuning import attach
 from .options import check, option, parse_targets, passed_to
 from .parts import Masked, Run, check_mask
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..adapter import Adapter
+    from ..data.tasks import Example
+    from ..data.tokens import Row
 
 __all__ = ["Recipe", "check_run", "load_recipe", "read_settings", "recipe_of", "save_recipe", "train_adapter"]
 
@@ -46,11 +44,13 @@ class _Source:
 
     model: str = option("SmolLM2-135M-Instruct", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
     data: str = option(
-        "", "A JSONL, JSON, CSV or Parquet file, a data set (org/name:train), or a task: spam, questions, film.", group="Data"
+        "",
+        f"JSONL, JSON, CSV, Parquet, a data set (org/name:train), or a task: {', '.join([*TASKS, *COMMONSENSE])}.",
+        group="Data",
     )
     eval_data: str | None = option(None, "Held-out data, named as in --data. Its mean loss is taken before and after.")
     eval_share: float = option(0.0, "In place of --eval-data, this share of the data is held out.", ge=0, lt=1)
-    limit: int | None = option(None, "Training uses this many examples at most.", ge=1)
+    limit: int | None = option(None, "Training uses this many examples at most.", usual="all", ge=1)
     max_length: int = option(512, "An example has this many tokens at most.", ge=2)
     pack: bool = option(False, "A row of --max-length tokens holds several examples. A batch then counts rows.")
 
@@ -163,6 +163,10 @@ def recipe_of(kind: type[Kind], path: str | Path | None, given: Mapping[str, Any
 
 def save_recipe(recipe: Masked, path: str | Path, library: str = "") -> None:
     """Write a recipe as YAML. A comment gives the versions of shira, torch and a library, which is transformers by default."""
+    import torch
+
+    from ..files.tensorfiles import write_whole
+    from ..integrations import transformers as hf
     from ..version import __version__
 
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
@@ -176,6 +180,9 @@ def check_run(recipe: Recipe) -> None:
 
     All rows are read that the run will read.
     """
+    from ..data.reading import examples_of
+    from ..integrations import transformers as hf
+
     check_mask(recipe)
     hf.reporters(recipe.report_to)
     hf.check_schedule(recipe.schedule)
@@ -186,20 +193,26 @@ def check_run(recipe: Recipe) -> None:
 
 def train_adapter(
     recipe: Recipe,
-    model: nn.Module,
+    model: "nn.Module",
     tokenizer: Any,
     *,
     on_read: Callable[[int], None] = lambda done: None,
     on_calibration: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, float, float], None] | None = None,
     on_evaluation: Callable[[int, int], None] | None = None,
-) -> Adapter:
+) -> "Adapter":
     """Train one adapter as the recipe says. The model is restored bit for bit, also after an error.
 
     Callbacks: on_read(done) after each example; on_calibration(done, total) after each batch of a calibration, and after each
     token of text that the model writes; on_step(step, loss, tokens per second) after each optimizer step; on_evaluation(done,
     total) after each batch of the held-out data.
     """
+    from ..data.batches import batches, check_packing
+    from ..data.reading import examples_of
+    from ..data.tokens import encode, pack
+    from ..integrations import transformers as hf
+    from ..training.tuning import attach
+
     hf.reporters(recipe.report_to)
     if recipe.pack:
         check_packing(model)
@@ -237,11 +250,13 @@ def train_adapter(
         return tuner.adapter(name, training={"data": data, **summary}, license=recipe.license)
 
 
-def _examples(recipe: Recipe, held_out: bool) -> Iterator[Example]:
+def _examples(recipe: Recipe, held_out: bool) -> "Iterator[Example]":
     """The examples that a recipe trains on, or those that it holds out.
 
     With eval_share, a random number decides for each example; it depends only on the recipe's seed and the example's number.
     """
+    from ..data.reading import examples_of
+
     if held_out and recipe.eval_data:
         yield from examples_of(recipe.eval_data, "test")
         return

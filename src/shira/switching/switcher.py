@@ -23,6 +23,7 @@ from ..errors import AdapterError, ShiraError, SwitchError, did_you_mean
 from ..fusion.strengths import as_given
 from ..kernels import WeightChanged, WritePlan
 from ..sparse.tensor import all_finite
+from ..texts import shown
 from ..weights.distributed import reshard
 from ..weights.model_tensors import ModelTensors, named_tensors, plain_model
 from ..weights.owners import check_free
@@ -35,6 +36,7 @@ from .sources import AdapterSource
 __all__ = ["Switcher"]
 
 AS_IT_IS = contextlib.nullcontext()
+SHOWN = 8  # names in a repr
 
 
 class _State(NamedTuple):
@@ -78,6 +80,19 @@ class Switcher:
         self._state: _State = _State(BASE)
         self._owner = functools.partial(_owner, weakref.ref(self))
         self._now = ModelState(self._model, self._owner)
+
+    def __repr__(self) -> str:
+        """Two lines: what is active, and what is registered. It changes nothing, also after an interrupted switch."""
+        names, chosen = list(self._sources), self._state.chosen
+        known = ", ".join(map(shown, names[:SHOWN])) + f", … ({len(names):,})" * (len(names) > SHOWN)
+        if chosen is None:
+            active = "a switch was interrupted; the next call restores the base"
+        else:
+            used = chosen.strengths[:SHOWN]
+            parts = [shown(name) + f" × {as_given(strength)}" * (strength != 1.0) for name, strength in used]
+            more = f" + … ({len(chosen.strengths):,})" * (len(chosen.strengths) > SHOWN)
+            active = f"{' + '.join(parts)}{more} active" if parts else "the base is active"
+        return f"<shira.Switcher of {type(self._model).__name__}: {active}\n  registered: {known or 'none'}>"
 
     @property
     def names(self) -> list[str]:

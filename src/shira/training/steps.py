@@ -15,6 +15,7 @@ from ..weights.distributed import average_after_backward, check_positions, group
 from ..weights.model_tensors import OWN, Tree
 from ..weights.targets import Target
 from ..weights.undo import Undo, hooks_of, set_hook
+from .checkpoint_watch import CheckpointWatch
 from .following import value_name
 from .layers import install
 from .masters import Masters
@@ -127,6 +128,8 @@ def _leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[st
     set_hook(undo, hooks_of(model, "_load_state_dict_pre_hooks"), model.register_load_state_dict_pre_hook, fill)
     write = functools.partial(_write_all, list(masters.values()))
     set_hook(undo, hooks_of(model, "_state_dict_pre_hooks"), model.register_state_dict_pre_hook, write)
+    watch = CheckpointWatch(sum(each.indices.numel() for each in masters.values()))
+    set_hook(undo, hooks_of(model, "_state_dict_pre_hooks"), model.register_state_dict_pre_hook, watch)
     names = {id(module): name for name, module in model.named_modules()}
     saved = [
         f"{names[id(use.holder)]}.{value_name(use.attribute)}{ending}".lstrip(".")

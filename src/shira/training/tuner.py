@@ -7,6 +7,7 @@ undo steps leaves a state from which the next call continues. The model holds it
 import contextlib
 import functools
 import itertools
+import math
 import os
 import threading
 import weakref
@@ -23,6 +24,7 @@ from ..errors import AdapterError, TuningError
 from ..masks.calibration import LossFn, Progress
 from ..masks.selector import Indices, Selector
 from ..sparse.tensor import Kind, SparseTensor, fingerprint
+from ..texts import shown
 from ..weights.buffers import Buffers
 from ..weights.model_tensors import OWN
 from ..weights.owners import Claim, claim
@@ -125,6 +127,14 @@ class Tuner:
     def attached(self) -> bool:
         """Whether the tuner holds the model: from the end of `attach` to the end of `detach`."""
         return self._stage in (ATTACHED, LEAVING)
+
+    def __repr__(self) -> str:
+        """Two lines: what trains, on which model."""
+        whole = sum(math.prod(shape_of(entry.weight)) for entry in self._entries)
+        what = f"{self.nnz:,} of {whole:,} entries ({self.nnz / max(1, whole):.2%}) in {len(self._entries):,} tensors"
+        mask = shown(self._mask.get("name", "not chosen yet"))
+        base = f", base {shown(self._base.get('id'))}" if self._entries else ""
+        return f"<shira.Tuner {self._stage}: {what}\n  mask {mask}, model {type(self.model).__name__}{base}>"
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters for an optimizer: one float32 tensor [k] for each target.

@@ -20,6 +20,7 @@ from ..plan import Combined, Contribution, UnitedPositions, WeightChanged, Write
 
 __all__ = [
     "available",
+    "built",
     "combine",
     "gather",
     "overwrite_",
@@ -67,9 +68,14 @@ PACK_NS = 0.4
 _rooms = threading.local()
 
 
+def built() -> bool:
+    """Whether the extension was built."""
+    return _native is not None
+
+
 def available(*tensors: Tensor) -> bool:
     """Whether the extension was built and takes these tensors."""
-    return _native is not None and all(tensor.device.type == "cpu" for tensor in tensors)
+    return built() and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:

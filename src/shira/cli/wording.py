@@ -1,0 +1,63 @@
+"""A command whose errors and help show options and defaults as they are typed: `--base`, not `base=`."""
+
+import re
+from typing import Any
+
+from typer.core import TyperCommand
+
+from ..errors import ShiraError
+
+__all__ = ["Command", "as_typed"]
+
+VALUE = r"""'[^']*'|"[^"]*"|\[[^\]]*\]|[\w+-][\w.+-]*"""
+
+
+class Command(TyperCommand):
+    """A command of Typer. Its help shows defaults without brackets, and a ShiraError that leaves it names options as typed."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        for each in self.params:
+            if isinstance(shown := getattr(each, "show_default", None), str):  # Typer would put it in brackets
+                setattr(each, "_get_default_string", lambda shown=shown, **_: shown)  # noqa: B010
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShiraError as error:
+            flags = {each.name: max(each.opts, key=len) for each in self.params if each.name and each.opts[0].startswith("-")}
+            typed = {name for name in flags if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+            error.args = (as_typed(str(error), flags, typed),)
+            raise
+
+
+def as_typed(text: str, flags: dict[str, str], typed: set[str]) -> str:
+    """An error's text with flags in place of the names of arguments.
+
+    flags: name -> flag, {"base": "--base"}. typed: the names that were given on the command line. The others, which the file
+        of a recipe has given, keep their names.
+
+        as_typed("density must be at most 1; or pass base=", flags, {"density"})  # --density must be at most 1; or pass --base
+    """
+    named = "|".join(map(re.escape, flags)) or "(?!)"
+
+    def with_value(found: re.Match[str]) -> str:
+        value = found["value"].strip("'\"[]")
+        return f"{flags[found['name']]} {value}".rstrip()
+
+    def as_flag(found: re.Match[str]) -> str:
+        return flags[found["name"]]
+
+    def if_typed(found: re.Match[str]) -> str:
+        return as_flag(found) if found["name"] in typed else found["name"]
+
+    name = f"(?P<name>{named})"
+    text = re.sub(rf"(?<![\w.'-]){name}=(?P<value>{VALUE}|(?=[\s,;:)]|$))", with_value, text)
+    head, about, rest = re.split(r"( must be|, not both|$)", text, maxsplit=1)
+    plain = head.removeprefix("recipe: ")
+    if plain == head:
+        head = re.sub(rf"(?:(?<=[:;] )|^){name}(?=$| ')", if_typed, head)
+    elif not typed.isdisjoint(re.findall(r"\w+", plain)):
+        head = re.sub(rf"\b{name}\b", as_flag, plain)
+    text, no_option, known = (head + about + rest).partition(" has no option ")
+    return text + no_option + re.sub(rf"'{name}'", as_flag, known)
