@@ -7,6 +7,7 @@ import typer
 from ..errors import ShiraError
 from . import (
     bench,
+    chat,
     checkout,
     compare,
     convert,
@@ -16,6 +17,7 @@ from . import (
     experiment,
     extract,
     fuse,
+    generate,
     inspect,
     masks,
     merge,
@@ -43,6 +45,8 @@ app.command("sample")(sample.sample)
 app.command("targets")(targets.targets)
 app.command("estimate")(estimate.estimate)
 app.command("masks")(masks.masks)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from ..adapter import opened
-from ..errors import DataError
 from ..fusion import fusing
 from ..fusion.methods import resolve
 from ..fusion.strengths import Strength, check_strengths
-from .output import bytes_text, cell, console, parse_adapter, waiting
+from .adapters import given_adapters
+from .output import bytes_text, cell, console, waiting
 
 __all__ = ["Density", "Drop", "MethodName", "Seed", "fuse", "method_options"]
 
@@ -49,13 +49,9 @@ def fuse(
 
     Example: shira fuse spam.safetensors questions.safetensors=0.5 --base SmolLM2-135M-Instruct -o both.safetensors
     """
-    strengths: dict[str | os.PathLike[str], Strength] = {}
-    for path, strength in map(parse_adapter, adapters):
-        strengths[path] = strength
-    if len(strengths) < len(adapters):
-        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
+    strengths: dict[str | os.PathLike[str], Strength] = dict(given_adapters(adapters).items())
     options = method_options(method, density=density, drop=drop, seed=seed)  # errors come before the model is loaded
-    check_strengths({str(path): strength for path, strength in strengths.items()})
+    check_strengths({str(file): strength for file, strength in strengths.items()})
     recorded = set()
     for file in strengths:
         with opened(file) as adapter:

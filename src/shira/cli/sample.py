@@ -11,8 +11,9 @@ from ..data.grids import grid
 from ..data.pictures import check_pillow
 from ..errors import DataError
 from ..integrations.diffusers import PipelineAdapters
+from .adapters import given_adapters
 from .fuse import Density, Drop, MethodName, Seed, method_options
-from .output import cell, console, parse_adapter, progress, waiting
+from .output import cell, console, progress, waiting
 
 __all__ = ["sample"]
 
@@ -46,10 +47,7 @@ def sample(
     Example: shira sample --pipe pipeline -a bluefire.safetensors -a paintings.safetensors=0.5 -p tiger -p dog --seeds 4
     """
     options = method_options(method, density=density, drop=drop, seed=seed)
-    given = [parse_adapter(text) for text in adapter or []]
-    strengths = dict(given)
-    if len(strengths) < len(given):
-        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
+    strengths = given_adapters(adapter or [])
     factors = _factors(sweep)
     for path in strengths:
         load(path)  # what is wrong with it should be known before a pipeline is loaded
