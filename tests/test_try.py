@@ -340,7 +340,7 @@ def test_eval_prints_a_table_of_each_kind(run, home):
     assert code == 0, err
     assert re.search(r"accuracy, %\s.*\n.*\n.*active.*questions.jsonl \(4\)", out)
     assert "mean loss of a token, nats" in out and re.search(r"base +│ [\d.]+ \(perplexity [\d.]+\) ", out)
-    assert re.search(r"poet.safetensors │ [\d.]+ \(perplexity [\d.e+]+\), [+-][\d.]+ ± [\d.]+", out)
+    assert re.search(r"poet.safetensors │ [\d.]+ \(perplexity [\d.e+]+\) +│\n│ +│ change [+-][\d.]+ ± [\d.]+ ", out)
     assert "texts.jsonl: 3 examples lost their beginning (--max-length)" in out
     assert "base: texts.jsonl: " in err and "reading the data: 8" not in err
 
@@ -365,17 +365,26 @@ def test_losses_of_rows_do_not_depend_on_the_batch(tiny_llama):
     assert tiny_llama.training
 
 
-def test_the_page_on_trying(run, home, monkeypatch):
-    """docs/try.md: its commands run, on a tiny model under the name of the real one."""
+def test_the_page_on_trying(run, live, monkeypatch):
+    """docs/try.md: its data are read, its snippet and its commands run, on a tiny model under the name of the real one."""
     page = (Path(__file__).parents[1] / "docs" / "try.md").read_text(encoding="utf-8")
     shutil.copytree("model", "SmolLM2")
+    (texts, predictions) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    Path("texts.jsonl").write_text(texts)
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(snippet, {"model": live[0], "tokenizer": live[1]})
     commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     assert len(commands) >= 8
     for command in commands:
         given, _, line = command.rpartition("shira ")
         assert re.fullmatch(r"(echo '[^']*' \| )?", given), command
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(re.findall("'(.*)'", given))))
-        for built_in in re.findall(r"--data (spam|questions)\b", line):
-            line = line.replace(f"--data {built_in}", "--data questions.jsonl")
+        line = re.sub(r"--data (spam|questions)\b", "--data questions.jsonl", line)
         code, _, err = run(line.replace("SmolLM2-135M-Instruct", "SmolLM2"))
         assert code == 0, f"{command}: {err}"
+    told = [json.loads(line) for line in predictions.splitlines()]
+    (found, *_) = map(json.loads, Path("spam-out.jsonl").read_text().splitlines())
+    assert found.keys() == told[0].keys() and found["adapted"].keys() == told[0]["adapted"].keys()
+    assert run("eval model --data texts.jsonl -a coder --predictions texts-out.jsonl")[0] == 0
+    found = json.loads(Path("texts-out.jsonl").read_text().splitlines()[1])
+    assert found.keys() == told[1].keys() and found["adapted"].keys() == told[1]["adapted"].keys()

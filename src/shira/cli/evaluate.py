@@ -42,15 +42,13 @@ def evaluate(
         Path | None, typer.Option(help="A new file, out.jsonl: what was asked, expected and found, one line for each example.")
     ] = None,
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure held-out examples without adapters and, if adapters are given, with them.
 
-    Where every example has choices: accuracy with its 95 % interval. p is the probability of so large a difference from the
-    base by chance (McNemar's exact test, on the same questions).
+    Where every example has choices: accuracy with its 95 % interval; p is McNemar's exact test against the base.
 
-    Elsewhere: the mean loss of each token that training would count, in nats, its change from the base with a 95 % interval,
-    and the perplexity, e to the power of the loss.
+    Other data: the mean loss of a token in nats, its change from the base with a 95 % interval, and perplexity, e^loss.
 
     Example: shira eval SmolLM2-135M-Instruct --data spam -a spam.safetensors -a film.safetensors=0.5 --method mean
     """
@@ -88,7 +86,7 @@ def evaluate(
         switcher.use(selection, method, **options)
         for each in found:
             total = sum(len(example.choices) for example in each.examples) if harness else each.total
-            with progress(f"{labels[state]}: {each.name}"[-28:], total) as update:
+            with progress(f"{state}: {each.name}"[:28], total) as update:
                 outcomes[each.name][state] = measure(
                     loaded, tokenizer, each, batch_size=batch_size, score=_by_harness if harness else None, on_progress=update
                 )
@@ -147,7 +145,7 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 
 def _loss(row: dict[str, Any]) -> str:
-    change = f", {row['change']:+.3f} ± {row['change_95']:.3f}" if "change" in row else ""
+    change = f"\nchange {row['change']:+.3f} ± {row['change_95']:.3f}" if "change" in row else ""
     return f"{row['loss']:.3f} (perplexity {row['perplexity']:.4g}){change}"
 
 

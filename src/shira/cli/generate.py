@@ -19,7 +19,9 @@ __all__ = ["MaxNewTokens", "Sampled", "System", "Temperature", "generate"]
 MaxNewTokens = Annotated[int, typer.Option(help="An answer has this many tokens at most.", min=1)]
 Temperature = Annotated[
     float | None,
-    typer.Option(help="0: always the most probable token. Above 0: tokens are drawn. (The model's own settings.)", min=0),
+    typer.Option(
+        help="0: always the most probable token. Above 0: tokens are drawn.", show_default="the model's own settings", min=0
+    ),
 ]
 Sampled = Annotated[int, typer.Option("--seed", help="Of tokens that are drawn, and of what --method dare drops.", min=0)]
 System = Annotated[str, typer.Option(help="A system prompt for the chat template.", show_default=False)]
