@@ -345,6 +345,19 @@ def test_eval_prints_a_table_of_each_kind(run, home):
     assert "base: texts.jsonl: " in err and "reading the data: 8" not in err
 
 
+def test_what_has_no_number_is_null_in_json(run, home):
+    """One example has no interval, and an example without a token that counts has no loss."""
+    Path("one.jsonl").write_text('{"prompt": "ab", "completion": "c"}\n{"text": ""}\n')
+    code, out, err = run("eval model --data one.jsonl -a coder --predictions out.jsonl --json")
+    assert code == 0, err
+    (_, adapted) = json.loads(out, parse_constant=pytest.fail)["results"]
+    assert adapted["change_95"] is None and adapted["tokens"] == 2 and adapted["change"] != 0
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in Path("out.jsonl").read_text().splitlines()]
+    assert lines[1]["base"] == lines[1]["adapted"] == {"loss": None, "tokens": 0}
+    out = run("eval model --data one.jsonl -a coder")[1]
+    assert "one.jsonl: 1 examples have no token that counts: left out" in out and "±" not in out and "change " in out
+
+
 def test_the_change_of_a_loss_has_the_usual_interval_where_examples_are_alike():
     """With one token each: the mean of the differences, 1.96 standard errors wide."""
     generator = torch.Generator().manual_seed(0)

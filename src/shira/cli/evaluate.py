@@ -1,5 +1,6 @@
 """shira eval: measure a model with and without adapters: accuracy, or the loss."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from ..errors import DataError
 from ..files.tensorfiles import write_whole
 from ..fusion.strengths import Strength
 from ..runs.live import check_files, load_live
+from ..runs.measuring import Measured, finite, measure, prediction_lines, read, summary
 from .adapters import Adapters, given_adapters
 from .fuse import Density, Drop, MethodName, Seed, method_options
 from .options import Dtype
@@ -65,7 +67,6 @@ def evaluate(
 
         lm_eval.check_installed()
     from ..integrations.transformers import load_tokenizer
-    from ..runs.measuring import measure, prediction_lines, read, summary
 
     tokenizer = load_tokenizer(model)
     with progress("reading the data", None) as update:
@@ -100,8 +101,22 @@ def evaluate(
         lines = [line for each in found for line in prediction_lines(each, outcomes[each.name])]
         write_whole(predictions, ("\n".join(lines) + "\n").encode())
     if as_json:
-        print_json({"model": model, "method": switcher.method, "results": results})
+        print_json({"model": model, "method": switcher.method, "results": list(map(finite, results))})
         return
+    _print(results, found, method)
+    if predictions is not None:
+        console.print(f"{cell(predictions)}: {len(lines):,} examples", highlight=False)
+
+
+def _check_new(path: Path) -> None:
+    """Raise an OSError unless a file of this name can be made."""
+    if path.exists():
+        raise FileExistsError(f"--predictions: {path} exists already; give another name, or remove it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to save the predictions in; make it first")
+
+
+def _print(results: Sequence[dict[str, Any]], found: Sequence[Measured], method: str) -> None:
     fused = "" if method == "sum" else f"; fused by {method}"
     _print_table(f"accuracy, %{fused}", [row for row in results if "accuracy" in row], _accuracy)
     _print_table(f"mean loss of a token, nats{fused}", [row for row in results if "loss" in row], _loss)
@@ -114,16 +129,6 @@ def evaluate(
             console.print(
                 f"{cell(each.name)}: {each.rows.shortened:,} examples lost their beginning (--max-length)", highlight=False
             )
-    if predictions is not None:
-        console.print(f"{cell(predictions)}: {len(lines):,} examples", highlight=False)
-
-
-def _check_new(path: Path) -> None:
-    """Raise an OSError unless a file of this name can be made."""
-    if path.exists():
-        raise FileExistsError(f"--predictions: {path} exists already; give another name, or remove it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to save the predictions in; make it first")
 
 
 def _print_table(title: str, results: Sequence[dict[str, Any]], told: Callable[[dict[str, Any]], str]) -> None:
@@ -145,8 +150,9 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 
 def _loss(row: dict[str, Any]) -> str:
-    change = f"\nchange {row['change']:+.3f} ± {row['change_95']:.3f}" if "change" in row else ""
-    return f"{row['loss']:.3f} (perplexity {row['perplexity']:.4g}){change}"
+    change = f"\nchange {row['change']:+.3f}" if "change" in row else ""
+    interval = f" ± {row['change_95']:.3f}" if change and math.isfinite(row["change_95"]) else ""
+    return f"{row['loss']:.3f} (perplexity {row['perplexity']:.4g}){change}{interval}"
 
 
 def _by_harness(model: Any, tokenizer: Any, examples: Sequence[Example], **options: Any) -> Sequence[bool]:

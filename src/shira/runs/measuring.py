@@ -15,9 +15,9 @@ from ..data.tasks import Example
 from ..data.tokens import Rows, encode
 from .evaluation import interval, mcnemar, paired_change, predicted
 
-__all__ = ["Measured", "Outcome", "measure", "prediction_lines", "read", "summary"]
+__all__ = ["Measured", "Outcome", "finite", "measure", "prediction_lines", "read", "summary"]
 
-Outcome = dict[str, Any]  # of one example: "predicted" and "correct"; or "loss" and "tokens"
+Outcome = dict[str, Any]  # of one example: "predicted" and "correct"; or "loss" (nan without tokens) and "tokens"
 Score = Callable[..., Sequence[bool]]  # (model, tokenizer, examples, batch_size=, on_progress=) -> which are answered correctly
 
 
@@ -77,7 +77,9 @@ def measure(
         for number, (loss, count) in zip(data.rows.examples.tolist(), found, strict=True):
             sums[number] += loss
             counts[number] += count
-        return [{"loss": loss / max(1, count), "tokens": count} for loss, count in zip(sums, counts, strict=True)]
+        return [
+            {"loss": loss / count if count else math.nan, "tokens": count} for loss, count in zip(sums, counts, strict=True)
+        ]
     options: dict[str, Any] = {"batch_size": batch_size, "on_progress": on_progress}
     if score is not None:
         return [{"correct": right} for right in score(model, tokenizer, data.examples, **options)]
@@ -92,7 +94,8 @@ def summary(found: Sequence[Outcome], base: Sequence[Outcome] | None = None) -> 
     """What the outcomes of all examples say together, and how far they are from the base's.
 
     {"accuracy", "interval" (95 %), "p" (McNemar)}, accuracies from 0 to 1; or {"loss" (the mean of all tokens that count, in
-    nats), "perplexity" (e to that power), "tokens", "change" (of the loss), "change_95" (half of its 95 % interval)}.
+    nats), "perplexity" (e to that power), "tokens", "change" (of the loss), "change_95" (half of its 95 % interval, nan for one
+    example)}.
     """
     if "correct" in found[0]:
         right = [outcome["correct"] for outcome in found]
@@ -111,6 +114,11 @@ def _sums(found: Sequence[Outcome]) -> list[tuple[float, int]]:
     return [(outcome["loss"] * outcome["tokens"], outcome["tokens"]) for outcome in found if outcome["tokens"]]
 
 
+def finite(outcome: Outcome) -> Outcome:
+    """The same for JSON, which has no infinity and no nan: None in their place."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in outcome.items()}
+
+
 def prediction_lines(data: Measured, found: Mapping[str, Sequence[Outcome]]) -> Iterator[str]:
     """One JSON line for each example: what was asked and expected, and what came out in each state ("base", "adapted")."""
     for number, example in enumerate(data.examples):
@@ -124,4 +132,4 @@ def prediction_lines(data: Measured, found: Mapping[str, Sequence[Outcome]]) -> 
             line["prompt"], line["expected"] = example.messages[: example.first], example.messages[example.first :]
         if example.choices:
             line["choices"] = example.choices
-        yield json.dumps(line | {state: outcomes[number] for state, outcomes in found.items()}, ensure_ascii=False)
+        yield json.dumps(line | {state: finite(outcomes[number]) for state, outcomes in found.items()}, ensure_ascii=False)
