@@ -31,9 +31,9 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of tokens that are drawn. Each answer begins with it.", min=0)] = 0,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk to a model. Lines come from the standard input; /use, /base, /adapters, /reset, /help and /quit are commands.
+    """Talk to a model, and switch its adapters meanwhile.
 
-    /use poet=1 coder=0.5 switches the live model to these adapters, by the names of their files, and prints the time.
+    Lines come from the standard input. /use poet=1 coder=0.5 switches to these adapters and prints the time; /help tells more.
 
     Example: shira chat SmolLM2-135M-Instruct -a spam.safetensors -a quiz=questions.safetensors
     """

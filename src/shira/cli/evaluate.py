@@ -69,12 +69,12 @@ def evaluate(
     from ..integrations.transformers import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    with progress("reading the data", None) as update:
-
-        def on_read(done: int) -> None:
-            update(done, "examples")
-
-        found = [read(name, tokenizer, limit=limit, max_length=max_length, on_read=on_read) for name in data]
+    found = []
+    for name in data:
+        with progress(f"reading {name}"[:28], None) as update:
+            found.append(
+                read(name, tokenizer, limit=limit, max_length=max_length, on_read=lambda done: update(done, "examples"))  # noqa: B023
+            )
     for each in found:
         if harness and each.rows is not None:
             raise DataError(f"--harness asks questions: {each.name} needs 'choices' and 'label' in every example")

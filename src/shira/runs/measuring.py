@@ -45,7 +45,8 @@ def read(
 ) -> Measured:
     """Data as `shira train` takes them, of a built-in task the held-out examples, ready to be measured on.
 
-    on_read(done) is called after each example. Raises what `data.reading.examples_of` and `data.tokens.encode` raise.
+    on_read(done) is called after each example that is read, and again after each that is encoded.
+    Raises what `data.reading.examples_of` and `data.tokens.encode` raise.
     """
     examples = []
     for done, example in enumerate(itertools.islice(examples_of(name, "test"), limit), start=1):
@@ -53,7 +54,7 @@ def read(
         on_read(done)
     if all(example.choices for example in examples):
         return Measured(name, examples, None)
-    return Measured(name, examples, encode(tokenizer, examples, max_length))
+    return Measured(name, examples, encode(tokenizer, examples, max_length, on_read=on_read))
 
 
 def measure(
