@@ -51,8 +51,8 @@ def test_train_inspect_eval_fuse(run, folder):
 
     code, out, _ = run("eval model --data sums.jsonl -a sums.safetensors -a text.safetensors=0.5 --json")
     result = json.loads(out)
-    assert [row["active"] for row in result["accuracy"]] == ["base", "sums.safetensors + text.safetensors=0.5"]
-    assert result["examples"] == {"sums.jsonl": 36}
+    assert [row["active"] for row in result["results"]] == ["base", "sums.safetensors + text.safetensors=0.5"]
+    assert {(row["data"], row["examples"]) for row in result["results"]} == {("sums.jsonl", 36)}
     code, out, _ = run("eval model --data sums.jsonl --limit 5")
     assert code == 0 and "sums.jsonl (5)" in out
 
@@ -200,7 +200,7 @@ def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, 
         ("train model --data sums.jsonl --eval-share 1", 1, "DataError: --eval-share must be .* from 0 on and below 1"),
         ("train model --data sums.jsonl --eval-share 0.1 --eval-data a", 1, "DataError: give --eval-data or --eval-share"),
         ("train model --data no/such:train", 1, "DataError: cannot load the data set 'no/such:train'"),
-        ("eval model --data text.jsonl", 1, "DataError: .*'choices' and 'label'"),
+        ("eval model --data text.jsonl --harness", 1, "DataError: --harness asks questions: text.jsonl needs 'choices'"),
         (
             "eval model --data sums.jsonl -a a.safetensors=x",
             1,
@@ -248,7 +248,7 @@ def test_eval_fuses_by_any_method(run, folder):
         code, out, err = run(f"eval model --data sums.jsonl {options} --json")
         assert code == 0, err
         result = json.loads(out)
-        return [row["sums.jsonl"] for row in result["accuracy"]], result["method"]
+        return [row["accuracy"] for row in result["results"]], result["method"]
 
     given = " ".join(f"-a {adapter}" for adapter in both.split())
     (base, fused), _ = accuracies("-a fused.safetensors")
@@ -272,7 +272,9 @@ def test_an_adapter_of_another_model_is_refused(run, folder, tiny_llama):
         assert re.search("BaseMismatch: '?a.safetensors'? does not belong to this model", err)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "estimate", "eval", "inspect", "fuse", "extract", "merge", "bench"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "train", "estimate", "eval", "generate", "chat", "inspect", "fuse", "extract", "merge", "bench"]
+)
 def test_help_shows_an_example(run, command):
     code, out, _ = run(f"{command} --help")
     assert code == 0

@@ -37,6 +37,7 @@ def test_packing_loses_nothing_and_fills_rows(sizes, length):
     rows = Rows(
         encode(letter_tokenizer(), [Example("", "a" * (sum(sizes) + 9))], 500).tokens[: sum(sizes)],
         torch.tensor(sizes).cumsum(0).tolist(),
+        range(len(sizes)),
     )
     rows.tokens = rows.tokens.copy()
     rows.tokens["id"] = tokens

@@ -9,6 +9,7 @@ from ..errors import ShiraError
 from ..version import __version__
 from . import (
     bench,
+    chat,
     checkout,
     compare,
     convert,
@@ -18,6 +19,7 @@ from . import (
     experiment,
     extract,
     fuse,
+    generate,
     inspect,
     masks,
     merge,
@@ -46,6 +48,8 @@ COMMANDS = {
     "targets": targets.targets,
     "estimate": estimate.estimate,
     "masks": masks.masks,
+    "generate": generate.generate,
+    "chat": chat.chat,
     "eval": evaluate.evaluate,
     "inspect": inspect.inspect,
     "compare": compare.compare,

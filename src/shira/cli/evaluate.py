@@ -1,7 +1,8 @@
-"""shira eval: measure accuracy with and without adapters."""
+"""shira eval: measure a model with and without adapters: accuracy, or the loss."""
 
-from collections.abc import Sequence
-from itertools import islice
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,12 +11,15 @@ from rich.table import Table
 from ..data.commonsense import COMMONSENSE
 from ..data.tasks import TASKS
 from ..errors import DataError
+from .adapters import Adapters, given_adapters
 from .fuse import Density, Drop, MethodName, Seed, method_options
-from .output import cell, console, parse_adapter, print_json, progress, waiting
+from .options import Dtype
+from .output import cell, console, print_json, progress, waiting
 
 if TYPE_CHECKING:
     from ..data.tasks import Example
     from ..fusion.strengths import Strength
+    from ..runs.measuring import Measured
 
 __all__ = ["evaluate"]
 
@@ -25,13 +29,11 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Option(
-            help="JSONL or Parquet (prompt, choices, label), a data set, or a task: "
+            help="Anything that `shira train --data` takes, or a built-in task: "
             f"{', '.join([*TASKS, *COMMONSENSE])}. May be given more than once."
         ),
     ],
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="FILE or FILE=STRENGTH; several are fused.", show_default=False)
-    ] = None,
+    adapter: Adapters = None,
     method: MethodName = "sum",
     density: Density = None,
     drop: Drop = None,
@@ -41,69 +43,128 @@ def evaluate(
         typer.Option("--harness", help="Let EleutherAI's lm-eval score; a choice of several words then counts by its length."),
     ] = False,
     limit: Annotated[int | None, typer.Option(help="Use this many examples at most.", show_default="all", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="The number of answers that are scored at a time.", min=1)] = 32,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_length: Annotated[int, typer.Option(help="For losses, an example has this many tokens at most.", min=2)] = 512,
+    batch_size: Annotated[int, typer.Option(help="The number of examples or answers that are scored at a time.", min=1)] = 32,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help="A new file, out.jsonl: what was asked, expected and found, one line for each example.", show_default=False
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure accuracy on held-out examples, with a 95 % interval: without adapters and, if adapters are given, with them.
+    """Measure held-out examples without adapters and, if adapters are given, with them.
 
-    p: the probability of so large a difference from the base by chance (McNemar's exact test, on the same questions).
+    Where every example has choices: accuracy with its 95 % interval; p is McNemar's exact test against the base.
+
+    Other data: the mean loss of a token in nats, its change from the base with a 95 % interval, and perplexity, e^loss.
 
     Example: shira eval SmolLM2-135M-Instruct --data spam -a spam.safetensors -a film.safetensors=0.5 --method mean
     """
-    from ..adapter import load
-    from ..data.reading import examples_of
-    from ..integrations.transformers import load_model, load_tokenizer
-    from ..runs.evaluation import answered, mcnemar
-    from ..switching.switcher import Switcher
+    from ..files.tensorfiles import write_whole
+    from ..runs.live import check_files, load_live
+    from ..runs.measuring import finite, measure, prediction_lines, read, summary
 
     options = method_options(method, density=density, drop=drop, seed=seed)
-    adapters = {path: (load(path), strength) for path, strength in map(parse_adapter, adapter or [])}
-    if len(adapters) < len(adapter or []):
-        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
-    examples = {name: list(islice(examples_of(name, "test"), limit)) for name in data}
+    strengths = given_adapters(adapter or [])
+    files = {file: file for file in strengths}
+    check_files(files, strengths)
+    if len(set(data)) < len(data):
+        raise DataError("--data: the same data are given twice")
+    if predictions is not None:
+        _check_new(predictions)
+    if harness:
+        from ..integrations import lm_eval
+
+        lm_eval.check_installed()
+    from ..integrations.transformers import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    found = []
+    for name in data:
+        with progress(f"reading {name}"[:28], None) as update:
+            found.append(
+                read(name, tokenizer, limit=limit, max_length=max_length, on_read=lambda done: update(done, "examples"))  # noqa: B023
+            )
+    for each in found:
+        if harness and each.rows is not None:
+            raise DataError(f"--harness asks questions: {each.name} needs 'choices' and 'label' in every example")
     with waiting("loading the model"):
-        loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
-    switcher = Switcher(loaded)
-    for path, (content, _) in adapters.items():
-        switcher.add(path, content)
-    states: dict[str, dict[str, Strength] | None] = {"base": None}
-    if adapters:
-        states[" + ".join(adapter or [])] = {path: strength for path, (_, strength) in adapters.items()}
-    measure = _by_harness if harness else answered
-    results: list[dict[str, Any]] = []
-    base: dict[str, Sequence[bool]] = {}
-    for label, selection in states.items():
+        loaded, switcher = load_live(model, files, dtype)
+    states: dict[str, dict[str, Strength]] = {"base": {}} | ({"adapted": strengths} if strengths else {})
+    labels = {"base": "base", "adapted": " + ".join(adapter or [])}
+    outcomes: dict[str, dict[str, Any]] = {each.name: {} for each in found}
+    for state, selection in states.items():
         switcher.use(selection, method, **options)
-        row: dict[str, Any] = {"active": label} | ({} if selection is None else {"p": {}})
-        for name, chosen in examples.items():
-            sequences = sum(len(example.choices) for example in chosen)
-            with progress(f"{label}: {name}"[-28:], sequences if harness else len(chosen)) as update:
-                right = measure(loaded, tokenizer, chosen, batch_size=batch_size, on_progress=update)
-            row[name] = sum(right) / len(right)
-            if selection is not None:
-                row["p"][name] = mcnemar(right, base[name])
-            base.setdefault(name, right)
-        results.append(row)
+        for each in found:
+            total = sum(len(example.choices) for example in each.examples) if harness else each.total
+            with progress(f"{state}: {each.name}"[:28], total) as update:
+                outcomes[each.name][state] = measure(
+                    loaded, tokenizer, each, batch_size=batch_size, score=_by_harness if harness else None, on_progress=update
+                )
+    results = [
+        {"active": labels[state], "data": each.name, "examples": len(each.examples)}
+        | summary(outcomes[each.name][state], outcomes[each.name]["base"] if state != "base" else None)
+        for state in states
+        for each in found
+    ]
+    if predictions is not None:
+        lines = [line for each in found for line in prediction_lines(each, outcomes[each.name])]
+        write_whole(predictions, ("\n".join(lines) + "\n").encode())
     if as_json:
-        counts = {name: len(chosen) for name, chosen in examples.items()}
-        print_json({"model": model, "method": switcher.method, "examples": counts, "accuracy": results})
+        print_json({"model": model, "method": switcher.method, "results": list(map(finite, results))})
         return
-    title = "accuracy, %" if method == "sum" else f"accuracy, %; fused by {method}"
-    table = Table("active", *(f"{cell(name)} ({len(chosen)})" for name, chosen in examples.items()), title=title)
+    _print(results, found, method)
+    if predictions is not None:
+        console.print(f"{cell(predictions)}: {len(lines):,} examples", highlight=False)
+
+
+def _check_new(path: Path) -> None:
+    """Raise an OSError unless a file of this name can be made."""
+    if path.exists():
+        raise FileExistsError(f"--predictions: {path} exists already; give another name, or remove it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to save the predictions in; make it first")
+
+
+def _print(results: Sequence[dict[str, Any]], found: "Sequence[Measured]", method: str) -> None:
+    fused = "" if method == "sum" else f"; fused by {method}"
+    _print_table(f"accuracy, %{fused}", [row for row in results if "accuracy" in row], _accuracy)
+    _print_table(f"mean loss of a token, nats{fused}", [row for row in results if "loss" in row], _loss)
+    for each in found:
+        if each.rows is not None and each.rows.dropped:
+            console.print(
+                f"{cell(each.name)}: {each.rows.dropped:,} examples have no token that counts: left out", highlight=False
+            )
+        if each.rows is not None and each.rows.shortened:
+            console.print(
+                f"{cell(each.name)}: {each.rows.shortened:,} examples lost their beginning (--max-length)", highlight=False
+            )
+
+
+def _print_table(title: str, results: Sequence[dict[str, Any]], told: Callable[[dict[str, Any]], str]) -> None:
+    """One row for each state, one column for each data set; nothing if there are no results of this kind."""
+    rows: dict[str, list[str]] = {}
     for row in results:
-        table.add_row(
-            cell(row["active"]),
-            *(_cell(row[name], len(chosen), row.get("p", {}).get(name)) for name, chosen in examples.items()),
-        )
-    console.print(table)
+        rows.setdefault(row["active"], []).append(told(row))
+    if rows:
+        columns = dict.fromkeys(f"{cell(row['data'])} ({row['examples']})" for row in results)
+        table = Table("active", *columns, title=title)
+        for label, cells in rows.items():
+            table.add_row(cell(label), *cells)
+        console.print(table)
 
 
-def _cell(share: float, asked: int, p: float | None) -> str:
-    from ..runs.evaluation import interval
+def _accuracy(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{100 * row['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})" + (f", p {row['p']:.2g}" if "p" in row else "")
 
-    low, high = interval(round(share * asked), asked)
-    return f"{100 * share:.1f} ({100 * low:.0f}-{100 * high:.0f})" + ("" if p is None else f", p {p:.2g}")
+
+def _loss(row: dict[str, Any]) -> str:
+    change = f"\nchange {row['change']:+.3f}" if "change" in row else ""
+    interval = f" ± {row['change_95']:.3f}" if change and math.isfinite(row["change_95"]) else ""
+    return f"{row['loss']:.3f} (perplexity {row['perplexity']:.4g}){change}{interval}"
 
 
 def _by_harness(model: Any, tokenizer: Any, examples: "Sequence[Example]", **options: Any) -> Sequence[bool]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import DataError
-from .output import bytes_text, cell, console, parse_adapter, waiting
+from .adapters import given_adapters
+from .output import bytes_text, cell, console, waiting
 
 if TYPE_CHECKING:
     from ..fusion.strengths import Strength
@@ -54,13 +54,9 @@ def fuse(
     from ..fusion import fusing
     from ..fusion.strengths import check_strengths
 
-    strengths: dict[str | os.PathLike[str], Strength] = {}
-    for path, strength in map(parse_adapter, adapters):
-        strengths[path] = strength
-    if len(strengths) < len(adapters):
-        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
+    strengths: dict[str | os.PathLike[str], Strength] = dict(given_adapters(adapters).items())
     options = method_options(method, density=density, drop=drop, seed=seed)  # errors come before the model is loaded
-    check_strengths({str(path): strength for path, strength in strengths.items()})
+    check_strengths({str(file): strength for file, strength in strengths.items()})
     recorded = set()
     for file in strengths:
         with opened(file) as adapter:

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ..data.models import model_path
-from ..errors import DataError
-from .output import bytes_text, cell, console, parse_adapter, progress
+from .adapters import given_adapters
+from .output import bytes_text, cell, console, progress
 
 __all__ = ["merge"]
 
@@ -23,11 +23,9 @@ def merge(
     """
     from ..checkpoints import merging
 
-    parts = [parse_adapter(text) for text in adapters]
-    if len({path for path, _ in parts}) < len(parts):
-        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
+    parts = given_adapters(adapters)
     with progress("merging", 100) as update:
-        stayed = merging.merge(model_path(base), dict(parts), output, on_progress=lambda share: update(int(100 * share), ""))
+        stayed = merging.merge(model_path(base), parts, output, on_progress=lambda share: update(int(100 * share), ""))
     files = [file.stat().st_size for file in output.iterdir()]
     console.print(f"{cell(output)}: {len(files)} files, {bytes_text(sum(files))}")
     if stayed:

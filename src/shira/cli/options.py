@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from ..errors import did_you_mean
 from ..runs.options import kinds
 from ..runs.recipes import Recipe
 
-__all__ = ["given", "recipe_options"]
+__all__ = ["Dtype", "given", "recipe_options"]
 
 
 def fields_of(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -18,6 +19,16 @@ def fields_of(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 
 FIELDS = fields_of(Recipe)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _known_dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"found {dtype!r}; {did_you_mean(dtype, DTYPES)}")
+    return dtype
+
+
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", callback=_known_dtype)]
 
 
 def recipe_options(*names: str, of: Any = Recipe, **defaults: Any) -> Callable[[Any], Any]:

@@ -7,9 +7,10 @@ a file or an argument also goes through `cell`, so that it cannot break a line e
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,13 +24,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ..errors import DataError
-from ..texts import shown, strict_json, visible
+from ..texts import visible
 
-if TYPE_CHECKING:
-    from ..fusion.strengths import Strength
-
-__all__ = ["bytes_text", "cell", "console", "errors", "fail", "parse_adapter", "print_json", "progress", "waiting"]
+__all__ = ["bytes_text", "cell", "console", "errors", "fail", "print_json", "progress", "waiting", "write"]
 
 LONGEST_CELL, LONGEST_ERROR = 1000, 4000  # characters
 
@@ -128,6 +125,13 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
 
 
+def write(text: str) -> None:
+    """Print a piece of a longer text on stdout at once. Line breaks and tabs stay."""
+    if IS_FIRST:
+        sys.stdout.write(visible(text, keep="\n\t"))
+        sys.stdout.flush()
+
+
 def bytes_text(count: int) -> str:
     """1234567 -> '1.2 MB'."""
     size, unit = float(count), "B"
@@ -136,22 +140,3 @@ def bytes_text(count: int) -> str:
             break
         size /= 1000
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def parse_adapter(text: str) -> "tuple[str, Strength]":
-    """'poet.safetensors=0.5' -> ('poet.safetensors', 0.5). Without '=', or if the whole text is a file, the strength is 1.
-
-    Instead of a number, a JSON object may map patterns of tensor names to numbers. Raises DataError for anything else.
-    """
-    path, equals, strength = text.partition("={") if text.endswith("}") else text.rpartition("=")
-    if not equals or os.path.exists(text):
-        return text, 1.0
-    try:
-        if not text.endswith("}"):
-            return path, float(strength)
-        patterns: dict[str, float] = strict_json("{" + strength)
-        return path, patterns
-    except ValueError:
-        raise DataError(
-            f"{shown(text)}: the strength after '=' must be a number or a JSON object, found {shown(strength)}"
-        ) from None

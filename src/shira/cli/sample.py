@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DataError
+from .adapters import given_adapters
 from .fuse import Density, Drop, MethodName, Seed, method_options
-from .output import cell, console, parse_adapter, progress, waiting
+from .output import cell, console, progress, waiting
 
 __all__ = ["sample"]
 
@@ -51,10 +52,7 @@ def sample(
     from ..integrations.diffusers import PipelineAdapters
 
     options = method_options(method, density=density, drop=drop, seed=seed)
-    given = [parse_adapter(text) for text in adapter or []]
-    strengths = dict(given)
-    if len(strengths) < len(given):
-        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
+    strengths = given_adapters(adapter or [])
     factors = _factors(sweep)
     for path in strengths:
         load(path)  # what is wrong with it should be known before a pipeline is loaded

@@ -1,6 +1,7 @@
 """Rows of tokens as batches for a language model: all rows end together, and logits are computed only where they count."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 from ..errors import DataError
 from .tokens import IGNORED, Row
 
-__all__ = ["answer_logprobs", "batches", "check_packing", "collate", "left_padded", "mean_loss", "to_device"]
+__all__ = [
+    "answer_logprobs",
+    "batches",
+    "check_packing",
+    "collate",
+    "left_padded",
+    "mean_loss",
+    "row_losses",
+    "to_device",
+]
 
 
 def left_padded(rows: Sequence[list[int]], pad: int) -> dict[str, Any]:
@@ -105,25 +115,38 @@ def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-@torch.no_grad()
 def mean_loss(
     model: nn.Module, rows: Sequence[Row], size: int, pad: int = 0, on_batch: Callable[[int, int], None] | None = None
 ) -> float:
-    """The mean loss of all tokens that count, in evaluation mode, in batches of `size`.
+    """The mean loss of all tokens that count, in nats; see `row_losses`."""
+    found = row_losses(model, rows, size, pad, on_batch)
+    return math.fsum(loss for loss, _ in found) / sum(count for _, count in found)
 
-    on_batch(rows done, rows in all) is called after each batch.
+
+@torch.no_grad()
+def row_losses(
+    model: nn.Module, rows: Sequence[Row], size: int, pad: int = 0, on_batch: Callable[[int, int], None] | None = None
+) -> list[tuple[float, int]]:
+    """For each row (the sum of its tokens' losses in nats, the number of tokens that count), in evaluation mode.
+
+    Batches have `size` rows of similar length, which need less padding. on_batch(rows done, rows in all) is called after each.
     """
     training = model.training
     model.eval()
-    total = count = 0.0
+    found = [(0.0, 0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
     try:
         for start in range(0, len(rows), size):
-            batch = to_device(collate(rows[start : start + size], model, pad), model)
-            counted = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += counted * float(model(**batch).loss)
-            count += counted
+            numbers = order[start : start + size]
+            batch = to_device(collate([rows[number] for number in numbers], model, pad), model)
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+            sums, counts = losses.sum(1).tolist(), (labels != IGNORED).sum(1).tolist()
+            for number, total, count in zip(numbers, sums, counts, strict=True):
+                found[number] = total, count
             if on_batch is not None:
                 on_batch(min(start + size, len(rows)), len(rows))
     finally:
         model.train(training)
-    return total / count
+    return found

@@ -1,6 +1,6 @@
 """Examples as tokens: which tokens the loss counts, storage outside of memory, and several examples in one row.
 
-Tokens are written to a temporary file, five bytes each, and read back from it. Memory holds 16 bytes for each row.
+Tokens are written to a temporary file, five bytes each, and read back from it. Memory holds 24 bytes for each row.
 """
 
 import array
@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import DataError
 from .tasks import Example
 
-__all__ = ["IGNORED", "Packed", "Row", "Rows", "encode", "pack"]
+__all__ = ["IGNORED", "Packed", "Row", "Rows", "chat_text", "encode", "pack"]
 
 IGNORED = -100  # the label of a token that does not count in the loss
 TOKEN = np.dtype([("id", "<i4"), ("counts", "?")])
@@ -48,11 +48,20 @@ class Rows(_Rows):
     """Encoded examples, one in each row.
 
     tokens: TOKEN [total], the rows one after another. ends: int64 [rows], where each row ends.
+    examples: int64 [rows], the number of each row's example, from 0 on.
     shortened: how many examples lost their beginning. dropped: how many have no token that counts, or lost all of them.
     """
 
-    def __init__(self, tokens: np.ndarray[Any, Any], ends: Sequence[int], shortened: int = 0, dropped: int = 0) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray[Any, Any],
+        ends: Sequence[int],
+        examples: Sequence[int],
+        shortened: int = 0,
+        dropped: int = 0,
+    ) -> None:
         self.tokens, self.ends = tokens, np.asarray(ends, dtype=np.int64)
+        self.examples = np.asarray(examples, dtype=np.int64)
         self.lengths = np.diff(self.ends, prepend=0)
         self.shortened, self.dropped = shortened, dropped
 
@@ -121,7 +130,7 @@ def encode(
     on_read(done) is called after each example.
     Raises DataError if nothing is left to train on, or for a chat that the tokenizer cannot encode.
     """
-    ends = array.array("q")
+    ends, numbers = array.array("q"), array.array("q")
     end = shortened = dropped = 0
     with tempfile.TemporaryFile(prefix="shira-tokens-") as file:
         for done, example in enumerate(examples, start=1):
@@ -135,13 +144,14 @@ def encode(
                     file.write(piece.tobytes())
                     end += len(piece)
                     ends.append(end)
+                    numbers.append(done - 1)
             dropped += not found
             on_read(done)
         if not ends:
             why = f": none of {dropped} has a token that the loss counts within {max_length}" if dropped else ""
             raise DataError(f"no example to train on{why}")
         file.flush()
-        return Rows(np.memmap(file, dtype=TOKEN, mode="r"), ends, shortened, dropped)
+        return Rows(np.memmap(file, dtype=TOKEN, mode="r"), ends, numbers, shortened, dropped)
 
 
 def _pieces(tokenizer: Any, example: Example, max_length: int) -> Iterator[tuple[list[int], list[bool]]]:
@@ -167,8 +177,8 @@ def _chat(tokenizer: Any, example: Example) -> Iterator[tuple[list[int], list[bo
     To find these places, the template's text for the turns so far is compared with its text for all turns.
     """
     turns = [n for n, message in enumerate(example.messages) if message["role"] == "assistant" and n >= example.first]
-    asked = [_told(tokenizer, example, turn, asking=True) for turn in turns]
-    answered = [_told(tokenizer, example, turn + 1) for turn in turns]
+    asked = [chat_text(tokenizer, example, turn, asking=True) for turn in turns]
+    answered = [chat_text(tokenizer, example, turn + 1) for turn in turns]
     for turn, before, after in zip(turns, asked, answered, strict=True):
         if not after.startswith(before):
             raise DataError(
@@ -198,7 +208,7 @@ def _counted(tokenizer: Any, example: Example, text: str, starts: list[int], sto
     return told["input_ids"], counts
 
 
-def _told(tokenizer: Any, example: Example, turns: int, asking: bool = False) -> str:
+def chat_text(tokenizer: Any, example: Example, turns: int, asking: bool = False) -> str:
     """The chat template's text for the first `turns` messages. asking: with the template's prompt for an answer."""
     from jinja2 import TemplateError
 

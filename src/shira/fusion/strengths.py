@@ -7,17 +7,46 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..adapter import Adapter
-from ..errors import AdapterError, TargetError
+from ..errors import AdapterError, DataError, TargetError
 from ..files.paths import path_of
-from ..texts import described, shown
+from ..texts import described, shown, strict_json
 from ..weights.targets import by_pattern
 
-__all__ = ["CheckedStrength", "File", "Strength", "as_given", "check_strengths", "given_strengths", "is_there", "strengths_of"]
+__all__ = [
+    "CheckedStrength",
+    "File",
+    "Strength",
+    "as_given",
+    "check_strengths",
+    "given_strengths",
+    "is_there",
+    "parse_strength",
+    "strengths_of",
+]
 
 LARGEST = (2 - 2**-23) * 2.0**127  # the largest float32, because changes are added up in float32
 File = TypeVar("File", bound=str | os.PathLike[str])  # a type checker takes no dict of str for one of str | PathLike
 Strength = float | Mapping[str, float]  # of the whole adapter; or pattern of tensor names -> strength
 CheckedStrength = float | tuple[tuple[str, float], ...]  # the same, checked and hashable
+
+
+def parse_strength(text: str) -> tuple[str, Strength]:
+    """'poet=0.5' -> ('poet', 0.5). Without '=' the strength is 1.
+
+    Instead of a number, a JSON object may map patterns of tensor names to numbers. Raises DataError for anything else.
+    """
+    name, equals, strength = text.partition("={") if text.endswith("}") else text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        if not text.endswith("}"):
+            return name, float(strength)
+        patterns: dict[str, float] = strict_json("{" + strength)
+        return name, patterns
+    except ValueError:
+        raise DataError(
+            f"{shown(text)}: the strength after '=' must be a number or a JSON object, found {shown(strength)}"
+        ) from None
 
 
 def given_strengths(call: str, adapters: Any) -> dict[str, tuple[Adapter | Path, Any]]:

@@ -24,7 +24,7 @@ from ..data.tasks import Example
 from ..errors import DataError, MissingExtra
 from ..files.tensorfiles import write_whole
 
-__all__ = ["TaskScore", "evaluate", "task_of"]
+__all__ = ["TaskScore", "check_installed", "evaluate", "task_of"]
 
 KINDS = ("likelihood", "generated")
 FEW = 26  # the most choices that are searched for in what a model writes
@@ -190,6 +190,11 @@ def _quiet() -> Iterator[None]:
     finally:
         tqdm.tqdm.__init__ = usual
         logger.setLevel(level)
+
+
+def check_installed() -> None:
+    """Raise MissingExtra if the harness is not installed."""
+    _library()
 
 
 def _library() -> Any:

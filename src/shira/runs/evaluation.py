@@ -10,7 +10,7 @@ from ..data.batches import answer_logprobs
 from ..data.tasks import Example
 from ..errors import DataError
 
-__all__ = ["accuracy", "answered", "choice_scores", "interval", "mcnemar"]
+__all__ = ["accuracy", "answered", "choice_scores", "interval", "mcnemar", "paired_change", "predicted"]
 
 
 def accuracy(model: nn.Module, tokenizer: Any, examples: Sequence[Example], **options: Any) -> float:
@@ -27,7 +27,20 @@ def answered(
     batch_size: int = 32,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[bool]:
-    """For each example, whether its most probable choice is the right one.
+    """For each example, whether its most probable choice is the right one; see `predicted`."""
+    found = predicted(model, tokenizer, examples, batch_size=batch_size, on_progress=on_progress)
+    return [number == example.label for number, example in zip(found, examples, strict=True)]
+
+
+def predicted(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[int]:
+    """For each example the number of its most probable choice.
 
     on_progress is called with the number of examples done. Raises DataError if there are no examples, or if one has fewer than
     two choices or no valid label.
@@ -38,15 +51,30 @@ def answered(
         raise DataError("evaluation needs examples with 'choices' and 'label'")
     # texts of similar length in one batch need less padding
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
-    right = [False] * len(examples)
+    found = [0] * len(examples)
     done = 0
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         for i, scores in zip(batch, choice_scores(model, tokenizer, [examples[i] for i in batch]), strict=True):
-            right[i] = max(range(len(scores)), key=scores.__getitem__) == examples[i].label
+            found[i] = max(range(len(scores)), key=scores.__getitem__)
         done += len(batch)
         on_progress(done)
-    return right
+    return found
+
+
+def paired_change(ours: Sequence[tuple[float, int]], others: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """How far our mean loss is from others' on the same examples, and half the width of its 95 % interval; nan for one example.
+
+    Each example is (the sum of its tokens' losses, the number of tokens). The tokens of an example depend on each other, so
+    the interval counts examples: it is that of a ratio of two sums.
+    """
+    tokens = sum(count for _, count in ours)
+    apart = [(mine - theirs, count) for (mine, count), (theirs, _) in zip(ours, others, strict=True)]
+    change = math.fsum(difference for difference, _ in apart) / tokens
+    if len(apart) < 2:
+        return change, math.nan
+    square = math.fsum((difference - change * count) ** 2 for difference, count in apart)
+    return change, 1.96 * math.sqrt(square * len(apart) / (len(apart) - 1)) / tokens
 
 
 def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,0 +1,78 @@
+"""Adapters as arguments of commands: FILE, FILE=STRENGTH, and in a chat NAME=FILE."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import DataError
+from ..files.suggestions import ADAPTER
+from ..texts import shown
+
+if TYPE_CHECKING:
+    from ..fusion.strengths import Strength
+
+__all__ = ["Adapters", "given_adapters", "named_adapters"]
+
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        help="FILE or FILE=STRENGTH; several are fused. A folder with one adapter is a file, too.",
+        show_default=False,
+    ),
+]
+
+
+def given_adapters(texts: Sequence[str]) -> "dict[str, Strength]":
+    """File -> strength. A text that is a file is not split at its '='. Raises DataError, also if a file is given twice."""
+    from ..fusion.strengths import parse_strength
+
+    strengths: dict[str, Strength] = dict((text, 1.0) if os.path.exists(text) else parse_strength(text) for text in texts)
+    if len(strengths) < len(texts):
+        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
+    return strengths
+
+
+def named_adapters(texts: Sequence[str]) -> "tuple[dict[str, str], dict[str, Strength]]":
+    """Name -> file; and name -> strength for those that have one. FILE, NAME=FILE, FILE=STRENGTH or NAME=FILE=STRENGTH.
+
+    Without a name, it is the file's or the folder's. Raises DataError, also if two adapters have the same name.
+    """
+    from ..fusion.strengths import parse_strength
+
+    files: dict[str, str] = {}
+    strengths: dict[str, Strength] = {}
+    for text in texts:
+        name, rest = _split_name(text)
+        file, strength = (rest, 1.0) if os.path.exists(rest) else parse_strength(rest)
+        name = name or _name_of(file)
+        if name in files:
+            raise DataError(f"two adapters have the name {shown(name)}: {files[name]} and {file}; name one: -a NAME={file}")
+        files[name] = file
+        if file != rest:
+            strengths[name] = strength
+    return files, strengths
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    """'poet=a/b.safetensors' -> ('poet', 'a/b.safetensors'). What stands before '=' is no name if a strength follows."""
+    name, equals, rest = text.partition("=")
+    if not equals or not name or not rest or os.path.exists(text) or os.path.exists(name) or rest.startswith("{"):
+        return "", text
+    try:
+        float(rest)
+    except ValueError:
+        return name, rest
+    return "", text
+
+
+def _name_of(file: str) -> str:
+    """An adapter's name by its file, or by its folder if the file has the usual name. It can be typed as one word."""
+    path = Path(file)
+    name = path.parent.name if path.name == ADAPTER and path.parent.name else path.name.removesuffix(".safetensors")
+    return re.sub(r"[\s=]+", "-", name)

@@ -1,0 +1,66 @@
+"""A live model with adapters in it. What can be wrong with them is found before the weights are read."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..adapter import opened
+from ..fusion.strengths import Strength, check_strengths, strengths_of
+from ..integrations import transformers as hf
+from ..switching.switcher import Switcher
+from ..weights.belonging import check_described, weight_of
+from ..weights.model_tensors import named_tensors
+
+__all__ = ["check_files", "load_live"]
+
+Files = Mapping[str, str | os.PathLike[str]]  # name -> file or folder
+
+
+def check_files(files: Files, strengths: Mapping[str, Strength]) -> None:
+    """Check the adapters in files, all but their values, and their strengths.
+
+    Raises FormatError or OSError for a file; AdapterError for a strength that is not possible, or that names no tensor.
+    """
+    fixed = check_strengths(strengths)
+    for name, file in files.items():
+        with opened(file) as adapter:
+            check_described(str(file), adapter)
+            if name in fixed:
+                strengths_of(str(file), fixed[name], adapter.tensors)
+
+
+def load_live(model: str, files: Files, dtype: str = "auto") -> tuple[nn.Module, Switcher]:
+    """A causal language model, and a switcher with these adapters; the base is active. An accelerator is used if there is one.
+
+    Before the weights are read, each adapter's values are checked, and its names and shapes are compared with the model's.
+    Raises DataError if there is no such model; FormatError, OSError or BaseMismatch for an adapter.
+    """
+    _check_fit(model, files)
+    loaded = hf.load_model(model, dtype)
+    if torch.accelerator.is_available():
+        loaded.to(torch.accelerator.current_accelerator())
+    switcher = Switcher(loaded)
+    for name, file in files.items():
+        switcher.add(name, file)
+    return loaded, switcher
+
+
+def _check_fit(model: str, files: Files) -> None:
+    """Check the adapters against the model's configuration."""
+    config = hf.load_config(model)
+    tensors = {}
+    if getattr(config, "quantization_config", None) is None:  # quantized weights have shapes of their own
+        with (
+            contextlib.suppress(RuntimeError, NotImplementedError),
+            torch.device("meta"),
+        ):  # a model that needs data to be built
+            tensors = named_tensors(hf.untrained(config, torch.float32))
+    for file in files.values():
+        with opened(file) as adapter:
+            for name in adapter.tensors:
+                sparse = adapter.tensors[name]
+                if tensors:
+                    weight_of(str(file), name, sparse, tensors)
