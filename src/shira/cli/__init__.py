@@ -19,6 +19,7 @@ from . import (
     inspect,
     masks,
     merge,
+    push,
     sample,
     targets,
     train,
@@ -50,6 +51,7 @@ app.command("fuse")(fuse.fuse)
 app.command("extract")(extract.extract)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
+app.command("push")(push.push)
 if checkout.has("benchmarks"):
     app.command("bench")(bench.bench)
 if checkout.has("experiments"):

@@ -3,13 +3,18 @@
 import dataclasses
 from typing import Any, Literal
 
+from torch import nn
+
 from .. import masks
 from ..adapter import opened
+from ..errors import TargetError
 from ..texts import strict_json
+from ..weights.targets import resolve
 from .options import option, parse_layers, parse_targets
 
-__all__ = ["Masked", "Run", "check_mask"]
+__all__ = ["Masked", "Run", "check_mask", "describe_targets"]
 
+MANY_NAMES = 8  # that a line lists
 LARGER = (2**31, 2**31)  # a shape larger than that of any matrix
 
 
@@ -48,6 +53,37 @@ class Run:
     seed: int = option(0, "The seed of the mask and of the order of the examples.", "attach, trainer", ge=0)
     name: str = option("", "The adapter's name. It is the data's if none is given.", group="Results")
     license: str | None = option(None, "The adapter's licence. The file holds it.")
+
+
+def describe_targets(recipe: Masked, model: nn.Module, density: float = 0.01) -> str:
+    """What a recipe trains of a model, in a line. The model may be without data. density: where the recipe gives no budget.
+
+    Raises what `attach` would raise for targets and budgets.
+    """
+    names: dict[str, Any] = {"exclude": recipe.exclude or (), "layers": recipe.layers}
+    chosen = resolve(model, recipe.targets, **names)
+    budgets = {name: getattr(recipe, name) for name in ("density", "rank", "total", "scope", "floor", "overrides")}
+    if not (recipe.density or recipe.rank or recipe.total):
+        budgets["density"] = density
+    plan = masks.plan({target.name: target.budget_shape for target in chosen}, **budgets)
+    try:
+        linear = {target.name for target in resolve(model, "all-linear")}
+    except TargetError:  # a model without any
+        linear = set()
+    found: dict[bool, dict[str, None]] = {True: {}, False: {}}  # the last parts of the names
+    for target in chosen:
+        parts = target.name.removesuffix(".weight").split(".")
+        while len(parts) > 1 and parts[-1].isdigit():
+            parts.pop()
+        found[target.name in linear][parts[-1]] = None
+    of_linear = sum(target.name in linear for target in chosen)
+    told = [f"{of_linear} of {len(linear)} linear layers: {', '.join(found[True])}"] if of_linear else []
+    if found[False]:
+        others = list(found[False])
+        few = ", ".join(others[:MANY_NAMES]) + ", …" * (len(others) > MANY_NAMES)
+        told.append(f"{len(chosen) - of_linear} other tensors: {few}")
+    entries = sum(target.weight.numel() for target in chosen)
+    return f"{'; '.join(told)}; {sum(plan.counts.values()) + plan.shared:,} of their {entries:,} entries"
 
 
 def check_mask(recipe: Masked) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..data.batches import batches, check_packing
+from ..data.models import BUILT_IN
 from ..data.reading import examples_of
 from ..data.tasks import Example
 from ..data.tokens import Row, encode, pack
@@ -25,7 +26,7 @@ from ..training.tuning import attach
 from .options import check, option, parse_targets, passed_to
 from .parts import Masked, Run, check_mask
 
-__all__ = ["Recipe", "check_run", "load_recipe", "read_settings", "recipe_of", "save_recipe", "train_adapter"]
+__all__ = ["Recipe", "check_run", "load_recipe", "name_of", "read_settings", "recipe_of", "save_recipe", "train_adapter"]
 
 OWN_TEXT = "own"
 GENERAL_BATCH = 4  # rows in a batch of general text; the gradient of each batch is squared
@@ -43,7 +44,7 @@ Kind = TypeVar("Kind", bound=Masked)
 class _Source:
     """The model, and the data that it learns from."""
 
-    model: str = option("SmolLM2-135M-Instruct", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
+    model: str = option("", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
     data: str = option("", "JSONL, Parquet, a data set (org/name:train), or a task: spam, questions, film.", group="Data")
     eval_data: str | None = option(None, "Held-out data, named as in --data. Its mean loss is taken before and after.")
     eval_share: float = option(0.0, "In place of --eval-data, this share of the data is held out.", ge=0, lt=1)
@@ -138,6 +139,8 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
     if the file cannot be read.
     """
     recipe = recipe_of(Recipe, path, given)
+    if not recipe.model:
+        raise DataError(f"no model to train: give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}")
     if not recipe.data:
         raise DataError("no data to train on: give --data: a built-in task, a JSONL or Parquet file, or a data set")
     return recipe
@@ -203,7 +206,7 @@ def train_adapter(
         held_out = encode(tokenizer, _examples(recipe, held_out=True), recipe.max_length, on_read=on_read)
     pad = tokenizer.pad_token_id or 0
     calibration = batches(rows[: recipe.calibration], model, recipe.batch_size, pad)
-    name = recipe.name or Path(recipe.data.partition(":")[0]).stem
+    name = name_of(recipe)
     tuner = attach(model, calibration=calibration, progress=on_calibration, **passed_to("attach", recipe))
     with tuner:
         if recipe.stay_near is not None:
@@ -229,6 +232,11 @@ def train_adapter(
         data = Path(recipe.data).name if Path(recipe.data).exists() else recipe.data
         summary |= {key: count for key in ("shortened", "dropped") if (count := getattr(rows, key))}
         return tuner.adapter(name, training={"data": data, **summary}, license=recipe.license)
+
+
+def name_of(recipe: Recipe) -> str:
+    """The name of the recipe's adapter, which is that of its data if it has none."""
+    return recipe.name or Path(recipe.data.partition(":")[0]).stem
 
 
 def _examples(recipe: Recipe, held_out: bool) -> Iterator[Example]:
