@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from ..adapter import Adapter, load
+from ..files.suggestions import adapter_in
 from .output import bytes_text, cell, console, print_json
 
 __all__ = ["describe", "inspect"]
@@ -82,7 +83,7 @@ def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
         "name": adapter.name,
         "nnz": adapter.nnz,
         "density": adapter.density,
-        "bytes": file.stat().st_size,
+        "bytes": adapter_in(file).stat().st_size,
         "kinds": sorted({t.kind for t in adapter.tensors.values()}),
         "dtypes": sorted({str(entry["dtype"]) for entry in tensors.values()}),
         **{key: known.get(key) for key in ("mask", "base", "training", "license", "fused")},

@@ -47,17 +47,19 @@ def downloaded(
     Raises HubError if there is none, if the repository or the revision does not exist, or without permission.
     """
     hub = library()
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    folder = cached(repo, revision)
+    is_here = folder is not None and (folder / file).exists()
     try:
+        if not is_here and not constants.HF_HUB_OFFLINE:  # asked once: hf_hub_download would try for minutes
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision), timeout=PATIENCE)
         return Path(hub.hf_hub_download(repo, file, revision=revision, etag_timeout=PATIENCE))
-    except errors.LocalEntryNotFoundError as error:
-        if (folder := cached(repo, revision)) is not None and any(folder.iterdir()):
-            return None
-        raise failure(error, repo, revision, local, known) from error
-    except errors.EntryNotFoundError:
+    except errors.RemoteEntryNotFoundError:
         return None
     except failures() as error:
+        if getattr(error, "response", None) is None and folder is not None:
+            return None
         raise failure(error, repo, revision, local, known) from error
 
 
@@ -112,6 +114,9 @@ def failure(
         return HubError(f"{name!r}: the hub answers {status} ({_line(error)})")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{name!r} is {local}no name of a repository ({_line(error)})")
+    if not local:  # the cache does not matter
+        why = "offline, because HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _line(error)
+        return HubError(f"{name!r}: {constants.ENDPOINT} cannot be reached ({why})")
     near = _near(repo, [*known, *_in_cache()])
     if constants.HF_HUB_OFFLINE:
         return HubError(f"{name!r} is {local}not in the cache of the hub; offline, because HF_HUB_OFFLINE is set{near}")

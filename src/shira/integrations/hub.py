@@ -62,8 +62,10 @@ def push(
         operations = [library.CommitOperationAdd(name, content) for name, content in files.items()]
         done = api.create_commit(repository, operations, commit_message=message, revision=revision)
     except hub.failures(RuntimeError) as error:  # it wraps what went wrong in an upload in a RuntimeError
-        cause = error.__cause__ if isinstance(error, RuntimeError) else None
-        raise hub.failure(cause if isinstance(cause, Exception) else error, repository, local="") from error
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, hub.failures()):
+            raise HubError(f"{repository!r}: the upload failed ({cause or error})") from error
+        raise hub.failure(cause, repository, local="") from error
     return f"{repository}@{done.oid}"
 
 

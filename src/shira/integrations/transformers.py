@@ -152,15 +152,15 @@ def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
         return
     what = f"no folder, no built-in model ({', '.join(built_in)}), and " if built_in else "no folder, and "
     if not ON_HUB.fullmatch(model):
-        near = f"; {did_you_mean(model, built_in)}" if built_in else ""
-        raise DataError(f"cannot load {model!r}: it is {what}no name of a model on the hub{near}")
+        raise DataError(f"cannot load {model!r}: it is {what}no name of a model on the hub")
     folder = hub.cached(model)
     if folder is not None and (folder / file).exists():
         return
     try:
         found = hub.downloaded(model, file, local=what, known=built_in)
     except HubError as error:
-        raise DataError(f"cannot load {error}") from error
+        said = str(error).removeprefix(f"{model!r} is ")
+        raise DataError(f"cannot load {model!r}: {'' if said == str(error) else 'it is '}{said}") from error
     if found is None:
         raise DataError(f"cannot load {model!r}: it is on the hub, but is no such model: it has no {file}")
 

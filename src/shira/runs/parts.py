@@ -9,7 +9,7 @@ from .. import masks
 from ..adapter import opened
 from ..errors import TargetError
 from ..texts import strict_json
-from ..weights.targets import resolve
+from ..weights.targets import by_pattern, resolve
 from .options import option, parse_layers, parse_targets
 
 __all__ = ["Masked", "Run", "check_mask", "describe_targets"]
@@ -62,10 +62,11 @@ def describe_targets(recipe: Masked, model: nn.Module, density: float = 0.01) ->
     """
     names: dict[str, Any] = {"exclude": recipe.exclude or (), "layers": recipe.layers}
     chosen = resolve(model, recipe.targets, **names)
-    budgets = {name: getattr(recipe, name) for name in ("density", "rank", "total", "scope", "floor", "overrides")}
+    shapes = {target.name: target.budget_shape for target in chosen}
+    budgets = {name: getattr(recipe, name) for name in ("density", "rank", "total", "scope", "floor")}
     if not (recipe.density or recipe.rank or recipe.total):
         budgets["density"] = density
-    plan = masks.plan({target.name: target.budget_shape for target in chosen}, **budgets)
+    plan = masks.plan(shapes, overrides=by_pattern(shapes, recipe.overrides or {}), **budgets)
     try:
         linear = {target.name for target in resolve(model, "all-linear")}
     except TargetError:  # a model without any
