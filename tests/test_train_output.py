@@ -91,6 +91,9 @@ def test_a_configuration_gives_its_name_and_stays(tmp_path, monkeypatch):
         ("--overrides '{\"qq\": 0.1}'", "TargetError: pattern 'qq' matches none of"),
         ('--overrides \'{"q_proj": {"total": 9999999}}\'', "MaskError: .*q_proj"),
         ("--total 99999999", "MaskError: total=99,999,999 does not fit"),
+        ("--density 0.05 --mask nm:n=9,m=8", "MaskError: .*an N:M mask needs 1 ≤ n ≤ m"),
+        ("--density 0.05 --mask struct --scope model", "MaskError: mask 'struct' ranks no scores"),
+        ("--density 0.05 --mask from_adapter", "MaskError: .*from_adapter needs an adapter"),
         ("--rank 500", "MaskError: .*rank must be from 1 to 12 .* found 500"),
     ],
 )

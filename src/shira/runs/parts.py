@@ -1,19 +1,22 @@
 """The options that several kinds of recipe share, as dataclasses to inherit from: those of the mask, and those of a run."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from .. import masks
 from ..adapter import opened
 from ..errors import TargetError
 from ..texts import strict_json
-from ..weights.targets import by_pattern, resolve
+from ..weights.targets import Target, by_pattern, is_conv1d, resolve
 from .options import option, parse_layers, parse_targets
 
 __all__ = ["Masked", "Run", "check_mask", "describe_targets"]
 
+LARGEST_TRIAL = 2**22  # entries of a weight on which a mask is tried
 MANY_NAMES = 8  # that a line lists
 LARGER = (2**31, 2**31)  # a shape larger than that of any matrix
 
@@ -67,6 +70,7 @@ def describe_targets(recipe: Masked, model: nn.Module, density: float = 0.01) ->
     if not (recipe.density or recipe.rank or recipe.total):
         budgets["density"] = density
     plan = masks.plan(shapes, overrides=by_pattern(shapes, recipe.overrides or {}), **budgets)
+    _try_mask(recipe, chosen, plan.counts)
     try:
         linear = {target.name for target in resolve(model, "all-linear")}
     except TargetError:  # a model without any
@@ -85,6 +89,23 @@ def describe_targets(recipe: Masked, model: nn.Module, density: float = 0.01) ->
         told.append(f"{len(chosen) - of_linear} other tensors: {few}")
     entries = sum(target.weight.numel() for target in chosen)
     return f"{'; '.join(told)}; {sum(plan.counts.values()) + plan.shared:,} of their {entries:,} entries"
+
+
+def _try_mask(recipe: Masked, chosen: list[Target], counts: Mapping[str, int]) -> None:
+    """Raise the MaskError of a mask whose options do not fit: it is tried on random values of the smallest target's shape."""
+    _, function = masks.resolve(recipe.mask)
+    if recipe.scope == "model" and function is not masks.rand:
+        masks.ranked(recipe.mask)
+    smallest = min(chosen, key=lambda target: target.weight.numel())
+    rows, columns = smallest.matrix
+    count = counts.get(smallest.name, 0)
+    if not count or rows * columns > LARGEST_TRIAL:
+        return
+    values = torch.rand(2, rows, columns, generator=torch.Generator().manual_seed(0))
+    of_inputs = torch.ones(rows, 1) if any(is_conv1d(module) for module in smallest.modules) else torch.ones(columns)
+    statistics = {name: of_inputs if name == "activations" else values[1] for name in masks.CALIBRATED}
+    wanted = {name: statistics[name] for name in masks.needs(function) if name in statistics}
+    masks.select(recipe.mask, smallest.name, values[0] - 0.5, count, **wanted)
 
 
 def check_mask(recipe: Masked) -> None:

@@ -174,7 +174,8 @@ def save_recipe(recipe: Masked, path: str | Path, library: str = "") -> None:
 def check_run(recipe: Recipe) -> None:
     """Check mask, budgets, files, data and libraries before a model is loaded: raise what `train_adapter` would raise later."""
     check_mask(recipe)
-    hf.reporters(recipe.report_to)
+    if hf.reporters(recipe.report_to) and Path(recipe.log_folder).exists() and not Path(recipe.log_folder).is_dir():
+        raise DataError(f"recipe: log_folder must be a folder, or the name of a new one; found {recipe.log_folder!r}, a file")
     hf.check_schedule(recipe.schedule)
     for data in (recipe.data, recipe.eval_data, recipe.stay_near):
         if data is not None and data != OWN_TEXT:
