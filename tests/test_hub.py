@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import shira
-from conftest import all_bits, mlp, random_adapter, same_bits
+from conftest import all_bits, letter_tokenizer, mlp, random_adapter, same_bits
 from hub import TOKEN, serving
 from shira import HubError, MissingExtra
 from shira.integrations.hub import parcel, push
@@ -209,3 +211,24 @@ def test_without_huggingface_hub_the_install_line_is_named(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match="pip install huggingface_hub"):
         shira.load("me/poet")
+
+
+def test_the_page_on_sharing(online, run, tiny_llama):
+    """docs/share.md: its commands train and push a tiny model under the name of the real one, and its snippet loads by name."""
+    page = (Path(__file__).parents[1] / "docs" / "share.md").read_text(encoding="utf-8")
+    tiny_llama.save_pretrained("SmolLM2")
+    letter_tokenizer().save_pretrained("SmolLM2")
+    rows = [{"prompt": f"{a}=", "choices": ["x", "y"], "label": a % 2} for a in range(20)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for line in re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1].splitlines():
+        line = line.replace("SmolLM2-135M-Instruct", "SmolLM2").replace("--data spam", "--data rows.jsonl")
+        code, out, err = run(line.removeprefix("shira ").replace("--steps 40", "--steps 2"))
+        assert code == 0, err
+    assert "shira.load('me/poet') reads it; this commit is me/poet@" in out
+    before = all_bits(tiny_llama)
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names := {"model": tiny_llama})
+    assert names["adapter"].metadata["training"]["held_out"]["rows"] and same_bits(before, all_bits(tiny_llama))
+    card = online.files("me/poet")["README.md"].decode()
+    assert 'switcher.add("rows", "me/poet")' in card and 'license: "mit"' in card
+    code, out, err = run("eval SmolLM2 --data rows.jsonl -a me/poet=0.5 --json")
+    assert code == 0 and json.loads(out)["accuracy"][1]["active"] == "me/poet=0.5", err

@@ -93,7 +93,7 @@ def kept(model, **options):
 def test_layers_by_number(tiny_llama):
     assert kept(tiny_llama, layers=1) == [n for n in kept(tiny_llama) if ".1." in n]
     assert kept(tiny_llama, layers=range(2)) == kept(tiny_llama)
-    with pytest.raises(TargetError, match=r"target 'norm' is in none of layers=\[0\]: 'model.norm.weight'"):
+    with pytest.raises(TargetError, match=r"target 'norm' is in none of the layers \[0\]: 'model.norm.weight'"):
         resolve(tiny_llama, ["norm", "q_proj"], layers=[0])
     with pytest.raises(TargetError, match=r"layers=\[1, 2\] must be numbers of layers with targets, found 0 to 1"):
         kept(tiny_llama, layers=[1, 2])

@@ -84,7 +84,7 @@ def test_a_configuration_gives_its_name_and_stays(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--targets q_proj,norm --layers 0", "TargetError: target 'norm' is in none of layers=.0.: 'model.norm.weight'"),
+        ("--targets q_proj,norm --layers 0", "TargetError: target 'norm' is in none of the layers .0.: 'model.norm.weight'"),
         ("--targets q_prj", "TargetError: .*did you mean 'q_proj'"),
         ("--exclude mlpp", "TargetError: exclude 'mlpp' matches nothing; known: "),
         ("--layers 7", "TargetError: layers=.7. must be numbers of layers"),

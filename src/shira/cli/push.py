@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from ..integrations import hub
-from .output import bytes_text, cell, console, waiting
+from .output import bytes_text, cell, console
 
 __all__ = ["push"]
 
@@ -35,7 +35,6 @@ def push(
     if dry_run:
         console.print("nothing was sent", highlight=False)
         return
-    with waiting("pushing"):
-        pushed = hub.push(source, repository, private=private, revision=revision, message=message)
+    pushed = hub.push(source, repository, private=private, revision=revision, message=message)  # it shows its progress
     name = cell(repository if revision is None else f"{repository}@{revision}")
-    console.print(f"shira.load('{name}') reads it; this commit is {cell(pushed)}", highlight=False)
+    console.print(f"shira.load('{name}') reads it; this commit is {cell(pushed)}", highlight=False, soft_wrap=True)

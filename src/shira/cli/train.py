@@ -91,4 +91,5 @@ def tell(place: Place, adapter: Adapter) -> None:
         f"{cell(place.adapter)}: {adapter.nnz:,} entries, {bytes_text(place.adapter.stat().st_size)}; "
         f"the recipe is {cell(place.recipe)}, the model card {cell(place.card)}",
         highlight=False,
+        soft_wrap=True,
     )

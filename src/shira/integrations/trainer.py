@@ -114,7 +114,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
     def _save_pretrained(self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **_: Any) -> None:
         """`model.save_pretrained` while the tuner is attached: saves an adapter and a card, no weights."""
         if push_to_hub:
-            raise TuningError("save to a folder and upload that: huggingface_hub.upload_folder(repo_id=…, folder_path=…)")
+            raise TuningError("save to a folder and push that: shira push FOLDER user/repo")
         if not is_main_process:
             return
         folder, model = Path(save_directory), self.tuner.model

@@ -159,8 +159,8 @@ def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
     try:
         found = hub.downloaded(model, file, local=what, known=built_in)
     except HubError as error:
-        said = str(error).removeprefix(f"{model!r} is ")
-        raise DataError(f"cannot load {model!r}: {'' if said == str(error) else 'it is '}{said}") from error
+        said = str(error).replace(f"{model!r} is ", "it is ", 1).removeprefix(f"{model!r}: ")
+        raise DataError(f"cannot load {model!r}: {said}") from error
     if found is None:
         raise DataError(f"cannot load {model!r}: it is on the hub, but is no such model: it has no {file}")
 

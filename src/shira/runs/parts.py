@@ -104,7 +104,7 @@ def _try_mask(recipe: Masked, chosen: list[Target], counts: Mapping[str, int]) -
     values = torch.rand(2, rows, columns, generator=torch.Generator().manual_seed(0))
     of_inputs = torch.ones(rows, 1) if any(is_conv1d(module) for module in smallest.modules) else torch.ones(columns)
     statistics = {name: of_inputs if name == "activations" else values[1] for name in masks.CALIBRATED}
-    wanted = {name: statistics[name] for name in masks.needs(function) if name in statistics}
+    wanted: dict[str, Any] = {name: statistics[name] for name in masks.needs(function) if name in statistics}
     masks.select(recipe.mask, smallest.name, values[0] - 0.5, count, **wanted)
 
 

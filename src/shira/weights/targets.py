@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TargetError, did_you_mean
+from ..texts import shown
 from .model_tensors import COMPILED, OWN, ModelTensors, is_buffer
 from .quantized import shape_of
 
@@ -118,7 +119,7 @@ def resolve(
     for entry in names if not isinstance(targets, str) and layers is not None else ():
         meant = _meant(weights, entry).intersection(left)
         if meant and not meant.intersection(kept):
-            raise TargetError(f"target {entry!r} is in none of layers={layers}: '{min(meant)}'; leave it or the layers out")
+            raise TargetError(f"target {entry!r} is in none of the layers {shown(layers)}: '{min(meant)}'; leave one out")
     return _targets(model, weights, kept)
 
 
