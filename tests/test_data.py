@@ -241,7 +241,7 @@ def test_accuracy(tiny_llama):
 
 
 def test_recipes_round_trip(tmp_path):
-    recipe = Recipe(data="spam", mask="snip", rank=4, targets=["q_proj"], steps=7)
+    recipe = Recipe(model="m", data="spam", mask="snip", rank=4, targets=["q_proj"], steps=7)
     save_recipe(recipe, tmp_path / "r.yaml")
     assert load_recipe(tmp_path / "r.yaml", {}) == recipe
     assert load_recipe(tmp_path / "r.yaml", {"density": 0.1}).rank is None
@@ -260,11 +260,12 @@ def test_recipes_round_trip(tmp_path):
         ("warmup: 2", "warmup must be"),
         ("dtype: int8", "dtype must be"),
         ("mask: wm", "no data to train on"),
+        ("mask: rand", "no model to train: give a folder, a hub id, or a built-in model: SmolLM2-135M-Instruct"),
     ],
 )
 def test_a_bad_recipe_is_refused(tmp_path, text, words):
     (tmp_path / "r.yaml").write_text(text)
-    given_ = {} if text == "mask: wm" else {"data": "spam"}
+    given_ = {"model": "m"} if text == "mask: wm" else {"data": "spam"}
     with pytest.raises(DataError, match=words):
         load_recipe(tmp_path / "r.yaml", given_)
 

@@ -35,7 +35,9 @@ def test_the_commands(run, folder):
     line = f"{LINE} --data dog --prompt 'sks dog' --class-prompt dog --class-count 2 --sample-every 2 --sample-prompt 'a dog'"
     code, out, err = run(f"{line} --sample-prompt 'sks dog' --license MIT --flip -o one.safetensors")
     assert code == 0, err
-    assert "one.yaml, the samples are one.png" in " ".join(out.split())
+    assert "the recipe is one.yaml, the model card one.md the samples are one.png" in " ".join(out.split())
+    card = (folder / "one.md").read_text()
+    assert "![samples](<one.png>)" in card and 'adapters.load("one.safetensors", "dog")' in card
     assert re.search(r"^making pictures of the class: 2/2 ", err, re.MULTILINE), err
     assert re.search(r"^training: 3/3 in [\d.]+ s loss [\d.]+  [\d.]+ pictures/s$", err, re.MULTILINE), err
     one = shira.load("one.safetensors")
@@ -118,9 +120,12 @@ def test_wrong_options_are_refused_before_a_pipeline_is_loaded(run, folder, monk
 
 def test_what_is_no_pipeline(run, folder):
     (folder / "empty").mkdir()
-    for name in ("empty", "nobody/nothing"):
+    for name, words in {
+        "empty": "no Diffusers pipeline in that folder",
+        "nobody/nothing": "it is no folder, and not in",
+    }.items():
         code, _, err = run(f"sample --pipe {name} -p x")
-        assert code == 1 and f"DataError: cannot load '{name}': no Diffusers pipeline in that folder" in err
+        assert code == 1 and f"DataError: cannot load '{name}': {words}" in err
 
 
 def test_the_options_are_defined_once(run, monkeypatch):

@@ -165,7 +165,7 @@ def values_of(name):
 def recipes(draw):
     names = draw(st.lists(st.sampled_from(sorted(FIELDS)), unique=True, max_size=12))
     settings = {name: draw(values_of(name)) for name in names}
-    settings["data"] = settings.get("data") or "spam"
+    settings["data"], settings["model"] = settings.get("data") or "spam", settings.get("model") or "m"
     try:
         return Recipe(**settings)
     except DataError as error:
@@ -203,7 +203,7 @@ def test_a_saved_recipe_is_read_as_it_was(tmp_path_factory, recipe):
 )
 def test_the_command_line_says_what_a_file_says(run, tmp_path, monkeypatch, line, value):
     """Also over a file that says otherwise."""
-    (tmp_path / "r.yaml").write_text("{data: spam, decompose: 3, pack: true, exclude: [head], layers: [9]}")
+    (tmp_path / "r.yaml").write_text("{model: m, data: spam, decompose: 3, pack: true, exclude: [head], layers: [9]}")
     plain, found = load_recipe(tmp_path / "r.yaml", {}), []
 
     def check_run(recipe):
@@ -219,7 +219,7 @@ def test_the_command_line_says_what_a_file_says(run, tmp_path, monkeypatch, line
 def test_decompose_of_earlier_releases(tmp_path):
     """It was None or a rank, with 0 for what is True now."""
     for text, value in (("0", True), ("null", False), ("8", 8), ("true", True), ("false", False), ("1", 1)):
-        (tmp_path / "r.yaml").write_text(f"data: spam\ndecompose: {text}\nexclude: null\navoid: null\n")
+        (tmp_path / "r.yaml").write_text(f"model: m\ndata: spam\ndecompose: {text}\nexclude: null\navoid: null\n")
         found = load_recipe(tmp_path / "r.yaml", {})
         assert found.decompose is value or type(value) is int and found.decompose == value
         assert passed_to("attach", found)["decompose"] is found.decompose

@@ -342,7 +342,7 @@ def test_the_page_on_data(run, tmp_path, monkeypatch, tiny_llama):
         program, _, line = command.partition(" ")
         code, _, err = run(line.replace("SmolLM2-135M-Instruct", "SmolLM2"))
         assert (program, code) == ("shira", 0), f"{command}: {err}"
-    packed, again = shira.load("packed.safetensors"), shira.load("adapter.safetensors")  # the last command repeats the run
+    packed, again = shira.load("packed.safetensors"), shira.load("packed-2.safetensors")  # the last command repeats the run
     assert packed.metadata == again.metadata
     assert all(torch.equal(t.values, again.tensors[name].values) for name, t in packed.tensors.items())
 

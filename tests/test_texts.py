@@ -8,6 +8,7 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from markupsafe import escape
 
 import shira
@@ -16,7 +17,7 @@ from conftest import mlp
 from shira import Adapter, DataError, SparseTensor
 from shira.analysis import report
 from shira.errors import ShiraError
-from shira.integrations.card import card
+from shira.integrations.card import base_of, card
 from shira.runs.recipes import Recipe, load_recipe
 from shira.texts import described, markdown, shown, strict_json, visible
 
@@ -96,15 +97,16 @@ def test_a_page_and_its_pictures_show_text(text):
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_a_model_card_shows_text(text):
     metadata = {"name": text, "license": text, "base": {"id": f"org/{text}", "dtype": text}, "mask": {"name": text}}
-    body = card(Adapter(delta(), metadata), "adapter.safetensors", "AutoModel")
+    body = card(Adapter(delta(), metadata), "adapter.safetensors", base_of(f"org/{text}", text, "AutoModel"), data=text)
     assert not CONTROL.search(body)
     head, _, rest = body.removeprefix("---\n").partition("\n---\n")
-    assert json.loads(head.split("license: ")[1].split("\n")[0]) == text
+    read = yaml.safe_load(head)
+    assert read["license"] == "other" and re.fullmatch(r"[a-z0-9.+-]+", read["license_name"])
     prose, _, code = rest.partition("```python\n")
     without_code = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)
     for sign in ("<script", "[z](", "www.", "*y*"):
         assert sign not in without_code
-    compile(code.removesuffix("```\n"), "card", "exec")  # a snippet, whatever is in it
+    compile(code.partition("```\n")[0], "card", "exec")  # a snippet, whatever is in it
 
 
 def test_markdown_of_plain_text_is_that_text():

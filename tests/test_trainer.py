@@ -220,9 +220,16 @@ def test_the_card_tells_how_to_load_and_it_is_so(tmp_path, monkeypatch):
         trained = all_bits(model)
     card = (tmp_path / "final" / "README.md").read_text()
     head, body = card.removeprefix("---\n").split("---\n", 1)
-    assert 'license: "MIT"' in head and "tiny-llama" not in head
+    assert 'license: "mit"' in head and "tiny-llama" not in head
     known = shira.load(tmp_path / "final" / ADAPTER)
-    for told in ("tiny-llama, float32", "name snip", f"{known.density:.3%}, {known.nnz:,} entries", "MIT", f"steps {STEPS}"):
+    for told in (
+        "a folder called tiny-llama",
+        "dtype | float32",
+        "name snip",
+        f"{known.density:.3%}, {known.nnz:,} entries",
+        "MIT",
+        f"steps {STEPS}",
+    ):
         assert told in body
     assert str(tmp_path) not in card
     snippet = body.split("```python\n")[1].split("```")[0]

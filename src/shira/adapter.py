@@ -124,20 +124,24 @@ def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
             add(name, tensor)
 
 
-def load(path: Path_) -> Adapter:
+def load(path: Path_, *, revision: str | None = None) -> Adapter:
     """Read an adapter and check all of it.
 
     path: its file, or a folder with one adapter's file in it, or with `adapter.safetensors`, as a trainer saves it; or a weight
-        patch of an RL trainer, a file or a folder, that holds the shapes of its tensors (docs/rl-patches.md).
+        patch of an RL trainer, a file or a folder, that holds the shapes of its tensors (docs/rl-patches.md). If there is no
+        such path, a repository of the Hugging Face Hub: "user/repo", "user/repo@revision". It is read from the cache of
+        huggingface_hub, or downloaded into it.
+    revision: a branch, tag or commit of the repository.
     Raises FormatError, which names the file, the tensor, what was expected and what was found; OSError if the file does not
-    exist or may not be read.
+    exist or may not be read; HubError if the hub does not have it or cannot be reached.
 
         adapter = shira.load("poet.safetensors")
+        adapter = shira.load("user/poet", revision="v1")
     """
-    return read(path)[0]
+    return read(path, revision)[0]
 
 
-def read(path: Path_) -> tuple[Adapter, tuple[State, ...]]:
+def read(path: Path_, revision: str | None = None) -> tuple[Adapter, tuple[State, ...]]:
     """`load`, and the states of the files that were read, the adapter's own first.
 
     The states are those of the opened files, even if other files have their names now. A file that changes while it is read is
@@ -145,7 +149,7 @@ def read(path: Path_) -> tuple[Adapter, tuple[State, ...]]:
     """
     for _ in range(ATTEMPTS):
         try:
-            with opened(path) as adapter:
+            with opened(path, revision) as adapter:
                 return Adapter(dict(adapter.tensors), adapter.metadata), check_unchanged(adapter)
         except FileChanged as error:
             changed = error
@@ -153,12 +157,12 @@ def read(path: Path_) -> tuple[Adapter, tuple[State, ...]]:
 
 
 @contextlib.contextmanager
-def opened(path: Path_) -> Iterator[Adapter]:
+def opened(path: Path_, revision: str | None = None) -> Iterator[Adapter]:
     """An adapter that stays in its file. Inside the `with`, each tensor is read and checked when it is requested.
 
     Raises what `load` raises; at the end of the `with` FormatError, if the file has changed meanwhile.
     """
-    found = adapter_in(path_of(path, "shira.load('poet.safetensors')", FormatError))
+    found = adapter_in(path_of(path, "shira.load('poet.safetensors')", FormatError), revision)
     with contextlib.ExitStack() as stack:
         tensors: StoredTensors | StoredPatch
         try:

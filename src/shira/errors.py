@@ -9,6 +9,7 @@ ShiraError
 ├── MaskError           a mask or budget that is not possible
 ├── TuningError         a call of a tuner that is not possible now, or a training run that went wrong
 ├── SwitchError         an unknown, duplicate or busy adapter in a switcher
+├── HubError            an adapter or model that the Hugging Face Hub does not have, does not permit, or cannot be asked for
 ├── DataError           training, calibration or evaluation data, or a recipe, that cannot be used
 └── MissingExtra        an optional dependency that is not installed
 
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "FormatError",
+    "HubError",
     "MaskError",
     "MissingExtra",
     "ShiraError",
@@ -76,6 +78,10 @@ class TuningError(ShiraError):
 
 class SwitchError(ShiraError):
     """An unknown, duplicate or busy adapter in a switcher."""
+
+
+class HubError(ShiraError):
+    """An adapter or model that the Hugging Face Hub does not have, does not permit, or cannot be asked for."""
 
 
 class DataError(ShiraError):

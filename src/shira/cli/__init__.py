@@ -23,6 +23,7 @@ from . import (
     inspect,
     masks,
     merge,
+    push,
     sample,
     targets,
     train,
@@ -57,6 +58,7 @@ COMMANDS = {
     "extract": extract.extract,
     "merge": merge.merge,
     "convert": convert.convert,
+    "push": push.push,
 }
 if checkout.has("benchmarks"):
     COMMANDS["bench"] = bench.bench

@@ -23,7 +23,7 @@ def targets(
 ) -> None:
     """List the weights that training would change, and how many of their entries.
 
-    Example: shira targets SmolLM2-135M-Instruct --targets q_proj,v_proj,norm --layers 0-14
+    Example: shira targets SmolLM2-135M-Instruct --targets q_proj,v_proj,input_layernorm --layers 0-14
     """
     from .. import masks
     from ..integrations.transformers import skeleton

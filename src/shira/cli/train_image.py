@@ -1,43 +1,55 @@
 """shira train-image: train one adapter from a Diffusers pipeline and pictures."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..runs.image_recipes import ImageRecipe, check_image_run, load_image_recipe, save_image_recipe
+from ..runs.image_recipes import DENSITY, ImageRecipe, check_image_run, load_image_recipe, name_of, save_image_recipe
 from ..runs.image_recipes import train_image as trained
 from .options import given, recipe_options
-from .output import IS_FIRST, bytes_text, cell, console, progress, waiting
+from .output import IS_FIRST, cell, console, progress, waiting
+from .train import Force, Output, stem_of, tell
 
 __all__ = ["train_image"]
 
 
 @recipe_options(of=ImageRecipe)
 def train_image(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's file.")] = Path("adapter.safetensors"),
+    output: Output = None,
+    force: Force = False,
     config: Annotated[Path | None, typer.Option(help="A YAML recipe; the options given beside it win.")] = None,
     **options: Any,
 ) -> None:
-    """Train one adapter on a Diffusers pipeline. A recipe that repeats the run and a grid of samples are saved beside it.
+    """Train one adapter on a Diffusers pipeline. A recipe that repeats the run, samples and a model card are saved beside it.
+
+    All of it together can be pushed to the hub: `shira push`.
 
     Example: shira train-image stable-diffusion-v1-5/stable-diffusion-v1-5 --data dog --prompt "a sks dog" -o dog.safetensors
     """
-    recipe = load_image_recipe(config, given(options, ImageRecipe))
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
+    from ..runs.outputs import output_for, save_run
+
+    asked = given(options, ImageRecipe)
+    recipe = load_image_recipe(config, asked)
+    place = output_for(output, stem_of(config) or name_of(recipe), force=force, config=config, repeats=not asked)
     check_image_run(recipe)
     from ..data.grids import grid
+    from ..integrations.card import base_of
     from ..integrations.diffusers_sampling import load_pipeline
+    from ..integrations.diffusion_losses import Parts
+    from ..runs.announcing import what_trains
 
     with waiting("loading the pipeline"):
         pipe = load_pipeline(recipe.pipeline, recipe.dtype)
+    parts = Parts(pipe, text_encoders=recipe.train_text_encoder)
+    console.print(f"trains {what_trains(recipe, parts, DENSITY)}", highlight=False, soft_wrap=True)
     samples: dict[str, list[Any]] = {}
-    picture = output.with_suffix(".png")
 
     def on_sample(title: str, prompts: list[str], images: list[Any]) -> None:
         samples[title] = images
-        grid(list(zip(*samples.values(), strict=True)), prompts, list(samples)).save(picture)
+        place.samples.parent.mkdir(exist_ok=True)
+        grid(list(zip(*samples.values(), strict=True)), prompts, list(samples)).save(place.samples)
 
     with progress("reading the pictures", None) as update:
         adapter = trained(
@@ -53,11 +65,7 @@ def train_image(
         )
     if not IS_FIRST:
         return
-    adapter.save(output)
-    recipe_file = output.with_suffix(".yaml")
-    save_image_recipe(recipe, recipe_file)
-    console.print(
-        f"{cell(output)}: {adapter.nnz:,} entries, {bytes_text(output.stat().st_size)}; "
-        f"the recipe is {cell(recipe_file)}, the samples are {cell(picture)}",
-        highlight=False,
-    )
+    base = base_of(recipe.pipeline, adapter.metadata["base"]["dtype"], "DiffusionPipeline", "diffusers")
+    place = save_run(place, adapter, base, partial(save_image_recipe, recipe))
+    tell(place, adapter)
+    console.print(f"the samples are {cell(place.samples)}", highlight=False)

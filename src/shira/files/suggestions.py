@@ -1,10 +1,12 @@
 """A user passed a folder, or another kind of file, instead of an adapter's file: which file is meant, or what to pass."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, HubError
 from ..texts import strict_json
+from .hub import downloaded, files_of, repository
 from .paths import open_regular
 from .tensorfiles import read_header
 
@@ -13,6 +15,7 @@ __all__ = ["ADAPTER", "PEFT_PREFIX", "adapter_in", "instead", "is_ours"]
 ADAPTER = "adapter.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PEFT_PREFIX = "base_model.model."  # of tensor names in PEFT's files
+OTHERS = re.compile(r"(model|adapter_model|pytorch_|diffusion_pytorch_|.*/)")  # names of other safetensors files on the hub
 MANY = 32  # files of a folder that are opened
 SLIME = (
     "it is a delta of slime, bytes against the weights of the version before, compressed with zstd: let slime apply it to a "
@@ -49,10 +52,36 @@ def _is_delta_of_bytes(folder: Path) -> bool:
         return False
 
 
-def adapter_in(path: Path) -> Path:
-    """The adapter's file in a folder, if it is clear which: the only one, or `adapter.safetensors`; otherwise the path."""
+def adapter_in(path: Path, revision: str | None = None) -> Path:
+    """The adapter's file in a folder or in a repository of the hub (user/repo, user/repo@revision); otherwise the path.
+
+    It is the only one, or `adapter.safetensors`. A path that exists is no name of the hub. A file of the hub is downloaded into
+    huggingface_hub's cache, unless it is there.
+    Raises HubError if the hub does not have it, or cannot be reached; MissingExtra without huggingface_hub.
+    """
+    if named := repository(path.as_posix()):
+        repo, in_name = named
+        if None not in (revision, in_name) and revision != in_name:
+            raise HubError(f"{str(path)!r} names the revision {in_name!r}, and revision= says {revision!r}; give one")
+        return _adapter_on_the_hub(repo, revision or in_name)
+    if revision is not None:
+        raise HubError(f"revision={revision!r} is of a name of the hub, 'user/repo'; {str(path)!r} is a path")
     ours = _adapters_in(path) if path.is_dir() else []
     return ours[0] if len(ours) == 1 else path
+
+
+def _adapter_on_the_hub(repo: str, revision: str | None) -> Path:
+    found = downloaded(repo, ADAPTER, revision)
+    if found is not None:
+        return found
+    names = files_of(repo, revision)
+    candidates = [name for name in names if name.endswith(".safetensors") and not OTHERS.match(name)]
+    if len(candidates) == 1 and (found := downloaded(repo, candidates[0], revision)) is not None:
+        return found
+    if any(name in PEFT_FILES for name in names):
+        raise HubError(f"{repo!r} on the hub is no adapter of shira; {PEFT}; get it by `hf download {repo} --local-dir FOLDER`")
+    few = ", ".join(names[:8]) + ", …" * (len(names) > 8)
+    raise HubError(f"{repo!r} on the hub holds no {ADAPTER}; it holds {few or 'nothing'}")
 
 
 def _adapters_in(folder: Path) -> list[Path]:

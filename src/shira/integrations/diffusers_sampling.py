@@ -8,6 +8,7 @@ from torch import nn
 
 from ..data.quiet import quiet
 from ..errors import DataError, MissingExtra
+from .transformers import check_there
 
 __all__ = ["load_pipeline", "modules_of", "sample", "version"]
 
@@ -18,6 +19,7 @@ def load_pipeline(name: str, dtype: str = "auto") -> Any:
     Raises DataError if there is no such pipeline.
     """
     diffusers, transformers = _libraries()
+    check_there(name, "model_index.json")
     try:
         with quiet(diffusers, transformers):
             return diffusers.DiffusionPipeline.from_pretrained(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import MissingExtra, TuningError
 from ..files.tensorfiles import write_whole
 from ..training.tuner import Tuner
-from .card import card
+from .card import base_of, card
 
 __all__ = ["ADAPTER", "ReferenceModel", "ShiraCallback", "set_aside"]
 
@@ -114,7 +114,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
     def _save_pretrained(self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **_: Any) -> None:
         """`model.save_pretrained` while the tuner is attached: saves an adapter and a card, no weights."""
         if push_to_hub:
-            raise TuningError("save to a folder and upload that: huggingface_hub.upload_folder(repo_id=…, folder_path=…)")
+            raise TuningError("save to a folder and push that: shira push FOLDER user/repo")
         if not is_main_process:
             return
         folder, model = Path(save_directory), self.tuner.model
@@ -124,8 +124,10 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
             state = self.tuner.state_dict() | {PROCESSES: torch.tensor([self._processes()])}
             write_whole(folder / MASTERS, safetensors.torch.save(state, {"format": "pt"}))
         adapter.save(folder / ADAPTER)
-        loadable = getattr(model.config, "_name_or_path", "") and hasattr(transformers, type(model).__name__)
-        text = card(adapter, ADAPTER, type(model).__name__ if loadable else None)
+        identity = getattr(model.config, "_name_or_path", "")
+        loader = type(model).__name__ if identity and hasattr(transformers, type(model).__name__) else None
+        base = adapter.metadata["base"]
+        text = card(adapter, ADAPTER, base_of(identity or base["id"], base["dtype"], loader))
         write_whole(folder / "README.md", text.encode())
 
     def _load_state_dict(self, state_dict: Mapping[str, Tensor], *_: Any, **__: Any) -> Any:
@@ -149,15 +151,15 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
             return None
         args, state = self._run
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        return {
+        found = {
             "steps": state.global_step,
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "learning_rate": args.learning_rate,
             "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "loss": round(losses[-1], 4) if losses and math.isfinite(losses[-1]) else None,
             "parameters": self.tuner.nnz,
             "seed": args.seed,
         }
+        return found | ({"loss": round(losses[-1], 4)} if losses and math.isfinite(losses[-1]) else {})
 
 
 def set_aside(folder: Any) -> list[Path]:

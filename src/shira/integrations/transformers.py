@@ -3,9 +3,11 @@
 import collections
 import contextlib
 import math
+import os
+import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import batches, check_packing, collate, mean_loss
-from ..data.models import model_path
+from ..data.models import BUILT_IN, model_path
 from ..data.quiet import quiet
 from ..data.tokens import Row, encode
-from ..errors import DataError, MissingExtra, TuningError, did_you_mean
+from ..errors import DataError, HubError, MissingExtra, TuningError, did_you_mean
+from ..files import hub
 from ..files.paths import temporary_folder
 from ..masks.calibration import without_cudnn_attention
 from ..training.tuner import Tuner
@@ -24,6 +27,7 @@ from ..training.tuner import Tuner
 __all__ = [
     "batches",
     "check_packing",
+    "check_there",
     "encode",
     "load_config",
     "load_model",
@@ -35,6 +39,9 @@ __all__ = [
     "untrained",
     "version",
 ]
+
+
+ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # old names have no owner: gpt2
 
 
 def load_model(model: str, dtype: str = "auto") -> nn.Module:
@@ -66,6 +73,20 @@ def skeleton(model: str) -> nn.Module:
 def load_config(model: str) -> Any:
     """A model's configuration, without its weights."""
     return _pretrained("AutoConfig", model)
+
+
+def causal_skeleton(model: str) -> nn.Module:
+    """The causal language model that `load_model` would load, on the meta device: shapes and names, no data.
+
+    Raises DataError if there is no such model, or if it is no causal language model of Transformers.
+    """
+    config = load_config(model)
+    try:
+        with torch.device("meta"):
+            return untrained(config, torch.float32)
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise DataError(f"{model!r} is no causal language model of transformers: {said[:300]}") from error
 
 
 def untrained(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -111,13 +132,37 @@ def _library() -> Any:
 
 
 def _pretrained(kind: str, model: str, **options: Any) -> Any:
-    path, library = model_path(model), _library()
+    library = _library()
+    check_there(model, "config.json", BUILT_IN)
+    path = model_path(model)
     try:
         with quiet(library):
             return getattr(library, kind).from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         what = "folder" if Path(path).exists() else "folder, built-in name, or model id that can be reached"
         raise DataError(f"cannot load {model!r}: no model in that {what} ({str(error).strip().splitlines()[0]})") from error
+
+
+def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
+    """Raise DataError, within seconds, if a name is no built-in model, no folder, and no model of the hub that can be had.
+
+    file: one that all such models have on the hub. Nothing else is downloaded.
+    """
+    if model in built_in or os.path.exists(model):
+        return
+    what = f"no folder, no built-in model ({', '.join(built_in)}), and " if built_in else "no folder, and "
+    if not ON_HUB.fullmatch(model):
+        raise DataError(f"cannot load {model!r}: it is {what}no name of a model on the hub")
+    folder = hub.cached(model)
+    if folder is not None and (folder / file).exists():
+        return
+    try:
+        found = hub.downloaded(model, file, local=what, known=built_in)
+    except HubError as error:
+        said = str(error).replace(f"{model!r} is ", "it is ", 1).removeprefix(f"{model!r}: ")
+        raise DataError(f"cannot load {model!r}: {said}") from error
+    if found is None:
+        raise DataError(f"cannot load {model!r}: it is on the hub, but is no such model: it has no {file}")
 
 
 @torch.no_grad()

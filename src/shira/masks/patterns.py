@@ -24,6 +24,7 @@ def block(weight: Tensor, k: int, size: int = 16, by: str | Score = "wm", **inpu
     """
     if weight.ndim != 2 or size < 1:
         raise MaskError(f"block needs a matrix and a size of at least 1, found shape {list(weight.shape)} and size {size}")
+    size = min(size, max(weight.shape))
     scores = _scores(by, weight, inputs)
     counts = _block_sums(torch.ones(weight.shape, dtype=torch.float32, device=weight.device), size)
     means = _block_sums(scores, size) / counts

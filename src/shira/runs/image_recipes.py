@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..integrations.diffusion_losses import Parts
 
-__all__ = ["ImageRecipe", "check_image_run", "load_image_recipe", "save_image_recipe", "train_image"]
+__all__ = ["DENSITY", "ImageRecipe", "check_image_run", "load_image_recipe", "name_of", "save_image_recipe", "train_image"]
 
 DENSITY = 0.02  # the paper's for image models
 STYLES = "(?i).*(attn|attention[.]|conv(?!_in|_out)).*"  # attention and convolutions, but not those from and to four channels
@@ -195,8 +195,12 @@ def train_image(
             what = {"data": Path(recipe.data).name, "pictures": len(pictures), "resolution": resolution}
             what |= {"prompt": recipe.prompt} if recipe.prompt is not None else {}
             what |= {"class_prompt": recipe.class_prompt, "class_pictures": len(priors)} if priors else {}
-            name = recipe.name or Path(recipe.data).resolve().name
-            return tuner.adapter(name, training=what | summary, license=recipe.license)
+            return tuner.adapter(name_of(recipe), training=what | summary, license=recipe.license)
+
+
+def name_of(recipe: ImageRecipe) -> str:
+    """The name of the recipe's adapter, which is that of the folder with the pictures if it has none."""
+    return recipe.name or Path(recipe.data).resolve().name
 
 
 def _now_and_then(recipe: ImageRecipe, step: int, show: Callable[[str], None]) -> None:

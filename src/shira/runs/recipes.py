@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..data.commonsense import COMMONSENSE
+from ..data.models import BUILT_IN
 from ..data.tasks import TASKS
 from ..errors import DataError, MissingExtra, did_you_mean
 from ..files.paths import open_regular, path_of
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..data.tasks import Example
     from ..data.tokens import Row
 
-__all__ = ["Recipe", "check_run", "load_recipe", "read_settings", "recipe_of", "save_recipe", "train_adapter"]
+__all__ = ["Recipe", "check_run", "load_recipe", "name_of", "read_settings", "recipe_of", "save_recipe", "train_adapter"]
 
 OWN_TEXT = "own"
 GENERAL_BATCH = 4  # rows in a batch of general text; the gradient of each batch is squared
@@ -42,7 +43,7 @@ Kind = TypeVar("Kind", bound=Masked)
 class _Source:
     """The model, and the data that it learns from."""
 
-    model: str = option("SmolLM2-135M-Instruct", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
+    model: str = option("", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
     data: str = option(
         "",
         f"JSONL, JSON, CSV, Parquet, a data set (org/name:train), or a task: {', '.join([*TASKS, *COMMONSENSE])}.",
@@ -141,6 +142,8 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
     if the file cannot be read.
     """
     recipe = recipe_of(Recipe, path, given)
+    if not recipe.model:
+        raise DataError(f"no model to train: give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}")
     if not recipe.data:
         raise DataError("no data to train on: give --data: a built-in task, a JSONL, JSON, CSV or Parquet file, or a data set")
     return recipe
@@ -184,7 +187,8 @@ def check_run(recipe: Recipe) -> None:
     from ..integrations import transformers as hf
 
     check_mask(recipe)
-    hf.reporters(recipe.report_to)
+    if hf.reporters(recipe.report_to) and Path(recipe.log_folder).exists() and not Path(recipe.log_folder).is_dir():
+        raise DataError(f"recipe: log_folder must be a folder, or the name of a new one; found {recipe.log_folder!r}, a file")
     hf.check_schedule(recipe.schedule)
     for data, limit in ((recipe.data, recipe.limit), (recipe.eval_data, None), (recipe.stay_near, recipe.calibration)):
         if data is not None and data != OWN_TEXT:
@@ -222,7 +226,7 @@ def train_adapter(
         held_out = encode(tokenizer, _examples(recipe, held_out=True), recipe.max_length, on_read=on_read)
     pad = tokenizer.pad_token_id or 0
     calibration = batches(rows[: recipe.calibration], model, recipe.batch_size, pad)
-    name = recipe.name or Path(recipe.data.partition(":")[0]).stem
+    name = name_of(recipe)
     tuner = attach(model, calibration=calibration, progress=on_calibration, **passed_to("attach", recipe))
     with tuner:
         if recipe.stay_near is not None:
@@ -248,6 +252,11 @@ def train_adapter(
         data = Path(recipe.data).name if Path(recipe.data).exists() else recipe.data
         summary |= {key: count for key in ("shortened", "dropped") if (count := getattr(rows, key))}
         return tuner.adapter(name, training={"data": data, **summary}, license=recipe.license)
+
+
+def name_of(recipe: Recipe) -> str:
+    """The name of the recipe's adapter, which is that of its data if it has none."""
+    return recipe.name or Path(recipe.data.partition(":")[0]).stem
 
 
 def _examples(recipe: Recipe, held_out: bool) -> "Iterator[Example]":

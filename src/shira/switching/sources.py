@@ -1,11 +1,17 @@
-"""The source of a switcher's adapter: memory, or a file, which is read again when it is needed again."""
+"""The source of a switcher's adapter: memory, or a file, which is read again when it is needed again.
+
+An adapter of the hub is such a file, in the cache.
+"""
 
 import os
 import time
+from pathlib import Path
 
 from ..adapter import Adapter, prefixed, read
 from ..errors import AdapterError
+from ..files.hub import repository
 from ..files.paths import State, path_of
+from ..files.suggestions import adapter_in
 
 __all__ = ["AdapterSource"]
 
@@ -13,7 +19,7 @@ SETTLED = 50_000_000  # nanoseconds after a change to a file; a further change i
 
 
 class AdapterSource:
-    """An adapter, or the file of one. Raises AdapterError for anything else.
+    """An adapter, or the file or the hub's name of one. Raises AdapterError for anything else.
 
     prefix: what is put before each name in a file, "unet." if the model is a part of the switcher's model.
     """
@@ -21,13 +27,16 @@ class AdapterSource:
     def __init__(self, adapter: Adapter | str | os.PathLike[str], prefix: str = "") -> None:
         call = "switcher.add('poet', 'poet.safetensors')"
         self._content = adapter if isinstance(adapter, Adapter) else path_of(adapter, call, AdapterError)
+        self._label = str(self._content) if isinstance(self._content, Path) else ""
+        if isinstance(self._content, Path) and repository(self._content.as_posix()):
+            self._content = adapter_in(self._content)  # this commit, also if the hub gets another one
         self._prefix = prefix
         self._found: tuple[State, ...] | None = ()  # the files' state when they were last read; None if it proves nothing
         self._checked: tuple[State, ...] | None = None  # their state when they were last checked against the model
 
     def label(self, name: str) -> str:
         """The adapter's name in messages."""
-        return repr(name) if isinstance(self._content, Adapter) else str(self._content)
+        return repr(name) if isinstance(self._content, Adapter) else self._label
 
     def read(self) -> tuple[Adapter, bool]:
         """The adapter, and whether its content may differ from the content that was checked.

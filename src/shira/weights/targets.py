@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TargetError, did_you_mean
+from ..texts import shown
 from .model_tensors import COMPILED, OWN, ModelTensors, is_buffer
 from .quantized import shape_of
 
@@ -113,7 +114,13 @@ def resolve(
             raise TargetError(f'a target must be a name, targets=["q_proj", "mlp.up_proj"], found {entry!r}')
     _check_parametrized(model, targets if isinstance(targets, str) else names, exclude)
     chosen = _by_string(weights, targets) if isinstance(targets, str) else _by_names(weights, names)
-    return _targets(model, weights, _in_layers(_without(weights, chosen, exclude), layers))
+    left = _without(weights, chosen, exclude)
+    kept = _in_layers(left, layers)
+    for entry in names if not isinstance(targets, str) and layers is not None else ():
+        meant = _meant(weights, entry).intersection(left)
+        if meant and not meant.intersection(kept):
+            raise TargetError(f"target {entry!r} is in none of the layers {shown(layers)}: '{min(meant)}'; leave one out")
+    return _targets(model, weights, kept)
 
 
 def whole_modules(model: nn.Module, wanted: str | Iterable[str], *, exclude: str | Iterable[str] = ()) -> list[Target]:
@@ -335,8 +342,7 @@ def _by_names(weights: _Weights, wanted: list[str]) -> list[str]:
         raise TargetError(f"targets is empty; {did_you_mean('', _suffixes(weights.modules))}")
     chosen: set[str] = set()
     for entry in wanted:
-        meant = {p for name, parameters in weights.modules.items() if _matches(name, entry) for p in parameters}
-        meant |= {name for name in weights.owners if _matches(name, entry)}
+        meant = _meant(weights, entry)
         if not meant:
             others = [(n, m) for n, m in weights.model.named_modules() if _matches(n, entry)]
             if others:
@@ -350,6 +356,12 @@ def _by_names(weights: _Weights, wanted: list[str]) -> list[str]:
             raise TargetError(f"target {entry!r} matches no layer; {did_you_mean(entry, _suffixes(weights.modules))}")
         chosen |= meant
     return [name for name in weights.owners if name in chosen]
+
+
+def _meant(weights: _Weights, entry: str) -> set[str]:
+    """The names of the weights that an entry of a list of targets means."""
+    meant = {p for name, parameters in weights.modules.items() if _matches(name, entry) for p in parameters}
+    return meant | {name for name in weights.owners if _matches(name, entry)}
 
 
 def _without(weights: _Weights, chosen: list[str], exclude: list[str]) -> list[str]:

@@ -1,0 +1,114 @@
+"""Where a training run writes: an adapter, its recipe and its model card, in a folder of their own or side by side.
+
+A folder can be pushed to the hub as it is. Files side by side have one stem: spam.safetensors, spam.yaml, spam.md.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..adapter import Adapter
+from ..errors import DataError
+from ..files.suggestions import ADAPTER
+from ..files.tensorfiles import write_whole
+from ..integrations.card import Base, card
+from ..integrations.hub import CARD, RECIPE
+
+__all__ = ["CARD", "RECIPE", "SAMPLES", "Output", "output_for", "save_run"]
+
+SAMPLES = "samples.png"
+SUFFIX = ".safetensors"
+OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".yaml", ".yml", ".json", ".md")  # no names of folders
+
+
+class Output(NamedTuple):
+    """The files of a run. kept: the recipe is there already, as the run's own configuration, and is not written again."""
+
+    adapter: Path
+    recipe: Path
+    card: Path
+    samples: Path
+    kept: bool = False
+    replaces: bool = False  # --force: what is there is lost
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the run writes."""
+        return tuple(path for path in self[:4] if not (self.kept and path == self.recipe))
+
+
+def output_for(
+    output: Path | None, stem: str, *, force: bool = False, config: Path | None = None, repeats: bool = False
+) -> Output:
+    """Where a run writes: to the file or folder that was asked for, or, without one, beside each other under a new name.
+
+    output: "poet.safetensors", or the name of a folder, "poet". stem: of the new name; if it is taken, stem-2, stem-3, ….
+    config: the run's own YAML file. repeats: the run's settings are those of that file, which then stays as it is.
+
+    Raises DataError if something is there already, unless force; FileNotFoundError if the folder to write in does not exist.
+    """
+    if output is None:
+        plain = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "adapter"
+        found = _side_by_side(Path(plain + SUFFIX), config, repeats)
+        return found if force else _free(found, config, repeats)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
+    found = _side_by_side(output, config, repeats) if output.suffix == SUFFIX else _in_folder(output)
+    is_other_file = output.suffix in OTHER_FILES or (output.suffix != SUFFIX and output.exists() and not output.is_dir())
+    if is_other_file or found.adapter.is_dir():
+        raise DataError(f"{output} is no name for an adapter: name a file, poet{SUFFIX}, or a folder, poet")
+    if force:
+        return found._replace(replaces=True)
+    if taken := next((path for path in found.files if path.exists()), None):
+        raise DataError(f"{taken} is there already, and would be lost; give --force to replace it, or another --output")
+    return found
+
+
+def save_run(
+    output: Output,
+    adapter: Adapter,
+    base: Base,
+    save_recipe: Callable[[Path], None],
+    *,
+    like: Path | None = None,
+    data: str | None = None,
+) -> Output:
+    """Write what a run has made. Returns where: under a further name if somebody else has taken the name meanwhile."""
+    if not output.replaces:
+        output = _free(output, but=(output.samples,))
+    output.adapter.parent.mkdir(exist_ok=True)
+    adapter.save(output.adapter, like=like)
+    if not output.kept:
+        save_recipe(output.recipe)
+    picture = output.samples.name if output.samples.exists() else None
+    text = card(adapter, output.adapter.name, base, recipe=output.recipe.name, picture=picture, data=data)
+    write_whole(output.card, text.encode())
+    return output
+
+
+def _in_folder(folder: Path) -> Output:
+    return Output(folder / ADAPTER, folder / RECIPE, folder / CARD, folder / SAMPLES)
+
+
+def _side_by_side(file: Path, config: Path | None, repeats: bool) -> Output:
+    found = Output(file, file.with_suffix(".yaml"), file.with_suffix(".md"), file.with_suffix(".png"))
+    same = config is not None and config.exists() and found.recipe.exists() and config.samefile(found.recipe)
+    return found._replace(kept=same and repeats)
+
+
+def _free(output: Output, config: Path | None = None, repeats: bool = False, *, but: tuple[Path, ...] = ()) -> Output:
+    """The first of output, output-2, output-3, … of whose files none is there. but: files of the run's own."""
+    found = _numbered(output, config, repeats)
+    return next(each for each in found if not any(path.exists() for path in each.files if path not in but))
+
+
+def _numbered(output: Output, config: Path | None, repeats: bool) -> Iterator[Output]:
+    yield output
+    folder = output.adapter.parent
+    for number in itertools.count(2):
+        if output.card.name == CARD:
+            yield _in_folder(folder.with_name(f"{folder.name}-{number}"))
+        else:
+            yield _side_by_side(output.adapter.with_stem(f"{output.adapter.stem}-{number}"), config, repeats)

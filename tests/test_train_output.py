@@ -1,0 +1,140 @@
+"""What `shira train` writes, where, and that it loses nothing; and that what cannot be is known before a model is loaded."""
+
+import re
+
+import pytest
+import torch
+import yaml
+
+import shira
+from conftest import all_bits, same_bits
+from shira import DataError
+from shira.integrations import transformers as hf
+from shira.runs.outputs import output_for
+from test_cli import TRAIN, folder  # noqa: F401  a fixture
+
+huggingface_hub = pytest.importorskip("huggingface_hub")
+
+
+def snippet(card):
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+def names(path):
+    return sorted(each.name for each in path.iterdir())
+
+
+@pytest.mark.parametrize("output", ["poet", "poet/"])
+def test_a_folder_has_all_that_is_pushed(run, folder, tiny_llama, monkeypatch, output):  # noqa: F811
+    code, out, err = run(f"{TRAIN} --data sums.jsonl --eval-share 0.2 --license MIT --name 'a poet' -o {output}")
+    assert code == 0, err
+    assert out.startswith("trains 14 of 14 linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; ")
+    poet = folder / "poet"
+    assert names(poet) == ["README.md", "adapter.safetensors", "recipe.yaml"]
+    text = (poet / "README.md").read_text()
+    header = huggingface_hub.ModelCard(text).data.to_dict()
+    assert header["license"] == "mit" and "base_model" not in header and "There is no hub id of the base" in text
+    adapter = shira.load("poet")
+    held_out = adapter.metadata["training"]["held_out"]
+    assert f"| {held_out['rows']} held-out rows | {held_out['loss_before']} | {held_out['loss']} |" in text
+    monkeypatch.chdir(poet)
+    (poet / "model").symlink_to(folder / "model")
+    state = {}
+    exec(snippet(text), state)  # it loads the base by its name, and leaves it as it was
+    assert same_bits(all_bits(tiny_llama), all_bits(state["model"])) and state["switcher"].names == ["a poet"]
+    assert run("train --config recipe.yaml")[0] == 1  # no data of that name here: nothing is written
+    assert names(poet) == ["README.md", "adapter.safetensors", "model", "recipe.yaml"]
+
+
+def test_nothing_is_overwritten(run, folder):  # noqa: F811
+    assert run(f"{TRAIN} --data sums.jsonl -o sums.safetensors")[0] == 0
+    before = {name: (folder / name).read_bytes() for name in ("sums.safetensors", "sums.yaml", "sums.md")}
+    for line, words in {
+        f"{TRAIN} --data sums.jsonl -o sums.safetensors": "sums.safetensors is there already.*--force",
+        f"{TRAIN} --data sums.jsonl --config sums.yaml -o sums.safetensors": "is there already",
+        f"{TRAIN} --data sums.jsonl -o sums.yaml": "is no name for an adapter",
+        f"{TRAIN} --data sums.jsonl -o sums.bin": "is no name for an adapter",
+        f"{TRAIN} --data sums.jsonl -o sums.jsonl": "is no name for an adapter",
+    }.items():
+        code, _, err = run(line)
+        assert code == 1 and re.search(words, err), err
+    assert run("train --config sums.yaml --seed 3")[0] == 0
+    assert run("train --config sums.yaml")[0] == 0
+    assert run(f"{TRAIN} --data sums.jsonl --steps 2")[0] == 0
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    assert [shira.load(f"sums-{n}.safetensors").metadata["training"]["steps"] for n in (2, 3, 4)] == [4, 4, 2]
+    assert yaml.safe_load((folder / "sums-2.yaml").read_text())["seed"] == 3
+    assert run(f"{TRAIN} --data sums.jsonl -o sums.safetensors --force --steps 1")[0] == 0
+    assert shira.load("sums.safetensors").metadata["training"]["steps"] == 1
+
+
+def test_a_configuration_gives_its_name_and_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "again.yaml"
+    config.write_text("# mine\n")
+    found = output_for(None, "again", config=config, repeats=True)
+    assert found.adapter.name == "again.safetensors" and config.absolute() not in [path.absolute() for path in found.files]
+    assert output_for(None, "again", config=config).adapter.name == "again-2.safetensors"  # another recipe is to be saved
+    assert output_for(None, "no/such: name").adapter.name == "no-such-name.safetensors"
+    with pytest.raises(DataError, match="again.yaml is there already"):
+        output_for(tmp_path / "again.safetensors", "again", config=config)
+    assert output_for(tmp_path / "again.safetensors", "again", config=config, repeats=True).kept
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--targets q_proj,norm --layers 0", "TargetError: target 'norm' is in none of the layers .0.: 'model.norm.weight'"),
+        ("--targets q_prj", "TargetError: .*did you mean 'q_proj'"),
+        ("--exclude mlpp", "TargetError: exclude 'mlpp' matches nothing; known: "),
+        ("--layers 7", "TargetError: layers=.7. must be numbers of layers"),
+        ("--overrides '{\"qq\": 0.1}'", "TargetError: pattern 'qq' matches none of"),
+        ('--overrides \'{"q_proj": {"total": 9999999}}\'', "MaskError: .*q_proj"),
+        ("--total 99999999", "MaskError: total=99,999,999 does not fit"),
+        ("--density 0.05 --mask nm:n=9,m=8", "MaskError: .*an N:M mask needs 1 ≤ n ≤ m"),
+        ("--density 0.05 --mask struct --scope model", "MaskError: mask 'struct' ranks no scores"),
+        ("--density 0.05 --mask from_adapter", "MaskError: .*from_adapter needs an adapter"),
+        ("--rank 500", "MaskError: .*rank must be from 1 to 12 .* found 500"),
+    ],
+)
+def test_a_model_is_not_loaded_for_what_its_configuration_tells(run, folder, monkeypatch, options, words):  # noqa: F811
+    def load_model(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(hf, "load_model", load_model)
+    code, _, err = run(f"{TRAIN.replace('--density 0.05', '')} --data sums.jsonl {options}")
+    assert code == 1 and re.search(words, err), err
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("SmolLM2-135M-Instuct", "and not in the cache of the hub; offline, .*did you mean 'SmolLM2-135M-Instruct'"),
+        ("org/nothing", "and not in the cache of the hub; offline, because HF_HUB_OFFLINE is set"),
+        ("./nowhere", "and no name of a model on the hub"),
+        ("a/b/c", "and no name of a model on the hub"),
+    ],
+)
+def test_a_model_that_is_not_there_is_known_at_once(run, folder, model, words):  # noqa: F811
+    code, out, err = run(f"train {model} --data sums.jsonl")
+    start = f"DataError: cannot load '{model}': it is no folder, no built-in model .SmolLM2-135M-Instruct., "
+    assert code == 1 and not out and re.search(start + words, err), err
+
+
+def test_leaving_the_model_out_lists_what_there_is(run, folder):  # noqa: F811
+    code, _, err = run("train --data sums.jsonl")
+    assert code == 1 and "no model to train: give a folder, a hub id, or a built-in model: SmolLM2-135M-Instruct" in err
+
+
+def test_a_card_of_a_model_on_the_hub_names_it():
+    from shira.integrations.card import base_of, card
+
+    adapter = shira.Adapter({"w": shira.SparseTensor((2, 2), torch.tensor([1]), torch.ones(1))}, {"training": {"loss": None}})
+    text = card(adapter, "a.safetensors", base_of("org/model", "float32", "AutoModelForCausalLM"), data="org/rows:train")
+    header = huggingface_hub.ModelCard(text).data.to_dict()
+    assert (header["base_model"], header["base_model_relation"], header["datasets"]) == ("org/model", "adapter", ["org/rows"])
+    assert "The loss" not in text and "Nothing was measured" in text
+    built_in = card(adapter, "a.safetensors", base_of("SmolLM2-135M-Instruct", "bfloat16", "AutoModelForCausalLM"))
+    assert "base_model" not in huggingface_hub.ModelCard(built_in).data.to_dict()
+    assert "There is no hub id of the base" in built_in and "4 bits" in built_in
+    compile(snippet(built_in), "card", "exec")
