@@ -123,12 +123,17 @@ def _to_patch(source: Path, output: Path, to: str, positions: str | None, base: 
     adapter = load(source)
     with waiting("converting"):
         rl_patches.save(adapter, output, to, positions=positions, base=base)  # type: ignore[arg-type]  # `save` checks them
-    _report(output, adapter, "")
+    _report(output, adapter)
 
 
-def _report(output: Path, adapter: "Adapter", more: str) -> None:
-    size = bytes_text(output.stat().st_size)
-    console.print(f"{cell(output)}: {adapter.nnz:,} entries in {len(adapter.tensors)} tensors, {size}{more}")
+def _report(output: Path, adapter: "Adapter", more: str = "") -> None:
+    files = output.iterdir() if output.is_dir() else [output]
+    size = bytes_text(sum(file.stat().st_size for file in files))
+    console.print(
+        f"{cell(output)}: {adapter.nnz:,} entries in {len(adapter.tensors)} tensors, {size}{more}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _to_peft(source: Path, output: Path, base: str | None, options: dict[str, object]) -> None:
@@ -146,8 +151,7 @@ def _to_peft(source: Path, output: Path, base: str | None, options: dict[str, ob
         raise FormatError(f"--to peft takes an adapter's file: {error}") from error
     with waiting("converting"):
         lost = peft.save(adapter, output, base)
-    size = bytes_text(sum(file.stat().st_size for file in output.iterdir()))
-    console.print(f"{cell(output)}: {adapter.nnz:,} entries in {len(adapter.tensors)} tensors, {size}")
+    _report(output, adapter)
     if lost:
         console.print(
             f"{lost:,} of them differ in the last bits: PEFT adds differences in float32, which cannot give every value"
