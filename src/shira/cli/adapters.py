@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import DataError
-from ..files.suggestions import ADAPTER
 from ..texts import shown
 
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ def _split_name(text: str) -> tuple[str, str]:
 
 def _name_of(file: str) -> str:
     """An adapter's name by its file, or by its folder if the file has the usual name. It can be typed as one word."""
+    from ..files.suggestions import ADAPTER
+
     path = Path(file)
     name = path.parent.name if path.name == ADAPTER and path.parent.name else path.name.removesuffix(".safetensors")
     return re.sub(r"[\s=]+", "-", name)

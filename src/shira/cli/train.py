@@ -21,8 +21,8 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="The adapter's file, poet.safetensors, or a folder, poet; by default a new file after --config or the data.",
-        show_default=False,
+        help="The adapter's file, poet.safetensors, or a folder, poet.",
+        show_default="a new file after --config or the data",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
