@@ -29,7 +29,7 @@ from shira.kernels.gpu import products
 
 from .common import TARGETS, alternate, report, show
 from .switch import DENSITY, LLAMA2_7B, RANK, adapter_for, lora_fuses, model_of, random_positions, sparse_delta
-from .train import prepare
+from .train import NO_DROPOUT, prepare
 
 SECTOR = 32  # bytes: the smallest unit that a GPU reads from or writes to its memory
 
@@ -137,7 +137,7 @@ def switch(plot: Path | None, quick: bool, device: str, *, scale: bool = False) 
     return rows
 
 
-METHODS = ["frozen", "shira wm", "shira struct", "PEFT LoRA", "PEFT DoRA", "PEFT SHiRA"]
+METHODS = ["frozen", "shira wm", "shira struct", "PEFT LoRA", NO_DROPOUT, "PEFT DoRA", "PEFT SHiRA"]
 
 
 def llama2_7b(quick: bool) -> Any:

@@ -24,8 +24,8 @@ RANK = 16
 Targets = Sequence[str] | str
 StepOf = Callable[..., tuple[Callable[[], None], int]]
 OURS = {"shira wm": "wm", "shira struct": "struct", "shira columns": "struct:direction=columns,diagonal=false"}
-METHODS = ["frozen", *OURS, "PEFT LoRA", "PEFT DoRA", "PEFT SHiRA"]
-NO_DROPOUT = "PEFT LoRA, no dropout"
+NO_DROPOUT = "PEFT LoRA, no dropout"  # which is PEFT's default; "PEFT LoRA" has dropout 0.05
+METHODS = ["frozen", *OURS, "PEFT LoRA", NO_DROPOUT, "PEFT DoRA", "PEFT SHiRA"]
 
 
 def prepare(
