@@ -231,4 +231,4 @@ def test_the_page_on_sharing(online, run, tiny_llama):
     card = online.files("me/poet")["README.md"].decode()
     assert 'switcher.add("rows", "me/poet")' in card and 'license: "mit"' in card
     code, out, err = run("eval SmolLM2 --data rows.jsonl -a me/poet=0.5 --json")
-    assert code == 0 and json.loads(out)["accuracy"][1]["active"] == "me/poet=0.5", err
+    assert code == 0 and json.loads(out)["results"][1]["active"] == "me/poet=0.5", err

@@ -95,7 +95,9 @@ def test_layers_by_number(tiny_llama):
     assert kept(tiny_llama, layers=range(2)) == kept(tiny_llama)
     with pytest.raises(TargetError, match=r"target 'norm' is in none of the layers \[0\]: 'model.norm.weight'"):
         resolve(tiny_llama, ["norm", "q_proj"], layers=[0])
-    with pytest.raises(TargetError, match=r"layers=\[1, 2\] must be numbers of layers with targets, found 0 to 1"):
+    with pytest.raises(
+        TargetError, match=r"layers=\[1, 2\] must be numbers of layers with targets; the model has them in 0 to 1"
+    ):
         kept(tiny_llama, layers=[1, 2])
     with pytest.raises(TargetError, match=r"layers=\[\]"):
         kept(tiny_llama, layers=[])

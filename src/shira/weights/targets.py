@@ -383,7 +383,7 @@ def _in_layers(chosen: list[str], layers: Layers | None) -> list[str]:
     missing = sorted(wanted - set(known))
     if missing or not wanted:
         span = f"{known[0]} to {known[-1]}" if known else "no numbered layer"
-        raise TargetError(f"layers={sorted(wanted)} must be numbers of layers with targets, found {span}")
+        raise TargetError(f"layers={sorted(wanted)} must be numbers of layers with targets; the model has them in {span}")
     return [name for name in chosen if numbers[name] in wanted]
 
 
