@@ -365,7 +365,10 @@ def test_convert_on_the_command_line(run, tiny_llama, tmp_path, monkeypatch):
     assert code == 0, err
     assert out.endswith(f"{summary(shira.load('lora.safetensors'))['kept']:.1%} of ‖ΔW‖\n") and "90." in out
 
-    refused("convert sparse -o sparse.safetensors", "exists; name another file, or replace it with --force")
+    refused(
+        "convert sparse -o sparse.safetensors",
+        "is there already, and would be lost; give another name, or replace it with --force",
+    )
     refused("convert sparse -o new.safetensors", "PEFT's files hold no shapes: give the base")
     refused("convert sparse --base base --keep 0.5 -o new.safetensors", "leave out --density and --keep")
     refused("convert lora --base base -o new.safetensors", "say how many to take, by --density 0.01, or")
@@ -379,7 +382,7 @@ def test_convert_on_the_command_line(run, tiny_llama, tmp_path, monkeypatch):
     refused("convert sparse.safetensors --to peft --keep 0.5 -o new", "--keep is for checkpoints of PEFT")
     refused("convert sparse --to peft -o new", "--to peft takes an adapter's file")
     refused("convert nowhere -o new.safetensors", "there is no file or folder 'nowhere'")
-    refused("convert sparse --base base -o no/new.safetensors", "there is no file or folder 'no'")
+    refused("convert sparse --base base -o no/new.safetensors", "there is no folder no; make it first")
     assert not (tmp_path / "new.safetensors").exists() and not (tmp_path / "new").exists()
 
 

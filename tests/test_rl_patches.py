@@ -288,7 +288,9 @@ def test_the_command(tmp_path, run):
         code, out, err = run(f"convert {tmp_path}/mine.safetensors --to {to} {options} -o {patch}")
         assert code == 0 and f"{adapter.nnz:,} entries" in out, err
         code, _, err = run(f"convert {patch} -o {patch}")
-        assert code == 1 and "exists; name another file, or replace it with --force" in err
+        assert code == 1 and "is there already, and would be lost; give another name, or replace it with --force" in " ".join(
+            err.split()
+        )
         code, out, err = run(f"convert {patch} --base {tmp_path}/base -o {tmp_path}/back-{to}.safetensors")
         assert code == 0 and "exactly as in the patch" in " ".join(out.split()), err
         back = shira.load(tmp_path / f"back-{to}.safetensors")

@@ -173,8 +173,11 @@ def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
         ("eval model --data texts.jsonl -a none.safetensors", "FileNotFoundError: .*none.safetensors"),
         ("eval model --data texts.jsonl -a coder=inf", "AdapterError: the strength of 'coder' must be a finite number"),
         ("eval model --data texts.jsonl -a other.safetensors", "BaseMismatch: other.safetensors does not"),
-        ("eval model --data texts.jsonl --predictions texts.jsonl", "FileExistsError: --predictions: texts.jsonl exists"),
-        ("eval model --data texts.jsonl --predictions no/where.jsonl", "FileNotFoundError: there is no folder no"),
+        ("eval model --data texts.jsonl --predictions texts.jsonl", "DataError: --predictions: texts.jsonl is there already"),
+        (
+            "eval model --data texts.jsonl --predictions no/where.jsonl",
+            "FileNotFoundError: --predictions: there is no folder no",
+        ),
         ("eval plain --data texts.jsonl", "DataError: texts.jsonl, line 3: messages need a tokenizer with a chat template"),
         ("eval model --data texts.jsonl --harness", "DataError: --harness asks questions: texts.jsonl needs"),
         ("eval model --data texts.jsonl --dtype bf16", "found 'bf16'; did you mean 'bfloat16'"),

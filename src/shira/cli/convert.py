@@ -7,6 +7,7 @@ import typer
 
 from ..data.models import model_path
 from ..errors import AdapterError, CheckpointError, FormatError, did_you_mean
+from .options import Force, check_new
 from .output import bytes_text, cell, console, progress, waiting
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def convert(
         str | None, typer.Option(help="In a weight patch: gap, or raw (int32), which verl takes.", show_default=False)
     ] = None,
     name: Annotated[str | None, typer.Option(help="The adapter's name.", show_default="the folder's")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter's file that exists.")] = False,
+    force: Force = False,
 ) -> None:
     """Convert PEFT's checkpoints: its SHiRA and Super-Tuning exactly; of a LoRA and all that it merges, the largest entries.
 
@@ -61,10 +62,7 @@ def convert(
         for option, value in {"--density": density, "--keep": keep}.items():
             if value is not None:
                 raise AdapterError(f"{option} is for checkpoints of PEFT; a weight patch is taken whole: leave it out")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(2, "No such folder", str(output.parent))
-    if output.exists() and not force:
-        raise AdapterError(f"{output} exists; name another file, or replace it with --force")
+    check_new(output, force=force)
     if to != "shira":
         _to_patch(source, output, to, positions, base)
         return

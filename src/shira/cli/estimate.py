@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..errors import DataError
 from ..runs.parts import check_mask
 from ..runs.recipes import Recipe
 from .options import given, recipe_options
@@ -40,6 +41,8 @@ def estimate(
 
     Example: shira estimate SmolLM2-135M-Instruct --mask wm --density 0.01 --batch-size 4 --length 512
     """
+    if dropout and method is not Method.lora:
+        raise DataError("--dropout is for --method lora: leave it out")
     import torch
 
     from ..integrations.transformers import load_config, untrained

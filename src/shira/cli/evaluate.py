@@ -13,7 +13,7 @@ from ..data.tasks import TASKS
 from ..errors import DataError
 from .adapters import Adapters, given_adapters
 from .fuse import Density, Drop, MethodName, Seed, method_options
-from .options import Dtype
+from .options import Dtype, check_new
 from .output import cell, console, print_json, progress, waiting
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def evaluate(
     if len(set(data)) < len(data):
         raise DataError("--data: the same data are given twice")
     if predictions is not None:
-        _check_new(predictions)
+        check_new(predictions, "--predictions")
     if harness:
         from ..integrations import lm_eval
 
@@ -118,14 +118,6 @@ def evaluate(
     _print(results, found, method)
     if predictions is not None:
         console.print(f"{cell(predictions)}: {len(lines):,} examples", highlight=False)
-
-
-def _check_new(path: Path) -> None:
-    """Raise an OSError unless a file of this name can be made."""
-    if path.exists():
-        raise FileExistsError(f"--predictions: {path} exists already; give another name, or remove it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to save the predictions in; make it first")
 
 
 def _print(results: Sequence[dict[str, Any]], found: "Sequence[Measured]", method: str) -> None:

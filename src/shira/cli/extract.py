@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from ..data.models import model_path
+from .options import Force, check_new
 from .output import bytes_text, cell, console, print_json, progress
 
 __all__ = ["extract"]
@@ -29,6 +30,7 @@ def extract(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The adapter's name.", show_default="the fine-tune's")] = None,
     license: Annotated[str | None, typer.Option(help="The adapter's licence, for its file.", show_default=False)] = None,
+    force: Force = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor that differs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, with every tensor.")] = False,
 ) -> None:
@@ -39,8 +41,7 @@ def extract(
     from ..adapter import opened
     from ..checkpoints import extraction
 
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
+    check_new(output, force=force)
     names = [part.strip() for part in targets.split(",")] if targets and "," in targets else targets
     with progress("comparing", 100) as update:
         extraction.extract_to(

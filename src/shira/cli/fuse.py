@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .adapters import given_adapters
+from .options import Force, check_new
 from .output import bytes_text, cell, console, waiting
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def fuse(
     density: Density = None,
     drop: Drop = None,
     seed: Seed = None,
+    force: Force = False,
 ) -> None:
     """Fuse adapters into one: base + the change that the method computes from all strength · (values − base).
 
@@ -56,6 +58,7 @@ def fuse(
 
     strengths: dict[str | os.PathLike[str], Strength] = dict(given_adapters(adapters).items())
     options = method_options(method, density=density, drop=drop, seed=seed)  # errors come before the model is loaded
+    check_new(output, force=force)
     check_strengths({str(file): strength for file, strength in strengths.items()})
     recorded = set()
     for file in strengths:

@@ -2,15 +2,16 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from ..errors import did_you_mean
+from ..errors import DataError, did_you_mean
 from ..runs.options import kinds
 from ..runs.recipes import Recipe
 
-__all__ = ["Dtype", "given", "recipe_options"]
+__all__ = ["Dtype", "Force", "check_new", "given", "recipe_options"]
 
 
 def fields_of(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -29,6 +30,16 @@ def _known_dtype(dtype: str) -> str:
 
 
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", callback=_known_dtype)]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def check_new(path: Path, option: str = "--output", *, force: bool | None = None) -> None:
+    """Raise an error before slow work unless a new file can be written there. force: of a command that has --force."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option}: there is no folder {path.parent}; make it first")
+    if path.exists() and not force:
+        instead = "remove it" if force is None else "replace it with --force"
+        raise DataError(f"{option}: {path} is there already, and would be lost; give another name, or {instead}")
 
 
 def recipe_options(*names: str, of: Any = Recipe, **defaults: Any) -> Callable[[Any], Any]:

@@ -9,6 +9,7 @@ import typer
 from ..errors import DataError
 from .adapters import given_adapters
 from .fuse import Density, Drop, MethodName, Seed, method_options
+from .options import Dtype
 from .output import cell, console, progress, waiting
 
 __all__ = ["sample"]
@@ -39,7 +40,7 @@ def sample(
     density: Density = None,
     drop: Drop = None,
     seed: Seed = None,
-    dtype: Annotated[str, typer.Option(help="auto (float32), float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="The grid's file.")] = Path("grid.png"),
 ) -> None:
     """Make a labelled grid of pictures: one row for each prompt, one column for each seed or strength.

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..runs.recipes import check_run, load_recipe, name_of, save_recipe, train_adapter
-from .options import given, recipe_options
+from .options import Force, given, recipe_options
 from .output import IS_FIRST, bytes_text, cell, console, progress, waiting
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..runs.outputs import Output as Place
 
-__all__ = ["Force", "Output", "stem_of", "tell", "train"]
+__all__ = ["Output", "stem_of", "tell", "train"]
 
 Output = Annotated[
     Path | None,
@@ -25,7 +25,6 @@ Output = Annotated[
         show_default="a new file after --config or the data",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
 @recipe_options()

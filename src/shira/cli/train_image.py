@@ -8,9 +8,9 @@ import typer
 
 from ..runs.image_recipes import DENSITY, ImageRecipe, check_image_run, load_image_recipe, name_of, save_image_recipe
 from ..runs.image_recipes import train_image as trained
-from .options import given, recipe_options
+from .options import Force, given, recipe_options
 from .output import IS_FIRST, cell, console, progress, waiting
-from .train import Force, Output, stem_of, tell
+from .train import Output, stem_of, tell
 
 __all__ = ["train_image"]
 
