@@ -260,7 +260,7 @@ def test_recipes_round_trip(tmp_path):
         ("warmup: 2", "warmup must be"),
         ("dtype: int8", "dtype must be"),
         ("mask: wm", "no data to train on"),
-        ("mask: rand", "no model to train: give a folder, a hub id, or a built-in model: SmolLM2-135M-Instruct"),
+        ("mask: rand", "no model to train: give a folder, a hub id, or a built-in model: SmolLM2-135M-Instruct-Q4_1"),
     ],
 )
 def test_a_bad_recipe_is_refused(tmp_path, text, words):

@@ -221,7 +221,7 @@ def test_the_page_on_sharing(online, run, tiny_llama):
     rows = [{"prompt": f"{a}=", "choices": ["x", "y"], "label": a % 2} for a in range(20)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for line in re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1].splitlines():
-        line = line.replace("SmolLM2-135M-Instruct", "SmolLM2").replace("--data spam", "--data rows.jsonl")
+        line = line.replace("SmolLM2-135M-Instruct-Q4_1", "SmolLM2").replace("--data spam", "--data rows.jsonl")
         code, out, err = run(line.removeprefix("shira ").replace("--steps 40", "--steps 2"))
         assert code == 0, err
     assert "shira.load('me/poet') reads it; this commit is me/poet@" in out

@@ -340,7 +340,7 @@ def test_the_page_on_data(run, tmp_path, monkeypatch, tiny_llama):
     assert len(commands) >= 5
     for command in commands:
         program, _, line = command.partition(" ")
-        code, _, err = run(line.replace("SmolLM2-135M-Instruct", "SmolLM2"))
+        code, _, err = run(line.replace("SmolLM2-135M-Instruct-Q4_1", "SmolLM2"))
         assert (program, code) == ("shira", 0), f"{command}: {err}"
     packed, again = shira.load("packed.safetensors"), shira.load("packed-2.safetensors")  # the last command repeats the run
     assert packed.metadata == again.metadata
@@ -349,7 +349,7 @@ def test_the_page_on_data(run, tmp_path, monkeypatch, tiny_llama):
 
 @pytest.mark.real
 def test_the_chat_template_of_a_real_model():
-    tokenizer = hf.load_tokenizer("SmolLM2-135M-Instruct")
+    tokenizer = hf.load_tokenizer("SmolLM2-135M-Instruct-Q4_1")
     messages = (USER, {"role": "assistant", "content": "Hello, you!"}, USER, {"role": "assistant", "content": "Again?"})
     (row,) = encode(tokenizer, [Example(messages=messages)])
     whole = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True)["input_ids"]

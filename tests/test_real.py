@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct, fetched once into the user cache."""
+"""The real model: SmolLM2-135M-Instruct-Q4_1, fetched once into the user cache."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def test_the_whole_demo(tmp_path):
 
 
 def test_it_is_the_real_model_and_comes_back(tmp_path):
-    model, tokenizer = load_model("SmolLM2-135M-Instruct"), load_tokenizer("SmolLM2-135M-Instruct")
+    model, tokenizer = load_model("SmolLM2-135M-Instruct-Q4_1"), load_tokenizer("SmolLM2-135M-Instruct-Q4_1")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     before = all_bits(model)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -76,7 +76,7 @@ def test_it_is_the_real_model_and_comes_back(tmp_path):
 def test_a_fine_tune_comes_apart_and_together_again(tmp_path):
     """An adapter saved as a full model, extracted, merged: the same entries, the same weights, the same answers."""
     try:
-        model, tokenizer = load_model("SmolLM2-135M-Instruct"), load_tokenizer("SmolLM2-135M-Instruct")
+        model, tokenizer = load_model("SmolLM2-135M-Instruct-Q4_1"), load_tokenizer("SmolLM2-135M-Instruct-Q4_1")
         with shira.attach(model, mask="rand", density=0.01) as tuner:
             with torch.no_grad():
                 for parameter in tuner.parameters():
@@ -86,7 +86,7 @@ def test_a_fine_tune_comes_apart_and_together_again(tmp_path):
         switcher.add("tuned", adapter)
         switcher.use("tuned")
         model.save_pretrained(tmp_path / "tuned", max_shard_size="100MB")
-        base = model_path("SmolLM2-135M-Instruct")
+        base = model_path("SmolLM2-135M-Instruct-Q4_1")
         extracted = shira.extract(base, tmp_path / "tuned")
         shira.merge(base, extracted, tmp_path / "merged")
         merged = load_model(str(tmp_path / "merged"))
@@ -116,13 +116,13 @@ def test_trainers_save_little_and_resume(tmp_path, kind):
 
     from shira.integrations.trainer import ADAPTER, ShiraCallback
 
-    tokenizer = load_tokenizer("SmolLM2-135M-Instruct")
+    tokenizer = load_tokenizer("SmolLM2-135M-Instruct-Q4_1")
     examples = list(itertools.islice(examples_of("spam", "train"), 48))
     usual = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 5e-4, "logging_steps": 1}
     usual |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
     found = []
     for checkpoint in (None, str(tmp_path / "checkpoint-3")):
-        model = load_model("SmolLM2-135M-Instruct")
+        model = load_model("SmolLM2-135M-Instruct-Q4_1")
         with shira.attach(model, mask="wm", density=0.01) as tuner:
             callbacks = [ShiraCallback(tuner, name="spam", license="Apache-2.0")]
             if kind == "Trainer":

@@ -109,7 +109,7 @@ def test_a_model_is_not_loaded_for_what_its_configuration_tells(run, folder, mon
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("SmolLM2-135M-Instuct", "and not in the cache of the hub; offline, .*did you mean 'SmolLM2-135M-Instruct'"),
+        ("SmolLM2-135M-Instuct", "and not in the cache of the hub; offline, .*did you mean 'SmolLM2-135M-Instruct-Q4_1'"),
         ("org/nothing", "and not in the cache of the hub; offline, because HF_HUB_OFFLINE is set"),
         ("./nowhere", "and no name of a model on the hub"),
         ("a/b/c", "and no name of a model on the hub"),
@@ -117,13 +117,13 @@ def test_a_model_is_not_loaded_for_what_its_configuration_tells(run, folder, mon
 )
 def test_a_model_that_is_not_there_is_known_at_once(run, folder, model, words):  # noqa: F811
     code, out, err = run(f"train {model} --data sums.jsonl")
-    start = f"DataError: cannot load '{model}': it is no folder, no built-in model .SmolLM2-135M-Instruct., "
+    start = f"DataError: cannot load '{model}': it is no folder, no built-in model .SmolLM2-135M-Instruct-Q4_1., "
     assert code == 1 and not out and re.search(start + words, err), err
 
 
 def test_leaving_the_model_out_lists_what_there_is(run, folder):  # noqa: F811
     code, _, err = run("train --data sums.jsonl")
-    assert code == 1 and "no model to train: give a folder, a hub id, or a built-in model: SmolLM2-135M-Instruct" in err
+    assert code == 1 and "no model to train: give a folder, a hub id, or a built-in model: SmolLM2-135M-Instruct-Q4_1" in err
 
 
 def test_a_card_of_a_model_on_the_hub_names_it():
@@ -134,7 +134,7 @@ def test_a_card_of_a_model_on_the_hub_names_it():
     header = huggingface_hub.ModelCard(text).data.to_dict()
     assert (header["base_model"], header["base_model_relation"], header["datasets"]) == ("org/model", "adapter", ["org/rows"])
     assert "The loss" not in text and "Nothing was measured" in text
-    built_in = card(adapter, "a.safetensors", base_of("SmolLM2-135M-Instruct", "bfloat16", "AutoModelForCausalLM"))
+    built_in = card(adapter, "a.safetensors", base_of("SmolLM2-135M-Instruct-Q4_1", "bfloat16", "AutoModelForCausalLM"))
     assert "base_model" not in huggingface_hub.ModelCard(built_in).data.to_dict()
     assert "There is no hub id of the base" in built_in and "4 bits" in built_in
     compile(snippet(built_in), "card", "exec")

@@ -396,7 +396,7 @@ def test_the_page_on_trying(run, live, monkeypatch):
         assert re.fullmatch(r"(echo '[^']*' \| )?", given), command
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(re.findall("'(.*)'", given))))
         line = re.sub(r"--data (spam|questions)\b", "--data questions.jsonl", line)
-        code, _, err = run(line.replace("SmolLM2-135M-Instruct", "SmolLM2"))
+        code, _, err = run(line.replace("SmolLM2-135M-Instruct-Q4_1", "SmolLM2"))
         assert code == 0, f"{command}: {err}"
     told = [json.loads(line) for line in predictions.splitlines()]
     (found, *_) = map(json.loads, Path("spam-out.jsonl").read_text().splitlines())

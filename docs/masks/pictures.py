@@ -1,4 +1,4 @@
-"""Draws the pictures of these pages: each mask at 9 % of a 48 × 48 corner of a real weight, SmolLM2-135M's tenth o_proj.
+"""Draws the pictures of these pages: each mask at 9 % of a 48 × 48 corner of a real weight, the built-in model's tenth o_proj.
 
     python docs/masks/pictures.py
 

@@ -17,7 +17,7 @@ PROMPT = "> "
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct-Q4_1.")],
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,7 +34,7 @@ def chat(
 
     Lines come from the standard input. /use poet=1 coder=0.5 switches to these adapters and prints the time; /help tells more.
 
-    Example: shira chat SmolLM2-135M-Instruct -a spam.safetensors -a quiz=questions.safetensors
+    Example: shira chat SmolLM2-135M-Instruct-Q4_1 -a spam.safetensors -a quiz=questions.safetensors
     """
     from ..runs.live import check_files, load_live
 

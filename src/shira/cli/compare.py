@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..data.models import model_path
+from ..data.models import built_in, model_path
 from .output import bytes_text, cell, console, print_json, progress, waiting
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def compare(
 ) -> None:
     """Compare adapters: overlap, AWOM and AWOR, cosine, distances, sign conflicts, and the rank of their changes.
 
-    Example: shira compare spam.safetensors questions.safetensors --base SmolLM2-135M-Instruct --out report/
+    Example: shira compare spam.safetensors questions.safetensors --base SmolLM2-135M-Instruct-Q4_1 --out report/
     """
     from ..analysis import comparison, report, words
     from ..files.tensorfiles import write_whole
@@ -41,6 +41,7 @@ def compare(
     if out is not None:
         report.needs_extra()
     tensors = _tensors(base) if base is not None else None
+    base = base and (built_in(base) or base)
     with progress("comparing", len({name for adapter in loaded.values() for name in adapter.tensors})) as update:
         found = comparison.compare(
             *loaded.values(), base=tensors, spectra=spectra, on_progress=lambda done, _: update(done, "")

@@ -35,7 +35,7 @@ def demo(
     examples: Annotated[int, typer.Option(help="Held-out examples for each task.", min=1, max=300)] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Train two adapters on SmolLM2-135M-Instruct; then switch one live model to each, to both at once, and back to the base.
+    """Train two adapters on SmolLM2-135M-Instruct-Q4_1; then switch one live model to each, to both, and back to the base.
 
     Example: shira demo --output /tmp/shira-demo
     """

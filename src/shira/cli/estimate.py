@@ -28,7 +28,7 @@ class Method(StrEnum):
 
 @recipe_options(*SHARED, "dtype")
 def estimate(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct; only its config is read.")],
+    model: Annotated[str, typer.Argument(help="A folder, a hub id, or SmolLM2-135M-Instruct-Q4_1; only its config is read.")],
     method: Annotated[Method, typer.Option(help="shira; lora, as in PEFT (rank 16); or full: every weight.")] = Method.shira,
     batch_size: Annotated[int, typer.Option(help="Rows a batch.", min=1)] = 1,
     length: Annotated[int, typer.Option(help="Tokens a row.", min=2)] = 512,
@@ -39,7 +39,7 @@ def estimate(
 ) -> None:
     """Predict the peak memory of a training step with AdamW. No weights are read or created.
 
-    Example: shira estimate SmolLM2-135M-Instruct --mask wm --density 0.01 --batch-size 4 --length 512
+    Example: shira estimate SmolLM2-135M-Instruct-Q4_1 --mask wm --density 0.01 --batch-size 4 --length 512
     """
     if dropout and method is not Method.lora:
         raise DataError("--dropout is for --method lora: leave it out")

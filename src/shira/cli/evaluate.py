@@ -25,7 +25,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct-Q4_1.")],
     data: Annotated[
         list[str],
         typer.Option(
@@ -60,7 +60,7 @@ def evaluate(
 
     Other data: the mean loss of a token in nats, its change from the base with a 95 % interval, and perplexity, e^loss.
 
-    Example: shira eval SmolLM2-135M-Instruct --data spam -a spam.safetensors -a film.safetensors=0.5 --method mean
+    Example: shira eval SmolLM2-135M-Instruct-Q4_1 --data spam -a spam.safetensors -a film.safetensors=0.5 --method mean
     """
     from ..files.tensorfiles import write_whole
     from ..runs.live import check_files, load_live

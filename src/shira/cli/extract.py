@@ -14,7 +14,7 @@ __all__ = ["extract"]
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint folder, a safetensors file, or SmolLM2-135M-Instruct.")],
+    base: Annotated[str, typer.Argument(help="The base: a folder, a safetensors file, or SmolLM2-135M-Instruct-Q4_1.")],
     tuned: Annotated[str, typer.Argument(help="Its fine-tune, in the same form.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's file.")] = Path("extracted.safetensors"),
     density: Annotated[
@@ -36,7 +36,7 @@ def extract(
 ) -> None:
     """Take the entries of a full fine-tune that differ most from its base, and report how much of the difference they keep.
 
-    Example: shira extract SmolLM2-135M-Instruct my-fine-tune --density 0.05 -o mine.safetensors
+    Example: shira extract SmolLM2-135M-Instruct-Q4_1 my-fine-tune --density 0.05 -o mine.safetensors
     """
     from ..adapter import opened
     from ..checkpoints import extraction

@@ -50,7 +50,7 @@ def fuse(
 ) -> None:
     """Fuse adapters into one: base + the change that the method computes from all strength · (values − base).
 
-    Example: shira fuse spam.safetensors questions.safetensors=0.5 --base SmolLM2-135M-Instruct -o both.safetensors
+    Example: shira fuse spam.safetensors questions.safetensors=0.5 --base SmolLM2-135M-Instruct-Q4_1 -o both.safetensors
     """
     from ..adapter import opened
     from ..fusion import fusing

@@ -29,7 +29,7 @@ System = Annotated[str, typer.Option(help="A system prompt for the chat template
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct-Q4_1.")],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="May be given more than once.", show_default=False)
     ] = None,
@@ -53,7 +53,7 @@ def generate(
 
     The prompt goes through the model's chat template if it has one; otherwise, or with --raw, the model continues it.
 
-    Example: shira generate SmolLM2-135M-Instruct -a spam.safetensors=0.8 -p "Write a short message to a friend." --compare
+    Example: shira generate SmolLM2-135M-Instruct-Q4_1 -a spam.safetensors=0.8 -p "Write a message to a friend." --compare
     """
     from ..runs.live import check_files, load_live
 

@@ -13,7 +13,7 @@ __all__ = ["masks"]
 def masks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the masks: the entries that each trains, its source, the calibration that it needs, and its options.
 
-    Example: shira train SmolLM2-135M-Instruct --data spam --mask block:by=snip,size=8
+    Example: shira train SmolLM2-135M-Instruct-Q4_1 --data spam --mask block:by=snip,size=8
     """
     from .. import masks as catalogue
 

@@ -13,13 +13,13 @@ __all__ = ["merge"]
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint folder, a safetensors file, or SmolLM2-135M-Instruct.")],
+    base: Annotated[str, typer.Argument(help="The base: a folder, a safetensors file, or SmolLM2-135M-Instruct-Q4_1.")],
     adapters: Annotated[list[str], typer.Argument(help="FILE or FILE=STRENGTH, one or more, as in `shira fuse`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new folder.")],
 ) -> None:
     """Write a checkpoint that any tool can load: the base with adapters in its weights.
 
-    Example: shira merge SmolLM2-135M-Instruct spam.safetensors questions.safetensors=0.5 -o merged
+    Example: shira merge SmolLM2-135M-Instruct-Q4_1 spam.safetensors questions.safetensors=0.5 -o merged
     """
     from ..checkpoints import merging
 

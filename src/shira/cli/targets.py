@@ -17,13 +17,13 @@ __all__ = ["targets"]
 
 @recipe_options("exclude", "layers", "density", "rank", "total", targets="all-linear")
 def targets(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or SmolLM2-135M-Instruct; only its config is read.")],
+    model: Annotated[str, typer.Argument(help="A folder, a hub id, or SmolLM2-135M-Instruct-Q4_1; only its config is read.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one entry a tensor.")] = False,
     **options: Any,
 ) -> None:
     """List the weights that training would change, and how many of their entries.
 
-    Example: shira targets SmolLM2-135M-Instruct --targets q_proj,v_proj,input_layernorm --layers 0-14
+    Example: shira targets SmolLM2-135M-Instruct-Q4_1 --targets q_proj,v_proj,input_layernorm --layers 0-14
     """
     from .. import masks
     from ..integrations.transformers import skeleton

@@ -41,7 +41,7 @@ def train(
 
     torchrun starts the command on several processes (docs/distributed.md).
 
-    Example: shira train SmolLM2-135M-Instruct --data spam --steps 40 --density 0.02 -o spam.safetensors
+    Example: shira train SmolLM2-135M-Instruct-Q4_1 --data spam --steps 40 --density 0.02 -o spam.safetensors
     """
     from ..runs.outputs import output_for, save_run
 

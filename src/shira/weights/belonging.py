@@ -116,5 +116,6 @@ def check_fingerprint(label: str, name: str, adapter: Adapter, values: Tensor, d
         raise BaseMismatch(
             f"{label} does not belong to this model: the base values under '{name}' have fingerprint {found}, the "
             f"adapter says {expected} (base: {recorded.get('id', 'unknown')}, {recorded.get('dtype', 'unknown')}; this "
-            f"tensor: {str(dtype).removeprefix('torch.')}). Load that base, in that dtype"
+            f"tensor: {str(dtype).removeprefix('torch.')}). Load that base, in that dtype; "
+            "a model of the same name may have other values"
         )
