@@ -1,6 +1,7 @@
 """The `shira` command. Each subcommand is a few lines over the library. A failure prints one line and gives exit code 1."""
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -41,31 +42,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-COMMANDS = {
-    "demo": demo.demo,
-    "train": train.train,
-    "train-image": train_image.train_image,
-    "sample": sample.sample,
-    "targets": targets.targets,
-    "estimate": estimate.estimate,
-    "masks": masks.masks,
-    "generate": generate.generate,
-    "chat": chat.chat,
-    "eval": evaluate.evaluate,
-    "inspect": inspect.inspect,
-    "compare": compare.compare,
-    "fuse": fuse.fuse,
-    "extract": extract.extract,
-    "merge": merge.merge,
-    "convert": convert.convert,
-    "push": push.push,
+PANELS: dict[str, dict[str, Callable[..., None]]] = {  # of `shira --help`
+    "See it": {"demo": demo.demo},
+    "Train": {
+        "train": train.train,
+        "targets": targets.targets,
+        "masks": masks.masks,
+        "estimate": estimate.estimate,
+    },
+    "Try": {"generate": generate.generate, "chat": chat.chat, "eval": evaluate.evaluate},
+    "Adapters": {
+        "inspect": inspect.inspect,
+        "compare": compare.compare,
+        "fuse": fuse.fuse,
+        "convert": convert.convert,
+        "extract": extract.extract,
+        "merge": merge.merge,
+        "push": push.push,
+    },
+    "Pictures": {"train-image": train_image.train_image, "sample": sample.sample},
+    "Figures": {},
 }
 if checkout.has("benchmarks"):
-    COMMANDS["bench"] = bench.bench
+    PANELS["Figures"]["bench"] = bench.bench
 if checkout.has("experiments"):
-    COMMANDS["experiment"] = experiment.experiment
-for name, command in COMMANDS.items():
-    app.command(name, cls=Command)(command)
+    PANELS["Figures"]["experiment"] = experiment.experiment
+COMMANDS = {name: command for panel in PANELS.values() for name, command in panel.items()}
+for panel, commands in PANELS.items():
+    for name, command in commands.items():
+        app.command(name, cls=Command, rich_help_panel=panel)(command)
 
 
 def show_version(wanted: bool) -> None:
