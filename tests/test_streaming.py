@@ -46,7 +46,7 @@ match task:
     case "held":
         shira.extract(base, tuned, density=density).save(output)
     case scope:
-        command(f"extract {base} {tuned} -o {output} --density {density} --scope {scope}")
+        command(f"extract {base} {tuned} -o {output} --force --density {density} --scope {scope}")
 print(memory("VmPeak:") - before)
 """
 
