@@ -32,7 +32,7 @@ def test_train_inspect_eval_fuse(run, folder):
         code, out, err = run(f"{TRAIN} --data {data}.jsonl --mask {mask} -o {data}.safetensors --license MIT")
         assert code == 0, err
         assert f"{data}.safetensors" in out and "100%" not in out
-        assert re.search(r"^training: 4/4 in [\d.]+ s loss [\d.]+.*tokens/s$", err, re.MULTILINE), err  # a line a stage
+        assert re.search(r"^training: 4/4 in [\d.]+ s, loss [\d.]+, [\d,]+ tokens/s$", err, re.MULTILINE), err  # a line a stage
         assert "━" not in err
     adapter = shira.load("sums.safetensors")
     assert adapter.metadata["mask"]["name"] == "snip"

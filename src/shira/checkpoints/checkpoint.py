@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..files.metadata import name_of
 from ..files.paths import State, open_regular, path_of, state_of
 from ..files.tensorfiles import BLOCK, Form, HeaderEntry, malformed, read_header, read_tensor
 from ..texts import described, shown, strict_json
@@ -153,13 +154,10 @@ def pieces_of(tensors: Mapping[str, Tensor], name: str, length: int) -> Iterator
 
 
 def identity(source: CheckpointSource) -> str | None:
-    """A checkpoint's name: its hub id if it is in the hub's cache, otherwise that of its folder or file; None in memory."""
+    """A checkpoint's name, as `name_of` gives it; None in memory."""
     if not isinstance(source, str | os.PathLike):
         return None
-    path = Path(source).absolute()
-    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
-        return path.parents[1].name.removeprefix("models--").replace("--", "/")
-    return path.resolve().name
+    return name_of(Path(source))
 
 
 def rewrite(

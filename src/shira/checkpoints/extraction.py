@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import masks
 from ..adapter import Adapter
 from ..errors import AdapterError, CheckpointError, MaskError, TargetError, did_you_mean
+from ..files.metadata import base_facts
 from ..files.paths import path_of
 from ..files.writing import saving
 from ..sparse.positions import index_dtype
@@ -148,11 +149,11 @@ def _extract(
                 taken[found.pair.name] = part
             del sparse
     facts |= _facts_taken(surveys, taken) | {"not_compared": sorted(not_compared)}
-    dtypes = sorted({str(found.pair.dtype).removeprefix("torch.") for found in in_reach})
+    dtypes = [str(found.pair.dtype).removeprefix("torch.") for found in in_reach]
     metadata = {
         "name": name or identity(tuned),
         "mask": {"name": "extracted", **({"keep": keep} if keep else {"density": density or "exact"}), "scope": scope},
-        "base": {"id": identity(base) or "unknown", "dtype": dtypes[0] if len(dtypes) == 1 else dtypes},
+        "base": base_facts(identity(base), dtypes),
         "extraction": facts,
         "license": license,
         "fingerprints": {tensor: part.fingerprint for tensor, part in taken.items()},

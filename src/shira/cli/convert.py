@@ -1,5 +1,6 @@
 """shira convert: PEFT's checkpoints and RL trainers' weight patches as adapters, and adapters as these."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +85,8 @@ def convert(
     else:
         from ..integrations import peft_merging
 
-        with progress("converting", 100) as update:
+        with progress("converting", 100) as update, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of Transformers, about what PEFT asks it
             adapter = peft_merging.convert(
                 source,
                 base,

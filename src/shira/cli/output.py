@@ -116,8 +116,10 @@ def waiting(what: str) -> Iterator[None]:
 def _log(what: str, started: float, done: int = 0, total: int | None = None, note: str = "") -> None:
     """Print the line of a log for a stage that has ended."""
     if IS_FIRST and not errors.is_terminal:
-        count = f"{done}/{total} " if total else f"{done} " if done else ""
-        errors.print(f"{what}: {count}in {time.monotonic() - started:.1f} s {note}".rstrip(), highlight=False, soft_wrap=True)
+        words = [f"{done}/{total}"] if total else [f"{done}", note] if done else []  # without a total the note is the unit
+        more = ", ".join(note.split("  ")) if total and note else ""
+        line = " ".join([f"{what}:", *filter(None, words), f"in {time.monotonic() - started:.1f} s"]) + (more and f", {more}")
+        errors.print(line, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

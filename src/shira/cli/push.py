@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .output import bytes_text, cell, console
+from .output import bytes_text, cell, console, errors
 
 __all__ = ["push"]
 
@@ -36,6 +36,10 @@ def push(
     if dry_run:
         console.print("nothing was sent", highlight=False)
         return
+    if not errors.is_terminal:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()  # they fill a log
     pushed = hub.push(source, repository, private=private, revision=revision, message=message)  # it shows its progress
     name = cell(repository if revision is None else f"{repository}@{revision}")
     console.print(f"shira.load('{name}') reads it; this commit is {cell(pushed)}", highlight=False, soft_wrap=True)

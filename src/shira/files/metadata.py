@@ -1,13 +1,14 @@
 """An adapter's metadata: the fields that readers may rely on, and their types (docs/format.md)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
 from ..sparse.tensor import XXH3
 from ..texts import shown
 
-__all__ = ["check_metadata"]
+__all__ = ["base_facts", "check_metadata", "name_of"]
 
 
 def _is_text(value: Any) -> bool:
@@ -25,6 +26,21 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # field -> (test of it
     **dict.fromkeys(("mask.options", "fused.strengths"), (_is_object, "an object")),
     "base.dtype": (lambda value: all(map(_is_text, value if isinstance(value, list) else [value])), "a text, or several"),
 }
+
+
+def name_of(path: Path) -> str:
+    """A checkpoint's name: its hub id if it is in the hub's cache, otherwise that of its folder or file."""
+    path = path.absolute()
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.resolve().name
+
+
+def base_facts(model: str | None, dtypes: Iterable[str]) -> dict[str, Any]:
+    """A base for an adapter's metadata: its id, of a path only the name; and its dtype, a list if there are several."""
+    known = sorted(set(dtypes))
+    identity = name_of(Path(model)) if model and Path(model).exists() else model
+    return {"id": identity or "unknown", "dtype": known[0] if len(known) == 1 else known}
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:

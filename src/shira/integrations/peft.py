@@ -24,6 +24,7 @@ from ..checkpoints.checkpoint import Checkpoint, form_of
 from ..checkpoints.renaming import prefix_swaps
 from ..data.models import model_path
 from ..errors import AdapterError, BaseMismatch, CheckpointError, FormatError, did_you_mean
+from ..files.metadata import base_facts
 from ..files.paths import open_regular, path_of, temporary_folder
 from ..files.suggestions import PEFT_PREFIX
 from ..files.tensorfiles import malformed, read_header, read_tensor, spooled, write_whole
@@ -100,7 +101,7 @@ def load(path: Path_, base: Base | None = None) -> Adapter:
     metadata = {
         "name": stored.folder.absolute().name,
         "mask": {"name": f"PEFT's {config.get('mask_type') or 'magnitude'}"},
-        "base": {"id": known if isinstance(known, str) and known else "unknown", "dtype": sorted(dtypes)},
+        "base": base_facts(known if isinstance(known, str) else None, dtypes),
         "training": {"peft": method, "peft_version": config.get("peft_version")},
         "fingerprints": prints,
     }

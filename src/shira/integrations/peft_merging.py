@@ -17,6 +17,7 @@ from ..adapter import Adapter
 from ..checkpoints import extraction
 from ..checkpoints.checkpoint import LazyTensors, identity
 from ..errors import CheckpointError, DataError, FormatError, MaskError, MissingExtra
+from ..files.metadata import base_facts
 from ..files.paths import path_of
 from ..files.tensorfiles import Form
 from ..sparse.tensor import SparseTensor, fingerprint
@@ -88,7 +89,7 @@ def convert(
     prints = {each: fingerprint(under) for each, (under, _) in whole.items()}
     metadata = facts | {
         "name": name or tuned,
-        "base": {"id": loaded or config.get("base_model_name_or_path") or "unknown", "dtype": dtypes},
+        "base": base_facts(loaded or config.get("base_model_name_or_path"), dtypes),
         "training": {"peft": config["peft_type"], "peft_version": config.get("peft_version")},
         "extraction": facts["extraction"] | {"tuned": tuned, "whole": sorted(whole)},
         "fingerprints": facts["fingerprints"] | prints,

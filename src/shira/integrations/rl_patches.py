@@ -20,6 +20,7 @@ from ..checkpoints.checkpoint import Checkpoint, LazyTensors, form_of, identity
 from ..checkpoints.loading import Loaded, loaded_as, ways_to_load
 from ..checkpoints.renaming import names_in, prefix_swaps, renamed
 from ..errors import AdapterError, BaseMismatch, FormatError, did_you_mean
+from ..files.metadata import base_facts
 from ..files.patches import POSITIONS, SHAPES, SPEC, TRL, VALUES, StoredPatch, checksum_of
 from ..files.paths import path_of
 from ..files.tensorfiles import Form, spooled
@@ -70,7 +71,7 @@ def load(path: Path_, base: Base | None = None) -> Adapter:
             if not weight.is_meta:
                 prints[there] = fingerprint(kernels.gather(weight.detach(), tensor.indices.to(weight.device)))
         known = identity(base) if isinstance(base, str | os.PathLike) else None
-        metadata = stored.metadata | {"base": {"id": known or "unknown", "dtype": sorted(dtypes)}}
+        metadata = stored.metadata | {"base": base_facts(known, dtypes)}
         return Adapter(tensors, metadata | ({"fingerprints": prints} if prints else {}))
 
 

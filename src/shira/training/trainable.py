@@ -4,12 +4,12 @@ Also: describe the base model for the metadata.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..errors import TargetError
+from ..files.metadata import base_facts
 from ..weights.distributed import check_pieces, is_sharded
 from ..weights.quantized import is_quantized, label
 from ..weights.targets import Target
@@ -54,7 +54,4 @@ def check_trainable(targets: Iterable[Target]) -> None:
 def describe_base(model: nn.Module, chosen: list[Target]) -> dict[str, Any]:
     """The base model's id (of a local folder only the name), and the adapted weights' dtype (a list if there are several)."""
     identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-    if Path(identity).exists():
-        identity = Path(identity).resolve().name
-    dtypes = sorted({label(target.weight) for target in chosen})
-    return {"id": identity, "dtype": dtypes[0] if len(dtypes) == 1 else dtypes}
+    return base_facts(identity, [label(target.weight) for target in chosen])
