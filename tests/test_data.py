@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shira
+from conftest import letter_tokenizer
 from shira import DataError
 from shira.data import batches as batching
 from shira.data import packages, tasks
@@ -102,6 +103,7 @@ def test_jsonl(tmp_path):
     [
         ("{", r"line 2.*JSON"),
         ("[]", r"line 2"),
+        ('{"text": "caf\udce9"}', r"line 2.*it is not JSON in UTF-8"),
         ('{"prompt": "x"}', r"line 2.*completion"),
         ('{"text": 3}', r"line 2.*expected a string, found 3"),
         ('{"prompt": "x", "choices": ["a"], "label": 0}', r"line 2.*at least two"),
@@ -111,8 +113,11 @@ def test_jsonl(tmp_path):
 )
 def test_bad_jsonl_is_refused_with_its_line(tmp_path, line, words):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"text": "fine"}\n' + line)
+    path.write_bytes(('\ufeff{"text": "fine"}\n' + line).encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=words):
+        list(read_examples(path))
+    path.write_text('{"text": "fine"}', encoding="utf-16")
+    with pytest.raises(DataError, match="line 1.*it is not JSON in UTF-8"):
         list(read_examples(path))
 
 
@@ -238,6 +243,8 @@ def test_accuracy(tiny_llama):
     ]
     with pytest.raises(DataError, match="'choices' and 'label'"):
         accuracy(tiny_llama, Letters(), [Example("a", "b")])
+    with pytest.raises(DataError, match="data, line 1: the prompt has no token"):
+        accuracy(tiny_llama, letter_tokenizer(), [Example("", "b", ("a", "b"), 1, origin="data, line 1")])
 
 
 def test_recipes_round_trip(tmp_path):

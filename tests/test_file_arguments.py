@@ -23,6 +23,7 @@ def test_every_refusal_is_ours(tmp_path):
             lambda: shira.load(["a"]),
             lambda: shira.load(b"a"),
             lambda: shira.load("a\0b"),
+            lambda: shira.load(""),
         ],
         r"shira.fuse takes \{'poet.safetensors': 1.0\}": [
             lambda: shira.fuse([adapter, adapter]),

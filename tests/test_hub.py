@@ -103,6 +103,13 @@ def test_a_path_that_exists_wins(online):
         shira.load("me/other.safetensors")  # a name of a file, for which no hub is asked
 
 
+FILES = {
+    "me/full": ["config.json", "model.safetensors"],
+    "me/lora": ["adapter_model.safetensors"],
+    "me/away": ["a\\..\\x.safetensors"],
+}
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -112,13 +119,14 @@ def test_a_path_that_exists_wins(online):
         ("me/full", "'me/full' on the hub holds no adapter.safetensors; it holds config.json, model.safetensors"),
         ("me/lora", "is no adapter of shira; it is an adapter of PEFT, which has to be converted"),
         ("me/secret", "no repository of the hub that you may read .*if it is private, log in"),
+        ("me/away", r"'me/away': huggingface_hub cannot use what it was given \(Invalid filename"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_error(online, monkeypatch, name, words):
     random_adapter(mlp(), 1).save("a.safetensors")
     push("a.safetensors", "me/poet")
     online.repos["me/poet"]["branches"]["next"] = online.repos["me/poet"]["branches"]["main"]
-    for repo, files in {"me/full": ["config.json", "model.safetensors"], "me/lora": ["adapter_model.safetensors"]}.items():
+    for repo, files in FILES.items():
         online.make(repo)
         online.commit(repo, "main", dict.fromkeys(files, b"x"))
     if name == "me/secret":
@@ -158,10 +166,11 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(online, monkey
             push(*call)
     with pytest.raises(HubError, match="exists and is public, so nothing was sent"):
         push("a.safetensors", "me/open", private=True)
-    with open("a.md", "w") as file:
-        file.write("---\nlicense: [\n---\n# a\n")
-    with pytest.raises(HubError, match=r"the header of a.md is not YAML"):
-        push("a.safetensors", "me/poet")
+    cards = {b"---\nlicense: [\n---\n": "the header of a.md is not YAML", b"caf\xe9": "a.md is not a text in UTF-8"}
+    for content, words in (cards | {b"---\nlicense: none\n---\n": r"me/open.*cannot use.*license must be known"}).items():
+        Path("a.md").write_bytes(content)
+        with pytest.raises(HubError, match=words):
+            push("a.safetensors", "me/open")
     os.remove("a.md")
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     with pytest.raises(HubError, match="log in with `hf auth login`"):

@@ -113,7 +113,10 @@ def test_help_names_what_there_is_and_shows_defaults_as_they_are_typed(run, monk
     [
         ("comparing needs the base: pass base=", "comparing needs the base: pass --base"),
         ("give the model (base=), or density=0.5, or mask='snip'", "give the model (--base), or --density 0.5, or --mask snip"),
-        ("a.safetensors: layers=[7, 8] are not there", "a.safetensors: --layers 7, 8 are not there"),
+        ("a.safetensors: layers=[7, 8] are not there", "a.safetensors: --layers 7,8 are not there"),
+        ("layers=['a', 'b[0]'] leaves none, mask='a[b]'", "--layers a,b[0] leaves none, --mask a[b]"),
+        ("runs/rank=1/density=0.5.safetensors is a folder", "runs/rank=1/density=0.5.safetensors is a folder"),
+        ("mask=a.safetensors: the base a/mask=2 is gone", "mask=a.safetensors: the base a/mask=2 is gone"),
         ("density must be at most 1, found 2", "--density must be at most 1, found 2"),
         ("tensor 'a': rank must be 1 to 4; mask 'x' is unknown", "tensor 'a': rank must be 1 to 4; mask 'x' is unknown"),
         ("recipe: density must be at most 1", "--density must be at most 1"),

@@ -1,5 +1,6 @@
 """Rows of files and data sets as examples, and examples as tokens."""
 
+import codecs
 import contextlib
 import csv
 import json
@@ -133,14 +134,15 @@ def test_a_bad_table_is_refused_with_its_line(content, words, tmp_path):
         list(read_examples(path))
 
 
-@given(st.lists(st.text(), min_size=1, max_size=9), st.integers(1, 9), st.sampled_from([None, 0, 2]))
-def test_a_json_list_is_read_in_pieces(texts, piece, indent):
-    """Whatever piece of the file is in memory, the rows are those of the whole list, each with its line."""
+@given(st.lists(st.text(), min_size=1, max_size=9), st.integers(1, 9), st.sampled_from([None, 0, 2]), st.booleans())
+def test_a_json_list_is_read_in_pieces(texts, piece, indent, bom):
+    """Whatever piece of the file is in memory, the rows are those of the whole list, each with its line, also after the mark
+    of UTF-8 that Windows writes."""
     rows = [{"text": text} for text in texts]
     content = json.dumps(rows, indent=indent, ensure_ascii=False)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(textfiles, "PIECE", piece):
         path = Path(folder, "data.json")
-        path.write_bytes(content.encode(errors="replace"))
+        path.write_bytes(codecs.BOM_UTF8 * bom + content.encode(errors="replace"))
         read = list(read_examples(path))
         assert [example.completion for example in read] == [row["text"] for row in json.loads(path.read_bytes())]
         lines = path.read_bytes().split(b"\n")
@@ -157,6 +159,7 @@ def test_a_json_list_is_read_in_pieces(texts, piece, indent):
         ("[1, 2]", "line 1: expected an object with .*; found 1"),
         ("[ ]", "holds no example"),
         ("[", "after line 1: expected a list"),
+        ('[{"text": "\\ud83d"}]', r"line 1: 'text': expected valid Unicode, found '\\ud83d'"),
     ],
 )
 def test_a_bad_list_is_refused_with_its_line(content, words, tmp_path):
@@ -217,6 +220,8 @@ def test_files_are_read_a_row_at_a_time(tmp_path):
         ({"messages": [{"from": "human", "value": "hi"}]}, "message 1 of 'messages' must.*found {'from': 'human'"),
         ({"prompt": [USER], "completion": "yo"}, "expected 'completion' to be a list of messages, found 'yo'"),
         ({"prompt": [USER, ANSWER], "completion": [USER]}, "expected a turn of the role 'assistant'"),
+        ({"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}, "'messages': expected valid Unicode"),
+        ({"prompt": "a", "choices": ["b", "\udcff"], "label": 0}, "'choices': expected valid Unicode"),
         ({"text": "x" * 5, "label": 0, "choices": ["x" * 300]}, r"at least two strings, found \['x{40,}\.\.\.x"),
     ],
 )
@@ -232,6 +237,7 @@ def test_data_that_is_not_there(tmp_path, monkeypatch):
     datasets.Dataset.from_list([{"query": "a"}]).to_parquet("other.parquet")
     datasets.Dataset.from_list(ROWS["text"]).save_to_disk("saved")
     Path("torn.parquet").write_bytes(Path("other.parquet").read_bytes()[:-9])
+    Path("filled.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")  # for which pyarrow raises an OSError
     Path("empty").mkdir()
     for data, words in {
         "nowhere.parquet": "neither a file nor a built-in task",
@@ -240,6 +246,7 @@ def test_data_that_is_not_there(tmp_path, monkeypatch):
         "no/such@main:plain:train[:10%]": "cannot load the data set 'no/such@main:plain:train",
         "other.parquet": "expected the columns 'messages'.*found 'query'",
         "torn.parquet": "torn.parquet is not a whole Parquet file",
+        "filled.parquet": "filled.parquet is not a whole Parquet file",
         "saved:test": "cannot load the data set 'saved:test': ValueError: it is one split",
         "empty": "cannot load the data set 'empty'",
     }.items():

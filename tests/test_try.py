@@ -133,6 +133,29 @@ def test_an_answer_ends_where_the_model_has_no_more_room(live):
         generation.answer(model, tokenizer, "")
 
 
+def test_a_prompt_that_is_no_text_and_a_model_that_computes_no_number(live):
+    model, tokenizer, _ = live
+    with pytest.raises(shira.DataError, match="the prompt is not valid Unicode"):
+        generation.answer(model, tokenizer, "a\udcff")
+    torch.nn.init.constant_(model.model.norm.weight, math.inf)  # as float16 holds what is too large for it
+    for temperature in (0, 1):
+        with pytest.raises(shira.DataError, match="scores for the next token are not finite; lower the strengths"):
+            generation.answer(model, tokenizer, "hi", temperature=temperature)
+
+
+def test_an_adapter_may_be_called_base_and_be_the_working_folder(run, home, monkeypatch):
+    shutil.copytree("coder", "base")
+    code, out, err = run(f"{GENERATE} -p hi -a base --compare")
+    assert code == 0 and out.count("base ──") == 2, err
+    code, out, err = run("eval model --data texts.jsonl -a base")
+    assert code == 0 and len(re.findall(r"^│ base +│ [^│]+│$", out, re.MULTILINE)) == 2, err
+    monkeypatch.setattr("sys.stdin", io.StringIO("/use base\n/use\ta-b=2\n/quit now\n/base\n"))
+    monkeypatch.chdir("base")
+    code, out, err = run("chat ../model -a . -a 'a b=adapter.safetensors'")
+    assert code == 0 and not re.search("Error", err), err
+    assert "Adapters: base, a-b." in out and "a-b=2 is active" in out and out.endswith("> /quit now\n")
+
+
 def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
     from shira.cli.output import write
 

@@ -49,7 +49,7 @@ def named_adapters(texts: Sequence[str]) -> "tuple[dict[str, str], dict[str, Str
     for text in texts:
         name, rest = _split_name(text)
         file, strength = (rest, 1.0) if os.path.exists(rest) else parse_strength(rest)
-        name = name or _name_of(file)
+        name = re.sub(r"[\s=]+", "-", name or _name_of(file))  # can be typed as one word
         if name in files:
             raise DataError(f"two adapters have the name {shown(name)}: {files[name]} and {file}; name one: -a NAME={file}")
         files[name] = file
@@ -71,9 +71,8 @@ def _split_name(text: str) -> tuple[str, str]:
 
 
 def _name_of(file: str) -> str:
-    """An adapter's name by its file, or by its folder if the file has the usual name. It can be typed as one word."""
+    """An adapter's name by its file, or by its folder if the file has the usual name."""
     from ..files.suggestions import ADAPTER
 
-    path = Path(file)
-    name = path.parent.name if path.name == ADAPTER and path.parent.name else path.name.removesuffix(".safetensors")
-    return re.sub(r"[\s=]+", "-", name)
+    path = Path(os.path.abspath(file))  # '.' has a name, too
+    return path.parent.name if path.name == ADAPTER else path.name.removesuffix(".safetensors")

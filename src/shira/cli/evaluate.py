@@ -137,14 +137,12 @@ def _print(results: Sequence[dict[str, Any]], found: "Sequence[Measured]", metho
 
 def _print_table(title: str, results: Sequence[dict[str, Any]], told: Callable[[dict[str, Any]], str]) -> None:
     """One row for each state, one column for each data set; nothing if there are no results of this kind."""
-    rows: dict[str, list[str]] = {}
-    for row in results:
-        rows.setdefault(row["active"], []).append(told(row))
-    if rows:
-        columns = dict.fromkeys(f"{cell(row['data'])} ({row['examples']})" for row in results)
+    columns = dict.fromkeys(f"{cell(row['data'])} ({row['examples']})" for row in results)
+    if columns:
         table = Table("active", *columns, title=title)
-        for label, cells in rows.items():
-            table.add_row(cell(label), *cells)
+        for start in range(0, len(results), len(columns)):
+            state = results[start : start + len(columns)]
+            table.add_row(cell(state[0]["active"]), *map(told, state))
         console.print(table)
 
 

@@ -71,16 +71,16 @@ def generate(
         tokenizer = load_tokenizer(model)
         chats = is_chat(tokenizer, raw=raw, system=system)
         loaded, switcher = load_live(model, files, dtype)
-    states: dict[str, dict[str, Strength]] = {"base": {}} if compare or not strengths else {}
+    states: list[tuple[str, dict[str, Strength]]] = [("base", {})] if compare or not strengths else []
     if strengths:
-        states[" + ".join(adapter or [])] = strengths
+        states.append((" + ".join(adapter or []), strengths))
     for text in prompts:
         messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
         asked: Prompt = messages if chats else text
         if len(prompts) > 1:
             console.rule(f"prompt: {cell(text)}", align="left", characters="═")
         answers = []
-        for label, selection in states.items():
+        for label, selection in states:
             switcher.use(selection, method, **options)
             if compare:
                 console.rule(cell(label), align="left")

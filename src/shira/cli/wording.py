@@ -9,7 +9,9 @@ from ..errors import ShiraError
 
 __all__ = ["Command", "as_typed"]
 
-VALUE = r"""'[^']*'|"[^"]*"|\[[^\]]*\]|[\w+-][\w.+-]*"""
+TEXT = r"'[^']*'" + r'|"[^"]*"'
+# as repr writes it, and no part of a path, as in runs/lr=0.1/a.safetensors
+VALUE = rf"""(?:{TEXT}|\[(?:{TEXT}|[^\]'"])*\]|True|False|None|[+-]?[\d.]+(?:e[+-]?\d+)?)(?![\w./-])"""
 
 
 class Command(TyperCommand):
@@ -42,7 +44,11 @@ def as_typed(text: str, flags: dict[str, str], typed: set[str]) -> str:
     named = "|".join(map(re.escape, flags)) or "(?!)"
 
     def with_value(found: re.Match[str]) -> str:
-        value = found["value"].strip("'\"[]")
+        value = found["value"]
+        if value[:1] == "[":
+            value = re.sub(r"""['"]|(?<=,) """, "", value[1:-1])
+        elif value[:1] in ("'", '"'):
+            value = value[1:-1]
         return f"{flags[found['name']]} {value}".rstrip()
 
     def as_flag(found: re.Match[str]) -> str:
@@ -52,7 +58,7 @@ def as_typed(text: str, flags: dict[str, str], typed: set[str]) -> str:
         return as_flag(found) if found["name"] in typed else found["name"]
 
     name = f"(?P<name>{named})"
-    text = re.sub(rf"(?<![\w.'-]){name}=(?P<value>{VALUE}|(?=[\s,;:)]|$))", with_value, text)
+    text = re.sub(rf"(?<![\w.'/\\?&=-]){name}=(?P<value>{VALUE}|(?=[\s,;:)]|$))", with_value, text)
     head, about, rest = re.split(r"( must be|, not both|$)", text, maxsplit=1)
     plain = head.removeprefix("recipe: ")
     if plain == head:

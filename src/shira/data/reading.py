@@ -66,8 +66,10 @@ def _parquet(path: str) -> Iterator[tuple[str, object]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except arrow.ArrowException as error:
-        raise DataError(f"{path} is not a whole Parquet file: {error}") from error
+    except (arrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the system; pyarrow's own are OSErrors, too
+            raise
+        raise DataError(f"{path} is not a whole Parquet file: {' '.join(str(error).split())}") from error
 
 
 def _data_set(data: str) -> Iterator[tuple[str, object]]:

@@ -65,6 +65,8 @@ def _question(row: Mapping[str, Any], origin: str) -> Example:
     choices, label = row["choices"], row["label"]
     if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) for c in choices)):
         raise TypeError(f"'choices' must be a list of at least two strings, found {shown(choices)}")
+    for choice in choices:
+        _text(choice, "choices")
     if type(label) is not int or not 0 <= label < len(choices):
         raise TypeError(f"label must be from 0 to {len(choices) - 1}, found {shown(label)}")
     return Example(_text(row["prompt"], "prompt"), choices[label], tuple(choices), label, origin=origin)
@@ -120,10 +122,15 @@ def _objects(value: object, column: str, keys: tuple[str, str]) -> list[Mapping[
             raise TypeError(
                 f"message {number} of '{column}' must have '{first}' and '{second}', two strings; found {shown(message)}"
             )
+        _text(message[keys[1]], column)
     return value
 
 
 def _text(value: object, column: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"'{column}': expected a string, found {shown(value)}")
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError as error:  # JSON can name half of a character: "\\ud83d"
+        raise TypeError(f"'{column}': expected valid Unicode, found {shown(value)} ({error})") from error
     return value

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -24,7 +25,7 @@ NESTED = ("messages", "conversations", "choices")  # columns whose cells hold JS
 def json_rows(path: str) -> Iterator[Row]:
     """Rows of a JSON file: those of one list, if the file begins with '[', and otherwise one a line."""
     with open(path, "rb") as file:
-        begins = next((line.lstrip()[:1] for line in file if line.strip()), b"")
+        begins = next((sign for line in file if (sign := line.removeprefix(BOM_UTF8).lstrip()[:1])), b"")
     return _listed(path) if begins == b"[" else _lines(path)
 
 
@@ -34,15 +35,16 @@ def _lines(path: str) -> Iterator[Row]:
             if line.strip():
                 origin = f"{path}, line {number}"
                 try:
-                    yield origin, json.loads(line)
+                    yield origin, json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
-                    raise DataError(f"{origin}: expected a JSON object with {EXPECTED}; it is not JSON ({error})") from error
+                    what = f"expected a JSON object with {EXPECTED}; it is not JSON in UTF-8"
+                    raise DataError(f"{origin}: {what} ({error})") from error
 
 
 def _listed(path: str) -> Iterator[Row]:
     """Rows of one JSON list. A row, and a piece of the file behind it, are in memory."""
     decoder, before = json.JSONDecoder(), "["
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         text, at, line = "", 0, 1  # `at` is the end of the row before, in this line of the file
         while True:
             sign = SIGN.match(text, at)
@@ -110,11 +112,11 @@ def _cells(reader: Any, origin: str) -> list[str] | None:
 
 
 def _value(name: str, cell: str, origin: str) -> object:
-    if name == "label" and cell.strip().isdecimal():
-        return int(cell)
-    if name in NESTED and cell:
-        try:
+    try:
+        if name == "label" and cell.strip().isdecimal():
+            return int(cell)
+        if name in NESTED and cell:
             return json.loads(cell)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{origin}: expected JSON in the column '{name}', found {shown(cell)} ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin}: expected JSON in the column '{name}', found {shown(cell)} ({error})") from error
     return cell or None

@@ -114,6 +114,8 @@ def failure(
         return HubError(f"{name!r}: the hub answers {status} ({_line(error)})")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{name!r} is {local}no name of a repository ({_line(error)})")
+    if isinstance(error, ValueError):
+        return HubError(f"{name!r}: huggingface_hub cannot use what it was given ({_line(error)})")
     if not local:  # the cache does not matter
         why = "offline, because HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _line(error)
         return HubError(f"{name!r}: {constants.ENDPOINT} cannot be reached ({why})")
@@ -134,7 +136,8 @@ def failures(*others: type[Exception]) -> tuple[type[Exception], ...]:
     from huggingface_hub import errors
 
     of_http = getattr(errors, "HTTPError", OSError)  # the root of what httpx raises
-    ours = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.FileMetadataError, errors.HFValidationError)
+    ours = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.FileMetadataError)
+    others = (ValueError, *others)  # for names, for cards, and for an answer that is not JSON
     return (of_http, errors.HfHubHTTPError, ConnectionError, TimeoutError, *ours, *others)
 
 

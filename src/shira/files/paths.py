@@ -38,6 +38,8 @@ def path_of(path: object, call: str, error: type[ShiraError]) -> Path:
         os.fsencode(found)
     except (TypeError, ValueError):
         raise error(f"expected the path of a file, as in {call}; found {described(path)}") from None
+    if path == "":  # which would be the working folder
+        raise error(f"expected the path of a file, as in {call}; found '', an empty text")
     if "\0" in str(found):
         raise error(f"expected the path of a file, as in {call}; found {described(path)}, and no path has a NUL in it")
     return found

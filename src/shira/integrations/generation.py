@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.tasks import Example
 from ..data.tokens import chat_text
@@ -42,7 +42,8 @@ def answer(
     temperature: 0 always takes the most probable token; above 0 tokens are drawn. None: the model's own generation settings.
     seed: of the tokens that are drawn. The state of torch's random numbers does not change.
     on_text is called with each piece of the text as soon as it is known.
-    Raises DataError if the model has no room for the prompt, or if its chat template does not take the messages.
+    Raises DataError if the model has no room for the prompt, if its chat template does not take the messages, for a prompt that
+    is not valid Unicode, and if the model computes no number for a token, as with a strength that is too large for its dtype.
 
         answer(model, tokenizer, [{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=20)
     """
@@ -69,6 +70,7 @@ def answer(
             eos_token_id=_ends(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             streamer=_streamer(tokenizer, take),
+            logits_processor=[_finite],
             **sampling,
         )
     return "".join(pieces)
@@ -84,11 +86,25 @@ GREEDY = {
 
 def _inputs(tokenizer: Any, prompt: Prompt) -> Any:
     """A prompt's tokens. A chat ends with the template's request for an answer."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    messages = tuple(dict(message) for message in prompt)
-    text = chat_text(tokenizer, Example(messages=messages, origin="the prompt"), len(messages), asking=True)
-    return tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
+    text, is_plain = prompt, isinstance(prompt, str)
+    if not isinstance(text, str):
+        messages = tuple(dict(message) for message in text)
+        text = chat_text(tokenizer, Example(messages=messages, origin="the prompt"), len(messages), asking=True)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # of a terminal's or a file's bytes that are not UTF-8
+        raise DataError(f"the prompt is not valid Unicode ({error})") from error
+    return tokenizer(text, add_special_tokens=is_plain, return_tensors="pt", return_token_type_ids=False)
+
+
+def _finite(_: Tensor, scores: Tensor) -> Tensor:
+    """The scores of the next token, as they are. Raises DataError if none of them is a number that can be compared."""
+    if not scores.max().isfinite():
+        raise DataError(
+            "the model's scores for the next token are not finite; lower the strengths of its adapters, or load it in a dtype "
+            "that holds larger numbers (--dtype float32)"
+        )
+    return scores
 
 
 def _ends(model: nn.Module, tokenizer: Any) -> list[int] | None:

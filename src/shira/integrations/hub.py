@@ -95,7 +95,10 @@ def parcel(source: str | os.PathLike[str], repository: str) -> Parcel:
     along = {name: path for name, path in here.items() if path.suffix.lower() in PICTURES or path.stem == "LICENSE"}
     along |= {name: here[name] for name in (RECIPE, f"{file.stem}.yaml") if name in here}
     if written is not None:
-        text = written.read_text(encoding="utf-8")
+        try:
+            text = written.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise HubError(f"{written} is not a text in UTF-8 ({error}); save it as UTF-8") from error
     else:
         base = adapter.metadata.get("base") or {}
         text = card(adapter, file.name, base_of(base.get("id", "unknown"), base.get("dtype"), None))

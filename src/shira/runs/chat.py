@@ -63,10 +63,10 @@ class Chat:
 
     def command(self, line: str) -> str:
         """Run a command, such as "/use poet=1". Returns what it has to say. Raises ShiraError; then nothing has changed."""
-        word, _, rest = line.partition(" ")
+        word, *rest = line.split(maxsplit=1)
         if word not in self._commands:
             raise DataError(f"there is no command {shown(word)}; {did_you_mean(word, [*self._commands, '/quit'])}")
-        return self._commands[word](rest.strip())
+        return self._commands[word]("".join(rest))
 
     def use(self, text: str) -> str:
         """Switch to adapters with their strengths, as "poet=1 coder=0.5"."""
@@ -125,7 +125,7 @@ def converse(
     while True:
         try:
             line = ask()
-            if line is None or line.strip() == "/quit":
+            if line is None or line.split()[:1] == ["/quit"]:
                 return
             if line.strip().startswith("/"):
                 note(chat.command(line.strip()))

@@ -107,6 +107,8 @@ def choice_scores(model: nn.Module, tokenizer: Any, examples: Sequence[Example])
     shares: list[tuple[list[int], list[list[int]]]] = []  # for each example: its rows, its choices' tokens
     for example in examples:
         prompt = tokenizer(example.prompt)["input_ids"]
+        if not prompt:
+            raise DataError(f"{example.origin}: the prompt has no token, after which the choices could stand")
         choices = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in example.choices]
         if all(len(choice) == 1 for choice in choices):
             shares.append(([len(rows)], choices))
