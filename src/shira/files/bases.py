@@ -27,7 +27,7 @@ def named_base(name: str) -> Mapping[str, Tensor] | None:
         return Checkpoint(name)
     try:
         folder = cached(name) if MODEL.fullmatch(name) else None
-    except ImportError:  # no huggingface_hub, so no cache either
+    except (ImportError, OSError):  # no huggingface_hub, so no cache either; or too long a name
         return None
     return _described(folder) if folder is not None and (folder / CONFIG).is_file() else None
 

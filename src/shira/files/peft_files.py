@@ -114,8 +114,8 @@ def stored_peft(path: Path, stack: contextlib.ExitStack, model: Callable[[], Ten
             return StoredPeft(path, stack, base)
     except (BaseMismatch, CheckpointError, OSError) as error:
         raise FormatError(
-            f"{path}: its base is {shown(named)}, says {CONFIG}, which gives the shapes: {error}. Name another base: "
-            f"`shira convert {path} --base MODEL -o adapter.safetensors`"
+            f"{path}: {CONFIG} says that its base, which gives the shapes, is {shown(named)} (with another one: `shira convert "
+            f"{path} --base MODEL -o adapter.safetensors`): {error}"
         ) from error
     return StoredPeft(path, stack, model()) if model is not None else None
 
