@@ -172,11 +172,11 @@ def test_a_file_that_lends_its_positions_is_looked_at_as_well(registered):
     adapter.save(path.with_name("heir.safetensors"), like=path)
     time.sleep(2e-9 * SETTLED)
     source = shira.switching.sources.AdapterSource(path.with_name("heir.safetensors"))
-    assert source.read()[1]
+    assert source.read({})[1]
     source.is_checked()
-    assert not source.read()[1]
+    assert not source.read({})[1]
     os.utime(path)
-    assert source.read()[1]
+    assert source.read({})[1]
 
 
 def test_an_unchanged_file_is_not_compared_with_the_base_again(registered, monkeypatch):

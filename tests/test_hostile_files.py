@@ -8,15 +8,16 @@ import struct
 import time
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from torch import nn
 
 import shira
-from conftest import bits, mlp, random_adapter
+from conftest import all_bits, bits, mlp, random_adapter, same_bits
 from shira import Adapter, AdapterError, FormatError, ShiraError, SparseTensor, Switcher
 from shira.adapter import opened
 from shira.cli.inspect import describe
+from shira.integrations.peft import save as save_for_peft
 
 SECONDS, MEGABYTES = 5, 300  # that anything here may take: thousands of times what it needs
 FORM = {"format": "shira", "format_version": "2", "encoding": "gap"}
@@ -321,6 +322,25 @@ def test_mutants_are_read_or_refused(originals, name):
         refused += bool(check(path, model))
     assert refused > 30  # most damage shows
     assert torch.equal(base, bits(model[0].weight))
+
+
+def test_mutants_of_a_folder_of_peft_are_read_or_refused(tmp_path):
+    """Its weights, and its configuration, which names the base on the disk."""
+    model, folder = mlp(), tmp_path / "peft"
+    base = all_bits(model)
+    safetensors.torch.save_file(dict(model.state_dict()), tmp_path / "base.safetensors")
+    metadata = {"base": {"id": str(tmp_path / "base.safetensors")}}
+    save_for_peft(Adapter(random_adapter(model, 1, 0.1, "delta").tensors, metadata), folder)
+    assert not check(folder, model) and shira.load(folder / "adapter_model.safetensors").nnz
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        whole, refused = (folder / name).read_bytes(), 0
+        length = b"" if name.endswith(".safetensors") else struct.pack("<Q", len(whole))
+        for content in mutants(length + whole, 25):
+            (folder / name).write_bytes(content[len(length) :])
+            refused += bool(check(folder, model))
+        assert refused > 10
+        (folder / name).write_bytes(whole)
+    assert same_bits(base, all_bits(model))
 
 
 def test_a_file_that_changes_while_it_is_open_is_refused(tmp_path):

@@ -6,13 +6,16 @@ It is data only and knows no model. A `SparseTensor` is validated once, when it 
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from .errors import AdapterError, FormatError
 from .files.patches import StoredPatch, is_patch
 from .files.paths import State, path_of
+from .files.peft_files import StoredPeft, stored_peft
 from .files.reading import FileChanged, Path_, StoredTensors
 from .files.suggestions import adapter_in
 from .files.writing import saving
@@ -106,6 +109,8 @@ class Adapter:
         save(self, path, like=like)
 
 
+Stored = StoredTensors | StoredPatch | StoredPeft
+Shapes = Callable[[], Mapping[str, Tensor]]  # of a model's tensors: each on the meta device
 ATTEMPTS = 3  # to read a file that is replaced meanwhile
 
 
@@ -128,9 +133,9 @@ def load(path: Path_, *, revision: str | None = None) -> Adapter:
     """Read an adapter and check all of it.
 
     path: its file, or a folder with one adapter's file in it, or with `adapter.safetensors`, as a trainer saves it; or a weight
-        patch of an RL trainer, a file or a folder, that holds the shapes of its tensors (docs/rl-patches.md). If there is no
-        such path, a repository of the Hugging Face Hub: "user/repo", "user/repo@revision". It is read from the cache of
-        huggingface_hub, or downloaded into it.
+        patch of an RL trainer, a file or a folder, that holds the shapes of its tensors (docs/rl-patches.md); or a folder of
+        PEFT's SHiRA or Super-Tuning whose base is found (docs/peft.md). If there is no such path, a repository of the Hugging
+        Face Hub: "user/repo", "user/repo@revision". It is read from the cache of huggingface_hub, or downloaded into it.
     revision: a branch, tag or commit of the repository.
     Raises FormatError, which names the file, the tensor, what was expected and what was found; OSError if the file does not
     exist or may not be read; HubError if the hub does not have it or cannot be reached.
@@ -141,15 +146,15 @@ def load(path: Path_, *, revision: str | None = None) -> Adapter:
     return read(path, revision)[0]
 
 
-def read(path: Path_, revision: str | None = None) -> tuple[Adapter, tuple[State, ...]]:
-    """`load`, and the states of the files that were read, the adapter's own first.
+def read(path: Path_, revision: str | None = None, model: Shapes | None = None) -> tuple[Adapter, tuple[State, ...]]:
+    """`load`, and the states of the files that were read, the adapter's own first. model: see `opened`.
 
     The states are those of the opened files, even if other files have their names now. A file that changes while it is read is
     read again, up to ATTEMPTS times in all. Raises what `load` raises.
     """
     for _ in range(ATTEMPTS):
         try:
-            with opened(path, revision) as adapter:
+            with opened(path, revision, model) as adapter:
                 return Adapter(dict(adapter.tensors), adapter.metadata), check_unchanged(adapter)
         except FileChanged as error:
             changed = error
@@ -157,20 +162,23 @@ def read(path: Path_, revision: str | None = None) -> tuple[Adapter, tuple[State
 
 
 @contextlib.contextmanager
-def opened(path: Path_, revision: str | None = None) -> Iterator[Adapter]:
+def opened(path: Path_, revision: str | None = None, model: Shapes | None = None) -> Iterator[Adapter]:
     """An adapter that stays in its file. Inside the `with`, each tensor is read and checked when it is requested.
 
-    Raises what `load` raises; at the end of the `with` FormatError, if the file has changed meanwhile.
+    model: the model that it is for, if there is one; for PEFT's files, which hold no shapes.
+    Raises what `load` raises, and BaseMismatch if it does not belong to the model; at the end of the `with` FormatError, if the
+    file has changed meanwhile.
     """
     found = adapter_in(path_of(path, "shira.load('poet.safetensors')", FormatError), revision)
     with contextlib.ExitStack() as stack:
-        tensors: StoredTensors | StoredPatch
+        tensors: Stored
         try:
             tensors = StoredTensors(found, stack)
         except FormatError:
-            if not is_patch(found):
+            other = StoredPatch(found, stack) if is_patch(found) else stored_peft(found, stack, model)
+            if other is None:
                 raise
-            tensors = StoredPatch(found, stack)
+            tensors = other
         adapter = Adapter(tensors, tensors.metadata)  # type: ignore[arg-type]  # read only
         yield adapter
         check_unchanged(adapter)
@@ -181,7 +189,7 @@ def check_unchanged(adapter: Adapter) -> tuple[State, ...]:
 
     Raises FormatError if one of the files has changed since it was opened.
     """
-    return adapter.tensors.state() if isinstance(adapter.tensors, StoredTensors | StoredPatch) else ()
+    return adapter.tensors.state() if isinstance(adapter.tensors, Stored) else ()
 
 
 def prefixed(adapter: Adapter, prefix: str) -> Adapter:

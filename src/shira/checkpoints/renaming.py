@@ -5,16 +5,17 @@ model. An adapter has the names in memory. Names are mapped only if the mapping 
 names, and there is no second way to do it; or Transformers names the tensors so when it loads the checkpoint (`loading`).
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from ..adapter import Adapter
 from ..errors import BaseMismatch
+from ..files.checkpoint import prefix_swaps
 from ..sparse.tensor import SparseTensor
 from ..texts import shown
 from .checkpoint import Checkpoint
 from .loading import ways_to_load
 
-__all__ = ["names_in", "prefix_swaps", "renamed"]
+__all__ = ["names_in", "renamed"]
 
 ALIKE = 2  # last words of two names that must be equal if both may mean the same tensor
 SAVE_THE_MODEL = "Load that model, activate the adapter with Switcher.use, and save it with model.save_pretrained(folder)"
@@ -76,32 +77,6 @@ def _as_loaded(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], la
                 )
         return {name: loaded.sources[name][0] for name in shapes if name in loaded.sources}
     return {}
-
-
-def prefix_swaps(
-    names: Sequence[str], candidates: Sequence[str], known: Container[str], fits: Callable[[str, str], bool]
-) -> list[dict[str, str]]:
-    """The ways to replace one prefix by another that turn every name into a known name that fits.
-
-    candidates: known names that the first name may mean. fits(name, other): whether `name` may mean the known name `other`.
-    """
-    mappings: list[dict[str, str]] = []
-    for candidate in candidates:
-        for prefix, new in _prefixes(names[0], candidate):
-            mapped = {each: new + each.removeprefix(prefix) for each in names if each.startswith(prefix)}
-            whole = len(mapped) == len(names) and all(other in known and fits(each, other) for each, other in mapped.items())
-            if whole and mapped not in mappings:
-                mappings.append(mapped)
-    return mappings
-
-
-def _prefixes(name: str, other: str) -> Iterator[tuple[str, str]]:
-    """(prefix of `name`, prefix of `other`) for every ending of whole words that both have."""
-    words, others = name.split("."), other.split(".")
-    for length in range(1, min(len(words), len(others)) + 1):
-        if words[-length] != others[-length]:
-            return
-        yield name.removesuffix(".".join(words[-length:])), other.removesuffix(".".join(others[-length:]))
 
 
 def _ending(name: str) -> str:

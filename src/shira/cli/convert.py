@@ -72,14 +72,16 @@ def convert(
         return
     if source.is_file() and is_ours(source):
         raise AdapterError(f"{source} is an adapter of shira already; --to peft makes a checkpoint of PEFT's SHiRA of it")
-    from ..integrations import peft
+    from ..files.peft_files import is_sparse, read_config
 
-    _, config = peft.read_config(source)
-    if peft.is_sparse(config):
+    _, config = read_config(source)
+    if is_sparse(config):
         if density is not None or keep is not None:
             raise AdapterError(
                 f"{source} is a {config['peft_type']}, which is sparse and taken whole: leave out --density and --keep"
             )
+        from ..integrations import peft
+
         with waiting("converting"):
             adapter, report = peft.load(source, base), "exactly as in PEFT"
     else:

@@ -11,9 +11,10 @@ from typing import Any
 
 from ..errors import HubError, MissingExtra, did_you_mean
 
-__all__ = ["NAME", "cached", "downloaded", "failure", "failures", "files_of", "library", "repository"]
+__all__ = ["MODEL", "NAME", "cached", "downloaded", "failure", "failures", "files_of", "library", "repository"]
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]+))?")
+MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # old names have no owner: gpt2
 FILES = (".safetensors", ".yaml", ".json", ".jsonl", ".parquet", ".csv", ".png", ".bin", ".pt")  # a name that ends so is a path
 PATIENCE = 5  # seconds that the hub has for an answer
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"

@@ -88,7 +88,8 @@ def parcel(source: str | os.PathLike[str], repository: str) -> Parcel:
     file = adapter_in(given)
     adapter, states = read(file)
     files: dict[str, Path | bytes] = {ADAPTER: file if len(states) == 1 else _whole(adapter)}
-    here = {path.name: path for path in sorted(file.parent.iterdir()) if path.is_file() and path != file}
+    beside = sorted(file.parent.iterdir()) if file.is_file() else []  # of a folder of PEFT, or of a patch, nothing goes along
+    here = {path.name: path for path in beside if path.is_file() and path != file}
     if not given.is_dir():
         here = {name: path for name, path in here.items() if path.stem == file.stem}
     written = here.pop(CARD, None) or here.pop(f"{file.stem}.md", None)

@@ -19,6 +19,7 @@ from ..checkpoints.checkpoint import LazyTensors, identity
 from ..errors import CheckpointError, DataError, FormatError, MaskError, MissingExtra
 from ..files.metadata import base_facts
 from ..files.paths import path_of
+from ..files.peft_files import read_config
 from ..files.tensorfiles import Form
 from ..sparse.tensor import SparseTensor, fingerprint
 from ..texts import described, shown
@@ -26,7 +27,7 @@ from ..weights.model_tensors import plain_model
 from ..weights.owners import claim
 from ..weights.quantized import is_quantized
 from ..weights.undo import Undo
-from .peft import Base, read_config
+from .peft import Base
 
 __all__ = ["convert"]
 

@@ -18,8 +18,9 @@ from .. import kernels
 from ..adapter import Adapter
 from ..checkpoints.checkpoint import Checkpoint, LazyTensors, form_of, identity
 from ..checkpoints.loading import Loaded, loaded_as, ways_to_load
-from ..checkpoints.renaming import names_in, prefix_swaps, renamed
+from ..checkpoints.renaming import names_in, renamed
 from ..errors import AdapterError, BaseMismatch, FormatError, did_you_mean
+from ..files.checkpoint import prefix_swaps
 from ..files.metadata import base_facts
 from ..files.patches import POSITIONS, SHAPES, SPEC, TRL, VALUES, StoredPatch, checksum_of
 from ..files.paths import path_of

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from ..data.quiet import quiet
 from ..data.tokens import Row, encode
 from ..errors import DataError, HubError, MissingExtra, TuningError, did_you_mean
 from ..files import hub
+from ..files.bases import skeleton_of
 from ..files.paths import temporary_folder
 from ..masks.calibration import without_cudnn_attention
 from ..training.tuner import Tuner
@@ -41,9 +41,6 @@ __all__ = [
 ]
 
 
-ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # old names have no owner: gpt2
-
-
 def load_model(model: str, dtype: str = "auto") -> nn.Module:
     """A causal language model in evaluation mode: a folder, a hub id, or a built-in name ("SmolLM2-135M-Instruct-Q4_1").
 
@@ -59,15 +56,12 @@ def skeleton(model: str) -> nn.Module:
 
     Raises DataError if there is no such model, or if Transformers does not have its class.
     """
-    library = _library()
     config = load_config(model)
-    names = getattr(config, "architectures", None) or []
-    kind = next((getattr(library, name) for name in names if hasattr(library, name)), None)
-    if kind is None:
+    built = skeleton_of(config)
+    if built is None:
+        names = getattr(config, "architectures", None) or []
         raise DataError(f"the config of {model!r} names no model class of transformers, found architectures {names}")
-    with torch.device("meta"):
-        built: nn.Module = kind(config)
-    return built.eval()
+    return built
 
 
 def load_config(model: str) -> Any:
@@ -151,7 +145,7 @@ def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
     if os.path.exists(model):
         return
     what = f"no folder, no built-in model ({', '.join(built_in)}), and " if built_in else "no folder, and "
-    if not ON_HUB.fullmatch(model):
+    if not hub.MODEL.fullmatch(model):
         raise DataError(f"cannot load {model!r}: it is {what}no name of a model on the hub")
     folder = hub.cached(model)
     if folder is not None and (folder / file).exists():

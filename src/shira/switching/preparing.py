@@ -50,7 +50,7 @@ def prepare(
 
 def checked(name: str, source: AdapterSource, now: ModelState, active: Sequence[WritePlan]) -> dict[str, SparseTensor]:
     """The tensors of an adapter, read and checked against the model. Raises what `Switcher.add` raises."""
-    adapter, is_new = source.read()
+    adapter, is_new = source.read(now.weights)
     tensors = now.checked(source.label(name), adapter, active, is_new=is_new)
     source.is_checked()
     return tensors

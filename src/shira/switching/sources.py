@@ -5,13 +5,18 @@ An adapter of the hub is such a file, in the cache.
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ..adapter import Adapter, prefixed, read
 from ..errors import AdapterError
 from ..files.hub import repository
 from ..files.paths import State, path_of
 from ..files.suggestions import adapter_in
+from ..weights.quantized import shape_of
 
 __all__ = ["AdapterSource"]
 
@@ -38,9 +43,10 @@ class AdapterSource:
         """The adapter's name in messages."""
         return repr(name) if isinstance(self._content, Adapter) else self._label
 
-    def read(self) -> tuple[Adapter, bool]:
+    def read(self, weights: Mapping[str, Tensor]) -> tuple[Adapter, bool]:
         """The adapter, and whether its content may differ from the content that was checked.
 
+        weights: of the switcher's model, for files that hold no shapes.
         The state is that of the opened file, so it does not matter if another file takes its name meanwhile. A file that was
         changed just before may change again with the same time stamp, so it is checked the next time as well.
         """
@@ -48,11 +54,21 @@ class AdapterSource:
             adapter, is_new = self._content, self._checked is None
             return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
         now = time.time_ns()
-        adapter, found = read(self._content)
+        adapter, found = read(self._content, model=lambda: self._shapes(weights))
         is_settled = all(state[-1] < now - SETTLED for state in found)
         is_new = found != self._checked
         self._found = found if is_settled else None
         return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
+
+    def _shapes(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that a file for this model may name, without data: the weights may hold another adapter's values now."""
+        return {
+            name.removeprefix(self._prefix): torch.empty(
+                shape_of(weight), dtype=weight.dtype if weight.is_floating_point() else torch.float32, device="meta"
+            )
+            for name, weight in weights.items()
+            if name.startswith(self._prefix)
+        }
 
     def is_checked(self) -> None:
         """Record that the content read last belongs to the model."""

@@ -118,7 +118,7 @@ class Switcher:
         """Register an adapter, or a file of one, under a name, after checking that it belongs to this model.
 
         The model is not written to. A file is read again if its adapter has made room for others in memory, so it must stay
-        where it is.
+        where it is. A file is what `shira.load` takes; a folder of PEFT's SHiRA needs no base here.
 
         Raises SwitchError if the name is taken, or somebody else owns the model; FormatError or OSError for the file;
         BaseMismatch if a tensor is missing, has another shape or, for an overwrite adapter, other base values.
