@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import shira
 from conftest import letter_tokenizer
+from families import gpt2
 from shira import DataError
 from shira.data import batches as batching
 from shira.data import packages, tasks
@@ -229,6 +230,17 @@ def test_choice_scores_agree_with_plain_log_probabilities(tiny_llama):
                 logprobs = tiny_llama(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
             exact = sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
             assert abs(score - exact) < 1e-4
+
+
+def test_an_example_longer_than_the_places_that_a_model_has_learned():
+    model = gpt2(1)  # which has learned 64
+    rows = [{"input_ids": [3] * length, "labels": [3] * length} for length in (64, 65)]
+    packed = rows[1] | {"position_ids": [*range(40), *range(25)]}
+    for row in (rows[0], packed):
+        model(**batching.collate([row], model))
+    for ask in (lambda: batching.collate(rows, model), lambda: batching.answer_logprobs(model, [([3] * 60, [3] * 6)])):
+        with pytest.raises(DataError, match="an example has 65 tokens, and GPT2LMHeadModel has learned 64 places"):
+            ask()
 
 
 def test_accuracy(tiny_llama):

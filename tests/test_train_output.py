@@ -1,16 +1,18 @@
 """What `shira train` writes, where, and that it loses nothing; and that what cannot be is known before a model is loaded."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 import shira
-from conftest import all_bits, same_bits
+from conftest import all_bits, mlp, random_adapter, same_bits
 from shira import DataError
 from shira.integrations import transformers as hf
-from shira.runs.outputs import output_for
+from shira.integrations.card import base_of
+from shira.runs.outputs import output_for, save_run
 from test_cli import TRAIN, folder  # noqa: F401  a fixture
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -66,6 +68,38 @@ def test_nothing_is_overwritten(run, folder):  # noqa: F811
     assert yaml.safe_load((folder / "sums-2.yaml").read_text())["seed"] == 3
     assert run(f"{TRAIN} --data sums.jsonl -o sums.safetensors --force --steps 1")[0] == 0
     assert shira.load("sums.safetensors").metadata["training"]["steps"] == 1
+
+
+def test_runs_that_end_at_once_lose_nothing(tmp_path, monkeypatch):
+    """Each begins to save while another one does. One that is interrupted leaves nothing."""
+    monkeypatch.chdir(tmp_path)
+    base, whole, saved = base_of("model", None, None), shira.Adapter.save, []
+    places = [output_for(Path(name), "") for name in ("a.safetensors", "a", ".")]
+
+    def run_ends(place, others):
+        def save(adapter, path, **options):
+            if others:
+                run_ends(place, others - 1)
+            whole(adapter, path, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shira.Adapter, "save", save)
+            found = save_run(place, random_adapter(mlp(), others), base, lambda path: path.write_text(str(others)))
+        saved.append(found.adapter)
+        assert shira.load(found.adapter).name == f"random{others}" and found.recipe.read_text() == str(others)
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    for place in places:
+        run_ends(place, 2)
+    assert len(set(saved)) == 9
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(shira.Adapter, "save", stopped)
+    for place in places:
+        with pytest.raises(KeyboardInterrupt):
+            save_run(place, random_adapter(mlp(), 1), base, lambda path: None)
+    assert before == {path for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_a_configuration_gives_its_name_and_stays(tmp_path, monkeypatch):

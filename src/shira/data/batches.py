@@ -43,6 +43,20 @@ def last_places(count: int) -> Tensor:
     return torch.arange(-count, 0)
 
 
+def check_places(model: nn.Module, needed: int) -> None:
+    """Raise DataError if a model with learned places of tokens, such as GPT-2, has fewer than an example needs."""
+    places = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(places, int) or needed <= places:
+        return
+    words = getattr(model, "get_input_embeddings", lambda: None)()
+    learned = (each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding) and each is not words)
+    if any(places <= count <= places + 2 for count in learned):  # the places of some begin at 2
+        raise DataError(
+            f"an example has {needed} tokens, and {type(model).__name__} has learned {places} places; shorten it, or "
+            f"give max_length={places}"
+        )
+
+
 def takes(model: nn.Module, argument: str) -> bool:
     """Whether a model's forward names an argument. It may ignore an argument that it takes as **kwargs."""
     return argument in inspect.signature(model.forward).parameters
@@ -55,6 +69,7 @@ def answer_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], ...]], pad
     A row that is longer than `longest` tokens, if given, loses its beginning.
     """
     inputs = left_padded([(prompt + answer[:-1])[-longest:] for prompt, answer in rows], pad)
+    check_places(model, inputs["input_ids"].shape[1])
     kept = last_places(max(len(answer) for _, answer in rows))
     arguments = inputs | {"logits_to_keep": kept, "use_cache": False}
     logits = model(**to_device({key: value for key, value in arguments.items() if takes(model, key)}, model)).logits
@@ -82,6 +97,7 @@ def collate(rows: Sequence[Row], model: nn.Module, pad: int = 0) -> dict[str, An
         batch["position_ids"] = torch.tensor([[0] * (longest - len(row)) + row for row in positions])
         del batch["attention_mask"]
         batch["use_cache"] = False  # with a cache, position ids have another meaning
+    check_places(model, max(max(row.get("position_ids", ()), default=len(row["input_ids"]) - 1) for row in rows) + 1)
     if not takes(model, "position_ids"):
         del batch["position_ids"]
     batch["labels"] = torch.tensor([row[longest - kept :] for row in labels])

@@ -3,7 +3,9 @@
 A folder can be pushed to the hub as it is. Files side by side have one stem: spam.safetensors, spam.yaml, spam.md.
 """
 
+import contextlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,16 +78,30 @@ def save_run(
     data: str | None = None,
 ) -> Output:
     """Write what a run has made. Returns where: under a further name if somebody else has taken the name meanwhile."""
-    if not output.replaces:
-        output = _free(output, but=(output.samples,))
-    output.adapter.parent.mkdir(exist_ok=True)
-    adapter.save(output.adapter, like=like)
-    if not output.kept:
-        save_recipe(output.recipe)
-    picture = output.samples.name if output.samples.exists() else None
-    text = card(adapter, output.adapter.name, base, recipe=output.recipe.name, picture=picture, data=data)
-    write_whole(output.card, text.encode())
+    output = _claimed(output)
+    try:
+        adapter.save(output.adapter, like=like)
+        if not output.kept:
+            save_recipe(output.recipe)
+        picture = output.samples.name if output.samples.exists() else None
+        text = card(adapter, output.adapter.name, base, recipe=output.recipe.name, picture=picture, data=data)
+        write_whole(output.card, text.encode())
+    except BaseException:
+        if not (output.replaces or output.card.stat().st_size):
+            output.card.unlink()
+        raise
     return output
+
+
+def _claimed(output: Output) -> Output:
+    """The output, or the next one whose name is free. An empty card tells a run that ends now that the name is taken."""
+    while True:
+        found = output if output.replaces else _free(output, but=(output.samples,))
+        found.adapter.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # taken since `_free` has looked
+            if not output.replaces:
+                found.card.touch(exist_ok=False)
+            return found
 
 
 def _in_folder(folder: Path) -> Output:
@@ -101,12 +117,12 @@ def _side_by_side(file: Path, config: Path | None, repeats: bool) -> Output:
 def _free(output: Output, config: Path | None = None, repeats: bool = False, *, but: tuple[Path, ...] = ()) -> Output:
     """The first of output, output-2, output-3, … of whose files none is there. but: files of the run's own."""
     found = _numbered(output, config, repeats)
-    return next(each for each in found if not any(path.exists() for path in each.files if path not in but))
+    return next(each for each in found if not any(map(os.path.lexists, set(each.files) - set(but))))
 
 
 def _numbered(output: Output, config: Path | None, repeats: bool) -> Iterator[Output]:
     yield output
-    folder = output.adapter.parent
+    folder = output.adapter.parent if output.adapter.parent.name else output.adapter.parent.absolute()
     for number in itertools.count(2):
         if output.card.name == CARD:
             yield _in_folder(folder.with_name(f"{folder.name}-{number}"))
