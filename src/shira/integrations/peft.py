@@ -97,7 +97,7 @@ def load(path: Path_, base: Base | None = None) -> Adapter:
         if value.shape != weight.shape:
             raise BaseMismatch(f"{label}: '{name}' has shape {list(value.shape)}, in the base it has {list(weight.shape)}")
         tensors[name] = SparseTensor(tuple(value.shape), torch.arange(value.numel()), value.reshape(-1).to(weight.dtype))
-    known = config.get("base_model_name_or_path")
+    known = os.fspath(base) if isinstance(base, str | os.PathLike) else config.get("base_model_name_or_path")
     metadata = {
         "name": stored.folder.absolute().name,
         "mask": {"name": f"PEFT's {config.get('mask_type') or 'magnitude'}"},
