@@ -39,7 +39,7 @@ def test_the_commands(run, folder):
     card = (folder / "one.md").read_text()
     assert "![samples](<one.png>)" in card and 'adapters.load("one.safetensors", "dog")' in card
     assert re.search(r"^making pictures of the class: 2/2 ", err, re.MULTILINE), err
-    assert re.search(r"^training: 3/3 in [\d.]+ s loss [\d.]+  [\d.]+ pictures/s$", err, re.MULTILINE), err
+    assert re.search(r"^training: 3/3 in [\d.]+ s, loss [\d.]+, [\d.]+ pictures/s$", err, re.MULTILINE), err
     one = shira.load("one.safetensors")
     assert one.metadata["base"] == {"id": "pipeline", "dtype": "float32"}
     assert one.metadata["license"] == "MIT" and one.name == "dog"

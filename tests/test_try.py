@@ -368,7 +368,7 @@ def test_eval_prints_a_table_of_each_kind(run, home):
     assert "mean loss of a token, nats" in out and re.search(r"base +│ [\d.]+ \(perplexity [\d.]+\) ", out)
     assert re.search(r"poet.safetensors │ [\d.]+ \(perplexity [\d.e+]+\) +│\n│ +│ change [+-][\d.]+ ± [\d.]+ ", out)
     assert "texts.jsonl: 3 examples lost their beginning (--max-length)" in out
-    assert re.search(r"^reading texts.jsonl: 4 in .* examples$", err, re.MULTILINE) and "base: texts.jsonl: " in err
+    assert re.search(r"^reading texts.jsonl: 4 examples in [\d.]+ s$", err, re.MULTILINE) and "base: texts.jsonl: " in err
 
 
 def test_what_has_no_number_is_null_in_json(run, home):

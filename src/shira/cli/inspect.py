@@ -62,9 +62,13 @@ def inspect(
 
 
 def _listed(settings: dict[str, Any] | None) -> str:
-    """{"name": "wm", "targets": ["q", "k"]} -> 'name wm, targets q k'."""
-    words = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in (settings or {}).items()}
-    return ", ".join(f"{key} {value}" for key, value in words.items()) or "not recorded"
+    """{"name": "wm", "targets": ["q", "k"], "held_out": {"rows": 3}} -> 'wm, targets q k, held_out (rows 3)'."""
+    parts = []
+    for key, value in (settings or {}).items():
+        text = " ".join(map(str, value)) if isinstance(value, list) else value
+        text = f"({_listed(value)})" if isinstance(value, dict) and value else text
+        parts.append(str(text) if key == "name" else f"{key} {text}")
+    return ", ".join(parts) or "not recorded"
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -24,6 +24,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ..errors import did_you_mean
+from ..files.paths import nearby
 from ..texts import visible
 
 __all__ = ["bytes_text", "cell", "console", "errors", "fail", "print_json", "progress", "waiting", "write"]
@@ -38,6 +40,11 @@ class _Plain(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if all(isinstance(each, str) for each in objects):  # a line stays one line, also in a log, and may be copied
+            options = {"soft_wrap": True, "highlight": False} | options
+        super().print(*objects, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text, keep="\n"), **options)
@@ -56,9 +63,15 @@ def cell(value: object) -> str:
 def fail(error: Exception) -> None:
     """Print one line on stderr that says what went wrong."""
     missing = error.filename if isinstance(error, FileNotFoundError) else None
-    text = visible(f"there is no file or folder {missing!r}" if missing else str(error))
+    text = visible(f"there is no file or folder {missing!r}{_near(str(missing))}" if missing else str(error))
     errors.print(Text(type(error).__name__, "bold red"), end=": ")
     errors.print(text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + "…", highlight=False, soft_wrap=True)
+
+
+def _near(missing: str) -> str:
+    """For a path that does not exist: the near names in its folder, as "; did you mean 'poet'?", or nothing."""
+    words = did_you_mean(missing, nearby(missing))
+    return f"; {words}" if words.startswith("did") else ""
 
 
 @contextlib.contextmanager
@@ -118,7 +131,8 @@ def _log(what: str, started: float, done: int = 0, total: int | None = None, not
     if IS_FIRST and not errors.is_terminal:
         words = [f"{done}/{total}"] if total else [f"{done}", note] if done else []  # without a total the note is the unit
         more = ", ".join(note.split("  ")) if total and note else ""
-        line = " ".join([f"{what}:", *filter(None, words), f"in {time.monotonic() - started:.1f} s"]) + (more and f", {more}")
+        words += ["in"] if words else []
+        line = " ".join([f"{what}:", *filter(None, words), f"{time.monotonic() - started:.1f} s"]) + (more and f", {more}")
         errors.print(line, highlight=False, soft_wrap=True)
 
 

@@ -68,7 +68,7 @@ def train(
             on_read=lambda done: update(done, "examples"),
             on_calibration=lambda done, total: update(done, "", "calibrating", total),
             on_step=lambda step, loss, speed: update(step, f"loss {loss:.3f}  {speed:,.0f} tokens/s", "training", recipe.steps),
-            on_evaluation=lambda done, total: update(done, "", "what is held out", total),
+            on_evaluation=lambda done, total: update(done, "", "measuring held-out data", total),
         )
     if not IS_FIRST:
         return
@@ -79,7 +79,8 @@ def train(
         if key in summary:
             console.print(f"{summary[key]:,} examples {what}", highlight=False)
     if held_out := summary.get("held_out"):
-        console.print(f"loss of what was held out: {held_out['loss_before']}, now {held_out['loss']}", highlight=False)
+        before, after = held_out["loss_before"], held_out["loss"]
+        console.print(f"mean loss of a token, held-out data: {before} before training, {after} after")
     tell(place, adapter)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, MissingExtra, did_you_mean
+from ..files.paths import nearby
 from .commonsense import COMMONSENSE
 from .quiet import quiet
 from .rows import COLUMNS, EXPECTED, example_of
@@ -79,8 +80,8 @@ def _data_set(data: str) -> Iterator[tuple[str, object]]:
     local = Path(name).is_dir()
     if parts is None or not (local or "/" in name) or name.endswith(FILES):
         raise DataError(
-            f"{data!r} is neither a file nor a built-in task; {did_you_mean(data, BUILT_IN)}; a data set is named "
-            "'org/name:train'"
+            f"{data!r} is neither a file nor a built-in task; {did_you_mean(data, [*BUILT_IN, *nearby(data, FILES)])}; a data "
+            "set is named 'org/name:train'"
         )
     datasets = _library("datasets")
     try:

@@ -39,7 +39,8 @@ def name_of(path: Path) -> str:
 def base_facts(model: str | None, dtypes: Iterable[str]) -> dict[str, Any]:
     """A base for an adapter's metadata: its id, of a path only the name; and its dtype, a list if there are several."""
     known = sorted(set(dtypes))
-    identity = name_of(Path(model)) if model and Path(model).exists() else model
+    local = bool(model) and (Path(str(model)).exists() or Path(str(model)).is_absolute())  # a folder of another machine
+    identity = name_of(Path(str(model))) if local else model
     return {"id": identity or "unknown", "dtype": known[0] if len(known) == 1 else known}
 
 

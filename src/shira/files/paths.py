@@ -19,7 +19,17 @@ from typing import BinaryIO
 from ..errors import CheckpointError, ShiraError
 from ..texts import described
 
-__all__ = ["State", "destination", "open_regular", "path_of", "state_of", "sweep", "temporary_file", "temporary_folder"]
+__all__ = [
+    "State",
+    "destination",
+    "nearby",
+    "open_regular",
+    "path_of",
+    "state_of",
+    "sweep",
+    "temporary_file",
+    "temporary_folder",
+]
 
 try:
     import fcntl
@@ -29,6 +39,16 @@ except ImportError:  # a system without these locks; temporary files of a killed
 State = tuple[int, ...]  # device, inode, size in bytes, times of the last change of content and inode in ns
 KINDS = {stat.S_IFIFO: "FIFO", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFSOCK: "socket", stat.S_IFDIR: "folder"}
 OURS = re.compile(r"\.shira-[0-9a-f]{16}\.tmp")
+
+
+def nearby(path: str, endings: tuple[str, ...] = ("",)) -> list[str]:
+    """The names beside a path that may not exist, written as that path is. endings: of the names that count."""
+    folder = os.path.dirname(path)
+    try:
+        names = sorted(os.listdir(folder or "."))
+    except (OSError, ValueError):
+        return []
+    return [os.path.join(folder, name) for name in names if name.endswith(endings) and not name.startswith(".")]
 
 
 def path_of(path: object, call: str, error: type[ShiraError]) -> Path:

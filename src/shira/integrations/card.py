@@ -163,7 +163,8 @@ def _results(training: Mapping[str, Any]) -> list[str]:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_text(value)}" for key, value in values.items() if value is not None)
+    given = {key: _text(value) for key, value in values.items() if value is not None}
+    return ", ".join(text if key == "name" else f"{key} {text}" for key, text in given.items())
 
 
 def _text(value: Any) -> str:

@@ -23,6 +23,7 @@ from ..data.models import model_path
 from ..errors import AdapterError, BaseMismatch, CheckpointError, FormatError
 from ..files.bases import named_base
 from ..files.checkpoint import Checkpoint
+from ..files.metadata import base_facts
 from ..files.paths import path_of, temporary_folder
 from ..files.peft_files import CONFIG, WEIGHTS, StoredPeft, is_sparse, named_in, read_config
 from ..files.suggestions import PEFT_PREFIX
@@ -75,7 +76,10 @@ def load(path: Path_, base: Base | None = None) -> Adapter:
     tensors = named_base(given) if base is None and isinstance(given, str) else None
     with contextlib.ExitStack() as stack:
         stored = StoredPeft(found, stack, tensors_of(given) if tensors is None else tensors)
-        return Adapter(dict(stored), stored.metadata)
+        metadata = stored.metadata
+        if isinstance(base, str | os.PathLike):
+            metadata["base"]["id"] = base_facts(os.fspath(base), [])["id"]
+        return Adapter(dict(stored), metadata)
 
 
 def save(adapter: Adapter, folder: Path_, base: Base | None = None) -> int:

@@ -223,7 +223,10 @@ def train_adapter(
     rows = encode(tokenizer, _examples(recipe, held_out=False), recipe.max_length, on_read=on_read)
     held_out: Sequence[Row] = []
     if recipe.eval_data or recipe.eval_share:
-        held_out = encode(tokenizer, _examples(recipe, held_out=True), recipe.max_length, on_read=on_read)
+        before = int(rows.examples[-1]) + 1
+        held_out = encode(
+            tokenizer, _examples(recipe, held_out=True), recipe.max_length, on_read=lambda done: on_read(before + done)
+        )
     pad = tokenizer.pad_token_id or 0
     calibration = batches(rows[: recipe.calibration], model, recipe.batch_size, pad)
     name = name_of(recipe)
