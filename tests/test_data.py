@@ -323,3 +323,16 @@ def test_a_loss_that_explodes_ends_training(tiny_llama):
 def test_a_model_that_is_not_there():
     with pytest.raises(DataError, match="cannot load 'no/such'"):
         hf.load_model("no/such")
+
+
+def test_a_model_whose_files_are_damaged(tiny_llama, tmp_path):
+    folder = tmp_path / "model"
+    tiny_llama.save_pretrained(folder)
+    weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DataError, match="cannot load .*: its files cannot be read"):
+        hf.load_model(str(folder))
+    for damaged in (config | {"hidden_size": "24"}, config | {"num_attention_heads": 0}, [], None):
+        (folder / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match="cannot load "):
+            hf.load_config(str(folder))

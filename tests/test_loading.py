@@ -117,7 +117,9 @@ def test_another_model_and_unknown_ones(tmp_path, monkeypatch):
         "LlavaForConditionalGeneration",
         "LlavaModel",
     ]
-    (tmp_path / "base/config.json").write_text('{"model_type": "no such model"}')
-    assert list(loading.ways_to_load(tmp_path / "base", names)) == []
+    small = '"model_type": "llama", "num_hidden_layers"'
+    for config in ('{"model_type": "no such"}', f'{{{small}: "x"}}', f'{{{small}: 1, "hidden_act": "no such"}}', "null"):
+        (tmp_path / "base/config.json").write_text(config)
+        assert list(loading.ways_to_load(tmp_path / "base", names)) == []
     (tmp_path / "base/config.json").unlink()
     assert list(loading.ways_to_load(tmp_path / "base", names)) == []

@@ -49,11 +49,14 @@ def ways_to_load(folder: Path, names: list[str]) -> Iterator[Loaded]:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError):
+    except Exception:  # without Transformers, or for whatever a configuration of another version raises there
         return
     for kind in _classes(config):
-        with torch.device("meta"), _silent():
-            model = kind(config)
+        try:
+            with torch.device("meta"), _silent():
+                model = kind(config)
+        except Exception:  # a class that needs another library, or another configuration, tells nothing of the names
+            continue
         loaded = loaded_as(model, names)
         if loaded is not None:
             yield loaded

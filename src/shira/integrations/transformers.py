@@ -135,6 +135,11 @@ def _pretrained(kind: str, model: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         what = "folder" if Path(path).exists() else "folder, built-in name, or model id that can be reached"
         raise DataError(f"cannot load {model!r}: no model in that {what} ({str(error).strip().splitlines()[0]})") from error
+    except ImportError as error:
+        raise MissingExtra(f"{model!r} needs what is not installed: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # whatever a file that is cut short, or of another version, raises in its parser
+        said = " ".join(str(error).split())[:300]
+        raise DataError(f"cannot load {model!r}: its files cannot be read ({type(error).__name__}: {said})") from error
 
 
 def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
