@@ -10,11 +10,12 @@ import pytest
 
 from conftest import letter_tokenizer
 from test_hub import online  # noqa: F401
-from transcript import PAGE, run_page
+from transcript import COMMAND, PAGE, run_page
 
 pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # how huggingface_hub calls httpx2
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),  # how PEFT makes sparse tensors
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
 ]
 
@@ -30,9 +31,9 @@ def test_the_commands_run_and_print_what_stands_there(online, run, tiny_llama, m
             return "".join(capsys.readouterr())
         if command.startswith("ls "):
             return "".join(f"{path.name}\n" for path in sorted(Path(command.removeprefix("ls ")).iterdir()))
-        typed, line = re.fullmatch(r"(?:printf '(.*)' \| )?shira (.*)", command).groups()
-        monkeypatch.setattr("sys.stdin", io.StringIO((typed or "").replace("\\n", "\n")))
-        code, out, err = run(line)
+        line, _, typed = command.replace("\\\n", "").partition(" < ")
+        monkeypatch.setattr("sys.stdin", io.StringIO(Path(typed).read_text() if typed else ""))
+        code, out, err = run(line.removeprefix("shira "))
         assert code == 0, f"{command}\n{err}"
         return out + err
 
@@ -47,8 +48,8 @@ def test_the_commands_run_and_print_what_stands_there(online, run, tiny_llama, m
 def printed(page):
     """Command -> the lines below it, without their figures, units and widths, in any order: two streams are mixed there."""
     blocks = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
-    parts = [part.partition("\n") for block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
-    return {command: Counter(map(masked, filter(None, text.splitlines()))) for command, _, text in parts}
+    parts = [COMMAND.split(f"$ {part}", 1) for block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
+    return {command: Counter(map(masked, filter(None, text.splitlines()))) for _, command, text in parts}
 
 
 def masked(line):

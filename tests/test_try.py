@@ -167,6 +167,8 @@ def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
     ("line", "words"),
     [
         ("generate model -p hi -a none.safetensors", "FileNotFoundError: .*none.safetensors"),
+        ("generate model -p hi -a poet.safetensor", "no file or folder 'poet.safetensor'; did you mean 'poet.safetensors'"),
+        ("eval model --data ./text.jsonl", "DataError: './text.jsonl' is neither .*did you mean './texts.jsonl'"),
         ("generate model -p hi -a poet.safetensors=x", "DataError: .*after '=' must be a number or a JSON object, found 'x'"),
         ("generate model -p hi -a poet.safetensors=nan", "AdapterError: the strength of 'poet.safetensors' must be a finite"),
         ("""generate model -p hi -a 'coder={"*": 1, "nose": 2}'""", "AdapterError: coder: .*'nose' matches none"),

@@ -3,7 +3,8 @@
     python tests/transcript.py
 
 A block of the page that has a file's name behind its language becomes that file. In a block of the language `console`, each
-line that begins with `$` is run, and what it prints takes the place of what stood below it.
+line that begins with `$` is run, with the lines that continue it after a backslash. What it prints takes the place of what
+stood below it.
 """
 
 import os
@@ -21,6 +22,7 @@ from hub import TOKEN, serving
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "ten-minutes.md"
 BLOCK = re.compile(r"```(?P<language>\w+)(?: (?P<file>\S+))?\n(?P<text>.*?)```", re.DOTALL)
+COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)", re.MULTILINE)  # over several lines where they end with a backslash
 
 
 def run_page(page: str, run: Callable[[str], str]) -> str:
@@ -31,7 +33,7 @@ def run_page(page: str, run: Callable[[str], str]) -> str:
             Path(block["file"]).write_text(block["text"], encoding="utf-8")
         if block["language"] != "console":
             return block[0]
-        commands = [line[2:] for line in block["text"].splitlines() if line.startswith("$ ")]
+        commands = COMMAND.findall(block["text"])
         return "```console\n" + "".join(f"$ {command}\n{run(command)}" for command in commands) + "```"
 
     return BLOCK.sub(done, page)
