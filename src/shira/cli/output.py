@@ -99,6 +99,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
             if what is not None and what != stage:
                 if done:
                     _log(stage, started, done, total, note)
+                    bar.update(task, total=total or done)  # one without a total ends, and its time stops
                     task = bar.add_task(what, total=its_total, note="")
                 else:
                     bar.reset(task, description=what, total=its_total)
@@ -107,6 +108,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, note=note)
 
         yield update
+        bar.update(task, total=total or done)
     _log(stage, started, done, total, note)
 
 
