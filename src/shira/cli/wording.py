@@ -5,6 +5,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from ..data.models import BUILT_IN
 from ..errors import ShiraError
 
 __all__ = ["Command", "as_typed"]
@@ -22,6 +23,14 @@ class Command(TyperCommand):
         for each in self.params:
             if isinstance(shown := getattr(each, "show_default", None), str):  # Typer would put it in brackets
                 setattr(each, "_get_default_string", lambda shown=shown, **_: shown)  # noqa: B010
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # Typer may have a copy of click of its own, with its own MissingParameter
+            if type(error).__name__ == "MissingParameter" and getattr(getattr(error, "param", None), "name", "") == "model":
+                setattr(error, "message", f"Give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}.")  # noqa: B010
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         try:
