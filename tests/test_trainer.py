@@ -225,7 +225,7 @@ def test_the_card_tells_how_to_load_and_it_is_so(tmp_path, monkeypatch):
     for told in (
         "a folder called tiny-llama",
         "dtype | float32",
-        "name snip",
+        "| mask | snip, density 0.05,",
         f"{known.density:.3%}, {known.nnz:,} entries",
         "MIT",
         f"steps {STEPS}",
