@@ -14,13 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import shira
 from conftest import all_bits, bits, llama_batches, mlp, random_adapter, same_bits
 from interrupting import interrupted
-from shira import AdapterError, BaseMismatch, CheckpointError, DataError, FormatError, MaskError, Switcher
+from shira import AdapterError, BaseMismatch, DataError, MaskError, Switcher
 from shira.checkpoints.extraction import summary
-from shira.integrations.hub import parcel
 from shira.integrations.peft import load, save
 from shira.integrations.peft_masks import mask_fn
 from shira.integrations.peft_merging import convert
-from shira.switching.sources import AdapterSource
 
 peft = pytest.importorskip("peft")
 
@@ -32,6 +30,17 @@ pytestmark = [  # PEFT's own
 TARGETS = ["q_proj", "v_proj", "down_proj", "gate_proj"]
 INPUT = {"input_ids": torch.arange(1, 19).view(2, 9)}
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+def edited(folder, change, config=None):
+    """A folder of PEFT with other tensors, or other fields in its configuration."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(fields | (config or {})))
+    return folder
 
 
 def tune(model, config, folder, seed=0):
@@ -113,108 +122,6 @@ def test_super_tuning_with_and_without_positions(tiny_llama, tmp_path, dtype, po
     tune(model, config, tmp_path / "x")
     adapter = load(tmp_path / "x" / "adapter_model.safetensors", model)
     assert torch.equal(of_ours(model, adapter), of_peft(model, tmp_path / "x"))
-
-
-@pytest.fixture
-def beside_its_base(tiny_llama, tmp_path):
-    """A SHiRA of PEFT whose configuration names a base on the disk: its folder, and the base's."""
-    tiny_llama.save_pretrained(tmp_path / "base")
-    model = type(tiny_llama).from_pretrained(tmp_path / "base")
-    tune(model, peft.ShiraConfig(r=2, target_modules=TARGETS, modules_to_save=["norm"]), tmp_path / "poet")
-    return tmp_path / "poet", tmp_path / "base"
-
-
-def same(one, other):
-    assert one.metadata == other.metadata and list(one.tensors) == list(other.tensors)
-    for name, tensor in one.tensors.items():
-        there = other.tensors[name]
-        assert (tensor.shape, tensor.kind, tensor.values.dtype) == (there.shape, there.kind, there.values.dtype)
-        assert torch.equal(tensor.indices, there.indices) and torch.equal(bits(tensor.values), bits(there.values))
-    return True
-
-
-def test_a_folder_of_peft_is_taken_wherever_an_adapter_is(tiny_llama, beside_its_base, tmp_path, run):
-    folder, base = beside_its_base
-    ours = load(folder)
-    assert ours.fingerprints and {each.kind for each in ours.tensors.values()} == {"delta", "overwrite"}
-    for path in (folder, folder / "adapter_model.safetensors"):
-        assert same(shira.load(path), ours)
-        assert torch.equal(of_ours(tiny_llama, path), of_peft(tiny_llama, folder))
-    assert same(shira.fuse({folder: 0.5}, tiny_llama), shira.fuse({str(folder): (ours, 0.5)}, tiny_llama))
-    one, other = (shira.compare(adapter, base=tiny_llama).as_dict() for adapter in (folder, ours))
-    assert one == other and one["adapters"] == ["poet"]
-    for label, adapter in (("folder", folder), ("ours", ours)):
-        shira.merge(base, adapter, tmp_path / label)
-    one, other = (load_file(tmp_path / label / "model.safetensors") for label in ("folder", "ours"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    (tmp_path / "README.md").write_text("not of this adapter")
-    files = parcel(folder, "me/poet").files
-    assert files.keys() == {"adapter.safetensors", "README.md"} and b"not of this adapter" not in files["README.md"]
-    code, out, err = run(f"inspect {folder} --json")
-    assert code == 0 and json.loads(out)["nnz"] == ours.nnz, err
-
-
-def test_a_folder_without_a_base_in_reach_is_refused_by_the_command_to_type(beside_its_base):
-    folder, base = beside_its_base
-    for name in (None, 3, "", "nobody/nothing", str(base) + "x", "a\0b", "x" * 5000):
-        edited(folder, lambda tensors: None, {"base_model_name_or_path": name})
-        with pytest.raises(FormatError, match="adapter of PEFT, which has to be converted: `shira convert FOLDER --base MODEL"):
-            shira.load(folder)
-    other = folder.parent / "mlp.safetensors"
-    save_file(dict(mlp().state_dict()), other)
-    for name, words in ((other, "has no tensor"), ("/dev/zero", "is no checkpoint"), (folder, "has no tensor")):
-        edited(folder, lambda tensors: None, {"base_model_name_or_path": str(name)})
-        with pytest.raises(FormatError, match=f"that its base, .*with another one: `shira convert .*{words}"):
-            shira.load(folder)
-
-
-def test_of_a_base_in_the_cache_of_the_hub_the_configuration_is_enough(tiny_llama, beside_its_base, tmp_path, monkeypatch):
-    folder, base = beside_its_base
-    kept = tmp_path / "cache" / "models--me--tiny"
-    (kept / "refs").mkdir(parents=True)
-    (kept / "refs" / "main").write_text("abc")
-    (kept / "snapshots" / "abc").mkdir(parents=True)
-    config = json.loads((base / "config.json").read_text())
-    (kept / "snapshots" / "abc" / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    before = load(folder)
-    edited(folder, lambda tensors: None, {"base_model_name_or_path": "me/tiny"})
-    found = shira.load(folder)
-    assert same(found, load(folder)) and found.metadata["base"]["id"] == "me/tiny" and not found.fingerprints
-    assert same(shira.Adapter(found.tensors), shira.Adapter(before.tensors))
-    for architectures in (["Trainer"], [3], 3, None):  # no model
-        (kept / "snapshots" / "abc" / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
-        with pytest.raises(FormatError, match="adapter of PEFT, which has to be converted"):
-            shira.load(folder)
-
-
-@pytest.mark.filterwarnings("ignore:save_precomputed_indices")
-def test_a_switcher_gives_the_shapes_of_its_model(tiny_llama, tmp_path):
-    folder = tmp_path / "x"
-    tune(tiny_llama, peft.ShiraConfig(r=2, target_modules=TARGETS), folder)
-    expected, before = of_peft(tiny_llama, folder), all_bits(tiny_llama)
-    switcher = Switcher(tiny_llama, ready=1)
-    switcher.add("other", random_adapter(tiny_llama, 1))
-    switcher.use("other")
-    switcher.add("x", folder)
-    switcher.use("x")
-    assert torch.equal(logits(tiny_llama), expected)
-    edited(folder, lambda tensors: tensors[NAME + "weight"].zero_())  # it has changed, and is read again
-    switcher.use("other")
-    switcher.use("x")
-    changed = logits(tiny_llama)
-    switcher.use(None)
-    assert not torch.equal(changed, expected) and torch.equal(changed, of_peft(tiny_llama, folder))
-    assert same_bits(all_bits(tiny_llama), before)
-    inner = Switcher(nn.ModuleDict({"unet": tiny_llama}))
-    inner.add("x", AdapterSource(folder, "unet."))
-    with pytest.raises(BaseMismatch, match="does not belong to this model: it has no tensor"):
-        Switcher(mlp()).add("x", folder)
-    positions = {"sparsity": 0.9, "save_precomputed_indices": False}
-    tune(tiny_llama, peft.SupertuningConfig(target_modules=TARGETS, **positions), tmp_path / "y")
-    with pytest.raises(FormatError, match=r"switcher.add\('x', shira.integrations.peft.load\(folder, model\)\)"):
-        switcher.add("y", tmp_path / "y")
-    switcher.add("y", load(tmp_path / "y", tiny_llama))
 
 
 def test_modules_that_peft_saved_whole_are_overwritten_whole_and_go_back(tiny_llama, tmp_path):
@@ -361,97 +268,6 @@ def test_a_mask_without_the_whole_budget_is_refused(tiny_llama):
     config.mask_fn = mask_fn(tiny_llama, "struct")
     with pytest.raises(MaskError, match=r"PEFT wants r · \(out \+ in\) = 96 positions of 'model.layers.0.*', found"):
         peft.get_peft_model(tiny_llama, config)
-
-
-def edited(folder, change, config=None):
-    """A folder of PEFT with other tensors, or other fields in its configuration."""
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-    fields = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(fields | (config or {})))
-    return folder
-
-
-NAME = "base_model.model.model.layers.0.self_attn.q_proj.shira_"
-
-
-@pytest.mark.parametrize(
-    ("change", "config", "error", "words"),
-    [
-        (lambda t: t.pop(NAME + "indices"), {}, FormatError, r"expected shira_indices of shape \[2, 96\], found none"),
-        (lambda t: t[NAME + "indices"].fill_(3), {}, FormatError, "sorted and unique, found twice the position"),
-        (lambda t: t[NAME + "indices"][0].fill_(24), {}, FormatError, r"positions up to \[24, .*shape \[24, 24\]"),
-        (lambda t: t[NAME + "indices"][0].fill_(-1), {}, FormatError, "positions up to"),
-        (lambda t: t.update({NAME + "indices": t[NAME + "indices"].float()}), {}, FormatError, "positions as int32 or int64"),
-        (lambda t: t.update({NAME + "weight": t[NAME + "weight"].int()}), {}, FormatError, "list of values for a matrix"),
-        (lambda t: t.update({NAME.replace("shira_", "weight"): torch.ones(24, 24)}), {}, FormatError, "in part and whole"),
-        (lambda t: t[NAME + "weight"].fill_(torch.nan), {}, FormatError, "values must be finite"),
-        (lambda t: None, {"r": 3}, FormatError, r"96 values are not r · \(out \+ in\), with r 3"),
-        (lambda t: None, {"r": "x" * 50}, FormatError, "with r 'x"),
-        (lambda t: None, {"peft_type": "LORA"}, FormatError, "PEFT's method 'LORA', whose change is not sparse.*shira convert"),
-        (lambda t: None, {"peft_type": 3}, FormatError, "is malformed.*peft_type is 3"),
-    ],
-)
-def test_a_malformed_folder_is_refused(tiny_llama, tmp_path, change, config, error, words):
-    tune(tiny_llama, peft.ShiraConfig(r=2, target_modules=["q_proj"]), tmp_path)
-    with pytest.raises(error, match=words):
-        load(edited(tmp_path, change, config), tiny_llama)
-
-
-def test_what_is_missing_is_named(tiny_llama, tmp_path):
-    tune(tiny_llama, peft.LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "lora")
-    tune(tiny_llama, peft.ShiraConfig(r=2, target_modules=["q_proj"]), tmp_path / "x")
-    with pytest.raises(FormatError, match="does not say which model|LORA"):
-        load(tmp_path / "lora")
-    with pytest.raises(BaseMismatch, match="PEFT's files hold no shapes: give the base"):
-        load(tmp_path / "x")
-    with pytest.raises(MaskError, match="changes every entry.*density=0.01, or which share of ‖ΔW‖ to keep, by keep=0.9"):
-        convert(tmp_path / "lora", tiny_llama)
-    with pytest.raises(shira.errors.DataError, match="give the model that it was trained on, base="):
-        convert(tmp_path / "lora", density=0.1)
-    with pytest.raises(MaskError, match="give one of them"):
-        convert(tmp_path / "lora", tiny_llama, density=0.1, keep=0.9)
-    with pytest.raises(shira.errors.DataError, match="with which PEFT changes the base"):
-        convert(edited(tmp_path / "lora", lambda t: None, {"init_lora_weights": "pissa_niter_4"}), tiny_llama, density=0.1)
-    (tmp_path / "x" / "adapter_model.safetensors").unlink()
-    (tmp_path / "x" / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(FormatError, match="is a pickle, which may run code"):
-        load(tmp_path / "x", tiny_llama)
-    (tmp_path / "x" / "adapter_config.json").unlink()
-    with pytest.raises(FormatError, match="expected adapter_config.json"):
-        load(tmp_path / "x", tiny_llama)
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "nowhere", tiny_llama)
-
-
-def test_what_peft_cannot_hold_is_refused_and_leaves_nothing(tiny_llama, tmp_path):
-    adapter = random_adapter(tiny_llama, 0, 0.3)
-    q = "model.layers.0.self_attn.q_proj.weight"
-
-    def refused(words, tensors, base=None, error=AdapterError):
-        with pytest.raises(error, match=words):
-            save(shira.Adapter(tensors, adapter.metadata), tmp_path / "out", base)
-        assert not list(tmp_path.iterdir())
-
-    refused(
-        "of a Embedding; PEFT's SHiRA adapts nn.Linear alone",
-        {"model.embed_tokens.weight": adapter.tensors["model.embed_tokens.weight"]},
-        tiny_llama,
-    )
-    refused("PEFT adds differences: give the model", {q: adapter.tensors[q]})
-    bias = shira.SparseTensor((24,), torch.arange(3), torch.ones(3), "delta")
-    refused("adapts the weights of linear layers alone", {"model.norm.weight": bias})
-    few = shira.SparseTensor((2, 24), torch.arange(3), torch.ones(3), "delta")
-    many = shira.SparseTensor((24, 24), torch.arange(300), torch.ones(300), "delta")
-    refused("'b.weight' needs r 7, which is more than the 48 entries of 'a.weight'", {"a.weight": few, "b.weight": many})
-    refused("does not belong to this model", {q: adapter.tensors[q]}, mlp(), BaseMismatch)
-    refused("overwrites whole tensors alone", {})
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
-    with pytest.raises(CheckpointError, match="out exists; name a folder that does not exist"):
-        save(shira.Adapter({"a.weight": many}), tmp_path / "out")
 
 
 def test_convert_on_the_command_line(run, tiny_llama, tmp_path, monkeypatch):
