@@ -234,7 +234,7 @@ def test_a_base_on_the_disk_is_the_one_in_the_configuration(tiny_llama, tmp_path
     adapter = load(tmp_path / "x")
     assert adapter.metadata["base"] == {"id": "base", "dtype": "float32"}
     assert adapter.fingerprints == load(tmp_path / "x", tiny_llama).fingerprints
-    edited(tmp_path / "x", lambda t: None, {"base_model_name_or_path": "/home/ann/models/their-base"})  # of another machine
+    edited(tmp_path / "x", lambda t: None, {"base_model_name_or_path": "/nowhere/models/their-base"})  # of another machine
     assert load(tmp_path / "x", tiny_llama).metadata["base"]["id"] == "their-base"
     assert load(tmp_path / "x", tmp_path / "base").metadata["base"]["id"] == "base"
     edited(tmp_path / "x", lambda t: None, {"base_model_name_or_path": str(tmp_path / "base")})

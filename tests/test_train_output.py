@@ -13,6 +13,7 @@ from shira import DataError
 from shira.integrations import transformers as hf
 from shira.integrations.card import base_of
 from shira.runs.outputs import output_for, save_run
+from shira.runs.recipes import Recipe, check_run
 from test_cli import TRAIN, folder  # noqa: F401  a fixture
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -172,3 +173,10 @@ def test_a_card_of_a_model_on_the_hub_names_it():
     assert "base_model" not in huggingface_hub.ModelCard(built_in).data.to_dict()
     assert "There is no hub id of the base" in built_in and "4 bits" in built_in
     compile(snippet(built_in), "card", "exec")
+
+
+def test_before_training_the_same_parts_of_the_data_are_read_as_in_training(monkeypatch):
+    asked = []
+    monkeypatch.setattr("shira.data.reading.examples_of", lambda data, part: iter(asked.append((data, part)) or ()))
+    check_run(Recipe(model="m", data="a", eval_data="b", stay_near="c"))
+    assert set(asked) == {("a", "train"), ("b", "test"), ("c", "train")}

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
 from ..data.models import BUILT_IN
@@ -27,9 +28,9 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
-        except Exception as error:  # Typer may have a copy of click of its own, with its own MissingParameter
-            if type(error).__name__ == "MissingParameter" and getattr(getattr(error, "param", None), "name", "") == "model":
-                setattr(error, "message", f"Give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}.")  # noqa: B010
+        except typer.BadParameter as error:
+            if error.param is not None and error.param.name == "model" and not error.message:  # it is missing
+                error.message = f"Give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}."
             raise
 
     def invoke(self, ctx: Any) -> Any:

@@ -251,7 +251,7 @@ def train(
     refresh_every: the mask is selected again (`Tuner.refresh`) each time after so many steps, but not after the last one; with
         refresh_cap and, if the mask needs gradients, with the calibration batches, a list. 0: never.
     held_out: rows whose mean loss is computed before the first and after the last step, with on_evaluation(rows done, rows in
-        all).
+        all) before the first batch and after each.
     report_to: Transformers' reporters, comma-separated ("tensorboard,wandb"). log_folder: the folder of TensorBoard's logs.
     on_step(step, loss, tokens per second) is called after each optimizer step. Returns a summary for the adapter's file.
     Raises TuningError if the loss becomes infinite or NaN, or for a refresh that is not possible; and what `reporters` raises.
@@ -264,6 +264,8 @@ def train(
     clock: collections.deque[tuple[float, int]] = collections.deque(maxlen=11)  # (time, tokens) of the last steps
 
     def evaluate() -> None:
+        if on_evaluation is not None:
+            on_evaluation(0, len(held_out))
         losses.append(mean_loss(model, held_out, batch_size, pad, on_evaluation))
 
     def next_batch(chosen: Sequence[Row]) -> dict[str, Any]:

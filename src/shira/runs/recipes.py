@@ -190,9 +190,12 @@ def check_run(recipe: Recipe) -> None:
     if hf.reporters(recipe.report_to) and Path(recipe.log_folder).exists() and not Path(recipe.log_folder).is_dir():
         raise DataError(f"recipe: log_folder must be a folder, or the name of a new one; found {recipe.log_folder!r}, a file")
     hf.check_schedule(recipe.schedule)
-    for data, limit in ((recipe.data, recipe.limit), (recipe.eval_data, None), (recipe.stay_near, recipe.calibration)):
-        if data is not None and data != OWN_TEXT:
-            collections.deque(itertools.islice(examples_of(data, "train"), limit), maxlen=0)
+    read: list[Iterator[Example]] = [itertools.islice(examples_of(recipe.data, "train"), recipe.limit)]
+    if recipe.eval_data:
+        read.append(_examples(recipe, held_out=True))
+    if recipe.stay_near not in (None, OWN_TEXT):
+        read.append(itertools.islice(examples_of(recipe.stay_near, "train"), recipe.calibration))
+    collections.deque(itertools.chain(*read), maxlen=0)
 
 
 def train_adapter(
@@ -209,7 +212,7 @@ def train_adapter(
 
     Callbacks: on_read(done) after each example; on_calibration(done, total) after each batch of a calibration, and after each
     token of text that the model writes; on_step(step, loss, tokens per second) after each optimizer step; on_evaluation(done,
-    total) after each batch of the held-out data.
+    total) before the first batch of the held-out data, and after each.
     """
     from ..data.batches import batches, check_packing
     from ..data.reading import examples_of
