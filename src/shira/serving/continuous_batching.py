@@ -38,7 +38,7 @@ class TurnScheduler(Scheduler):  # type: ignore[misc]  # mypy does not follow Tr
     """Shows Transformers the requests of one selection in each step.
 
     If the KV cache has no room, the request that came last gives up its place to one that came earlier, whichever selections
-    they belong to. It starts again later from its prompt and what it has written. So the request that came first always goes on.
+    they belong to. It starts again later from its prompt and what it has written. So the request that came first goes on.
     """
 
     def __init__(self, cache: Any, safety_margin: float | None, max_requests_per_batch: int) -> None:
@@ -74,7 +74,7 @@ class TurnScheduler(Scheduler):  # type: ignore[misc]  # mypy does not follow Tr
         candidates = [state for state in states if self._is_here(state)]
         batch, _, fast, tokens, cached = self._process_candidates(candidates, token_budget, cache_budget, removed)
         self._cleanup_waiting_queue(removed)
-        self.starved_requests = []  # Transformers would interrupt some of them; `_make_room` does it, by age
+        self.starved_requests: list[Any] = []  # Transformers would interrupt some of them; `_make_room` does it, by age
         return batch, fast, tokens, cached
 
     def _is_here(self, state: Any) -> bool:

@@ -1,8 +1,8 @@
 """How the tokens of a request are chosen: a logits processor for a batch in which every request has settings of its own.
 
-Tokens are drawn by the Gumbel-max trick: noise is added to the scores, and the largest is taken. The noise of a token depends on
-the request's seed and on the token's number alone. So an answer does not depend on what else is in the batch, or on whether the
-request was interrupted. This file extends a class of Transformers, so nothing imports it before an engine is built.
+Tokens are drawn by the Gumbel-max trick: noise is added to the scores, and the largest is taken. The noise of a token depends
+on the request's seed and on the token's number alone. So an answer does not depend on what else is in the batch, or on whether
+the request was interrupted. This file extends a class of Transformers, so nothing imports it before an engine is built.
 """
 
 import hashlib
@@ -12,8 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from ..errors import ShiraError
@@ -29,7 +35,7 @@ class NotFinite(ShiraError):
 class Sampling:
     """How tokens are drawn. The defaults draw from the model's own distribution."""
 
-    seed: int
+    seed: int | str
     temperature: float = 1.0  # 0: always the most probable token
     top_p: float = 1.0
     top_k: int = 0  # 0: all
@@ -95,8 +101,10 @@ class RowSampler(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]  # my
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """scores: float32 [rows, vocabulary]. Raises NotFinite."""
         if self._rows and not scores[: len(self._rows)].amax(dim=-1).isfinite().all():
-            raise NotFinite("the model's scores for the next token are not finite; lower the strengths of the adapters, or serve "
-                            "the model in a dtype that holds larger numbers (--dtype float32)")  # fmt: skip
+            raise NotFinite(
+                "the model's scores for the next token are not finite; lower the strengths of the adapters, or serve the model "
+                "in a dtype that holds larger numbers (--dtype float32)"
+            )
         scores = scores.clone()
         plain = {
             number: scores[number].log_softmax(-1)
@@ -132,7 +140,7 @@ def _decide_(row: Tensor, ticket: Ticket, prompt: list[int], written: list[int])
     row += _gumbel(sampling.seed, len(written), row.shape[1]).to(row.device)
 
 
-def _gumbel(seed: int, number: int, size: int) -> Tensor:
+def _gumbel(seed: int | str, number: int, size: int) -> Tensor:
     """Gumbel noise for the token of this number of a request. It is made on the CPU, so it is the same on every device."""
     digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

@@ -1,7 +1,7 @@
 """The engine on Transformers: requests of many selections over one live model, through Transformers' continuous batching.
 
-The event loop submits jobs and reads their tokens. One thread runs the model (`continuous_batching.Manager`), a second one reads
-the adapters that are wanted next.
+The event loop submits jobs and reads their tokens. One thread runs the model (`continuous_batching.Manager`). A second one
+reads the adapters that are wanted next.
 """
 
 import asyncio
@@ -91,7 +91,7 @@ class TransformersEngine:
     """A causal language model of Transformers with the adapters of a served folder.
 
     resident: puts a selection into the model's weights. Nobody else may use it, or the model, after `start`.
-    turns: whose turn it is. max_running: requests in a step. step_tokens: tokens in a step; a longer prompt takes several steps.
+    turns: whose turn it is. max_running: requests in a step. step_tokens: tokens in a step; a longer prompt takes several.
     cache_bytes: size of the KV cache; cache_blocks: the same in blocks of 16 tokens. By default 1 GiB on a CPU and half of the
     free memory of a GPU, or less if `max_running` requests cannot use it.
     longest: tokens of a request, with its answer; by default what the model's configuration says.
@@ -146,11 +146,13 @@ class TransformersEngine:
     def room(self, prompt: int, wanted: int | None) -> int:
         """How many tokens an answer may have: those wanted, or all that there is room for. Raises RequestTooLong."""
         if not 0 < prompt < self.longest:
-            raise RequestTooLong(f"the prompt has {prompt} tokens; expected at least 1, and less than the {self.longest} that a "
-                                 "request may have with its answer")  # fmt: skip
+            raise RequestTooLong(
+                f"the prompt has {prompt} tokens; expected at least 1, and less than the {self.longest} that a request may have "
+                "with its answer"
+            )
         if wanted is not None and prompt + wanted > self.longest:
             raise RequestTooLong(
-                f"the prompt has {prompt} tokens, and {wanted} were asked for; a request may have {self.longest} with its answer"
+                f"the prompt has {prompt} tokens, and {wanted} were asked for; both together may be {self.longest}"
             )
         return self.longest - prompt if wanted is None else wanted
 
