@@ -139,7 +139,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]  # mypy does not
         turns: Turns,
         router: Router,
         use: Callable[[str], None],
-        failed: Callable[[], None],
+        failed: Callable[[Exception], None],
         ended: Callable[[], None],
         blocks: int,
         max_running: int,
@@ -194,7 +194,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]  # mypy does not
             super()._generation_step()
         except Exception as error:
             self.last_error = error
-            self._failed()
+            self._failed(error)
             processor.handle_batch_error(error)
             processor.inputs_and_outputs.requests_in_batch = []  # nothing to update
 

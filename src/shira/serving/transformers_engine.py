@@ -7,6 +7,7 @@ reads the adapters that are wanted next.
 import asyncio
 import contextlib
 import itertools
+import logging
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -24,8 +25,10 @@ from .turns import Turns
 
 __all__ = ["EngineError", "EngineStopped", "Job", "RequestTooLong", "TransformersEngine", "Update"]
 
+log = logging.getLogger(__name__)
 CPU_CACHE = 1 << 30  # bytes of the KV cache, if nothing else is said
 KNOWN_GOOD = 4096  # selections of which it is remembered that they could be read
+WAITING = 8  # times as many requests as in a step may keep their places in the KV cache
 AHEAD = 2  # selections that are made ready before their turn
 
 
@@ -93,7 +96,7 @@ class TransformersEngine:
     resident: puts a selection into the model's weights. Nobody else may use it, or the model, after `start`.
     turns: whose turn it is. max_running: requests in a step. step_tokens: tokens in a step; a longer prompt takes several.
     cache_bytes: size of the KV cache; cache_blocks: the same in blocks of 16 tokens. By default 1 GiB on a CPU and half of the
-    free memory of a GPU, or less if `max_running` requests cannot use it.
+    free memory of a GPU, or less if the requests cannot use it.
     longest: tokens of a request, with its answer; by default what the model's configuration says.
     ends: tokens that end an answer.
     Raises EngineError if Transformers' continuous batching does not hold for this model.
@@ -147,8 +150,8 @@ class TransformersEngine:
         """How many tokens an answer may have: those wanted, or all that there is room for. Raises RequestTooLong."""
         if not 0 < prompt < self.longest:
             raise RequestTooLong(
-                f"the prompt has {prompt} tokens; expected at least 1, and less than the {self.longest} that a request may have "
-                "with its answer"
+                f"the prompt has {prompt} tokens; expected at least 1, and less than the {self.longest} that a request with its "
+                "answer may have"
             )
         if wanted is not None and prompt + wanted > self.longest:
             raise RequestTooLong(
@@ -226,8 +229,10 @@ class TransformersEngine:
         """Before each step."""
         self._resident.use(key)
 
-    def failed(self) -> None:
+    def failed(self, error: Exception) -> None:
         """After a step that failed. Raises what prevents the base from being restored; then the engine ends."""
+        if not isinstance(error, ShiraError):
+            log.error("a step failed", exc_info=error)
         self._resident.use("")
 
     def deliver(self, outputs: list[Any]) -> None:
@@ -240,9 +245,14 @@ class TransformersEngine:
     def fail(self, name: str, error: Exception) -> None:
         """A request that an error has ended."""
         job = self._jobs.get(name)
-        if job is not None:
-            self.tokens["failed"] += 1
-            _call(job.loop, self._fail, name, error)
+        if job is None:
+            return
+        if not isinstance(error, ShiraError):
+            status = self._manager.background_thread_status
+            ending = status.local_status != status.DONT_STOP
+            error = self._ended_error(error) if ending else EngineError(f"a step failed ({type(error).__name__}: {error})")
+        self.tokens["failed"] += 1
+        _call(job.loop, self._fail, name, error)
 
     def ended(self) -> None:
         """When the thread ends, for whatever reason."""
@@ -274,8 +284,8 @@ class TransformersEngine:
         if job is not None:
             job.fail(error)
 
-    def _ended_error(self) -> EngineStopped:
-        error = self._manager.background_thread_status.fatal_error
+    def _ended_error(self, error: Exception | None = None) -> EngineStopped:
+        error = error or self._manager.background_thread_status.fatal_error
         if error is not None:
             return EngineStopped(f"the engine has ended after an error and must be started again: {error}")
         return EngineStopped("the server is stopping; send the request again, to another one")
@@ -311,7 +321,7 @@ def _manager(
     try:
         if cache_blocks is None:
             block = PAGE * cache_token_bytes(config, model.dtype)  # type: ignore[arg-type]
-            useful = max_running * -(-longest // PAGE) if longest else 1 << 40
+            useful = WAITING * max_running * -(-longest // PAGE) if longest else 1 << 40
             cache_blocks = max(1, min(useful, (cache_bytes or _free(model)) // block))
         manager = Manager(
             model,
