@@ -7,6 +7,7 @@ import asyncio
 import copy
 import json
 import logging
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -25,6 +26,7 @@ from starlette.requests import ClientDisconnect
 from ..errors import ShiraError
 from ..texts import strict_json
 from .answers import Choice, Piece, Text, TimeLimit, pieces
+from .catalogue import Catalogue
 from .logprobs import ChatLogprobs, CompletionLogprobs
 from .openai_requests import ChatRequest, CompletionRequest, OpenAIRequest, RequestError, parsed
 from .selections import AdapterReplaced, SelectionError, UnknownAdapter
@@ -53,30 +55,34 @@ def status_of(error: Exception) -> int:
     return next((status for kind, status, _, _ in STATUS if isinstance(error, kind)), 500)
 
 
-def error_body(error: Exception) -> dict[str, Any]:
-    """An error in OpenAI's form."""
+def error_body(error: Exception, folder: str = "") -> dict[str, Any]:
+    """An error in OpenAI's form. folder: the served folder, whose place a message does not tell."""
     known = next(((kind, code) for found, _, kind, code in STATUS if isinstance(error, found)), None)
     kind, code = known or ("server_error", "internal_error")
-    message = str(error) if known else f"the server failed ({type(error).__name__}); its log has the details"
+    message = (
+        str(error).replace(f"{folder}{os.sep}", "")
+        if known
+        else f"the server failed ({type(error).__name__}); its log has the details"
+    )
     param = "model" if isinstance(error, SelectionError) else getattr(error, "param", None)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: Exception) -> Response:
-    return JSONResponse(error_body(error), status_of(error))
+def error_response(error: Exception, folder: str = "") -> Response:
+    return JSONResponse(error_body(error, folder), status_of(error))
 
 
 class OpenAIRoutes:
     """Both routes. `router` goes into a FastAPI application.
 
-    catalogue: has `resolve(text)`, which gives a Selection. defaults: the sampling settings of the model itself.
+    catalogue: of the served folder. defaults: the sampling settings of the model itself.
     most_tokens: of an answer; None: as many as there is room for. seconds: for one request.
     """
 
     def __init__(
         self,
         engine: TransformersEngine,
-        catalogue: Any,
+        catalogue: Catalogue,
         tokenizer: Any,
         *,
         defaults: Mapping[str, float],
@@ -84,6 +90,7 @@ class OpenAIRoutes:
         seconds: float = 600.0,
     ) -> None:
         self._engine, self._catalogue, self._tokenizer = engine, catalogue, tokenizer
+        self._folder = str(catalogue.folder)
         self._encoder = copy.deepcopy(tokenizer)  # a tokenizer must not read in one thread while it writes in another
         self._encoding = ThreadPoolExecutor(1, "shira tokenizer")
         self._defaults, self._most_tokens, self._seconds = defaults, most_tokens, seconds
@@ -92,10 +99,28 @@ class OpenAIRoutes:
         self.router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
 
     async def completions(self, request: Request) -> Response:
-        return await _answered(request, self._completions)
+        return await self._answered(request, self._completions)
 
     async def chat(self, request: Request) -> Response:
-        return await _answered(request, self._chat)
+        return await self._answered(request, self._chat)
+
+    async def _answered(self, request: Request, answer: Callable[[bytes], Coroutine[Any, Any, Response]]) -> Response:
+        """The response, or the error that was raised, in OpenAI's form. The work is cancelled if the client leaves."""
+        try:
+            task = asyncio.ensure_future(answer(await request.body()))
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return await task if task.done() else Response(status_code=CLIENT_GONE)
+        except Exception as error:
+            if status_of(error) == 500:
+                log.error("a request failed", exc_info=error)
+            return error_response(error, self._folder)
+        finally:
+            task.cancel()
+            gone.cancel()
 
     async def _completions(self, body: bytes) -> Response:
         asked = parsed(CompletionRequest, _json(body))
@@ -197,7 +222,7 @@ class OpenAIRoutes:
         except Exception as error:
             if status_of(error) == 500:
                 log.error("an answer failed", exc_info=error)
-            yield f"data: {json.dumps(error_body(error))}\n\n"
+            yield f"data: {json.dumps(error_body(error, self._folder))}\n\n"
 
 
 class _Form:
@@ -321,25 +346,6 @@ def _json(body: bytes) -> Any:
         return strict_json(body)
     except ValueError as error:
         raise RequestError(f"the body is not the JSON text that was expected: {error}") from None
-
-
-async def _answered(request: Request, answer: Callable[[bytes], Coroutine[Any, Any, Response]]) -> Response:
-    """The response, or the error that was raised, in OpenAI's form. The work is cancelled if the client leaves."""
-    try:
-        task = asyncio.ensure_future(answer(await request.body()))
-    except ClientDisconnect:
-        return Response(status_code=CLIENT_GONE)
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else Response(status_code=CLIENT_GONE)
-    except Exception as error:
-        if status_of(error) == 500:
-            log.error("a request failed", exc_info=error)
-        return error_response(error)
-    finally:
-        task.cancel()
-        gone.cancel()
 
 
 async def _gone(request: Request) -> None:

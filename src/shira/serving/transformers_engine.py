@@ -150,7 +150,7 @@ class TransformersEngine:
         """How many tokens an answer may have: those wanted, or all that there is room for. Raises RequestTooLong."""
         if not 0 < prompt < self.longest:
             raise RequestTooLong(
-                f"the prompt has {prompt} tokens; expected at least 1, and less than the {self.longest} that a request with its "
+                f"the prompt has {prompt} tokens; expected at least 1, and less than the {self.longest} that a prompt and its "
                 "answer may have"
             )
         if wanted is not None and prompt + wanted > self.longest:

@@ -23,7 +23,9 @@ __all__ = ["app", "built", "defaults_of", "ends_of", "serve"]
 MARK = "shira7answer"  # stands for an answer in a rendered chat
 
 
-def app(engine: TransformersEngine, catalogue: Any, tokenizer: Any, defaults: dict[str, float], settings: Settings) -> FastAPI:
+def app(
+    engine: TransformersEngine, catalogue: Catalogue, tokenizer: Any, defaults: dict[str, float], settings: Settings
+) -> FastAPI:
     """The application. The engine starts and stops with it."""
 
     @contextlib.asynccontextmanager
