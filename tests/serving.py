@@ -5,9 +5,9 @@ import contextlib
 import threading
 
 import torch
-from conftest import all_bits, letter_tokenizer, random_adapter, same_bits
 
 import shira
+from conftest import all_bits, letter_tokenizer, random_adapter, same_bits
 
 SELECTIONS = {"base": None, "a": "a", "b": "b", "a:0.5+b": {"a": 0.5, "b": 1.0}}
 

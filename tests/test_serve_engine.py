@@ -5,11 +5,10 @@ import threading
 
 import pytest
 import torch
+
 from conftest import random_adapter
 from families import family
 from serving import SELECTIONS, Served, prompts, tiny_llama, written
-
-import shira
 from shira.errors import ShiraError
 
 pytest.importorskip("fastapi")

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+
 from conftest import CHAT, letter_tokenizer
 from serving import SELECTIONS, Served
 
@@ -162,7 +163,10 @@ def test_logprobs_in_both_forms(served):
     assert reported.token_logprobs == pytest.approx(expected, abs=1e-4)
     assert "".join(reported.tokens) == completion.choices[0].text
     assert reported.text_offset == list(range(6))
-    assert all(len(top) == 2 and max(top.values()) == top[token] for top, token in zip(reported.top_logprobs, reported.tokens, strict=True))
+    assert all(
+        len(top) == 2 and max(top.values()) == top[token]
+        for top, token in zip(reported.top_logprobs, reported.tokens, strict=True)
+    )
     assert [value for chunk in stream for value in chunk.choices[0].logprobs.token_logprobs] == reported.token_logprobs
     assert [value for chunk in stream for value in chunk.choices[0].logprobs.text_offset] == reported.text_offset
     content = chat.choices[0].logprobs.content
@@ -272,7 +276,7 @@ def test_a_failure_in_the_middle_of_a_stream(served):
             raise ZeroDivisionError("the tenth step")
 
     async def work(client):
-        stream = await client.completions.create(model="base", prompt="hello", max_tokens=60, stream=True)
+        stream = await client.completions.create(model="base", prompt="hello", max_tokens=60, temperature=0, stream=True)
         texts = []
         with pytest.raises(openai.APIError, match="a step failed .ZeroDivisionError: the tenth step"):
             async for chunk in stream:

@@ -115,8 +115,7 @@ class OpenAIRoutes:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             return await task if task.done() else Response(status_code=CLIENT_GONE)
         except Exception as error:
-            if status_of(error) == 500:
-                log.error("a request failed", exc_info=error)
+            _log(error)
             return error_response(error, self._folder)
         finally:
             task.cancel()
@@ -220,8 +219,7 @@ class OpenAIRoutes:
                 yield _event(form.chunk([]) | {"usage": _usage(prompt_tokens, written).model_dump()}, False)
             yield "data: [DONE]\n\n"
         except Exception as error:
-            if status_of(error) == 500:
-                log.error("an answer failed", exc_info=error)
+            _log(error)
             yield f"data: {json.dumps(error_body(error, self._folder))}\n\n"
 
 
@@ -346,6 +344,11 @@ def _json(body: bytes) -> Any:
         return strict_json(body)
     except ValueError as error:
         raise RequestError(f"the body is not the JSON text that was expected: {error}") from None
+
+
+def _log(error: Exception) -> None:
+    if not isinstance(error, ShiraError | OSError):  # the engine has logged the others, or the request was wrong
+        log.error("a request failed", exc_info=error)
 
 
 async def _gone(request: Request) -> None:
