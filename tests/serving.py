@@ -84,7 +84,7 @@ class Served:
         from shira.serving.transformers_server import app
 
         settings = Settings(model="base", adapters=str(self.folder), **self._app_options)
-        return app(self.engine, self.catalogue, self.tokenizer, {}, settings)
+        return app(self.engine, self.catalogue, self.tokenizer, settings, {})
 
     def http(self, work):
         """Run `work(client)` with OpenAI's own client, in this process."""

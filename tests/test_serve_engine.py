@@ -49,15 +49,15 @@ def answers(served, asked, sampling=GREEDY):
     [
         {"max_running": 8},
         {"max_running": 3, "step_tokens": 16, "turns": Turns(quantum=2)},  # prompts in several steps, and more turns
-        {"max_running": 8, "cache_blocks": 6},  # room for two requests
-        {"max_running": 4, "step_tokens": 8, "cache_blocks": 3, "turns": Turns(quantum=1)},  # a prompt is often interrupted
+        {"max_running": 8, "cache_tokens": 96},  # room for two requests
+        {"max_running": 4, "step_tokens": 8, "cache_tokens": 48, "turns": Turns(quantum=1)},  # a prompt is often interrupted
     ],
     ids=["plain", "short turns", "small cache", "smallest cache"],
 )
 def test_interleaved_selections_write_what_each_writes_alone(tmp_path, expected, options):
     served = Served(tmp_path, **options)
     assert answers(served, cases()) == expected
-    assert bool(served.engine._scheduler.interrupted) == ("cache_blocks" in options)
+    assert bool(served.engine._scheduler.interrupted) == ("cache_tokens" in options)
     assert not served.engine._scheduler.active_requests and not served.engine._jobs
 
 
@@ -87,7 +87,7 @@ def test_a_seed_decides_an_answer_alone_and_under_load(tmp_path):
     served = Served(tmp_path, max_running=8)
     prompt = prompts(1)[0]
     (alone,) = answers(served, [("a", prompt, 20)], sampling)
-    crowded = Served(tmp_path, model=served.model, max_running=3, cache_blocks=7, turns=Turns(quantum=2))
+    crowded = Served(tmp_path, model=served.model, max_running=3, cache_tokens=112, turns=Turns(quantum=2))
 
     async def work():
         others = [crowded.engine.submit(p, crowded.key(text), Sampling(n), 20) for n, (text, p, _) in enumerate(cases(8))]
@@ -175,7 +175,7 @@ def test_too_long_for_the_model(served, prompt, tokens):
 
 
 def test_too_long_for_the_cache(tmp_path):
-    assert Served(tmp_path, cache_blocks=3).engine.longest == 48
+    assert Served(tmp_path, cache_tokens=48).engine.longest == 48
 
 
 def test_an_exception_inside_a_switch_fails_that_selection_alone(served, monkeypatch):
@@ -197,7 +197,7 @@ def test_an_exception_inside_a_switch_fails_that_selection_alone(served, monkeyp
     found = served.run(work)
     for (text, prompt, tokens), answer in zip(cases(8), found, strict=True):
         if text == "a":
-            assert isinstance(answer, EngineError) and "the memory failed" in str(answer)
+            assert isinstance(answer, EngineError) and "a step of the engine failed (RuntimeError)" in str(answer)
         else:
             assert answer == served.single(text, prompt, tokens)
 
@@ -228,7 +228,7 @@ def test_a_thread_that_dies_fails_all_requests_at_once(served, monkeypatch, capl
         monkeypatch.setattr(served.engine._scheduler, "schedule_batch", dies)
         with pytest.raises(EngineStopped, match="no more"):
             await written(job)
-        while served.engine.alive():
+        while served.engine.is_alive():
             await asyncio.sleep(0.01)
         with pytest.raises(EngineStopped, match="must be started again: no more"):
             served.engine.submit([5, 6], "", GREEDY, 5)

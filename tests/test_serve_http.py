@@ -278,7 +278,7 @@ def test_a_failure_in_the_middle_of_a_stream(served):
     async def work(client):
         stream = await client.completions.create(model="base", prompt="hello", max_tokens=60, temperature=0, stream=True)
         texts = []
-        with pytest.raises(openai.APIError, match="a step failed .ZeroDivisionError: the tenth step"):
+        with pytest.raises(openai.APIError, match="a step of the engine failed .ZeroDivisionError"):
             async for chunk in stream:
                 texts.append(chunk.choices[0].text)
         return texts, await client.completions.create(model="a", prompt="hello", max_tokens=5, temperature=0)
@@ -295,7 +295,7 @@ def test_an_answer_that_takes_too_long(tmp_path):
     served.model.register_forward_hook(lambda module, args, output: time.sleep(0.02))
 
     async def work(client):
-        with pytest.raises(openai.InternalServerError, match="longer than the server's 0.05 s"):
+        with pytest.raises(openai.InternalServerError, match="longer than 0.05 seconds"):
             await client.completions.create(model="a", prompt="hello", max_tokens=60)
 
     served.http(work)

@@ -1,6 +1,7 @@
 """Text as it comes: characters of several tokens, spaces, stop strings, and the settings that come with a model."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,3 +94,21 @@ def test_the_sampling_settings_of_a_model():
     assert defaults_of(model) == {}
     model.generation_config.temperature, model.generation_config.top_k = 0.6, 20
     assert defaults_of(model) == {"temperature": 0.6, "top_k": 20}
+
+
+@given(st.lists(st.floats(-8, 8, width=32), min_size=5, max_size=40), st.floats(0.05, 0.999))
+def test_a_quick_top_p_keeps_what_transformers_keeps(scores, top_p):
+    from transformers import TopPLogitsWarper
+
+    from shira.serving import sampling
+
+    row = torch.tensor([scores]) + torch.arange(len(scores)) * 1e-3  # no two are equal
+    expected = TopPLogitsWarper(top_p)(None, row)
+    with pytest.MonkeyPatch.context() as patch:
+        for most in (1024, 3):
+            patch.setattr(sampling, "MOST", most)
+            found = sampling.QuickTopP(top_p)(None, row)
+            different = found.isfinite() ^ expected.isfinite()
+            if different.any():  # the sums were rounded at the border
+                ordered = row[0].softmax(-1).sort(descending=True).values.cumsum(-1)
+                assert different.sum() == 1 and (ordered - top_p).abs().min() < 1e-5

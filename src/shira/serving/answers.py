@@ -1,22 +1,16 @@
 """From the tokens of jobs to pieces of text: as soon as they are known, and up to the first stop string."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import ShiraError
 from .sampling import TokenLogprob
 from .transformers_engine import Job
 
-__all__ = ["Choice", "Piece", "Text", "TimeLimit", "pieces"]
+__all__ = ["Choice", "Piece", "Text", "joined", "pieces"]
 
 CONTEXT = 6  # last tokens of a prompt that decide how the first token of an answer is written
 INCOMPLETE = "\ufffd"  # what a decoder writes for a character of which not all bytes are there
-
-
-class TimeLimit(ShiraError):
-    """An answer that took too long."""
 
 
 class Text:
@@ -80,6 +74,12 @@ class Piece(NamedTuple):
     finish: str | None
 
 
+def joined(parts: Sequence[Piece]) -> Piece:
+    """All pieces of an answer as one."""
+    logprobs = [entry for piece in parts for entry in piece.logprobs]
+    return Piece("".join(piece.text for piece in parts), sum(piece.tokens for piece in parts), logprobs, parts[-1].finish)
+
+
 class Choice:
     """One answer to a prompt: the job that writes it, and its text."""
 
@@ -105,15 +105,9 @@ class Choice:
             if finish:
                 return
 
-    def cancel(self) -> None:
-        self._job.cancel()
 
-
-async def pieces(choices: Iterable[Choice], seconds: float) -> AsyncIterator[tuple[Choice, Piece]]:
-    """The pieces of several answers as they come. At the end all jobs are cancelled.
-
-    Raises TimeLimit, and what a job raises.
-    """
+async def pieces(choices: Iterable[Choice]) -> AsyncIterator[tuple[Choice, Piece]]:
+    """The pieces of several answers as they come. Raises what a job raises."""
     choices = list(choices)
     queue: asyncio.Queue[tuple[Choice, Piece | Exception]] = asyncio.Queue()
 
@@ -125,13 +119,10 @@ async def pieces(choices: Iterable[Choice], seconds: float) -> AsyncIterator[tup
             queue.put_nowait((choice, error))
 
     tasks = [asyncio.create_task(follow(choice)) for choice in choices]
-    end, left = time.monotonic() + seconds, len(tasks)
+    left = len(tasks)
     try:
         while left:
-            try:
-                choice, piece = await asyncio.wait_for(queue.get(), end - time.monotonic())
-            except TimeoutError:
-                raise TimeLimit(f"the answer took longer than the server's {seconds:g} s; ask for fewer tokens") from None
+            choice, piece = await queue.get()
             if isinstance(piece, Exception):
                 raise piece
             left -= piece.finish is not None
@@ -139,5 +130,3 @@ async def pieces(choices: Iterable[Choice], seconds: float) -> AsyncIterator[tup
     finally:
         for task in tasks:
             task.cancel()
-        for choice in choices:
-            choice.cancel()

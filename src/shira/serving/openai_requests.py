@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import ShiraError
 from ..texts import shown
+from .problems import Problem
 from .sampling import Sampling
 
 __all__ = ["ChatRequest", "CompletionRequest", "OpenAIRequest", "RequestError", "parsed"]
@@ -45,7 +45,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 T = TypeVar("T", bound="OpenAIRequest")
 
 
-class RequestError(ShiraError):
+class RequestError(Problem):
     """A request that cannot be answered. param: the field that is wrong."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -85,7 +85,7 @@ class OpenAIRequest(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
-    def most_tokens(self) -> int | None:
+    def wanted_tokens(self) -> int | None:
         return self.max_tokens
 
     @property
@@ -150,7 +150,7 @@ class ChatRequest(OpenAIRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
-    def most_tokens(self) -> int | None:
+    def wanted_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

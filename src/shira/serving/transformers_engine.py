@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import ShiraError
+from .problems import Problem
 from .resident import Resident
 from .sampling import Sampling, Ticket, TokenLogprob
 from .turns import Turns
@@ -28,20 +29,29 @@ __all__ = ["EngineError", "EngineStopped", "Job", "RequestTooLong", "Transformer
 log = logging.getLogger(__name__)
 CPU_CACHE = 1 << 30  # bytes of the KV cache, if nothing else is said
 KNOWN_GOOD = 4096  # selections of which it is remembered that they could be read
+FAILED = "a step of the engine failed ({}); its log has the details"
 WAITING = 8  # times as many requests as in a step may keep their places in the KV cache
 AHEAD = 2  # selections that are made ready before their turn
 
 
-class EngineError(ShiraError):
+class EngineError(Problem):
     """A model that this engine cannot serve, or a step that failed."""
 
+    status = 500
+    code = "engine_error"
 
-class EngineStopped(ShiraError):
+
+class EngineStopped(Problem):
     """A request that came too late, or that was not finished when the engine ended."""
 
+    status = 503
+    code = "engine_stopped"
 
-class RequestTooLong(ShiraError):
+
+class RequestTooLong(Problem):
     """A request for more tokens than there is room for."""
+
+    code = "context_length_exceeded"
 
 
 class Update(NamedTuple):
@@ -95,8 +105,8 @@ class TransformersEngine:
 
     resident: puts a selection into the model's weights. Nobody else may use it, or the model, after `start`.
     turns: whose turn it is. max_running: requests in a step. step_tokens: tokens in a step; a longer prompt takes several.
-    cache_bytes: size of the KV cache; cache_blocks: the same in blocks of 16 tokens. By default 1 GiB on a CPU and half of the
-    free memory of a GPU, or less if the requests cannot use it.
+    cache_tokens: size of the KV cache; by default 1 GiB on a CPU and half of the free memory of a GPU, or less if the requests
+    cannot use it.
     longest: tokens of a request, with its answer; by default what the model's configuration says.
     ends: tokens that end an answer.
     Raises EngineError if Transformers' continuous batching does not hold for this model.
@@ -111,8 +121,7 @@ class TransformersEngine:
         turns: Turns | None = None,
         max_running: int = 64,
         step_tokens: int = 512,
-        cache_bytes: int | None = None,
-        cache_blocks: int | None = None,
+        cache_tokens: int | None = None,
         longest: int | None = None,
     ) -> None:
         self._resident = resident
@@ -127,7 +136,7 @@ class TransformersEngine:
         self._coming: set[str] = set()
         self.tokens = Counter[str]()  # "prompt": read, "generated": written, "failed": requests that an error ended
         self._manager: Any = _manager(
-            self, model, turns or Turns(), max_running, step_tokens, cache_bytes, cache_blocks, longest or _context(config)
+            self, model, turns or Turns(), max_running, step_tokens, cache_tokens, longest or _context(config)
         )
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
@@ -142,8 +151,12 @@ class TransformersEngine:
         """Start the thread that runs the model."""
         self._manager.start()
 
-    def alive(self) -> bool:
+    async def alive(self) -> bool:
         """Whether requests can be answered."""
+        return self.is_alive()
+
+    def is_alive(self) -> bool:
+        """The same, at once."""
         return bool(self._manager.is_running()) and self._manager.background_thread_status.fatal_error is None
 
     def room(self, prompt: int, wanted: int | None) -> int:
@@ -164,7 +177,7 @@ class TransformersEngine:
     ) -> Job:
         """Begin to answer a prompt. Raises RequestTooLong, or EngineStopped."""
         most = self.room(len(prompt), max_tokens)
-        if self._stopping or not self.alive():
+        if self._stopping or not self.is_alive():
             raise self._ended_error()
         name, ends = f"{next(self._numbers)}", frozenset[int]() if ignore_ends else self.ends
         ticket = Ticket(key, time.monotonic(), sampling)
@@ -172,7 +185,7 @@ class TransformersEngine:
         self._manager.add_request(
             list(prompt), name, max_new_tokens=most, streaming=True, eos_token_id=sorted(ends) or -1, ticket=ticket
         )
-        if not self.alive():  # it ended meanwhile, and may not have seen this request
+        if not self.is_alive():  # it ended meanwhile, and may not have seen this request
             self._fail(name, self._ended_error())
         self.tokens["prompt"] += len(prompt)
         return job
@@ -207,7 +220,7 @@ class TransformersEngine:
         """
         self._stopping = True
         end = time.monotonic() + seconds
-        while self._jobs and self.alive() and time.monotonic() < end:
+        while self._jobs and self.is_alive() and time.monotonic() < end:
             await asyncio.sleep(0.02)
         for name in list(self._jobs):
             self._fail(name, self._ended_error())
@@ -250,7 +263,7 @@ class TransformersEngine:
         if not isinstance(error, ShiraError):
             status = self._manager.background_thread_status
             ending = status.local_status != status.DONT_STOP
-            error = self._ended_error(error) if ending else EngineError(f"a step failed ({type(error).__name__}: {error})")
+            error = self._ended_error(error) if ending else EngineError(FAILED.format(type(error).__name__))
         self.tokens["failed"] += 1
         _call(job.loop, self._fail, name, error)
 
@@ -308,8 +321,7 @@ def _manager(
     turns: Turns,
     max_running: int,
     step_tokens: int,
-    cache_bytes: int | None,
-    cache_blocks: int | None,
+    cache_tokens: int | None,
     longest: int | None,
 ) -> Any:
     """Transformers' manager of continuous batching, checked against plain forward passes of the model."""
@@ -319,10 +331,9 @@ def _manager(
     expected = plain_logprobs(model)
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     try:
-        if cache_blocks is None:
-            block = PAGE * cache_token_bytes(config, model.dtype)  # type: ignore[arg-type]
-            useful = WAITING * max_running * -(-longest // PAGE) if longest else 1 << 40
-            cache_blocks = max(1, min(useful, (cache_bytes or _free(model)) // block))
+        if cache_tokens is None:
+            useful = WAITING * max_running * longest if longest else 1 << 60
+            cache_tokens = min(useful, _free(model) // cache_token_bytes(config, model.dtype))  # type: ignore[arg-type]
         manager = Manager(
             model,
             turns=turns,
@@ -330,7 +341,7 @@ def _manager(
             use=engine.use,
             failed=engine.failed,
             ended=engine.ended,
-            blocks=cache_blocks,
+            blocks=max(1, cache_tokens // PAGE),
             max_running=min(max_running, step_tokens),
             step_tokens=step_tokens,
         )
