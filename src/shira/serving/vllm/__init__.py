@@ -1,1 +1,1 @@
-"""The vLLM engine: a scheduler of turns, workers that switch between steps, and plugins. `environment.py` says which versions."""
+"""The vLLM engine: a scheduler of turns, workers that switch between steps, and plugins. Versions are in `environment.py`."""

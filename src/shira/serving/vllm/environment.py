@@ -1,4 +1,4 @@
-"""What the vLLM engine is told by environment variables, which reach all of its processes; and the versions of vLLM it knows."""
+"""What the vLLM engine is told by environment variables, which reach all its processes; and which versions of vLLM fit."""
 
 import math
 import os

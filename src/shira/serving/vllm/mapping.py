@@ -35,10 +35,10 @@ class Block(NamedTuple):
 
 
 class Landing(NamedTuple):
-    """Where the part of a checkpoint's tensor that this process has lies in a parameter: without gaps, in C order.
+    """Where this process's part of a checkpoint's tensor lies in a parameter: without gaps, in C order.
 
-    parameter: its name. whole: the shape of the checkpoint's tensor. shape: of the part. offset: of the part's first entry in the
-    parameter. blocks: the blocks that it consists of, in this order; more than one if one tensor was packed in the checkpoint.
+    parameter: its name. whole: the shape of the checkpoint's tensor. shape: of the part. offset: of the part's first entry in
+    the parameter. blocks: of the checkpoint's tensor, in this order; more than one if the checkpoint itself is packed.
     """
 
     parameter: str
@@ -289,7 +289,7 @@ def local_positions(landing: Landing, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cut(label: str, name: str, tensor: SparseTensor, mapped: Mapped) -> tuple[SparseTensor, Tensor]:
-    """The part of an adapter's tensor that lies in this process, bit for bit; and the numbers [n] of its positions in the whole.
+    """This process's part of an adapter's tensor, bit for bit; and the numbers [n] of its positions among those of the whole.
 
     Raises BaseMismatch if the tensor is not in this model, in another shape, or cannot be changed in it.
     """

@@ -17,10 +17,10 @@ __all__ = ["llm", "sampling"]
 def llm(
     model: str, *, adapters: str | os.PathLike[str], quantum: int = 16, patience: float = 2.0, ready: int = 8, **kwargs: Any
 ) -> tuple[Any, Catalogue]:
-    """A vllm.LLM that serves the adapters of a folder, and the catalogue of these adapters.
+    """A vllm.LLM that serves the adapters of a folder, and their catalogue.
 
-    kwargs: of vllm.LLM. quantum, patience, ready: see `Turns` and `Resident`. The environment of this process is changed: vLLM's
-    other processes learn from it.
+    kwargs: of vllm.LLM. quantum, patience, ready: see `Turns` and `Resident`. The environment of this process is changed,
+    because vLLM's other processes learn from it.
     Raises MissingExtra without vLLM; ShiraError for a version that was not tested, or a folder that is not there.
     """
     check_version(installed_version())

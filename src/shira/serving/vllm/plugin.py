@@ -21,7 +21,6 @@ def register() -> None:
 
     if current_platform.is_cpu():
         from vllm.model_executor.layers.linear import LinearBase
-
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
         LinearBase._cpu_skip_gemm_dispatch = True

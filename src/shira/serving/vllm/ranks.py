@@ -1,12 +1,12 @@
-"""Switching in all processes of a tensor-parallel model as in one: each has a part of every adapter, and all agree on each switch.
+"""Switching in all processes of a tensor-parallel model: each has a part of every adapter, and all agree on each switch.
 
 An adapter's fingerprint is over the base values at all positions of a tensor, and each process has the values of its own block
 only. So before positions are cut, each process notes which are its own and what the base is there. At the first switch to an
-adapter the processes put these values together (a bitwise or over buffers that are zero elsewhere) and compare the whole with the
-fingerprint. All of them see the same bits, so all of them accept or all of them refuse.
+adapter the processes put these values together (a bitwise or over buffers that are zero elsewhere) and compare the whole with
+the fingerprint. All of them see the same bits, so all of them accept or all of them refuse.
 
-At a switch each process tells the others twice, in a few bytes, whether it has failed: when the selection is ready, and when it is
-in the weights. After a failure anywhere all processes are back on the base before anything is computed.
+At a switch each process tells the others twice, in a few bytes, whether it has failed: when the selection is ready, and when
+it is in the weights. After a failure anywhere all processes are back on the base before anything is computed.
 
 These questions are only asked by `Ranks.use`, which the engine calls in the same order in every process. What runs in other
 threads (reading ahead) asks nothing.
@@ -77,7 +77,7 @@ class _Evidence(NamedTuple):
     """What a process knows about the base under one tensor of an adapter: values [n] at its positions, with their numbers."""
 
     name: str
-    count: int  # positions of the whole tensor
+    size: int  # positions of the whole tensor
     numbers: Tensor
     values: Tensor
 
@@ -142,7 +142,7 @@ class Ranks:
         def ready() -> list[tuple[_File, list[int]]]:
             self.resident.prefetch(key)
             files = [(part.name, part.version) for part in of_key(key).parts]
-            return [(file, [each.count for each in self._evidence[file][1]]) for file in files if file not in self._compared]
+            return [(file, [each.size for each in self._evidence[file][1]]) for file in files if file not in self._compared]
 
         self._agree(ready)
         for file in [(part.name, part.version) for part in of_key(key).parts]:
@@ -150,7 +150,7 @@ class Ranks:
                 continue
             recorded, evidence = self._evidence[file]
             for each in evidence:
-                own = each.values.new_zeros(each.count)
+                own = each.values.new_zeros(each.size)
                 own[each.numbers] = each.values
                 whole = self._group.joined(own.view(torch.uint8)).view(own.dtype)
                 check_fingerprint(f"'{file[0]}'", each.name, recorded, whole, own.dtype)

@@ -1,8 +1,8 @@
 """The choice of the requests of one step, over any of vLLM's schedulers: all of them have one selection.
 
 vLLM's own `schedule` sees the requests of the chosen selection only. The others are hidden from it for that moment: they keep
-their places and their blocks of the KV cache. The chosen key travels on the SchedulerOutput, since in asynchronous scheduling the
-next step is chosen before this one has been computed.
+their places and their blocks of the KV cache. The chosen key travels on the SchedulerOutput, since in asynchronous scheduling
+the next step is chosen before this one has been computed.
 
 When the KV cache is too small, a shown request may take blocks from hidden requests that came after it, the last one first. So
 the request that came first always gets on, whatever is hidden, and two selections cannot take blocks from each other for ever.
@@ -46,8 +46,8 @@ def salted(key: str, salt: str | None) -> str | None:
 class TurnScheduler:
     """A mixin for vLLM's Scheduler and AsyncScheduler.
 
-    It stands before them among the base classes. `Scheduler.schedule` is called once a step, and every request that it schedules
-    has the key on the output's `shira`, a `Step`.
+    It stands before them among the base classes. `schedule` is called once a step. All requests that it schedules have the key
+    of the output's `shira`, a `Step`.
     """
 
     # of vLLM's Scheduler

@@ -138,11 +138,12 @@ class SwitchingWorker:
         return self._begin(lambda: self._ranks.resident.pin(key, pinned))
 
     def shira_ended(self, ticket: int) -> str | None:
-        """None while it goes on; "" after it has ended well, then the error's message. A ticket is good once."""
-        future = self._tickets[ticket]
+        """None while it goes on; "" after it has ended well, otherwise the error's kind and message."""
+        future = self._tickets.get(ticket)
+        if future is None:
+            return "ShiraError: the ticket is too old"
         if not future.done():
             return None
-        del self._tickets[ticket]
         error = future.exception()
         return "" if error is None else f"{type(error).__name__}: {error}"
 
