@@ -71,6 +71,8 @@ def switching(model: nn.Module, adapter: shira.Adapter, path: Path) -> Iterator[
     switcher.use({"toxic": -1})
     switcher.use({"poet": {"*": 1.0, "*.mlp.*": 0.5}, "coder": 1.0}, method="ties", density=0.5)
     switcher.prefetch("coder")
+    switcher.pin("coder")
+    switcher.unpin("coder")
     with switcher.using({"coder": 1.0}):
         yield switcher.method
     names: list[str] = switcher.names

@@ -16,7 +16,7 @@ import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
 from shira import Adapter, AdapterError, FormatError, ShiraError, SparseTensor, Switcher
 from shira.adapter import opened
-from shira.cli.inspect import describe
+from shira.analysis.contents import describe
 from shira.integrations.peft import save as save_for_peft
 
 SECONDS, MEGABYTES = 5, 300  # that anything here may take: thousands of times what it needs

@@ -1,17 +1,14 @@
 """shira inspect: show what an adapter's file holds."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from .output import bytes_text, cell, console, print_json
 
-if TYPE_CHECKING:
-    from ..adapter import Adapter
-
-__all__ = ["describe", "inspect"]
+__all__ = ["inspect"]
 
 
 def inspect(
@@ -24,6 +21,7 @@ def inspect(
     Example: shira inspect spam.safetensors --tensors
     """
     from ..adapter import load
+    from ..analysis.contents import describe
 
     facts = describe(load(file), file)
     if as_json:
@@ -69,39 +67,3 @@ def _listed(settings: dict[str, Any] | None) -> str:
         text = f"({_listed(value)})" if isinstance(value, dict) and value else text
         parts.append(str(text) if key == "name" else f"{key} {text}")
     return ", ".join(parts) or "not recorded"
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The files of an adapter: one, also if its folder is given, or those of a weight patch."""
-    from ..files.suggestions import adapter_in
-
-    found = adapter_in(path)
-    return sorted(found.glob("*.safetensors")) if found.is_dir() else [found]
-
-
-def describe(adapter: "Adapter", file: Path) -> dict[str, Any]:
-    """Everything that is known of an adapter, as values that JSON can hold."""
-    tensors = {
-        name: {
-            "shape": list(tensor.shape),
-            "nnz": tensor.nnz,
-            "density": tensor.nnz / max(1, tensor.numel),
-            "kind": tensor.kind,
-            "dtype": str(tensor.values.dtype).removeprefix("torch."),
-            "fingerprint": adapter.fingerprints.get(name),
-        }
-        for name, tensor in adapter.tensors.items()
-    }
-    known = adapter.metadata
-    return {
-        "file": str(file),
-        "name": adapter.name,
-        "nnz": adapter.nnz,
-        "density": adapter.density,
-        "bytes": sum(each.stat().st_size for each in _files_of(file)),
-        "kinds": sorted({t.kind for t in adapter.tensors.values()}),
-        "dtypes": sorted({str(entry["dtype"]) for entry in tensors.values()}),
-        **{key: known.get(key) for key in ("mask", "base", "training", "license", "fused")},
-        "fingerprint": adapter.fingerprint,
-        "tensors": tensors,
-    }

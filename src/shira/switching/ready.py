@@ -60,10 +60,12 @@ class Ready:
 
     here: those that are ready, at most `capacity`. waiting: those in host memory, at most `host`.
     arriving: those on their way back from host memory, at most `capacity`.
+    pinned: those that never make room for others, fewer than `capacity`.
     """
 
     def __init__(self, capacity: int, host: int) -> None:
         self._capacity, self._host = capacity, host
+        self.pinned: set[Chosen] = set()
         self.here: OrderedDict[Chosen, Prepared] = OrderedDict()
         self.waiting: OrderedDict[Chosen, tuple[Waiting, tuple[AddedProduct, ...]]] = OrderedDict()
         self.arriving: OrderedDict[Chosen, Prepared] = OrderedDict()
@@ -102,8 +104,10 @@ class Ready:
     def hold(self, key: Chosen, prepared: Prepared) -> Prepared:
         """Hold a selection ready. If there are too many, the one used longest ago moves to host memory or is dropped."""
         self.here[key] = prepared
+        self.here.move_to_end(key)
         while len(self.here) > self._capacity:
-            gone, its = self.here.popitem(last=False)
+            gone = next(other for other in self.here if other not in self.pinned)
+            its = self.here.pop(gone)
             if self._host and not any(its.plan.sums):
                 if gone not in self.waiting:
                     self.waiting[gone] = Waiting(its.plan), its.beside
@@ -112,8 +116,16 @@ class Ready:
                 self.waiting.popitem(last=False)
         return prepared
 
+    def pin(self, key: Chosen) -> None:
+        """Never let this selection make room for others. Raises SwitchError if no room would be left for others."""
+        if len(self.pinned | {key}) >= self._capacity:
+            raise SwitchError(f"{self._capacity} selections are held ready; at most {self._capacity - 1} of them can be pinned")
+        self.pinned.add(key)
+
     def drop(self, name: str | None = None) -> None:
         """Drop every selection with this adapter, or all selections."""
+        if name is not None:
+            self.pinned = {key for key in self.pinned if name not in dict(key.strengths)}
         held: tuple[OrderedDict[Chosen, Any], ...] = (self.here, self.waiting, self.arriving)
         for selections in held:
             for key in [key for key in selections if name is None or name in dict(key.strengths)]:

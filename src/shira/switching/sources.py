@@ -55,10 +55,14 @@ class AdapterSource:
             return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
         now = time.time_ns()
         adapter, found = read(self._content, model=lambda: self._shapes(weights))
+        self.accept(found)
         is_settled = all(state[-1] < now - SETTLED for state in found)
         is_new = found != self._checked
         self._found = found if is_settled else None
         return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
+
+    def accept(self, found: tuple[State, ...]) -> None:
+        """Called with the states of the files that were read. A subclass may refuse them with an error."""
 
     def _shapes(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a file for this model may name, without data: the weights may hold another adapter's values now."""

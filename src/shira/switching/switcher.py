@@ -180,6 +180,29 @@ class Switcher:
             if key.strengths and not self._ready.fetch(key):
                 kernels.prepare(self._prepare(key).plan)
 
+    def pin(self, selection: Selection, method: str = "sum", **options: float) -> None:
+        """Make a selection ready, and hold it ready whatever is used after it, until `unpin` or the removal of its adapters.
+
+        Raises what `use` raises, and SwitchError if fewer than `ready` would be left for others.
+        """
+        with self._turn, _writable():
+            key = chosen(selection, method, options, self._known)
+            self._follow()
+            if key.strengths:
+                kernels.prepare(self._prepare(key).plan)
+                self._ready.pin(key)
+
+    def unpin(self, selection: Selection, method: str = "sum", **options: float) -> None:
+        """Let a selection make room for others again."""
+        with self._turn:
+            self._ready.pinned.discard(chosen(selection, method, options, self._known))
+
+    @property
+    def ready(self) -> list[dict[str, float | dict[str, float]]]:
+        """Name -> strength of each selection that is held ready, as `active` shows it. The one used longest ago is first."""
+        with self._turn:
+            return [{name: as_given(strength) for name, strength in key.strengths} for key in self._ready.here]
+
     def release(self) -> None:
         """Give up the model as it is. Nothing is written, and what is in its weights now is the base from now on.
 

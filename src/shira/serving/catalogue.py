@@ -1,0 +1,175 @@
+"""The served folder: which adapters there are, under which names, and in which versions.
+
+Each adapter is one file NAME.safetensors, or a folder NAME with one adapter in it. Nothing outside of the folder is opened: a
+link that leads out of it is refused.
+"""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..adapter import check_unchanged, load, opened
+from ..analysis.contents import describe
+from ..errors import ShiraError
+from ..files.paths import State
+from .selections import Selection, SelectionError, UnknownAdapter, parse, parse_name
+
+__all__ = ["Catalogue", "Found", "path_in", "version_of"]
+
+ENDING = ".safetensors"
+SETTLED = 0.05  # seconds after the last change of a file; before, its writer may still be at work
+Shapes = Callable[[], Mapping[str, Tensor]]
+
+
+class Found(NamedTuple):
+    """An adapter in the folder. version: "" if it cannot be served, for the reason `error`."""
+
+    name: str
+    path: Path
+    version: str
+    error: str
+    states: tuple[tuple[str, State], ...]  # of its files when they were looked at
+
+
+def version_of(states: Iterable[State]) -> str:
+    """The version of an adapter, from the states of the files that were read: it changes with every write and replacement."""
+    return hashlib.blake2b(repr([state[1:] for state in states]).encode(), digest_size=8).hexdigest()
+
+
+def path_in(folder: Path, name: str) -> Path:
+    """The path of an adapter in the served folder: its file or its folder. It need not exist.
+
+    Raises SelectionError for a name that is not possible, or one that leads out of the folder.
+    """
+    file = folder / f"{parse_name(name)}{ENDING}"
+    path = folder / name if not os.path.lexists(file) and (folder / name).is_dir() else file
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise SelectionError(f"{name!r} is a link that leads out of the served folder; put a copy there")
+    return path
+
+
+class Catalogue:
+    """What the folder offers now. `scan` looks again; a request keeps the version that it has found.
+
+    base: the names of the base model, the first is shown. shapes: the model's tensors on the meta device, which a folder of
+    PEFT's SHiRA needs.
+    Raises SelectionError if the folder is none.
+
+        catalogue = Catalogue("adapters", ["SmolLM2-135M"])
+        catalogue.scan()
+        catalogue.resolve("poet:1.0+coder:0.5").key
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], base: Sequence[str], shapes: Shapes | None = None) -> None:
+        self.folder, self.base = Path(folder), tuple(base)
+        if not self.folder.is_dir():
+            raise SelectionError(f"there is no folder {self.folder} to serve adapters from; make it first")
+        self._shapes = shapes
+        self._found: dict[str, Found] = {}
+        self._unloaded: set[str] = set()
+        self._one_at_a_time = threading.Lock()
+        self.versions: Mapping[str, str] = {}  # name -> version of each adapter that is served; it is replaced, never changed
+
+    def resolve(self, text: str) -> Selection:
+        """The selection that a request names. Raises what `selections.parse` raises."""
+        return Selection() if text in self.base else parse(text, self.versions)
+
+    def scan(self) -> None:
+        """Look at the folder again: new files appear, replaced ones get a new version, removed ones go. Raises OSError."""
+        with self._one_at_a_time:
+            names = self._names()
+            self._found = {name: found for name in names if (found := self._look(name)) is not None}
+            self._publish()
+
+    def load(self, name: str) -> str:
+        """Serve an adapter of the folder now, also after `unload`. Returns its version.
+
+        Raises UnknownAdapter if it is not there; ShiraError if it cannot be served.
+        """
+        with self._one_at_a_time:
+            found = self._look(parse_name(name), wait=True)
+            if found is None:
+                raise UnknownAdapter(f"there is no {name}{ENDING} in the served folder, and no folder {name}")
+            if found.error:
+                raise SelectionError(found.error)
+            self._unloaded.discard(name)
+            self._found[name] = found
+            self._publish()
+            return found.version
+
+    def unload(self, name: str) -> None:
+        """Serve an adapter no longer, until `load`. Requests that have come keep it. Raises UnknownAdapter."""
+        with self._one_at_a_time:
+            if name not in self.versions:
+                raise UnknownAdapter(f"no adapter {name!r} is served")
+            self._unloaded.add(name)
+            self._publish()
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        """What an adapter holds. All of it is read and checked. Raises UnknownAdapter, FormatError and OSError."""
+        if name not in self._found:
+            raise UnknownAdapter(f"there is no adapter {name!r} in the served folder")
+        path = path_in(self.folder, name)
+        return {**describe(load(path), path), "file": path.name}
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Each adapter in the folder: its name, file, version, bytes, time of the last change, and status."""
+        rows = []
+        for name, found in sorted(self._found.items()):
+            status = "error" if found.error else "unloaded" if name in self._unloaded else "served"
+            sizes, times = [state[2] for _, state in found.states], [state[3] for _, state in found.states]
+            row = {"name": name, "file": found.path.name, "version": found.version, "status": status}
+            rows.append({**row, "bytes": sum(sizes), "modified": max(times, default=0) / 1e9, "error": found.error or None})
+        return rows
+
+    def _publish(self) -> None:
+        found = self._found.items()
+        self.versions = {name: each.version for name, each in found if not each.error and name not in self._unloaded}
+
+    def _names(self) -> list[str]:
+        """The names of all files and folders that may be adapters."""
+        with os.scandir(self.folder) as there:
+            shown = [each for each in there if not each.name.startswith(".")]
+        names = {each.name.removesuffix(ENDING) for each in shown if each.name.endswith(ENDING)}
+        return sorted(names | {each.name for each in shown if each.is_dir()})
+
+    def _look(self, name: str, wait: bool = False) -> Found | None:
+        """An adapter as it is now; what was known of it if its files are the same, or are being written; None if it is gone."""
+        before = self._found.get(name)
+        try:
+            path = path_in(self.folder, name)
+            if name in self.base:
+                raise SelectionError(f"{name!r} is the name of the base model; rename the file")
+            states = _states(path)
+        except SelectionError as error:
+            return Found(name, self.folder / name, "", str(error), ())
+        except FileNotFoundError:
+            return None
+        if not states or (before is not None and before.states == states):
+            return before if states else None
+        if time.time() - max(state[-1] for _, state in states) / 1e9 < SETTLED:
+            if not wait:
+                return before
+            time.sleep(SETTLED)
+            return self._look(name, wait)
+        try:
+            with opened(path, model=self._shapes) as adapter:
+                return Found(name, path, version_of(check_unchanged(adapter)), "", states)
+        except FileNotFoundError:
+            return None
+        except (ShiraError, OSError) as error:
+            return Found(name, path, "", str(error), states)
+
+
+def _states(path: Path) -> tuple[tuple[str, State], ...]:
+    """Name and state of an adapter's files, by their names alone: of those in the folder, if it is one."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    wanted = [file for file in files if file.suffix in (ENDING, ".json", ".bin")]
+    stats = [(file.name, os.stat(file)) for file in wanted]
+    return tuple((name, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for name, s in stats)

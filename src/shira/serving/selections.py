@@ -1,0 +1,112 @@
+"""What a request runs with: the base, one adapter, or several with strengths; as users write it, and as a key.
+
+Requests with equal keys may share a batch. The key holds the version of each adapter's file at the time of the request, so it
+means the same in every process that sees the served folder, and after the file was replaced it means the old file.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ..errors import ShiraError, did_you_mean
+from ..texts import shown, strict_json
+
+__all__ = ["AdapterReplaced", "Part", "Selection", "SelectionError", "UnknownAdapter", "of_key", "parse", "parse_name"]
+
+MOST_PARTS = 16
+MOST_LETTERS = 4096
+NAME = re.compile(r"[^\s/\\+:@\x00-\x1f]+")
+WRITTEN = "NAME, NAME:STRENGTH, or several joined by +, as in 'poet:1.0+coder:0.5'"
+
+
+class SelectionError(ShiraError):
+    """A text that names no possible selection."""
+
+
+class UnknownAdapter(SelectionError):
+    """A name that no served adapter has."""
+
+
+class AdapterReplaced(ShiraError):
+    """An adapter whose file was replaced or removed after the request came."""
+
+
+class Part(NamedTuple):
+    """One adapter of a selection. version: of its file (`catalogue.version_of`)."""
+
+    name: str
+    version: str
+    strength: float = 1.0
+
+
+class Selection(NamedTuple):
+    """Adapters in the order of their names; none for the base."""
+
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The selection as one text, "" for the base. Equal selections have equal keys."""
+        return json.dumps(self.parts, separators=(",", ":"), ensure_ascii=True) if self.parts else ""
+
+    def __str__(self) -> str:
+        """The selection as a user would write it, "base" for the base."""
+        return "+".join(f"{name}:{strength:g}" if strength != 1 else name for name, _, strength in self.parts) or "base"
+
+
+def parse_name(name: str) -> str:
+    """The name of an adapter, if it is possible. Raises SelectionError otherwise."""
+    if not NAME.fullmatch(name) or name.startswith("."):
+        raise SelectionError(
+            f"{shown(name)} cannot be the name of an adapter: it must not be empty, begin with a dot, or hold white space "
+            "or any of / \\ + : @"
+        )
+    return name
+
+
+def parse(text: str, versions: Mapping[str, str]) -> Selection:
+    """The selection that a text names: "poet", "poet:0.5", "poet:1.0+coder:0.5".
+
+    versions: name -> version of each adapter that is served. An adapter with strength 0 is left out.
+    Raises UnknownAdapter for a name that is not served; SelectionError for anything else that is no selection.
+    """
+    if not isinstance(text, str) or not text.strip() or len(text) > MOST_LETTERS:
+        raise SelectionError(f"expected {WRITTEN}; found {shown(text)}")
+    parts: dict[str, Part] = {}
+    pieces = text.split("+")
+    if len(pieces) > MOST_PARTS:
+        raise SelectionError(f"a selection has at most {MOST_PARTS} adapters, found {len(pieces)}")
+    for piece in pieces:
+        name, colon, written = piece.strip().partition(":")
+        if name not in versions:
+            raise UnknownAdapter(f"no adapter {shown(name)} is served; {did_you_mean(name, versions)}")
+        if name in parts:
+            raise SelectionError(f"{shown(name)} is named twice in {shown(text)}; give it one strength")
+        parts[name] = Part(name, versions[name], _strength(written, name) if colon else 1.0)
+    return Selection(tuple(sorted(part for part in parts.values() if part.strength)))
+
+
+def _strength(written: str, name: str) -> float:
+    try:
+        strength = float(written)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise SelectionError(f"the strength of {shown(name)} must be a finite number, found {shown(written)}; write {WRITTEN}")
+    return strength
+
+
+def of_key(key: str) -> Selection:
+    """The selection of a key. Raises SelectionError for a text that is no key."""
+    try:
+        parts = tuple(Part(name, version, float(strength)) for name, version, strength in strict_json(key)) if key else ()
+        selection = Selection(parts)
+        for name, version, _ in parts:
+            if not isinstance(version, str):
+                raise ValueError
+            parse_name(name)
+    except (ValueError, TypeError, SelectionError):
+        raise SelectionError(f"{shown(key)} is no key of a selection") from None
+    return selection

@@ -1,0 +1,144 @@
+"""Turns: who is served in a step. The engine is simulated: steps and switches take the time that they are told to take."""
+
+import random
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shira import ShiraError
+from shira.serving.turns import Turns
+
+
+class Cost(NamedTuple):
+    """Seconds of a step with b requests: step + each · b; and of a switch."""
+
+    step: float = 0.02
+    each: float = 0.002
+    switch: float = 0.015
+
+    def longest(self, sizes):
+        return self.step + self.each * max(sizes) + self.switch
+
+
+class Served(NamedTuple):
+    turns: Turns
+    waits: dict  # key -> the longest wait for a step, in seconds
+    allowed: dict  # key -> what its longest wait may have been
+    steps: int
+    tokens: int
+    seconds: float
+    done: dict  # key -> when its last request ended
+
+
+def serve(arrivals, cost, quantum=16, patience=2.0):
+    """Serve requests (arrival in seconds, key, tokens) one token a step, and note how long each key waited for a step."""
+    turns = Turns(quantum=quantum, patience=patience)
+    queue = sorted(arrivals, key=lambda each: each[0])
+    open_requests, since, ahead = {}, {}, {}
+    waits, allowed, done, now, steps, tokens, active = {}, {}, {}, 0.0, 0, 0, None
+    longest = cost.longest([len(queue)])
+    while queue or open_requests:
+        if not open_requests:
+            now = max(now, queue[0][0])
+        while queue and queue[0][0] <= now:
+            arrived, key, length = queue.pop(0)
+            if key not in open_requests:
+                since[key] = arrived
+                ahead[key] = len(open_requests)
+            open_requests.setdefault(key, []).append([arrived, length])
+        present = {key: min(arrived for arrived, _ in requests) for key, requests in open_requests.items()}
+        key = turns.choose(present, now, {key: len(requests) for key, requests in open_requests.items()})
+        bound = patience + (ahead[key] + 1) * longest
+        if now - since[key] - bound > waits.get(key, 0) - allowed.get(key, 0) or key not in waits:
+            waits[key], allowed[key] = now - since[key], bound
+        now += cost.step + cost.each * len(open_requests[key]) + cost.switch * (key != active)
+        active = key
+        steps, tokens = steps + 1, tokens + len(open_requests[key])
+        left = [[arrived, length - 1] for arrived, length in open_requests.pop(key) if length > 1]
+        if left:
+            open_requests[key] = left
+            since[key], ahead[key] = now, len(open_requests) - 1
+        else:
+            done[key] = now
+    return Served(turns, waits, allowed, steps, tokens, now, done)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    keys=st.integers(1, 40),
+    requests=st.integers(1, 120),
+    span=st.sampled_from([0.0, 1.0, 20.0]),
+    skew=st.sampled_from([0.0, 1.0, 2.5]),
+    quantum=st.sampled_from([1, 4, 16, 64]),
+    patience=st.sampled_from([0.0, 0.3, 2.0]),
+    switch=st.sampled_from([0.0, 0.015, 0.3]),
+)
+def test_no_selection_waits_longer_than_the_stated_bound(seed, keys, requests, span, skew, quantum, patience, switch):
+    draw = random.Random(seed)
+    weights = [1 / (1 + rank) ** skew for rank in range(keys)]
+    names = draw.choices([f"key {number}" for number in range(keys)], weights, k=requests)
+    arrivals = [(draw.uniform(0, span), name, draw.choice([1, 3, 20, 80])) for name in names]
+    served = serve(arrivals, Cost(switch=switch), quantum, patience)
+    assert served.tokens == sum(length for _, _, length in arrivals)
+    for key, wait in served.waits.items():
+        assert wait <= served.allowed[key] + 1e-9
+
+
+def test_a_hot_adapter_does_not_starve_a_cold_one():
+    hot = [(0.01 * number, "hot", 50) for number in range(400)]  # it always has requests
+    served = serve([*hot, (1.0, "cold", 20)], Cost())
+    assert served.done["cold"] < 1.0 + 20 / 16 * 3 + 2  # two turns of its own, and the hot one's between them
+    assert served.done["cold"] < served.done["hot"] / 4
+
+
+def test_alternating_adapters_do_not_thrash():
+    arrivals = [(0.001 * number, f"key {number % 2}", 64) for number in range(32)]
+    served = serve(arrivals, Cost())
+    assert served.steps >= 128
+    assert served.turns.switches <= served.steps / 16 + 2
+
+
+def test_alone_a_selection_is_never_interrupted():
+    served = serve([(0.0, "only", 500)], Cost())
+    assert served.turns.switches == 0
+
+
+def test_one_hundred_at_once_are_served_in_the_order_of_their_arrival():
+    arrivals = [(0.001 * number, f"{number:03}", 1) for number in range(100)]
+    served = serve(arrivals, Cost())
+    assert sorted(served.done, key=served.done.__getitem__) == sorted(served.done)
+
+
+def test_a_selection_with_more_requests_gets_more_steps():
+    turns = Turns(quantum=8, patience=100.0)
+    chosen = [turns.choose({"many": 0.0, "few": 0.0}, 0.01 * step, {"many": 30, "few": 10}) for step in range(60)]
+    assert chosen.count("many") == 36 and chosen.count("few") == 24  # 12 and 8 a turn
+
+
+def test_upcoming_is_the_order_in_which_they_will_be_served():
+    turns = Turns(quantum=1, patience=10.0)
+    present = {"a": 0.0, "b": 1.0, "c": 2.0}
+    assert turns.choose(present, 3.0) == "a"
+    assert turns.upcoming() == ("b", "c")
+    assert turns.choose(present, 3.1) == "b"
+    assert turns.upcoming() == ("c", "a")
+
+
+def test_a_selection_that_wants_nothing_for_a_step_does_not_go_first():
+    turns = Turns(quantum=1, patience=10.0)
+    assert turns.choose({"a": 0.0, "b": 0.5}, 1.0) == "a"
+    assert turns.choose({"b": 0.5}, 2.0) == "b"
+    assert turns.choose({"a": 0.0, "b": 0.5, "c": 0.7}, 3.0) == "c"
+    assert turns.choose({"a": 0.0, "b": 0.5, "c": 0.7}, 4.0) == "a"
+    assert turns.choose({"a": 0.0, "b": 0.5, "c": 0.7}, 5.0) == "b"
+
+
+def test_impossible_settings_are_refused():
+    for quantum, patience in ((0, 1.0), (1, -1.0), (1, float("nan")), (1, float("inf"))):
+        with pytest.raises(ShiraError, match="quantum must be"):
+            Turns(quantum=quantum, patience=patience)
+    with pytest.raises(ValueError, match="no selection wants"):
+        Turns().choose({}, 0.0)
