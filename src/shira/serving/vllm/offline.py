@@ -6,9 +6,11 @@ engine.generate(prompts, sampling(catalogue, "poet:1.0+coder:0.5", max_tokens=32
 """
 
 import os
+import time
 from typing import Any
 
-from ..catalogue import Catalogue
+from ..catalogue import SETTLED, Catalogue
+from ..selections import Selection, UnknownAdapter
 from .environment import FIELD, Options, check_version, classes, installed_version, variables
 
 __all__ = ["llm", "sampling"]
@@ -40,5 +42,15 @@ def sampling(catalogue: Catalogue, selection: str | None = None, **kwargs: Any) 
     from vllm import SamplingParams
 
     extra = dict(kwargs.pop("extra_args", None) or {})
-    extra[FIELD] = "" if selection is None else catalogue.resolve(selection).key
+    extra[FIELD] = "" if selection is None else _resolved(catalogue, selection).key
     return SamplingParams(extra_args=extra, **kwargs)
+
+
+def _resolved(catalogue: Catalogue, selection: str) -> Selection:
+    """The selection of a text. For a name that is not known the folder is looked at again."""
+    try:
+        return catalogue.resolve(selection)
+    except UnknownAdapter:
+        time.sleep(SETTLED)
+        catalogue.scan()
+        return catalogue.resolve(selection)
