@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..errors import ShiraError, did_you_mean
+from ..errors import did_you_mean
 from ..texts import shown, strict_json
+from .problems import Problem
 
 __all__ = ["AdapterReplaced", "Part", "Selection", "SelectionError", "UnknownAdapter", "of_key", "parse", "parse_name"]
 
@@ -21,16 +22,25 @@ NAME = re.compile(r"[^\s/\\+:@\x00-\x1f]+")
 WRITTEN = "NAME, NAME:STRENGTH, or several joined by +, as in 'poet:1.0+coder:0.5'"
 
 
-class SelectionError(ShiraError):
+class SelectionError(Problem):
     """A text that names no possible selection."""
+
+    code = "invalid_model"
+    param = "model"
 
 
 class UnknownAdapter(SelectionError):
     """A name that no served adapter has."""
 
+    status = 404
+    code = "model_not_found"
 
-class AdapterReplaced(ShiraError):
-    """An adapter whose file was replaced or removed after the request came."""
+
+class AdapterReplaced(Problem):
+    """An adapter whose file was replaced or removed after the request came. OpenAI's client sends such a request again."""
+
+    status = 409
+    code = "adapter_replaced"
 
 
 class Part(NamedTuple):

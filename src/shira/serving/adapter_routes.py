@@ -1,0 +1,225 @@
+"""The routes about adapters and the server itself, for both engines: names, files, memory, health, metrics."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ValidationError
+
+from ..errors import ShiraError
+from .catalogue import Catalogue, path_in
+from .engine import Engine
+from .metrics import Metrics
+from .problems import Refused, error_body, status_of
+from .selections import SelectionError, UnknownAdapter, of_key
+
+__all__ = ["AdapterRoutes", "watching"]
+
+log = logging.getLogger("shira.serving")
+
+
+class Load(BaseModel):
+    """Body of POST /v1/adapters."""
+
+    name: str
+    pin: bool = False
+
+
+class LoadLora(BaseModel):
+    """Body of vLLM's /v1/load_lora_adapter."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadLora(BaseModel):
+    """Body of vLLM's /v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
+class AdapterRoutes:
+    """`router` goes into a FastAPI application; an engine that has some of the routes itself includes it first.
+
+    GET /v1/models, /v1/models/{name}; GET /v1/adapters, /v1/adapters/{name}; POST /v1/adapters; DELETE /v1/adapters/{name};
+    POST and DELETE /v1/adapters/{name}/pin; POST /v1/load_lora_adapter, /v1/unload_lora_adapter; GET /health, /ready, /metrics.
+    """
+
+    def __init__(self, catalogue: Catalogue, engine: Engine, metrics: Metrics) -> None:
+        self.catalogue, self.engine, self.metrics = catalogue, engine, metrics
+        self._began = int(time.time())
+        self.router = APIRouter()
+        for method, path, route in (
+            ("GET", "/v1/models", self.models),
+            ("GET", "/v1/models/{name:path}", self.model),
+            ("GET", "/v1/adapters", self.adapters),
+            ("POST", "/v1/adapters", self.load),
+            ("GET", "/v1/adapters/{name}", self.inspect),
+            ("DELETE", "/v1/adapters/{name}", self.unload),
+            ("POST", "/v1/adapters/{name}/pin", self.pin),
+            ("DELETE", "/v1/adapters/{name}/pin", self.unpin),
+            ("POST", "/v1/load_lora_adapter", self.load_lora),
+            ("POST", "/v1/unload_lora_adapter", self.unload_lora),
+            ("GET", "/health", self.health),
+            ("GET", "/ready", self.is_ready),
+            ("GET", "/metrics", self.show_metrics),
+        ):
+            self.router.add_api_route(path, self._told(route), methods=[method], response_model=None)
+
+    def _told(self, route: Any) -> Any:
+        """The route, which answers an error in OpenAI's form."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                found: Response = await route(request)
+                return found
+            except (ShiraError, OSError) as error:
+                return JSONResponse(error_body(error, str(self.catalogue.folder)), status_of(error))
+
+        return answer
+
+    async def models(self, request: Request) -> Response:
+        names = [*self.catalogue.base, *self.catalogue.versions]
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self.catalogue.resolve(name)  # raises if it is not served
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        base = self.catalogue.base[0]
+        parent = None if name in self.catalogue.base else base
+        return {"id": name, "object": "model", "created": self._began, "owned_by": "shira", "root": name, "parent": parent}
+
+    async def adapters(self, request: Request) -> Response:
+        tiers = await self.engine.tiers()
+        places = self._places(tiers)
+        rows = [{**row, "place": places.get((row["name"], row["version"]), "disk")} for row in self.catalogue.listed()]
+        shown = {key: [str(of_key(each)) for each in tiers[key]] for key in ("ready", "pinned")}
+        weights = str(of_key(tiers["weights"]))
+        return JSONResponse({"object": "list", "data": rows, "weights": weights, **shown})
+
+    def _places(self, tiers: dict[str, Any]) -> dict[tuple[str, str], str]:
+        """(name, version) -> where an adapter is: "weights" or "ready"."""
+        places = {(part.name, part.version): "ready" for key in tiers["ready"] for part in of_key(key).parts}
+        return places | {(part.name, part.version): "weights" for part in of_key(tiers["weights"]).parts}
+
+    async def inspect(self, request: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(self.catalogue.inspect, request.path_params["name"]))
+
+    async def load(self, request: Request) -> Response:
+        """Serve an adapter of the folder, and make it ready. It is not served if it cannot be used."""
+        wanted = await _body(request, Load)
+        await self._load(wanted.name)
+        if wanted.pin:
+            await self.engine.pin(self.catalogue.resolve(wanted.name).key, True)
+        row = next(row for row in self.catalogue.listed() if row["name"] == wanted.name)
+        return JSONResponse(row)
+
+    async def _load(self, name: str) -> None:
+        await asyncio.to_thread(self.catalogue.load, name)
+        try:
+            await self.engine.prefetch(self.catalogue.resolve(name).key)
+        except ShiraError:
+            self.catalogue.unload(name)
+            raise
+
+    async def unload(self, request: Request) -> Response:
+        self.catalogue.unload(request.path_params["name"])
+        return JSONResponse({"name": request.path_params["name"], "status": "unloaded"})
+
+    async def pin(self, request: Request) -> Response:
+        """Hold a selection ready; the name may be a weighted set."""
+        selection = self.catalogue.resolve(request.path_params["name"])
+        await self.engine.pin(selection.key, True)
+        return JSONResponse({"name": str(selection), "pinned": True})
+
+    async def unpin(self, request: Request) -> Response:
+        """Let go of a selection, in whichever version it was pinned."""
+        name, found = request.path_params["name"], False
+        for key in (await self.engine.tiers())["pinned"]:
+            if str(of_key(key)) == name or str(of_key(key)) == str(self._or_none(name)):
+                await self.engine.pin(key, False)
+                found = True
+        if not found:
+            raise UnknownAdapter(f"{name!r} is not pinned")
+        return JSONResponse({"name": name, "pinned": False})
+
+    def _or_none(self, name: str) -> Any:
+        with contextlib.suppress(SelectionError):
+            return self.catalogue.resolve(name)
+
+    async def load_lora(self, request: Request) -> Response:
+        """What vLLM's route of this name does for LoRA. The path must be that of the adapter of this name in the folder."""
+        wanted = await _body(request, LoadLora)
+        folder = self.catalogue.folder
+        expected = path_in(folder, wanted.lora_name)
+        if (folder / wanted.lora_path).resolve() != expected.resolve():  # an absolute path stays what it is
+            raise SelectionError(
+                f"lora_path must be that of {expected.name} in the served folder: an adapter has its file's name"
+            )
+        await self._load(wanted.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{wanted.lora_name}' added successfully.")
+
+    async def unload_lora(self, request: Request) -> Response:
+        wanted = await _body(request, UnloadLora)
+        self.catalogue.unload(wanted.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{wanted.lora_name}' removed successfully.")
+
+    async def health(self, request: Request) -> Response:
+        """200 while the process can work."""
+        if await self.engine.alive():
+            return JSONResponse({"status": "ok"})
+        raise Refused("the engine has stopped; restart the server", 503, "engine_stopped")
+
+    async def is_ready(self, request: Request) -> Response:
+        """200 while new requests are taken. A server that shuts down takes no new connections."""
+        return await self.health(request)
+
+    async def show_metrics(self, request: Request) -> Response:
+        self.metrics.update(await self.engine.tiers(), len(self.catalogue.versions))
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _body(request: Request, kind: Any) -> Any:
+    """The body of a request as a model of pydantic. Raises Refused."""
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise Refused(f"{where}: {first['msg']}", 400, "invalid_request") from None
+
+
+@contextlib.asynccontextmanager
+async def watching(catalogue: Catalogue, seconds: float) -> AsyncIterator[None]:
+    """Look at the served folder again and again inside the `with`."""
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            before = dict(catalogue.versions)
+            try:
+                await asyncio.to_thread(catalogue.scan)
+            except OSError as error:  # the folder is gone for now: what was served stays
+                log.warning("the served folder cannot be read: %s", error)
+                continue
+            for name in sorted(before.keys() | catalogue.versions.keys()):
+                old, new = before.get(name), catalogue.versions.get(name)
+                if old != new:
+                    log.info("adapter %s %s", name, "is new" if old is None else "is gone" if new is None else "was replaced")
+
+    await asyncio.to_thread(catalogue.scan)
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,207 @@
+"""What every request passes before an engine sees it: keys, limits, a request id, a log line, metrics.
+
+It is plain ASGI middleware, so streams pass through; it stands before our own routes and before vLLM's.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from typing import Any
+
+from ..texts import visible
+from .metrics import Metrics
+from .problems import Refused, error_body
+from .settings import Settings
+
+__all__ = ["ADMIN_KEYS", "KEYS", "Gate", "Keys"]
+
+KEYS, ADMIN_KEYS = "SHIRA_API_KEYS", "SHIRA_ADMIN_KEYS"  # environment variables: keys with commas between them
+OPEN = ("/health", "/ready", "/ping", "/version")  # paths without a key
+ADMINISTRATION = re.compile(r"/v1/(adapters|load_lora_adapter|unload_lora_adapter)(/|$)")
+ANSWERS = re.compile(r"/v1/(chat/completions|completions|responses)/?$")
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+KNOWN = re.compile(rf"{ANSWERS.pattern}|/v1/(adapters|models|(un)?load_lora_adapter)|/(health|ready|metrics)$")
+CLIENT_LEFT = 499  # the status in log and metrics
+RETRY = 1  # seconds until a client that was refused for load should ask again
+
+log = logging.getLogger("shira.serving")
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+class Keys:
+    """Who may do what. inference: keys for answers. administration: keys for answers, and to load, unload and pin adapters.
+
+    Without any key everybody may do everything, if the server listens on this machine alone.
+    """
+
+    def __init__(self, inference: Iterable[str] = (), administration: Iterable[str] = (), *, loopback: bool = True) -> None:
+        self._administration = [_digest(key) for key in administration]
+        self._all = [*self._administration, *map(_digest, inference)]
+        self._loopback = loopback
+
+    @classmethod
+    def of_environment(cls, host: str) -> "Keys":
+        """The keys of SHIRA_API_KEYS and SHIRA_ADMIN_KEYS. host: the address that the server listens on."""
+        lists = [[key.strip() for key in os.environ.get(name, "").split(",") if key.strip()] for name in (KEYS, ADMIN_KEYS)]
+        return cls(*lists, loopback=_is_loopback(host))
+
+    def check(self, presented: str, administration: bool) -> None:
+        """Raise Refused unless this key permits it. All keys are compared, each in constant time."""
+        digest = _digest(presented)
+        if administration and not self._administration:
+            if self._all or not self._loopback:
+                raise Refused(
+                    f"adapters cannot be administered here: the server has no key for it, {ADMIN_KEYS}", 403, "forbidden"
+                )
+            return
+        known = self._administration if administration else self._all
+        if known and not any([hmac.compare_digest(digest, key) for key in known]):
+            if administration and any([hmac.compare_digest(digest, key) for key in self._all]):
+                raise Refused("this key is for answers alone; adapters need a key of administration", 403, "forbidden")
+            raise Refused("there is no such key; send one as 'Authorization: Bearer KEY'", 401, "invalid_api_key")
+
+
+class Gate:
+    """Middleware: `app.add_middleware(Gate, settings=…, keys=…, metrics=…)`."""
+
+    def __init__(self, app: App, settings: Settings, keys: Keys, metrics: Metrics) -> None:
+        self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
+        self.open = 0  # requests for answers that wait or run
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        answer = _Answer(scope, send)
+        try:
+            with self._admitted(scope):
+                again = await self._with_body(receive)
+                async with asyncio.timeout(self.settings.request_timeout if ANSWERS.match(scope["path"]) else None) as limit:
+                    await self.app(scope, again, answer.send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            seconds = self.settings.request_timeout
+            await answer.refuse(Refused(f"the request took longer than {seconds:g} seconds", 504, "time_limit"))
+        except Refused as error:
+            await answer.refuse(error)
+        finally:
+            answer.done(self.metrics)
+
+    @contextlib.contextmanager
+    def _admitted(self, scope: Message) -> Iterator[None]:
+        """Count a request for an answer inside the `with`. Raises Refused if it may not enter, or there are too many."""
+        path = scope["path"]
+        if path not in OPEN:
+            scheme, _, key = _header(scope, b"authorization").partition(" ")
+            writes = bool(ADMINISTRATION.match(path)) and scope["method"] not in ("GET", "HEAD")
+            self.keys.check(key.strip() if scheme.lower() == "bearer" else "", writes)
+        length = _header(scope, b"content-length")
+        if length.isdigit() and int(length) > self.settings.max_body:
+            raise self._too_large()
+        if not ANSWERS.match(path):
+            yield
+            return
+        if self.open >= self.settings.max_running + self.settings.max_queue:
+            raise Refused(f"{self.open} requests wait or run; send it again later", 429, "overloaded")
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
+    async def _with_body(self, receive: Receive) -> Receive:
+        """`receive` that returns the whole body at once, which is read now. Raises Refused if it is too large."""
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return _always(message)
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > self.settings.max_body:
+                raise self._too_large()
+        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Message:
+            return first.pop() if first else await receive()
+
+        return again
+
+    def _too_large(self) -> Refused:
+        return Refused(f"the body of a request may have {self.settings.max_body:,} bytes; this one is larger", 413, "too_large")
+
+
+class _Answer:
+    """What is sent to a client: with the request's id, counted and logged."""
+
+    def __init__(self, scope: Message, send: Send) -> None:
+        self._scope, self._send = scope, send
+        self._began = time.perf_counter()
+        self._first: float | None = None
+        given = _header(scope, b"x-request-id")
+        self._id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.status = 0  # none yet
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", self._id.encode())]}
+        elif self._first is None and message.get("body"):
+            self._first = time.perf_counter()
+        await self._send(message)
+
+    async def refuse(self, error: Refused) -> None:
+        """Tell an error. A stream that has begun ends with it, as an event."""
+        body = json.dumps(error_body(error)).encode()
+        if self.status:
+            with contextlib.suppress(Exception):  # the answer may be over, or of a fixed length
+                await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+            return
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if error.status in (429, 503):
+            headers.append((b"retry-after", str(RETRY).encode()))
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    def done(self, metrics: Metrics) -> None:
+        """Count and log it. Without a status the client has left before the answer began."""
+        status, method, path = self.status or CLIENT_LEFT, self._scope["method"], self._scope["path"]
+        known = KNOWN.match(path)
+        metrics.answered(known[0] if known else "other", status, self._began, self._first)
+        milliseconds = 1000 * (time.perf_counter() - self._began)
+        log.info("%s %s %s %d %.1f ms", self._id, method, visible(path), status, milliseconds)
+
+
+def _always(message: Message) -> Receive:
+    async def again() -> Message:
+        return message
+
+    return again
+
+
+def _header(scope: Message, name: bytes) -> str:
+    value: bytes = dict(scope["headers"]).get(name, b"")
+    return value.decode("latin-1")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

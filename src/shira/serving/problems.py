@@ -1,0 +1,46 @@
+"""Errors as OpenAI's API tells them: an HTTP status, and {"error": {"message", "type", "param", "code"}}."""
+
+import os
+from typing import Any, ClassVar
+
+from ..errors import ShiraError
+
+__all__ = ["Problem", "Refused", "error_body", "status_of"]
+
+
+class Problem(ShiraError):
+    """An error of one request. status: of HTTP. code: what a program may look at. param: the field of the request."""
+
+    status: ClassVar[int] = 400
+    code: ClassVar[str] = "invalid_request"
+    param: str | None = None
+
+
+class Refused(Problem):
+    """A request that is refused before anybody has looked at it."""
+
+    def __init__(self, message: str, status: int, code: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code  # type: ignore[misc]  # each refusal has its own
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of an error: its own, 422 for an adapter that cannot be read or used, 500 for a fault of the server."""
+    if isinstance(error, Problem):
+        return error.status
+    return 422 if isinstance(error, ShiraError | OSError) else 500
+
+
+def error_body(error: Exception, folder: str = "") -> dict[str, Any]:
+    """An error in OpenAI's form. folder: the served folder, whose place a message does not tell.
+
+    A fault of the server is told by its kind alone: its text may quote what is not the client's.
+    """
+    status = status_of(error)
+    if isinstance(error, ShiraError | OSError):
+        message = str(error).replace(f"{folder}{os.sep}", "") if folder else str(error)
+    else:
+        message = f"the server failed ({type(error).__name__}); its log has the details"
+    code = error.code if isinstance(error, Problem) else "adapter_error" if status == 422 else "internal_error"
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": code}}

@@ -1,0 +1,121 @@
+"""The server on Transformers: one process that holds the model and answers HTTP."""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from torch import nn
+
+from ..integrations import transformers as hf
+from ..runs.live import load_live
+from .adapter_routes import AdapterRoutes, watching
+from .catalogue import Catalogue
+from .gate import Gate, Keys
+from .metrics import Metrics
+from .openai_routes import OpenAIRoutes
+from .problems import Refused, error_body
+from .resident import Resident
+from .settings import Settings
+from .transformers_engine import TransformersEngine
+from .turns import Turns
+
+__all__ = ["app", "built", "defaults_of", "ends_of", "serve"]
+
+MARK = "shira7answer"  # stands for an answer in a rendered chat
+
+
+def app(
+    engine: TransformersEngine,
+    catalogue: Catalogue,
+    tokenizer: Any,
+    settings: Settings,
+    defaults: dict[str, float],
+    keys: Keys | None = None,
+) -> FastAPI:
+    """The application. The engine starts and stops with it. defaults: the sampling settings of the model itself."""
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        try:
+            async with watching(catalogue, settings.scan):
+                yield
+        finally:
+            await engine.stop(settings.shutdown_timeout)
+
+    made = FastAPI(lifespan=lifespan, openapi_url=None)
+    routes = OpenAIRoutes(engine, catalogue, tokenizer, metrics, defaults=defaults, most_tokens=settings.max_tokens)
+    made.include_router(routes.router)
+    made.include_router(AdapterRoutes(catalogue, engine, metrics).router)
+    made.add_exception_handler(HTTPException, _as_openai)
+    made.add_middleware(Gate, settings=settings, keys=keys or Keys(), metrics=metrics)
+    return made
+
+
+async def _as_openai(_: Request, error: Exception) -> Response:
+    """An unknown path or method in OpenAI's form."""
+    assert isinstance(error, HTTPException)
+    body = error_body(Refused(str(error.detail), error.status_code, "not_found"))
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+def built(model: nn.Module, tokenizer: Any, settings: Settings) -> tuple[TransformersEngine, Catalogue]:
+    """An engine over a loaded model, and the catalogue of the served folder. Raises EngineError and SelectionError."""
+    catalogue = Catalogue(settings.adapters, settings.served_model_name or [base_name(settings.model)])
+    engine = TransformersEngine(
+        model,
+        Resident(model, settings.adapters, ready=settings.ready, host=settings.host_ready),
+        ends=ends_of(model, tokenizer),
+        turns=Turns(quantum=settings.quantum, patience=settings.patience),
+        max_running=settings.max_running,
+        step_tokens=settings.step_tokens,
+        cache_tokens=settings.kv_tokens,
+        longest=settings.max_model_len,
+    )
+    return engine, catalogue
+
+
+def serve(settings: Settings) -> None:
+    """Load the model, and serve it until the process is told to end. Then what runs is finished, within the time limit.
+
+    Raises DataError for the model, EngineError if this engine cannot serve it, SelectionError for the folder.
+    """
+    import uvicorn
+
+    model, _ = load_live(settings.model, {}, settings.dtype)
+    tokenizer = hf.load_tokenizer(settings.model)
+    engine, catalogue = built(model, tokenizer, settings)
+    made = app(engine, catalogue, tokenizer, settings, defaults_of(model), Keys.of_environment(settings.host))
+    seconds = max(1, round(settings.shutdown_timeout))
+    uvicorn.run(made, host=settings.host, port=settings.port, timeout_graceful_shutdown=seconds, log_level="warning")
+
+
+def base_name(model: str) -> str:
+    """The name of the base for clients: that of its folder, not where the folder is."""
+    return Path(model).resolve().name if os.path.isdir(model) else model
+
+
+def defaults_of(model: nn.Module) -> dict[str, float]:
+    """The sampling settings that come with a model; they hold where a request says nothing."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: getattr(model.generation_config, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def ends_of(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the model's, the tokenizer's, and the one that ends a turn of its chats."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        with contextlib.suppress(Exception):  # a template may want other messages; the two above are then all that is known
+            after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(MARK)[2]
+            first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+            ends |= set(first) & set(tokenizer.all_special_ids)
+    return sorted(ends)
