@@ -23,7 +23,7 @@ __all__ = ["Resident"]
 MOST_KNOWN = 4096  # versions that the switcher knows; each is a path and some numbers
 
 
-Cut = Callable[[str, Adapter], Adapter]
+Cut = Callable[[Part, Adapter], Adapter]
 
 
 class Version(AdapterSource):
@@ -52,10 +52,10 @@ class Version(AdapterSource):
         return adapter, self._found is None or self._found != self._checked
 
     def _whole(self, weights: Mapping[str, Tensor]) -> Adapter:
-        return self._cut(self._part.name, super().read(weights)[0])
+        return self._cut(self._part, super().read(weights)[0])
 
 
-def _uncut(name: str, adapter: Adapter) -> Adapter:
+def _uncut(part: Part, adapter: Adapter) -> Adapter:
     return adapter
 
 
@@ -64,7 +64,7 @@ class Resident:
 
     model: nobody else switches it. folder: the served folder. ready: how many selections are held ready in memory, `host`: and
     how many more in host memory, if the model is on a GPU (see `Switcher`).
-    cut: (name, whole adapter) -> the adapter of this process's part of the model, with tensor parallelism.
+    cut: (name and version, whole adapter) -> the adapter of this process's part of the model, with tensor parallelism.
 
     `use` is called between forward passes. The other methods may be called from any thread at any time.
     """
@@ -111,6 +111,10 @@ class Resident:
         elif key in self._pinned:
             self._make_ready(key, self._switcher.unpin)
             self._pinned.discard(key)
+
+    def base_values(self, name: str, indices: Tensor) -> Tensor:
+        """The base's values at sorted positions [k] of one of the model's tensors, whatever is in the weights now."""
+        return self._switcher.base_values(name, indices)
 
     def tiers(self) -> dict[str, Any]:
         """Where the selections are, by key; and how often it was switched, in how many seconds, to how many that were ready."""

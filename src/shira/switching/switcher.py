@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import kernels
 from ..adapter import Adapter
@@ -202,6 +202,12 @@ class Switcher:
         """Name -> strength of each selection that is held ready, as `active` shows it. The one used longest ago is first."""
         with self._turn:
             return [{name: as_given(strength) for name, strength in key.strengths} for key in self._ready.here]
+
+    def base_values(self, name: str, indices: Tensor) -> Tensor:
+        """The base's values at sorted positions [k] of one of the model's tensors, whatever is active. Raises what `use` does."""
+        with self._turn, _writable():
+            self._follow()
+            return self._now.base_at(self._now.weights[name], indices, self._state.plans)
 
     def release(self) -> None:
         """Give up the model as it is. Nothing is written, and what is in its weights now is the base from now on.
