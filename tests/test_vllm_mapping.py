@@ -1,13 +1,13 @@
-"""Where a checkpoint's tensors are in a packed, sharded model, as vLLM makes them; on models of our own that load as vLLM's do."""
+"""Where a checkpoint's tensors are in a packed and sharded model; on models of our own that load their weights as vLLM's do."""
 
 import threading
 
 import pytest
 import torch
-from conftest import all_bits, bits, same_bits
 from torch import nn
 
 import shira
+from conftest import all_bits, bits, same_bits
 from shira.errors import BaseMismatch, CheckpointError
 from shira.files.tensorfiles import Form
 from shira.serving.selections import AdapterReplaced, Part, Selection
@@ -36,7 +36,7 @@ def checkpoint(seed=0):
 
 
 class Packed(nn.Module):
-    """One process's part of a layer, packed and cut as in vLLM: by rows, or by columns (o_proj, down); kv heads are repeated."""
+    """One process's part of a layer, packed and cut as in vLLM: by rows or by columns (o_proj, down); kv heads are repeated."""
 
     def __init__(self, rank=0, size=1, dtype=torch.float32):
         super().__init__()

@@ -6,27 +6,30 @@ Every answer is compared, token by token, with Transformers and a `Switcher` on 
 import contextlib
 import os
 
-for name, value in {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}.items():
-    os.environ.setdefault(name, value)
-
 import pytest
 import torch
-from conftest import letter_tokenizer
 
 import shira
+from conftest import letter_tokenizer
 from shira.serving.vllm.offline import llm, sampling
 from shira.sparse.tensor import SparseTensor, fingerprint
 
+os.environ |= {  # vLLM is imported later, in `llm`
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 VOCABULARY, TOKENS = 97, 16
 SELECTIONS = [None, "a", "b", "a:0.5+b", "c:-0.7"]
 PROMPTS = [[(7 * number + 11 * place) % 90 + 4 for place in range(4 + 3 * number)] for number in range(5)]
-STRENGTHS = {None: {}, "a": {"a": 1.0}, "b": {"b": 1.0}, "a:0.5+b": {"a": 0.5, "b": 1.0}, "c:-0.7": {"c": -0.7}, "c": {"c": 1.0}}
+STRENGTHS = {
+    None: {},
+    "a": {"a": 1.0},
+    "b": {"b": 1.0},
+    "a:0.5+b": {"a": 0.5, "b": 1.0},
+    "c:-0.7": {"c": -0.7},
+    "c": {"c": 1.0},
+}
 
 
 def tiny(folder, tied):
@@ -83,7 +86,7 @@ class Oracle:
         return self.model
 
     def answer(self, prompt, selection, tokens=TOKENS):
-        self.switcher.use(STRENGTHS[selection] or None)
+        self.switcher.use(STRENGTHS[selection])
         generated = self.model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=tokens, do_sample=False,
             eos_token_id=None, pad_token_id=0,
@@ -120,12 +123,11 @@ def engine(folder, adapters, **options):
 def ask(made, catalogue, questions, tokens=TOKENS, **options):
     """The token ids of each answer, or "error"."""
     parameters = [
-        sampling(catalogue, selection, max_tokens=tokens, temperature=0, ignore_eos=True, **options) for _, selection in questions
+        sampling(catalogue, selection, max_tokens=tokens, temperature=0, ignore_eos=True, **options)
+        for _, selection in questions
     ]
     answers = made.generate([{"prompt_token_ids": prompt} for prompt, _ in questions], parameters, use_tqdm=False)
-    return [
-        "error" if answer.outputs[0].finish_reason == "error" else list(answer.outputs[0].token_ids) for answer in answers
-    ]
+    return ["error" if answer.outputs[0].finish_reason == "error" else list(answer.outputs[0].token_ids) for answer in answers]
 
 
 def all_right(made, catalogue, oracle, selections=SELECTIONS, prompts=PROMPTS, tokens=TOKENS):
@@ -219,7 +221,7 @@ def test_a_kv_cache_that_is_too_small(tmp_path, is_async):
     folder, adapters, oracle = world(tmp_path)
     prompts = [[(3 * place + number) % 90 + 4 for place in range(100)] for number in range(3)]
     with engine(
-        folder, adapters, quantum=2, max_model_len=160, num_gpu_blocks_override=16, block_size=16, max_num_batched_tokens=64,
+        folder, adapters, quantum=2, max_model_len=160, num_gpu_blocks_override=10, block_size=32, max_num_batched_tokens=64,
         disable_log_stats=False, enable_prefix_caching=False,
     ) as (made, catalogue):  # fmt: skip
         assert made.llm_engine.vllm_config.scheduler_config.async_scheduling is is_async

@@ -6,16 +6,15 @@ from typing import Any
 from ... import errors
 from .. import selections
 
-__all__ = ["VllmEngine"]
+__all__ = ["VllmEngine", "error_of"]
 
 SOONEST, LATEST = 0.002, 0.05  # seconds between two questions whether work in the workers' threads has ended
 
 
 class VllmEngine:
-    """What the routes need from an engine (`serving.engine.Engine`). client: vLLM's EngineClient."""
+    """What the routes need from an engine (`serving.engine.Engine`). client: vLLM's EngineClient, once it has started."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    client: Any = None
 
     async def prefetch(self, key: str) -> None:
         """Make a selection ready in all workers, checked against the base. Raises what `Resident.prefetch` raises."""
@@ -33,9 +32,18 @@ class VllmEngine:
         tiers: dict[str, Any] = (await self._all("shira_tiers"))[0]
         return tiers
 
-    async def failure(self, key: str) -> str | None:
-        """Why the last switch to a selection has failed; None if none has."""
-        return next((reason for reason in await self._all("shira_failure", key) if reason), None)
+    async def alive(self) -> bool:
+        """Whether the engine runs."""
+        try:
+            await self.client.check_health()
+        except Exception:  # vLLM's EngineDeadError
+            return False
+        return True
+
+    async def failure(self, key: str) -> errors.ShiraError | None:
+        """Why a switch to a selection has failed lately; None if none has."""
+        told = [message for message in await self._all("shira_failure", key) if message]
+        return error_of(told[0]) if told else None
 
     async def _ended(self, method: str, *arguments: Any) -> None:
         (ticket,) = set(await self._all(method, *arguments))  # workers count alike
@@ -46,15 +54,19 @@ class VllmEngine:
         _raise_first(messages)
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return list(await self._client.collective_rpc(method, args=arguments))
+        return list(await self.client.collective_rpc(method, args=arguments))
 
 
 def _raise_first(messages: list[str]) -> None:
-    """Raise the first error of "Kind: message", as one of ours if the kind is known."""
     for message in messages:
         if message:
-            kind, _, text = message.partition(": ")
-            known = getattr(selections, kind, None) or getattr(errors, kind, None)
-            if isinstance(known, type) and issubclass(known, errors.ShiraError):
-                raise known(text)
-            raise errors.ShiraError(message)
+            raise error_of(message)
+
+
+def error_of(message: str) -> errors.ShiraError:
+    """The error that a worker has told as "Kind: message"; a ShiraError if its kind is not one of ours."""
+    kind, _, text = message.partition(": ")
+    known = getattr(selections, kind, None) or getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, errors.ShiraError):
+        return known(text)
+    return errors.ShiraError(message)

@@ -1,42 +1,47 @@
 """vLLM's HTTP server with adapters: an entry point of vllm.endpoint_plugins, made when "shira" is in VLLM_PLUGINS."""
 
+import contextlib
 from typing import Any
 
+import prometheus_client
+from fastapi import FastAPI
+
+from ..adapter_routes import AdapterRoutes, watching
 from ..catalogue import Catalogue
+from ..gate import Gate, Keys
+from ..metrics import Metrics
 from .client import VllmEngine
-from .environment import PLUGIN, check_version, installed_version, options
+from .environment import PLUGIN, check_version, installed_version, settings
 from .naming import Naming
 
 __all__ = ["Endpoints"]
 
 
 class Endpoints:
-    """An endpoint plugin of vLLM."""
+    """An endpoint plugin of vLLM: the gate, names of selections, and the routes about adapters."""
 
     name = PLUGIN
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
         check_version(installed_version())
-        self._names: list[str] = []
-        self._catalogue: Catalogue | None = None
-        self._engine: VllmEngine | None = None
+        self._settings = settings()
+        self._engine = VllmEngine()
+        self._stack = contextlib.AsyncExitStack()
 
-    def attach_router(self, app: Any) -> None:
+    def attach_router(self, app: FastAPI) -> None:
         """Called once, before the engine is known."""
-        app.add_middleware(Naming, resolve=self._resolve, base=lambda: self._names[0], failure=self._failure)
+        arguments = app.state.args
+        self._catalogue = Catalogue(self._settings.adapters, list(arguments.served_model_name or [arguments.model]))
+        metrics = Metrics(prometheus_client.REGISTRY)  # where vLLM has its own
+        routes = AdapterRoutes(self._catalogue, self._engine, metrics)
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") != "/metrics"]
+        app.include_router(routes.router)
+        app.add_middleware(Naming, catalogue=self._catalogue, engine=self._engine, metrics=metrics)
+        keys = Keys.of_environment(arguments.host or "0.0.0.0")
+        app.add_middleware(Gate, settings=self._settings, keys=keys, metrics=metrics)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Called once, after the engine has started."""
-        self._names = list(args.served_model_name or [args.model])
-        self._engine = VllmEngine(engine_client)
-        self._catalogue = Catalogue(options().adapters, self._names)
-        self._catalogue.scan()
-
-    def _resolve(self, text: str) -> str:
-        assert self._catalogue is not None
-        return self._catalogue.resolve(text).key
-
-    async def _failure(self, key: str) -> str | None:
-        assert self._engine is not None
-        return await self._engine.failure(key)
+        self._engine.client = engine_client
+        await self._stack.enter_async_context(watching(self._catalogue, self._settings.scan))

@@ -1,68 +1,76 @@
-"""What the vLLM engine is told by environment variables, which reach all its processes; and which versions of vLLM fit."""
+"""What the vLLM engine is told by environment variables, which reach all its processes; and which versions of vLLM fit.
 
-import math
+Every setting of `shira serve` can be given so: SHIRA_ADAPTERS, SHIRA_QUANTUM, SHIRA_PATIENCE, SHIRA_READY, SHIRA_MAX_BODY, …
+"""
+
+import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-from ...errors import MissingExtra, ShiraError
+from ...errors import DataError, MissingExtra, ShiraError
+from ...runs.options import kinds
 from ...texts import shown
+from ..settings import Settings
 
-__all__ = ["FIELD", "PLUGIN", "TESTED", "Options", "check_version", "classes", "installed_version", "options", "variables"]
+__all__ = ["ADAPTERS", "FIELD", "PLUGIN", "TESTED", "check_version", "classes", "installed_version", "settings", "variables"]
 
 TESTED = ("0.32.0",)  # versions of vLLM: parts that are not public are used (the scheduler, the recording of loaded weights)
 PLUGIN = "shira"  # its name in VLLM_PLUGINS
 FIELD = "shira"  # of `SamplingParams.extra_args` (HTTP: vllm_xargs) and of SchedulerOutput, where a selection's key is
+ADAPTERS = "SHIRA_ADAPTERS"  # the served folder; without it vLLM is left as it is
 ANY_VERSION = "SHIRA_ANY_VLLM"
-Kind = TypeVar("Kind", int, float)
 
 
-class Options(NamedTuple):
-    """adapters: the served folder. The rest: see `Turns` and `Resident`."""
-
-    adapters: str
-    quantum: int = 16
-    patience: float = 2.0
-    ready: int = 8
-
-
-NAMES = {field: f"SHIRA_{field.upper()}" for field in Options._fields}  # field -> environment variable
-
-
-def options() -> Options:
-    """The options in the environment. Raises ShiraError if one is missing or not possible."""
-    folder = os.environ.get(NAMES["adapters"], "")
-    if not folder or not Path(folder).is_dir():
-        raise ShiraError(f"{NAMES['adapters']} must be the folder that adapters are served from, found {shown(folder)}")
-    made = Options(folder)
-    return made._replace(
-        quantum=_number("quantum", int, made.quantum, 1),
-        patience=_number("patience", float, made.patience, 0),
-        ready=_number("ready", int, made.ready, 1),
-    )
+def settings() -> Settings:
+    """The settings in the environment. Raises ShiraError, which names the variable, if one is not possible."""
+    values: dict[str, Any] = {}
+    for field, allowed in kinds(Settings):
+        text = os.environ.get(_variable(field.name), "")
+        if not text:
+            continue
+        try:
+            values[field.name] = _value(text, field.metadata["parse"], allowed)
+            Settings(**{field.name: values[field.name]})
+        except DataError as error:
+            raise ShiraError(f"{_variable(field.name)}: {str(error).removeprefix('recipe: ')}") from None
+    if not Path(values.get("adapters", "")).is_dir() or not values.get("adapters"):
+        raise ShiraError(
+            f"{ADAPTERS} must be the folder that adapters are served from, found {shown(os.environ.get(ADAPTERS))}"
+        )
+    return Settings(**values)
 
 
-def _number(field: str, kind: Callable[[str], Kind], default: Kind, least: int) -> Kind:
-    text = os.environ.get(NAMES[field], str(default))
-    try:
-        number = kind(text)
-    except ValueError:
-        number = kind("-1")
-    if not math.isfinite(number) or number < least:
-        raise ShiraError(f"{NAMES[field]} must be a number from {least} on, found {shown(text)}")
-    return number
+def _variable(name: str) -> str:
+    return f"SHIRA_{name.upper()}"
 
 
-def variables(chosen: Options) -> dict[str, str]:
-    """The environment variables that say these options, and those that let vLLM run with this engine."""
-    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name and name != PLUGIN]
-    own = {NAMES[field]: str(value) for field, value in chosen._asdict().items()}
-    own[NAMES["adapters"]] = str(Path(chosen.adapters).absolute())
-    return {**own, "VLLM_PLUGINS": ",".join([*plugins, PLUGIN]), "VLLM_USE_V2_MODEL_RUNNER": "0"}
+def _value(text: str, parse: Any, allowed: tuple[Any, ...]) -> Any:
+    """The value of a text. A text that is no number stays a text, which `Settings` then refuses."""
+    if parse is not None:
+        return parse(text)
+    for kind in (int, float):
+        if kind in allowed:
+            try:
+                return kind(text)
+            except ValueError:
+                return text
+    return text
 
 
-def classes() -> dict[str, Any]:
+def variables(chosen: Settings) -> dict[str, str]:
+    """The environment variables that say these settings, and those that let vLLM run with this engine."""
+    said = {}
+    for field in dataclasses.fields(chosen):
+        value = getattr(chosen, field.name)
+        if value is not None and value != field.default:
+            said[_variable(field.name)] = ",".join(value) if isinstance(value, list) else str(value)
+    said[ADAPTERS] = str(Path(chosen.adapters).absolute())
+    others = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name and name != PLUGIN]
+    return {**said, "VLLM_PLUGINS": ",".join([*others, PLUGIN]), "VLLM_USE_V2_MODEL_RUNNER": "0"}
+
+
+def classes() -> dict[str, str]:
     """The arguments of vLLM that choose our scheduler and worker."""
     place = f"{__package__}.engine"
     return {"scheduler_cls": f"{place}.Scheduler", "worker_cls": f"{place}.Worker"}

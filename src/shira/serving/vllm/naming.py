@@ -9,7 +9,11 @@ from typing import Any
 
 from ...errors import ShiraError
 from ...texts import shown
-from ..selections import UnknownAdapter
+from ..catalogue import Catalogue
+from ..metrics import Metrics
+from ..problems import error_body, status_of
+from ..selections import SelectionError
+from .client import VllmEngine
 from .environment import FIELD
 
 __all__ = ["Naming"]
@@ -22,20 +26,10 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Naming:
-    """Plain ASGI, so that streams pass through.
+    """Plain ASGI, so that streams pass through."""
 
-    resolve: a request's `model` -> the key of its selection; it raises ShiraError. base: the name that vLLM knows the model by.
-    failure: key -> why the last switch to it has failed.
-    """
-
-    def __init__(
-        self,
-        app: Any,
-        resolve: Callable[[str], str],
-        base: Callable[[], str],
-        failure: Callable[[str], Awaitable[str | None]],
-    ) -> None:
-        self._app, self._resolve, self._base, self._failure = app, resolve, base, failure
+    def __init__(self, app: Any, catalogue: Catalogue, engine: VllmEngine, metrics: Metrics) -> None:
+        self._app, self._catalogue, self._engine, self._metrics = app, catalogue, engine, metrics
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -49,47 +43,67 @@ class Naming:
         except (ValueError, RecursionError):
             await self._app(scope, _again(content, receive), send)  # vLLM says what is wrong with it
             return
-        if any(True for _ in _smuggled(data)):
-            return await _error(send, 400, f"'{FIELD}' is not a field for clients; name the adapter in 'model'")
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path not in ROUTES or not isinstance(data, dict) or data.get("model") in (None, ""):
+        try:
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            key = self._name(path, data)
+        except ShiraError as error:
+            await self._tell(send, error)
+            return
+        if key is None:
             await self._app(scope, _again(content, receive), send)
             return
-        try:
-            if not isinstance(data["model"], str):
-                return await _error(send, 400, f"'model' must be a text, found {shown(data['model'])}")
-            key = self._resolve(data["model"])
-        except UnknownAdapter as error:
-            return await _error(send, 404, str(error))
-        except ShiraError as error:
-            return await _error(send, 400, str(error))
-        data["model"] = self._base()
-        if key:
-            given = data.get("vllm_xargs")
-            if given is not None and not isinstance(given, dict):
-                return await _error(send, 400, f"'vllm_xargs' must be an object, found {shown(given)}")
-            data["vllm_xargs"] = {**(given or {}), FIELD: key}
         content = json.dumps(data).encode()
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(content)).encode())]}
-        await self._app(scope, _again(content, receive), self._with_reason(key, send) if key else send)
+        with self._metrics.opened(key):
+            await self._app(scope, _again(content, receive), self._with_reason(key, send) if key else send)
+
+    def _name(self, path: str, data: Any) -> str | None:
+        """The key of a request's selection, which is written into it; None if the request is left as it is.
+
+        Raises UnknownAdapter and SelectionError.
+        """
+        if any(True for _ in _smuggled(data)):
+            raise SelectionError(f"'{FIELD}' is not a field for clients; name the adapter in 'model'")
+        if path not in ROUTES or not isinstance(data, dict) or data.get("model") in (None, ""):
+            return None
+        key = self._catalogue.resolve(data["model"]).key
+        data["model"] = self._catalogue.base[0]
+        if key:
+            given = data.get("vllm_xargs") or {}
+            if not isinstance(given, dict):
+                raise SelectionError(f"'vllm_xargs' must be an object, found {shown(given)}")
+            data["vllm_xargs"] = {**given, FIELD: key}
+        return key
+
+    async def _tell(self, send: Send, error: Exception) -> None:
+        content = json.dumps(error_body(error, str(self._catalogue.folder))).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        await send({"type": "http.response.start", "status": status_of(error), "headers": headers})
+        await send({"type": "http.response.body", "body": content})
 
     def _with_reason(self, key: str, send: Send) -> Send:
         """Answers of vLLM that say no more than that a request failed, with the reason of a failed switch."""
-        failed: list[Message] = []
+        failed: list[Message] = []  # the beginning of an answer, then its body in parts
 
         async def write(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 500:
+            is_body = message["type"] == "http.response.body"
+            if failed or (message["type"] == "http.response.start" and message["status"] >= 500):
                 failed.append(message)
-            elif failed and message["type"] == "http.response.body":
-                if message.get("more_body"):
+                if not is_body or message.get("more_body"):
                     return
-                reason = await self._failure(key)
-                await _error(send, failed.pop()["status"], reason or "internal error; the server's log has the reason")
-            elif message["type"] == "http.response.body" and message.get("body", b"").startswith(b'data: {"error"'):
-                reason = await self._failure(key)
-                event = b"data: " + _described(500, reason) + b"\n\n" if reason else message["body"]
-                await send({**message, "body": event})
+                reason = await self._engine.failure(key)
+                if reason is not None:
+                    await self._tell(send, reason)
+                    return
+                for each in failed:
+                    await send(each)
+            elif is_body and message.get("body", b"").startswith(b'data: {"error"'):
+                reason = await self._engine.failure(key)
+                if reason is not None:
+                    told = json.dumps(error_body(reason, str(self._catalogue.folder))).encode()
+                    message = {**message, "body": b"data: " + told + b"\n\n"}
+                await send(message)
             else:
                 await send(message)
 
@@ -130,15 +144,3 @@ def _smuggled(data: Any) -> Iterator[None]:
             waiting += each.values()
         elif isinstance(each, list):
             waiting += each
-
-
-def _described(status: int, message: str) -> bytes:
-    kind = {400: "BadRequestError", 404: "NotFoundError"}.get(status, "InternalServerError")
-    return json.dumps({"error": {"message": message, "type": kind, "param": "model", "code": status}}).encode()
-
-
-async def _error(send: Send, status: int, message: str) -> None:
-    content = _described(status, message)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

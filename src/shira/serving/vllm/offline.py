@@ -11,13 +11,14 @@ from typing import Any
 
 from ..catalogue import SETTLED, Catalogue
 from ..selections import Selection, UnknownAdapter
-from .environment import FIELD, Options, check_version, classes, installed_version, variables
+from ..settings import Settings
+from .environment import FIELD, check_version, classes, installed_version, variables
 
 __all__ = ["llm", "sampling"]
 
 
 def llm(
-    model: str, *, adapters: str | os.PathLike[str], quantum: int = 16, patience: float = 2.0, ready: int = 8, **kwargs: Any
+    model: str, *, adapters: str | os.PathLike[str], quantum: int = 16, patience: float = 2.0, ready: int = 16, **kwargs: Any
 ) -> tuple[Any, Catalogue]:
     """A vllm.LLM that serves the adapters of a folder, and their catalogue.
 
@@ -28,7 +29,8 @@ def llm(
     check_version(installed_version())
     catalogue = Catalogue(adapters, [model])
     catalogue.scan()
-    os.environ.update(variables(Options(os.fspath(adapters), quantum, patience, ready)))
+    chosen = Settings(model=model, adapters=os.fspath(adapters), quantum=quantum, patience=patience, ready=ready)
+    os.environ.update(variables(chosen))
     from vllm import LLM
 
     return LLM(model, **classes(), **kwargs), catalogue

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from .environment import NAMES
+from .environment import ADAPTERS
 
 __all__ = ["register"]
 
@@ -15,7 +15,7 @@ def register() -> None:
     are read elsewhere leaves them as they are. The output layer has no such switch: vLLM keeps its weight, which may be that of
     the embedding, and computes with a packed copy.
     """
-    if not os.environ.get(NAMES["adapters"]):
+    if not os.environ.get(ADAPTERS):
         return
     from vllm.platforms import current_platform
 

@@ -89,9 +89,16 @@ class Ranks:
     """
 
     def __init__(
-        self, surface: Surface, mapped: Mapped, folder: str | os.PathLike[str], group: Group, *, ready: int = 8
+        self,
+        surface: Surface,
+        mapped: Mapped,
+        folder: str | os.PathLike[str],
+        group: Group,
+        *,
+        ready: int = 8,
+        host: int = 0,
     ) -> None:
-        self.resident = Resident(surface, folder, ready=ready, cut=self._cut)
+        self.resident = Resident(surface, folder, ready=ready, host=host, cut=self._cut)
         self._mapped, self._group = mapped, group
         self._evidence: dict[_File, tuple[Adapter, list[_Evidence]]] = {}
         self._compared: set[_File] = set()  # the same in all processes, because only `use` changes it

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ...errors import ShiraError
 from ..turns import Turns
-from .environment import FIELD, options
+from .environment import FIELD, settings
 
 __all__ = ["Step", "TurnScheduler", "key_of", "salted"]
 
@@ -65,7 +65,7 @@ class TurnScheduler:
         super().__init__(*args, **kwargs)
         if self.use_v2_model_runner:
             raise ShiraError("vLLM's model runner V2 was not tried with adapters; set VLLM_USE_V2_MODEL_RUNNER=0")
-        chosen = options()
+        chosen = settings()
         self.turns = Turns(quantum=chosen.quantum, patience=chosen.patience)
         self._key = ""
         self._stuck: set[str] = set()  # selections whose last step got no token, because of the KV cache

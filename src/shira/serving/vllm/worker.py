@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,13 +21,15 @@ from torch import Tensor, nn
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import CheckpointError, ShiraError
 from ..selections import of_key
-from .environment import FIELD, Options, options
+from ..settings import Settings
+from .environment import FIELD, settings
 from .mapping import Mapped, Surface, landings, verified
 from .ranks import Alone, Group, Ranks, Together
 
 __all__ = ["SwitchingWorker", "mapped_surface", "without_requests"]
 
 MOST_REASONS = 1024  # selections whose last failure is remembered
+LATELY = 60.0  # seconds
 MOST_TICKETS = 1024  # results of work in the thread that nobody has asked for
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's, so that it is shown as vLLM's own
 
@@ -46,19 +50,19 @@ class SwitchingWorker:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As in vLLM. Then it is found out where the checkpoint's tensors are in the model."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        self.shira_take_up(self.model_runner.get_model(), self.shira_checkpoint(), self.shira_group(), options())
+        self.shira_take_up(self.model_runner.get_model(), self.shira_checkpoint(), self.shira_group(), settings())
 
-    def shira_take_up(self, model: nn.Module, checkpoint: Checkpoint, group: Group, chosen: Options) -> None:
+    def shira_take_up(self, model: nn.Module, checkpoint: Checkpoint, group: Group, chosen: Settings) -> None:
         """Serve adapters on this model from now on."""
         surface, mapped = mapped_surface(model, checkpoint)
         self._model, self._ready = model, chosen.ready
-        self._ranks = Ranks(surface, mapped, chosen.adapters, group, ready=chosen.ready)
+        self._ranks = Ranks(surface, mapped, chosen.adapters, group, ready=chosen.ready, host=chosen.host_ready)
         self._thread = ThreadPoolExecutor(1, "shira")
         self._tickets: OrderedDict[int, Future[Any]] = OrderedDict()
         self._numbers = itertools.count()
         self._upcoming: tuple[str, ...] = ()
         self._failed: set[str] = set()  # requests that have failed here, until the scheduler says that they have ended
-        self._reasons: OrderedDict[str, str] = OrderedDict()
+        self._reasons: OrderedDict[str, tuple[float, str]] = OrderedDict()  # key -> when, and why a switch has failed
         self._answer: Any = None
 
     def shira_checkpoint(self) -> Checkpoint:
@@ -94,13 +98,14 @@ class SwitchingWorker:
         scheduled = scheduler_output.num_scheduled_tokens
         if step is not None and scheduled:
             try:
-                if not self._failed.isdisjoint(scheduled):
-                    raise ShiraError(self._reasons.get(step.key, "the step before has failed"))
-                self._ranks.use(step.key)
+                if self._failed.isdisjoint(scheduled):
+                    self._ranks.use(step.key)
             except Exception as error:
                 logger.error("the switch to %s failed: %s", _shown(step.key), error)
-                self._remember(step.key, str(error))
+                self._remember(step.key, _told(error))
                 self._failed.update(scheduled)
+            if not self._failed.isdisjoint(scheduled):
+                self._failed.update(scheduled)  # with those that have come since
                 super().execute_model(without_requests(scheduler_output))  # type: ignore[misc]
                 self._answer = self.shira_answer(list(scheduled))
                 return None
@@ -145,14 +150,14 @@ class SwitchingWorker:
         if not future.done():
             return None
         error = future.exception()
-        return "" if error is None else f"{type(error).__name__}: {error}"
+        return "" if error is None else _told(error)
 
     def shira_agree(self, key: str) -> str:
         """After `shira_prefetch` of this key: compare fingerprints with the other processes. "" or the error's message."""
         try:
             self._ranks.agree(key)
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return _told(error)
         return ""
 
     def shira_tiers(self) -> dict[str, Any]:
@@ -160,8 +165,9 @@ class SwitchingWorker:
         return self._ranks.resident.tiers()
 
     def shira_failure(self, key: str) -> str | None:
-        """Why the last switch to a selection has failed; None if none has."""
-        return self._reasons.get(key)
+        """Why a switch to a selection has failed in the last minute, as "Kind: message"; None if none has."""
+        when, reason = self._reasons.get(key, (-math.inf, ""))
+        return reason if time.monotonic() - when < LATELY else None
 
     def shira_checksum(self) -> tuple[str, str]:
         """SHA-256 of the bits of all weights as they are now, and of their addresses."""
@@ -187,10 +193,14 @@ class SwitchingWorker:
             self._upcoming = upcoming
 
     def _remember(self, key: str, reason: str) -> None:
-        self._reasons[key] = reason
+        self._reasons[key] = time.monotonic(), reason
         self._reasons.move_to_end(key)
         while len(self._reasons) > MOST_REASONS:
             self._reasons.popitem(last=False)
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _shown(key: str) -> str:
