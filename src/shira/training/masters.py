@@ -217,7 +217,7 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo)
         for each in masters:
             each.dense = False
 
-    with undo.part() as steps:
+    with undo.inner() as steps:
         steps.callback(back)
         for each in masters:
             each.dense = True

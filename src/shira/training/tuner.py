@@ -208,7 +208,7 @@ class Tuner:
     def masters(self, wish: str) -> dict[str, Masters]:
         """Tensor name -> its masters. Raises TuningError if they may not change now; `wish` completes the message."""
         masters = self._masters
-        self.at_detach.finish_parts()
+        self.at_detach.finish_inner()
         if self._stage != ATTACHED or len(masters) < len(self._entries) or any(each.dense for each in masters.values()):
             raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
         self._check_whole()
