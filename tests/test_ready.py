@@ -34,9 +34,12 @@ def test_what_is_ready_is_bounded(tmp_path):
         switcher.use(str(seed))
         assert len(switcher._ready.here) <= 3
     assert list(dict(key.strengths) for key in switcher._ready.here) == [{"7": 1.0}, {"8": 1.0}, {"9": 1.0}]
+    switcher.use("7")  # so 8 is now the one used longest ago
+    switcher.use("0")
+    assert list(dict(key.strengths) for key in switcher._ready.here) == [{"9": 1.0}, {"7": 1.0}, {"0": 1.0}]
     switcher.use(None)
     assert same_bits(before, all_bits(model))
-    switcher.remove("8")
+    switcher.remove("9")
     assert len(switcher._ready.here) == 2
     with pytest.raises(SwitchError, match="ready must be a whole number from 1 on"):
         Switcher(model, ready=0)
