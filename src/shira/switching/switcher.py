@@ -364,7 +364,7 @@ class Switcher:
 
     def _undo_overflow(self, wanted: Chosen, plan: WritePlan, before: Chosen) -> None:
         """Return to what was active before, and raise AdapterError: sums that were computed while writing are not finite."""
-        weight = next(part.weight for part in plan.parts if not all_finite(part.values))
+        weight = next(write.weight for write in plan.writes if not all_finite(write.values))
         name = next(name for name, other in self._now.weights.items() if other is weight)
         self._ready.forget(wanted)
         self._settle()
