@@ -204,7 +204,7 @@ class Switcher:
             return [{name: as_given(strength) for name, strength in key.strengths} for key in self._ready.here]
 
     def base_values(self, name: str, indices: Tensor) -> Tensor:
-        """The base's values at sorted positions [k] of one of the model's tensors, whatever is active. Raises what `use` does."""
+        """The base's values at sorted positions [k] of a tensor, whatever is active. Raises what `use` raises."""
         with self._turn, _writable():
             self._follow()
             return self._now.base_at(self._now.weights[name], indices, self._state.plans)
