@@ -27,6 +27,7 @@ class What(StrEnum):
     diffusers = "diffusers"
     pipelines = "pipelines"
     unet = "unet"
+    serve = "serve"
 
 
 ON_A_GPU = (What.switch, What.scale, What.train, What.products)
@@ -39,7 +40,8 @@ def bench(
             help="switch: one weight. scale: LLaMA2-7B's shape. train: a step, and memory. files: bytes. load: from a file. "
             "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size. distributed: what two processes send. "
             "products: ways to a gradient, on a GPU. diffusers: adapters of an image pipeline. "
-            "pipelines: SD-1.5 and SDXL, from file to weights and back; five of many adapters. unet: training UNets."
+            "pipelines: SD-1.5 and SDXL, from file to weights and back; five of many adapters. unet: training UNets. "
+            "serve: a server of many adapters, its base and its peers."
         ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Where to save a plot (PNG).", show_default=False)] = None,

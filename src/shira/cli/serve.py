@@ -30,7 +30,8 @@ def serve(**options: Any) -> None:
         if not value:
             raise typer.BadParameter(f"give {name}", param_hint=hint)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("shira").setLevel(logging.INFO)
+    for name in ("shira", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         if _engine(settings.engine) == "vllm":
             from ..serving.vllm.server import serve as run

@@ -93,7 +93,9 @@ def serve(settings: Settings) -> None:
     engine, catalogue = built(model, tokenizer, settings)
     made = app(engine, catalogue, tokenizer, settings, defaults_of(model), Keys.of_environment(settings.host))
     seconds = max(1, round(settings.shutdown_timeout))
-    uvicorn.run(made, host=settings.host, port=settings.port, timeout_graceful_shutdown=seconds, log_level="warning")
+    uvicorn.run(
+        made, host=settings.host, port=settings.port, timeout_graceful_shutdown=seconds, access_log=False, log_config=None
+    )
 
 
 def base_name(model: str) -> str:

@@ -1,0 +1,213 @@
+"""Tokens a second and waiting of a server with many adapters, beside its base alone and its peers, in one run.
+
+Each server is a process of its own, and this process is its clients. The cells of a server are measured in turn, several times
+over, so that the machine's moods meet all of them. The peers in this process answer the same requests without HTTP.
+"""
+
+import asyncio
+import os
+import re
+import statistics
+import tempfile
+import time
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from shira.data.models import SMOLLM2, model_path
+from shira.integrations.transformers import load_model, load_tokenizer
+
+from .common import report, show
+from .serving_load import Answer, Asked, asked_of, load, make_adapters, serving
+
+VLLM = "SHIRA_VLLM_PYTHON"  # environment variable: an interpreter with vLLM (`make serve-vllm` makes one)
+TOKENS, WORDS = 16, 12  # of an answer; of a prompt
+ADAPTERS = (0, 1, 2, 8, 100)  # 0: the base alone
+CLIENTS = (1, 8, 64)
+SKEW = 1.2  # of the skewed load: the adapter of rank r is asked for in proportion to r to the power of -1.2
+RANK = 4  # of LoRA: about as many parameters as 1 % of the linear weights
+ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+class Cell(NamedTuple):
+    """What is measured: so many clients over so many adapters."""
+
+    clients: int
+    adapters: int
+    skew: float = 0.0
+
+    def requests(self, names: list[str], seed: int) -> list[Asked]:
+        count = {1: 4, 8: 16}.get(self.clients, self.clients)
+        models = names[: self.adapters] or ["base"]
+        return asked_of(models, count, TOKENS, seed, self.skew, WORDS)
+
+
+def cells(quick: bool) -> list[Cell]:
+    if quick:
+        return [Cell(2, 0), Cell(2, 2)]
+    plain = [Cell(clients, adapters) for clients in CLIENTS for adapters in ADAPTERS if adapters != 2 or clients > 1]
+    return plain + [Cell(clients, adapters, SKEW) for clients in CLIENTS[1:] for adapters in (8, 100)]
+
+
+def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
+    """Transformers' engine; vLLM's engine and vLLM's LoRA if SHIRA_VLLM_PYTHON names an interpreter with vLLM; PEFT."""
+    warnings.simplefilter("ignore")
+    repeats = 1 if quick else 3
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = load_model(SMOLLM2, "float32")
+        (folder / "shira").mkdir()
+        names = make_adapters(model, folder / "shira", 4 if quick else 100)
+        loras = save_loras(model, folder / "lora", names[: 2 if quick else 8])
+        del model
+        rows = measured("shira, Transformers", engine(folder, "transformers"), names, cells(quick), repeats)
+        if python := os.environ.get(VLLM):
+            rows += measured("shira, vLLM", engine(folder, "vllm", python), names, cells(quick), repeats)
+            few = [cell for cell in cells(quick) if cell.adapters <= len(loras)]
+            rows += measured("LoRA, vLLM", vllm_lora(folder, python, loras), names, few, repeats)
+        rows += peft_rows(folder, loras, quick)
+    show("serve", rows, lambda row: f"{row['setup']}, {row['clients']} clients, {row['adapters']} adapters", plot)
+    return rows
+
+
+def engine(folder: Path, name: str, python: str = "") -> Any:
+    """A server of shira."""
+    command = (
+        [python, "-c", "from shira.cli import main; main()", "serve", SMOLLM2, "--adapters", str(folder / "shira")]
+        if python
+        else []
+    )
+    given = ["--engine", name, "--dtype", "float32", "--served-model-name", "base"]
+    return serving(SMOLLM2, folder / "shira", folder / f"{name}.log", *given, command=command, environment=ON_CPU)
+
+
+def vllm_lora(folder: Path, python: str, loras: list[str]) -> Any:
+    """vLLM's own server with LoRA adapters: all may be in one batch."""
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path(SMOLLM2), "--dtype", "float32"]
+    given = ["--served-model-name", "base", "--enable-lora", "--max-loras", str(len(loras)), "--max-lora-rank", "8"]
+    modules = ["--lora-modules", *(f"{name}={folder / 'lora' / name}" for name in loras)]
+    limits = ["--max-num-seqs", "64", "--max-num-batched-tokens", "512", "--max-model-len", "2048"]
+    return serving("", None, folder / "lora.log", *given, *limits, *modules, command=command, environment=ON_CPU)
+
+
+def measured(setup: str, started: Any, names: list[str], wanted: list[Cell], repeats: int) -> list[dict[str, Any]]:
+    """Medians of each cell on one server. The first turn warms up, and is not counted."""
+    found: dict[Cell, list[dict[str, float]]] = {cell: [] for cell in wanted}
+    with started as server:
+        for turn in range(-1, repeats):
+            for cell in wanted:
+                requests = cell.requests(names, seed=turn)
+                if turn < 0:
+                    requests = requests[: 2 * max(1, min(cell.clients, 8))]
+                before = counted(server.url)
+                answers, seconds = asyncio.run(load(server.url, requests, cell.clients))
+                if turn >= 0:
+                    after = counted(server.url)
+                    spent = {name: after[name] - before[name] for name in after}
+                    found[cell].append(figures(answers, seconds) | rates(spent, seconds))
+    rows = []
+    for cell, runs in found.items():
+        medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        rows.append(
+            {"setup": setup, **cell._asdict(), **medians, "tokens_a_second_runs": [run["tokens_a_second"] for run in runs]}
+        )
+        report(rows[-1])
+    return rows
+
+
+def figures(answers: list[Answer], seconds: float) -> dict[str, float]:
+    bad = [answer for answer in answers if answer.status != 200 or answer.error]
+    if bad:
+        raise RuntimeError(f"{len(bad)} requests failed, the first with {bad[0]}")
+    whole, first = sorted(answer.whole for answer in answers), [answer.first for answer in answers]
+    p99 = whole[min(len(whole) - 1, int(0.99 * len(whole)))]
+    return {
+        "tokens_a_second": len(answers) * TOKENS / seconds,
+        "first_token_p50": statistics.median(first),
+        "answer_p50": statistics.median(whole),
+        "answer_p99": p99,
+    }
+
+
+def counted(url: str) -> dict[str, float]:
+    """What the server says of its switches so far; 0 if it says nothing."""
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    values = dict(re.findall(r"^(shira_switch(?:es|_seconds)_total) (\S+)$", text, re.MULTILINE))
+    return {name: float(values.get(f"shira_{name}_total", 0)) for name in ("switches", "switch_seconds")}
+
+
+def rates(spent: dict[str, float], seconds: float) -> dict[str, float]:
+    return {"switches_a_second": spent["switches"] / seconds, "share_of_switching": spent["switch_seconds"] / seconds}
+
+
+def save_loras(model: Any, folder: Path, names: list[str]) -> list[str]:
+    """Random LoRA adapters on all linear weights, saved as PEFT saves them."""
+    import peft
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, config)
+    for name in names:
+        wrapped.save_pretrained(folder, selected_adapters=[name])
+    wrapped.unload()
+    return names
+
+
+def peft_rows(folder: Path, loras: list[str], quick: bool) -> list[dict[str, Any]]:
+    """PEFT in this process: `set_adapter` and merge/unmerge before each request, and one mixed batch of all clients."""
+    import peft
+
+    model, tokenizer = load_model(SMOLLM2, "float32"), load_tokenizer(SMOLLM2)
+    wrapped = peft.PeftModel.from_pretrained(model, folder / "lora" / loras[0], adapter_name=loras[0])
+    for name in loras[1:]:
+        wrapped.load_adapter(folder / "lora" / name, adapter_name=name)
+    wrapped.eval()
+    rows = []
+    for cell in [Cell(2, 2)] if quick else [Cell(8, 1), Cell(8, 8), Cell(64, 8)]:
+        requests = cell.requests(loras, seed=0)
+        ways = {"LoRA, PEFT set_adapter": set_adapter, "LoRA, PEFT merged": merged, "LoRA, PEFT mixed batch": mixed}
+        for setup, way in ways.items():
+            some = requests if way is mixed else requests[:8]  # one at a time: a few tell the rate
+            began = time.perf_counter()
+            for _ in way(wrapped, tokenizer, some, cell.clients):
+                pass
+            seconds = time.perf_counter() - began
+            row = {"setup": setup, **cell._asdict(), "tokens_a_second": len(some) * TOKENS / seconds}
+            rows.append(row)
+            report(row)
+    return rows
+
+
+Way = Callable[[Any, Any, list[Asked], int], Iterator[None]]
+
+
+def set_adapter(model: Any, tokenizer: Any, requests: list[Asked], clients: int) -> Iterator[None]:
+    for asked in requests:
+        model.set_adapter(asked.model)
+        yield generated(model, tokenizer, [asked])
+
+
+def merged(model: Any, tokenizer: Any, requests: list[Asked], clients: int) -> Iterator[None]:
+    for asked in requests:
+        model.set_adapter(asked.model)
+        model.merge_adapter([asked.model])
+        yield generated(model, tokenizer, [asked])
+        model.unmerge_adapter()
+
+
+def mixed(model: Any, tokenizer: Any, requests: list[Asked], clients: int) -> Iterator[None]:
+    for first in range(0, len(requests), clients):
+        batch = requests[first : first + clients]
+        yield generated(model, tokenizer, batch, adapter_names=[asked.model for asked in batch])
+
+
+def generated(model: Any, tokenizer: Any, batch: list[Asked], **options: Any) -> None:
+    inputs = tokenizer([asked.prompt for asked in batch], return_tensors="pt", padding=True, padding_side="left")
+    with torch.no_grad():
+        model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0, **options)
