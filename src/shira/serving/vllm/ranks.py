@@ -102,7 +102,7 @@ class Ranks:
         self._mapped, self._group = mapped, group
         self._evidence: dict[_File, tuple[Adapter, list[_Evidence]]] = {}
         self._compared: set[_File] = set()  # the same in all processes, because only `use` changes it
-        self._active = ""
+        self._active: str | None = ""  # None: as in `Resident`
 
     def use(self, key: str) -> bool:
         """`Resident.use` in all processes. Returns whether it was another selection than before.
@@ -115,8 +115,9 @@ class Ranks:
             self.agree(key)
             self._agree(lambda: self.resident.use(key))
         except BaseException:
-            self._active = ""
+            self._active = None
             self.resident.use("")
+            self._active = ""
             raise
         self._active = key
         return True
