@@ -57,9 +57,9 @@ class Server:
             return json.loads(answer.read())
 
     def written(self, prompt, selection, tokens=12):
-        """What Transformers writes."""
+        """What Transformers writes, in letters with blanks between them, as vLLM shows them after a prompt."""
         answer = self.oracle.answer([LETTERS.index(letter) for letter in prompt], selection, tokens)
-        return " ".join(LETTERS[token] for token in answer)
+        return "".join(f" {LETTERS[token]}" for token in answer)
 
     def ask(self, prompt, model, **options):
         options = {

@@ -12,6 +12,7 @@ These questions are only asked by `Ranks.use`, which the engine calls in the sam
 threads (reading ahead) asks nothing.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -113,14 +114,17 @@ class Ranks:
             return False
         try:
             self.agree(key)
-            self._agree(lambda: self.resident.use(key))
-        except BaseException:
+            self._agree(functools.partial(self._put, key))
+        except Exception:  # it was raised in all processes
             self._active = None
-            self.resident.use("")
+            self._agree(functools.partial(self._put, ""))
             self._active = ""
             raise
         self._active = key
         return True
+
+    def _put(self, key: str) -> None:
+        self.resident.use(key)
 
     def _agree(self, call: Callable[[], Any]) -> None:
         """Make a call. Raise an error if it has failed in any process, or has returned different things."""
