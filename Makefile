@@ -1,14 +1,18 @@
 # `make demo`, `make demo-image` and `make test` set up .venv once; `touch constraints.txt` makes them do it again.
 PYTHON ?= python3
 BIN := .venv/bin
-# -qq: errors alone, so that notes of pip do not hide ours. --no-build-isolation builds with the pinned setuptools of the environment itself
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# -qq: errors alone, so that notes of pip do not hide ours. --no-compile: a module is compiled when it is first imported, most never are.
+# --no-build-isolation builds with the pinned setuptools of the environment itself
+PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 
 # a process a processor, four at most: each real model takes 2 GB
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# targets side by side, which all must succeed: in a log the output of each in one piece, in a terminal as it is written
+TOGETHER := --no-print-directory --jobs $(if $(MAKE_TERMOUT),,--output-sync=target)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-image emoji-model test test-slow test-quantized test-deepspeed test-vllm serve-vllm test-gpu test-sanitized soak dist lint clean
+.PHONY: help demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-vllm serve-vllm test-gpu test-sanitized soak dist lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,11 +35,20 @@ emoji-model: .venv/ready ## train a text-to-image model of 24 emoji from nothing
 	$(BIN)/python -m experiments.image.emoji train --concepts 24
 	$(BIN)/python -m experiments.image.emoji sample --concepts 24 --out emoji.png
 
-test: .venv/ready lint ## lint, types and tests, on tiny models and briefly on the real one
-	$(PYTEST) --dist worksteal -m "not slow"
+test: .venv/ready ## lint, types and tests, on tiny models and briefly on the real one
+	@$(MAKE) $(TOGETHER) lint tests-fast
 
 test-slow: .venv/ready ## the tests that take minutes: the whole demo, trainers on the real model
-	$(PYTEST) --dist load --maxschedchunk 1 -m slow
+	$(PYTEST) -m slow
+
+check: .venv/ready ## `make test dist test-slow`, all side by side, in less time
+	@$(MAKE) $(TOGETHER) lint dist tests
+
+tests: .venv/ready
+	$(PYTEST)
+
+tests-fast: .venv/ready
+	$(PYTEST) -m "not slow"
 
 test-quantized: .venv/ready ## tests on torchao's and bitsandbytes' layers, which it installs; both are noisy when imported
 	$(PIP) --no-build-isolation --editable '.[dev,quantized]'

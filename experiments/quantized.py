@@ -68,7 +68,7 @@ def layers() -> None:
             head = {"layer": [out, inner], "way": way}
             with shira.attach(model, mask="wm", density=0.01, targets=["0"]) as tuner:
                 values = tuner.parameters()[0]
-                layout = tuner._entries[0].layout  # type: ignore[attr-defined]
+                layout = tuner._tuned[0].layout  # type: ignore[attr-defined]
                 own = [layout.indices, *layout.by_rows, *layout.by_columns, values]
                 print(json.dumps(head | {"entries": tuner.nnz, "bytes": sum(t.nbytes for t in own)}))
                 for tokens in TOKENS:

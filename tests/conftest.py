@@ -205,9 +205,24 @@ def run(monkeypatch, capsys):
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that no process is left alone with one of them at the end.
 
-    A process is given two tests to begin with, so the two longest do not stand beside each other.
+    pytest-xdist divides the list into one share for each process; later, a process without tests takes some from the end of
+    another's share. So each share begins with some of the longest tests.
     """
-    long = ("test_the_whole_demo", "test_the_commands_run", "at_pairs", "at_every_line")
-    long += ("test_readme", "test_real", "test_distributed", "test_streaming", "after a cast")
-    items.sort(key=lambda item: next((place for place, name in enumerate(long) if name in item.nodeid), len(long)))
-    items[1:3] = reversed(items[1:3])
+    names = ("test_the_whole_demo", "test_the_commands_run", "test_real", "test_readme", "at_every_line", "at_pairs")
+    names += ("test_distributed", "test_streaming", "after a cast")
+
+    def place(item):
+        found = (number for number, name in enumerate(names) if name in item.nodeid)
+        return next(found, len(names) + (item.get_closest_marker("slow") is None))
+
+    items.sort(key=place)
+    longest = [item for item in items if place(item) <= len(names)]
+    others, ordered = items[len(longest) :], []
+    shares = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    for number in range(shares):
+        size = (len(items) - len(ordered)) // (shares - number)
+        ordered += longest[number::shares]
+        count = size - len(longest[number::shares])
+        ordered += others[: max(0, count)]
+        del others[: max(0, count)]
+    items[:] = ordered + others

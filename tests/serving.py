@@ -107,7 +107,7 @@ class Served:
 
     @contextlib.contextmanager
     def listening(self):
-        """A real server on loopback; gives its address."""
+        """A real server on loopback; gives its address and the server."""
         import uvicorn
 
         server = uvicorn.Server(uvicorn.Config(self.app(), host="127.0.0.1", port=0, log_level="error"))
@@ -116,7 +116,7 @@ class Served:
         try:
             while not server.started and thread.is_alive():
                 threading.Event().wait(0.01)
-            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", server
         finally:
             server.should_exit = True
             thread.join(30)

@@ -153,9 +153,9 @@ def run(model, folder, *, engine="transformers", python=sys.executable, adapters
     for number, name in enumerate([*CONTENTS, *victims]):
         save_victim(weights, served / f"{name}.safetensors", number)
     selections = [*names, *sets_of(names, sets), *(["base"] if base else [])]
-    requests = [
-        asked._replace(model=selection) for selection in selections for asked in asked_of(["x"], prompts, tokens, seed=7)
-    ]
+    asked = asked_of(["x"], prompts, tokens, seed=7)
+    requests = [each._replace(model=selection) for selection in selections for each in asked]
+    requests += [TO_VICTIMS._replace(model=content) for content in CONTENTS]
     command = [python, "-c", SERVE, "serve", model, "--adapters", str(served), "--engine", engine]
     given = ["--served-model-name", "base", "--dtype", "float32", "--scan", "0.2", *options]
     log = Path(folder) / "server.log"
@@ -166,15 +166,15 @@ def run(model, folder, *, engine="transformers", python=sys.executable, adapters
         expected = dict(zip(requests, [answer.text for answer in alone], strict=True))
         found = asyncio.run(under_load(server, served, weights, expected, victims, total, clients, seconds))
         again, _ = asyncio.run(load(server.url, requests, 8))
-        wrong = [
-            (asked, expected[asked], answer)
-            for asked, answer in zip(requests, again, strict=True)
-            if answer.text != expected[asked]
-        ]
+        pairs = zip(requests, again, strict=True)
+        wrong = [(each, expected[each], answer) for each, answer in pairs if answer.text != expected[each]]
         assert server.process.poll() is None, "the server has ended"
     ended = server.process.returncode
-    texts = {each.prompt: len({expected[other] for other in requests if other.prompt == each.prompt}) for each in asked}
-    return found._replace(wrong=found.wrong + wrong), texts, len(selections), ended, log.read_text(errors="replace")
+    texts = collections.defaultdict(set)
+    for each in requests:
+        texts[each.prompt].add(expected[each])
+    distinct = [len(texts[each.prompt]) for each in asked]
+    return found._replace(wrong=found.wrong + wrong), distinct, len(selections), ended, log.read_text(errors="replace")
 
 
 def main():
@@ -190,7 +190,7 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="shira-answers-"))
     try:
         model = given.model or tiny_model(folder / "model")
-        found, texts, selections, ended, _ = run(
+        found, distinct, selections, ended, _ = run(
             model, folder, engine=given.engine, python=given.python, adapters=given.adapters, sets=given.sets,
             prompts=given.prompts, tokens=given.tokens, total=given.answers, clients=given.clients, seconds=given.seconds,
             options=given.options,
@@ -198,7 +198,7 @@ def main():
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{found.answers:,} answers of {selections} selections from {given.clients} clients in {found.seconds:.0f} s")
-    print(f"distinct answers to a prompt: {sorted(texts.values())} of {selections}; the server ended with {ended}")
+    print(f"distinct answers to a prompt: {distinct} of {selections}; the server ended with {ended}")
     for status, count in sorted(found.statuses.items(), key=str):
         print(f"  {status}: {count:,}")
     if found.memory:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shira
-from conftest import bits, mlp
-from shira import Adapter, AdapterError, SparseTensor
-from shira.adapter import opened
+from conftest import bits, mlp, random_adapter
+from shira import Adapter, AdapterError, BaseMismatch, SparseTensor
+from shira.adapter import opened, prefixed
+from shira.files.metadata import base_facts
 from shira.sparse.positions import index_dtype
 from shira.sparse.tensor import SHA256, all_finite, fingerprint
 
@@ -135,3 +136,20 @@ def test_what_an_adapter_a_tuner_and_a_switcher_say_of_themselves(tmp_path):
     )
     switcher._state = switcher._state._replace(chosen=None)
     assert "a switch was interrupted" in repr(switcher)
+
+
+def test_an_adapter_of_a_part_keeps_its_fingerprints():
+    """With the part's prefix before its names, it is still refused on another base."""
+    adapter = random_adapter(mlp(), 1)
+    whole = prefixed(adapter, "unet.")
+    assert whole.fingerprints == {f"unet.{name}": value for name, value in adapter.fingerprints.items()} != {}
+    shira.Switcher(torch.nn.ModuleDict({"unet": mlp()})).add("a", whole)
+    with pytest.raises(BaseMismatch, match="unet"):
+        shira.Switcher(torch.nn.ModuleDict({"unet": mlp(seed=5)})).add("a", whole)
+
+
+def test_of_a_base_in_a_folder_only_the_name_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "base").mkdir(parents=True)
+    assert base_facts("mine/base", ["float32"])["id"] == "base"
+    assert base_facts("mine/other", ["float32"])["id"] == "mine/other"  # a repository of the hub

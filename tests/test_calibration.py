@@ -285,7 +285,7 @@ def test_calibration_without_batches_inputs_or_labels(tiny_llama):
 PEAK = r"""
 import re, sys, torch, shira.masks.selector
 from torch import nn
-what, tokens = sys.argv[1], int(sys.argv[2])
+tokens = int(sys.argv[1])
 loss_fn = lambda model, batch: model(batch).float().square().mean()
 
 def train(model, batches):
@@ -306,29 +306,30 @@ def make(sides, layers):
 def status(key):
     return int(re.search(key + r":\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
 
-if what == "at once":
-    shira.masks.selector.TRAINING_BYTES = 2**40
+def peak(step):
+    model, batches = make(1024, 16)
+    open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts again from what the process has now
+    before = status("VmRSS")
+    step(model, batches)
+    return status("VmHWM") - before
+
 for step in (train, calibrate):  # what they load when they are first used counts for neither
     step(*make(64, 2))
-model, batches = make(1024, 16)
-before = status("VmRSS")
-(train if what == "train" else calibrate)(model, batches)
-print(status("VmHWM") - before)
+print(peak(train), peak(calibrate))
+shira.masks.selector.TRAINING_BYTES = 2**40
+print(peak(calibrate))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure a process's peak memory")
 @pytest.mark.parametrize("tokens", [16, pytest.param(1024, marks=pytest.mark.slow)])
 def test_calibration_takes_no_more_memory_than_a_training_step(tokens):
-    """A fresh process each: a training step; calibration on three batches as it is; and with all sums held at once, which
-    must take more, or this test could not fail. VmHWM and not ru_maxrss: that one starts from the parent's peak."""
-
-    def peak(what):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # give freed memory back at once
-        command = [sys.executable, "-c", PEAK, what, str(tokens)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
-
-    training, calibrating, at_once = peak("train"), peak("calibrate"), peak("at once")
+    """In a fresh process: a training step; calibration on three batches as it is; and with all sums held at once, which must
+    take more, or this test could not fail. VmHWM and not ru_maxrss: that one starts from the parent's peak."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # give freed memory back at once
+    command = [sys.executable, "-c", PEAK, str(tokens)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    training, calibrating, at_once = map(float, printed.split())
     print(f"training {training:.0f} MiB, calibrating {calibrating:.0f}, all sums at once {at_once:.0f}")
     assert calibrating <= training < at_once
 

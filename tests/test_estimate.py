@@ -44,7 +44,7 @@ def real(dtype, method, options):
         trained = [p for p in tuned.parameters() if p.requires_grad]
         return model, trained, {"adapter": sum(p.numel() * p.itemsize for p in trained)}
     tuner = shira.attach(model, targets=TARGETS, **options)
-    masters = tuner._entries
+    masters = tuner._tuned
     patterns = [each.pattern for each in masters if each.pattern is not None]
     held = [tensor for p in patterns for tensor in (p.lines, p.rest_rows, p.rest_columns, p.order)]
     held += [each.indices for each in masters]

@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from conftest import mlp, random_adapter
 from shira import FormatError
@@ -12,7 +14,7 @@ from shira.files import patches
 from shira.integrations import rl_patches
 from test_hostile_files import check
 from test_hostile_files import put as put_file
-from test_rl_patches import TENSORS, as_slime, as_trl
+from test_rl_patches import TENSORS, as_slime, as_trl, as_verl
 
 
 def put(path, params, positions=8, values=2, encoding="indices", **metadata):
@@ -59,6 +61,21 @@ def test_further_hostile_patches(tmp_path):
     for encoding in ("zip", "dense", "deltas"):
         refused = check(put(tmp_path / "x.safetensors", [ENTRY | {"shape": [1, 1]}], encoding=encoding))
         assert isinstance(refused["load"], FormatError)
+    for more in ({"positions": 16}, {"values": 3}):
+        refused = check(put(tmp_path / "x.safetensors", [ENTRY], **more))
+        assert "the params end at byte 8 of " in str(refused["load"])
+    short = ENTRY | {"pos_width": 2, "pos_end": 4}
+    refused = check(put(tmp_path / "x.safetensors", [short, short | {"name": "2.weight"}], positions=4, encoding="deltas"))
+    assert "tensor '2.weight': expected deltas from byte 4 and values from 2 on" in str(refused["load"])
+    refused = check(put(tmp_path / "x.safetensors", [ENTRY | {"pos_end": 0, "shape": [3, 1]}], positions=0, encoding="dense"))
+    assert "expected dense from byte 0 and values from 0 on, one for each position" in str(refused["load"])
+    refused = check(as_verl(tmp_path / "x.safetensors", encoding=["indices"]))
+    assert "an encoding of 'indices'" in str(refused["load"])
+    parts = {"__positions__": torch.zeros(2, dtype=torch.int32), "__values__": torch.zeros(2)}
+    save_file(parts, tmp_path / "x.safetensors", {"encoding": "indices", "params": json.dumps([ENTRY])})
+    assert "expected __positions__ to be bytes" in str(check(tmp_path / "x.safetensors")["load"])
+    save_file(parts | {"__delta_spec__": torch.tensor([ord("5")], dtype=torch.uint8)}, tmp_path / "x.safetensors")
+    assert "the manifest of the patch cannot be read" in str(check(tmp_path / "x.safetensors")["load"])
     refused = check(put(tmp_path / "x.safetensors", [ENTRY], checksum="5"))
     assert "another checksum" in str(refused["load"])
     refused = check(put(tmp_path / "x.safetensors", [ENTRY], checksum="5" * 5000))

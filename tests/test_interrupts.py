@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import os
 
 import pytest
 import torch
@@ -183,12 +184,12 @@ def test_two_interrupts_as_attach_returns():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # struck where python drops a generator
 @pytest.mark.parametrize("call", CALLS)
 def test_interrupts_at_every_line(call):
-    lines_of(call, 1, 1, 0)
+    assert lines_of(call, 1, 1, 0) > 20
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("begin", [1, 8])  # every seventh line in two halves, which two processes can share
 @pytest.mark.parametrize("call", CALLS)
-def test_interrupts_at_pairs(call, begin):
-    lines_of(call, begin, 14, 5)
+def test_interrupts_at_pairs(call):
+    """Every seventh line, with every fifth call or return after it, in `make soak`; here about a twelfth of these pairs."""
+    assert lines_of(call, 1, *((7, 5) if os.environ.get("SHIRA_LONG") else (31, 13))) > 20

@@ -87,9 +87,9 @@ def test_a_plan_over_many_tensors_and_dtypes(name, density):
         versions = [weight._version for weight in weights]
         with kernels.backend(name):
             kernels.swap_(plan)
-        assert plan.begun[0] == len(plan.parts)
+        assert plan.begun[0] == len(plan.writes)
         assert all(weight._version > version for weight, version in zip(weights, versions, strict=True) if weight.numel())
-        for part, stash, old in zip(plan.parts, plan.stash, before, strict=True):
+        for part, stash, old in zip(plan.writes, plan.stash, before, strict=True):
             expected = old.view(part.weight.dtype).clone()
             assert torch.equal(bits(stash), bits(expected[part.indices.long()]))
             expected[part.indices.long()] = part.values
@@ -157,12 +157,12 @@ def test_entries_that_others_have_written_are_seen_and_nothing_is_written(name, 
     large = act == "scaled"
     weights = [torch.randn(500 if large else 1, 40), torch.randn(900 if large else 1, 30).bfloat16()]
     plan = plan_over(weights, 0.5 if large else 0.2, 1)
-    assert large or all(0 < part.indices.numel() <= 16 for part in plan.parts)
-    other = kernels.WritePlan.of([part._replace(values=part.values.flip(0)) for part in plan.parts])
+    assert large or all(0 < part.indices.numel() <= 16 for part in plan.writes)
+    other = kernels.WritePlan.of([part._replace(values=part.values.flip(0)) for part in plan.writes])
     before = [bits(weight) for weight in weights]
     with kernels.backend(name):
         kernels.swap_(plan)
-        part = plan.parts[which]
+        part = plan.writes[which]
         kept = part.weight.clone()
         if large:
             part.weight.data.mul_(1.5).add_(1)

@@ -115,12 +115,12 @@ def test_gradients_are_the_dense_ones_at_the_positions(name, mask):
         assert torch.equal(loss, expected)  # attaching changes nothing
         loss.backward()
         dense = dict(twin.named_parameters())
-        assert {entry.name for entry in tuner._entries} <= dense.keys()
-        for entry in tuner._entries:
-            gradient = dense[entry.name].grad.reshape(-1)[entry.held().indices.long()]
+        assert {entry.name for entry in tuner._tuned} <= dense.keys()
+        for entry in tuner._tuned:
+            gradient = dense[entry.name].grad.reshape(-1)[entry.touched().indices.long()]
             torch.testing.assert_close(entry.values.grad, gradient, rtol=1e-4, atol=1e-6, msg=entry.name)
             assert entry.weight.grad is None
-        assert sum(float(entry.values.grad.abs().sum()) for entry in tuner._entries) > 0
+        assert sum(float(entry.values.grad.abs().sum()) for entry in tuner._tuned) > 0
     assert same_bits(before, all_bits(model))
     assert all("shira" not in key for key in model.state_dict())
     assert all("forward" not in module.__dict__ for module in model.modules())
@@ -172,9 +172,9 @@ def test_a_norm_and_a_linear_layers_bias_train_beside_its_weight():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     with shira.attach(model, mask="wm", density=1.0, targets=["0", "bias", "1"]) as tuner:
-        assert [e.name for e in tuner._entries] == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
+        assert [e.name for e in tuner._tuned] == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
         model(torch.randn(3, 5)).square().sum().backward()
-        assert all(bool(entry.values.grad.any()) for entry in tuner._entries)
+        assert all(bool(entry.values.grad.any()) for entry in tuner._tuned)
         assert {name.rpartition(".")[2] for name, _ in model.named_parameters() if "shira" in name} == {
             "shira_values",
             "shira_values_bias",
@@ -184,7 +184,7 @@ def test_a_norm_and_a_linear_layers_bias_train_beside_its_weight():
 def test_a_vector_has_no_rank_and_experts_have_one_each():
     model, _ = make("mixtral")
     with shira.attach(model, mask="rand", rank=2, targets=["experts.gate_up_proj", "norm"]) as tuner:
-        counts = {entry.name: entry.indices.numel() for entry in tuner._entries}
+        counts = {entry.name: entry.indices.numel() for entry in tuner._tuned}
     assert counts["model.layers.0.mlp.experts.gate_up_proj"] == 2 * 3 * (40 + 16)
     assert counts["model.norm.weight"] == 16
 
@@ -205,7 +205,7 @@ def test_wanda_knows_which_side_of_a_weight_the_input_is_on():
             for batch in batches:
                 model(**batch)
         handle.remove()
-        entry = tuner._entries[0]
+        entry = tuner._tuned[0]
     expected = entry.weight.abs() * torch.cat(kept).norm(dim=0)[:, None]
     torch.testing.assert_close(seen[entry.name], expected)
     with pytest.raises(MaskError, match="saw no input of a linear layer.*'transformer.wpe.weight'"):

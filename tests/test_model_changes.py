@@ -314,6 +314,31 @@ def test_a_weight_that_is_taken_away_is_an_error_each_time(act):
     switcher.release()
 
 
+@pytest.mark.parametrize("act", ["freed", "expanded"])
+def test_a_weight_without_memory_of_its_own_is_not_written_to(act):
+    """Its storage was freed, as FSDP does, or all rows are one: an error each time, and the base once its values are back."""
+    model = mlp()
+    switcher = switcher_of(model)
+    switcher.use("plain")
+    model.to(torch.bfloat16)
+    weight, written = model[0].weight, model[0].weight.data.clone()
+    if act == "freed":
+        size = weight.untyped_storage().nbytes()
+        weight.untyped_storage().resize_(0)
+    else:
+        weight.data = written[:1].expand(written.shape)
+    for _ in range(2):
+        with pytest.raises(SwitchError, match="'0.weight' was changed by somebody else"):
+            switcher.use(None)
+    if act == "freed":
+        weight.untyped_storage().resize_(size)
+        weight.data.copy_(written)
+    else:
+        weight.data = written
+    switcher.use(None)
+    assert same_bits(all_bits(model), all_bits(mlp().to(torch.bfloat16)))
+
+
 def test_blocks_that_overlap_end_on_what_was_before_the_first():
     model = mlp()
     base = all_bits(model)

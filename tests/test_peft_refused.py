@@ -19,6 +19,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.shira_"
         (lambda t: t.pop(NAME + "indices"), {}, FormatError, r"expected shira_indices of shape \[2, 96\], found none"),
         (lambda t: t[NAME + "indices"].fill_(3), {}, FormatError, "sorted and unique, found twice the position"),
         (lambda t: t[NAME + "indices"][0].fill_(24), {}, FormatError, r"positions up to \[24, .*shape \[24, 24\]"),
+        (lambda t: t[NAME + "indices"][1].fill_(24), {}, FormatError, r"positions up to \[.*, 24\] .*shape \[24, 24\]"),
         (lambda t: t[NAME + "indices"][0].fill_(-1), {}, FormatError, "positions up to"),
         (lambda t: t.update({NAME + "indices": t[NAME + "indices"].float()}), {}, FormatError, "positions as int32 or int64"),
         (lambda t: t.update({NAME + "weight": t[NAME + "weight"].int()}), {}, FormatError, "list of values for a matrix"),

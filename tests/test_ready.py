@@ -16,11 +16,11 @@ def test_a_selection_used_again_is_not_prepared_again():
     pointers = []
     for _ in range(2):
         switcher.use({"a": 1.0, "b": 0.5})
-        pointers.append(switcher._state.plans[0].parts[0].values.data_ptr())
+        pointers.append(switcher._state.plans[0].writes[0].values.data_ptr())
         switcher.use(None)
     assert pointers[0] == pointers[1]
     switcher.use({"b": 0.5, "a": 1.0})  # the order does not matter
-    assert switcher._state.plans[0].parts[0].values.data_ptr() == pointers[0]
+    assert switcher._state.plans[0].writes[0].values.data_ptr() == pointers[0]
 
 
 def test_what_is_ready_is_bounded(tmp_path):
@@ -34,9 +34,12 @@ def test_what_is_ready_is_bounded(tmp_path):
         switcher.use(str(seed))
         assert len(switcher._ready.here) <= 3
     assert list(dict(key.strengths) for key in switcher._ready.here) == [{"7": 1.0}, {"8": 1.0}, {"9": 1.0}]
+    switcher.use("7")  # so 8 is now the one used longest ago
+    switcher.use("0")
+    assert list(dict(key.strengths) for key in switcher._ready.here) == [{"9": 1.0}, {"7": 1.0}, {"0": 1.0}]
     switcher.use(None)
     assert same_bits(before, all_bits(model))
-    switcher.remove("8")
+    switcher.remove("9")
     assert len(switcher._ready.here) == 2
     with pytest.raises(SwitchError, match="ready must be a whole number from 1 on"):
         Switcher(model, ready=0)
@@ -83,7 +86,7 @@ def test_adapters_of_one_mask_switch_in_one_pass(monkeypatch):
         switcher.use("other")
     for name, tensor in other.tensors.items():
         assert torch.equal(bits(model.get_parameter(name).view(-1)[tensor.indices.long()]), bits(tensor.values))
-    parts = {id(part.indices) for held in switcher._ready.here.values() for part in held.plan.parts}
+    parts = {id(write.indices) for held in switcher._ready.here.values() for write in held.plan.writes}
     assert len(parts) == 2
     switcher.use("third")
     switcher.use("one")

@@ -27,8 +27,11 @@ def demo(folder, *options):
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
-    """What the demo is meant to show: 10 points on each task, 80 % of them after fusion, within its time and memory."""
-    result = demo(tmp_path)
+    """What the demo is meant to show: 10 points on each task, 80 % of them after fusion, within its time and memory.
+
+    With 200 of the 300 held-out examples of each task.
+    """
+    result = demo(tmp_path, "--examples", "200")
     assert result["restored"] is True
     base, spam, questions, both, again = result["rows"]
     assert base["changed"] == again["changed"] == 0
@@ -42,7 +45,7 @@ def test_the_whole_demo(tmp_path):
     for alone, fused in result["gains"].values():
         assert alone >= 0.10
         assert fused >= 0.8 * alone
-    assert result["seconds"] < 360
+    assert result["seconds"] < 300
     assert result["peak_memory_gb"] < 4
 
 
@@ -117,8 +120,8 @@ def test_trainers_save_little_and_resume(tmp_path, kind):
     from shira.integrations.trainer import ADAPTER, ShiraCallback
 
     tokenizer = load_tokenizer("SmolLM2-135M-Instruct-Q4_1")
-    examples = list(itertools.islice(examples_of("spam", "train"), 48))
-    usual = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 5e-4, "logging_steps": 1}
+    examples = list(itertools.islice(examples_of("spam", "train"), 16))
+    usual = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 2e-3, "logging_steps": 1}
     usual |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
     found = []
     for checkpoint in (None, str(tmp_path / "checkpoint-3")):
@@ -132,7 +135,7 @@ def test_trainers_save_little_and_resume(tmp_path, kind):
                 known = {"data_collator": collate, "train_dataset": rows}
                 trainer = transformers.Trainer(model=model, args=args, callbacks=callbacks, **known)
             else:
-                args = trl.SFTConfig(str(tmp_path), packing=True, max_length=256, activation_checkpointing=True, **usual)
+                args = trl.SFTConfig(str(tmp_path), packing=True, max_length=128, activation_checkpointing=True, **usual)
                 columns = {"prompt": [e.prompt for e in examples], "completion": [e.completion for e in examples]}
                 known = {"processing_class": tokenizer, "train_dataset": datasets.Dataset.from_dict(columns)}
                 trainer = trl.SFTTrainer(model=model, args=args, callbacks=callbacks, **known)
@@ -140,7 +143,7 @@ def test_trainers_save_little_and_resume(tmp_path, kind):
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             found.append((losses, {name: bits(tensor.values) for name, tensor in tuner.adapter().tensors.items()}))
     assert found[0][0] == found[1][0] and len(found[0][0]) == 6
-    assert found[0][0][-1] < found[0][0][0]
+    assert sum(found[0][0][3:]) < sum(found[0][0][:3])
     assert same_bits(found[0][1], found[1][1])
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-6").iterdir()}
     assert sizes[ADAPTER] < 5e6 and sizes["model.safetensors"] < 6e6 and sum(sizes.values()) < 30e6

@@ -318,7 +318,7 @@ def test_a_client_that_leaves_frees_what_it_held(served, stream):
 
     hook = served.model.register_forward_hook(lambda module, args, output: time.sleep(0.02))
     body = {"model": "a", "prompt": "hello", "max_tokens": 90, "temperature": 0, "stream": stream, "ignore_eos": True}
-    with served.listening() as url:
+    with served.listening() as (url, _):
         if stream:
             with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
                 next(response.iter_lines())
@@ -336,3 +336,42 @@ def test_a_client_that_leaves_frees_what_it_held(served, stream):
         client.close()
     hook.remove()
     assert answer == text_of(served, "b", "hello", 5)
+
+
+def test_a_server_that_is_asked_to_stop_finishes_what_runs(served):
+    import httpx2
+
+    hook = served.model.register_forward_hook(lambda module, args, output: time.sleep(0.01))
+    body = {"model": "a", "prompt": "hello", "max_tokens": 40, "temperature": 0, "stream": True, "ignore_eos": True}
+    with (
+        served.listening() as (url, server),
+        httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response,
+    ):
+        lines = response.iter_lines()
+        events = [next(lines)]
+        server.should_exit = True
+        events += [line for line in lines if line]
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"{url}/health", timeout=5)
+    hook.remove()
+    assert events[-1] == "data: [DONE]"
+    text = "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-1])
+    assert text == text_of(served, "a", "hello", 40)
+
+
+def test_one_application_has_the_gate_and_all_routes(served):
+    async def work(client):
+        models = await client.models.list()
+        await client.completions.create(model="a", prompt="hello", max_tokens=5, temperature=0)
+        get = client._client.get
+        found = {path: await get(f"http://shira/{path}") for path in ("health", "ready", "metrics", "v1/adapters")}
+        served.engine._manager.background_thread_status.record_fatal_error(MemoryError("no more"))
+        return [model.id for model in models.data], found, await get("http://shira/ready")
+
+    models, found, dead = served.http(work)
+    assert models == ["base", "a", "b"]
+    assert [response.status_code for response in found.values()] == [200] * 4 and dead.status_code == 503
+    assert 'shira_tokens_total{kind="answer"} 5.0' in found["metrics"].text
+    assert 'shira_tokens_total{kind="prompt"} 5.0' in found["metrics"].text
+    assert found["v1/adapters"].json()["weights"] == "a"
+    assert found["health"].headers["x-request-id"]

@@ -83,10 +83,10 @@ def test_switches_keep_and_put_back_every_bit(windows, seed, kinds, densities, m
         assert equal(states(weights), with_first[0]) and equal(states(first.stash), with_first[1])
         kernels.change_(first, second)
         assert equal(states(weights), with_second[0]) and equal(states(second.stash), with_second[1])
-        assert not first.begun.any() and second.begun == len(second.parts)
+        assert not first.begun.any() and second.begun == len(second.writes)
         kernels.change_(second, first)
         assert equal(states(weights), with_first[0])
-        twin = WritePlan.of([part._replace(values=part.values.flip(0)) for part in first.parts])
+        twin = WritePlan.of([write._replace(values=write.values.flip(0)) for write in first.writes])
         over = twin.over(first)
         kernels.write_(over, first)
         for part in twin.parts:

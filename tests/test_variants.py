@@ -55,9 +55,9 @@ def test_gradients_and_steps_are_those_of_the_dense_definition(name, variant):
         assert torch.equal(loss_of(model, batches[0]), loss_of(twin, batches[0]))  # attaching changes nothing
         leaves = {
             entry.name: {end: p.detach().clone().requires_grad_() for end, p in entry.parameters().items()}
-            for entry in tuner._entries
+            for entry in tuner._tuned
         }
-        weights = {entry.name: dense_weight(entry, leaves[entry.name]) for entry in tuner._entries}
+        weights = {entry.name: dense_weight(entry, leaves[entry.name]) for entry in tuner._tuned}
         flat = [leaf for own in leaves.values() for leaf in own.values()]
         assert [p.shape for p in flat] == [p.shape for p in tuner.parameters()]
         ours = torch.optim.AdamW(tuner.parameters(), lr=0.02, weight_decay=0.1)
@@ -82,11 +82,11 @@ def test_gradients_and_steps_are_those_of_the_dense_definition(name, variant):
                 parameter.grad.copy_(leaf.grad)  # AdamW makes much of the rounding of small gradients
             ours.step()
             theirs.step()
-        for entry in tuner._entries:
+        for entry in tuner._tuned:
             indices = entry.indices.long()
             expected = weights[entry.name]().detach().reshape(-1)[indices]
-            torch.testing.assert_close(entry.held().values, expected, rtol=1e-4, atol=1e-6)
-            assert not torch.equal(entry.held().values, entry.held().base)
+            torch.testing.assert_close(entry.touched().values, expected, rtol=1e-4, atol=1e-6)
+            assert not torch.equal(entry.touched().values, entry.touched().base)
     assert same_bits(before, all_bits(model))
     assert all("forward" not in module.__dict__ for module in model.modules())
     assert not any("shira" in name for name, _ in model.named_parameters())
@@ -136,7 +136,7 @@ def test_a_hybrid_says_what_a_sparse_adapter_loses_and_both_its_parts_are_exact(
         trained = model(**batches[0]).logits.detach()
         alone = tuner.adapter()
         inside = everything = 0.0
-        for entry in tuner._entries:
+        for entry in tuner._tuned:
             change = entry.beside.up.detach().T @ entry.beside.down.detach()
             change.view(-1)[entry.indices.long()] += entry.values.detach() - entry.base
             inside += float(change.view(-1)[entry.indices.long()].square().sum())
@@ -225,7 +225,7 @@ def test_vectors_and_rows_of_zeros_decompose():
     with shira.attach(model, mask="rand", density=0.5, targets=["0", "bias"], decompose=True) as tuner:
         mlp_loss(model, BATCHES[0]).backward()
         torch.optim.SGD(tuner.parameters(), lr=0.1).step()
-        assert all(bool(entry.held().values.isfinite().all()) for entry in tuner._entries)
+        assert all(bool(entry.touched().values.isfinite().all()) for entry in tuner._tuned)
         assert len(tuner.parameters()) == 4  # values and magnitude of the matrix, values of each bias
 
 

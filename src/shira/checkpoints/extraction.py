@@ -292,13 +292,13 @@ def _chosen(targets: str | Iterable[str] | None, names: Sequence[str]) -> set[st
         raise TargetError("a checkpoint does not say which tensors are linear layers; give names, or leave targets out for all")
     if not isinstance(targets, str):
         wanted = list(targets) if isinstance(targets, Iterable) else [targets]
-        for entry in wanted:
-            if not isinstance(entry, str):
-                raise TargetError(f"targets are names, as in ['q_proj', 'v_proj'], or a pattern; found {described(entry)}")
-        for entry in wanted or [""]:
-            if not entry or not any(_matches(name, entry) for name in names):
-                raise TargetError(f"target {entry!r} matches no tensor; {did_you_mean(entry, _words(names))}")
-        return {name for name in names if any(_matches(name, entry) for entry in wanted)}
+        for given in wanted:
+            if not isinstance(given, str):
+                raise TargetError(f"targets are names, as in ['q_proj', 'v_proj'], or a pattern; found {described(given)}")
+        for given in wanted or [""]:
+            if not given or not any(_matches(name, given) for name in names):
+                raise TargetError(f"target {given!r} matches no tensor; {did_you_mean(given, _words(names))}")
+        return {name for name in names if any(_matches(name, given) for given in wanted)}
     if targets in KEYWORDS:
         found = {name for name in names if any(KEYWORDS[targets].search(part) for part in name.split("."))}
     else:
@@ -316,8 +316,8 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _matches(name: str, entry: str) -> bool:
-    return any(word == entry or word.endswith("." + entry) for word in (name, _module(name)))
+def _matches(name: str, given: str) -> bool:
+    return any(word == given or word.endswith("." + given) for word in (name, _module(name)))
 
 
 def _words(names: Iterable[str]) -> list[str]:

@@ -26,6 +26,7 @@ from . import (
     merge,
     push,
     sample,
+    serve,
     targets,
     train,
     train_image,
@@ -60,6 +61,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {  # of `shira --help`
         "merge": merge.merge,
         "push": push.push,
     },
+    "Serve": {"serve": serve.serve},
     "Pictures": {"train-image": train_image.train_image, "sample": sample.sample},
     "Figures": {},
 }

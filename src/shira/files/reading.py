@@ -48,7 +48,7 @@ def _lender(path: Path, like: Path, stack: contextlib.ExitStack) -> "StoredTenso
     if there.parent != here.parent or there == here:
         raise AdapterError(f"{like} must be another file in the folder of {path}, so that a reader finds it")
     tensors = StoredTensors(like, stack)
-    if any(_names_a_file(entry) for entry in tensors.entries.values()):
+    if any(_names_a_file(description) for description in tensors.described.values()):
         raise AdapterError(f"{like} takes its positions from another file; pass that file")
     return tensors
 
@@ -84,7 +84,7 @@ class Gaps(SparseTensor):
 class StoredTensors(Mapping[str, SparseTensor]):
     """The tensors of an adapter in an open file. The file's header is checked now, each tensor when it is read.
 
-    entries: tensor name -> its description in the file. metadata: the adapter's metadata.
+    described: tensor name -> its description in the file. metadata: the adapter's metadata.
     stack: closes the file, and the other files that hold positions for it. Raises what `load` raises.
     """
 
@@ -105,14 +105,18 @@ class StoredTensors(Mapping[str, SparseTensor]):
                 f"{path} is not a shira adapter: metadata 'format' is {shown(header.get('format'))}, expected 'shira'; "
                 f"{instead(path, self._places)}"
             )
-        self.entries = {name: _entry(path, name, entry) for name, entry in _entries(path, header).items()}
+        self.described = {
+            name: _description(path, name, description) for name, description in _descriptions(path, header).items()
+        }
         self.metadata = _json_object(path, header, "metadata")
         try:
             check_metadata(self.metadata)
         except AdapterError as error:
             raise FormatError(f"{path}: {error}") from None
-        self._with_array = {name for name, entry in self.entries.items() if isinstance(entry.get("positions", "plain"), str)}
-        expected = {f"{name}.values" for name in self.entries} | {f"{name}.indices" for name in self._with_array}
+        self._with_array = {
+            name for name, description in self.described.items() if isinstance(description.get("positions", "plain"), str)
+        }
+        expected = {f"{name}.values" for name in self.described} | {f"{name}.indices" for name in self._with_array}
         if self._places.keys() != expected:
             missing, extra = sorted(expected - self._places.keys()), sorted(self._places.keys() - expected)
             few = [shown(names) if names else "none" for names in (missing, extra)]
@@ -122,19 +126,19 @@ class StoredTensors(Mapping[str, SparseTensor]):
         return self.tensor(name, decoded=True)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        return iter(self.described)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.described)
 
     def tensor(self, name: str, decoded: bool) -> SparseTensor:
         """Read a tensor. Without `decoded`, gaps are not decoded: the result is `Gaps`. Raises KeyError and FormatError."""
-        entry = self.entries[name]
-        if _names_a_file(entry):
-            array: Tensor | None = self._borrowed(name, entry)
+        description = self.described[name]
+        if _names_a_file(description):
+            array: Tensor | None = self._borrowed(name, description)
         else:
             array = self._array(f"{name}.indices") if name in self._with_array else None
-        return _sparse_tensor(self._path, name, entry, array, self._array(f"{name}.values"), decoded)
+        return _sparse_tensor(self._path, name, description, array, self._array(f"{name}.values"), decoded)
 
     def state(self) -> tuple[State, ...]:
         """See `adapter.check_unchanged`."""
@@ -150,9 +154,9 @@ class StoredTensors(Mapping[str, SparseTensor]):
             except CheckpointError as error:
                 raise FormatError(str(error)) from error
 
-    def _borrowed(self, name: str, entry: dict[str, Any]) -> Tensor:
+    def _borrowed(self, name: str, description: dict[str, Any]) -> Tensor:
         """Positions from another file in the same folder, which must hold them itself."""
-        path, file, expected = self._path, entry["positions"]["file"], entry["positions"].get("crc32")
+        path, file, expected = self._path, description["positions"]["file"], description["positions"].get("crc32")
         if not isinstance(file, str) or file in ("", ".", "..", path.name) or Path(file).name != file or "\0" in file:
             raise FormatError(f"{path}: tensor '{name}': positions must lie in another file of its folder, found {shown(file)}")
         try:
@@ -164,12 +168,12 @@ class StoredTensors(Mapping[str, SparseTensor]):
             raise FormatError(
                 f"{path}: tensor '{name}': its positions should be in {shown(file)} beside it: {error}"
             ) from error
-        if tensor is None or list(tensor.shape) != entry["shape"] or checksum(tensor.indices) != expected:
+        if tensor is None or list(tensor.shape) != description["shape"] or checksum(tensor.indices) != expected:
             raise FormatError(f"{path}: tensor '{name}': {shown(file)} holds other positions than when this was written")
         return tensor.indices
 
 
-def _entries(path: Path, header: dict[str, str]) -> dict[str, Any]:
+def _descriptions(path: Path, header: dict[str, str]) -> dict[str, Any]:
     """The description of each tensor. Raises FormatError first if the version or the encoding is unknown."""
     version, encoded = header.get("format_version"), header.get("encoding")
     if (version, encoded) not in READABLE:
@@ -190,36 +194,38 @@ def _json_object(path: Path, header: dict[str, str], key: str) -> dict[str, Any]
     return value
 
 
-def _entry(path: Path, name: str, entry: Any) -> dict[str, Any]:
+def _description(path: Path, name: str, description: Any) -> dict[str, Any]:
     """The description of one tensor, with its shape and positions checked for their form."""
-    shape = entry.get("shape") if isinstance(entry, dict) else None
+    shape = description.get("shape") if isinstance(description, dict) else None
     if not isinstance(shape, list):
         raise FormatError(f"{path}: tensor '{name}': shape must be a list of whole numbers, found {shown(shape)}")
     try:
         numel_of(tuple(shape))
     except ValueError as error:
         raise FormatError(f"{path}: tensor '{name}': {error}") from None
-    if not isinstance(entry.get("positions", "plain"), str | dict):
-        raise FormatError(f"{path}: tensor '{name}': positions must be a word or a rule, found {shown(entry['positions'])}")
-    checked: dict[str, Any] = entry
+    if not isinstance(description.get("positions", "plain"), str | dict):
+        raise FormatError(
+            f"{path}: tensor '{name}': positions must be a word or a rule, found {shown(description['positions'])}"
+        )
+    checked: dict[str, Any] = description
     return checked
 
 
-def _names_a_file(entry: dict[str, Any]) -> bool:
-    positions = entry.get("positions")
+def _names_a_file(description: dict[str, Any]) -> bool:
+    positions = description.get("positions")
     return isinstance(positions, dict) and "file" in positions
 
 
 def _sparse_tensor(
-    path: Path, name: str, entry: dict[str, Any], array: Tensor | None, values: Tensor, decoded: bool = True
+    path: Path, name: str, description: dict[str, Any], array: Tensor | None, values: Tensor, decoded: bool = True
 ) -> SparseTensor:
-    shape: tuple[int, ...] = tuple(entry["shape"])
-    kind: Any = entry.get("kind")  # SparseTensor checks it
-    positions = "plain" if _names_a_file(entry) else entry.get("positions", "plain")
+    shape: tuple[int, ...] = tuple(description["shape"])
+    kind: Any = description.get("kind")  # SparseTensor checks it
+    positions = "plain" if _names_a_file(description) else description.get("positions", "plain")
     gaps = positions == "gap" and array is not None and array.dtype in encoding.UNITS and array.ndim == values.ndim == 1
     try:
         if gaps and array is not None and not decoded:
-            return Gaps(shape, values, kind, array, lambda: _sparse_tensor(path, name, entry, array, values).indices)
+            return Gaps(shape, values, kind, array, lambda: _sparse_tensor(path, name, description, array, values).indices)
         indices = encoding.decode(encoding.Stored(positions, array), shape, values.numel())
         return SparseTensor(shape, indices, values, kind)
     except AdapterError as error:

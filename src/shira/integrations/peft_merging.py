@@ -143,7 +143,7 @@ def _beside(library: Any, model: nn.Module, where: Path) -> Iterator[Vectors]:
     flags = [(each, each.requires_grad) for each in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     tree = [(module, key, child) for module in model.modules() for key, child in module._modules.items()]
-    with Undo().part() as undo:
+    with Undo().inner() as undo:
         undo.callback(_take_out, model, tree, vectors, flags, modes)
         try:
             library.PeftModel.from_pretrained(model, str(where), adapter_name=NAME)
@@ -247,7 +247,7 @@ def _merge(layer: Any, name: str) -> dict[str, Tensor]:
     base = layer.get_base_layer()
     places = [(module, key, each) for module in base.modules() for key, each in module._parameters.items()]
     held = [(module, key, each, each.data) for module, key, each in places if each is not None]
-    with Undo().part() as undo:
+    with Undo().inner() as undo:
         undo.callback(_unmerge, layer, base, held)
         try:
             for _, _, parameter, data in held:

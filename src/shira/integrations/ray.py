@@ -8,6 +8,7 @@ stay in few memories, and requests of one selection share batches. docs/scale.md
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -22,6 +23,7 @@ SERVER = (  # the server ends with the replica, also if that is killed (on Linux
     "from shira.cli import main; main()"
 )
 PASSED = {"content-type", "authorization", "x-request-id", "retry-after", "cache-control"}  # headers, in both directions
+ATTEMPTS, PAUSE = 3, 0.2  # to find a replica that answers; seconds between them
 LOST = "the replica that had the request was lost; send it again"
 
 
@@ -93,12 +95,13 @@ class _Ingress:
             message = "a server behind Ray is changed through the folder of adapters; this route would reach one replica"
             return JSONResponse(_error(message, "not_routed"), 501)
         call = self._replica.options(stream=True, multiplexed_model_id=selection_of(body)).answer
-        try:
+        for _ in range(ATTEMPTS):  # a request that has brought no part of an answer is sent again
             parts = call.remote(request.method, request.url.path, _passed(request.headers), body)
-            status, headers = await anext(aiter(parts))
-        except (RayError, ConnectionError, OSError, StopAsyncIteration):
-            return JSONResponse(_error(LOST, "replica_lost"), 503, headers={"retry-after": "1"})
-        return StreamingResponse(_told(parts), status, headers)
+            with contextlib.suppress(RayError, OSError, StopAsyncIteration):
+                status, headers = await anext(aiter(parts))
+                return StreamingResponse(_told(parts), status, headers)
+            await asyncio.sleep(PAUSE)
+        return JSONResponse(_error(LOST, "replica_lost"), 503, headers={"retry-after": "1"})
 
 
 async def _told(parts: Any) -> AsyncIterator[bytes]:
@@ -108,7 +111,7 @@ async def _told(parts: Any) -> AsyncIterator[bytes]:
     try:
         async for part in parts:
             yield part
-    except (RayError, ConnectionError, OSError):
+    except (RayError, OSError):
         yield b"data: " + json.dumps(_error(LOST, "replica_lost")).encode() + b"\n\n"
 
 
@@ -136,6 +139,12 @@ def _replica(selections: int) -> type:
             limits = aiohttp.TCPConnector(limit=0)
             self._client = aiohttp.ClientSession(connector=limits, timeout=aiohttp.ClientTimeout(total=None))
             await _until_ready(self._client, self._address, self._server)
+            self._watch = asyncio.create_task(self._end_with_server())
+
+        async def _end_with_server(self) -> None:
+            """Ray then starts another replica, and sends this one nothing more."""
+            await self._server.wait()
+            os._exit(1)
 
         @serve.multiplexed(max_num_models_per_replica=selections)  # type: ignore[untyped-decorator]
         async def take(self, selection: str) -> str:
@@ -158,6 +167,7 @@ def _replica(selections: int) -> type:
                 answer.raise_for_status()
 
         async def __del__(self) -> None:
+            self._watch.cancel()
             with contextlib.suppress(ProcessLookupError):
                 self._server.terminate()
             await self._server.wait()

@@ -87,7 +87,7 @@ def swap_(plan: WritePlan) -> None:
 
 
 def restore_(plan: WritePlan, *, look: bool = True) -> None:
-    """Write a plan's stash back to the weights, for the parts that were begun.
+    """Write a plan's stash back to the weights, for the writes that were begun.
 
     Raises WeightChanged, before anything is written, if a weight was cast, moved or replaced, or, with `look`, no longer holds
     the plan's values. C compares a few values of each weight, Triton compares none.
@@ -103,10 +103,10 @@ def change_(leaving: WritePlan, coming: WritePlan) -> None:
     """
     leaving.check()
     coming.check()
-    if leaving.begun[0] and coming.parts and _launches(leaving) and _launches(coming):
+    if leaving.begun[0] and coming.writes and _launches(leaving) and _launches(coming):
         return gpu.change_(leaving, coming)
     _put_back(leaving)
-    if coming.parts:
+    if coming.writes:
         backend_of(coming).swap_(coming)
 
 
@@ -134,7 +134,7 @@ def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
     plan.check()
     if leaving is not None:
         leaving.check()
-    fusing = writes_sums(*(part.weight for part in plan.parts))
+    fusing = writes_sums(*(write.weight for write in plan.writes))
     together = fusing and leaving is not None and bool(leaving.begun[0]) and _launches(leaving)
     if leaving is not None and not together:
         _put_back(leaving)
@@ -143,7 +143,7 @@ def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
 
 def prepare(plan: WritePlan) -> None:
     """Build now the tables of addresses that the first launch of a plan needs."""
-    if plan.parts and _launches(plan):
+    if plan.writes and _launches(plan):
         gpu.prepare(plan)
 
 

@@ -64,4 +64,4 @@ def backend_of(plan: WritePlan) -> Any:
     """The backend of a plan."""
     if _forced.get() is None and plan.on_cpu and native.available():
         return native
-    return backend_for(*(part.weight for part in plan.parts))
+    return backend_for(*(write.weight for write in plan.writes))

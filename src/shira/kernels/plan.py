@@ -82,35 +82,35 @@ class Write(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """The sum that a part's values will become: base + Σ α · (value − base) over a few adapters, in this order."""
+    """The sum that a write's values will become: base + Σ α · (value − base) over a few adapters, in this order."""
 
     values: tuple[Tensor, ...]  # for each adapter its values, in the weight's dtype, on its device
     places: tuple[Tensor, ...]  # for each adapter [k], int32: the place of each position's value in its values; -1: none
     strengths: tuple[float, ...]  # for each adapter its α
 
     @classmethod
-    def of(cls, overlap: UnitedPositions, parts: Sequence[tuple[Tensor, float]]) -> "Sum":
-        """The sum of adapters at the union of their positions. parts: the values and the strength of each adapter."""
+    def of(cls, overlap: UnitedPositions, terms: Sequence[tuple[Tensor, float]]) -> "Sum":
+        """The sum of adapters at the union of their positions. terms: the values and the strength of each adapter."""
         places = []
-        for (values, _), own in zip(parts, overlap.places, strict=True):
+        for (values, _), own in zip(terms, overlap.places, strict=True):
             place = torch.full_like(overlap.indices, -1, dtype=torch.int32)
             place[own.long()] = torch.arange(values.numel(), dtype=torch.int32, device=place.device)
             places.append(place)
-        return cls(tuple(values for values, _ in parts), tuple(places), tuple(strength for _, strength in parts))
+        return cls(tuple(values for values, _ in terms), tuple(places), tuple(strength for _, strength in terms))
 
 
 @dataclass(eq=False)
 class WritePlan:
     """Writes, and memory for the old values of the entries that they change.
 
-    stash: for each part [k], the old values; valid for the first `begun` parts.
+    stash: for each write [k], the old values; valid for the first `begun` writes.
     forms: the memory of each weight when the plan was made. The plan is valid for these weights only.
-    begun: int64 [1], the number of leading parts whose old values are in the stash and whose weight may have been written.
+    begun: int64 [1], the number of leading writes whose old values are in the stash and whose weight may have been written.
         A kernel sets it before it writes. So after an interruption at any point it says what must be restored.
-    sums: for each part the sum that its values will become, or None; `kernels.write_sums_` computes and removes the sums.
+    sums: for each write the sum that its values will become, or None; `kernels.write_sums_` computes and removes the sums.
     """
 
-    parts: tuple[Write, ...]
+    writes: tuple[Write, ...]
     stash: tuple[Tensor, ...]
     begun: np.ndarray[tuple[int], np.dtype[np.int64]]
     forms: tuple[WeightMemory, ...]
@@ -122,25 +122,25 @@ class WritePlan:
     keeper: "WritePlan | None" = None  # set by `over`: the plan with this stash
 
     @classmethod
-    def of(cls, parts: Sequence[Write], sums: Sequence[Sum | None] = ()) -> "WritePlan":
+    def of(cls, writes: Sequence[Write], sums: Sequence[Sum | None] = ()) -> "WritePlan":
         """A plan of these writes. Its stash is one piece of memory for each dtype and device."""
         sizes: dict[tuple[torch.dtype, torch.device], int] = {}
-        for part in parts:
-            key = (part.values.dtype, part.values.device)
-            sizes[key] = sizes.get(key, 0) + part.values.numel()
+        for write in writes:
+            key = (write.values.dtype, write.values.device)
+            sizes[key] = sizes.get(key, 0) + write.values.numel()
         room = {(dtype, device): torch.empty(size, dtype=dtype, device=device) for (dtype, device), size in sizes.items()}
         stash = []
-        for part in parts:
-            key = (part.values.dtype, part.values.device)
-            stash.append(room[key][: part.values.numel()])
-            room[key] = room[key][part.values.numel() :]
-        forms = tuple(WeightMemory.of(part.weight) for part in parts)
-        return cls(tuple(parts), tuple(stash), np.zeros(1, dtype=np.int64), forms, tuple(sums))
+        for write in writes:
+            key = (write.values.dtype, write.values.device)
+            stash.append(room[key][: write.values.numel()])
+            room[key] = room[key][write.values.numel() :]
+        forms = tuple(WeightMemory.of(write.weight) for write in writes)
+        return cls(tuple(writes), tuple(stash), np.zeros(1, dtype=np.int64), forms, tuple(sums))
 
     @functools.cached_property
     def on_cpu(self) -> bool:
         """Whether all tensors are on the CPU. Cached, because `check` refuses a weight that has moved."""
-        return all(tensor.device.type == "cpu" for part in self.parts for tensor in part)
+        return all(tensor.device.type == "cpu" for write in self.writes for tensor in write)
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -149,7 +149,7 @@ class WritePlan:
 
     def check(self) -> None:
         """Raise WeightChanged if a weight was cast, moved or replaced since the plan was made. Takes 0.3 µs a weight."""
-        for (weight, _, _), (storage, layout) in zip(self.parts, self.forms, strict=True):
+        for (weight, _, _), (storage, layout) in zip(self.writes, self.forms, strict=True):
             here = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
             if storage() is not weight.untyped_storage() or here != layout:
                 raise WeightChanged("a weight was cast, moved or replaced since its entries were chosen")
@@ -157,23 +157,23 @@ class WritePlan:
     @property
     def nnz(self) -> int:
         """Number of entries that the plan writes."""
-        return sum(part.indices.numel() for part in self.parts)
+        return sum(write.indices.numel() for write in self.writes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of positions, values and stash."""
-        return sum(part.indices.nbytes + 2 * part.values.nbytes for part in self.parts)
+        return sum(write.indices.nbytes + 2 * write.values.nbytes for write in self.writes)
 
     def over(self, other: "WritePlan") -> "WritePlan | None":
         """This plan with the stash of an active plan, so that `kernels.write_` can replace that plan's values.
 
         Returns None if the two do not have the same positions (the same tensors in memory), or if this plan has sums.
         """
-        same = len(self.parts) == len(other.parts) and all(
+        same = len(self.writes) == len(other.writes) and all(
             mine.weight is theirs.weight and mine.indices is theirs.indices
-            for mine, theirs in zip(self.parts, other.parts, strict=False)
+            for mine, theirs in zip(self.writes, other.writes, strict=False)
         )
         if not same or any(self.sums):
             return None
         keeper = other.keeper or other
-        return WritePlan(self.parts, other.stash, other.begun, self.forms, writer=self, keeper=keeper)
+        return WritePlan(self.writes, other.stash, other.begun, self.forms, writer=self, keeper=keeper)

@@ -31,46 +31,46 @@ def write_(plan: WritePlan, over: WritePlan) -> None:
     Raises WeightChanged, before anything is written, unless the weights hold the values of `over`.
     """
     look_at(over)
-    for part in plan.parts:
-        overwrite_(*part)
+    for write in plan.writes:
+        overwrite_(*write)
 
 
 def look_at(plan: WritePlan) -> None:
-    """Raise WeightChanged unless the weights hold the plan's values, for the parts that were begun."""
-    for part in plan.parts[: int(plan.begun[0])]:
-        if not same_bits(gather(part.weight, part.indices), part.values):
-            raise WeightChanged(f"a weight {list(part.weight.shape)} no longer holds what was written")
+    """Raise WeightChanged unless the weights hold the plan's values, for the writes that were begun."""
+    for write in plan.writes[: int(plan.begun[0])]:
+        if not same_bits(gather(write.weight, write.indices), write.values):
+            raise WeightChanged(f"a weight {list(write.weight.shape)} no longer holds what was written")
 
 
 def swap_(plan: WritePlan) -> None:
-    """For each part: copy the old values of its entries to the plan's stash, then write it."""
-    for number, (part, stash) in enumerate(zip(plan.parts, plan.stash, strict=True), start=1):
-        stash.copy_(gather(part.weight, part.indices))
+    """For each write: copy the old values of its entries to the plan's stash, then write the new ones."""
+    for number, (write, stash) in enumerate(zip(plan.writes, plan.stash, strict=True), start=1):
+        stash.copy_(gather(write.weight, write.indices))
         plan.begun[0] = number
-        overwrite_(*part)
+        overwrite_(*write)
 
 
 def restore_(plan: WritePlan, *, look: bool) -> None:
-    """Write the stash back to the weights, for the parts that were begun.
+    """Write the stash back to the weights, for the writes that were begun.
 
     look: raise WeightChanged, before anything is written, unless the weights hold the plan's values.
     """
     if look:
         look_at(plan)
-    for part, stash in list(zip(plan.parts, plan.stash, strict=True))[: int(plan.begun[0])]:
-        overwrite_(part.weight, part.indices, stash)
+    for write, stash in list(zip(plan.writes, plan.stash, strict=True))[: int(plan.begun[0])]:
+        overwrite_(write.weight, write.indices, stash)
 
 
 def write_sums_(plan: WritePlan) -> bool:
     """`swap_` of a plan with sums, which are computed from the old values of the entries. Returns whether all are finite."""
     finite = True
-    for number, (part, stash, made) in enumerate(zip(plan.parts, plan.stash, plan.sums, strict=True), start=1):
-        stash.copy_(gather(part.weight, part.indices))
+    for number, (write, stash, made) in enumerate(zip(plan.writes, plan.stash, plan.sums, strict=True), start=1):
+        stash.copy_(gather(write.weight, write.indices))
         if made is not None:
-            part.values.copy_(_summed(stash, made))
-            finite = finite and bool(part.values.isfinite().all())
+            write.values.copy_(_summed(stash, made))
+            finite = finite and bool(write.values.isfinite().all())
         plan.begun[0] = number
-        overwrite_(*part)
+        overwrite_(*write)
     plan.sums = ()
     return finite
 

@@ -27,16 +27,16 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 def write_(plan: WritePlan, over: WritePlan) -> None:
     """See `reference.write_`."""
     look_at(over)
-    for part in plan.parts:
-        overwrite_(*part)
+    for write in plan.writes:
+        overwrite_(*write)
 
 
 def swap_(plan: WritePlan) -> None:
     """See `reference.swap_`."""
-    for number, (part, stash) in enumerate(zip(plan.parts, plan.stash, strict=True), start=1):
-        torch.index_select(part.weight.detach().view(-1), 0, part.indices, out=stash)
+    for number, (write, stash) in enumerate(zip(plan.writes, plan.stash, strict=True), start=1):
+        torch.index_select(write.weight.detach().view(-1), 0, write.indices, out=stash)
         plan.begun[0] = number
-        overwrite_(*part)
+        overwrite_(*write)
 
 
 def restore_(plan: WritePlan, *, look: bool) -> None:
@@ -44,7 +44,7 @@ def restore_(plan: WritePlan, *, look: bool) -> None:
     if look:
         look_at(plan)
     for number in range(int(plan.begun[0])):
-        overwrite_(plan.parts[number].weight, plan.parts[number].indices, plan.stash[number])
+        overwrite_(plan.writes[number].weight, plan.writes[number].indices, plan.stash[number])
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:

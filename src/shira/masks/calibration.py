@@ -109,7 +109,7 @@ def calibrate(
         if progress is not None:
             progress(done, passes * len(batches))
 
-    with (undo or Undo()).part() as steps:
+    with (undo or Undo()).inner() as steps:
         _freeze(model, steps)
         steps.callback(Buffers(model).put_back)
         sums = {name: 4 * len(of_gradients) * math.prod(shape_of(weight)) for name, weight in weights.items()}
@@ -169,7 +169,7 @@ def _gradients(
                 hand_out(name)
 
     # the state of the random numbers is restored, so that dropout is the same for every group
-    with without_cudnn_attention(), same_random_numbers(weights.values()), steps.part() as undo:
+    with without_cudnn_attention(), same_random_numbers(weights.values()), steps.inner() as undo:
         for name, weight in weights.items():
             undo.callback(weight.requires_grad_, False)
             weight.requires_grad_(True)
@@ -224,7 +224,7 @@ def _activations(
         squares[name] = squares.get(name, 0) + norms.double().square()
 
     transposed: set[str] = set()
-    with steps.part() as undo, same_random_numbers(weights.values()):
+    with steps.inner() as undo, same_random_numbers(weights.values()):
         for module in model.modules():
             name = names.get(id(module._parameters.get("weight")))
             if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
@@ -276,7 +276,7 @@ def _inputs_kept(
     def end(*_: Any) -> None:
         running.clear()
 
-    with (steps or Undo()).part() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
+    with (steps or Undo()).inner() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
         for module in model.modules():
             name = names.get(id(module._parameters.get("weight")))
             if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):

@@ -97,7 +97,7 @@ def difference(weight: Tensor, k: int, of: Sequence[str | Mask] = ("snip", "wm")
     of: names or functions of masks, two or more; the first is the one mask.
     Returns int64 [at most k], sorted, flat in C order. Raises MaskError for fewer than two masks, or if one of them raises it.
     """
-    return sets.left(_each(of, weight, inputs), k, weight.numel())
+    return sets.remaining(_each(of, weight, inputs), k, weight.numel())
 
 
 def _each(of: Sequence[str | Mask], weight: Tensor, inputs: dict[str, Any]) -> list[Chooser]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import MaskError
 
-__all__ = ["Chooser", "common", "from_adapter", "joined", "left"]
+__all__ = ["Chooser", "common", "from_adapter", "joined", "remaining"]
 
 Chooser = Callable[[int], Tensor]  # from a count to a mask's positions, int64 and sorted
 
@@ -34,10 +34,10 @@ def common(chosen: Sequence[Chooser], k: int, limit: int) -> Tensor:
     return _fill(at, k, limit, k)
 
 
-def left(chosen: Sequence[Chooser], k: int, limit: int) -> Tensor:
+def remaining(chosen: Sequence[Chooser], k: int, limit: int) -> Tensor:
     """The positions of the first mask that no other mask chooses when asked for k. Returns int64 [at most k].
 
-    The first mask is asked for more entries until k are left, but for at most `limit`.
+    The first mask is asked for more entries until k remain, but for at most `limit`.
     """
     first, *others = chosen
     taken = _all([choose(k) for choose in others])
@@ -74,9 +74,9 @@ def from_adapter(weight: Tensor, k: int, name: str, adapter: Adapter | None = No
     return tensor.indices.long().to(weight.device)
 
 
-def _all(parts: list[Tensor]) -> Tensor:
-    """The positions that are in any part, sorted and unique."""
-    positions: Tensor = torch.cat(parts).unique()
+def _all(chosen: list[Tensor]) -> Tensor:
+    """The positions that are in any of these, sorted and unique."""
+    positions: Tensor = torch.cat(chosen).unique()
     return positions
 
 

@@ -76,7 +76,7 @@ class OpenAIRequest(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     ignore_eos: bool = False
 

@@ -65,9 +65,14 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None  # how many of the most probable tokens are reported beside the chosen one; None: nothing is
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken. Scores divided by a smaller temperature could be infinite."""
+        return self.temperature < 1e-4
+
     def warpers(self) -> LogitsProcessorList:
         """Transformers' own warpers, in the order of `generate`."""
-        if self.temperature == 0:
+        if self.is_greedy:
             return LogitsProcessorList()
         made: list[Any] = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else []
         made += [TopKLogitsWarper(self.top_k)] if self.top_k else []
@@ -153,7 +158,7 @@ def _decide_(row: Tensor, ticket: Ticket, prompt: list[int], written: list[int])
     if sampling.logit_bias:
         tokens = torch.tensor(list(sampling.logit_bias), device=row.device)
         row[0, tokens] += torch.tensor(list(sampling.logit_bias.values()), device=row.device)
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return
     row.copy_(ticket.warpers(None, row))
     row += _gumbel(sampling.seed, len(written), row.shape[1]).to(row.device)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import ShiraError
+from ..integrations import transformers as hf
 from .problems import Problem
 from .resident import Resident
 from .sampling import Sampling, Ticket, TokenLogprob
@@ -26,6 +27,7 @@ from .turns import Turns
 
 __all__ = ["EngineError", "EngineStopped", "Job", "RequestTooLong", "TransformersEngine", "Update"]
 
+TESTED = "5.23"  # of Transformers: the classes that continuous_batching.py extends may change
 log = logging.getLogger(__name__)
 CPU_CACHE = 1 << 30  # bytes of the KV cache, if nothing else is said
 KNOWN_GOOD = 4096  # selections of which it is remembered that they could be read
@@ -325,12 +327,13 @@ def _manager(
     longest: int | None,
 ) -> Any:
     """Transformers' manager of continuous batching, checked against plain forward passes of the model."""
-    from .continuous_batching import PAGE, Manager, Router, cache_token_bytes
     from .self_check import check, plain_logprobs
 
     expected = plain_logprobs(model)
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     try:
+        from .continuous_batching import PAGE, Manager, Router, cache_token_bytes
+
         if cache_tokens is None:
             useful = WAITING * max_running * longest if longest else 1 << 60
             cache_tokens = min(useful, _free(model) // cache_token_bytes(config, model.dtype))  # type: ignore[arg-type]
@@ -349,7 +352,10 @@ def _manager(
         check(manager, expected)
     except Exception as error:  # whatever Transformers raises for a model that it cannot serve
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise EngineError(f"Transformers' continuous batching cannot serve {type(model).__name__}: {said}") from error
+        raise EngineError(
+            f"Transformers' continuous batching cannot serve {type(model).__name__}: {said} (transformers {hf.version()}; this "
+            f"engine was tested with {TESTED})"
+        ) from error
     return manager
 
 

@@ -106,15 +106,15 @@ class ModelState:
 def _base_here(weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:
     values = kernels.gather(weight, indices)
     for plan in plans:
-        for part, stash in zip(plan.parts, plan.stash, strict=True):
-            if part.weight is weight and part.indices.numel():
-                wanted = indices.to(part.indices.dtype)
-                if wanted.shape == part.indices.shape and torch.equal(wanted, part.indices):  # another strength of the same
+        for write, stash in zip(plan.writes, plan.stash, strict=True):
+            if write.weight is weight and write.indices.numel():
+                wanted = indices.to(write.indices.dtype)
+                if wanted.shape == write.indices.shape and torch.equal(wanted, write.indices):  # another strength of the same
                     values.copy_(stash)
                     continue
-                place = torch.searchsorted(part.indices, wanted)
-                place.clamp_(max=part.indices.numel() - 1)
-                hit = part.indices[place] == indices
+                place = torch.searchsorted(write.indices, wanted)
+                place.clamp_(max=write.indices.numel() - 1)
+                hit = write.indices[place] == indices
                 values[hit] = stash[place[hit]]
     return values
 

@@ -44,7 +44,7 @@ def prepare(
             made.append(_write(name, parts, key.method, ready, now, active))
     plan = WritePlan.of([write for write, _ in made], [total for _, total in made])
     prepared = Prepared(plan, tuple(products))
-    moves = any(is_buffer(part.weight) for part in plan.parts)  # forward passes change buffers, and then their sums are wrong
+    moves = any(is_buffer(write.weight) for write in plan.writes)  # forward passes change buffers; then their sums are wrong
     return prepared if moves else ready.hold(key, prepared)
 
 

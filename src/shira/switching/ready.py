@@ -141,7 +141,7 @@ class Ready:
         So adapters with the same mask hold their positions once, and a switch from one to another is a single pass.
         """
         for prepared in self.here.values():
-            for part in prepared.plan.parts:
-                if part.weight is weight and part.indices.numel() == indices.numel() and torch.equal(part.indices, indices):
-                    return part.indices
+            for write in prepared.plan.writes:
+                if write.weight is weight and write.indices.numel() == indices.numel() and torch.equal(write.indices, indices):
+                    return write.indices
         return indices.clone()

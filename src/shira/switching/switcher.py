@@ -204,7 +204,7 @@ class Switcher:
             return [{name: as_given(strength) for name, strength in key.strengths} for key in self._ready.here]
 
     def base_values(self, name: str, indices: Tensor) -> Tensor:
-        """The base's values at sorted positions [k] of one of the model's tensors, whatever is active. Raises what `use` does."""
+        """The base's values at sorted positions [k] of a tensor, whatever is active. Raises what `use` raises."""
         with self._turn, _writable():
             self._follow()
             return self._now.base_at(self._now.weights[name], indices, self._state.plans)
@@ -364,7 +364,7 @@ class Switcher:
 
     def _undo_overflow(self, wanted: Chosen, plan: WritePlan, before: Chosen) -> None:
         """Return to what was active before, and raise AdapterError: sums that were computed while writing are not finite."""
-        weight = next(part.weight for part in plan.parts if not all_finite(part.values))
+        weight = next(write.weight for write in plan.writes if not all_finite(write.values))
         name = next(name for name, other in self._now.weights.items() if other is weight)
         self._ready.forget(wanted)
         self._settle()

@@ -18,12 +18,12 @@ from ..weights.model_tensors import OWN
 from ..weights.targets import VALUES, Use
 from ..weights.undo import Undo
 
-__all__ = ["BASE", "Followed", "Held", "Kept", "value_name"]
+__all__ = ["BASE", "Followed", "Kept", "Touched", "value_name"]
 
 BASE = OWN + "base"  # prefix of the names of buffers that hold the base's values at the entries
 
 
-class Held(NamedTuple):
+class Touched(NamedTuple):
     """Entries of one weight: sorted positions [n]; the base's values and the trained values there, [n] in the weight's dtype.
 
     `Deltas` are the exception: their trained values are float32 differences.
@@ -37,13 +37,13 @@ class Held(NamedTuple):
 class Kept(NamedTuple):
     """What is known of a weight's entries. It is one object, so that one assignment replaces all of it when a mask moves.
 
-    indices: positions that train [k]. left: positions that trained earlier and kept their values [m]. Both are sorted.
-    bits: [k + 2m], in the weight's dtype: the base's values at indices and at left, then the trained values at left.
+    indices: positions that train [k]. earlier: positions that trained earlier and kept their values [m]. Both are sorted.
+    bits: [k + 2m], in the weight's dtype: the base's values at indices and at earlier, then the trained values at earlier.
     pattern: what `kernels.find_pattern` found in indices. name: the name of the buffer `bits`.
     """
 
     indices: Tensor
-    left: Tensor
+    earlier: Tensor
     bits: Tensor
     pattern: kernels.Pattern | None
     name: str
@@ -101,10 +101,10 @@ class Followed:
         return self.kept.bits[: self.kept.indices.numel()]
 
     @property
-    def left(self) -> Held:
+    def earlier(self) -> Touched:
         """The entries that trained earlier and kept their values."""
-        _, base, values = self.kept.bits.split([self.kept.indices.numel(), *[self.kept.left.numel()] * 2])
-        return Held(self.kept.left, base, values)
+        _, base, values = self.kept.bits.split([self.kept.indices.numel(), *[self.kept.earlier.numel()] * 2])
+        return Touched(self.kept.earlier, base, values)
 
     def live_in(self, uses: Collection[Use], undo: Undo) -> None:
         """Register the base's values as a buffer of the first module that holds the weight, until `undo`.
@@ -112,7 +112,7 @@ class Followed:
         A sharded weight gets no buffer, nor does a weight to which no entries are written.
         """
         undo.callback(self.leave)
-        self.uses = [(use.holder, use.attribute, self._held_by(use)) for use in uses]
+        self.uses = [(use.holder, use.attribute, self._found_in(use)) for use in uses]
         holder, attribute, _ = self.uses[0]
         self.kept = self.kept._replace(name=BASE if attribute == "weight" else f"{BASE}_{attribute}")
         self.written = self.version
@@ -120,7 +120,7 @@ class Followed:
             holder.register_buffer(self.kept.name, self.kept.bits, persistent=False)
             self._note()
 
-    def _held_by(self, use: Use) -> nn.Parameter:
+    def _found_in(self, use: Use) -> nn.Parameter:
         weight = use.holder._parameters[use.attribute]
         return self.weight if weight is None else weight
 
@@ -185,7 +185,9 @@ class Followed:
         kept = self.kept._replace(bits=bits)
         if kept.indices.device != weight.device:
             pattern = kept.pattern and kept.pattern.to(weight.device)
-            kept = kept._replace(indices=kept.indices.to(weight.device), left=kept.left.to(weight.device), pattern=pattern)
+            kept = kept._replace(
+                indices=kept.indices.to(weight.device), earlier=kept.earlier.to(weight.device), pattern=pattern
+            )
         version = sum(found._version for _, _, found in now if found is not None)
         together = bits is not self.kept.bits and same and self._seen is not None and version == self._seen.version
         if not together:
@@ -266,10 +268,10 @@ class Followed:
         """Raise TuningError unless every entry has its trained value or the base's value."""
         if not self.in_place:
             return
-        k, m = kept.indices.numel(), kept.left.numel()
-        found = kernels.gather(weight.detach(), torch.cat([kept.indices, kept.left]))
-        base, left = kept.bits[: k + m], kept.bits[k + m :]
-        ours = torch.cat([self.current().detach().to(weight.dtype), left])
+        k, m = kept.indices.numel(), kept.earlier.numel()
+        found = kernels.gather(weight.detach(), torch.cat([kept.indices, kept.earlier]))
+        base, earlier = kept.bits[: k + m], kept.bits[k + m :]
+        ours = torch.cat([self.current().detach().to(weight.dtype), earlier])
         wrong = int((_differ(found, base) & _differ(found, ours)).sum())
         if wrong:
             self._refuse(

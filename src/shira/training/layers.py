@@ -68,9 +68,9 @@ def _forget(holder: nn.Module, name: str) -> None:
 def forget_copies(model: nn.Module) -> None:
     """Remove a tuner's parameters, buffers and forwards from a model. Copies of modules in training bring them into it."""
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name in [name for name in held if name.startswith(OWN)]:
-                held.pop(name)
+        for registered in (module._parameters, module._buffers):
+            for name in [name for name in registered if name.startswith(OWN)]:
+                registered.pop(name)
                 module._non_persistent_buffers_set.discard(name)
         forward, usual = module.__dict__.get("forward"), _usual_forward(module)
         if forward is not None and usual is not forward:

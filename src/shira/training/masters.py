@@ -15,7 +15,7 @@ from ..weights.distributed import full, is_sharded, piece_of
 from ..weights.quantized import dense
 from ..weights.targets import Target, is_conv1d
 from ..weights.undo import Undo
-from .following import BASE, Followed, Held, Kept
+from .following import BASE, Followed, Kept, Touched
 from .variants.factors import Factors
 
 __all__ = ["Masters", "Plain", "swapped"]
@@ -114,14 +114,14 @@ class Masters(Followed):
             return input.index_select(-1, self.pattern.lines)
         return input
 
-    def held(self) -> Held:
+    def touched(self) -> Touched:
         """Every entry that may differ from the base: those that train, and those that trained earlier."""
-        now = Held(self.indices, self.base, self.rounded())
-        if self.left.indices.numel() == 0:
+        now = Touched(self.indices, self.base, self.rounded())
+        if self.earlier.indices.numel() == 0:
             return now
-        merged = [torch.cat(parts) for parts in zip(now, self.left, strict=True)]
+        merged = [torch.cat(fields) for fields in zip(now, self.earlier, strict=True)]
         order = merged[0].argsort()
-        return Held(*(part[order] for part in merged))
+        return Touched(*(field[order] for field in merged))
 
     def move(self, indices: Tensor, room: int) -> None:
         """Train the entries at `indices` [k] from now on; see `Plain.move`. Only masters with `can_move` support this."""
@@ -131,7 +131,7 @@ class Masters(Followed):
         """Write the base's values back to the weight. Raises what `look` raises."""
         self.look(to_leave=True)
         self._put(self.indices, self.base, self.weight)
-        self._put(self.left.indices, self.left.base, self.weight)
+        self._put(self.earlier.indices, self.earlier.base, self.weight)
         self._note()
 
     def _put(self, indices: Tensor, values: Tensor, weight: Tensor) -> None:
@@ -160,26 +160,26 @@ class Plain(Masters):
         Of the entries that leave, now or earlier, the `room` ones that changed most keep their values. The others get the
         base's values again. The weight must hold the masters' values.
         """
-        held = self.held()
+        touched = self.touched()
         in_old, in_new = overlap(self.indices, indices)
-        below = kernels.gather(self.weight, indices)  # nothing else changes the weight: the base's values, except where held
+        below = kernels.gather(self.weight, indices)  # nothing else changes the weight: the base's values, except where touched
         values = below.to(torch.float32, copy=True)
         values[in_new] = self.values.detach()[in_old]
-        in_held, where = overlap(held.indices, indices)
-        below[where] = held.base[in_held]
-        gone = torch.ones(held.indices.numel(), dtype=torch.bool, device=indices.device)
-        gone[in_held] = False
-        left = Held(*(part[gone] for part in held))
-        change = (left.values.double() - left.base.double()).abs()
+        in_touched, where = overlap(touched.indices, indices)
+        below[where] = touched.base[in_touched]
+        leaves = torch.ones(touched.indices.numel(), dtype=torch.bool, device=indices.device)
+        leaves[in_touched] = False
+        gone = Touched(*(field[leaves] for field in touched))
+        change = (gone.values.double() - gone.base.double()).abs()
         stays = torch.zeros_like(change, dtype=torch.bool)
         stays[top_k(change, min(room, change.numel()))] = True
         old, holder = self.kept.name, self.uses[0][0]
-        bits = torch.cat([below, left.base[stays], left.values[stays]])
+        bits = torch.cat([below, gone.base[stays], gone.values[stays]])
         name = old[:-1] if old.endswith("_") else old + "_"  # a second buffer, so that one of the two is complete at any moment
         holder.register_buffer(name, bits, persistent=False)
-        kernels.overwrite_(self.weight, left.indices[~stays], left.base[~stays])
+        kernels.overwrite_(self.weight, gone.indices[~stays], gone.base[~stays])
         self._note()
-        self.kept = Kept(indices, left.indices[stays], bits, kernels.find_pattern(indices, *self.matrix), name)
+        self.kept = Kept(indices, gone.indices[stays], bits, kernels.find_pattern(indices, *self.matrix), name)
         holder._buffers.pop(old, None)
         self.values.detach().copy_(values)
         self.written = self.version
@@ -196,13 +196,13 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo)
     """
     if any(each.piece is not None for each in masters):
         raise TuningError("an adapter cannot be switched off on sharded weights; train with DDP, or load the base again")
-    parts = []
+    writes = []
     for each in masters:
         each.look()
-        held = each.held()
+        touched = each.touched()
         if each.in_place:
-            parts.append(kernels.Write(each.weight.data, held.indices, held.base))
-    plan = kernels.WritePlan.of(parts)
+            writes.append(kernels.Write(each.weight.data, touched.indices, touched.base))
+    plan = kernels.WritePlan.of(writes)
     known = [(each, each.written, each.may_have_stepped) for each in masters]
 
     def back() -> None:
@@ -217,7 +217,7 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo)
         for each in masters:
             each.dense = False
 
-    with undo.part() as steps:
+    with undo.inner() as steps:
         steps.callback(back)
         for each in masters:
             each.dense = True

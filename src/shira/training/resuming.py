@@ -30,10 +30,10 @@ def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor
             "checkpoints (save_strategy='no'), and the adapter at the end"
         )
     state = {}
-    for name, entries in masters.items():
-        for ending, parameter in entries.parameters().items():
+    for name, each in masters.items():
+        for ending, parameter in each.parameters().items():
             state[name + VALUES + ending] = parameter.detach().to("cpu", copy=True)
-        state[name + MARK] = _mark(entries)
+        state[name + MARK] = _mark(each)
     return state
 
 
@@ -44,8 +44,8 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
     """
     if not isinstance(state, Mapping):
         raise TuningError(f"a checkpoint is what tuner.state_dict() gave, tensors by name; found {described(state)}")
-    held = {name: {name + VALUES + end: p for end, p in entries.parameters().items()} for name, entries in masters.items()}
-    expected = {key for name, parameters in held.items() for key in (*parameters, name + MARK)}
+    named = {name: {name + VALUES + end: p for end, p in each.parameters().items()} for name, each in masters.items()}
+    expected = {key for name, parameters in named.items() for key in (*parameters, name + MARK)}
     if not any(name in state for name in expected):
         raise TuningError("the checkpoint holds nothing that this tuner trains; it is of another model, or no shira checkpoint")
     if expected != state.keys():
@@ -55,25 +55,25 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
             f"the checkpoint is of other targets: missing {few[0]}, not trained here {few[1]}; "
             "attach with the settings that it was made with"
         )
-    for name, entries in masters.items():
-        _check(name, entries, held[name], state)
-    for parameters in held.values():
+    for name, each in masters.items():
+        _check(name, each, named[name], state)
+    for parameters in named.values():
         for key, parameter in parameters.items():
             parameter.detach().copy_(state[key])  # detach(), not no_grad(): an interrupt could leave that mode on
 
 
-def _mark(entries: Masters) -> Tensor:
+def _mark(each: Masters) -> Tensor:
     """int64 [dimensions + 2]: the weight's shape, and checksums of the positions and of the base's values there."""
-    base = zlib.crc32(fingerprint(entries.base, SHA256).encode())  # as in older checkpoints
-    return torch.tensor([*shape_of(entries.weight), checksum(entries.indices.cpu()), base], device="cpu")
+    base = zlib.crc32(fingerprint(each.base, SHA256).encode())  # as in older checkpoints
+    return torch.tensor([*shape_of(each.weight), checksum(each.indices.cpu()), base], device="cpu")
 
 
-def _check(name: str, entries: Masters, held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    for key in (*held, name + MARK):
+def _check(name: str, each: Masters, named: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    for key in (*named, name + MARK):
         tensor: object = state[key]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             raise TuningError(f"'{key}' must be a plain tensor with data in a checkpoint, found {described(tensor)}")
-    *shape, positions, base = _mark(entries).tolist()
+    *shape, positions, base = _mark(each).tolist()
     mark = state[name + MARK]
     if mark.dtype != torch.int64 or mark.ndim != 1 or mark.numel() < 2:
         raise TuningError(
@@ -82,7 +82,7 @@ def _check(name: str, entries: Masters, held: Mapping[str, Tensor], state: Mappi
     found = mark.tolist()
     if found[:-2] != shape:
         raise BaseMismatch(f"the checkpoint is of another model: '{name}' is {found[:-2]} there and {shape} here")
-    for key, parameter in held.items():
+    for key, parameter in named.items():
         if state[key].shape != parameter.shape:
             raise TuningError(
                 f"the checkpoint is of another mask: {state[key].numel()} entries of '{name}' train there and "
@@ -97,7 +97,7 @@ def _check(name: str, entries: Masters, held: Mapping[str, Tensor], state: Mappi
             )
     if found[-2] != positions:
         raise TuningError(
-            f"the checkpoint is of another mask: {entries.indices.numel()} other positions of '{name}' train there; attach "
+            f"the checkpoint is of another mask: {each.indices.numel()} other positions of '{name}' train there; attach "
             "with the mask, seed and calibration that it was made with"
         )
     if found[-1] != base:

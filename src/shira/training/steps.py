@@ -176,7 +176,7 @@ def computing_dense(masters: Collection[Masters], undo: Undo) -> Iterator[Undo]:
     """
     for each in masters:
         each.write()
-    with undo.part() as steps, same_random_numbers(each.weight for each in masters):
+    with undo.inner() as steps, same_random_numbers(each.weight for each in masters):
         steps.callback(_set_dense, masters, False)
         _set_dense(masters, True)
         yield steps

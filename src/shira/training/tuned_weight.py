@@ -12,7 +12,7 @@ from ..sparse.tensor import Kind
 from ..weights.model_tensors import OWN
 from ..weights.targets import Target, Use
 from ..weights.undo import Undo, hooks_of, set_hook
-from .following import Held
+from .following import Touched
 
 __all__ = ["Hooked", "TunedWeight"]
 
@@ -36,7 +36,7 @@ class TunedWeight(Protocol):
     def live_in(self, uses: Collection[Use], undo: Undo) -> None:
         """Start training in the modules that compute with the weight, until `undo`."""
 
-    def held(self) -> Held:
+    def touched(self) -> Touched:
         """Every entry that may differ from the base."""
 
     def look(self, *, to_leave: bool = False) -> None:
@@ -87,8 +87,8 @@ class Hooked:
             )
         self.indices = self.indices.to(weight.device)
 
-    def held(self) -> Held:
-        return Held(self.indices, kernels.gather(self.base, self.indices), kernels.gather(self.weight, self.indices))
+    def touched(self) -> Touched:
+        return Touched(self.indices, kernels.gather(self.base, self.indices), kernels.gather(self.weight, self.indices))
 
     def restore(self) -> None:
         self.look()

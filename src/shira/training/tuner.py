@@ -32,7 +32,7 @@ from ..weights.quantized import keep_differentiable, shape_of
 from ..weights.targets import Target
 from ..weights.undo import Undo
 from . import refresh, resuming, stay_near, steps
-from .following import Held
+from .following import Touched
 from .layers import forget_copies, let_checkpoints_see_gradients
 from .masters import Masters, swapped
 from .trainable import describe_base
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
     """The trained entries of one weight or buffer."""
 
     shape: tuple[int, ...]
-    held: Held
+    touched: Touched
     kind: Kind
 
 
@@ -66,8 +66,8 @@ class Tuner:
         self.model = model
         self.at_detach = Undo()
         self._stage, self._thread = MAKING, threading.get_ident()
-        self._entries: list[TunedWeight] = []
-        self._masters: dict[str, Masters] = {}  # the entries by tensor name; empty with method="hook"
+        self._tuned: list[TunedWeight] = []
+        self._masters: dict[str, Masters] = {}  # the tuned weights by tensor name; empty with method="hook"
         self._training: steps.Training | None = None
         self._whole: tuple[str, ...] = ()
         self._mask: dict[str, Any] = {}
@@ -112,13 +112,13 @@ class Tuner:
         let_checkpoints_see_gradients(model, (use.module for target in chosen for use in target.uses), undo)
         keep_differentiable(model, undo)
         for target in chosen:
-            entry: TunedWeight
+            tuned: TunedWeight
             if method == "hook":
-                entry = Hooked(target, indices[target.name])
+                tuned = Hooked(target, indices[target.name])
             else:
-                entry = self._masters[target.name] = make(target, indices[target.name])
-            entry.live_in(target.uses, undo)
-            self._entries.append(entry)
+                tuned = self._masters[target.name] = make(target, indices[target.name])
+            tuned.live_in(target.uses, undo)
+            self._tuned.append(tuned)
         if method != "hook":
             self._training = steps.Training(model, chosen, self._masters, undo, self._holders.check)
         self._stage = ATTACHED
@@ -130,10 +130,10 @@ class Tuner:
 
     def __repr__(self) -> str:
         """Two lines: what trains, on which model."""
-        whole = sum(math.prod(shape_of(entry.weight)) for entry in self._entries)
-        what = f"{self.nnz:,} of {whole:,} entries ({self.nnz / max(1, whole):.2%}) in {len(self._entries):,} tensors"
+        whole = sum(math.prod(shape_of(tuned.weight)) for tuned in self._tuned)
+        what = f"{self.nnz:,} of {whole:,} entries ({self.nnz / max(1, whole):.2%}) in {len(self._tuned):,} tensors"
         mask = shown(self._mask.get("name", "not chosen yet"))
-        base = f", base {shown(self._base.get('id'))}" if self._entries else ""
+        base = f", base {shown(self._base.get('id'))}" if self._tuned else ""
         return f"<shira.Tuner {self._stage}: {what}\n  mask {mask}, model {type(self.model).__name__}{base}>"
 
     def parameters(self) -> list[nn.Parameter]:
@@ -141,12 +141,12 @@ class Tuner:
 
         A variant of training has its own parameters (docs/variants.md). With method="hook" they are the weights.
         """
-        return [parameter for entry in self._entries for parameter in entry.parameters().values()]
+        return [parameter for tuned in self._tuned for parameter in tuned.parameters().values()]
 
     @property
     def nnz(self) -> int:
         """The number of the model's entries that train."""
-        return sum(entry.indices.numel() for entry in self._entries)
+        return sum(tuned.indices.numel() for tuned in self._tuned)
 
     @torch.enable_grad()
     def refresh(self, optimizer: torch.optim.Optimizer, *, calibration: Iterable[Any] | None = None, cap: float = 1.0) -> int:
@@ -208,8 +208,8 @@ class Tuner:
     def masters(self, wish: str) -> dict[str, Masters]:
         """Tensor name -> its masters. Raises TuningError if they may not change now; `wish` completes the message."""
         masters = self._masters
-        self.at_detach.finish_parts()
-        if self._stage != ATTACHED or len(masters) < len(self._entries) or any(each.dense for each in masters.values()):
+        self.at_detach.finish_inner()
+        if self._stage != ATTACHED or len(masters) < len(self._tuned) or any(each.dense for each in masters.values()):
             raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
         self._check_whole()
         self._holders.check()
@@ -266,18 +266,18 @@ class Tuner:
         self._check_whole()
         if self._trained is None:
             self._holders.check()
-            for entry in self._entries:
-                entry.look()
+            for tuned in self._tuned:
+                tuned.look()
             if self._training is not None:
                 self._training.watch.at_the_end()
         tensors, prints = {}, {}
-        for tensor, (shape, held, kind) in (self._trained or self._so_far()).items():
+        for tensor, (shape, touched, kind) in (self._trained or self._so_far()).items():
             try:
-                tensors[tensor] = SparseTensor(shape, held.indices.cpu(), held.values.detach().cpu().clone(), kind)
+                tensors[tensor] = SparseTensor(shape, touched.indices.cpu(), touched.values.detach().cpu().clone(), kind)
             except AdapterError as error:
                 raise TuningError(f"training of '{tensor}' went wrong: {error}; try a lower learning rate") from error
             if tensor not in self._whole:  # a module that trains whole has new values at each load: no base to compare with
-                prints[tensor] = fingerprint(held.base)
+                prints[tensor] = fingerprint(touched.base)
         metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
         metadata |= {"fingerprints": prints, "low_rank": hybrid.kept(self._masters)}
         return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
@@ -285,12 +285,14 @@ class Tuner:
     def _so_far(self) -> dict[str, Trained]:
         """Tensor name -> its trained entries."""
         found = {}
-        for entry in self._entries:
-            held = entry.held()
-            found[entry.name] = Trained(shape_of(entry.weight), held._replace(values=held.values.detach().clone()), entry.kind)
+        for tuned in self._tuned:
+            touched = tuned.touched()
+            found[tuned.name] = Trained(
+                shape_of(tuned.weight), touched._replace(values=touched.values.detach().clone()), tuned.kind
+            )
         for name, (before, now) in self._buffers.changed().items():
             indices = torch.arange(now.numel(), device=now.device)
-            found[name] = Trained(tuple(now.shape), Held(indices, before.reshape(-1), now.reshape(-1).clone()), "overwrite")
+            found[name] = Trained(tuple(now.shape), Touched(indices, before.reshape(-1), now.reshape(-1).clone()), "overwrite")
         return found
 
     def save_hybrid(self, folder: str | os.PathLike[str]) -> None:
@@ -323,8 +325,8 @@ class Tuner:
         if self._stage == ATTACHED:
             if restore:
                 self._holders.check()
-            for entry in self._entries if restore else ():
-                entry.look(to_leave=True)
+            for tuned in self._tuned if restore else ():
+                tuned.look(to_leave=True)
             with contextlib.nullcontext() if restore else contextlib.suppress(TuningError, RuntimeError, IndexError):
                 self._trained = self._so_far()
             self._restore, self._thread = restore, threading.get_ident()
@@ -339,8 +341,8 @@ class Tuner:
     def undo(self) -> None:
         """Undo everything that was done to the model. After an interrupt it can be called again."""
         if self._restore:
-            for entry in self._entries:
-                entry.restore()
+            for tuned in self._tuned:
+                tuned.restore()
         self.at_detach.close()
         if self._restore:
             self._buffers.put_back()  # last: undoing an interrupted calibration restores the buffers of training
@@ -377,5 +379,5 @@ def _owner(reference: "weakref.ref[Tuner]") -> str:
     if tuner._stage in (MAKING, LEAVING) and tuner._thread == threading.get_ident():
         tuner.undo()
         return ""
-    first = f" already, to '{tuner._entries[0].name}'" if tuner._stage == ATTACHED else ""
+    first = f" already, to '{tuner._tuned[0].name}'" if tuner._stage == ATTACHED else ""
     return f"a tuner is {tuner._stage}{first}; call its detach() first (model.{TUNER})"

@@ -92,8 +92,8 @@ def resolve(
 ) -> list[Target]:
     """The weights that `targets` means, in the model's order.
 
-    targets, a list: each entry is the whole name of a module or parameter, or its suffix after a dot, as in PEFT. Each entry
-        must match: "q_proj", "wte", "input_layernorm", "q_proj.bias", "bias". A module means its matrices: the weight of a
+    targets, a list: each is the whole name of a module or parameter, or its suffix after a dot, as in PEFT. Each must
+        match: "q_proj", "wte", "input_layernorm", "q_proj.bias", "bias". A module means its matrices: the weight of a
         linear, convolution or embedding layer, the packed projection of nn.MultiheadAttention, the 3-D weights of a mixture's
         experts. A module without matrices means its vectors.
     targets, a string: one of
@@ -109,17 +109,17 @@ def resolve(
     weights = _Weights(model)
     names = [targets] if isinstance(targets, str) else list(targets)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-    for entry in (*names, *exclude):
-        if not isinstance(entry, str) or not entry:
-            raise TargetError(f'a target must be a name, targets=["q_proj", "mlp.up_proj"], found {entry!r}')
+    for given in (*names, *exclude):
+        if not isinstance(given, str) or not given:
+            raise TargetError(f'a target must be a name, targets=["q_proj", "mlp.up_proj"], found {given!r}')
     _check_parametrized(model, targets if isinstance(targets, str) else names, exclude)
     chosen = _by_string(weights, targets) if isinstance(targets, str) else _by_names(weights, names)
-    left = _without(weights, chosen, exclude)
-    kept = _in_layers(left, layers)
-    for entry in names if not isinstance(targets, str) and layers is not None else ():
-        meant = _meant(weights, entry).intersection(left)
+    included = _without(weights, chosen, exclude)
+    kept = _in_layers(included, layers)
+    for given in names if not isinstance(targets, str) and layers is not None else ():
+        meant = _meant(weights, given).intersection(included)
         if meant and not meant.intersection(kept):
-            raise TargetError(f"target {entry!r} is in none of the layers {shown(layers)}: '{min(meant)}'; leave one out")
+            raise TargetError(f"target {given!r} is in none of the layers {shown(layers)}: '{min(meant)}'; leave one out")
     return _targets(model, weights, kept)
 
 
@@ -131,21 +131,21 @@ def whole_modules(model: nn.Module, wanted: str | Iterable[str], *, exclude: str
 
     Raises TargetError if a name matches nothing, or if a weight cannot be trained in place.
     """
-    entries = _heads(model) if wanted == "auto" else [wanted] if isinstance(wanted, str) else list(wanted)
-    if not entries:
+    asked = _heads(model) if wanted == "auto" else [wanted] if isinstance(wanted, str) else list(wanted)
+    if not asked:
         return []
     weights = _Weights(model)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     found = {plain_name(name): module for name, module in model.named_modules()}
     chosen = []
-    for entry in entries:
-        meant = [name for name in found if isinstance(entry, str) and entry and _matches(name, entry)]
+    for given in asked:
+        meant = [name for name in found if isinstance(given, str) and given and _matches(name, given)]
         below = [name for name in weights.owners if any(name.startswith(f"{module}.") for module in meant)]
         if not below:
             known = _suffixes(name for name in found if name)
-            raise TargetError(f"whole={entry!r} matches no module with parameters; {did_you_mean(str(entry), known)}")
+            raise TargetError(f"whole={given!r} matches no module with parameters; {did_you_mean(str(given), known)}")
         chosen += below
-    kept = {name for name in chosen if not any(f".{entry}." in f".{name}." for entry in exclude)}
+    kept = {name for name in chosen if not any(f".{given}." in f".{name}." for given in exclude)}
     return _targets(model, weights, [name for name in weights.owners if name in kept])
 
 
@@ -358,20 +358,20 @@ def _by_names(weights: _Weights, wanted: list[str]) -> list[str]:
     return [name for name in weights.owners if name in chosen]
 
 
-def _meant(weights: _Weights, entry: str) -> set[str]:
-    """The names of the weights that an entry of a list of targets means."""
-    meant = {p for name, parameters in weights.modules.items() if _matches(name, entry) for p in parameters}
-    return meant | {name for name in weights.owners if _matches(name, entry)}
+def _meant(weights: _Weights, given: str) -> set[str]:
+    """The names of the weights that one name in a list of targets means."""
+    meant = {p for name, parameters in weights.modules.items() if _matches(name, given) for p in parameters}
+    return meant | {name for name in weights.owners if _matches(name, given)}
 
 
 def _without(weights: _Weights, chosen: list[str], exclude: list[str]) -> list[str]:
-    for entry in exclude:
-        if not any(f".{entry}." in f".{name}." for name in weights.owners):
-            raise TargetError(f"exclude {entry!r} matches nothing; {did_you_mean(entry, _suffixes(weights.modules))}")
-    left = [name for name in chosen if not any(f".{entry}." in f".{name}." for entry in exclude)]
-    if not left:
+    for given in exclude:
+        if not any(f".{given}." in f".{name}." for name in weights.owners):
+            raise TargetError(f"exclude {given!r} matches nothing; {did_you_mean(given, _suffixes(weights.modules))}")
+    included = [name for name in chosen if not any(f".{given}." in f".{name}." for given in exclude)]
+    if not included:
         raise TargetError(f"exclude={exclude} leaves none of {len(chosen)} targets")
-    return left
+    return included
 
 
 def _in_layers(chosen: list[str], layers: Layers | None) -> list[str]:
@@ -387,8 +387,8 @@ def _in_layers(chosen: list[str], layers: Layers | None) -> list[str]:
     return [name for name in chosen if numbers[name] in wanted]
 
 
-def _matches(name: str, entry: str) -> bool:
-    return name == entry or name.endswith("." + entry)
+def _matches(name: str, given: str) -> bool:
+    return name == given or name.endswith("." + given)
 
 
 def _suffixes(names: Iterable[str]) -> list[str]:

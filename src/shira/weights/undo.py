@@ -19,43 +19,43 @@ class Undo:
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], Any]] = []
-        self._parts: list[Undo] = []
-        self._inside = False  # whether the `with` of this part is still running
+        self._inner: list[Undo] = []
+        self._inside = False  # whether the `with` of this inner list is still running
 
     def callback(self, step: Callable[..., Any], *arguments: Any) -> None:
         """Record a step. Call this before the act that the step undoes."""
         self._steps.append(functools.partial(step, *arguments))
 
     @contextlib.contextmanager
-    def part(self) -> "Iterator[Undo]":
+    def inner(self) -> "Iterator[Undo]":
         """Steps that run at the end of the `with`. If an interrupt prevents that, they remain steps of this object."""
-        part = Undo()
-        part._inside = True
-        self._parts = [*(each for each in self._parts if each._inside or each._is_left()), part]
+        inner = Undo()
+        inner._inside = True
+        self._inner = [*(each for each in self._inner if each._inside or each._has_steps()), inner]
         try:
             try:
-                yield part
+                yield inner
             finally:
-                part._inside = False
-                part.close()
+                inner._inside = False
+                inner.close()
         except BaseException:  # an interrupt may come inside the `finally` above, too; steps may run again
-            part._inside = False
-            part.close()
+            inner._inside = False
+            inner.close()
             raise
 
-    def _is_left(self) -> bool:
-        return bool(self._steps) or any(part._is_left() for part in self._parts)
+    def _has_steps(self) -> bool:
+        return bool(self._steps) or any(inner._has_steps() for inner in self._inner)
 
-    def finish_parts(self) -> None:
-        """Run the steps of parts whose `with` an interrupt ended before all of them had run."""
-        for part in reversed(self._parts):
-            if not part._inside:
-                part.close()
+    def finish_inner(self) -> None:
+        """Run the steps of inner lists whose `with` an interrupt ended before all of them had run."""
+        for inner in reversed(self._inner):
+            if not inner._inside:
+                inner.close()
 
     def close(self) -> None:
         """Run all steps. After an interrupt, call it again."""
-        for part in reversed(self._parts):
-            part.close()
+        for inner in reversed(self._inner):
+            inner.close()
         for step in reversed(self._steps):
             step()
         self._steps = []

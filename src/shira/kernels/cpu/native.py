@@ -99,14 +99,14 @@ def write_(plan: WritePlan, over: WritePlan) -> None:
     compiled = _compiled(plan)
     compiled.table["written"] = _compiled(over).table["values"]
     try:
-        _run(plan, compiled, WRITE, len(plan.parts), look=True)
+        _run(plan, compiled, WRITE, len(plan.writes), look=True)
     finally:
         compiled.table["written"] = compiled.table["values"]
 
 
 def swap_(plan: WritePlan) -> None:
     """See `reference.swap_`: one pass fills the stash and writes."""
-    _run(plan, _compiled(plan), KEEP_AND_WRITE, len(plan.parts))
+    _run(plan, _compiled(plan), KEEP_AND_WRITE, len(plan.writes))
 
 
 def restore_(plan: WritePlan, *, look: bool) -> None:
@@ -282,46 +282,46 @@ def _compiled(plan: WritePlan) -> _Compiled:
             table = _compiled(plan.writer).table.copy()
             table["stash"] = _compiled(plan.keeper).table["stash"]
         else:
-            table = _table(plan.parts, plan.stash)
+            table = _table(plan.writes, plan.stash)
             table["written"] = table["values"]
-        plan.compiled = _Compiled(table, table.ctypes.data, plan.begun.ctypes.data, [part.weight for part in plan.parts])
+        plan.compiled = _Compiled(table, table.ctypes.data, plan.begun.ctypes.data, [write.weight for write in plan.writes])
     compiled: _Compiled = plan.compiled
     return compiled
 
 
-def _run(plan: WritePlan, compiled: _Compiled, mode: int, parts: int, *, look: bool = False) -> None:
+def _run(plan: WritePlan, compiled: _Compiled, mode: int, count: int, *, look: bool = False) -> None:
     """Run a plan, then increment the version counters: C changes the weights without torch, and autograd must know."""
     begun = compiled.begun if mode == KEEP_AND_WRITE else 0
-    wrong = _native.swap(compiled.address, parts, mode, look, begun, torch.get_num_threads())
+    wrong = _native.swap(compiled.address, count, mode, look, begun, torch.get_num_threads())
     if wrong >= 0:
-        raise WeightChanged(f"a weight {list(plan.parts[wrong].weight.shape)} no longer holds what was written")
-    torch.autograd.graph.increment_version(compiled.weights[:parts])
+        raise WeightChanged(f"a weight {list(plan.writes[wrong].weight.shape)} no longer holds what was written")
+    torch.autograd.graph.increment_version(compiled.weights[:count])
 
 
-def _table(parts: "tuple[Write, ...] | list[Write]", stash: tuple[Tensor, ...] = ()) -> "np.ndarray[Any, Any]":
+def _table(writes: "tuple[Write, ...] | list[Write]", stash: tuple[Tensor, ...] = ()) -> "np.ndarray[Any, Any]":
     """The addresses and sizes that C reads.
 
     Raises IndexError for a layout, dtype, device or position that C does not check, and that would corrupt memory.
     """
-    for part in parts:
-        weight, indices, values = part
+    for write in writes:
+        weight, indices, values = write
         plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
         fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
-        if not (plain and fits and available(*part) and weight.itemsize in (1, 2, 4, 8)):
+        if not (plain and fits and available(*write) and weight.itemsize in (1, 2, 4, 8)):
             raise IndexError(
                 f"cannot write {values.dtype} {list(values.shape)} on {values.device} into {weight.dtype} {list(weight.shape)} "
                 f"on {weight.device}"
             )
-    table = np.zeros(len(parts), dtype=PART)
+    table = np.zeros(len(writes), dtype=PART)
     for field in ("weight", "indices", "values"):
-        table[field] = [getattr(part, field).data_ptr() for part in parts]
-    table["count"] = [part.indices.numel() for part in parts]
-    table["entries"] = [part.weight.numel() for part in parts]
-    table["entry"] = [part.weight.itemsize for part in parts]
-    table["index"] = [part.indices.itemsize for part in parts]
+        table[field] = [getattr(write, field).data_ptr() for write in writes]
+    table["count"] = [write.indices.numel() for write in writes]
+    table["entries"] = [write.weight.numel() for write in writes]
+    table["entry"] = [write.weight.itemsize for write in writes]
+    table["index"] = [write.indices.itemsize for write in writes]
     if stash:
         table["stash"] = [kept.data_ptr() for kept in stash]
-    wrong = _native.outside(table.ctypes.data, len(parts))
+    wrong = _native.outside(table.ctypes.data, len(writes))
     if wrong >= 0:
-        raise IndexError(f"a position outside of a tensor of {parts[wrong].weight.numel()} entries")
+        raise IndexError(f"a position outside of a tensor of {writes[wrong].weight.numel()} entries")
     return table

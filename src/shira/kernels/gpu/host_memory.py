@@ -24,14 +24,14 @@ class Waiting:
 
     def __init__(self, plan: WritePlan) -> None:
         """Copy a plan from its devices to the host. Its sums must be computed already."""
-        self._weights = [part.weight for part in plan.parts]
+        self._weights = [write.weight for write in plan.writes]
         self._forms = plan.forms
         self._pieces: dict[_Key, Tensor] = {}
         sizes: dict[_Key, int] = {}
         held: list[tuple[_Place, Tensor]] = []
-        self._places: list[tuple[_Place, _Place, _Place | None]] = []  # of each part: positions, values, starts of windows
-        for part in plan.parts:
-            found = (part.indices, part.values, ops.known_starts(part.indices))
+        self._places: list[tuple[_Place, _Place, _Place | None]] = []  # of each write: positions, values, starts of windows
+        for write in plan.writes:
+            found = (write.indices, write.values, ops.known_starts(write.indices))
             places = [None if tensor is None else _place(sizes, tensor) for tensor in found]
             held += [(place, tensor) for place, tensor in zip(places, found, strict=True) if place and tensor is not None]
             self._places.append((places[0], places[1], places[2]))  # type: ignore[arg-type]
@@ -51,12 +51,12 @@ class Waiting:
             for device in {device for device, _ in self._pieces if device.type == "cuda"}:
                 streams.enter_context(torch.cuda.stream(_stream(device)))
             here = {key: torch.empty_like(piece, device=key[0], pin_memory=False) for key, piece in self._pieces.items()}
-            parts = []
+            writes = []
             for weight, (indices, values, starts) in zip(self._weights, self._places, strict=True):
-                parts.append(Write(weight, here[indices[0]][indices[1]], here[values[0]][values[1]]))
+                writes.append(Write(weight, here[indices[0]][indices[1]], here[values[0]][values[1]]))
                 if starts is not None:
-                    ops.remember_starts(parts[-1].indices, weight.numel(), here[starts[0]][starts[1]])
-            plan = WritePlan.of(parts)
+                    ops.remember_starts(writes[-1].indices, weight.numel(), here[starts[0]][starts[1]])
+            plan = WritePlan.of(writes)
             plan.forms = self._forms  # the values are for the weights as they were then
             if all(starts is not None for _, _, starts in self._places):
                 ops.prepare(plan)  # it needs addresses only; before the copies, since it waits for its own transfers

@@ -54,13 +54,13 @@ def _installed() -> bool:
 
 
 class _Launch(NamedTuple):
-    """The parts of a plan on one device, as the kernels read them."""
+    """The writes of a plan on one device, as the kernels read them."""
 
-    table: Tensor  # int64 [parts here, COLUMNS], see switch.py
+    table: Tensor  # int64 [writes here, COLUMNS], see switch.py
     rows: "np.ndarray[Any, Any]"  # the same table on the host
     windows: Tensor  # int32 [programs, 2]: row and window of each program
-    ends: list[int]  # how many programs the first 0, 1, 2, … parts here have
-    numbers: list[int]  # the parts' numbers in the plan
+    ends: list[int]  # how many programs the first 0, 1, 2, … writes here have
+    numbers: list[int]  # the writes' numbers in the plan
     weights: list[Tensor]
     flag: Tensor  # int64 [1], the number of the switch whose old values are in the stash
     switch: list[int]  # [1], the number of the latest switch that the host requested
@@ -89,8 +89,8 @@ def prepare(plan: WritePlan) -> None:
     if plan.launches:
         return
     by_device: dict[torch.device, list[int]] = {}
-    for number, part in enumerate(plan.parts):
-        by_device.setdefault(part.weight.device, []).append(number)
+    for number, write in enumerate(plan.writes):
+        by_device.setdefault(write.weight.device, []).append(number)
     plan.launches = {device: _launch(plan, device, numbers) for device, numbers in by_device.items()}
 
 
@@ -110,7 +110,7 @@ def swap_(plan: WritePlan) -> None:
 
 def restore_(plan: WritePlan, *, look: bool) -> None:
     """See `reference.restore_`. Values in the weights are not compared: that would cost a launch and a wait."""
-    _run("restore", plan.keeper or plan, parts=int(plan.begun[0]))
+    _run("restore", plan.keeper or plan, begun=int(plan.begun[0]))
     _moved(plan)
 
 
@@ -127,7 +127,7 @@ def change_(leaving: WritePlan, coming: WritePlan) -> None:
 
 def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
     """See `reference.write_sums_` and `kernels.write_sums_`: the launch that writes the sums also computes them."""
-    overflow = {part.weight.device: torch.zeros(1, dtype=torch.int32, device=part.weight.device) for part in plan.parts}
+    overflow = {write.weight.device: torch.zeros(1, dtype=torch.int32, device=write.weight.device) for write in plan.writes}
     prepare(plan)
     _ask(plan)
     if leaving is None:
@@ -195,13 +195,13 @@ def product(way: products.Way, grad_output: Tensor, input: Tensor, indices: Tens
 
 
 def _ask(plan: WritePlan) -> None:
-    """Give the coming switch a new number, and mark all parts of the plan as begun.
+    """Give the coming switch a new number, and mark all writes of the plan as begun.
 
     If an interruption comes before the launch, `restore_` finds another number in the flag, and writes nothing.
     """
     for launch in plan.launches.values():
         launch.switch[0] += 1
-    plan.begun[0] = len(plan.parts)
+    plan.begun[0] = len(plan.writes)
 
 
 def _run(
@@ -209,7 +209,7 @@ def _run(
     plan: WritePlan,
     leaving: WritePlan | None = None,
     *,
-    parts: int | None = None,
+    begun: int | None = None,
     overflow: dict[torch.device, Tensor] | None = None,
 ) -> None:
     """One launch for each device."""
@@ -219,13 +219,13 @@ def _run(
     others = leaving.launches if leaving is not None else {}
     for device in others | plan.launches:
         coming, old, this_mode = plan.launches.get(device), others.get(device), mode
-        if coming is None:  # one of two plans may have no part on this device
+        if coming is None:  # one of two plans may have no write on this device
             coming, this_mode = others[device], "restore"
         elif old is None:
             this_mode = "swap" if mode == "change" else mode
         old = old or coming
         out_table, in_table, windows, ends = _side_by_side(old, coming)
-        count = ends[-1] if parts is None else ends[bisect.bisect_left(coming.numbers, parts)]
+        count = ends[-1] if begun is None else ends[bisect.bisect_left(coming.numbers, begun)]
         if count:
             with torch.cuda.device_of(in_table):
                 kernels.change[(count,)](
@@ -265,7 +265,7 @@ def _side_by_side(old: _Launch, new: _Launch) -> tuple[Tensor, Tensor, Tensor, l
 
 def _moved(plan: WritePlan) -> None:
     """Increment the weights' version counters: Triton has changed the weights without torch, and autograd must know."""
-    torch.autograd.graph.increment_version([part.weight for part in plan.parts])
+    torch.autograd.graph.increment_version([write.weight for write in plan.writes])
 
 
 def _launch(plan: WritePlan, device: torch.device, numbers: list[int]) -> _Launch:
@@ -274,25 +274,25 @@ def _launch(plan: WritePlan, device: torch.device, numbers: list[int]) -> _Launc
     rows = np.zeros((len(numbers), kernels.COLUMNS), dtype=np.int64)
     alive, starts = [], []
     for row, number in enumerate(numbers):
-        part, stash = plan.parts[number], plan.stash[number]
-        _check(part)
-        _check(part._replace(values=stash))
-        starts.append(_starts_of(part.indices, part.weight.numel(), kernels.WINDOW))
-        held = [part.weight, part.indices, part.values, stash, starts[-1]]
+        write, stash = plan.writes[number], plan.stash[number]
+        _check(write)
+        _check(write._replace(values=stash))
+        starts.append(_starts_of(write.indices, write.weight.numel(), kernels.WINDOW))
+        held = [write.weight, write.indices, write.values, stash, starts[-1]]
         rows[row, :5] = [tensor.data_ptr() for tensor in held]
-        rows[row, 5:7] = [part.indices.itemsize, part.weight.itemsize]
+        rows[row, 5:7] = [write.indices.itemsize, write.weight.itemsize]
         made = plan.sums[number] if plan.sums else None
         if made is not None:
-            alive.append(_sum_table(part, made))
+            alive.append(_sum_table(write, made))
             rows[row, 7] = alive[-1].data_ptr()
-        rows[row, 8] = KINDS.get(part.weight.dtype, 0)
-    weights = [plan.parts[number].weight for number in numbers]
-    windows, ends_of_parts = _windows(device, tuple(weight.numel() for weight in weights), kernels.WINDOW)
+        rows[row, 8] = KINDS.get(write.weight.dtype, 0)
+    weights = [plan.writes[number].weight for number in numbers]
+    windows, ends_of_writes = _windows(device, tuple(weight.numel() for weight in weights), kernels.WINDOW)
     return _Launch(
         torch.from_numpy(rows).to(device, copy=True),
         rows,
         windows,
-        ends_of_parts,
+        ends_of_writes,
         numbers,
         weights,
         torch.zeros(1, dtype=torch.int64, device=device),
@@ -301,9 +301,9 @@ def _launch(plan: WritePlan, device: torch.device, numbers: list[int]) -> _Launc
     )
 
 
-def _check(part: Write) -> None:
+def _check(write: Write) -> None:
     """Raise IndexError for tensors that a kernel does not check, and that would corrupt memory."""
-    weight, indices, values = part
+    weight, indices, values = write
     plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
     fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
     if not (plain and fits and weight.device == indices.device == values.device):
@@ -341,14 +341,14 @@ def _starts_of(indices: Tensor, numel: int, window: int) -> Tensor:
     return known[2]
 
 
-def _sum_table(part: Write, made: Sum) -> Tensor:
+def _sum_table(write: Write, made: Sum) -> Tensor:
     """A sum as `_sum` in switch.py reads it. Raises IndexError for dtypes that cannot be summed."""
-    if part.weight.dtype not in KINDS or any(values.dtype != part.weight.dtype for values in made.values):
-        raise IndexError(f"cannot sum {[values.dtype for values in made.values]} into {part.weight.dtype}")
+    if write.weight.dtype not in KINDS or any(values.dtype != write.weight.dtype for values in made.values):
+        raise IndexError(f"cannot sum {[values.dtype for values in made.values]} into {write.weight.dtype}")
     cells = [len(made.values)]
     for values, places, strength in zip(*made, strict=True):
         cells += [values.data_ptr(), places.data_ptr(), int(np.float32(strength).view(np.int32)), int(strength == 1)]
-    return torch.tensor(cells, device=part.weight.device)
+    return torch.tensor(cells, device=write.weight.device)
 
 
 @functools.lru_cache(maxsize=64)

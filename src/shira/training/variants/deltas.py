@@ -10,7 +10,7 @@ from ...kernels.sparse_product import SparseLayout
 from ...sparse.tensor import Kind
 from ...weights.quantized import shape_of
 from ...weights.targets import Target
-from ..following import Held
+from ..following import Touched
 from ..masters import Masters
 
 __all__ = ["Deltas"]
@@ -35,8 +35,8 @@ class Deltas(Masters):
         output: Tensor = self.layout.product(input, self.values)
         return output
 
-    def held(self) -> Held:
-        return Held(self.indices, self.base, self.values.detach())
+    def touched(self) -> Touched:
+        return Touched(self.indices, self.base, self.values.detach())
 
     def look(self, *, to_leave: bool = False) -> None:
         """Follow the weight: check its shape, and move positions and base values to its device.
@@ -55,7 +55,9 @@ class Deltas(Masters):
             self.put_back_to_float32()
         if self.indices.device != self.weight.device:
             kept, device = self.kept, self.weight.device
-            self.kept = kept._replace(indices=kept.indices.to(device), left=kept.left.to(device), bits=kept.bits.to(device))
+            self.kept = kept._replace(
+                indices=kept.indices.to(device), earlier=kept.earlier.to(device), bits=kept.bits.to(device)
+            )
             self.layout = SparseLayout(self.indices, self.matrix)
 
     def write(self) -> None:

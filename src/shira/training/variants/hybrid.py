@@ -18,7 +18,7 @@ from ...adapter import Adapter
 from ...files.tensorfiles import write_whole
 from ...sparse.tensor import SparseTensor
 from ...weights.targets import Target
-from ..following import Held
+from ..following import Touched
 from ..masters import Masters, Plain
 from .factors import Factors
 
@@ -40,9 +40,9 @@ class Hybrid(Plain):
         inner, outer = self.beside.inner_and_outer(self.outputs)
         return linear(linear(input, inner.to(input.dtype)), outer.T.to(input.dtype))
 
-    def held(self) -> Held:
+    def touched(self) -> Touched:
         """The sum's entries at the mask's positions."""
-        alone = super().held()
+        alone = super().touched()
         values = self.values.detach() + self.beside.at(self.indices).detach()
         return alone._replace(values=values.to(self.weight.dtype))
 
