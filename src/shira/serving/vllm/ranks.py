@@ -12,6 +12,7 @@ These questions are only asked by `Ranks.use`, which the engine calls in the sam
 threads (reading ahead) asks nothing.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -102,7 +103,7 @@ class Ranks:
         self._mapped, self._group = mapped, group
         self._evidence: dict[_File, tuple[Adapter, list[_Evidence]]] = {}
         self._compared: set[_File] = set()  # the same in all processes, because only `use` changes it
-        self._active = ""
+        self._active: str | None = ""  # None: as in `Resident`
 
     def use(self, key: str) -> bool:
         """`Resident.use` in all processes. Returns whether it was another selection than before.
@@ -113,13 +114,17 @@ class Ranks:
             return False
         try:
             self.agree(key)
-            self._agree(lambda: self.resident.use(key))
-        except BaseException:
+            self._agree(functools.partial(self._put, key))
+        except Exception:  # it was raised in all processes
+            self._active = None
+            self._agree(functools.partial(self._put, ""))
             self._active = ""
-            self.resident.use("")
             raise
         self._active = key
         return True
+
+    def _put(self, key: str) -> None:
+        self.resident.use(key)
 
     def _agree(self, call: Callable[[], Any]) -> None:
         """Make a call. Raise an error if it has failed in any process, or has returned different things."""
