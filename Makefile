@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 TOGETHER := --no-print-directory --jobs $(if $(MAKE_TERMOUT),,--output-sync=target)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-vllm serve-vllm test-gpu test-sanitized soak dist lint clean
+.PHONY: help demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -76,6 +76,17 @@ serve-vllm: .venv-vllm/ready ## vLLM beside shira, in an environment of its own;
 test-vllm: .venv-vllm/ready ## tests of the vLLM engine for real, on tiny models on the CPU (ten minutes; installs vLLM, 3.4 GB)
 	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -W default tests/vllm_engine.py tests/vllm_http.py
 
+.venv-ray/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	@echo "installing Ray into .venv-ray (some minutes the first time) ..."
+	.venv-ray/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt setuptools
+	.venv-ray/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --no-build-isolation \
+		--editable '.[ray]' psutil pytest hypothesis
+	@touch $@
+
+test-ray: .venv-ray/ready ## Ray Serve on a local cluster of two nodes, parts of which die under load (two minutes; installs Ray)
+	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-ray/bin/python -m pytest -s -W default tests/test_ray.py
+
 # Triton is not in constraints.txt: torch's own builds for CUDA bring the one they need, its builds for the CPU bring none
 test-gpu: .venv/ready ## the kernels for GPUs, on one or in Triton's interpreter (installs Triton, about 300 MB)
 	$(PIP) --editable '.[gpu]' --no-build-isolation
@@ -99,4 +110,4 @@ lint: .venv/ready ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove the environment and what was built
-	rm -rf .venv .venv-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-ray build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

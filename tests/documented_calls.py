@@ -73,10 +73,11 @@ def switching(model: nn.Module, adapter: shira.Adapter, path: Path) -> Iterator[
     switcher.prefetch("coder")
     switcher.pin("coder")
     switcher.unpin("coder")
+    values: torch.Tensor = switcher.base_values("model.embed_tokens.weight", torch.arange(3))
     with switcher.using({"coder": 1.0}):
         yield switcher.method
     names: list[str] = switcher.names
-    print(names, switcher.active, switcher)
+    print(names, switcher.active, switcher, switcher.ready, values)
     switcher.use(None)
     switcher.remove("poet")
     switcher.release()
