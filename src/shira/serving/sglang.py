@@ -6,8 +6,8 @@ It was tested on layers like SGLang's, in one process. It was not run in SGLang.
     SHIRA_ADAPTERS=adapters SHIRA_MODEL=path/of/the/checkpoint \
         python -m sglang.launch_server … --custom-weight-loader shira.serving.sglang.use
 
-calls `use(model, named_tensors)` in each of its processes when weights are updated with that load_format, and empties its prefix
-cache. So all requests in it have one selection: there are no turns.
+calls `use(model, named_tensors)` in each of its processes when weights are updated with that load_format, and empties its
+prefix cache. So all requests in it have one selection: there are no turns.
 
     engine.update_weights_from_tensor(message(catalogue.resolve("poet").key), load_format="shira.serving.sglang.use")
 """
