@@ -1,4 +1,4 @@
-"""`serving_answers.py` for seconds, on `shira serve`: no request gets another's answer, while files change and clients leave."""
+"""`serving_answers.py` for seconds: no request gets another's answer, while files change and clients leave."""
 
 import pytest
 
