@@ -73,6 +73,7 @@ def switching(model: nn.Module, adapter: shira.Adapter, path: Path) -> Iterator[
     switcher.prefetch("coder")
     switcher.pin("coder")
     switcher.unpin("coder")
+    print(switcher.base_values("model.norm.weight", torch.arange(3)))
     with switcher.using({"coder": 1.0}):
         yield switcher.method
     names: list[str] = switcher.names
