@@ -333,3 +333,22 @@ def test_the_snippets_of_the_fusion_page(tmp_path, monkeypatch, tiny_llama):
     assert shira.load("both.safetensors").metadata["fused"]["method"] == "mean"
     switcher.use(None)
     assert same_bits(before, all_bits(tiny_llama))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_wider_values_are_rounded_first_and_minus_zero_stays(backend):
+    """An adapter in float32 over a base in bfloat16 is fused as if its values were bfloat16. A delta alone keeps its bits."""
+    model, wide, other = mlp(torch.bfloat16), random_adapter(mlp(), 1), random_adapter(mlp(torch.bfloat16), 2)
+    narrow = {n: SparseTensor(t.shape, t.indices, t.values.bfloat16(), t.kind) for n, t in wide.tensors.items()}
+    with kernels.backend(backend):
+        one, same = (
+            shira.fuse({"a": (shira.Adapter(tensors), 1.0), "b": (shira.Adapter(other.tensors), 0.5)}, base=model)
+            for tensors in (wide.tensors, narrow)
+        )
+        deltas = [
+            shira.Adapter({"w": SparseTensor((9,), torch.tensor(positions), torch.tensor(values), "delta")})
+            for positions, values in (([3, 5], [-0.0, 1.0]), ([5, 7], [2.0, 4.0]))
+        ]
+        both = shira.fuse({"a": (deltas[0], 1.0), "b": (deltas[1], 1.0)})
+    assert all(torch.equal(bits(one.tensors[name].values), bits(same.tensors[name].values)) for name in narrow)
+    assert torch.equal(bits(both.tensors["w"].values), bits(torch.tensor([-0.0, 3.0, 4.0])))

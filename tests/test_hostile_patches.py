@@ -86,6 +86,10 @@ def test_further_hostile_patches(tmp_path):
     for shapes in ('{"a.weight": 5}', "[]", "{", '{"a.weight": [4611686018427387905]}', '{"a.weight": [1]}'):
         refused = check(as_trl(tmp_path / "x.safetensors", {"a.weight": TENSORS["a.weight"]}, shapes=shapes))
         assert isinstance(refused["load"], FormatError)
+    (tmp_path / "several").mkdir()
+    as_slime(tmp_path / "several" / "a.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "several" / "b.safetensors")
+    assert "is no weight patch of TRL, slime or verl, as the others" in str(check(tmp_path / "several")["load"])
     assert not patches.is_patch(Path(tmp_path / "missing")) and not patches.is_patch(tmp_path / "empty")
 
 

@@ -149,7 +149,8 @@ def test_a_folder_of_slime(tmp_path):
 
 
 def test_verl(tmp_path):
-    assert same(shira.load(as_verl(tmp_path / "patch.safetensors")).tensors, expected())
+    adapter = shira.load(as_verl(tmp_path / "patch.safetensors"))
+    assert same(adapter.tensors, expected()) and adapter.metadata["training"] == {"patch": "verl"}
     positions, values, params = manifest({"b.weight": TENSORS["b.weight"]}, "indices")
     halves = [params[0] | {"pos_end": 8, "val_end": 2}, params[0] | {"pos_start": 8, "val_start": 2}]  # a long one is sent so
     spec = {"encoding": "indices", "params": halves}

@@ -8,8 +8,8 @@ import typer
 from rich.table import Table
 
 from ..errors import DataError
-from ..runs.parts import check_mask
 from ..runs.recipes import Recipe
+from ..runs.shared_options import check_mask
 from .options import given, recipe_options
 from .output import bytes_text, cell, console, print_json, waiting
 

@@ -15,7 +15,7 @@ __all__ = ["combine"]
 
 def combine(
     name: str,
-    parts: Sequence[tuple[SparseTensor, float]],
+    terms: Sequence[tuple[SparseTensor, float]],
     overlap: UnitedPositions,
     base: Tensor,
     method: Method,
@@ -26,15 +26,15 @@ def combine(
     """base + the change that the method computes from all α · (value − base), for one tensor.
 
     name: the tensor's name.
-    parts: (SparseTensor, α), in the order of summation.
+    terms: (SparseTensor, α), in the order of summation.
     overlap: the union of their positions, n of them. base: [n], the base values there.
-    deltas: the parts are deltas, the base is zeros, and the result is a delta.
+    deltas: the terms are deltas, the base is zeros, and the result is a delta.
     check: called for each overwrite with its number and the base values under it, in float32 (float64 for float64).
     Returns indices [at most n], values and base values there, both in the base's dtype.
     """
     wide = base.to(torch.promote_types(base.dtype, torch.float32))
     pieces, exact = [], []
-    for number, ((tensor, strength), place) in enumerate(zip(parts, overlap.places, strict=True)):
+    for number, ((tensor, strength), place) in enumerate(zip(terms, overlap.places, strict=True)):
         values = tensor.values if tensor.kind == "delta" else tensor.values.to(base.dtype)
         change = values.to(wide.dtype)
         if tensor.kind == "overwrite":

@@ -97,9 +97,9 @@ def _side_by_side(work: Callable[[str], Item], names: Sequence[str]) -> Iterator
         yield from pool.map(lambda context, name: context.run(work, name), contexts, names)
 
 
-def _check_recorded_bases(parts: Mapping[str, Adapter]) -> None:
+def _check_recorded_bases(adapters: Mapping[str, Adapter]) -> None:
     """Raise BaseMismatch if the adapters record different bases. Without a base to compare with, nothing else detects that."""
-    known = {label: str(base["id"]) for label, part in parts.items() if (base := part.metadata.get("base") or {}).get("id")}
+    known = {label: str(base["id"]) for label, each in adapters.items() if (base := each.metadata.get("base") or {}).get("id")}
     if len({os.path.basename(base.rstrip("/")) for base in known.values()}) > 1:
         named = ", ".join(f"{label}: {base}" for label, base in known.items())
         raise BaseMismatch(f"the adapters were trained on different bases ({named}); pass the one to apply them to as base=")
@@ -125,37 +125,37 @@ def _fused_over(
         if tells_base(name, held[label], adapters[label], in_part[label]):
             check_fingerprint(label, name, adapters[label], under, weight.dtype)
 
-    parts = [(tensor, scale[label]) for label, tensor in held.items()]
-    fused = _in_one_pass(parts, weight, weight.dtype, method)
+    terms = [(tensor, scale[label]) for label, tensor in held.items()]
+    fused = _in_one_pass(terms, weight, weight.dtype, method)
     if fused is not None:
         for number, under in enumerate(fused.under):
             check(number, under)
         whole = _sparse(name, tuple(weight.shape), fused.indices, fused.values, "overwrite", SparseTensor.of_kernel)
         return whole, fingerprint(fused.base)
-    overlap = kernels.unite([tensor.indices for tensor, _ in parts])
+    overlap = kernels.unite([tensor.indices for tensor, _ in terms])
     base = kernels.gather(weight, overlap.indices.to(weight.device)).to(overlap.indices.device)
-    indices, values, base = combine(name, parts, overlap, base, method, check=check)
+    indices, values, base = combine(name, terms, overlap, base, method, check=check)
     return _sparse(name, tuple(weight.shape), indices, values, "overwrite"), fingerprint(base)
 
 
 def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[str, float], method: Method) -> SparseTensor:
     """A fused delta from deltas, in the dtype to which all of theirs promote."""
-    parts = [(tensor, scale[label]) for label, tensor in held.items()]
+    terms = [(tensor, scale[label]) for label, tensor in held.items()]
     shapes = {tensor.shape for tensor in held.values()}
     if len(shapes) > 1:
         raise AdapterError(f"'{name}' has different shapes in the adapters: {sorted(map(list, shapes))}")
     if any(tensor.kind == "overwrite" for tensor in held.values()):
         raise AdapterError(f"'{name}' holds overwritten values: fusing them needs the base they were trained on, pass base=")
-    dtype = parts[0][0].values.dtype
-    for tensor, _ in parts:
+    dtype = terms[0][0].values.dtype
+    for tensor, _ in terms:
         dtype = torch.promote_types(dtype, tensor.values.dtype)
-    fused = _in_one_pass(parts, None, dtype, method)
+    fused = _in_one_pass(terms, None, dtype, method)
     if fused is not None:
-        return _sparse(name, parts[0][0].shape, fused.indices, fused.values, "delta", SparseTensor.of_kernel)
-    overlap = kernels.unite([tensor.indices for tensor, _ in parts])
+        return _sparse(name, terms[0][0].shape, fused.indices, fused.values, "delta", SparseTensor.of_kernel)
+    overlap = kernels.unite([tensor.indices for tensor, _ in terms])
     zeros = torch.zeros(overlap.indices.numel(), dtype=dtype, device=overlap.indices.device)
-    indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
-    return _sparse(name, parts[0][0].shape, indices, values, "delta")
+    indices, values, _ = combine(name, terms, overlap, zeros, method, deltas=True)
+    return _sparse(name, terms[0][0].shape, indices, values, "delta")
 
 
 def _sparse(
@@ -174,10 +174,10 @@ def _sparse(
 
 
 def _in_one_pass(
-    parts: Sequence[tuple[SparseTensor, float]], weight: Tensor | None, dtype: torch.dtype, method: Method
+    terms: Sequence[tuple[SparseTensor, float]], weight: Tensor | None, dtype: torch.dtype, method: Method
 ) -> Combined | None:
     """The result of `combine` over the base in `weight`, or over zeros, if one kernel can compute all of it; otherwise None."""
-    gaps = kernels.takes_gaps(weight, sum(tensor.nnz for tensor, _ in parts))
+    gaps = kernels.takes_gaps(weight, sum(tensor.nnz for tensor, _ in terms))
     changes = [
         Contribution(
             tensor.units if gaps and isinstance(tensor, Gaps) else tensor.indices,
@@ -186,21 +186,21 @@ def _in_one_pass(
             tensor.kind == "delta",
             strength == 1 and (weight is None or tensor.kind == "overwrite"),
         )
-        for tensor, strength in parts
+        for tensor, strength in terms
     ]
-    return kernels.combine(weight, changes, dtype, method.name, parts[0][0].numel)
+    return kernels.combine(weight, changes, dtype, method.name, terms[0][0].numel)
 
 
 def _metadata(
-    parts: Mapping[str, Adapter], strengths: Mapping[str, CheckedStrength], method: Method, prints: dict[str, str]
+    adapters: Mapping[str, Adapter], strengths: Mapping[str, CheckedStrength], method: Method, prints: dict[str, str]
 ) -> dict[str, Any]:
     """The fused adapter's metadata, with everything that is needed to fuse again."""
-    files = {label: os.path.basename(label) for label in parts}
+    files = {label: os.path.basename(label) for label in adapters}
     if len(set(files.values())) < len(files):
-        files = {label: label for label in parts}
-    first = next(iter(parts.values())).metadata
+        files = {label: label for label in adapters}
+    first = next(iter(adapters.values())).metadata
     metadata = {
-        "name": "+".join(part.name or os.path.basename(label) for label, part in parts.items()),
+        "name": "+".join(each.name or os.path.basename(label) for label, each in adapters.items()),
         "base": first.get("base"),
         "fused": method.described() | {"strengths": {files[label]: as_given(value) for label, value in strengths.items()}},
         "license": first.get("license"),

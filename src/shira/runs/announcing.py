@@ -9,7 +9,7 @@ from torch import nn
 from .. import masks
 from ..errors import TargetError
 from ..weights.targets import Target, by_pattern, is_conv1d, resolve
-from .parts import Masked
+from .shared_options import Masked
 
 __all__ = ["what_trains"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DataError
 from .options import check, option, parse_targets, passed_to
-from .parts import Masked, Run, check_mask
 from .recipes import recipe_of, save_recipe
+from .shared_options import Masked, Run, check_mask
 
 if TYPE_CHECKING:
     from ..adapter import Adapter

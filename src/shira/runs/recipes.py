@@ -16,7 +16,7 @@ from ..errors import DataError, MissingExtra, did_you_mean
 from ..files.paths import open_regular, path_of
 from ..texts import shown, strict_json
 from .options import check, option, parse_targets, passed_to
-from .parts import Masked, Run, check_mask
+from .shared_options import Masked, Run, check_mask
 
 if TYPE_CHECKING:
     from torch import nn

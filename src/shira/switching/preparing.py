@@ -34,14 +34,14 @@ def prepare(
         tensors = checked(adapter_name, sources[adapter_name], now, active)
         for tensor_name, strength in strengths_of(repr(adapter_name), fixed, tensors).items():
             if strength != 0:
-                parts = by_weight.setdefault(id(now.weights[tensor_name]), (tensor_name, []))[1]
-                parts.append((tensors[tensor_name], strength))
+                terms = by_weight.setdefault(id(now.weights[tensor_name]), (tensor_name, []))[1]
+                terms.append((tensors[tensor_name], strength))
     made, products = [], []
-    for name, parts in by_weight.values():
+    for name, terms in by_weight.values():
         if is_quantized(now.weights[name]):
-            products.append(quantized_layers.product(name, now.weights[name], parts, key.method))
+            products.append(quantized_layers.product(name, now.weights[name], terms, key.method))
         else:
-            made.append(_write(name, parts, key.method, ready, now, active))
+            made.append(_write(name, terms, key.method, ready, now, active))
     plan = WritePlan.of([write for write, _ in made], [total for _, total in made])
     prepared = Prepared(plan, tuple(products))
     moves = any(is_buffer(write.weight) for write in plan.writes)  # forward passes change buffers; then their sums are wrong
@@ -63,7 +63,7 @@ def overflow(name: str, weight: Tensor) -> str:
 
 def _write(
     name: str,
-    parts: list[tuple[SparseTensor, float]],
+    terms: list[tuple[SparseTensor, float]],
     method: Method,
     ready: Ready,
     now: ModelState,
@@ -71,16 +71,16 @@ def _write(
 ) -> tuple[Write, Sum | None]:
     """The write to one tensor; and the sum that gives its values, if the kernel computes the sum while it writes."""
     weight = now.weights[name]
-    tensor, strength = parts[0]
-    if len(parts) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
+    tensor, strength = terms[0]
+    if len(terms) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
         return _here(weight, tensor.indices, tensor.values.clone(), ready, now), None
-    overlap = kernels.unite([part.indices for part, _ in parts])
-    as_written = method.name == "sum" and all(part.kind == "overwrite" for part, _ in parts)
+    overlap = kernels.unite([term.indices for term, _ in terms])
+    as_written = method.name == "sum" and all(term.kind == "overwrite" for term, _ in terms)
     if as_written and id(weight) not in now.pieces and kernels.writes_sums(weight):
         room = torch.empty_like(overlap.indices, dtype=weight.dtype)
-        total = Sum.of(overlap, [(part.values, strength) for part, strength in parts])
+        total = Sum.of(overlap, [(term.values, strength) for term, strength in terms])
         return _here(weight, overlap.indices, room, ready, now), total
-    indices, values, _ = combine(name, parts, overlap, now.base_at(weight, overlap.indices, active), method)
+    indices, values, _ = combine(name, terms, overlap, now.base_at(weight, overlap.indices, active), method)
     if not all_finite(values):
         raise AdapterError(overflow(name, weight))
     return _here(weight, indices, values, ready, now), None

@@ -83,11 +83,11 @@ class _Adding:
         return output + beside.to(output.dtype)
 
 
-def product(name: str, weight: Tensor, parts: list[tuple[SparseTensor, float]], method: Method) -> AddedProduct:
+def product(name: str, weight: Tensor, terms: list[tuple[SparseTensor, float]], method: Method) -> AddedProduct:
     """The product that the method makes of (delta, strength) pairs, in float32. Raises AdapterError if it overflows."""
-    overlap = kernels.unite([tensor.indices for tensor, _ in parts])
+    overlap = kernels.unite([tensor.indices for tensor, _ in terms])
     zeros = torch.zeros(overlap.indices.numel(), dtype=torch.float32, device=overlap.indices.device)
-    indices, values, _ = combine(name, parts, overlap, zeros, method, deltas=True)
+    indices, values, _ = combine(name, terms, overlap, zeros, method, deltas=True)
     if not all_finite(values):
         raise AdapterError(f"'{name}' would overflow torch.float32 at these strengths; use smaller ones")
     rows, columns = shape_of(weight)
