@@ -15,10 +15,12 @@ import asyncio
 import collections
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,13 +35,17 @@ TO_VICTIMS = Asked("", "abc def", 8)
 
 
 class Found(NamedTuple):
-    """Of one run. wrong: (request, expected text, text). statuses: status -> how many. memory: bytes, over time."""
+    """Of one run. wrong: (request, expected text, text). statuses: status -> how many. memory: bytes, over time.
+
+    longest_wait: seconds that a selection has waited for its turn, as the server says.
+    """
 
     answers: int
     wrong: list
     statuses: collections.Counter
     memory: list
     seconds: float
+    longest_wait: float = 0.0
 
 
 def tiny_model(folder):
@@ -168,13 +174,21 @@ def run(model, folder, *, engine="transformers", python=sys.executable, adapters
         again, _ = asyncio.run(load(server.url, requests, 8))
         pairs = zip(requests, again, strict=True)
         wrong = [(each, expected[each], answer) for each, answer in pairs if answer.text != expected[each]]
+        told = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+        longest = float(re.search(r"^shira_longest_wait_seconds (\S+)", told, re.MULTILINE)[1])
         assert server.process.poll() is None, "the server has ended"
     ended = server.process.returncode
     texts = collections.defaultdict(set)
     for each in requests:
         texts[each.prompt].add(expected[each])
     distinct = [len(texts[each.prompt]) for each in asked]
-    return found._replace(wrong=found.wrong + wrong), distinct, len(selections), ended, log.read_text(errors="replace")
+    return (
+        found._replace(wrong=found.wrong + wrong, longest_wait=longest),
+        distinct,
+        len(selections),
+        ended,
+        log.read_text(errors="replace"),
+    )
 
 
 def main():
@@ -205,6 +219,7 @@ def main():
         quarter = max(1, len(found.memory) // 4)
         first, last = (sum(part) / len(part) / 2**20 for part in (found.memory[:quarter], found.memory[-quarter:]))
         print(f"memory: {first:.0f} MiB in the first quarter, {last:.0f} MiB in the last")
+    print(f"longest wait of a selection for its turn: {found.longest_wait:.2f} s")
     print(f"wrong: {len(found.wrong)}")
     for each in found.wrong[:10]:
         print(" ", each)

@@ -101,6 +101,13 @@ def test_alternating_adapters_do_not_thrash():
     assert served.turns.switches <= served.steps / 16 + 2
 
 
+def test_the_longest_wait_is_known():
+    turns = Turns(quantum=1, patience=10.0)
+    for now in (1.0, 2.0, 4.0):
+        turns.choose({"a": 0.0, "b": 0.5}, now)
+    assert turns.longest_wait == 3.0  # of "a", from 1.0 to 4.0
+
+
 def test_alone_a_selection_is_never_interrupted():
     served = serve([(0.0, "only", 500)], Cost())
     assert served.turns.switches == 0

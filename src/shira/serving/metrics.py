@@ -42,6 +42,7 @@ class Metrics:
         self.switching = counter("switch_seconds", "Seconds spent switching.")
         self.lookups = counter("ready_lookups", "Selections that were wanted: those that were ready, and others.", ["found"])
         self.ready = gauge("ready_selections", "Selections that are held ready.")
+        self.longest = gauge("longest_wait_seconds", "The longest time that a selection has waited for its turn.")
         self.adapters = gauge("served_adapters", "Adapters that are served.")
         self._open: Counter[str] = Counter()
         self._before: dict[str, float] = {}
@@ -82,6 +83,7 @@ class Metrics:
             counter.inc(max(0, tiers[name] - self._before.get(name, 0)))
             self._before[name] = tiers[name]
         self.ready.set(len(tiers["ready"]))
+        self.longest.set(tiers.get("longest_wait", 0.0))
         self.adapters.set(served)
 
     def text(self) -> bytes:

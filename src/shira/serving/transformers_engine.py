@@ -212,7 +212,12 @@ class TransformersEngine:
     async def tiers(self) -> dict[str, Any]:
         """Where the selections are, and what the engine has done."""
         waiting = Counter(job.key for job in list(self._jobs.values()))
-        more = {"requests": dict(waiting), "interrupted": self._scheduler.interrupted, **self.tokens}
+        more = {
+            "requests": dict(waiting),
+            "interrupted": self._scheduler.interrupted,
+            "longest_wait": self._scheduler.turns.longest_wait,
+            **self.tokens,
+        }
         return {**await asyncio.to_thread(self._resident.tiers), **more}
 
     async def stop(self, seconds: float = 30.0) -> None:

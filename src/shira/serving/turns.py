@@ -21,7 +21,7 @@ class Turns:
 
     quantum: steps of a turn while others wait. A selection with more requests than the average gets more, in proportion.
     patience: seconds that a selection waits at most, beyond one step and one switch for each selection ahead of it.
-    switches: how often the chosen selection was another than before.
+    switches: how often the chosen selection was another than before. longest_wait: seconds that one has waited for its turn.
 
         turns = Turns(quantum=16, patience=2.0)
         key = turns.choose({"": 0.0, '[["poet","1f",1.0]]': 0.4}, now=0.5)
@@ -33,7 +33,7 @@ class Turns:
                 f"quantum must be a whole number from 1 on, found {quantum}; and patience seconds from 0 on, found {patience}"
             )
         self.quantum, self.patience = quantum, patience
-        self.switches = 0
+        self.switches, self.longest_wait = 0, 0.0
         self._turn: str | None = None
         self._steps, self._most = 0, 0  # of this turn: done, and allowed while others wait
         self._end = 0.0  # when this turn must end because others wait
@@ -79,6 +79,7 @@ class Turns:
 
     def _begin(self, present: Mapping[str, float], now: float, sizes: Mapping[str, int]) -> None:
         order = sorted(present, key=lambda key: (key == self._turn, self._since(key, present)))
+        self.longest_wait = max(self.longest_wait, now - self._since(order[0], present))
         self.switches += order[0] != self._turn and self._turn is not None
         self._turn, self._waiting = order[0], order[1:]
         self._steps, self._most = 0, self._share(present, sizes)

@@ -23,10 +23,14 @@ SOON = 2  # selections that are made ready while another has its turn
 
 
 class Step(NamedTuple):
-    """What a worker is told with each step. key: the selection to compute with. upcoming: those to make ready."""
+    """What a worker is told with each step.
+
+    key: the selection to compute with. upcoming: those to make ready. longest_wait: see `Turns`.
+    """
 
     key: str
     upcoming: tuple[str, ...]
+    longest_wait: float = 0.0
 
 
 def key_of(request: Any) -> str:
@@ -148,7 +152,7 @@ class TurnScheduler:
             self._stuck.clear()
         else:
             self._stuck.add(self._key)
-        output.shira = Step(self._key, self.turns.upcoming()[:SOON])
+        output.shira = Step(self._key, self.turns.upcoming()[:SOON], self.turns.longest_wait)
         return output
 
     def _allocate(self, allocate: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -64,6 +64,7 @@ class SwitchingWorker:
         self._failed: set[str] = set()  # requests that have failed here, until the scheduler says that they have ended
         self._reasons: OrderedDict[str, tuple[float, str]] = OrderedDict()  # key -> when, and why a switch has failed
         self._answer: Any = None
+        self._longest_wait = 0.0
 
     def shira_checkpoint(self) -> Checkpoint:
         """The checkpoint that vLLM has loaded. Raises ShiraError for a setting under which adapters were not tried."""
@@ -97,6 +98,7 @@ class SwitchingWorker:
         self._failed -= scheduler_output.finished_req_ids
         scheduled = scheduler_output.num_scheduled_tokens
         if step is not None and scheduled:
+            self._longest_wait = step.longest_wait
             try:
                 if self._failed.isdisjoint(scheduled):
                     self._ranks.use(step.key)
@@ -161,8 +163,8 @@ class SwitchingWorker:
         return ""
 
     def shira_tiers(self) -> dict[str, Any]:
-        """`Resident.tiers`."""
-        return self._ranks.resident.tiers()
+        """`Resident.tiers`, and the longest wait of a selection for its turn in seconds."""
+        return {**self._ranks.resident.tiers(), "longest_wait": self._longest_wait}
 
     def shira_failure(self, key: str) -> str | None:
         """Why a switch to a selection has failed in the last minute, as "Kind: message"; None if none has."""
