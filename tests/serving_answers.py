@@ -31,6 +31,7 @@ from benchmarks.serving_load import SERVE, Asked, ask, asked_of, load, make_adap
 NONSENSE = (b"", b"{", b"[1]", b'{"model": 3}', b'{"model": "adapter000", "prompt": {"a": 1}}', b"\xff\xfe")
 VICTIMS = 4  # adapters whose files are replaced and removed meanwhile
 CONTENTS = [f"content{number}" for number in range(3)]  # adapters with what those files hold in turn
+DENSITY, SIZE = 0.02, 2.0  # of an adapter; of its changes, in standard deviations of the weight
 TO_VICTIMS = Asked("", "abc def", 8)
 
 
@@ -67,7 +68,7 @@ def tiny_model(folder):
 
 def save_victim(weights, path, number):
     """Write one of the contents to a file."""
-    save_adapter(weights, path, 900 + number % len(CONTENTS), 0.05, 2.0)
+    save_adapter(weights, path, 900 + number % len(CONTENTS), DENSITY, SIZE)
 
 
 def sets_of(names, count, seed=0):
@@ -83,6 +84,7 @@ async def under_load(server, folder, weights, expected, victims, total, clients,
     wrong, statuses, memory = [], collections.Counter(), []
     requests = list(expected)
     done, began, stop = 0, time.monotonic(), False
+    numel = sum(weight.numel() for weight in weights.values())
     right = {expected[TO_VICTIMS._replace(model=content)] for content in CONTENTS}
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
 
@@ -113,16 +115,16 @@ async def under_load(server, folder, weights, expected, victims, total, clients,
                 await asyncio.sleep(0.1)
 
         async def changing():
-            number = 0
+            number, pause = 0, 0.2 + numel / 1e8
             while not stop:
                 for name in victims:
                     number += 1
                     path = folder / f"{name}.safetensors"
                     await asyncio.to_thread(save_victim, weights, path, number)
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(pause)
                     if number % 5 == 0:
                         path.unlink()
-                        await asyncio.sleep(0.2)
+                        await asyncio.sleep(pause)
                     (folder / "broken.safetensors").write_bytes(os.urandom(200))
 
         async def victims_asked():
@@ -154,7 +156,7 @@ def run(model, folder, *, engine="transformers", python=sys.executable, adapters
     served.mkdir()
     loaded = load_model(model, "float32")
     weights = {name: weight.detach() for name, weight in loaded.named_parameters() if "proj" in name}
-    names = make_adapters(loaded, served, adapters, density=0.05, size=2.0)
+    names = make_adapters(loaded, served, adapters, DENSITY, SIZE)
     victims = [f"victim{number}" for number in range(VICTIMS)]
     for number, name in enumerate([*CONTENTS, *victims]):
         save_victim(weights, served / f"{name}.safetensors", number)
