@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from shira.data.models import SMOLLM2, model_path
 from shira.integrations.transformers import load_model, load_tokenizer
 
-from .common import report, show
+from .common import report
 from .serving_load import Answer, Asked, asked_of, load, make_adapters, serving
 
 VLLM = "SHIRA_VLLM_PYTHON"  # environment variable: an interpreter with vLLM (`make serve-vllm` makes one)
@@ -70,7 +72,9 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
             few = [cell for cell in cells(quick) if cell.adapters <= len(loras)]
             rows += measured("LoRA, vLLM", vllm_lora(folder, python, loras), names, few, repeats)
         rows += peft_rows(folder, loras, quick)
-    show("serve", rows, lambda row: f"{row['setup']}, {row['clients']} clients, {row['adapters']} adapters", plot)
+    table(rows)
+    if plot is not None:
+        draw(rows, plot)
     return rows
 
 
@@ -115,7 +119,7 @@ def measured(setup: str, started: Any, names: list[str], wanted: list[Cell], rep
         rows.append(
             {"setup": setup, **cell._asdict(), **medians, "tokens_a_second_runs": [run["tokens_a_second"] for run in runs]}
         )
-        report(rows[-1])
+        report("serve", **rows[-1])
     return rows
 
 
@@ -180,8 +184,46 @@ def peft_rows(folder: Path, loras: list[str], quick: bool) -> list[dict[str, Any
             seconds = time.perf_counter() - began
             row = {"setup": setup, **cell._asdict(), "tokens_a_second": len(some) * TOKENS / seconds}
             rows.append(row)
-            report(row)
+            report("serve", **row)
     return rows
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """Print all rows: tokens a second, and their ratio to the base on the same server with as many clients."""
+    columns = ("tokens/s", "of base", "first token s", "answer s", "p99 s", "switches/s", "switching %")
+    made = Table("setup", "clients", "adapters", *columns, title=f"serve: {TOKENS} tokens an answer, medians")
+    bases = {(row["setup"], row["clients"]): row["tokens_a_second"] for row in rows if row["adapters"] == 0}
+    for row in rows:
+        rate, base = row["tokens_a_second"], bases.get((row["setup"], row["clients"]))
+        adapters = "base" if row["adapters"] == 0 else f"{row['adapters']}{', skewed' if row['skew'] else ''}"
+        cells = [f"{rate:.1f}", f"{rate / base:.2f}" if base else ""]
+        if "answer_p50" in row:
+            cells += [f"{row[name]:.2f}" for name in ("first_token_p50", "answer_p50", "answer_p99", "switches_a_second")]
+            cells.append(f"{100 * row['share_of_switching']:.1f}")
+        made.add_row(row["setup"], str(row["clients"]), adapters, *cells)
+    Console(width=120).print(made)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A plot: tokens a second over the number of adapters, with the largest number of clients."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    most = max(row["clients"] for row in rows)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for setup in dict.fromkeys(row["setup"] for row in rows):
+        line = [row for row in rows if row["setup"] == setup and row["clients"] == most and not row["skew"] and row["adapters"]]
+        if line:
+            places = [ADAPTERS.index(row["adapters"]) for row in line]
+            axes.plot(places, [row["tokens_a_second"] for row in line], "o-", label=setup)
+    axes.set_xticks(range(1, len(ADAPTERS)), [str(count) for count in ADAPTERS[1:]])
+    axes.set(xlabel="adapters, asked for alike", ylabel="tokens a second", title=f"{most} clients", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    print(f"plot: {path}")
 
 
 Way = Callable[[Any, Any, list[Asked], int], Iterator[None]]
