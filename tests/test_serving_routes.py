@@ -167,6 +167,8 @@ def test_pinning(site):
         told = (await client.get("/v1/adapters")).json()
         assert told["pinned"] == [both] and told["ready"] == [both, "poet:3"] and told["weights"] == "poet:3"
         full = await client.post("/v1/adapters/poet/pin")
+        huge = await client.post("/v1/adapters/poet:1e300/pin")
+        assert huge.status_code == 422 and "of 'poet' must be" in huge.json()["error"]["message"]
         assert full.status_code == 422 and "can be pinned" in full.json()["error"]["message"]
         assert (await client.post("/v1/adapters", json={"name": "poet", "pin": True})).status_code == 422
         assert (await client.delete("/v1/adapters/poet+coder:0.5/pin")).status_code == 200
@@ -276,6 +278,23 @@ def test_too_many_requests_are_refused(tmp_path):
         assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 429, 429]
         assert {answer.headers.get("retry-after") for answer in answers} == {None, "1"}
         assert (await client.post("/v1/completions", json={})).status_code == 200
+
+    site.run(work)
+
+
+def test_slow_senders_take_no_place_and_have_a_time_limit(tmp_path):
+    site = Site(tmp_path, max_running=1, max_queue=0, request_timeout=0.5)
+
+    async def slowly():
+        yield b"{"
+        await asyncio.sleep(5)
+        yield b"}"
+
+    async def work(client):
+        slow = asyncio.create_task(client.post("/v1/completions", content=slowly()))
+        await asyncio.sleep(0.1)
+        assert (await client.post("/v1/completions", json={})).status_code == 200
+        assert (await slow).status_code == 504
 
     site.run(work)
 

@@ -86,9 +86,10 @@ class Gate:
             return
         answer = _Answer(scope, send)
         try:
-            with self._admitted(scope):
-                again = await self._with_body(receive)
-                async with asyncio.timeout(self.settings.request_timeout if ANSWERS.match(scope["path"]) else None) as limit:
+            self._check(scope)
+            async with asyncio.timeout(self.settings.request_timeout if ANSWERS.match(scope["path"]) else None) as limit:
+                again = await self._with_body(receive)  # a slow sender takes no place in the queue
+                with self._counted(scope):
                     await self.app(scope, again, answer.send)
         except TimeoutError:
             if not limit.expired():
@@ -100,9 +101,8 @@ class Gate:
         finally:
             answer.done(self.metrics)
 
-    @contextlib.contextmanager
-    def _admitted(self, scope: Message) -> Iterator[None]:
-        """Count a request for an answer inside the `with`. Raises Refused if it may not enter, or there are too many."""
+    def _check(self, scope: Message) -> None:
+        """Raise Refused if a request may not enter."""
         path = scope["path"]
         if path not in OPEN:
             scheme, _, key = _header(scope, b"authorization").partition(" ")
@@ -111,7 +111,11 @@ class Gate:
         length = _header(scope, b"content-length")
         if length.isdigit() and int(length) > self.settings.max_body:
             raise self._too_large()
-        if not ANSWERS.match(path):
+
+    @contextlib.contextmanager
+    def _counted(self, scope: Message) -> Iterator[None]:
+        """Count a request for an answer inside the `with`. Raises Refused if there are too many."""
+        if not ANSWERS.match(scope["path"]):
             yield
             return
         if self.open >= self.settings.max_running + self.settings.max_queue:
@@ -124,15 +128,16 @@ class Gate:
 
     async def _with_body(self, receive: Receive) -> Receive:
         """`receive` that returns the whole body at once, which is read now. Raises Refused if it is too large."""
-        body, more = b"", True
+        body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return _always(message)
-            body, more = body + message.get("body", b""), message.get("more_body", False)
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
             if len(body) > self.settings.max_body:
                 raise self._too_large()
-        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        first: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def again() -> Message:
             return first.pop() if first else await receive()

@@ -1,11 +1,14 @@
 """Errors as OpenAI's API tells them: an HTTP status, and {"error": {"message", "type", "param", "code"}}."""
 
 import os
+import re
 from typing import Any, ClassVar
 
 from ..errors import ShiraError
 
 __all__ = ["Problem", "Refused", "error_body", "status_of"]
+
+VERSION = re.compile(r"@[0-9a-f]{16}\b")  # of an adapter, behind its name in the messages of a switcher
 
 
 class Problem(ShiraError):
@@ -38,7 +41,8 @@ def error_body(error: Exception, folder: str = "") -> dict[str, Any]:
     """
     status = status_of(error)
     if isinstance(error, ShiraError | OSError):
-        message = str(error).replace(f"{folder}{os.sep}", "") if folder else str(error)
+        message = VERSION.sub("", str(error))
+        message = message.replace(f"{folder}{os.sep}", "") if folder else message
     else:
         message = f"the server failed ({type(error).__name__}); its log has the details"
     code = error.code if isinstance(error, Problem) else "adapter_error" if status == 422 else "internal_error"
