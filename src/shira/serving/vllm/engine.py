@@ -12,12 +12,14 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from .environment import check_version, installed_version
+from .plugin import register
 from .scheduler import TurnScheduler
 from .worker import SwitchingWorker
 
 __all__ = ["AsyncTurns", "PlainTurns", "Scheduler", "SwitchingCPUWorker", "SwitchingGPUWorker", "Worker"]
 
 check_version(installed_version())
+register()  # in each process before its model is made, also if vLLM has not found the entry point
 
 
 class PlainTurns(TurnScheduler, PlainScheduler):  # type: ignore[misc]

