@@ -68,10 +68,10 @@ class Selection(NamedTuple):
 
 def parse_name(name: str) -> str:
     """The name of an adapter, if it is possible. Raises SelectionError otherwise."""
-    if not NAME.fullmatch(name) or name.startswith("."):
+    if not NAME.fullmatch(name) or name.startswith(".") or not name.isprintable():
         raise SelectionError(
-            f"{shown(name)} cannot be the name of an adapter: it must not be empty, begin with a dot, or hold white space "
-            "or any of / \\ + : @"
+            f"{shown(name)} cannot be the name of an adapter: it must not be empty, begin with a dot, or hold white space, "
+            "characters that cannot be printed, or any of / \\ + : @"
         )
     return name
 
