@@ -192,6 +192,8 @@ REFUSED = [
     ({"best_of": 3}, 400, "invalid_request", "best_of"),
     ({"stop": ""}, 400, "invalid_request", "stop"),
     ({"logit_bias": {"97": 1}}, 400, "invalid_request", "token 97"),
+    ({"logit_bias": {"5": 101}}, 400, "invalid_request", "logit_bias: expected a token's number and a bias from -100 to 100"),
+    ({"logit_bias": {"05": 1}}, 400, "invalid_request", "found '05': 1"),
     ({"response_format": {"type": "json_object"}}, 400, "invalid_request", "no structured output and no tools, vLLM has"),
     ({"invented": 1}, 400, "invalid_request", "invented: this server does not know the field"),
     ({"stream_options": {"include_usage": True}}, 400, "invalid_request", "stream=true"),
@@ -211,6 +213,31 @@ def test_what_is_refused(served):
         assert (response.status_code, error["code"]) == (status, code), error
         assert words in error["message"] and set(error) == {"message", "type", "param", "code"}
     assert not served.engine._jobs
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [None] * 1000},
+        {"prompt": [["x"] * 1000] * 1000},
+        {"stop": [1] * 1000},
+        {"logit_bias": dict.fromkeys(map(str, range(1000)), "x")},
+        dict.fromkeys(map("x{}".format, range(1000))),
+        {"messages": [1] * 1000},
+        {"messages": [{"role": "user", "content": [1] * 1000}]},
+        {"messages": [dict.fromkeys(map("x{}".format, range(1000)))]},
+    ],
+    ids=lambda fields: min(fields),
+)
+def test_a_body_full_of_errors_costs_no_more_than_the_first(fields):
+    from pydantic import ValidationError
+
+    from shira.serving.openai_requests import ChatRequest, CompletionRequest
+
+    kind, rest = (ChatRequest, {}) if "messages" in fields else (CompletionRequest, {"prompt": "x"})
+    with pytest.raises(ValidationError) as found:
+        kind.model_validate({"model": "a", **rest, **fields})
+    assert found.value.error_count() <= 4  # one for each form that a prompt may have
 
 
 def test_what_a_chat_is_refused(served):
