@@ -12,7 +12,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from conftest import all_bits, mlp, random_adapter, same_bits
+from shira import ShiraError
 from shira.serving import catalogue as catalogue_module
+from shira.serving import gate
 from shira.serving.adapter_routes import AdapterRoutes, watching
 from shira.serving.catalogue import Catalogue
 from shira.serving.gate import ADMIN_KEYS, KEYS, Gate, Keys
@@ -248,6 +250,79 @@ def test_without_a_key_of_administration_only_this_machine_administers(tmp_path,
     async def work(client):
         assert (await client.post("/v1/completions", json={})).status_code == answers
         assert (await client.post("/v1/adapters", json={"name": "poet"})).status_code == changes
+
+    site.run(work)
+
+
+def test_keys_of_any_letters_and_variables_without_a_key(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEYS, "schlüssel")
+    monkeypatch.delenv(ADMIN_KEYS, raising=False)
+    site = Site(tmp_path, Keys.of_environment("0.0.0.0"))
+
+    async def work(client):
+        for key, status in (("schlüssel".encode(), 200), (b"schl\xfcssel", 401), (b"\xff", 401)):
+            headers = {b"Authorization": b"Bearer " + key, b"X-Request-ID": "é".encode()}
+            answer = await client.get("/v1/models", headers=headers)
+            assert answer.status_code == status and answer.headers["x-request-id"].isalnum()
+
+    site.run(work)
+    for empty in (",", " "):
+        monkeypatch.setenv(KEYS, empty)
+        with pytest.raises(ShiraError, match="holds none"):
+            Keys.of_environment("127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "[::1]:8000", "Origin": "http://localhost:3000"}, 200),
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "rebound.example"}, 403),
+        ({"Host": "[bad"}, 403),
+    ],
+)
+def test_without_keys_no_page_of_another_site_administers(site, headers, status):
+    async def work(client):
+        answer = await client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"}, headers=headers)
+        assert answer.status_code == status
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+    site.run(work)
+
+
+def test_a_body_that_does_not_come_frees_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.05)
+    site = Site(tmp_path, max_running=1, max_queue=0)
+
+    async def never():
+        yield b'{"a":'
+        await asyncio.sleep(30)
+
+    async def work(client):
+        late = await client.post("/v1/completions", content=never())
+        assert late.status_code == 408 and late.json()["error"]["code"] == "slow_body"
+        assert (await client.post("/v1/completions", json={})).status_code == 200
+
+    site.run(work)
+
+
+def test_a_client_that_reads_nothing_does_not_hold_its_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "LAST_SECONDS", 0.05)
+    site = Site(tmp_path, request_timeout=0.05)
+    bodies = [{"type": "http.request", "body": b'{"stream": true, "seconds": 9}'}]
+
+    async def receive():
+        return bodies.pop() if bodies else await asyncio.sleep(60)
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)  # as uvicorn waits while the client's buffer is full
+
+    async def work(client):
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        await asyncio.wait_for(site.app(scope, receive, send), 5)
 
     site.run(work)
 
