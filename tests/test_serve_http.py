@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 
 import pytest
@@ -402,3 +403,21 @@ def test_one_application_has_the_gate_and_all_routes(served):
     assert 'shira_tokens_total{kind="prompt"} 5.0' in found["metrics"].text
     assert found["v1/adapters"].json()["weights"] == "a"
     assert found["health"].headers["x-request-id"]
+
+
+def test_what_can_be_checked_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch):
+    from shira import ShiraError
+    from shira.serving.settings import Settings
+    from shira.serving.transformers_server import serve
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for words, changed in (
+            ("cannot listen on 127.0.0.1:", {}),
+            ("cannot listen on 300.1.1.1:", {"host": "300.1.1.1"}),
+            ("there is no folder", {"adapters": str(tmp_path / "absent")}),
+        ):
+            with pytest.raises(ShiraError, match=words):
+                serve(Settings(**{"model": "absent", "adapters": str(tmp_path), "port": port, **changed}))

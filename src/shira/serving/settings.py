@@ -9,7 +9,7 @@ __all__ = ["Settings"]
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
