@@ -180,7 +180,10 @@ def test_logprobs_in_both_forms(served):
 REFUSED = [
     ({"model": "nobody"}, 404, "model_not_found", "no adapter 'nobody' is served"),
     ({"model": "a:much"}, 400, "invalid_model", "must be a finite number"),
+    ({"model": "a:1_0"}, 400, "invalid_model", "must be a finite number"),
+    ({"model": "a:\u0661"}, 400, "invalid_model", "must be a finite number"),
     ({"prompt": "a" * 200}, 400, "context_length_exceeded", "200 tokens"),
+    ({"prompt": "a " * 1000}, 400, "context_length_exceeded", "2,000 characters; expected at most 1,536"),
     ({"max_tokens": 95}, 400, "context_length_exceeded", "both together may be 96"),
     ({"max_tokens": 0}, 400, "invalid_request", "max_tokens: Input should be greater than or equal to 1, found 0"),
     ({"temperature": -1}, 400, "invalid_request", "temperature"),

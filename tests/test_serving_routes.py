@@ -150,7 +150,7 @@ def test_vllms_routes_for_lora_load_and_unload(site):
         assert "poet" not in site.catalogue.versions
         for path in ("poet.safetensors", site.folder / "poet.safetensors"):
             assert (await load("poet", path)).text == "Success: LoRA adapter 'poet' added successfully."
-        for path in ("coder.safetensors", "/etc/passwd", "../poet.safetensors", site.folder.parent / "poet.safetensors"):
+        for path in ("coder.safetensors", "/etc/passwd", "\0", "../poet.safetensors", site.folder.parent / "poet.safetensors"):
             refused = await load("poet", path)
             assert refused.status_code == 400 and "served folder" in refused.json()["error"]["message"]
         assert (await load("../x", "x")).status_code == 400
@@ -394,6 +394,20 @@ def test_each_answer_has_an_id_a_log_line_and_is_counted(site, caplog):
 
     site.run(work)
     assert re.search(r"mine-1 POST /v1/completions 200 \d+\.\d ms", caplog.text)
+
+
+def test_a_fault_of_the_server_is_counted_and_has_an_id(site, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="shira.serving")
+    monkeypatch.setattr(site.engine, "tiers", lambda: 1 // 0)
+
+    async def work(client):
+        client._transport.raise_app_exceptions = False
+        answer = await client.get("/v1/adapters")
+        assert answer.status_code == 500 and answer.headers["x-request-id"]
+        assert answer.json()["error"]["code"] == "internal_error"
+
+    site.run(work)
+    assert "GET /v1/adapters 500" in caplog.text
 
 
 def test_the_folder_may_be_away_for_a_while(site, caplog):

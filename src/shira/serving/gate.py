@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from ..errors import ShiraError
 from ..texts import visible
 from .metrics import Metrics
-from .problems import Refused, error_body
+from .problems import Refused, error_body, status_of
 from .settings import Settings
 
 __all__ = ["ADMIN_KEYS", "KEYS", "Gate", "Keys"]
@@ -114,6 +114,9 @@ class Gate:
             await answer.refuse(Refused(f"the request took longer than {seconds:g} seconds", 504, "time_limit"))
         except Refused as error:
             await answer.refuse(error)
+        except Exception as error:
+            await answer.refuse(error)
+            raise  # the server around it logs it
         finally:
             answer.done(self.metrics)
 
@@ -190,7 +193,7 @@ class _Answer:
             self._first = time.perf_counter()
         await self._send(message)
 
-    async def refuse(self, error: Refused) -> None:
+    async def refuse(self, error: Exception) -> None:
         """Tell an error. A stream that has begun ends with it, as an event."""
         body = json.dumps(error_body(error)).encode()
         if self.status:
@@ -199,9 +202,10 @@ class _Answer:
                     await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
             return
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if error.status in (429, 503):
+        status = status_of(error)
+        if status in (429, 503):
             headers.append((b"retry-after", str(RETRY).encode()))
-        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
     def done(self, metrics: Metrics) -> None:

@@ -31,6 +31,7 @@ __all__ = ["OpenAIRoutes"]
 
 log = logging.getLogger(__name__)
 CLIENT_GONE = 499  # nobody reads it
+LETTERS = 16  # of a token at least, for the bound on the text of a prompt
 
 
 class _Answers(NamedTuple):
@@ -63,6 +64,7 @@ class OpenAIRoutes:
         self._folder = str(catalogue.folder)
         self._encoder = copy.deepcopy(tokenizer)  # a tokenizer must not read in one thread while it writes in another
         self._encoding = ThreadPoolExecutor(1, "shira tokenizer")
+        self._most_letters = engine.longest * max(LETTERS, *map(len, tokenizer.get_vocab()))
         self._defaults, self._most_tokens = defaults, most_tokens
         self.router = APIRouter()
         self.router.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
@@ -108,7 +110,7 @@ class OpenAIRoutes:
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return list(self._encoder(prompt)["input_ids"])
+            return self._encode(prompt)
         if not all(0 <= token < self._engine.vocabulary for token in prompt):
             raise RequestError(f"the tokens of a prompt must be from 0 to {self._engine.vocabulary - 1}", "prompt")
         return prompt
@@ -120,7 +122,16 @@ class OpenAIRoutes:
         except Exception as error:  # whatever the template raises for messages that it does not take
             said = " ".join(str(error).split())[:300]
             raise RequestError(f"the model's chat template does not take these messages: {said}", "messages") from error
-        return list(self._encoder(text, add_special_tokens=False)["input_ids"])
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, **options: Any) -> list[int]:
+        """The tokens of a text. One that cannot fit is refused before, because its tokens would take gigabytes."""
+        if len(text) > self._most_letters:
+            raise RequestTooLong(
+                f"the prompt has {len(text):,} characters; expected at most {self._most_letters:,}, because a prompt and its "
+                f"answer may have {self._engine.longest:,} tokens"
+            )
+        return list(self._encoder(text, **options)["input_ids"])
 
     async def _begin(self, asked: OpenAIRequest, prompts: Sequence[list[int]]) -> _Answers:
         """Check all that can be checked before an answer begins, and submit one job for each answer."""

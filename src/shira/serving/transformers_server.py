@@ -87,8 +87,8 @@ def built(model: nn.Module, tokenizer: Any, settings: Settings) -> tuple[Transfo
 def serve(settings: Settings) -> None:
     """Load the model, and serve it until the process is told to end. Then what runs is finished, within the time limit.
 
-    Raises DataError for the model, EngineError if this engine cannot serve it, SelectionError for the folder, ShiraError for the
-    keys and the port. What can be checked without the model is checked before it is loaded.
+    Raises DataError for the model, EngineError if this engine cannot serve it, SelectionError for the folder, ShiraError for
+    keys and port. What can be checked without the model is checked before it is loaded.
     """
     import uvicorn
 
