@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import time
 
 import pytest
@@ -219,31 +218,6 @@ def test_what_is_refused(served):
     assert not served.engine._jobs
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"prompt": [None] * 1000},
-        {"prompt": [["x"] * 1000] * 1000},
-        {"stop": [1] * 1000},
-        {"logit_bias": dict.fromkeys(map(str, range(1000)), "x")},
-        dict.fromkeys(map("x{}".format, range(1000))),
-        {"messages": [1] * 1000},
-        {"messages": [{"role": "user", "content": [1] * 1000}]},
-        {"messages": [dict.fromkeys(map("x{}".format, range(1000)))]},
-    ],
-    ids=lambda fields: min(fields),
-)
-def test_a_body_full_of_errors_costs_no_more_than_the_first(fields):
-    from pydantic import ValidationError
-
-    from shira.serving.openai_requests import ChatRequest, CompletionRequest
-
-    kind, rest = (ChatRequest, {}) if "messages" in fields else (CompletionRequest, {"prompt": "x"})
-    with pytest.raises(ValidationError) as found:
-        kind.model_validate({"model": "a", **rest, **fields})
-    assert found.value.error_count() <= 4  # one for each form that a prompt may have
-
-
 def test_what_a_chat_is_refused(served):
     image = {"type": "image_url", "image_url": {"url": "x"}}
     bad = [
@@ -406,21 +380,3 @@ def test_one_application_has_the_gate_and_all_routes(served):
     assert 'shira_tokens_total{kind="prompt"} 5.0' in found["metrics"].text
     assert found["v1/adapters"].json()["weights"] == "a"
     assert found["health"].headers["x-request-id"]
-
-
-def test_what_can_be_checked_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch):
-    from shira import ShiraError
-    from shira.serving.settings import Settings
-    from shira.serving.transformers_server import serve
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        for words, changed in (
-            ("cannot listen on 127.0.0.1:", {}),
-            ("cannot listen on 300.1.1.1:", {"host": "300.1.1.1"}),
-            ("there is no folder", {"adapters": str(tmp_path / "absent")}),
-        ):
-            with pytest.raises(ShiraError, match=words):
-                serve(Settings(**{"model": "absent", "adapters": str(tmp_path), "port": port, **changed}))

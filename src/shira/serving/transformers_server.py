@@ -53,7 +53,15 @@ def app(
             await engine.stop(settings.shutdown_timeout)
 
     made = FastAPI(lifespan=lifespan, openapi_url=None)
-    routes = OpenAIRoutes(engine, catalogue, tokenizer, metrics, defaults=defaults, most_tokens=settings.max_tokens)
+    routes = OpenAIRoutes(
+        engine,
+        catalogue,
+        tokenizer,
+        metrics,
+        defaults=defaults,
+        most_tokens=settings.max_tokens,
+        most_answers=settings.max_running + settings.max_queue,
+    )
     made.include_router(routes.router)
     made.include_router(AdapterRoutes(catalogue, engine, metrics).router)
     made.add_exception_handler(HTTPException, _as_openai)
