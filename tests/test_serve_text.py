@@ -112,3 +112,10 @@ def test_a_quick_top_p_keeps_what_transformers_keeps(scores, top_p):
             if different.any():  # the sums were rounded at the border
                 ordered = row[0].softmax(-1).sort(descending=True).values.cumsum(-1)
                 assert different.sum() == 1 and (ordered - top_p).abs().min() < 1e-5
+
+
+def test_the_smallest_top_p_keeps_the_most_probable_token():
+    from shira.serving.sampling import QuickTopP
+
+    row = torch.tensor([[0.5, 2.0, 1.0]])
+    assert QuickTopP(1e-320)(None, row).isfinite().tolist() == [[False, True, False]]

@@ -1,5 +1,6 @@
 """The served folder and what is in memory of it: names, versions, and that no selection gets another's values."""
 
+import json
 import os
 import shutil
 import threading
@@ -140,6 +141,65 @@ def test_what_cannot_be_served_is_listed_with_the_reason(served):
     shutil.copy(folder / "poet.safetensors", folder / "broken.safetensors")  # mended
     catalogue.scan()
     assert "broken" in catalogue.versions
+
+
+def test_strange_files_neither_stop_a_scan_nor_lead_out(served, tmp_path_factory):
+    model, folder, catalogue = served
+    outside = tmp_path_factory.mktemp("outside") / "adapter.safetensors"
+    shutil.copy(folder / "poet.safetensors", outside)
+    for name in ("linked", "stored.safetensors"):
+        (folder / name).mkdir()
+    (folder / "linked" / "adapter.safetensors").symlink_to(outside)  # a folder of the server, whose file is not
+    shutil.copy(outside, folder / "stored.safetensors" / "adapter.safetensors")
+    (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
+    shutil.copy(outside, os.fsencode(folder) + b"/\xff.safetensors")  # no name that an answer could hold
+    os.mkfifo(folder / "pipe.safetensors")
+    catalogue.scan()
+    assert list(catalogue.versions) == ["coder", "poet", "stored.safetensors"]
+    errors = {row["name"]: row["error"] for row in catalogue.listed() if row["status"] == "error"}
+    assert errors.keys() == {"linked", "loop", "\\udcff", "pipe"}
+    assert "leads out" in errors["linked"] and "FIFO" in errors["pipe"] and "symbolic" in errors["loop"]
+    json.dumps(catalogue.listed(), ensure_ascii=False).encode()
+    assert str(folder) not in json.dumps(catalogue.listed())
+    with pytest.raises(SelectionError, match="leads out"):
+        catalogue.load("linked")
+    for name in ("y" * 300, "\ud800", "a\u202eb"):
+        with pytest.raises(SelectionError):
+            catalogue.load(name)
+
+
+def test_a_removed_folder_is_not_looked_for_on_the_hub(served, monkeypatch):
+    model, folder, _ = served
+    monkeypatch.chdir(folder.parent)
+    (folder / "trained").mkdir()
+    random_adapter(model, 3).save(folder / "trained" / "adapter.safetensors")
+    catalogue, resident = Catalogue(folder.name, ["base"]), Resident(model, folder.name, ready=2)
+    catalogue.scan()
+    key = catalogue.resolve("trained").key
+    for name in ("trained", "poet", "coder"):  # so that the first is known, and is not ready any more
+        resident.use(catalogue.resolve(name).key)
+    shutil.rmtree(folder / "trained")  # "adapters/trained" could be a name of the hub
+    with pytest.raises(AdapterReplaced):
+        resident.use(key)
+
+
+def test_a_clock_that_was_set_back(served, monkeypatch):
+    model, folder, catalogue = served
+    monkeypatch.setattr(module, "SETTLED", 0.05)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    random_adapter(model, 7).save(folder / "new.safetensors")
+    catalogue.scan()
+    assert "new" in catalogue.versions
+
+
+def test_a_file_that_is_written_again_and_again_does_not_hold_up_a_load(served, monkeypatch):
+    model, folder, catalogue = served
+    monkeypatch.setattr(module, "TRIES", 3)
+    monkeypatch.setattr(module, "SETTLED", 60.0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    random_adapter(model, 7).save(folder / "new.safetensors")
+    with pytest.raises(AdapterReplaced, match="being written"):
+        catalogue.load("new")
 
 
 def test_a_file_that_is_being_written_waits(served, monkeypatch):

@@ -12,7 +12,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from conftest import all_bits, mlp, random_adapter, same_bits
+from shira import ShiraError
 from shira.serving import catalogue as catalogue_module
+from shira.serving import gate
 from shira.serving.adapter_routes import AdapterRoutes, watching
 from shira.serving.catalogue import Catalogue
 from shira.serving.gate import ADMIN_KEYS, KEYS, Gate, Keys
@@ -148,7 +150,7 @@ def test_vllms_routes_for_lora_load_and_unload(site):
         assert "poet" not in site.catalogue.versions
         for path in ("poet.safetensors", site.folder / "poet.safetensors"):
             assert (await load("poet", path)).text == "Success: LoRA adapter 'poet' added successfully."
-        for path in ("coder.safetensors", "/etc/passwd", "../poet.safetensors", site.folder.parent / "poet.safetensors"):
+        for path in ("coder.safetensors", "/etc/passwd", "\0", "../poet.safetensors", site.folder.parent / "poet.safetensors"):
             refused = await load("poet", path)
             assert refused.status_code == 400 and "served folder" in refused.json()["error"]["message"]
         assert (await load("../x", "x")).status_code == 400
@@ -254,6 +256,79 @@ def test_without_a_key_of_administration_only_this_machine_administers(tmp_path,
     site.run(work)
 
 
+def test_keys_of_any_letters_and_variables_without_a_key(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEYS, "schlüssel")
+    monkeypatch.delenv(ADMIN_KEYS, raising=False)
+    site = Site(tmp_path, Keys.of_environment("0.0.0.0"))
+
+    async def work(client):
+        for key, status in (("schlüssel".encode(), 200), (b"schl\xfcssel", 401), (b"\xff", 401)):
+            headers = {b"Authorization": b"Bearer " + key, b"X-Request-ID": "é".encode()}
+            answer = await client.get("/v1/models", headers=headers)
+            assert answer.status_code == status and answer.headers["x-request-id"].isalnum()
+
+    site.run(work)
+    for empty in (",", " "):
+        monkeypatch.setenv(KEYS, empty)
+        with pytest.raises(ShiraError, match="holds none"):
+            Keys.of_environment("127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "[::1]:8000", "Origin": "http://localhost:3000"}, 200),
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "rebound.example"}, 403),
+        ({"Host": "[bad"}, 403),
+    ],
+)
+def test_without_keys_no_page_of_another_site_administers(site, headers, status):
+    async def work(client):
+        answer = await client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"}, headers=headers)
+        assert answer.status_code == status
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+    site.run(work)
+
+
+def test_a_body_that_does_not_come_frees_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.05)
+    site = Site(tmp_path, max_running=1, max_queue=0)
+
+    async def never():
+        yield b'{"a":'
+        await asyncio.sleep(30)
+
+    async def work(client):
+        late = await client.post("/v1/completions", content=never())
+        assert late.status_code == 408 and late.json()["error"]["code"] == "slow_body"
+        assert (await client.post("/v1/completions", json={})).status_code == 200
+
+    site.run(work)
+
+
+def test_a_client_that_reads_nothing_does_not_hold_its_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "LAST_SECONDS", 0.05)
+    site = Site(tmp_path, request_timeout=0.05)
+    bodies = [{"type": "http.request", "body": b'{"stream": true, "seconds": 9}'}]
+
+    async def receive():
+        return bodies.pop() if bodies else await asyncio.sleep(60)
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)  # as uvicorn waits while the client's buffer is full
+
+    async def work(client):
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        await asyncio.wait_for(site.app(scope, receive, send), 5)
+
+    site.run(work)
+
+
 def test_bodies_are_bounded_also_without_their_length(tmp_path):
     site = Site(tmp_path, max_body=100)
 
@@ -282,8 +357,9 @@ def test_too_many_requests_are_refused(tmp_path):
     site.run(work)
 
 
-def test_slow_senders_take_no_place_and_have_a_time_limit(tmp_path):
-    site = Site(tmp_path, max_running=1, max_queue=0, request_timeout=0.5)
+def test_slow_senders_take_no_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("shira.serving.gate.BODY_SECONDS", 0.5)
+    site = Site(tmp_path, max_running=1, max_queue=0)
 
     async def slowly():
         yield b"{"
@@ -294,7 +370,7 @@ def test_slow_senders_take_no_place_and_have_a_time_limit(tmp_path):
         slow = asyncio.create_task(client.post("/v1/completions", content=slowly()))
         await asyncio.sleep(0.1)
         assert (await client.post("/v1/completions", json={})).status_code == 200
-        assert (await slow).status_code == 504
+        assert (await slow).status_code == 408
 
     site.run(work)
 
@@ -338,6 +414,20 @@ def test_each_answer_has_an_id_a_log_line_and_is_counted(site, caplog):
 
     site.run(work)
     assert re.search(r"mine-1 POST /v1/completions 200 \d+\.\d ms", caplog.text)
+
+
+def test_a_fault_of_the_server_is_counted_and_has_an_id(site, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="shira.serving")
+    monkeypatch.setattr(site.engine, "tiers", lambda: 1 // 0)
+
+    async def work(client):
+        client._transport.raise_app_exceptions = False
+        answer = await client.get("/v1/adapters")
+        assert answer.status_code == 500 and answer.headers["x-request-id"]
+        assert answer.json()["error"]["code"] == "internal_error"
+
+    site.run(work)
+    assert "GET /v1/adapters 500" in caplog.text
 
 
 def test_the_folder_may_be_away_for_a_while(site, caplog):

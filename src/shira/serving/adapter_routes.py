@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -160,7 +161,7 @@ class AdapterRoutes:
         wanted = await _body(request, LoadLora)
         folder = self.catalogue.folder
         expected = path_in(folder, wanted.lora_name)
-        if (folder / wanted.lora_path).resolve() != expected.resolve():  # an absolute path stays what it is
+        if "\0" in wanted.lora_path or os.path.realpath(folder / wanted.lora_path) != os.path.realpath(expected):
             raise SelectionError(
                 f"lora_path must be that of {expected.name} in the served folder: an adapter has its file's name"
             )

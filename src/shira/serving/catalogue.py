@@ -18,12 +18,14 @@ from ..adapter import check_unchanged, load, opened
 from ..analysis.contents import describe
 from ..errors import ShiraError
 from ..files.paths import State
-from .selections import Selection, SelectionError, UnknownAdapter, parse, parse_name
+from ..texts import visible
+from .selections import AdapterReplaced, Selection, SelectionError, UnknownAdapter, parse, parse_name
 
 __all__ = ["Catalogue", "Found", "path_in", "version_of"]
 
 ENDING = ".safetensors"
 SETTLED = 0.05  # seconds after the last change of a file; before, its writer may still be at work
+TRIES = 40  # `load` waits so many times for a file to settle
 Shapes = Callable[[], Mapping[str, Tensor]]
 
 
@@ -45,12 +47,16 @@ def version_of(states: Iterable[State]) -> str:
 def path_in(folder: Path, name: str) -> Path:
     """The path of an adapter in the served folder: its file or its folder. It need not exist.
 
-    Raises SelectionError for a name that is not possible, or one that leads out of the folder.
+    Raises SelectionError for a name that is not possible, or one that leads out of the folder; OSError.
     """
     file = folder / f"{parse_name(name)}{ENDING}"
     path = folder / name if not os.path.lexists(file) and (folder / name).is_dir() else file
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise SelectionError(f"{name!r} is a link that leads out of the served folder; put a copy there")
+    inside = os.path.join(os.path.realpath(folder), "")
+    for each in (path, *_files(path)):
+        if not os.path.realpath(each).startswith(inside):
+            raise SelectionError(
+                f"{str(each.relative_to(folder))!r} is a link that leads out of the served folder; put a copy there"
+            )
     return path
 
 
@@ -67,7 +73,7 @@ class Catalogue:
     """
 
     def __init__(self, folder: str | os.PathLike[str], base: Sequence[str], shapes: Shapes | None = None) -> None:
-        self.folder, self.base = Path(folder), tuple(base)
+        self.folder, self.base = Path(folder).absolute(), tuple(base)  # "adapters/poet" could be a name of the hub
         if not self.folder.is_dir():
             raise SelectionError(f"there is no folder {self.folder} to serve adapters from; make it first")
         self._shapes = shapes
@@ -90,10 +96,10 @@ class Catalogue:
     def load(self, name: str) -> str:
         """Serve an adapter of the folder now, also after `unload`. Returns its version.
 
-        Raises UnknownAdapter if it is not there; ShiraError if it cannot be served.
+        Raises UnknownAdapter if it is not there; AdapterReplaced if it does not settle; ShiraError if it cannot be served.
         """
         with self._one_at_a_time:
-            found = self._look(parse_name(name), wait=True)
+            found = self._look(parse_name(name), TRIES)
             if found is None:
                 raise UnknownAdapter(f"there is no {name}{ENDING} in the served folder, and no folder {name}")
             if found.error:
@@ -124,7 +130,7 @@ class Catalogue:
         for name, found in sorted(self._found.items()):
             status = "error" if found.error else "unloaded" if name in self._unloaded else "served"
             sizes, times = [state[2] for _, state in found.states], [state[3] for _, state in found.states]
-            row = {"name": name, "file": found.path.name, "version": found.version, "status": status}
+            row = {"name": visible(name), "file": visible(found.path.name), "version": found.version, "status": status}
             rows.append({**row, "bytes": sum(sizes), "modified": max(times, default=0) / 1e9, "error": found.error or None})
         return rows
 
@@ -136,40 +142,55 @@ class Catalogue:
         """The names of all files and folders that may be adapters."""
         with os.scandir(self.folder) as there:
             shown = [each for each in there if not each.name.startswith(".")]
-        names = {each.name.removesuffix(ENDING) for each in shown if each.name.endswith(ENDING)}
-        return sorted(names | {each.name for each in shown if each.is_dir()})
+        folders = {each.name for each in shown if os.path.isdir(each)}  # of a link that leads to itself, is_dir would raise
+        files = {each.name for each in shown} - folders
+        return sorted(folders | {name.removesuffix(ENDING) for name in files if name.endswith(ENDING)})
 
-    def _look(self, name: str, wait: bool = False) -> Found | None:
-        """An adapter as it is now; what was known of it if its files are the same, or are being written; None if it is gone."""
+    def _look(self, name: str, tries: int = 0) -> Found | None:
+        """An adapter as it is now; what was known of it if its files are the same, or are being written; None if it is gone.
+
+        tries: how often to wait for files that are being written. Raises AdapterReplaced after the last.
+        """
         before = self._found.get(name)
         try:
             path = path_in(self.folder, name)
             if name in self.base:
                 raise SelectionError(f"{name!r} is the name of the base model; rename the file")
             states = _states(path)
-        except SelectionError as error:
-            return Found(name, self.folder / name, "", str(error), ())
         except FileNotFoundError:
             return None
+        except (SelectionError, OSError) as error:
+            return Found(name, self.folder / name, "", self._told(error), ())
         if not states or (before is not None and before.states == states):
             return before if states else None
-        if time.time() - max(state[-1] for _, state in states) / 1e9 < SETTLED:
-            if not wait:
+        age = time.time() - max(state[-1] for _, state in states) / 1e9
+        if 0 <= age < SETTLED:  # below 0 the clock was set back, or it is another machine's
+            if not tries:
                 return before
+            if tries == 1:
+                raise AdapterReplaced(f"the file of {name!r} is being written; load it again when it is whole")
             time.sleep(SETTLED)
-            return self._look(name, wait)
+            return self._look(name, tries - 1)
         try:
             with opened(path, model=self._shapes) as adapter:
                 return Found(name, path, version_of(check_unchanged(adapter)), "", states)
         except FileNotFoundError:
             return None
         except (ShiraError, OSError) as error:
-            return Found(name, path, "", str(error), states)
+            return Found(name, path, "", self._told(error), states)
+
+    def _told(self, error: Exception) -> str:
+        """An error without the place of the folder, which is not for clients."""
+        return str(error).replace(f"{self.folder}{os.sep}", "")
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of an adapter, by their names alone: of those in the folder, if it is one."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file for file in files if file.suffix in (ENDING, ".json", ".bin")]
 
 
 def _states(path: Path) -> tuple[tuple[str, State], ...]:
-    """Name and state of an adapter's files, by their names alone: of those in the folder, if it is one."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    wanted = [file for file in files if file.suffix in (ENDING, ".json", ".bin")]
-    stats = [(file.name, os.stat(file)) for file in wanted]
+    """Name and state of each file of an adapter."""
+    stats = [(file.name, os.stat(file)) for file in _files(path)]
     return tuple((name, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for name, s in stats)

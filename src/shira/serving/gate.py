@@ -16,10 +16,12 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
+from ..errors import ShiraError
 from ..texts import visible
 from .metrics import Metrics
-from .problems import Refused, error_body
+from .problems import Refused, error_body, status_of
 from .settings import Settings
 
 __all__ = ["ADMIN_KEYS", "KEYS", "Gate", "Keys"]
@@ -28,9 +30,11 @@ KEYS, ADMIN_KEYS = "SHIRA_API_KEYS", "SHIRA_ADMIN_KEYS"  # environment variables
 OPEN = ("/health", "/ready", "/ping", "/version")  # paths without a key
 ADMINISTRATION = re.compile(r"/v1/(adapters|load_lora_adapter|unload_lora_adapter)(/|$)")
 ANSWERS = re.compile(r"/v1/(chat/completions|completions|responses)/?$")
-REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 KNOWN = re.compile(rf"{ANSWERS.pattern}|/v1/(adapters|models|(un)?load_lora_adapter)|/(health|ready|metrics)$")
 CLIENT_LEFT = 499  # the status in log and metrics
+BODY_SECONDS = 60.0  # a body must be there after them; until then it holds a place in the queue
+LAST_SECONDS = 5.0  # to tell a client of an error that reads nothing
 RETRY = 1  # seconds until a client that was refused for load should ask again
 
 log = logging.getLogger("shira.serving")
@@ -53,9 +57,22 @@ class Keys:
 
     @classmethod
     def of_environment(cls, host: str) -> "Keys":
-        """The keys of SHIRA_API_KEYS and SHIRA_ADMIN_KEYS. host: the address that the server listens on."""
+        """The keys of SHIRA_API_KEYS and SHIRA_ADMIN_KEYS. host: the address that the server listens on.
+
+        Raises ShiraError for a variable that is set and holds no key: it would open what it was to close.
+        """
         lists = [[key.strip() for key in os.environ.get(name, "").split(",") if key.strip()] for name in (KEYS, ADMIN_KEYS)]
-        return cls(*lists, loopback=_is_loopback(host))
+        for name, keys in zip((KEYS, ADMIN_KEYS), lists, strict=True):
+            if os.environ.get(name) and not keys:
+                raise ShiraError(f"{name} must hold keys with commas between them, and holds none; remove it to ask for no key")
+        loopback = _is_loopback(host)
+        if not any(lists) and not loopback:
+            log.warning("everybody who reaches %s gets answers; set %s to ask for keys", host, KEYS)
+        return cls(*lists, loopback=loopback)
+
+    @property
+    def are_none(self) -> bool:
+        return not self._all
 
     def check(self, presented: str, administration: bool) -> None:
         """Raise Refused unless this key permits it. All keys are compared, each in constant time."""
@@ -87,9 +104,9 @@ class Gate:
         answer = _Answer(scope, send)
         try:
             self._check(scope)
-            async with asyncio.timeout(self.settings.request_timeout if ANSWERS.match(scope["path"]) else None) as limit:
-                again = await self._with_body(receive)  # a slow sender takes no place in the queue
-                with self._counted(scope):
+            again = receive if scope["path"] in OPEN else await self._with_body(receive)  # a slow sender takes no place
+            with self._counted(scope):
+                async with asyncio.timeout(self.settings.request_timeout if ANSWERS.match(scope["path"]) else None) as limit:
                     await self.app(scope, again, answer.send)
         except TimeoutError:
             if not limit.expired():
@@ -98,6 +115,9 @@ class Gate:
             await answer.refuse(Refused(f"the request took longer than {seconds:g} seconds", 504, "time_limit"))
         except Refused as error:
             await answer.refuse(error)
+        except Exception as error:
+            await answer.refuse(error)
+            raise  # the server around it logs it
         finally:
             answer.done(self.metrics)
 
@@ -108,6 +128,12 @@ class Gate:
             scheme, _, key = _header(scope, b"authorization").partition(" ")
             writes = bool(ADMINISTRATION.match(path)) and scope["method"] not in ("GET", "HEAD")
             self.keys.check(key.strip() if scheme.lower() == "bearer" else "", writes)
+            if writes and self.keys.are_none and not _is_from_here(scope):
+                raise Refused(
+                    f"without {ADMIN_KEYS} adapters are administered under the name localhost, and by no page of another site",
+                    403,
+                    "forbidden",
+                )
         length = _header(scope, b"content-length")
         if length.isdigit() and int(length) > self.settings.max_body:
             raise self._too_large()
@@ -127,16 +153,20 @@ class Gate:
             self.open -= 1
 
     async def _with_body(self, receive: Receive) -> Receive:
-        """`receive` that returns the whole body at once, which is read now. Raises Refused if it is too large."""
+        """`receive` that returns the whole body at once, which is read now. Raises Refused if it is too large, or too slow."""
         body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return _always(message)
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.settings.max_body:
-                raise self._too_large()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return _always(message)
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self.settings.max_body:
+                        raise self._too_large()
+        except TimeoutError:
+            raise Refused(f"the body did not come within {BODY_SECONDS:g} seconds", 408, "slow_body") from None
         first: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def again() -> Message:
@@ -167,17 +197,19 @@ class _Answer:
             self._first = time.perf_counter()
         await self._send(message)
 
-    async def refuse(self, error: Refused) -> None:
+    async def refuse(self, error: Exception) -> None:
         """Tell an error. A stream that has begun ends with it, as an event."""
         body = json.dumps(error_body(error)).encode()
         if self.status:
-            with contextlib.suppress(Exception):  # the answer may be over, or of a fixed length
-                await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+            with contextlib.suppress(Exception):  # the answer may be over, or of a fixed length, or nobody reads it
+                async with asyncio.timeout(LAST_SECONDS):
+                    await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
             return
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if error.status in (429, 503):
+        status = status_of(error)
+        if status in (429, 503):
             headers.append((b"retry-after", str(RETRY).encode()))
-        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
     def done(self, metrics: Metrics) -> None:
@@ -198,11 +230,21 @@ def _always(message: Message) -> Receive:
 
 def _header(scope: Message, name: bytes) -> str:
     value: bytes = dict(scope["headers"]).get(name, b"")
-    return value.decode("latin-1")
+    return value.decode(errors="surrogateescape")
 
 
 def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+def _is_from_here(scope: Message) -> bool:
+    """Whether a request names this machine, and is not of a page that a browser has from another one."""
+    try:
+        named = urlsplit(f"//{_header(scope, b'host')}").hostname
+        origin = _header(scope, b"origin")
+        return (named is None or _is_loopback(named)) and (not origin or _is_loopback(urlsplit(origin).hostname or ""))
+    except ValueError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,14 +1,15 @@
 """What clients may send to /v1/completions and /v1/chat/completions: OpenAI's fields, checked.
 
-A field that would change the answer and is not there is refused, never ignored. This file extends a class of pydantic, so only
-`openai_routes` imports it.
+A field that would change the answer and is not there is refused, never ignored. The first error ends the check: pydantic would
+otherwise keep one for each of a million wrong items. This file extends a class of pydantic, so only `openai_routes` imports it.
 """
 
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..texts import shown
 from .problems import Problem
@@ -40,6 +41,7 @@ NO_EFFECT = {  # fields that are refused, but for these values
 ELSEWHERE = {"response_format", "tools", "tool_choice", "functions", "function_call"}
 Positive = Annotated[int, Field(ge=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
 
 
 T = TypeVar("T", bound="OpenAIRequest")
@@ -53,22 +55,42 @@ class RequestError(Problem):
         self.param = param
 
 
-class StreamOptions(BaseModel):
+class Fields(BaseModel):
+    """An object in which every field is known."""
+
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.keys() <= cls.model_fields.keys():
+            return given
+        first = min(given.keys() - cls.model_fields.keys())
+        return {name: value for name, value in given.items() if name in cls.model_fields or name == first}
+
+
+def _first_bias(given: Any) -> Any:
+    """Raises ValueError for the first entry of logit_bias that is none."""
+    for token, bias in given.items() if isinstance(given, dict) else ():
+        if not re.fullmatch("0|[1-9][0-9]{0,17}", token) or type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise ValueError(f"expected a token's number and a bias from -100 to 100, found {shown(token)}: {shown(bias)}")
+    return given
+
+
+class StreamOptions(Fields):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class OpenAIRequest(BaseModel):
+class OpenAIRequest(Fields):
     """The fields of both routes. top_k, min_p, repetition_penalty and ignore_eos are vLLM's extensions."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str
     max_tokens: Positive | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -77,7 +99,7 @@ class OpenAIRequest(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_first_bias)] = {}
     ignore_eos: bool = False
 
     @property
@@ -109,7 +131,7 @@ class OpenAIRequest(BaseModel):
 
 
 class CompletionRequest(OpenAIRequest):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Tokens], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
 
@@ -124,16 +146,14 @@ class CompletionRequest(OpenAIRequest):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class TextPart(Fields):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Message(Fields):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -144,7 +164,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(OpenAIRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Positive | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -173,8 +193,12 @@ def parsed(kind: type[T], body: Any) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
-        found = "" if first["type"] == "missing" else f", found {shown(first['input'])}"
-        known = "this server does not know the field" if first["type"] == "extra_forbidden" else first["msg"]
+        found = "" if first["type"] in ("missing", "value_error") else f", found {shown(first['input'])}"
+        known = (
+            "this server does not know the field"
+            if first["type"] == "extra_forbidden"
+            else first["msg"].removeprefix("Value error, ")
+        )
         raise RequestError(f"{where}: {known}{found}", str(first["loc"][0]) if first["loc"] else None) from None
     _check_together(asked)
     return asked

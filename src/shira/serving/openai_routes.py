@@ -24,13 +24,14 @@ from .catalogue import Catalogue
 from .metrics import Metrics
 from .openai_forms import ChatForm, CompletionForm, Form
 from .openai_requests import ChatRequest, CompletionRequest, OpenAIRequest, RequestError, parsed
-from .problems import error_body, status_of
+from .problems import Refused, error_body, status_of
 from .transformers_engine import RequestTooLong, TransformersEngine
 
 __all__ = ["OpenAIRoutes"]
 
 log = logging.getLogger(__name__)
 CLIENT_GONE = 499  # nobody reads it
+LETTERS = 16  # of a token at least, for the bound on the text of a prompt
 
 
 class _Answers(NamedTuple):
@@ -46,7 +47,7 @@ class OpenAIRoutes:
     """Both routes. `router` goes into a FastAPI application.
 
     catalogue: of the served folder. defaults: the sampling settings of the model itself.
-    most_tokens: of an answer; None: as many as there is room for.
+    most_tokens: of an answer; None: as many as there is room for. most_answers: that wait or run; None: any number.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class OpenAIRoutes:
         *,
         defaults: Mapping[str, float],
         most_tokens: int | None = None,
+        most_answers: int | None = None,
     ) -> None:
         self._engine, self._catalogue, self._tokenizer, self._metrics = engine, catalogue, tokenizer, metrics
         self._folder = str(catalogue.folder)
         self._encoder = copy.deepcopy(tokenizer)  # a tokenizer must not read in one thread while it writes in another
         self._encoding = ThreadPoolExecutor(1, "shira tokenizer")
-        self._defaults, self._most_tokens = defaults, most_tokens
+        self._most_letters = engine.longest * max(LETTERS, *map(len, tokenizer.get_vocab()))
+        self._defaults, self._most_tokens, self._most_answers = defaults, most_tokens, most_answers
         self.router = APIRouter()
         self.router.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
         self.router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
@@ -108,7 +111,7 @@ class OpenAIRoutes:
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return list(self._encoder(prompt)["input_ids"])
+            return self._encode(prompt)
         if not all(0 <= token < self._engine.vocabulary for token in prompt):
             raise RequestError(f"the tokens of a prompt must be from 0 to {self._engine.vocabulary - 1}", "prompt")
         return prompt
@@ -120,7 +123,16 @@ class OpenAIRoutes:
         except Exception as error:  # whatever the template raises for messages that it does not take
             said = " ".join(str(error).split())[:300]
             raise RequestError(f"the model's chat template does not take these messages: {said}", "messages") from error
-        return list(self._encoder(text, add_special_tokens=False)["input_ids"])
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, **options: Any) -> list[int]:
+        """The tokens of a text. One that cannot fit is refused before, because its tokens would take gigabytes."""
+        if len(text) > self._most_letters:
+            raise RequestTooLong(
+                f"the prompt has {len(text):,} characters; expected at most {self._most_letters:,}, because a prompt and its "
+                f"answer may have {self._engine.longest:,} tokens"
+            )
+        return list(self._encoder(text, **options)["input_ids"])
 
     async def _begin(self, asked: OpenAIRequest, prompts: Sequence[list[int]]) -> _Answers:
         """Check all that can be checked before an answer begins, and submit one job for each answer."""
@@ -130,6 +142,7 @@ class OpenAIRoutes:
             raise RequestError(f"logit_bias names the token {outside[0]}, which the model does not have", "logit_bias")
         rooms = [self._room(len(prompt), asked.wanted_tokens) for prompt in prompts]
         await self._engine.prefetch(key)
+        self._check_load(asked.n * len(prompts))
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._metrics.opened(key))
             choices: list[Choice] = []
@@ -142,6 +155,16 @@ class OpenAIRoutes:
                     stack.callback(job.cancel)
                     choices.append(Choice(number, job, Text(self._tokenizer, prompt, asked.stops)))
             return _Answers(asked, choices, sum(map(len, prompts)), stack.pop_all())
+
+    def _check_load(self, answers: int) -> None:
+        """The gate counts requests, and each may want many answers. A single one is answered if there are no others."""
+        others = self._engine.open
+        if self._most_answers is not None and others and others + answers > self._most_answers:
+            raise Refused(
+                f"{others} answers wait or run, and with those of this request there may be {self._most_answers}; try later",
+                429,
+                "overloaded",
+            )
 
     def _room(self, prompt: int, wanted: int | None) -> int:
         if self._most_tokens is None:

@@ -73,7 +73,7 @@ class Resident:
         self, model: nn.Module, folder: str | os.PathLike[str], *, ready: int = 8, host: int = 0, cut: Cut = _uncut
     ) -> None:
         self._switcher, self._model = Switcher(model, ready=ready, host=host), model
-        self._folder, self._cut = Path(folder), cut
+        self._folder, self._cut = Path(folder).absolute(), cut
         self._known: OrderedDict[str, Version] = OrderedDict()  # name in the switcher -> its source; used longest ago first
         self._one_at_a_time = threading.Lock()
         self._pinned: set[str] = set()

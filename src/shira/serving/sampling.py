@@ -46,7 +46,8 @@ class QuickTopP(TopPLogitsWarper):  # type: ignore[misc]  # mypy does not follow
         top = scores.softmax(dim=-1).topk(min(MOST, scores.shape[1]))
         if float(top.values.sum()) < self.top_p:
             return super().__call__(input_ids, scores)  # type: ignore[no-any-return]
-        kept = top.indices[top.values.cumsum(-1) - top.values < self.top_p]
+        count = max(1, int((top.values.cumsum(-1) - top.values < self.top_p).sum()))  # a top_p of 1e-320 is 0 in float32
+        kept = top.indices[0, :count]
         return torch.full_like(scores, self.filter_value).index_copy_(1, kept, scores[:, kept])
 
 

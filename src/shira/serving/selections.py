@@ -18,6 +18,7 @@ __all__ = ["AdapterReplaced", "Part", "Selection", "SelectionError", "UnknownAda
 
 MOST_PARTS = 16
 MOST_LETTERS = 4096
+LONGEST_NAME = 240  # bytes; file systems take 255, and it has an ending
 NAME = re.compile(r"[^\s/\\+:@\x00-\x1f]+")
 WRITTEN = "NAME, NAME:STRENGTH, or several joined by +, as in 'poet:1.0+coder:0.5'"
 
@@ -68,10 +69,10 @@ class Selection(NamedTuple):
 
 def parse_name(name: str) -> str:
     """The name of an adapter, if it is possible. Raises SelectionError otherwise."""
-    if not NAME.fullmatch(name) or name.startswith("."):
+    if not NAME.fullmatch(name) or name.startswith(".") or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
         raise SelectionError(
-            f"{shown(name)} cannot be the name of an adapter: it must not be empty, begin with a dot, or hold white space "
-            "or any of / \\ + : @"
+            f"{shown(name)} cannot be the name of an adapter: it must not be empty, begin with a dot, have more than "
+            f"{LONGEST_NAME} bytes, or hold white space, characters that cannot be printed, or any of / \\ + : @"
         )
     return name
 
@@ -100,7 +101,7 @@ def parse(text: str, versions: Mapping[str, str]) -> Selection:
 
 def _strength(written: str, name: str) -> float:
     try:
-        strength = float(written)
+        strength = math.nan if "_" in written or not written.isascii() else float(written)
     except ValueError:
         strength = math.nan
     if not math.isfinite(strength):

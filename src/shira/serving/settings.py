@@ -9,7 +9,7 @@ __all__ = ["Settings"]
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
     ready: int = option(16, "Selections held ready in memory.", ge=2)
     host_ready: int = option(0, "And more of them in host memory, for a model on a GPU.", ge=0)
     max_running: int = option(64, "Requests in a batch.", ge=1)
-    max_queue: int = option(1024, "Requests that may wait; more are refused with status 429.", ge=0)
+    max_queue: int = option(1024, "Requests and answers that may wait; more: status 429.", ge=0)
     max_model_len: int | None = option(None, "Tokens of prompt and answer together.", usual="the model's", ge=2)
     max_tokens: int | None = option(None, "Tokens of an answer at most.", usual="what is left", ge=1)
     step_tokens: int = option(512, "Tokens of a step: a longer prompt takes several steps.", ge=16)

@@ -157,6 +157,11 @@ class TransformersEngine:
         """Whether requests can be answered."""
         return self.is_alive()
 
+    @property
+    def open(self) -> int:
+        """How many jobs wait or run."""
+        return len(self._jobs)
+
     def is_alive(self) -> bool:
         """The same, at once."""
         return bool(self._manager.is_running()) and self._manager.background_thread_status.fatal_error is None

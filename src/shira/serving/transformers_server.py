@@ -1,7 +1,9 @@
 """The server on Transformers: one process that holds the model and answers HTTP."""
 
 import contextlib
+import errno
 import os
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from torch import nn
 
+from ..errors import ShiraError
 from ..integrations import transformers as hf
 from ..runs.live import load_live
 from .adapter_routes import AdapterRoutes, watching
@@ -50,7 +53,15 @@ def app(
             await engine.stop(settings.shutdown_timeout)
 
     made = FastAPI(lifespan=lifespan, openapi_url=None)
-    routes = OpenAIRoutes(engine, catalogue, tokenizer, metrics, defaults=defaults, most_tokens=settings.max_tokens)
+    routes = OpenAIRoutes(
+        engine,
+        catalogue,
+        tokenizer,
+        metrics,
+        defaults=defaults,
+        most_tokens=settings.max_tokens,
+        most_answers=settings.max_running + settings.max_queue,
+    )
     made.include_router(routes.router)
     made.include_router(AdapterRoutes(catalogue, engine, metrics).router)
     made.add_exception_handler(HTTPException, _as_openai)
@@ -84,18 +95,43 @@ def built(model: nn.Module, tokenizer: Any, settings: Settings) -> tuple[Transfo
 def serve(settings: Settings) -> None:
     """Load the model, and serve it until the process is told to end. Then what runs is finished, within the time limit.
 
-    Raises DataError for the model, EngineError if this engine cannot serve it, SelectionError for the folder.
+    Raises DataError for the model, EngineError if this engine cannot serve it, SelectionError for the folder, ShiraError for
+    keys and port. What can be checked without the model is checked before it is loaded.
     """
     import uvicorn
 
+    keys = Keys.of_environment(settings.host)
+    Catalogue(settings.adapters, [])
+    _check_port(settings.host, settings.port)
     model, _ = load_live(settings.model, {}, settings.dtype)
     tokenizer = hf.load_tokenizer(settings.model)
     engine, catalogue = built(model, tokenizer, settings)
-    made = app(engine, catalogue, tokenizer, settings, defaults_of(model), Keys.of_environment(settings.host))
+    made = app(engine, catalogue, tokenizer, settings, defaults_of(model), keys)
     seconds = max(1, round(settings.shutdown_timeout))
     uvicorn.run(
-        made, host=settings.host, port=settings.port, timeout_graceful_shutdown=seconds, access_log=False, log_config=None
+        made,
+        host=settings.host,
+        port=settings.port,
+        http="h11",  # it bounds the size of a request's head
+        timeout_graceful_shutdown=seconds,
+        access_log=False,
+        log_config=None,
     )
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise ShiraError if nobody may listen there, or somebody does."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio does
+                probe.bind(address)
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+            raise ShiraError(
+                f"the server cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host, or end what "
+                "listens there"
+            ) from error
 
 
 def base_name(model: str) -> str:
