@@ -70,3 +70,11 @@ def test_what_can_be_checked_is_checked_before_the_model_is_loaded(tmp_path, mon
         ):
             with pytest.raises(ShiraError, match=words):
                 serve(Settings(**{"model": "absent", "adapters": str(tmp_path), "port": port, **changed}))
+
+
+def test_a_model_that_is_not_causal(tmp_path):
+    from shira.runs.live import load_live
+
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ShiraError, match="is no causal language model of transformers"):
+        load_live(str(tmp_path), {}, "float32")

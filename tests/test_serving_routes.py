@@ -435,6 +435,8 @@ def test_the_folder_may_be_away_for_a_while(site, caplog):
         moved = site.folder.rename(site.folder.with_name("away"))
         await until(lambda: "cannot be read" in caplog.text)
         assert (await client.get("/v1/models/poet")).status_code == 200
+        await asyncio.sleep(0.05)  # some scans
+        assert caplog.text.count("cannot be read") == 1
         moved.rename(site.folder)
         random_adapter(mlp(), 3).save(site.folder / "later.safetensors")
         await until(lambda: "later" in site.catalogue.versions)

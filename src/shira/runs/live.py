@@ -53,11 +53,8 @@ def _check_fit(model: str, files: Files) -> None:
     config = hf.load_config(model)
     tensors = {}
     if getattr(config, "quantization_config", None) is None:  # quantized weights have shapes of their own
-        with (
-            contextlib.suppress(RuntimeError, NotImplementedError),
-            torch.device("meta"),
-        ):  # a model that needs data to be built
-            tensors = named_tensors(hf.untrained(config, torch.float32))
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # a model that needs data to be built
+            tensors = named_tensors(hf.causal_skeleton(model))
     for file in files.values():
         with opened(file) as adapter:
             for name in adapter.tensors:

@@ -203,14 +203,18 @@ async def watching(catalogue: Catalogue, seconds: float) -> AsyncIterator[None]:
     """Look at the served folder again and again inside the `with`."""
 
     async def watch() -> None:
+        said = ""
         while True:
             await asyncio.sleep(seconds)
             before = dict(catalogue.versions)
             try:
                 await asyncio.to_thread(catalogue.scan)
             except OSError as error:  # the folder is gone for now: what was served stays
-                log.warning("the served folder cannot be read: %s", error)
+                if said != str(error):
+                    log.warning("the served folder cannot be read: %s", error)
+                said = str(error)
                 continue
+            said = ""
             for name in sorted(before.keys() | catalogue.versions.keys()):
                 old, new = before.get(name), catalogue.versions.get(name)
                 if old != new:

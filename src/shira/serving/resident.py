@@ -142,7 +142,7 @@ class Resident:
         try:
             sources = [self._register(part) for part in parts]
             call({_name_of(part): part.strength for part in parts} or None)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise AdapterReplaced(f"the file of '{of_key(key)}' was removed after the request came") from error
         finally:
             for source in sources:

@@ -29,6 +29,7 @@ from .turns import Turns
 
 __all__ = ["app", "built", "defaults_of", "ends_of", "serve"]
 
+KEEP_ALIVE = 75  # seconds of an idle connection: longer than clients (5) and proxies (60) keep one, so they close it first
 MARK = "shira7answer"  # stands for an answer in a rendered chat
 
 
@@ -113,6 +114,7 @@ def serve(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         http="h11",  # it bounds the size of a request's head
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=seconds,
         access_log=False,
         log_config=None,
