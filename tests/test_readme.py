@@ -57,7 +57,9 @@ def test_make_targets_exist(line):
     """
     shown = subprocess.run([*line.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     runs = {"make demo": ".venv/bin/shira demo", "make demo-image": "experiments.image.demo"}
-    assert (runs | {"make test": "pytest", "make test-slow": "-m slow", "make dist": "tests/dist.py"})[line] in shown
+    assert (
+        runs | {"make test": "pytest", "make test-slow": "-m slow", "make dist": "tests/dist.py", "make check": "tests/dist.py"}
+    )[line] in shown
 
 
 @pytest.mark.real
