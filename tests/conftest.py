@@ -186,6 +186,22 @@ def adapters(pipe):
 
 
 @pytest.fixture
+def settled(monkeypatch):
+    """A served folder does not wait until its files have settled: a test writes them at once."""
+    from shira.serving import catalogue
+
+    monkeypatch.setattr(catalogue, "SETTLED", -1.0)
+
+
+@pytest.fixture
+def site(tmp_path, settled):
+    """An application with the gate and the routes about adapters."""
+    from serving_site import Site
+
+    return Site(tmp_path)
+
+
+@pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command line in this process; returns (exit code, stdout, stderr)."""
 

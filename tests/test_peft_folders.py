@@ -117,3 +117,28 @@ def test_a_switcher_gives_the_shapes_of_its_model(tiny_llama, tmp_path):
     with pytest.raises(FormatError, match=r"switcher.add\('x', shira.integrations.peft.load\(folder, model\)\)"):
         switcher.add("y", tmp_path / "y")
     switcher.add("y", load(tmp_path / "y", tiny_llama))
+
+
+def test_a_served_folder_takes_the_shapes_of_the_served_model(beside_its_base, tmp_path, settled):
+    """Also where the configuration names a base that is on no disk here."""
+    from transformers import AutoModelForCausalLM
+
+    from shira.serving.catalogue import Catalogue, shapes_of
+    from shira.serving.resident import Resident
+
+    folder, base = beside_its_base
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "somewhere/else"}))
+    alone = Catalogue(tmp_path, ["model"])
+    alone.scan()
+    assert "poet" not in alone.versions
+    served = Catalogue(tmp_path, ["model"], shapes_of(str(base)))
+    served.scan()
+    assert served.versions.keys() >= {"poet"} and served.inspect("poet")["nnz"] > 0
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = all_bits(model)
+    resident = Resident(model, tmp_path)
+    resident.use(served.resolve("poet").key)
+    assert not same_bits(all_bits(model), before)
+    resident.use("")
+    assert same_bits(all_bits(model), before)

@@ -19,13 +19,9 @@ from shira.serving.catalogue import Catalogue
 from shira.serving.resident import Resident
 from shira.serving.selections import AdapterReplaced, Part, Selection, SelectionError, UnknownAdapter, of_key, parse
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 VERSIONS = {"poet": "1a", "coder": "2b", "x.y-z": "3c"}
-
-
-@pytest.fixture(autouse=True)
-def settled(monkeypatch):
-    """Files of the tests are written at once, so nothing has to be waited for."""
-    monkeypatch.setattr(module, "SETTLED", -1.0)
 
 
 @pytest.fixture
@@ -53,6 +49,7 @@ def test_a_selection_is_parsed_into_the_order_of_names():
     both = Selection((Part("coder", "2b", 0.5), Part("poet", "1a", 1.0)))
     assert parse("poet:1.0+coder:0.5", VERSIONS) == parse("coder:.5 + poet", VERSIONS) == both
     assert str(both) == "coder:0.5+poet"
+    assert str(parse("poet:0.123456789", VERSIONS)) == "poet:0.123456789" and str(parse("poet:3.0", VERSIONS)) == "poet:3"
     assert both.key == '[["coder","2b",0.5],["poet","1a",1.0]]'
     assert of_key(both.key) == both
     assert of_key("") == Selection() and Selection().key == "" and str(Selection()) == "base"

@@ -8,19 +8,10 @@ import pytest
 
 from serving_site import Site, bearer
 from shira import ShiraError
-from shira.serving import catalogue as catalogue_module
 from shira.serving import gate
 from shira.serving.gate import ADMIN_KEYS, KEYS, Keys
 
-
-@pytest.fixture(autouse=True)
-def settled(monkeypatch):
-    monkeypatch.setattr(catalogue_module, "SETTLED", -1.0)
-
-
-@pytest.fixture
-def site(tmp_path):
-    return Site(tmp_path)
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 def test_keys_separate_answers_from_administration(tmp_path, monkeypatch):

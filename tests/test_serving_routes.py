@@ -7,19 +7,10 @@ import shutil
 import pytest
 
 from conftest import all_bits, mlp, random_adapter, same_bits
-from serving_site import Site, until
-from shira.serving import catalogue as catalogue_module
+from serving_site import until
 from shira.serving.settings import Settings
 
-
-@pytest.fixture(autouse=True)
-def settled(monkeypatch):
-    monkeypatch.setattr(catalogue_module, "SETTLED", -1.0)
-
-
-@pytest.fixture
-def site(tmp_path):
-    return Site(tmp_path)
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 def test_models_are_the_base_and_the_adapters(site):
@@ -90,7 +81,10 @@ def test_pinning(site):
         assert huge.status_code == 422 and "of 'poet' must be" in huge.json()["error"]["message"]
         assert full.status_code == 422 and "can be pinned" in full.json()["error"]["message"]
         assert (await client.post("/v1/adapters", json={"name": "poet", "pin": True})).status_code == 422
+        assert (await client.delete("/v1/adapters/poet+coder:0.5000001/pin")).status_code == 404
+        site.catalogue.unload("poet")  # what is pinned can still be let go
         assert (await client.delete("/v1/adapters/poet+coder:0.5/pin")).status_code == 200
+        site.catalogue.load("poet")
         assert (await client.delete(f"/v1/adapters/{both}/pin")).status_code == 404
 
     site.run(work)

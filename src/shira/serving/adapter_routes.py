@@ -17,7 +17,7 @@ from .catalogue import Catalogue, path_in
 from .engine import Engine
 from .metrics import Metrics
 from .problems import Refused, error_body, status_of
-from .selections import SelectionError, UnknownAdapter, of_key
+from .selections import AdapterReplaced, SelectionError, UnknownAdapter, of_key, parse
 
 __all__ = ["AdapterRoutes", "watching"]
 
@@ -127,8 +127,11 @@ class AdapterRoutes:
         await asyncio.to_thread(self.catalogue.load, name)
         try:
             await self.engine.prefetch(self.catalogue.resolve(name).key)
+        except AdapterReplaced:  # by another file, which the next look at the folder finds
+            raise
         except ShiraError:
-            self.catalogue.unload(name)
+            with contextlib.suppress(UnknownAdapter):  # it has gone meanwhile
+                self.catalogue.unload(name)
             raise
 
     async def unload(self, request: Request) -> Response:
@@ -143,18 +146,13 @@ class AdapterRoutes:
 
     async def unpin(self, request: Request) -> Response:
         """Let go of a selection, in whichever version it was pinned."""
-        name, found = request.path_params["name"], False
-        for key in (await self.engine.tiers())["pinned"]:
-            if str(of_key(key)) == name or str(of_key(key)) == str(self._or_none(name)):
-                await self.engine.pin(key, False)
-                found = True
-        if not found:
+        name = request.path_params["name"]
+        pinned = [key for key in (await self.engine.tiers())["pinned"] if _names(name, key)]
+        if not pinned:
             raise UnknownAdapter(f"{name!r} is not pinned")
+        for key in pinned:
+            await self.engine.pin(key, False)
         return JSONResponse({"name": name, "pinned": False})
-
-    def _or_none(self, name: str) -> Any:
-        with contextlib.suppress(SelectionError):
-            return self.catalogue.resolve(name)
 
     async def load_lora(self, request: Request) -> Response:
         """What vLLM's route of this name does for LoRA. The path must be that of the adapter of this name in the folder."""
@@ -186,6 +184,15 @@ class AdapterRoutes:
     async def show_metrics(self, request: Request) -> Response:
         self.metrics.update(await self.engine.tiers(), len(self.catalogue.versions))
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _names(text: str, key: str) -> bool:
+    """Whether a text names the selection of a key, in whichever version."""
+    selection = of_key(key)
+    try:
+        return parse(text, {part.name: part.version for part in selection.parts}) == selection
+    except SelectionError:
+        return False
 
 
 async def _body(request: Request, kind: Any) -> Any:

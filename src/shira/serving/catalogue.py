@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..adapter import check_unchanged, load, opened
+from ..adapter import check_unchanged, opened, read
 from ..analysis.contents import describe
+from ..data.models import model_path
 from ..errors import ShiraError
+from ..files.bases import named_base
 from ..files.paths import State
 from ..texts import visible
 from .selections import AdapterReplaced, Selection, SelectionError, UnknownAdapter, parse, parse_name
 
-__all__ = ["Catalogue", "Found", "path_in", "version_of"]
+__all__ = ["Catalogue", "Found", "path_in", "shapes_of", "version_of"]
 
 ENDING = ".safetensors"
 SETTLED = 0.05  # seconds after the last change of a file; before, its writer may still be at work
@@ -44,6 +46,11 @@ def version_of(states: Iterable[State]) -> str:
     return hashlib.blake2b(repr([state[1:] for state in states]).encode(), digest_size=8).hexdigest()
 
 
+def shapes_of(model: str) -> Shapes:
+    """The tensors of the served model by its path or name, for `Catalogue`. They are looked up when a file needs them."""
+    return lambda: named_base(model_path(model)) or {}
+
+
 def path_in(folder: Path, name: str) -> Path:
     """The path of an adapter in the served folder: its file or its folder. It need not exist.
 
@@ -63,8 +70,8 @@ def path_in(folder: Path, name: str) -> Path:
 class Catalogue:
     """What the folder offers now. `scan` looks again; a request keeps the version that it has found.
 
-    base: the names of the base model, the first is shown. shapes: the model's tensors on the meta device, which a folder of
-    PEFT's SHiRA needs.
+    base: the names of the base model, the first is shown. shapes: the model's tensors, which a folder of PEFT's SHiRA
+    needs (`shapes_of`). Without them its configuration must name a base that is on this machine.
     Raises SelectionError if the folder is none.
 
         catalogue = Catalogue("adapters", ["SmolLM2-135M"])
@@ -122,7 +129,7 @@ class Catalogue:
         if name not in self._found:
             raise UnknownAdapter(f"there is no adapter {name!r} in the served folder")
         path = path_in(self.folder, name)
-        return {**describe(load(path), path), "file": path.name}
+        return {**describe(read(path, model=self._shapes)[0], path), "file": path.name}
 
     def listed(self) -> list[dict[str, Any]]:
         """Each adapter in the folder: its name, file, version, bytes, time of the last change, and status."""

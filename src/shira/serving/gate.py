@@ -33,7 +33,7 @@ ANSWERS = re.compile(r"/v1/(chat/completions|completions|responses)/?$")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 KNOWN = re.compile(rf"{ANSWERS.pattern}|/v1/(adapters|models|(un)?load_lora_adapter)|/(health|ready|metrics)$")
 CLIENT_LEFT = 499  # the status in log and metrics
-BODY_SECONDS = 60.0  # a body must be there after them; until then it holds a place in the queue
+BODY_SECONDS = 60.0  # a body must be there after them; until then it takes no place in the queue
 LAST_SECONDS = 5.0  # to tell a client of an error that reads nothing
 RETRY = 1  # seconds until a client that was refused for load should ask again
 

@@ -64,7 +64,13 @@ class Selection(NamedTuple):
 
     def __str__(self) -> str:
         """The selection as a user would write it, "base" for the base."""
-        return "+".join(f"{name}:{strength:g}" if strength != 1 else name for name, _, strength in self.parts) or "base"
+        return "+".join(f"{name}:{_written(strength)}" if strength != 1 else name for name, _, strength in self.parts) or "base"
+
+
+def _written(strength: float) -> str:
+    """A strength as a user would write it, and exactly."""
+    short = f"{strength:g}"
+    return short if float(short) == strength else repr(strength)
 
 
 def parse_name(name: str) -> str:

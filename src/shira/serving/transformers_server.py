@@ -17,7 +17,7 @@ from ..errors import ShiraError
 from ..integrations import transformers as hf
 from ..runs.live import load_live
 from .adapter_routes import AdapterRoutes, watching
-from .catalogue import Catalogue
+from .catalogue import Catalogue, shapes_of
 from .gate import Gate, Keys
 from .metrics import Metrics
 from .openai_routes import OpenAIRoutes
@@ -79,7 +79,8 @@ async def _as_openai(_: Request, error: Exception) -> Response:
 
 def built(model: nn.Module, tokenizer: Any, settings: Settings) -> tuple[TransformersEngine, Catalogue]:
     """An engine over a loaded model, and the catalogue of the served folder. Raises EngineError and SelectionError."""
-    catalogue = Catalogue(settings.adapters, settings.served_model_name or [base_name(settings.model)])
+    names = settings.served_model_name or [base_name(settings.model)]
+    catalogue = Catalogue(settings.adapters, names, shapes_of(settings.model))
     engine = TransformersEngine(
         model,
         Resident(model, settings.adapters, ready=settings.ready, host=settings.host_ready),

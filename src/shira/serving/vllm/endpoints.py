@@ -7,7 +7,7 @@ import prometheus_client
 from fastapi import FastAPI
 
 from ..adapter_routes import AdapterRoutes, watching
-from ..catalogue import Catalogue
+from ..catalogue import Catalogue, shapes_of
 from ..gate import Gate, Keys
 from ..metrics import Metrics
 from .client import VllmEngine
@@ -32,7 +32,8 @@ class Endpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Called once, before the engine is known."""
         arguments = app.state.args
-        self._catalogue = Catalogue(self._settings.adapters, list(arguments.served_model_name or [arguments.model]))
+        names = list(arguments.served_model_name or [arguments.model])
+        self._catalogue = Catalogue(self._settings.adapters, names, shapes_of(arguments.model))
         metrics = Metrics(prometheus_client.REGISTRY)  # where vLLM has its own
         routes = AdapterRoutes(self._catalogue, self._engine, metrics)
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") != "/metrics"]

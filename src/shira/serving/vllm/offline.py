@@ -9,7 +9,7 @@ import os
 import time
 from typing import Any
 
-from ..catalogue import SETTLED, Catalogue
+from ..catalogue import SETTLED, Catalogue, shapes_of
 from ..selections import Selection, UnknownAdapter
 from ..settings import Settings
 from .environment import FIELD, check_version, classes, installed_version, variables
@@ -27,7 +27,7 @@ def llm(
     Raises MissingExtra without vLLM; ShiraError for a version that was not tested, or a folder that is not there.
     """
     check_version(installed_version())
-    catalogue = Catalogue(adapters, [model])
+    catalogue = Catalogue(adapters, [model], shapes_of(model))
     catalogue.scan()
     chosen = Settings(model=model, adapters=os.fspath(adapters), quantum=quantum, patience=patience, ready=ready)
     os.environ.update(variables(chosen))
