@@ -85,6 +85,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert "was replaced after attach" in json.loads((tmp_path / "sharded-too-late-1.json").read_text())
 
 
+@pytest.mark.slow
 def test_accelerate_trains_what_one_process_does(tmp_path):
     """Whole models, then models that are sharded before attach."""
     code, printed = accelerate_launch("accelerate+accelerate-fsdp", tmp_path)
@@ -93,6 +94,7 @@ def test_accelerate_trains_what_one_process_does(tmp_path):
         same_adapter(shira.load(tmp_path / f"{name}.safetensors"), trained_alone())
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_two_processes_what_it_does_on_one(tmp_path, tiny_llama, run):
     tiny_llama.save_pretrained(tmp_path / "model")
     letter_tokenizer().save_pretrained(tmp_path / "model")
@@ -114,6 +116,7 @@ def test_the_command_trains_on_two_processes_what_it_does_on_one(tmp_path, tiny_
     assert trained[0].metadata["training"] == trained[1].metadata["training"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_leaves_the_last_checkpoint_whole(tmp_path):
     code, printed = run_two("dies", tmp_path)
     assert code != 0 and "exitcode  : 17" in printed

@@ -176,6 +176,7 @@ def run_all(recipe, store):
     return made
 
 
+@pytest.mark.slow
 def test_three_adapters_fused(bench, tmp_path, capfd):
     """Table 4 on a tiny model: every cell is a run, PEFT's as well as ours; a second time nothing is left to do."""
     store = Store(tmp_path / "results.jsonl")

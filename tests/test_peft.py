@@ -350,7 +350,7 @@ def test_an_interrupt_in_a_conversion_leaves_the_model_as_it_was(tiny_llama, tmp
         struck = not left
         assert same_bits(all_bits(model), before), f"line {line}"
         assert {name: type(module) for name, module in model.named_modules()} == modules and "peft_config" not in vars(model)
-        line += 11
+        line += 23
     assert line > 1000
 
 

@@ -224,6 +224,7 @@ def test_what_adapters_see_and_do_not():
     assert len(flat) == 8 and flat[0].image.size == (32, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_demo_leaves_a_grid_and_the_base(tmp_path, monkeypatch, capsys):
     """The whole of `make demo-image`, on a random UNet and for two steps."""

@@ -48,6 +48,7 @@ def run_until_killed(folder):
     trainer_of(model, folder, [ShiraCallback(snip(model))], processing_class=tokenizer).train()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bit(tmp_path):
     """SIGKILL in the middle of a save: the half-written checkpoint is not taken, the one before it is."""
     here = str(Path(__file__).parent)
