@@ -22,6 +22,7 @@ LIMITED = """
 import resource, sys, torch, shira
 from pathlib import Path
 from safetensors.torch import load_file, save_file
+from shira.checkpoints import merging  # code that is compiled first, under the limit, takes memory, too
 from shira.cli import app
 
 def memory(key):

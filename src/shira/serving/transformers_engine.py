@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import ShiraError
 from ..integrations import transformers as hf
+from .cpu_linear import take_onednn
 from .problems import Problem
 from .resident import Resident
 from .sampling import Sampling, Ticket, TokenLogprob
@@ -126,6 +127,7 @@ class TransformersEngine:
         cache_tokens: int | None = None,
         longest: int | None = None,
     ) -> None:
+        take_onednn(model)
         self._resident = resident
         self.ends = frozenset(ends)
         config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]

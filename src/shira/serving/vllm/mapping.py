@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import BaseMismatch, CheckpointError
 from ...files.tensorfiles import Form
 from ...sparse.tensor import SparseTensor
+from ..cpu_linear import linear
 
 __all__ = ["Block", "Landing", "Mapped", "Surface", "check", "cut", "landings", "local_positions", "verified"]
 
@@ -161,7 +162,7 @@ def landings(model: nn.Module, forms: Mapping[str, Form], load: Callable[[Iterab
 def _computes_with_a_copy(module: nn.Module) -> bool:
     """Whether vLLM has packed a copy of a layer's weight, on CPUs. The weight itself may still be there."""
     product = getattr(module, "cpu_linear", None)
-    return product is not None and product is not nn.functional.linear
+    return product not in (None, linear, nn.functional.linear)
 
 
 def _unusable(label: str, parameter: Tensor, copied: set[int]) -> str | None:
