@@ -56,3 +56,16 @@ def test_a_layer_reads_its_weight_at_each_call_and_a_copy_its_own():
         torch.testing.assert_close(model[0](x), x.sum(1, keepdim=True) + model[0].bias)
     with pytest.raises(RuntimeError):
         model[0](torch.randn(5, 4))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's tracer warns of what it does itself
+def test_a_compiled_model_computes_the_same_and_reads_its_weights_at_each_call():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    take_onednn(model)
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(5, 3)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), model(x))
+        model[0].weight.data.mul_(2)
+        torch.testing.assert_close(compiled(x), model(x))
+        assert compiled(x[:0]).shape == (0, 2)

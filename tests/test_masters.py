@@ -56,7 +56,7 @@ def test_every_kind_has_all_that_masters_have_as_soon_as_it_is_made(kind):
     make, _ = choose(targets, "wm", "values", options["decompose"], options["low_rank"], 0)
     for target in targets:
         indices = torch.arange(3, 9, dtype=torch.int32)
-        each = make(target, indices)
+        each = make(target, indices, 1.0)
         assert set(dir(Masters(target, indices))) <= set(dir(each))
         for name in dir(each):
             getattr(each, name)  # a property may need what is not there

@@ -29,7 +29,10 @@ NOT_IN_A_RECIPE = {
     "low_rank": "the result is not one sparse file (Tuner.save_hybrid)",
     "whole": "new heads of classifiers; a recipe trains causal language models, which have none",
 }
-ANOTHER_DEFAULT = {"targets": "the paper's; all-linear would change what older commands train"}
+ANOTHER_DEFAULT = {
+    "targets": "the paper's; all-linear would change what older commands train",
+    "lr_scale": "auto; in attach it would change what the loops of others train",
+}
 
 
 def names_for(receiver):

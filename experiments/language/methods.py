@@ -44,13 +44,14 @@ def train(
     """
     options = dict(method["options"])
     if "peft" not in method:
-        chosen = {"targets": targets, "avoid": list(avoid), "calibration": calibration, "seed": settings["seed"]} | options
+        chosen = {"targets": targets, "avoid": list(avoid), "calibration": calibration, "seed": settings["seed"], "lr_scale": 1}
+        chosen |= options
         with shira.attach(model, **chosen) as tuner:
             if "reach" in method:
                 tuner.stay_near(general(), reach=method["reach"])
             summary = fit(tuner, model, rows, **settings)
             tuner.adapter().save(folder / OURS)
-        return summary
+        return summary | {"lr_scale": tuner.lr_scale}
     import peft
 
     torch.manual_seed(settings["seed"])

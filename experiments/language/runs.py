@@ -102,21 +102,31 @@ class Lab:
             self.train(line["key"])
         return artefacts() / run
 
+    def rows(self, key: Key) -> list[Row]:
+        """The training examples of a run, in the order that its seed draws."""
+        found = parts(key["data"], key["answers"])
+        each = None if key["examples"] is None else key["examples"] // len(found)
+        drawn = [example for part in found for example in examples(part, "train", each, key["seed"])]
+        rows = encode(self.model(key["model"], key["dtype"])[1], drawn, key["max_length"])
+        return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(key["seed"])).tolist()]
+
+    def calibration(self, key: Key, rows: Sequence[Row]) -> list[Any]:
+        """The batches that masks of a run see."""
+        model, tokenizer, _ = self.model(key["model"], key["dtype"])
+        return hf.batches(rows[: key["calibration"]], model, key["batch_size"], tokenizer.pad_token_id or 0)
+
     def train(self, key: Key) -> dict[str, Any]:
         """Train an adapter into the run's folder, and compute its loss on the validation questions."""
         model, tokenizer, _ = self.model(key["model"], key["dtype"])
         pad = tokenizer.pad_token_id or 0
         found = parts(key["data"], key["answers"])
-        each = None if key["examples"] is None else key["examples"] // len(found)
-        drawn = [example for part in found for example in examples(part, "train", each, key["seed"])]
-        rows = encode(tokenizer, drawn, key["max_length"])
-        chosen = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(key["seed"])).tolist()]
+        chosen = self.rows(key)
         with new_folder(key) as folder:
             summary = methods.train(
                 key["method"],
                 model,
                 chosen,
-                hf.batches(chosen[: key["calibration"]], model, key["batch_size"], pad),
+                self.calibration(key, chosen),
                 folder,
                 targets=key["targets"],
                 avoid=[self.folder(run) / methods.OURS for run in key.get("avoid", ())],
@@ -133,7 +143,15 @@ class Lab:
         asked = [example for part in found for example in examples(part, "validation", key["validation"], 0)]
         with methods.adapted(model, [artefacts() / number(key)]) as ready:
             loss = hf.mean_loss(ready, encode(tokenizer, asked, key["max_length"]), BATCH, pad)
-        return {"validation_loss": loss, "loss": summary["loss"], "parameters": summary["parameters"], "file_bytes": size(key)}
+        result = {
+            "validation_loss": loss,
+            "loss": summary["loss"],
+            "parameters": summary["parameters"],
+            "file_bytes": size(key),
+        }
+        return result | (
+            {"lr_scale": summary["lr_scale"]} if key["method"].get("options", {}).get("lr_scale") == "auto" else {}
+        )
 
     def score(self, key: Key) -> dict[str, Any]:
         """Which questions are answered correctly, one digit for each question; and the loss on unrelated text."""

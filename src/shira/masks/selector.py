@@ -1,14 +1,16 @@
 """Choose the entries of a model that train: by a mask, within a budget, without the entries that other adapters hold."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import masks
 from ..sparse.positions import index_dtype
+from ..sparse.topk import top_k
 from ..weights.distributed import full, groups_of, is_sharded, same_everywhere
 from ..weights.quantized import dense
 from ..weights.undo import Undo
@@ -16,13 +18,28 @@ from . import BudgetPlan, Mask
 from .avoiding import count_of
 from .calibration import LossFn, Progress, calibrate
 
-__all__ = ["Selector"]
+__all__ = ["Indices", "Selected", "Selector"]
 
 TRAINING_BYTES = 16  # for each entry in training: a float32 master, its gradient and AdamW's two moments
 POOL_BYTES = 16  # for each entry that tensors compete for: `masks.Pool` holds up to two positions and scores for it
 LEAST_MEMORY = 2**20  # bytes that sums may always take, because the peak of a process is not known more exactly
 
 Indices = dict[str, Tensor]  # tensor name -> positions [k], sorted
+
+
+class Selected(NamedTuple):
+    """The chosen entries.
+
+    indices: the positions of each weight that gets any, on its device, in the `index_dtype` of its size.
+    calibrated: what `calibrate` returned; None if the mask needs no calibration.
+    share: Σ |gradient| over the chosen entries, as a share of the sum over all entries of the weights, above 0 and at most 1.
+        It is estimated from what the mask was shown. A mask that saw no data is taken to choose as a random one does. 1 if it
+        was not asked for.
+    """
+
+    indices: Indices
+    calibrated: dict[str, Any] | None
+    share: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,24 +64,32 @@ class Selector:
         calibration: Iterable[Any] | None,
         progress: Progress | None = None,
         undo: Undo | None = None,
-    ) -> tuple[Indices, dict[str, Any] | None]:
-        """The positions of each weight that gets any, and what `calibrate` returned (None if the mask needs no calibration).
-
-        Positions are on the weight's device, in the `index_dtype` of its size. Raises MaskError, or what the model raises.
-        """
+        *,
+        with_share: bool = False,
+    ) -> Selected:
+        """Choose the entries. with_share: whether `Selected.share` is wanted. Raises MaskError, or what the model raises."""
         plan = self._settled(weights, plan)
         pool = masks.Pool(plan.shared, plan.floors)
         chosen: Indices = {}
+        taken, whole = [0.0], [0.0]
+        competing = sum(math.prod(self.matrices[name]) for name in weights if name not in plan.counts)
 
         def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
             matrix, avoid, count = self.matrices[name], self.avoided.get(name), plan.counts.get(name)
             weight = (full if is_sharded(weights[name]) else dense)(weights[name]).view(matrix)
             statistics = {what: found if what == "activations" else found.view(matrix) for what, found in statistics.items()}
+            found = weight.new_empty(0, dtype=torch.int64)
             if count is None:
-                pool.add(name, masks.score(self.mask, name, weight, seed=self.seed, **statistics), avoid)
+                scores = masks.score(self.mask, name, weight, seed=self.seed, **statistics)
+                if with_share:  # of its proportion of the budget; which entries it gets is not known before all have competed
+                    found = top_k(scores, round(plan.shared * weight.numel() / competing))
+                pool.add(name, scores, avoid)
             elif count:  # a tensor's share of a small total may be 0
                 found = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
                 chosen[name] = found.to(index_dtype(weight.numel()))
+            if with_share:
+                for total, part in zip((taken, whole), _of_gradient(statistics, weight.shape, found), strict=True):
+                    total[0] += part
 
         calibrated = None
         wanted = [name for name in masks.needs(masks.resolve(self.mask)[1]) if name in masks.CALIBRATED]
@@ -90,7 +115,12 @@ class Selector:
             if name in chosen:
                 indices = chosen[name].to(weight.device, index_dtype(math.prod(self.matrices[name])))
                 placed[name] = same_everywhere(indices, groups_of(weight)) if is_sharded(weight) else indices
-        return placed, calibrated
+        share = torch.tensor([taken[0] / whole[0] if taken[0] > 0 else 1.0], dtype=torch.float64, device="cpu")
+        for weight in weights.values():
+            if is_sharded(weight):  # one share for all processes, as the positions are
+                share = same_everywhere(share.to(weight.device), groups_of(weight))
+                break
+        return Selected(placed, calibrated, float(share))
 
     def _settled(self, weights: Mapping[str, nn.Parameter], plan: BudgetPlan) -> BudgetPlan:
         """The plan, if the mask can rank the entries of all tensors that share a count. Raises MaskError if it cannot.
@@ -106,3 +136,20 @@ class Selector:
             return BudgetPlan(plan.counts | masks.share_out(plan.shared, free, plan.floors), 0, {})
         masks.ranked(self.mask)
         return plan
+
+
+def _of_gradient(statistics: Mapping[str, Tensor], shape: Sequence[int], found: Tensor) -> tuple[float, float]:
+    """Σ |gradient| over these positions of a matrix, and over all of it, in a unit that all tensors of a selection share."""
+    rows, columns = shape
+    found = found.long()
+    if "gradient" in statistics:
+        gradient = statistics["gradient"]
+        return float(gradient.reshape(-1)[found].abs().sum()), float(torch.linalg.vector_norm(gradient, 1))
+    if "squared_gradient" in statistics:
+        squares = statistics["squared_gradient"]
+        return float(squares.reshape(-1)[found].sqrt().sum()), float(squares.sqrt().sum())
+    if "activations" in statistics:  # a gradient's entry is proportional to its input; tensors count by their sizes
+        norms = statistics["activations"].reshape(-1).to(found.device)
+        inputs = norms[found % columns if norms.numel() == columns else found // columns]
+        return float(inputs.sum() / norms.mean()), float(rows * columns)
+    return float(found.numel()), float(rows * columns)

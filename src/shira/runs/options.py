@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ..errors import DataError
 from ..texts import shown
 
-__all__ = ["check", "kinds", "option", "parse_layers", "parse_targets", "passed_to"]
+__all__ = ["check", "kinds", "option", "parse_layers", "parse_scale", "parse_targets", "passed_to"]
 
 LARGEST = 2**63 - 1  # the largest integer in an int64 tensor
 BOUNDS = {"ge": "from {} on", "gt": "above {}", "le": "at most {}", "lt": "below {}"}  # named as in `operator`
@@ -70,6 +70,11 @@ def parse_targets(text: str) -> str | list[str]:
     if text in ("auto", *KEYWORDS) or not re.fullmatch(r"[\w.,\s-]+", text) or ".*" in text:
         return text
     return [part.strip() for part in text.split(",")]
+
+
+def parse_scale(text: str) -> float | str:
+    """Parse --lr-scale: auto, or a number."""
+    return text if text == "auto" else float(text)
 
 
 def parse_layers(text: str) -> list[int]:

@@ -15,7 +15,8 @@ from ..data.tasks import TASKS
 from ..errors import DataError, MissingExtra, did_you_mean
 from ..files.paths import open_regular, path_of
 from ..texts import shown, strict_json
-from .options import check, option, parse_targets, passed_to
+from ..training.lr_scale import check_scale
+from .options import check, option, parse_scale, parse_targets, passed_to
 from .shared_options import Masked, Run, check_mask
 
 if TYPE_CHECKING:
@@ -69,7 +70,13 @@ class _Training:
     )
     stay_near: str | None = option(None, "Data that the adapter shall not disturb, or own: text that the model writes.")
     reach: float = option(0.01, "With --stay-near, the change of a weight that is pulled back as hard as it is pushed.", gt=0)
-    lr: float = option(1e-3, "The learning rate.", gt=0)
+    lr: float = option(1e-3, "The learning rate, as for LoRA.", gt=0)
+    lr_scale: float | str = option(
+        "auto",
+        "Entries change by this times --lr in a step: a power of two. auto: the mask decides.",
+        "attach",
+        parse=parse_scale,
+    )
     steps: int = option(100, "The number of optimizer steps.", "trainer", ge=1)
     batch_size: int = option(16, "The number of examples a batch, or of rows with --pack.", "trainer", ge=1)
 
@@ -187,6 +194,7 @@ def check_run(recipe: Recipe) -> None:
     from ..integrations import transformers as hf
 
     check_mask(recipe)
+    check_scale(recipe.lr_scale)
     if hf.reporters(recipe.report_to) and Path(recipe.log_folder).exists() and not Path(recipe.log_folder).is_dir():
         raise DataError(f"recipe: log_folder must be a folder, or the name of a new one; found {recipe.log_folder!r}, a file")
     hf.check_schedule(recipe.schedule)

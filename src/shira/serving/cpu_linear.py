@@ -14,10 +14,29 @@ __all__ = ["linear", "take_onednn"]
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input [..., columns] · weightᵀ + bias, as `torch.nn.functional.linear`, without gradients. weight: [rows, columns]."""
-    if input.dtype is torch.float32 is weight.dtype and input.device.type == "cpu" and input.numel() and weight.is_contiguous():
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    if input.dtype is torch.float32 is weight.dtype and input.device.type == "cpu":
+        product: Tensor = (
+            torch.ops.shira.cpu_linear(input, weight, bias) if torch.compiler.is_compiling() else _product(input, weight, bias)
+        )
         return product
     return nn.functional.linear(input, weight, bias)
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not (input.numel() and weight.is_contiguous()):
+        return nn.functional.linear(input, weight, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return product
+
+
+# torch.compile takes oneDNN's operator for a product with a packed constant, so it sees one of ours
+torch.library.define("shira::cpu_linear", "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("shira::cpu_linear", "CPU", _product)
+
+
+@torch.library.register_fake("shira::cpu_linear")  # type: ignore[untyped-decorator]
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
 def take_onednn(model: nn.Module) -> None:

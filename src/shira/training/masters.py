@@ -41,6 +41,7 @@ class Masters(Followed):
     calls = 0  # forward passes so far, without those of compiled code
     runs = 0  # those of them in which gradients were enabled
     learnt = False  # whether the masters ever had a gradient
+    scale = 1.0  # a trained number of the entries counts this much, a power of two, so that multiplication is exact
 
     def __init__(self, target: Target, indices: Tensor) -> None:
         """indices: sorted positions [k] in the target's flat entries."""
@@ -143,16 +144,17 @@ class Masters(Followed):
 
 
 class Plain(Masters):
-    """Masters that are the entries themselves."""
+    """Masters that are the entries themselves, divided by `scale`."""
 
-    def __init__(self, target: Target, indices: Tensor) -> None:
+    def __init__(self, target: Target, indices: Tensor, scale: float = 1.0) -> None:
         super().__init__(target, indices)
-        self.values = nn.Parameter(self.base.to(torch.float32, copy=True))
+        self.scale = scale
+        self.values = nn.Parameter(self.base.to(torch.float32, copy=True) / scale)
         self.own = {"": self.values}
         self.can_move = self.can_stay_near = self.piece is None
 
     def current(self) -> Tensor:
-        return self.values
+        return self.values if self.scale == 1 else self.values * self.scale
 
     def move(self, indices: Tensor, room: int) -> None:
         """Train the entries at `indices` [k] from now on. New entries start at the values that the weight holds there.
@@ -164,7 +166,7 @@ class Plain(Masters):
         in_old, in_new = overlap(self.indices, indices)
         below = kernels.gather(self.weight, indices)  # nothing else changes the weight: the base's values, except where touched
         values = below.to(torch.float32, copy=True)
-        values[in_new] = self.values.detach()[in_old]
+        values[in_new] = self.current().detach()[in_old]
         in_touched, where = overlap(touched.indices, indices)
         below[where] = touched.base[in_touched]
         leaves = torch.ones(touched.indices.numel(), dtype=torch.bool, device=indices.device)
@@ -181,7 +183,7 @@ class Plain(Masters):
         self._note()
         self.kept = Kept(indices, gone.indices[stays], bits, kernels.find_pattern(indices, *self.matrix), name)
         holder._buffers.pop(old, None)
-        self.values.detach().copy_(values)
+        self.values.detach().copy_(values / self.scale)
         self.written = self.version
 
 

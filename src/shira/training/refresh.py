@@ -54,7 +54,7 @@ def select(
     weights = {name: each.weight for name, each in masked.items()}
     counts = {name: each.indices.numel() for name, each in masked.items()}
     with computing_dense(masters.values(), undo) as steps:
-        chosen, _ = selector.select(model, weights, BudgetPlan(counts, 0, {}), calibration, undo=steps)
+        chosen = selector.select(model, weights, BudgetPlan(counts, 0, {}), calibration, undo=steps).indices
     for name, indices in chosen.items():
         if indices.numel() != counts[name]:
             raise TuningError(

@@ -32,7 +32,7 @@ def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor
     state = {}
     for name, each in masters.items():
         for ending, parameter in each.parameters().items():
-            state[name + VALUES + ending] = parameter.detach().to("cpu", copy=True)
+            state[name + VALUES + ending] = parameter.detach().to("cpu", copy=True) * _scale(each, ending)
         state[name + MARK] = _mark(each)
     return state
 
@@ -57,9 +57,15 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
         )
     for name, each in masters.items():
         _check(name, each, named[name], state)
-    for parameters in named.values():
-        for key, parameter in parameters.items():
-            parameter.detach().copy_(state[key])  # detach(), not no_grad(): an interrupt could leave that mode on
+    for name, each in masters.items():
+        for ending, parameter in each.parameters().items():
+            values = state[name + VALUES + ending].float() / _scale(each, ending)
+            parameter.detach().copy_(values)  # detach(), not no_grad(): an interrupt could leave that mode on
+
+
+def _scale(each: Masters, ending: str) -> float:
+    """What a parameter is multiplied by to give what a checkpoint holds: the entries themselves, or a variant's parameters."""
+    return each.scale if ending == "" else 1.0
 
 
 def _mark(each: Masters) -> Tensor:

@@ -63,14 +63,14 @@ def hold(
         )
     for name, each in masters.items():
         (values,) = each.parameters().values()
-        hook = _pulled(each, values, pulls[name] / passes)
+        hook = _pulled(each, pulls[name] / passes)
         set_hook(undo, hooks_of(values, "_backward_hooks"), values.register_hook, hook)
     return {"reach": reach, "calibration": done}
 
 
-def _pulled(masters: Masters, values: Tensor, pull: Tensor) -> Callable[[Tensor], Tensor]:
+def _pulled(masters: Masters, pull: Tensor) -> Callable[[Tensor], Tensor]:
     def add(gradient: Tensor) -> Tensor:
-        away = values.detach() - masters.base.to(gradient.device, torch.float32)
-        return gradient + pull.to(gradient.device) * away
+        away = masters.current().detach() - masters.base.to(gradient.device, torch.float32)
+        return gradient + masters.scale * pull.to(gradient.device) * away
 
     return add

@@ -57,14 +57,15 @@ class Trained(NamedTuple):
 class Tuner:
     """A model in training, from `attach` to `detach`. Also a context manager that detaches at its end.
 
-    model: the model that it is attached to. at_detach: steps that `detach` runs (`undo.Undo`). After an interrupt a step may
-    run again, which must be harmless.
+    model: the model that it is attached to. lr_scale: what `attach` was given, or has chosen.
+    at_detach: steps that `detach` runs (`undo.Undo`). After an interrupt a step may run again, which must be harmless.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Claim the model. Raises TuningError if a tuner or switcher holds it, or if it is a copy of a model in training."""
         self.model = model
         self.at_detach = Undo()
+        self.lr_scale = 1.0
         self._stage, self._thread = MAKING, threading.get_ident()
         self._tuned: list[TunedWeight] = []
         self._masters: dict[str, Masters] = {}  # the tuned weights by tensor name; empty with method="hook"
@@ -102,8 +103,10 @@ class Tuner:
         selector: Selector,
         make: Make,
         whole: Collection[str] = (),
+        lr_scale: float = 1.0,
     ) -> None:
         """Make these entries trainable, and nothing else. whole: names of the targets that train whole, without a mask."""
+        self.lr_scale = lr_scale
         self._mask, self._selector, self._whole = mask, selector, tuple(whole)
         self._base = describe_base(self.model, chosen)
         model, undo = self.model, self.at_detach
@@ -116,7 +119,7 @@ class Tuner:
             if method == "hook":
                 tuned = Hooked(target, indices[target.name])
             else:
-                tuned = self._masters[target.name] = make(target, indices[target.name])
+                tuned = self._masters[target.name] = make(target, indices[target.name], lr_scale)
             tuned.live_in(target.uses, undo)
             self._tuned.append(tuned)
         if method != "hook":
@@ -137,7 +140,7 @@ class Tuner:
         return f"<shira.Tuner {self._stage}: {what}\n  mask {mask}, model {type(self.model).__name__}{base}>"
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters for an optimizer: one float32 tensor [k] for each target.
+        """The parameters for an optimizer: one float32 tensor [k] for each target, its entries divided by `lr_scale`.
 
         A variant of training has its own parameters (docs/variants.md). With method="hook" they are the weights.
         """

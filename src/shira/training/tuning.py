@@ -22,7 +22,7 @@ from ..errors import TuningError
 from ..masks import Mask
 from ..masks.avoiding import Avoid, count_of, entries_of
 from ..masks.calibration import LossFn, Progress
-from ..masks.selector import Indices, Selector
+from ..masks.selector import Selected, Selector
 from ..sparse.positions import index_dtype
 from ..weights import targets as target_names
 from ..weights.distributed import check_plain, is_sharded
@@ -30,6 +30,7 @@ from ..weights.model_tensors import plain_model
 from ..weights.owners import claim
 from ..weights.targets import Target
 from ..weights.undo import Undo
+from .lr_scale import check_scale, only_one, scale_for
 from .trainable import check_trainable
 from .tuner import Tuner
 from .variants import choosing
@@ -59,6 +60,7 @@ def attach(
     decompose: bool | int = False,
     low_rank: int | None = None,
     whole: str | Iterable[str] = "auto",
+    lr_scale: float | Literal["auto"] = 1.0,
 ) -> Tuner:
     """Make a few entries of the model's weights trainable, and nothing else.
 
@@ -84,6 +86,9 @@ def attach(
     low_rank: the rank of a low-rank product that trains beside the entries (docs/variants.md).
     whole: modules that train whole, beside the targets and without a mask, and are part of the adapter: a list of names; () for
         none; or "auto", the head of Transformers' classification models, which has new values at each load.
+    lr_scale: a step of Adam changes the entries by this much times the learning rate; a power of two. "auto" chooses it so
+        that a learning rate that suits LoRA suits the mask (docs/masks/README.md#one-learning-rate). Modules that train whole
+        have 1.
 
     The tuner holds the model until `detach`. If the model is compiled, it holds the original model inside.
     Raises TargetError, MaskError, BaseMismatch or TuningError before anything in the model has changed.
@@ -116,6 +121,9 @@ def attach(
     if method == "hook" and any(is_sharded(target.weight) for target in (*chosen, *new)):
         raise TuningError("method='hook' needs whole weights; on sharded ones train with method='values'")
     make, variant = choosing.choose(chosen, mask, method, decompose, low_rank, seed)
+    if method == "hook" or decompose is not False:
+        lr_scale = only_one(lr_scale, "method='hook'" if method == "hook" else "decompose")
+    check_scale(lr_scale)
     weights = {target.name: target.weight for target in chosen}
     avoided, avoided_names = entries_of(avoid, model, weights)
     plan = masks.plan(
@@ -135,8 +143,9 @@ def attach(
     settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed, "targets": targets}
     settings |= {"calibration": None, "exclude": exclude or None, "layers": layers, **variant}
     settings |= {"whole": [target.name for target in new] or None}
-    select = functools.partial(selector.select, model, weights, plan, calibration, progress)
-    return _begun(model, chosen, new, settings, method, make, selector, select)
+    wanted_share = lr_scale == "auto" and not new
+    select = functools.partial(selector.select, model, weights, plan, calibration, progress, with_share=wanted_share)
+    return _begun(model, chosen, new, settings, method, make, selector, select, lr_scale)
 
 
 @torch.inference_mode(False)
@@ -148,19 +157,22 @@ def _begun(
     method: str,
     make: choosing.Make,
     selector: Selector,
-    select: Callable[[Undo], tuple[Indices, dict[str, Any] | None]],
+    select: Callable[[Undo], Selected],
+    lr_scale: float | Literal["auto"],
 ) -> Tuner:
     """Choose the entries and start training. After an interrupt the caller has no tuner, so the model is restored here."""
     tuner = Tuner(model)
     try:
         try:
-            indices, calibrated = select(tuner.at_detach)
-            record = {key: value for key, value in (settings | {"calibration": calibrated}).items() if value is not None}
+            indices, calibrated, share = select(tuner.at_detach)
+            scale = lr_scale if lr_scale != "auto" else 1.0 if new else scale_for(share)
+            settings |= {"calibration": calibrated, "lr_scale": scale if scale != 1 else None}
+            record = {key: value for key, value in settings.items() if value is not None}
             taken = [target for target in chosen if target.name in indices] + new
             for target in new:
                 entries = target.weight.numel()
                 indices[target.name] = torch.arange(entries, dtype=index_dtype(entries), device=target.weight.device)
-            tuner.begin(taken, indices, record, method, selector, make, [target.name for target in new])
+            tuner.begin(taken, indices, record, method, selector, make, [target.name for target in new], scale)
             return tuner
         except BaseException:
             tuner.undo()

@@ -18,7 +18,7 @@ from .hybrid import Hybrid
 
 __all__ = ["Make", "choose"]
 
-Make = Callable[[Target, Tensor], Masters]
+Make = Callable[[Target, Tensor, float], Masters]  # (target, its positions, lr_scale) -> its masters
 
 
 def choose(
@@ -55,16 +55,16 @@ def choose(
 
     names = {target.name for target in targets}
 
-    def make(target: Target, indices: Tensor) -> Masters:
+    def make(target: Target, indices: Tensor, scale: float) -> Masters:
         seeded = seed_of(seed, f"{target.name}\nfactors")
         if target.name not in names:  # a target that trains whole, without a variant
             return Plain(target, indices)
         if is_quantized(target.weight):
-            return Deltas(target, indices)
+            return Deltas(target, indices, scale)
         if low_rank is not None:
-            return Hybrid(target, indices, low_rank, seeded)
+            return Hybrid(target, indices, low_rank, seeded, scale)
         if decompose is False or target.matrix[1] == 1:  # a vector has no direction
-            return Plain(target, indices)
+            return Plain(target, indices, scale)
         return Decomposed(target, indices, None if decompose is True else decompose, seeded)
 
     return make, record

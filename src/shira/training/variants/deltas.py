@@ -17,26 +17,30 @@ __all__ = ["Deltas"]
 
 
 class Deltas(Masters):
-    """Differences [k], float32, that start at 0 and train beside a quantized weight."""
+    """Differences [k], float32, divided by `scale`, that start at 0 and train beside a quantized weight."""
 
     kind: Kind = "delta"
     in_place = False
 
-    def __init__(self, target: Target, indices: Tensor) -> None:
+    def __init__(self, target: Target, indices: Tensor, scale: float = 1.0) -> None:
         super().__init__(target, indices)
+        self.scale = scale
         self.values = nn.Parameter(torch.zeros(indices.numel(), dtype=torch.float32, device=indices.device))
         self.own = {"": self.values}
         self.layout = SparseLayout(indices, self.matrix)
 
     def current(self) -> Tensor:
-        return self.base.float() + self.values
+        return self.base.float() + self.differences()
+
+    def differences(self) -> Tensor:
+        return self.values if self.scale == 1 else self.values * self.scale
 
     def side(self, input: Tensor) -> Tensor:
-        output: Tensor = self.layout.product(input, self.values)
+        output: Tensor = self.layout.product(input, self.differences())
         return output
 
     def touched(self) -> Touched:
-        return Touched(self.indices, self.base, self.values.detach())
+        return Touched(self.indices, self.base, self.differences().detach())
 
     def look(self, *, to_leave: bool = False) -> None:
         """Follow the weight: check its shape, and move positions and base values to its device.

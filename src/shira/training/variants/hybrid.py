@@ -30,8 +30,8 @@ class Hybrid(Plain):
 
     beside: Factors
 
-    def __init__(self, target: Target, indices: Tensor, rank: int, seed: int) -> None:
-        super().__init__(target, indices)
+    def __init__(self, target: Target, indices: Tensor, rank: int, seed: int, scale: float = 1.0) -> None:
+        super().__init__(target, indices, scale)
         self.beside = Factors(self.matrix, rank, seed, self.weight.device)
         self.own |= self.beside.parameters()
         self.can_move = self.can_stay_near = False  # the product has neither positions nor base values
@@ -43,7 +43,7 @@ class Hybrid(Plain):
     def touched(self) -> Touched:
         """The sum's entries at the mask's positions."""
         alone = super().touched()
-        values = self.values.detach() + self.beside.at(self.indices).detach()
+        values = self.current().detach() + self.beside.at(self.indices).detach()
         return alone._replace(values=values.to(self.weight.dtype))
 
 

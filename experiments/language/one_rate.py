@@ -1,0 +1,100 @@
+"""Whether one learning rate does for all masks, with `lr_scale="auto"`: beside each mask's best, and beside one fixed rate.
+
+Four ways to train each mask on each task: at its own best learning rate, searched with lr_scale 1; with lr_scale "auto" at the
+learning rate of `shira train`, and at LoRA's best on that task; and with lr_scale 1 at the learning rate of `shira train`.
+"""
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.store import Key, Store, number
+
+from .runs import score_key, train_key
+from .search import best_rate, rates
+from .settings import Recipe
+from .tables import markdown
+
+__all__ = ["report", "wanted"]
+
+WAYS = {"best": "its own best", "given": "none given", "lora": "LoRA's", "fixed": "fixed"}
+
+
+def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
+    """The searches on the first seed; then the ways and their scores, one seed after another."""
+    first = recipe["seeds"][0]
+    for task in recipe["data"]:
+        yield score_key(recipe, [], task)
+    for method in recipe["methods"].values():
+        for task in recipe["data"]:
+            of_task = recipe | {"data": task}
+            yield from (train_key(of_task, method, rate, first) for rate in rates(of_task, method, store))
+    for seed in recipe["seeds"]:
+        for name in recipe["methods"]:
+            for task in recipe["data"]:
+                for way in WAYS:
+                    trained = run_of(recipe, store, name, task, way, seed)
+                    if trained is not None:
+                        yield trained
+                        if store.get(trained) is not None:
+                            yield score_key(recipe, [number(trained)], task)
+
+
+def run_of(recipe: Recipe, store: Store, name: str, task: str, way: str, seed: int) -> Key | None:
+    """The training run of a method in one of the WAYS; None if LoRA has none, or if a search is not finished."""
+    method: dict[str, Any] = recipe["methods"][name]
+    of_task = recipe | {"data": task}
+    if way == "best" or name == "lora":
+        rate = best_rate(of_task, method, store) if way == "best" else None
+    else:
+        rate = best_rate(of_task, recipe["methods"]["lora"], store) if way == "lora" else recipe["given"]
+    if rate is None:
+        return None
+    if way in ("given", "lora"):
+        method = method | {"options": method["options"] | {"lr_scale": "auto"}}
+    return train_key(of_task, method, rate, seed)
+
+
+def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
+    """Accuracies in %, means over tasks and seeds; and how far each way is from the mask's own best learning rate."""
+    lines = []
+    for name in recipe["methods"]:
+        found = {way: accuracies(recipe, store, name, way) for way in WAYS}
+        if not found["best"]:
+            continue
+        tried = [best_rate(recipe | {"data": task}, recipe["methods"][name], store) for task in recipe["data"]]
+        cells = [name, ", ".join("?" if rate is None else f"{rate:g}" for rate in tried), scales(recipe, store, name)]
+        cells.append(f"{len(found['best'])}")
+        cells.append(f"{100 * statistics.fmean(found['best'].values()):.1f}")
+        for way in ("given", "lora", "fixed"):
+            both = [100 * (found[way][run] - found["best"][run]) for run in found["best"].keys() & found[way].keys()]
+            error = f" ± {1.96 * statistics.stdev(both) / len(both) ** 0.5:.1f}" if len(both) > 1 else ""
+            cells.append(f"{statistics.fmean(both):+.1f}{error} ({len(both)})" if both else "")
+        lines.append(cells)
+    if not lines:
+        return "no results yet"
+    given = recipe["given"]
+    head = ["mask", f"best rates: {', '.join(recipe['data'])}", "lr_scale", "runs", "its own best, %"]
+    head += [f"none given ({given:g})", "LoRA's best", f"fixed {given:g}, lr_scale 1"]
+    return markdown(head, lines)
+
+
+def accuracies(recipe: Recipe, store: Store, name: str, way: str) -> dict[tuple[str, int], float]:
+    """(task, seed) -> the share of questions that were answered correctly, for the runs that have been scored."""
+    found = {}
+    for task in recipe["data"]:
+        for seed in recipe["seeds"]:
+            trained = run_of(recipe, store, name, task, way, seed)
+            score = store.get(score_key(recipe, [number(trained)], task)) if trained is not None else None
+            if score is not None:
+                digits = score["right"][task]
+                found[task, seed] = digits.count("1") / len(digits)
+    return found
+
+
+def scales(recipe: Recipe, store: Store, name: str) -> str:
+    """The scales that "auto" has chosen."""
+    keys = [run_of(recipe, store, name, task, "given", seed) for task in recipe["data"] for seed in recipe["seeds"]]
+    made = [result for key in keys if key is not None and (result := store.get(key)) is not None]
+    return ", ".join(f"{scale:g}" for scale in sorted({result["lr_scale"] for result in made}))

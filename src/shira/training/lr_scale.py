@@ -1,0 +1,46 @@
+"""One learning rate for all masks: what a step of the optimizer changes an entry by, beside the learning rate.
+
+With Adam every entry moves by about the learning rate in each step, whatever its gradient. So a step of η on the entries of a
+mask lowers the loss by about η · Σ |gradient| over these entries. A mask that chooses large gradients needs a small step, and
+one that chooses few entries, or entries whatever their gradients, a large one. The rule gives all masks the same decrease at
+the same learning rate, that of full fine-tuning at a learning rate `LORA_OVER_FULL` times lower. docs/masks/README.md has the
+evidence.
+"""
+
+import math
+from typing import Any
+
+from ..errors import TuningError
+
+__all__ = ["check_scale", "only_one", "scale_for"]
+
+LORA_OVER_FULL = 10.0  # LoRA's best learning rate over that of full fine-tuning (docs/masks/README.md has the evidence)
+LEAST, MOST = 2.0**-6, 2.0**6
+
+
+def scale_for(share: float) -> float:
+    """The scale for a mask whose entries have this share (0 to 1) of Σ |gradient| over all entries: a power of two.
+
+    It is not for a model with a new head: a mask is chosen before the head has learned anything, and all masks wanted about
+    LoRA's learning rate there.
+    """
+    return min(max(2.0 ** round(-math.log2(LORA_OVER_FULL * share)), LEAST), MOST)
+
+
+def check_scale(given: Any) -> None:
+    """Raise TuningError unless it is "auto" or a power of two, by which values can be divided and multiplied exactly."""
+    if given == "auto" and isinstance(given, str):
+        return
+    number = isinstance(given, int | float) and not isinstance(given, bool) and 0 < given < math.inf
+    if not number or math.frexp(given)[0] != 0.5 or not LEAST <= given <= MOST:
+        raise TuningError(f"lr_scale must be 'auto', or a power of two from 1/64 to 64 such as 0.5, 1 or 4; found {given!r}")
+
+
+def only_one(given: Any, because: str) -> float:
+    """1, if that is what was asked for, or nothing. Raises TuningError for anything else."""
+    check_scale(given)
+    if given not in ("auto", 1):
+        raise TuningError(
+            f"{because} trains other parameters than entries, which lr_scale={given!r} cannot scale; leave it out"
+        )
+    return 1.0
