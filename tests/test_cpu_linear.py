@@ -69,3 +69,12 @@ def test_a_compiled_model_computes_the_same_and_reads_its_weights_at_each_call()
         model[0].weight.data.mul_(2)
         torch.testing.assert_close(compiled(x), model(x))
         assert compiled(x[:0]).shape == (0, 2)
+
+
+def test_a_bias_of_another_layout_or_shape():
+    weight, x = torch.randn(6, 8), torch.randn(3, 8)
+    for bias in (torch.randn(6, 2)[:, 0], torch.randn(1).expand(6), torch.randn(1), torch.randn(3, 6)):
+        torch.testing.assert_close(linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x, weight[0]), nn.functional.linear(x, weight[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype is torch.bfloat16

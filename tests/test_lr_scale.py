@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import shira
-from conftest import all_bits, attach_is_refused, mlp, mlp_batches, mlp_loss, same_bits
+from conftest import all_bits, attach_is_refused, bits, mlp, mlp_batches, mlp_loss, same_bits
 from shira import TuningError
 from shira.training.lr_scale import LORA_OVER_FULL, scale_for
 
@@ -126,7 +126,7 @@ def test_the_pull_to_the_base_is_that_of_the_entries():
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 3.0, True, "Auto", None, float("nan"), 128.0, torch.tensor(2.0)])
+@pytest.mark.parametrize("wrong", [0, -1, 3.0, True, "Auto", None, float("nan"), 128.0, 10**400, torch.tensor(2.0)])
 def test_wrong_scales_are_refused(wrong):
     attach_is_refused({"lr_scale": wrong}, TuningError, "lr_scale must be 'auto', or a power of two")
 
@@ -148,3 +148,58 @@ def test_a_new_head_keeps_its_own_learning_rate():
         scales = {each.name: each.scale for each in tuner._tuned}
     assert {scale for name, scale in scales.items() if "classifier" in name} == {1.0}
     assert {scale for name, scale in scales.items() if "classifier" not in name} == {4.0}
+
+
+def test_a_cast_to_float16_loses_nothing_that_the_weight_keeps():
+    """Values divided by 64 are below what float16 holds; the weight itself was cast as well, and has them."""
+    model = mlp()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    expected = {name: bits(parameter.half()) for name, parameter in model.named_parameters()}
+    with shira.attach(model, mask="rand", density=0.5, lr_scale=64) as tuner:
+        model.half()
+        assert tuner.adapter().nnz == tuner.nnz
+        model(torch.zeros(1, 13, dtype=torch.float16))
+        now = all_bits(model)
+        assert same_bits({name: now[name] for name in expected}, expected)
+    assert same_bits(all_bits(model), expected)
+
+
+def test_values_out_of_range_are_refused():
+    model = mlp()
+    model[0].weight.data[0, 0] = torch.finfo(torch.float32).max
+    before = all_bits(model)
+    with pytest.raises(TuningError, match="lr_scale=0.5 takes out of float32's range"):
+        shira.attach(model, density=0.1, lr_scale=0.5)
+    assert same_bits(all_bits(model), before)
+
+
+def scale_of(model, **options):
+    with shira.attach(model, loss_fn=mlp_loss, lr_scale="auto", **options) as tuner:
+        return tuner.lr_scale
+
+
+def test_entries_that_must_not_train_do_not_count():
+    model, batches = big(), mlp_batches(1)
+    with shira.attach(model, mask="grad", density=0.8, calibration=batches, loss_fn=mlp_loss) as tuner:
+        steep = tuner.adapter()
+    options = {"mask": "grad", "density": 0.05, "calibration": batches, "avoid": steep}
+    assert scale_of(model, **options) == scale_of(model, scope="model", **options) >= 4
+
+
+def test_without_a_gradient_the_density_decides():
+    model = big()
+    for parameter in model[2].parameters():
+        parameter.data.zero_()
+    assert scale_of(model, mask="snip", density=0.05, calibration=mlp_batches(1), targets=["0"]) == 2
+    assert scale_for(0.0) == 64
+
+
+def test_sums_that_overflow_float32():
+    def steep(model, batch):
+        return 1e36 * mlp_loss(model, batch)
+
+    for mask in ("grad", "snip"):
+        with shira.attach(big(), mask=mask, density=0.1, calibration=mlp_batches(1), loss_fn=steep, lr_scale="auto") as tuner:
+            assert tuner.lr_scale <= 1

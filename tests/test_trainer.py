@@ -249,10 +249,11 @@ def test_the_card_tells_how_to_load_and_it_is_so(tmp_path, monkeypatch):
         ({"seed": 1}, {}, TuningError, "another mask: .* other positions of 'model.layers.0.self_attn.q_proj.weight'"),
         ({"density": 0.1}, {}, TuningError, "29 entries .* train there and 58"),
         ({"targets": "mlp"}, {}, TuningError, "of other targets: missing none"),
+        ({"lr_scale": 8}, {}, TuningError, "optimizer is of lr_scale 1, and this tuner has 8; attach with lr_scale=1"),
         ({}, {"dtype": torch.bfloat16}, BaseMismatch, "another base"),
         ({}, {"hidden_size": 48}, BaseMismatch, r"another model: '.*q_proj.weight' is \[24, 24\] there and \[48, 48\] here"),
     ],
-    ids=["positions", "density", "targets", "base", "shapes"],
+    ids=["positions", "density", "targets", "scale", "base", "shapes"],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, settings, options, error, words):
     usual = {"mask": "rand", "density": 0.05}

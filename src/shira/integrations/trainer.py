@@ -34,6 +34,7 @@ except ImportError as error:
 ADAPTER = "adapter.safetensors"
 MASTERS = "model.safetensors"  # the file whose content the Trainer passes to load_state_dict
 PROCESSES = "shira_processes"  # stored with the masters: how many processes trained
+SCALE = "shira_lr_scale"  # and in which unit, as the optimizer's state has it; 1 if it is not there
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         folder.mkdir(parents=True, exist_ok=True)
         if CHECKPOINT.fullmatch(folder.name):
             state = self.tuner.state_dict() | {PROCESSES: torch.tensor([self._processes()])}
+            state |= {SCALE: torch.tensor([self.tuner.lr_scale])} if self.tuner.lr_scale != 1 else {}
             write_whole(folder / MASTERS, safetensors.torch.save(state, {"format": "pt"}))
         adapter.save(folder / ADAPTER)
         identity = getattr(model.config, "_name_or_path", "")
@@ -138,6 +140,12 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
             raise TuningError(
                 f"the checkpoint is of {saved} processes and would go on with {now}: each would see other examples in another "
                 f"random state; start {saved}, or begin anew"
+            )
+        scale = float(state.pop(SCALE, torch.tensor([1.0])))
+        if scale != self.tuner.lr_scale:
+            raise TuningError(
+                f"the checkpoint's optimizer is of lr_scale {scale:g}, and this tuner has {self.tuner.lr_scale:g}; attach with "
+                f"lr_scale={scale:g}"
             )
         self.tuner.load_state_dict(state)
         return nn.modules.module._IncompatibleKeys([], [])

@@ -71,7 +71,7 @@ class Selector:
         plan = self._settled(weights, plan)
         pool = masks.Pool(plan.shared, plan.floors)
         chosen: Indices = {}
-        taken, whole = [0.0], [0.0]
+        sums = [0.0, 0.0]  # taken, whole
         competing = sum(math.prod(self.matrices[name]) for name in weights if name not in plan.counts)
 
         def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
@@ -82,14 +82,15 @@ class Selector:
             if count is None:
                 scores = masks.score(self.mask, name, weight, seed=self.seed, **statistics)
                 if with_share:  # of its proportion of the budget; which entries it gets is not known before all have competed
-                    found = top_k(scores, round(plan.shared * weight.numel() / competing))
+                    free = weight.numel() - (0 if avoid is None else avoid.numel())
+                    allowed = scores.view(-1) if avoid is None else scores.view(-1).index_fill(0, avoid, -math.inf)
+                    found = top_k(allowed, min(free, round(plan.shared * weight.numel() / competing)))
                 pool.add(name, scores, avoid)
             elif count:  # a tensor's share of a small total may be 0
                 found = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
                 chosen[name] = found.to(index_dtype(weight.numel()))
             if with_share:
-                for total, part in zip((taken, whole), _of_gradient(statistics, weight.shape, found), strict=True):
-                    total[0] += part
+                sums[:] = (total + part for total, part in zip(sums, _of_gradient(statistics, matrix, found), strict=True))
 
         calibrated = None
         wanted = [name for name in masks.needs(masks.resolve(self.mask)[1]) if name in masks.CALIBRATED]
@@ -115,7 +116,7 @@ class Selector:
             if name in chosen:
                 indices = chosen[name].to(weight.device, index_dtype(math.prod(self.matrices[name])))
                 placed[name] = same_everywhere(indices, groups_of(weight)) if is_sharded(weight) else indices
-        share = torch.tensor([taken[0] / whole[0] if taken[0] > 0 else 1.0], dtype=torch.float64, device="cpu")
+        share = torch.tensor([_share(sums[0], sums[1], chosen, self.matrices)], dtype=torch.float64, device="cpu")
         for weight in weights.values():
             if is_sharded(weight):  # one share for all processes, as the positions are
                 share = same_everywhere(share.to(weight.device), groups_of(weight))
@@ -138,18 +139,23 @@ class Selector:
         return plan
 
 
+def _share(taken: float, whole: float, chosen: Indices, matrices: Mapping[str, tuple[int, int]]) -> float:
+    """taken / whole. If no gradient was seen, or sums overflow, the entries' share of all entries."""
+    if 0 < whole < math.inf and taken < math.inf:
+        return taken / whole
+    return sum(map(Tensor.numel, chosen.values())) / max(1, sum(map(math.prod, matrices.values())))
+
+
 def _of_gradient(statistics: Mapping[str, Tensor], shape: Sequence[int], found: Tensor) -> tuple[float, float]:
     """Σ |gradient| over these positions of a matrix, and over all of it, in a unit that all tensors of a selection share."""
     rows, columns = shape
     found = found.long()
-    if "gradient" in statistics:
-        gradient = statistics["gradient"]
-        return float(gradient.reshape(-1)[found].abs().sum()), float(torch.linalg.vector_norm(gradient, 1))
-    if "squared_gradient" in statistics:
-        squares = statistics["squared_gradient"]
-        return float(squares.reshape(-1)[found].sqrt().sum()), float(squares.sqrt().sum())
+    for name, size in (("gradient", torch.abs), ("squared_gradient", torch.sqrt)):
+        if name in statistics:
+            values = statistics[name]
+            return float(size(values.reshape(-1)[found]).sum(dtype=torch.float64)), float(size(values).sum(dtype=torch.float64))
     if "activations" in statistics:  # a gradient's entry is proportional to its input; tensors count by their sizes
-        norms = statistics["activations"].reshape(-1).to(found.device)
+        norms = statistics["activations"].reshape(-1).to(found.device, torch.float64)
         inputs = norms[found % columns if norms.numel() == columns else found // columns]
-        return float(inputs.sum() / norms.mean()), float(rows * columns)
+        return (float(inputs.sum() / norms.mean()), float(rows * columns)) if float(norms.sum()) > 0 else (0.0, 0.0)
     return float(found.numel()), float(rows * columns)

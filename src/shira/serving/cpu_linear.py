@@ -23,7 +23,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not (input.numel() and weight.is_contiguous()):
+    plain = weight.ndim == 2 and weight.is_contiguous() and input.numel() and not torch.is_autocast_enabled("cpu")
+    if not plain or (
+        bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous() or bias.dtype != input.dtype)
+    ):
         return nn.functional.linear(input, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product

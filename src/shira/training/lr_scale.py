@@ -24,15 +24,15 @@ def scale_for(share: float) -> float:
     It is not for a model with a new head: a mask is chosen before the head has learned anything, and all masks wanted about
     LoRA's learning rate there.
     """
-    return min(max(2.0 ** round(-math.log2(LORA_OVER_FULL * share)), LEAST), MOST)
+    return min(max(2.0 ** round(-math.log2(LORA_OVER_FULL * max(share, 1e-9))), LEAST), MOST)
 
 
 def check_scale(given: Any) -> None:
     """Raise TuningError unless it is "auto" or a power of two, by which values can be divided and multiplied exactly."""
-    if given == "auto" and isinstance(given, str):
+    if isinstance(given, str) and given == "auto":
         return
-    number = isinstance(given, int | float) and not isinstance(given, bool) and 0 < given < math.inf
-    if not number or math.frexp(given)[0] != 0.5 or not LEAST <= given <= MOST:
+    number = isinstance(given, int | float) and not isinstance(given, bool) and LEAST <= given <= MOST
+    if not number or math.frexp(given)[0] != 0.5:
         raise TuningError(f"lr_scale must be 'auto', or a power of two from 1/64 to 64 such as 0.5, 1 or 4; found {given!r}")
 
 

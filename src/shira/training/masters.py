@@ -149,12 +149,27 @@ class Plain(Masters):
     def __init__(self, target: Target, indices: Tensor, scale: float = 1.0) -> None:
         super().__init__(target, indices)
         self.scale = scale
-        self.values = nn.Parameter(self.base.to(torch.float32, copy=True) / scale)
+        base = self.base.to(torch.float32, copy=True)
+        self.values = nn.Parameter(base / scale)
+        if scale != 1 and not torch.equal(self.values.detach() * scale, base) and bool(torch.isfinite(base).all()):
+            raise TuningError(
+                f"'{self.name}' holds values that lr_scale={scale:g} takes out of float32's range; give lr_scale=1"
+            )
         self.own = {"": self.values}
         self.can_move = self.can_stay_near = self.piece is None
 
     def current(self) -> Tensor:
         return self.values if self.scale == 1 else self.values * self.scale
+
+    def put_back_to_float32(self) -> None:
+        """Also give values that float16 could not hold in this scale those of the weight, which was cast with them."""
+        narrowed = self.values.dtype is torch.float16 and self.scale != 1 and self.piece is None
+        super().put_back_to_float32()
+        if narrowed:
+            values = self.values.data
+            lost = (values.abs() < torch.finfo(torch.float16).smallest_normal) | values.isinf()
+            own = kernels.gather(self.weight.detach(), self.indices).float() / self.scale
+            values[lost] = own[lost]
 
     def move(self, indices: Tensor, room: int) -> None:
         """Train the entries at `indices` [k] from now on. New entries start at the values that the weight holds there.
