@@ -69,6 +69,7 @@ def same_adapter(one, other):
         torch.testing.assert_close(tensor.values, other.tensors[name].values, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
     """Whole models under DDP, their variants, sharded models, which switch as well; then two mistakes, each an error before the
     first step. In one launch: to start two processes takes longer than what they do."""

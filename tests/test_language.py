@@ -202,6 +202,7 @@ def test_three_adapters_fused(bench, tmp_path, capfd):
     assert len(digits) == 10 and set(digits) <= {"0", "1"}
 
 
+@pytest.mark.slow
 def test_one_adapter_for_all_by_the_rate_that_validation_chose(bench, tmp_path, capfd):
     recipe = bench | {"experiment": "combined", "data": "one", "more_seeds": {"wm": [1]}, "most_rates": 3, "seeds": [0]}
     recipe["without"] = []

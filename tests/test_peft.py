@@ -337,6 +337,7 @@ def test_the_snippets_of_the_page_run(run, tiny_llama, tmp_path, monkeypatch):
     assert names["peft_model"](**llama_batches(1)[0]).loss.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that the interrupt left open
 def test_an_interrupt_in_a_conversion_leaves_the_model_as_it_was(tiny_llama, tmp_path):
     model = tiny_llama.bfloat16()

@@ -81,6 +81,7 @@ def folder(tmp_path_factory):
         file.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, and limits that hold")
 def test_memory_stays_below_three_times_the_largest_tensor(folder):
     """Beside an adapter, in its file, of more than that."""
