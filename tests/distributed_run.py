@@ -168,6 +168,10 @@ def train_sharded(folder, rank, ranks, shard, label):
     for mask in ("wm", "snip"):
         model = shard(family("llama").train())
         before = whole(model)
+        with attach(model, mask, lr_scale="auto") as tuner:
+            scales: list[float | None] = [None] * ranks
+            dist.all_gather_object(scales, tuner.lr_scale)
+            assert set(scales) == {attach(family("llama"), mask, lr_scale="auto").lr_scale}, scales
         with attach(model, mask) as tuner:
             with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as send:
                 train(model, model, tuner, rank, ranks)

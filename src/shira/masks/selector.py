@@ -33,8 +33,8 @@ class Selected(NamedTuple):
     indices: the positions of each weight that gets any, on its device, in the `index_dtype` of its size.
     calibrated: what `calibrate` returned; None if the mask needs no calibration.
     share: Σ |gradient| over the chosen entries, as a share of the sum over all entries of the weights, above 0 and at most 1.
-        It is estimated from what the mask was shown. A mask that saw no data is taken to choose as a random one does. 1 if it
-        was not asked for.
+        It is estimated from what the mask was shown. A mask that saw no data is taken to choose as a random one does. If it was
+        not asked for, it is the share of the entries.
     """
 
     indices: Indices
@@ -117,10 +117,9 @@ class Selector:
                 indices = chosen[name].to(weight.device, index_dtype(math.prod(self.matrices[name])))
                 placed[name] = same_everywhere(indices, groups_of(weight)) if is_sharded(weight) else indices
         share = torch.tensor([_share(sums[0], sums[1], chosen, self.matrices)], dtype=torch.float64, device="cpu")
-        for weight in weights.values():
-            if is_sharded(weight):  # one share for all processes, as the positions are
-                share = same_everywhere(share.to(weight.device), groups_of(weight))
-                break
+        sharded = next((weight for weight in weights.values() if is_sharded(weight)), None)
+        if with_share and sharded is not None:  # one share for all processes, as the positions are
+            share = same_everywhere(share.to(sharded.device), groups_of(sharded))
         return Selected(placed, calibrated, float(share))
 
     def _settled(self, weights: Mapping[str, nn.Parameter], plan: BudgetPlan) -> BudgetPlan:
