@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from experiments.language import combined, fused, methods, settings, tables
+from experiments.language import combined, fused, methods, one_rate, rule, settings, tables
 from experiments.language import main as language
 from experiments.language.runs import Lab, score_key, train_key
 from experiments.language.search import rates_to_try
@@ -170,10 +171,44 @@ def bench(tmp_path, monkeypatch, tiny_llama):
 
 
 def run_all(recipe, store):
-    experiment = {"fused": fused, "combined": combined}[recipe["experiment"]]
+    experiment = {"fused": fused, "combined": combined, "one_rate": one_rate}[recipe["experiment"]]
     made = []
     work(lambda: experiment.wanted(recipe, store), Lab(store).run, store, lambda key, left: made.append(key))
     return made
+
+
+def test_one_learning_rate_beside_the_best(bench, tmp_path, capfd):
+    recipe = bench | {key: settings.named("one-rate")[key] for key in ("experiment", "given")} | {"seeds": [0], "data": ["one"]}
+    recipe["methods"] = {name: bench["methods"][name] for name in ("lora", "wm")}
+    store = Store(tmp_path / "results.jsonl")
+    assert one_rate.report(recipe, store, None) == "no results yet"
+    made = run_all(recipe, store)
+    trained = [key for key in made if key["kind"] == "train"]
+    scaled = [key for key in trained if key["method"]["options"].get("lr_scale") == "auto"]
+    # each method's best, and the mask's three other ways
+    assert len(trained) == 5 and [key["rate"] for key in scaled] == [recipe["given"], 0.01]
+    assert all(store.get(key)["lr_scale"] == 0.5 for key in scaled)  # rank 2 is a quarter of these weights
+    assert run_all(recipe, store) == []
+    report = one_rate.report(recipe, store, None)
+    assert report.count(" in 1 |") == 3 and "| wm | 0.01 | 0.5 | 1 |" in report
+
+
+def test_the_page_says_what_the_searches_found():
+    """Each line of the table about the rule, from the results and the scale that stands in it; and what is counted below it."""
+    page = (ROOT / "docs" / "masks" / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- rule -->\n(.*?)<!-- rule end -->", page, re.DOTALL)[1].splitlines()
+    cells = [line.strip("| ").split(" | ") for line in table]
+    assert cells[0] == rule.HEAD
+    expected = []
+    for name in dict.fromkeys(row[0] for row in cells[2:]):
+        for key, tried, lora in rule.searches(Store(rule.RESULTS / f"{name}.jsonl")):
+            scale = float(cells[2 + len(expected)][4])
+            expected.append(rule.row(name, key, tried, lora, scale))
+    assert cells[2:] == expected
+    octaves = [float(row[8]) for row in expected]
+    exact, near, far = sum(o < 0.05 for o in octaves), sum(0.05 <= o <= 1 for o in octaves), sum(o > 1 for o in octaves)
+    assert f"In {exact} of these {len(octaves)} searches" in page and f"in {near} one that is within" in page
+    assert f"in {far} one that is" in page
 
 
 @pytest.mark.slow

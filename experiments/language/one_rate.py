@@ -4,7 +4,6 @@ Four ways to train each mask on each task: at its own best learning rate, search
 learning rate of `shira train`, and at LoRA's best on that task; and with lr_scale 1 at the learning rate of `shira train`.
 """
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from experiments.store import Key, Store, number
 from .runs import score_key, train_key
 from .search import best_rate, rates
 from .settings import Recipe
-from .tables import markdown
+from .tables import Answers, average, difference, markdown, points, share
 
 __all__ = ["report", "wanted"]
 
-WAYS = {"best": "its own best", "given": "none given", "lora": "LoRA's", "fixed": "fixed"}
+WAYS = ("best", "given", "lora", "fixed")
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
@@ -57,39 +56,38 @@ def run_of(recipe: Recipe, store: Store, name: str, task: str, way: str, seed: i
 
 
 def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
-    """Accuracies in %, means over tasks and seeds; and how far each way is from the mask's own best learning rate."""
+    """Accuracies in %; and how far each way is from the mask's own best learning rate, question by question."""
     lines = []
     for name in recipe["methods"]:
-        found = {way: accuracies(recipe, store, name, way) for way in WAYS}
+        found = {way: answers(recipe, store, name, way) for way in WAYS}
         if not found["best"]:
             continue
         tried = [best_rate(recipe | {"data": task}, recipe["methods"][name], store) for task in recipe["data"]]
-        cells = [name, ", ".join("?" if rate is None else f"{rate:g}" for rate in tried), scales(recipe, store, name)]
-        cells.append(f"{len(found['best'])}")
-        cells.append(f"{100 * statistics.fmean(found['best'].values()):.1f}")
-        for way in ("given", "lora", "fixed"):
-            both = [100 * (found[way][run] - found["best"][run]) for run in found["best"].keys() & found[way].keys()]
-            error = f" ± {1.96 * statistics.stdev(both) / len(both) ** 0.5:.1f}" if len(both) > 1 else ""
-            cells.append(f"{statistics.fmean(both):+.1f}{error} ({len(both)})" if both else "")
-        lines.append(cells)
+        best = [", ".join("?" if rate is None else f"{rate:g}" for rate in tried), scales(recipe, store, name)]
+        apart = [compared(found[way], found["best"]) for way in WAYS[1:]]
+        lines.append([name, *best, f"{len(found['best'])}", share(*average(found["best"])), *apart])
     if not lines:
         return "no results yet"
     given = recipe["given"]
     head = ["mask", f"best rates: {', '.join(recipe['data'])}", "lr_scale", "runs", "its own best, %"]
-    head += [f"none given ({given:g})", "LoRA's best", f"fixed {given:g}, lr_scale 1"]
-    return markdown(head, lines)
+    return markdown([*head, f"none given ({given:g})", "LoRA's best", f"fixed {given:g}, lr_scale 1"], lines)
 
 
-def accuracies(recipe: Recipe, store: Store, name: str, way: str) -> dict[tuple[str, int], float]:
-    """(task, seed) -> the share of questions that were answered correctly, for the runs that have been scored."""
+def compared(ours: Answers, best: Answers) -> str:
+    """The difference in points over the runs that both have, and their number."""
+    both = ours.keys() & best.keys()
+    return f"{points(*difference({run: ours[run] for run in sorted(both)}, best))} in {len(both)}" if both else ""
+
+
+def answers(recipe: Recipe, store: Store, name: str, way: str) -> dict[str, list[float]]:
+    """Task and seed -> for each question, whether it was answered correctly, for the runs that have been scored."""
     found = {}
     for task in recipe["data"]:
         for seed in recipe["seeds"]:
             trained = run_of(recipe, store, name, task, way, seed)
             score = store.get(score_key(recipe, [number(trained)], task)) if trained is not None else None
             if score is not None:
-                digits = score["right"][task]
-                found[task, seed] = digits.count("1") / len(digits)
+                found[f"{task} {seed}"] = [float(digit) for digit in score["right"][task]]
     return found
 
 

@@ -20,72 +20,55 @@ from .runs import Lab
 from .tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
-GIVEN = "lr_scale"
+HEAD = ["results", "data", "mask", "budget", "scale", "LoRA's best", "given", "best", "octaves", "loss, given", "loss, best"]
+Tried = dict[float, float]  # learning rate -> validation loss
 
 
-def searches(store: Store) -> Iterator[tuple[Key, dict[float, float]]]:
-    """(key of a run, learning rate -> validation loss) for each method and data that three or more rates were tried on."""
-    found: dict[str, tuple[Key, dict[float, float]]] = {}
+def searches(store: Store) -> Iterator[tuple[Key, Tried, Tried]]:
+    """(key of a run, what was tried, what LoRA of rank 10 tried on the same data) for each search of three or more rates."""
+    found: dict[str, tuple[Key, Tried]] = {}
     for line in store.lines():
-        key, method = line["key"], line["key"].get("method", {})
-        plain = {"reach", GIVEN}.isdisjoint(method) and not key.get("avoid") and "decompose" not in method.get("options", {})
+        key, options = line["key"], line["key"].get("method", {}).get("options", {})
+        plain = "reach" not in key.get("method", {}) and not key.get("avoid") and {"decompose", "lr_scale"}.isdisjoint(options)
         if key["kind"] == "train" and key.get("seed") == 0 and plain:
-            about = json.dumps([key["data"], method], sort_keys=True)
+            about = json.dumps([key["data"], key["method"]], sort_keys=True)
             found.setdefault(about, (key, {}))[1][key["rate"]] = line["result"]["validation_loss"]
-    yield from (each for each in found.values() if len(each[1]) > 2)
+    whole = [each for each in found.values() if len(each[1]) > 2]
+    loras = {key["data"]: tried for key, tried in whole if is_lora(key["method"])}
+    yield from (
+        (key, tried, loras[key["data"]]) for key, tried in whole if "peft" not in key["method"] and key["data"] in loras
+    )
 
 
 def is_lora(method: dict[str, Any]) -> bool:
-    return method.get("peft") == "LoraConfig" and set(method["options"]) == {"r", "lora_alpha", "lora_dropout"}
+    """A LoRA of rank 10, and no other kind."""
+    options = method["options"]
+    return method.get("peft") == "LoraConfig" and options.keys() == {"r", "lora_alpha", "lora_dropout"} and options["r"] == 10
 
 
-def compared(name: str) -> Iterator[list[str]]:
-    """A line for each search of a sparse mask, where LoRA of rank 10 was searched on the same data."""
-    store = Store(RESULTS / f"{name}.jsonl")
-    lab, all_found = Lab(store), list(searches(store))
-    loras = {key["data"]: tried for key, tried in all_found if is_lora(key["method"]) and key["method"]["options"]["r"] == 10}
-    for key, tried in all_found:
-        options = key["method"]["options"]
-        if "peft" in key["method"] or key["data"] not in loras:
-            continue
-        model = lab.model(key["model"], key["dtype"])[0]
-        given = {"targets": key["targets"], "calibration": lab.calibration(key, lab.rows(key)), "seed": key["seed"]}
-        with shira.attach(model, **given | options | {GIVEN: "auto"}) as tuner:
-            scale = tuner.lr_scale
-        lora = loras[key["data"]]
-        of_lora, best = min(lora, key=lora.__getitem__), min(tried, key=tried.__getitem__)
-        chosen = of_lora * scale
-        size = f"rank {options['rank']}" if "rank" in options else f"{options['density']:.1%}"
-        cells = [name, key["data"], options["mask"], size, f"{scale:g}", f"{of_lora:g}", f"{chosen:g}", f"{best:g}"]
-        loss = next((tried[rate] for rate in tried if math.isclose(rate, chosen)), None)
-        yield [
-            *cells,
-            f"{abs(math.log2(chosen / best)):.1f}",
-            "not tried" if loss is None else f"{loss:.3f}",
-            f"{tried[best]:.3f}",
-        ]
+def row(name: str, key: Key, tried: Tried, lora: Tried, scale: float) -> list[str]:
+    """A line of the table, with the columns of HEAD, for a mask that attach gives this scale."""
+    options = key["method"]["options"]
+    of_lora, best = min(lora, key=lora.__getitem__), min(tried, key=tried.__getitem__)
+    given = of_lora * scale
+    loss = next((f"{tried[rate]:.3f}" for rate in tried if math.isclose(rate, given)), "not tried")
+    size = f"rank {options['rank']}" if "rank" in options else f"{options['density']:.1%}"
+    cells = [name, key["data"], options["mask"], size, *(f"{number:g}" for number in (scale, of_lora, given, best))]
+    return [*cells, f"{abs(math.log2(given / best)):.1f}", loss, f"{tried[best]:.3f}"]
 
 
 def main(names: list[str]) -> None:
     lines = []
     for name in names:
-        for line in compared(name):
-            print(*line, file=sys.stderr)
-            lines.append(line)
-    head = [
-        "results",
-        "data",
-        "mask",
-        "budget",
-        "scale",
-        "LoRA's best",
-        "given",
-        "best",
-        "apart, octaves",
-        "loss, given",
-        "loss, best",
-    ]
-    print(markdown(head, lines))
+        store = Store(RESULTS / f"{name}.jsonl")
+        lab = Lab(store)
+        for key, tried, lora in searches(store):
+            given = {"targets": key["targets"], "calibration": lab.calibration(key, lab.rows(key)), "seed": key["seed"]}
+            model = lab.model(key["model"], key["dtype"])[0]
+            with shira.attach(model, **given | key["method"]["options"] | {"lr_scale": "auto"}) as tuner:
+                lines.append(row(name, key, tried, lora, tuner.lr_scale))
+            print(*lines[-1], file=sys.stderr)
+    print(markdown(HEAD, lines))
 
 
 if __name__ == "__main__":

@@ -143,15 +143,8 @@ class Lab:
         asked = [example for part in found for example in examples(part, "validation", key["validation"], 0)]
         with methods.adapted(model, [artefacts() / number(key)]) as ready:
             loss = hf.mean_loss(ready, encode(tokenizer, asked, key["max_length"]), BATCH, pad)
-        result = {
-            "validation_loss": loss,
-            "loss": summary["loss"],
-            "parameters": summary["parameters"],
-            "file_bytes": size(key),
-        }
-        return result | (
-            {"lr_scale": summary["lr_scale"]} if key["method"].get("options", {}).get("lr_scale") == "auto" else {}
-        )
+        made = {name: summary[name] for name in ("loss", "parameters", "lr_scale") if name in summary}  # PEFT's have no scale
+        return {"validation_loss": loss, **made, "file_bytes": size(key)}
 
     def score(self, key: Key) -> dict[str, Any]:
         """Which questions are answered correctly, one digit for each question; and the loss on unrelated text."""

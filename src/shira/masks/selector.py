@@ -83,7 +83,9 @@ class Selector:
                 scores = masks.score(self.mask, name, weight, seed=self.seed, **statistics)
                 if with_share:  # of its proportion of the budget; which entries it gets is not known before all have competed
                     free = weight.numel() - (0 if avoid is None else avoid.numel())
-                    allowed = scores.view(-1) if avoid is None else scores.view(-1).index_fill(0, avoid, -math.inf)
+                    allowed = (
+                        scores.view(-1) if avoid is None else scores.view(-1).index_fill(0, avoid.to(scores.device), -math.inf)
+                    )
                     found = top_k(allowed, min(free, round(plan.shared * weight.numel() / competing)))
                 pool.add(name, scores, avoid)
             elif count:  # a tensor's share of a small total may be 0

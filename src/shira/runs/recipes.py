@@ -15,7 +15,7 @@ from ..data.tasks import TASKS
 from ..errors import DataError, MissingExtra, did_you_mean
 from ..files.paths import open_regular, path_of
 from ..texts import shown, strict_json
-from ..training.lr_scale import check_scale
+from ..training.lr_scale import allowed
 from .options import check, option, parse_scale, parse_targets, passed_to
 from .shared_options import Masked, Run, check_mask
 
@@ -194,7 +194,7 @@ def check_run(recipe: Recipe) -> None:
     from ..integrations import transformers as hf
 
     check_mask(recipe)
-    check_scale(recipe.lr_scale)
+    allowed(recipe.lr_scale, recipe.method, recipe.decompose)
     if hf.reporters(recipe.report_to) and Path(recipe.log_folder).exists() and not Path(recipe.log_folder).is_dir():
         raise DataError(f"recipe: log_folder must be a folder, or the name of a new one; found {recipe.log_folder!r}, a file")
     hf.check_schedule(recipe.schedule)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 __all__ = ["linear", "take_onednn"]
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input [..., columns] · weightᵀ + bias, as `torch.nn.functional.linear`, without gradients. weight: [rows, columns]."""
@@ -23,7 +25,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    plain = weight.ndim == 2 and weight.is_contiguous() and input.numel() and not torch.is_autocast_enabled("cpu")
+    plain = ONEDNN and weight.ndim == 2 and weight.is_contiguous() and input.numel() and not torch.is_autocast_enabled("cpu")
     if not plain or (
         bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous() or bias.dtype != input.dtype)
     ):
@@ -44,10 +46,9 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def take_onednn(model: nn.Module) -> None:
     """Let the plain linear layers of a model that is only served compute by `linear`. They read their weights at each call."""
-    if torch.backends.mkldnn.is_available():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
 
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ evidence.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import TuningError
 
-__all__ = ["check_scale", "only_one", "scale_for"]
+__all__ = ["allowed", "scale_for"]
 
 LORA_OVER_FULL = 10.0  # LoRA's best learning rate over that of full fine-tuning (docs/masks/README.md has the evidence)
 LEAST, MOST = 2.0**-6, 2.0**6
@@ -27,20 +27,17 @@ def scale_for(share: float) -> float:
     return min(max(2.0 ** round(-math.log2(LORA_OVER_FULL * max(share, 1e-9))), LEAST), MOST)
 
 
-def check_scale(given: Any) -> None:
-    """Raise TuningError unless it is "auto" or a power of two, by which values can be divided and multiplied exactly."""
-    if isinstance(given, str) and given == "auto":
-        return
-    number = isinstance(given, int | float) and not isinstance(given, bool) and LEAST <= given <= MOST
-    if not number or math.frexp(given)[0] != 0.5:
+def allowed(given: Any, method: str, decompose: bool | int) -> float | Literal["auto"]:
+    """The lr_scale to use: what was given, or 1 where other parameters than entries train.
+
+    Raises TuningError unless it is "auto" or a power of two, by which values can be divided and multiplied exactly; and for a
+    scale that nothing can have.
+    """
+    is_auto = isinstance(given, str) and given == "auto"
+    is_number = isinstance(given, int | float) and not isinstance(given, bool) and LEAST <= given <= MOST
+    if not is_auto and not (is_number and math.frexp(given)[0] == 0.5):
         raise TuningError(f"lr_scale must be 'auto', or a power of two from 1/64 to 64 such as 0.5, 1 or 4; found {given!r}")
-
-
-def only_one(given: Any, because: str) -> float:
-    """1, if that is what was asked for, or nothing. Raises TuningError for anything else."""
-    check_scale(given)
-    if given not in ("auto", 1):
-        raise TuningError(
-            f"{because} trains other parameters than entries, which lr_scale={given!r} cannot scale; leave it out"
-        )
-    return 1.0
+    other = "method='hook'" if method == "hook" else "decompose" if decompose is not False else ""
+    if other and not (is_auto or given == 1):
+        raise TuningError(f"{other} trains other parameters than entries, which lr_scale={given!r} cannot scale; leave it out")
+    return 1.0 if other else "auto" if is_auto else float(given)

@@ -96,7 +96,7 @@ def _check(name: str, each: Masters, named: Mapping[str, Tensor], state: Mapping
             )
         if not state[key].is_floating_point():
             raise TuningError(f"'{key}' must be floating point in a checkpoint, found {state[key].dtype}")
-        if not bool((state[key].to(parameter.dtype) / (each.scale if key == name + VALUES else 1.0)).isfinite().all()):
+        if not bool((state[key].to(parameter.dtype) / _scale(each, key.removeprefix(name + VALUES))).isfinite().all()):
             raise TuningError(
                 f"'{key}' holds values that are not finite as {parameter.dtype}; the run went wrong before this checkpoint was "
                 "saved, or it is damaged: take an earlier one"

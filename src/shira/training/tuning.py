@@ -30,7 +30,7 @@ from ..weights.model_tensors import plain_model
 from ..weights.owners import claim
 from ..weights.targets import Target
 from ..weights.undo import Undo
-from .lr_scale import check_scale, only_one, scale_for
+from .lr_scale import allowed, scale_for
 from .trainable import check_trainable
 from .tuner import Tuner
 from .variants import choosing
@@ -121,9 +121,7 @@ def attach(
     if method == "hook" and any(is_sharded(target.weight) for target in (*chosen, *new)):
         raise TuningError("method='hook' needs whole weights; on sharded ones train with method='values'")
     make, variant = choosing.choose(chosen, mask, method, decompose, low_rank, seed)
-    if method == "hook" or decompose is not False:
-        lr_scale = only_one(lr_scale, "method='hook'" if method == "hook" else "decompose")
-    check_scale(lr_scale)
+    lr_scale = allowed(lr_scale, method, decompose)
     weights = {target.name: target.weight for target in chosen}
     avoided, avoided_names = entries_of(avoid, model, weights)
     plan = masks.plan(
