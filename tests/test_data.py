@@ -78,7 +78,7 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 def test_a_task_is_split_once_and_for_all(monkeypatch, tmp_path):
     monkeypatch.setattr(tasks, "fetch", lambda package: tmp_path)
     rows = [(f"text {i}", int(i % 5 == 0)) for i in range(1000)] + [("text 3", 0)]
-    task = Task("t", "", "", "Say {text}:", (" a", " b"), lambda folder: iter(rows))
+    task = Task("t", "", "", "Say {text}:", (" a", " b"), lambda: iter(rows))
     test, train = task.test(), task.train()
     assert (len(test), len(train)) == (tasks.HELD_OUT, 1000 - tasks.HELD_OUT)
     assert not {e.prompt for e in test} & {e.prompt for e in train}

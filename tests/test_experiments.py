@@ -1,8 +1,11 @@
 """The experiments behind the docs: their masks keep their budgets, and their tables say what was measured."""
 
+import re
+
 import pytest
 import torch
 from experiments import fusion_masks
+from experiments.language import more_tasks, near
 from experiments.store import Store
 
 from shira import masks
@@ -49,3 +52,24 @@ def test_the_table_is_of_the_rate_that_validation_chose(tmp_path):
     assert "| **wm** | 0.002 | 1 | 80.0 | 70.0 | 10.0 |" in fusion_masks.markdown(rows)
     fusion_masks.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5_000
+
+
+def test_the_penalty_on_lora_has_the_gradient_that_autograd_finds():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 7), (5, 3)))
+    pull = torch.rand(5, 7, generator=generator)
+    (0.5 * (pull * (2.0 * b @ a) ** 2).sum()).backward()
+    for found, parameter in zip(near.gradients(a, b, 2.0, pull), (a, b), strict=True):
+        torch.testing.assert_close(found(), parameter.grad)
+
+
+def test_sums_are_right_and_their_parts_apart():
+    sums = more_tasks.Sums()
+    parts = [sums.train(), sums.validation(), sums.test()]
+    prompts = [example.prompt for part in parts for example in part]
+    assert len(prompts) == len(set(prompts)) == more_tasks.SUMS
+    for example in sums.test():
+        first, *changes = map(int, re.findall(r"[0-9]+", example.prompt))
+        signs = [-1 if "taken" in said else 1 for said in re.findall(r"more are put|taken out", example.prompt)]
+        assert int(example.completion) == first + sum(s * c for s, c in zip(signs, changes, strict=True))
+        assert example.choices[example.label] == example.completion and len(set(example.choices)) == 4

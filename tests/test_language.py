@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from experiments.language import combined, fused, methods, one_rate, rule, settings, tables
+from experiments.language import combined, fused, merging, methods, one_rate, rule, settings, tables
 from experiments.language import main as language
 from experiments.language.runs import Lab, score_key, train_key
 from experiments.language.search import rates_to_try
@@ -171,7 +171,7 @@ def bench(tmp_path, monkeypatch, tiny_llama):
 
 
 def run_all(recipe, store):
-    experiment = {"fused": fused, "combined": combined, "one_rate": one_rate}[recipe["experiment"]]
+    experiment = {"fused": fused, "combined": combined, "merging": merging, "one_rate": one_rate}[recipe["experiment"]]
     made = []
     work(lambda: experiment.wanted(recipe, store), Lab(store).run, store, lambda key, left: made.append(key))
     return made
@@ -235,6 +235,27 @@ def test_three_adapters_fused(bench, tmp_path, capfd):
     run = number(train_key(bench | {"data": "one"}, bench["methods"]["lora"], 0.01, 0))
     digits = store.get(score_key(bench, [run], "one"))["right"]["one"]
     assert len(digits) == 10 and set(digits) <= {"0", "1"}
+
+
+@pytest.mark.slow
+def test_many_adapters_at_once(bench, tmp_path, capfd):
+    """Two tasks, or one, of two: every cell is a run; the penalty on LoRA counts; one adapter learns both in as many steps."""
+    recipe = bench | {"experiment": "merging", "searched": 1, "sizes": [1, 2], "together": ["wm"], "seeds": [0]}
+    ways = [{"fusion": "sum"}, {"fusion": "sum", "strength": 0.5}, {"fusion": "ties", "options": {"density": 0.5}}]
+    recipe["methods"] = {name: method | {"fusions": ways} for name, method in bench["methods"].items() if name != "wm-near"}
+    recipe["methods"]["lora-near"] = recipe["methods"]["lora"] | {"reach": 1e-6}
+    store = Store(tmp_path / "results.jsonl")
+    assert merging.report(recipe, store, None) == "no results yet"
+    made = run_all(recipe, store)
+    assert run_all(recipe, store) == []
+    # of four methods two adapters, the first of wm-apart being wm's, and one adapter for both, which for one task is wm's
+    trained = [key for key in made if key["kind"] == "train"]
+    assert len(trained) == 4 * 2 - 1 + 1 and [key["steps"] for key in trained] == [2] * 7 + [4]
+    text = merging.report(recipe, store, tmp_path)
+    assert text.count("| ties, density 0.5 |") == 4 and "| wm | one adapter trained on all |" in text
+    assert "| 1 adapters added |" in text and (tmp_path / "results.png").stat().st_size > 5000
+    held, free = (store.get(key) for key in (trained[-2], trained[0]))
+    assert trained[-2]["method"]["reach"] == 1e-6 and held["validation_loss"] != free["validation_loss"]
 
 
 @pytest.mark.slow
