@@ -15,7 +15,7 @@ from .settings import Recipe, named, recipes
 
 __all__ = ["PAGES", "main", "recipes"]
 
-PAGES = ("results.md", "styles.md")  # of docs, whose tables are made from results
+PAGES = ("results/benchmarks.md", "results/density.md", "results/fusion.md", "results/heads.md", "styles.md")  # of docs
 
 
 def main(
@@ -79,6 +79,6 @@ if __name__ == "__main__":  # the pages and their plots
     for page in (root / "docs" / name for name in PAGES):
         text = fill(page.read_text(encoding="utf-8"), stored)
         page.write_text(text, encoding="utf-8")
-        for name in re.findall(r"\(pictures/([a-z0-9-]+)\.png\)", text):
+        for name in re.findall(r"pictures/([a-z0-9-]+)\.png\)", text):
             if name in recipes():
                 main(name, stored / f"{name}.jsonl", run=False, plots=root / "docs" / "pictures")
