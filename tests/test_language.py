@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from experiments.language import combined, fused, merging, methods, one_rate, rule, settings, tables
+from experiments.language import combined, forgetting, fused, merging, methods, one_rate, rule, settings, tables
 from experiments.language import main as language
 from experiments.language.runs import Lab, score_key, train_key
 from experiments.language.search import rates_to_try
@@ -171,7 +171,9 @@ def bench(tmp_path, monkeypatch, tiny_llama):
 
 
 def run_all(recipe, store):
-    experiment = {"fused": fused, "combined": combined, "merging": merging, "one_rate": one_rate}[recipe["experiment"]]
+    experiment = {"fused": fused, "combined": combined, "forgetting": forgetting, "merging": merging, "one_rate": one_rate}[
+        recipe["experiment"]
+    ]
     made = []
     work(lambda: experiment.wanted(recipe, store), Lab(store).run, store, lambda key, left: made.append(key))
     return made
@@ -256,6 +258,17 @@ def test_many_adapters_at_once(bench, tmp_path, capfd):
     assert "| 1 adapters added |" in text and (tmp_path / "results.png").stat().st_size > 5000
     held, free = (store.get(key) for key in (trained[-2], trained[0]))
     assert trained[-2]["method"]["reach"] == 1e-6 and held["validation_loss"] != free["validation_loss"]
+
+
+def test_an_adapter_and_the_other_tasks(bench, tmp_path, capfd):
+    recipe = bench | {"experiment": "forgetting", "data": "one", "others": ["two"], "others_test": 5, "strengths": [1, 2]}
+    recipe["methods"] = {"wm": bench["methods"]["wm"]}
+    store = Store(tmp_path / "results.jsonl")
+    assert forgetting.report(recipe, store, None) == "no results yet"
+    assert [key["kind"] for key in run_all(recipe, store)] == ["score"] * 2 + ["train", "score", "score", "score"] * 2
+    text = forgetting.report(recipe, store, tmp_path)
+    assert "| wm | 0.01 (1) |" in text and "| one, strength | 1 | 2 |" in text and text.count("\n| base | ") == 1
+    assert (tmp_path / "results.png").stat().st_size > 5000
 
 
 @pytest.mark.slow
