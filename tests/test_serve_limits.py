@@ -36,6 +36,18 @@ def test_a_body_full_of_errors_costs_no_more_than_the_first(fields):
     assert found.value.error_count() <= 4  # one for each form that a prompt may have
 
 
+@pytest.mark.parametrize(
+    "stop, words",
+    [(["x"] * 17, "at most 16 items"), ("", "at least 1 character"), (["x", 3], r"stop\.1: Input should be a valid string")],
+)
+def test_what_is_wrong_with_stop_is_said(stop, words):
+    from shira.serving.openai_requests import CompletionRequest, RequestError, parsed
+
+    with pytest.raises(RequestError, match=words):
+        parsed(CompletionRequest, {"model": "a", "prompt": "x", "stop": stop})
+    assert parsed(CompletionRequest, {"model": "a", "prompt": "x", "stop": "end"}).stop == ["end"]
+
+
 def test_answers_are_counted_not_requests_alone(tmp_path):
     served = Served(tmp_path, app_options={"max_running": 2, "max_queue": 2})
 

@@ -117,6 +117,7 @@ def test_a_broken_file_is_an_error_and_not_served(site):
 def test_health_follows_the_engine(site):
     async def work(client):
         assert (await client.get("/health")).json() == {"status": "ok"}
+        assert (await client.head("/health")).status_code == (await client.head("/ready")).status_code == 200  # as probes ask
         assert (await client.get("/ready")).status_code == 200
         site.engine.works = False
         for path in ("/health", "/ready"):

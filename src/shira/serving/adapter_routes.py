@@ -70,7 +70,8 @@ class AdapterRoutes:
             ("GET", "/ready", self.is_ready),
             ("GET", "/metrics", self.show_metrics),
         ):
-            self.router.add_api_route(path, self._told(route), methods=[method], response_model=None)
+            methods = ["GET", "HEAD"] if method == "GET" else [method]
+            self.router.add_api_route(path, self._told(route), methods=methods, response_model=None)
 
     def _told(self, route: Any) -> Any:
         """The route, which answers an error in OpenAI's form."""

@@ -77,6 +77,11 @@ def _first_bias(given: Any) -> Any:
     return given
 
 
+def _listed(given: Any) -> Any:
+    """A list in place of one string."""
+    return [given] if isinstance(given, str) else given
+
+
 class StreamOptions(Fields):
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -90,7 +95,7 @@ class OpenAIRequest(Fields):
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] = []
+    stop: Annotated[list[StopString], Field(max_length=16, fail_fast=True), BeforeValidator(_listed)] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -101,10 +106,6 @@ class OpenAIRequest(Fields):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     logit_bias: Annotated[dict[int, float], BeforeValidator(_first_bias)] = {}
     ignore_eos: bool = False
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
     def wanted_tokens(self) -> int | None:

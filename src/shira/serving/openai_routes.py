@@ -153,7 +153,7 @@ class OpenAIRoutes:
                     sampling = asked.sampling(self._defaults, number, asked.n * len(prompts))
                     job = self._engine.submit(prompt, key, sampling, room, ignore_ends=asked.ignore_eos)
                     stack.callback(job.cancel)
-                    choices.append(Choice(number, job, Text(self._tokenizer, prompt, asked.stops)))
+                    choices.append(Choice(number, job, Text(self._tokenizer, prompt, asked.stop)))
             return _Answers(asked, choices, sum(map(len, prompts)), stack.pop_all())
 
     def _check_load(self, answers: int) -> None:
