@@ -21,31 +21,34 @@ Method = Mapping[str, Any]
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The base; each method's search for its learning rate; for each seed the adapters, alone and at once, and one for all."""
-    tasks = recipe["data"]
-    yield score_key(recipe, [], "+".join(tasks))
-    for method in recipe["methods"].values():
+    """The base; then method after method: the search for its learning rate, and its `runs_of` each seed."""
+    yield score_key(recipe, [], "+".join(recipe["data"]))
+    for name, method in recipe["methods"].items():
         for rate in rates(recipe, method, store, a_task_each):
             yield from a_task_each(recipe, method, rate, recipe["seeds"][0])
-    for seed in recipe["seeds"]:
-        for method in recipe["methods"].values():
-            runs = trained(recipe, store, method, seed)
-            yield from (run for run in runs if all(store.line(before) for before in run.get("avoid", ())))
-            if not runs or any(store.get(run) is None for run in runs):
-                continue
-            for task, run in zip(tasks, runs, strict=True):
-                yield score_key(recipe, [number(run)], task)
-            for count in recipe["sizes"]:
-                for how in method["fusions"]:
-                    yield merged(recipe, runs, count, how)
-            yield held_out(recipe, runs)
-        for name in recipe["together"]:
-            for count in recipe["sizes"]:
-                run = together(recipe, store, recipe["methods"][name], count, seed)
-                if run is not None:
-                    yield run
-                    if store.get(run) is not None:
-                        yield score_key(recipe, [number(run)], "+".join(tasks[:count]))
+        for seed in recipe["seeds"]:
+            yield from runs_of(recipe, store, name, seed)
+
+
+def runs_of(recipe: Recipe, store: Store, name: str, seed: int) -> Iterator[Key]:
+    """A method's adapters; their scores alone and at once; and, for the methods of "together", one adapter for all tasks."""
+    tasks, method = recipe["data"], recipe["methods"][name]
+    runs = trained(recipe, store, method, seed)
+    yield from (run for run in runs if all(store.line(before) for before in run.get("avoid", ())))
+    if not runs or any(store.get(run) is None for run in runs):
+        return
+    for task, run in zip(tasks, runs, strict=True):
+        yield score_key(recipe, [number(run)], task)
+    for how in method["fusions"]:
+        for count in recipe["sizes"]:
+            yield merged(recipe, runs, count, how)
+    yield held_out(recipe, runs)
+    for count in recipe["sizes"] if name in recipe["together"] else ():
+        run = together(recipe, store, method, count, seed)
+        if run is not None:
+            yield run
+            if store.get(run) is not None:
+                yield score_key(recipe, [number(run)], "+".join(tasks[:count]))
 
 
 def a_task_each(recipe: Recipe, method: Method, rate: float, seed: int) -> list[Key]:
