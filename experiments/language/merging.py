@@ -6,7 +6,7 @@ The question of Arnob et al., "Exploring Sparse Adapters for Scalable Merging of
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.store import Key, Store, number
 
@@ -44,11 +44,11 @@ def runs_of(recipe: Recipe, store: Store, name: str, seed: int) -> Iterator[Key]
             yield merged(recipe, runs, count, how)
     yield held_out(recipe, runs)
     for count in recipe["sizes"] if name in recipe["together"] else ():
-        run = together(recipe, store, method, count, seed)
-        if run is not None:
-            yield run
-            if store.get(run) is not None:
-                yield score_key(recipe, [number(run)], "+".join(tasks[:count]))
+        for_all = together(recipe, store, method, count, seed)
+        if for_all is not None:
+            yield for_all
+            if store.get(for_all) is not None:
+                yield score_key(recipe, [number(for_all)], "+".join(tasks[:count]))
 
 
 def a_task_each(recipe: Recipe, method: Method, rate: float, seed: int) -> list[Key]:
@@ -62,8 +62,10 @@ def trained(recipe: Recipe, store: Store, method: Method, seed: int) -> list[Key
     With the setting "apart", each adapter avoids the entries of those before it.
     """
     rate = best_rate(recipe, method, store, a_task_each)
+    if rate is None:
+        return []
     runs: list[Key] = []
-    for task in recipe["data"] if rate is not None else ():
+    for task in recipe["data"]:
         avoid = {"avoid": [number(run) for run in runs]} if method.get("apart") and runs else {}
         runs.append(train_key(recipe | {"data": task}, method, rate, seed, **avoid))
     return runs
@@ -99,32 +101,39 @@ def answers(store: Store, keys: list[list[Key]]) -> Answers | None:
     return mean_answers(found) if found else None
 
 
+class Found(NamedTuple):
+    """The answers so far: of the base; of each method's adapters alone, at once in each way, and of one adapter for all."""
+
+    base: Answers
+    alone: dict[str, Answers]
+    merged: dict[tuple[str, str], dict[int, Answers]]  # (method, way) -> number of adapters -> answers
+    together: dict[str, dict[int, Answers]]
+
+
 def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
     """Tables in %, with 95 % intervals over questions: each task alone; sets of adapters; tasks that are not in the set."""
     tasks, sizes = recipe["data"], recipe["sizes"]
     base = answers(store, [[score_key(recipe, [], "+".join(tasks))]])
     if base is None:
         return "no results yet"
-    alone: dict[str, Answers] = {}
-    fused: dict[tuple[str, str], dict[int, Answers]] = {}
+    found = Found(base, {}, {}, {name: joint_curve(recipe, store, name) for name in recipe["together"]})
     held: dict[str, Answers] = {}
     for name, method in recipe["methods"].items():
         made = [trained(recipe, store, method, seed) for seed in recipe["seeds"]]
         keys = [[score_key(recipe, [number(r)], t) for t, r in zip(tasks, runs, strict=bool(runs))] for runs in made]
-        found = answers(store, keys)
-        if found is None:
+        alone = answers(store, keys)
+        if alone is None:
             continue
-        alone[name] = found
+        found.alone[name] = alone
         for how in method["fusions"]:
             curve = {n: answers(store, [[merged(recipe, runs, n, how)] for runs in made]) for n in sizes}
-            fused[name, named(how)] = {n: each for n, each in curve.items() if each is not None}
+            found.merged[name, named(how)] = {n: each for n, each in curve.items() if each is not None}
         rest = answers(store, [[held_out(recipe, runs)] for runs in made])
         if rest is not None:
             held[name] = rest
-    one = {name: joint_curve(recipe, store, name) for name in recipe["together"]}
-    if plots is not None and alone:
-        plot(recipe, base, alone, fused, one, plots / f"{store.path.stem}.png")
-    parts = [of_tasks(recipe, store, base, alone), of_sets(recipe, base, alone, fused, one)]
+    if plots is not None and found.alone:
+        plot(recipe, found, plots / f"{store.path.stem}.png")
+    parts = [of_tasks(recipe, store, found), of_sets(recipe, found)]
     rows = [[name, share(*average(of)), points(*difference(of, base))] for name, of in held.items()]
     if rows:
         parts.append(markdown([f"{sizes[-2]} adapters added", "accuracy on the other tasks", "minus the base"], rows))
@@ -149,56 +158,44 @@ def joint_curve(recipe: Recipe, store: Store, name: str) -> dict[int, Answers]:
     return found
 
 
-def of_tasks(recipe: Recipe, store: Store, base: Answers, alone: Mapping[str, Answers]) -> str:
+def of_tasks(recipe: Recipe, store: Store, found: Found) -> str:
     """Each task's accuracy with its own adapter."""
-    head = ["task, its own adapter", "base", *alone]
-    rows = [[t, *(f"{100 * sum(of[t]) / len(of[t]):.1f}" for of in (base, *alone.values()))] for t in recipe["data"]]
-    rows.append(["average", *(share(*average(of)) for of in (base, *alone.values()))])
-    tried = [(best_rate(recipe, recipe["methods"][n], store, a_task_each), recipe["methods"][n]) for n in alone]
-    counts = [len(losses(recipe, method, store, a_task_each)) for _, method in tried]
-    rows.append(["learning rate (tried)", "", *(f"{rate:g} ({n})" for (rate, _), n in zip(tried, counts, strict=True))])
-    return markdown(head, rows)
+    shown = {"base": found.base, **found.alone}
+    rows = [[t, *(f"{100 * sum(of[t]) / len(of[t]):.1f}" for of in shown.values())] for t in recipe["data"]]
+    rows.append(["average", *(share(*average(of)) for of in shown.values())])
+    rates_tried = ["learning rate (tried)", ""]
+    for name in found.alone:
+        method = recipe["methods"][name]
+        rates_tried.append(
+            f"{best_rate(recipe, method, store, a_task_each):g} ({len(losses(recipe, method, store, a_task_each))})"
+        )
+    return markdown(["task, its own adapter", *shown], [*rows, rates_tried])
 
 
-def of_sets(
-    recipe: Recipe,
-    base: Answers,
-    alone: Mapping[str, Answers],
-    fused: Mapping[tuple[str, str], Mapping[int, Answers]],
-    one: Mapping[str, Mapping[int, Answers]],
-) -> str:
+def of_sets(recipe: Recipe, found: Found) -> str:
     """The accuracy of sets of adapters on their own tasks, and what they lose against the adapters alone."""
     sizes = recipe["sizes"]
-    head = ["method", "at once", *(f"{n} tasks: accuracy, lost" for n in sizes)]
 
-    def cell(found: Answers | None, of: Answers | None = None) -> str:
-        if found is None:
+    def cell(of: Answers | None, alone: Answers | None = None) -> str:
+        if of is None:
             return ""
-        lost = "" if of is None else f", {share(*difference({t: of[t] for t in found}, found))}"
-        return share(*average(found)) + lost
+        lost = "" if alone is None else f", {share(*difference({task: alone[task] for task in of}, of))}"
+        return share(*average(of)) + lost
 
-    rows = [["base", "", *(cell({t: base[t] for t in recipe["data"][:n]}) for n in sizes)]]
-    for name, of in alone.items():
-        rows.append([name, "alone", *(cell({t: of[t] for t in recipe["data"][:n]}) for n in sizes)])
-        rows += [
-            [name, way, *(cell(curve.get(n), of) for n in sizes)] for (whose, way), curve in fused.items() if whose == name
-        ]
-    rows += [
-        [name, "one adapter trained on all", *(cell(curve.get(n), alone.get(name)) for n in sizes)]
-        for name, curve in one.items()
-        if curve
-    ]
-    return markdown(head, rows)
+    def whole(of: Answers) -> list[str]:
+        return [cell({task: of[task] for task in recipe["data"][:n]}) for n in sizes]
+
+    rows = [["base", "", *whole(found.base)]]
+    for name, alone in found.alone.items():
+        rows.append([name, "alone", *whole(alone)])
+        curves = {way: curve for (whose, way), curve in found.merged.items() if whose == name}
+        if found.together.get(name):
+            curves["one adapter trained on all"] = found.together[name]
+        rows += [[name, way, *(cell(curve.get(n), alone) for n in sizes)] for way, curve in curves.items()]
+    return markdown(["method", "at once", *(f"{n} tasks: accuracy, lost" for n in sizes)], rows)
 
 
-def plot(
-    recipe: Recipe,
-    base: Answers,
-    alone: Mapping[str, Answers],
-    fused: Mapping[tuple[str, str], Mapping[int, Answers]],
-    one: Mapping[str, Mapping[int, Answers]],
-    path: Path,
-) -> None:
+def plot(recipe: Recipe, found: Found, path: Path) -> None:
     """Accuracy, and the share of the accuracy alone that is kept, over the number of adapters; each method's best way."""
     import matplotlib
 
@@ -208,12 +205,12 @@ def plot(
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     sizes, tasks = recipe["sizes"], recipe["data"]
 
-    def mean(found: Answers, count: int) -> float:
-        return 100 * average({task: found[task] for task in tasks[:count]})[0]
+    def mean(of: Answers, count: int) -> float:
+        return 100 * average({task: of[task] for task in tasks[:count]})[0]
 
-    left.plot(sizes, [mean(base, n) for n in sizes], color="0.6", label="base")
-    for name, of in alone.items():
-        ways = {way: curve for (whose, way), curve in fused.items() if whose == name and set(sizes) <= set(curve)}
+    left.plot(sizes, [mean(found.base, n) for n in sizes], color="0.6", label="base")
+    for name, of in found.alone.items():
+        ways = {way: curve for (whose, way), curve in found.merged.items() if whose == name and set(sizes) <= set(curve)}
         if not ways:
             continue
         best = max(ways, key=lambda way: average(ways[way][sizes[-1]])[0])
@@ -222,7 +219,7 @@ def plot(
         (line, *_) = left.plot(sizes, kept, f"o{dashes}", label=f"{name}: {best}")
         shares = [100 * value / mean(of, n) for value, n in zip(kept, sizes, strict=True)]
         right.plot([1, *sizes], [100, *shares], f"o{dashes}", color=line.get_color())
-    for (name, curve), style in zip(one.items(), (":", "-."), strict=False):
+    for (name, curve), style in zip(found.together.items(), (":", "-."), strict=False):
         if curve:
             left.plot(list(curve), [mean(of, n) for n, of in curve.items()], style, color="black", label=f"{name}: one for all")
     left.set(xlabel="adapters at once", ylabel="average accuracy on their tasks, %", xticks=sizes)
