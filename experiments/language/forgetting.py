@@ -21,7 +21,9 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
         for rate in rates(recipe, method, store):
             yield train_key(recipe, method, rate, recipe["seeds"][0])
         best = best_rate(recipe, method, store)
-        for seed in recipe["seeds"] if best is not None else ():
+        if best is None:
+            continue
+        for seed in recipe["seeds"]:
             trained = train_key(recipe, method, best, seed)
             yield trained
             if store.get(trained) is not None:
