@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -41,34 +42,46 @@ class Wheel(bdist_wheel):
         super().run()
 
 
-def for_an_index(readme: str, repository: str | None, version: str) -> str:
-    """README.md with links that lead somewhere from any page: those into the checkout lead into the repository.
+def with_links(text: str, changed: Callable[[str, str, str], str | None]) -> str:
+    """Markdown with `changed(picture, words, target)` in place of each link and picture; None leaves it. Code keeps its brackets.
 
-    repository: its address, as on GitHub. Without one, such a link becomes its words, and such a picture is left out.
+    picture: "!" for a picture, "" for a link.
     """
 
     def linked(found: re.Match[str]) -> str:
-        picture, words, target = found.groups()
-        if re.match(r"[a-z]+:|#", target):
-            return found[0]
-        if repository is None:
-            return "" if picture else words
-        return f"{picture}[{words}]({repository}/{'raw' if picture else 'blob'}/v{version}/{target})"
+        replaced = None if re.match(r"[a-z]+:|#", found[3]) else changed(*found.groups())
+        return found[0] if replaced is None else replaced
 
-    parts = re.split(r"(^```.*?^```)", readme, flags=re.MULTILINE | re.DOTALL)  # code keeps its brackets
+    parts = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", linked, part) for part in parts)
 
 
-if __name__ == "__main__":  # the backend runs this file under that name
-    readme = (ROOT / "README.md").read_text("utf-8")
+def into_repository(picture: str, words: str, target: str, repository: str | None, version: str) -> str:
+    """A link to a file of the checkout, for a page that is read elsewhere.
+
+    repository: its address, as on GitHub. Without one, a link becomes its words, and a picture is left out.
+    """
+    if repository is None:
+        return "" if picture else words
+    return f"{picture}[{words}]({repository}/{'raw' if picture else 'blob'}/v{version}/{target})"
+
+
+def for_an_index(readme: str, repository: str | None, version: str) -> str:
+    """README.md with links that lead somewhere from any page: those into the checkout lead into the repository."""
+    return with_links(readme, lambda *link: into_repository(*link, repository, version))
+
+
+def repository_and_version() -> tuple[str | None, str]:
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"].get("urls", {})
     known = re.search(r'__version__ = "(.+)"', (ROOT / "src/shira/version.py").read_text("utf-8"))
+    return urls.get("Repository"), known[1] if known else ""
+
+
+if __name__ == "__main__":  # the backend runs this file under that name
     setup(
         ext_modules=[native],
         cmdclass={"bdist_wheel": Wheel},
         options={"bdist_wheel": {"py_limited_api": "cp311"}},
-        long_description=for_an_index(
-            (ROOT / "README.md").read_text("utf-8"), urls.get("Repository"), known[1] if known else ""
-        ),
+        long_description=for_an_index((ROOT / "README.md").read_text("utf-8"), *repository_and_version()),
         long_description_content_type="text/markdown",
     )
