@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 TOGETHER := --no-print-directory --jobs $(if $(MAKE_TERMOUT),,--output-sync=target)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist lint clean
+.PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,8 +41,8 @@ test: .venv/ready ## lint, types and tests, on tiny models and briefly on the re
 test-slow: .venv/ready ## the tests that take minutes: the whole demo, trainers on the real model
 	$(PYTEST) -m slow
 
-check: .venv/ready ## `make test dist test-slow`, all side by side, in less time
-	@$(MAKE) $(TOGETHER) lint dist tests
+check: .venv/ready ## `make test site dist test-slow`, all side by side, in less time
+	@$(MAKE) $(TOGETHER) lint site dist tests
 
 tests: .venv/ready
 	$(PYTEST)
@@ -100,6 +100,10 @@ test-sanitized: .venv/ready ## the kernels in C under AddressSanitizer and UBSan
 soak: .venv/ready ## 100,000 operations on models whose base must never be lost, and interrupts at every pair of moments (half an hour)
 	$(BIN)/python tests/soak.py --operations 100000
 	SHIRA_LONG=1 $(BIN)/python -m pytest tests/test_interrupted_switching.py tests/test_interrupts.py
+
+site: .venv/ready ## the documentation as web pages, in build/site; open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@$(BIN)/python docs/site/check.py build/site
 
 dist: .venv/ready ## the source distribution and the wheel, in dist/; both are tried in empty environments
 	$(BIN)/python tests/dist.py

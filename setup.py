@@ -43,9 +43,9 @@ class Wheel(bdist_wheel):
 
 
 def with_links(text: str, changed: Callable[[str, str, str], str | None]) -> str:
-    """Markdown with `changed(picture, words, target)` in place of each link and picture; None leaves it. Code keeps its brackets.
+    """Markdown with `changed(picture, words, target)` in place of each link and picture. Code keeps its brackets.
 
-    picture: "!" for a picture, "" for a link.
+    picture: "!" for a picture, "" for a link. Where `changed` returns None, nothing changes.
     """
 
     def linked(found: re.Match[str]) -> str:

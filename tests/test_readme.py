@@ -2,10 +2,10 @@
 
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import tomllib
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"].keys()
+PAGES_OF_THE_SITE = runpy.run_path(str(ROOT / "docs/site/pages.py"))
 
 
 def blocks(language):
@@ -56,7 +57,7 @@ def test_make_targets_exist(line):
     test_styles.py runs the demo with pictures, on a smaller model.
     """
     shown = subprocess.run([*line.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    runs = {"make demo": ".venv/bin/shira demo", "make demo-image": "experiments.image.demo"}
+    runs = {"make demo": ".venv/bin/shira demo", "make demo-image": "experiments.image.demo", "make site": "mkdocs build"}
     assert (
         runs | {"make test": "pytest", "make test-slow": "-m slow", "make dist": "tests/dist.py", "make check": "tests/dist.py"}
     )[line] in shown
@@ -96,12 +97,10 @@ def test_links_work_on_the_page_of_an_index_too():
 
 
 def anchors(page):
-    """The anchors that GitHub gives a page's headings: lower-case letters, digits, "-" and "_"; a space becomes "-"."""
+    """The anchors that GitHub gives a page's headings, and the site."""
     slugs, found = [], []
     for heading in re.findall(r"^#{1,6} +(.*?)(?: +#+)?$", without_blocks(page), re.MULTILINE):
-        shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
-        kept = (c for c in shown if c in "-_ " or unicodedata.category(c)[0] in "LM" or unicodedata.category(c) == "Nd")
-        slug = "".join(kept).strip().replace(" ", "-")
+        slug = PAGES_OF_THE_SITE["anchor"](heading)
         found.append(f"{slug}-{slugs.count(slug)}" if slug in slugs else slug)
         slugs.append(slug)
     return found

@@ -82,5 +82,19 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """A docstring names pages as the checkout does, docs/fusion.md: a link."""
+
+    def linked(found: re.Match[str]) -> str:
+        file = files.get_file_from_path(found[1])
+        if file is None:
+            raise ValueError(f"{page.file.src_uri}: there is no page docs/{found[1]}")
+        words = found[1].removesuffix(".md").removesuffix("/README")
+        return f'<a href="{file.url_relative_to(page.file)}{found[2] or ""}">{words}</a>'
+
+    named = r"(?<![\w/\">])docs/([\w/-]+\.md)(#[\w-]+)?"
+    return re.sub(named, linked, html) if page.file.src_uri.startswith("api/") else html
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return as_on_a_code_host(with_site_links(markdown, page.file.src_uri, *_setup().repository_and_version()))

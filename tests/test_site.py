@@ -1,0 +1,87 @@
+"""The site of the docs: what `make site` does to pages and docstrings. CI builds all of it, with warnings as errors."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import shira
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "docs/site"
+PAGES = runpy.run_path(str(SITE / "pages.py"))
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "there"),
+    [
+        ("peft.md", "[a](masks/README.md#b)", "[a](masks/README.md#b)"),
+        ("peft.md", "[a](../README.md#use)", "[a](overview.md#use)"),
+        ("masks/README.md", "[a](../../CHANGELOG.md)", "[a](../changes.md)"),
+        ("masks/README.md", "![p](../pictures/p.png)", "![p](../pictures/p.png)"),
+        ("overview.md", "[a](docs/masks/README.md)", "[a](masks/README.md)"),
+        ("overview.md", "[a](CONTRIBUTING.md) [b](LICENSE)", "[a](contributing.md) b"),
+        ("fusion.md", "[methods.py](../src/shira/fusion/methods.py)", "methods.py"),
+        ("fusion.md", "[a](https://x.org) [b](#c)\n```\n[d](../e)\n```", "[a](https://x.org) [b](#c)\n```\n[d](../e)\n```"),
+    ],
+)
+def test_links_that_leave_the_docs(page, link, there):
+    assert PAGES["with_site_links"](link, page, None, "1.0") == there
+
+
+def test_with_a_repository_links_lead_into_it():
+    made = PAGES["with_site_links"]("[m](../../src/m.py)", "masks/README.md", "https://h/o/r", "1.0")
+    assert made == "[m](https://h/o/r/blob/v1.0/src/m.py)"
+
+
+def test_lists_as_a_code_host_reads_them():
+    text = "**Word.**\n- one,\n  on\n  - inner\n- two\n\n1. three\n\n  - four\n\nend\n- five\n```\na\n- b\n```\n"
+    made = "**Word.**\n\n- one,\n    on\n    - inner\n- two\n\n1. three\n\n    - four\n\nend\n\n- five\n```\na\n- b\n```\n"
+    assert PAGES["as_on_a_code_host"](text) == made
+
+
+def test_every_public_name_is_in_the_reference():
+    """And every name that a page imports from a submodule."""
+    text = "".join(page.read_text("utf-8") for page in (ROOT / "docs/api").glob("*.md"))
+    documented = set()
+    for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.MULTILINE):
+        members = re.search(r"members: \[(.*)\]", options)
+        documented |= {f"{name}.{each}" for each in members[1].split(", ")} if members else {name}
+    assert {f"shira.{name}" for name in set(shira.__all__) - {"masks"}} <= documented
+    pages = "".join(page.read_text("utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+    imported = re.findall(r"^ *from (shira[\w.]*) import ([\w, ]+)", pages, re.MULTILINE)
+    assert len(imported) > 8
+    for module, names in imported:
+        for name in names.partition(" as ")[0].strip().split(", "):
+            assert any(f"{each}.".startswith(f"{module}.{name}.") for each in documented), f"{module}.{name}"
+
+
+def test_docstrings_become_lists_and_code():
+    pytest.importorskip("griffe")
+    made = runpy.run_path(str(SITE / "docstrings.py"))["as_markdown"]
+    text = 'Do it.\n\nmodel: what it\n    takes. k, n: two; f(a, b): called.\nNote: no name\n\n    x = f"{1}"\n        y\n\nend'
+    assert made(text, {"model", "k", "n", "f"}) == (
+        "Do it.\n\n- `model`: what it\n    takes.\n- `k, n`: two;\n- `f(a, b)`: called.\n\nNote: no name\n\n"
+        '```python\nx = f"{1}"\n    y\n```\n\nend'
+    )
+
+
+def test_the_check_finds_what_is_wrong(tmp_path):
+    check = runpy.run_path(str(SITE / "check.py"))["problems"]
+    good = '<h1 id="top">x</h1><a href="#top">a</a><a href="b.html">b</a><a href="https://x.org">c</a><img src="p.png">'
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "b.html").write_text("<p>b</p>")
+    (tmp_path / "p.png").write_bytes(b"")
+    assert check(tmp_path) == []
+    bad = '<a href="c.html">a</a><a href="b.html#no">b</a><script src="https://x.org/y.js"></script><img src="q.png">'
+    (tmp_path / "a.html").write_text(bad)
+    (tmp_path / "a.css").write_text("@font-face { src: url(https://x.org/z) }")
+    assert [line.split(": ")[-1].rpartition(" ")[0] for line in check(tmp_path)] == [
+        "a.html loads",
+        "there is no such",
+        "no heading has this",
+        "there is no such",
+        "a.css loads",
+    ]
+    assert check(tmp_path / "nowhere")
