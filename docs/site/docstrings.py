@@ -22,37 +22,40 @@ def _code(block: str) -> str:
 def _text(block: str, parameters: set[str]) -> str:
     lines: list[str] = []
     in_a_list = False
-    for line in re.sub(rf"(?<=[.;]) (?={NAMES.pattern})", lambda here: _unless_it_goes_on(here, parameters), block).split("\n"):
-        found = NAMES.match(line)
-        if found and _names(found[1]) <= parameters:
-            if lines and not in_a_list:
-                lines.append("")
-            in_a_list = True
-            line = f"- `{found[1]}`: {found[2]}"
-        elif in_a_list and not line.startswith(" "):
-            lines.append("")
-            in_a_list = False
-        lines.append(line)
+    for line in block.split("\n"):
+        in_a_list = _begins_with(line, parameters) or (in_a_list and line.startswith(" "))
+        pieces = _apart(line, parameters) if in_a_list else [line]
+        for piece in pieces:
+            item = _begins_with(piece, parameters)
+            if lines and item != lines[-1].startswith(("- ", " ")) and not piece.startswith(" "):
+                lines.append("")  # before the first item of a list, and after the last
+            lines.append(re.sub(NAMES, r"- `\1`: \2", piece, count=1) if item else piece)
     return "\n".join(lines)
 
 
-def _names(listed: str) -> set[str]:
-    """Of "loss_fn(model, batch), seed": both names."""
-    return set(re.findall(r"\w+", re.sub(r"\([^)]*\)", "", listed)))
+def _begins_with(line: str, parameters: set[str], place: int = 0) -> bool:
+    """Whether names of parameters and a colon stand there, as in "loss_fn(model, batch), seed: …"."""
+    found = NAMES.match(line, place)
+    return bool(found) and set(re.findall(r"\w+", re.sub(r"\([^)]*\)", "", found[1]))) <= parameters
 
 
-def _unless_it_goes_on(space: re.Match[str], parameters: set[str]) -> str:
-    """A new line before the names of parameters within a line; the space itself before anything else."""
-    found = NAMES.match(space.string, space.end())
-    return "\n" if found and _names(found[1]) <= parameters else " "
+def _apart(line: str, parameters: set[str]) -> list[str]:
+    """One piece for each of the parameters that a line describes."""
+    starts = [found.end() for found in re.finditer(r"[.;] ", line) if _begins_with(line, parameters, found.end())]
+    return [line[start:end].rstrip() for start, end in zip([0, *starts], [*starts, None], strict=True)]
 
 
 class Docstrings(griffe.Extension):
     """Every docstring of the package, once it is loaded."""
 
-    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is None:
-            return
-        named = getattr(obj, "parameters", ())
-        parameters = {parameter.name for parameter in named} | set(obj.members)
-        obj.docstring.value = as_markdown(obj.docstring.value, parameters)
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        self._walk(pkg)
+
+    def _walk(self, each: griffe.Object) -> None:
+        if each.docstring is not None:
+            parameters = {parameter.name for parameter in getattr(each, "parameters", ())}
+            parameters |= set(each.members) if each.is_class else set()
+            each.docstring.value = as_markdown(each.docstring.value, parameters)
+        for member in each.members.values():
+            if not member.is_alias:
+                self._walk(member)

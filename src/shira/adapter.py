@@ -100,9 +100,12 @@ class Adapter:
         return hashlib.sha256(lines.encode()).hexdigest()[:32] if lines else None
 
     def save(self, path: str | os.PathLike[str], *, like: str | os.PathLike[str] | None = None) -> None:
-        """Write one safetensors file (docs/format.md), whole or not at all. See `shira.adapter.save`.
+        """Write one safetensors file (docs/format.md), whole or not at all.
 
-        like: another file in the same folder, with an adapter of the same mask. Equal positions are not written again.
+        like: another file in the same folder, with an adapter of the same mask. Equal positions are not written again. A reader
+            takes them from that file, so it must stay in the folder.
+
+        Raises AdapterError if the path is a folder, or if the metadata cannot be written as JSON; OSError.
         """
         from .adapter import save
 

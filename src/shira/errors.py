@@ -1,17 +1,17 @@
 """Every error that shira raises on purpose.
 
-ShiraError
-├── AdapterError        positions and values that are not a valid adapter
-│   └── FormatError     a file that is not a readable shira adapter
-├── BaseMismatch        an adapter that does not belong to this model
-├── CheckpointError     a model checkpoint that cannot be read, compared or merged into
-├── TargetError         target names that match nothing that can be trained
-├── MaskError           a mask or budget that is not possible
-├── TuningError         a call of a tuner that is not possible now, or a training run that went wrong
-├── SwitchError         an unknown, duplicate or busy adapter in a switcher
-├── HubError            an adapter or model that the Hugging Face Hub does not have, does not permit, or cannot be asked for
-├── DataError           training, calibration or evaluation data, or a recipe, that cannot be used
-└── MissingExtra        an optional dependency that is not installed
+    ShiraError
+    ├── AdapterError        positions and values that are not a valid adapter
+    │   └── FormatError     a file that is not a readable shira adapter
+    ├── BaseMismatch        an adapter that does not belong to this model
+    ├── CheckpointError     a model checkpoint that cannot be read, compared or merged into
+    ├── TargetError         target names that match nothing that can be trained
+    ├── MaskError           a mask or budget that is not possible
+    ├── TuningError         a call of a tuner that is not possible now, or a training run that went wrong
+    ├── SwitchError         an unknown, duplicate or busy adapter in a switcher
+    ├── HubError            an adapter or model that the Hugging Face Hub does not have, does not permit, or cannot be asked for
+    ├── DataError           training, calibration or evaluation data, or a recipe, that cannot be used
+    └── MissingExtra        an optional dependency that is not installed
 
 Failures of the operating system (a full disk, a missing folder) stay OSError.
 """

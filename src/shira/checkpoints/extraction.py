@@ -181,14 +181,14 @@ def check_options(
 def summary(adapter: Adapter) -> dict[str, Any]:
     """What `extract` found, from the adapter's metadata. Shares are of the Frobenius norm ‖ΔW‖, not of its square.
 
-    kept: the share of ‖ΔW‖ that the adapter keeps. norm: ‖ΔW‖.
-    entries, changed: how many entries were compared, and how many of them differ.
-    curve: [density, kept] for several densities, accurate to half a percent.
-    suggested_density: the smallest of these densities that keeps 90 %; None if none does.
-    tensors: name -> entries, changed, norm, kept, for each tensor that differs.
-    left_out: the tensors that differ and from which nothing is taken.
-    not_compared: tensors that are no targets and are in one checkpoint only, have two forms, or differ in values that are
-        not finite or not floating point.
+    - `kept`: the share of ‖ΔW‖ that the adapter keeps. `norm`: ‖ΔW‖.
+    - `entries`, `changed`: how many entries were compared, and how many of them differ.
+    - `curve`: [density, kept] for several densities, accurate to half a percent.
+    - `suggested_density`: the smallest of these densities that keeps 90 %; None if none does.
+    - `tensors`: name -> entries, changed, norm, kept, for each tensor that differs.
+    - `left_out`: the tensors that differ and from which nothing is taken.
+    - `not_compared`: tensors that are no targets and are in one checkpoint only, have two forms, or differ in values that are
+      not finite or not floating point.
 
     Raises AdapterError if the adapter was not extracted.
     """

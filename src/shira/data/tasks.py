@@ -140,3 +140,4 @@ TASKS = {
         ),
     )
 }
+"""The built-in tasks by name: "spam", "questions" and "film". docs/data.md has their sources and licences."""

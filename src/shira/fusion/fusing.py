@@ -39,7 +39,7 @@ def fuse(
     """One adapter with the effect of several: base + the change that `method` computes from all α · (values − base).
 
     adapters: file -> strength α, or name -> (Adapter, strength). A strength is a number, below 0 to negate; or a mapping from
-        patterns to numbers, such as {"*": 1.0, "*.mlp.*": 0.5}. The last pattern that matches a tensor's name counts.
+        patterns to numbers, such as `{"*": 1.0, "*.mlp.*": 0.5}`. The last pattern that matches a tensor's name counts.
     base: the model, or its tensors by name. It is not needed if all adapters are deltas; then the result is a delta, too.
     method: "sum", "mean", "max", "ties" (density=0.2) or "dare" (drop=0.5, seed=0). See docs/fusion.md.
 

@@ -97,7 +97,7 @@ class PipelineAdapters:
         Names of tensors begin with a component ("unet.…", "text_encoder.…"), as `save` writes them. Otherwise all belong to
         `component`, by default to the denoiser: so it is with what `shira.attach(pipe.unet, …)` has trained.
         name: by default the adapter's own name, or that of its file. A file is read again when it is needed again, so it must
-        stay where it is; an `Adapter` stays in memory.
+            stay where it is; an `Adapter` stays in memory.
 
         Returns the name. Raises SwitchError if it is taken; BaseMismatch for an adapter of another pipeline; FormatError or
         OSError for the file.
@@ -228,8 +228,8 @@ class PipelineAdapters:
         """A function for `callback_on_step_end` of a pipeline's call: strengths that change from step to step.
 
         strengths(step, steps): what `set` takes, name -> strength, for step 1, 2, … steps − 1. The first step, and the text
-        encoders before it, run with what is set when the pipeline is called. After the last step that is set again. If the call
-        ends early, by an exception or an interrupt, what was set last stays: call `set` or `disable`.
+            encoders before it, run with what is set when the pipeline is called. After the last step that is set again. If the
+            call ends early, by an exception or an interrupt, what was set last stays: call `set` or `disable`.
 
             pipe(prompt, callback_on_step_end=adapters.by_step(lambda step, steps: {"bluefire": step / steps}))
         """

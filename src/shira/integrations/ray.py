@@ -43,7 +43,8 @@ def application(
 
     model, adapters: as of `shira serve`, paths that are the same on all machines. settings: more of its options, by name.
     replicas: their number; or autoscaling: Ray's autoscaling_config. resources: Ray's ray_actor_options of a replica, such as
-    {"num_gpus": 1}. selections_per_replica: how many selections Ray takes to be on one replica; give `ready` the same number.
+        {"num_gpus": 1}.
+    selections_per_replica: how many selections Ray takes to be on one replica; give `ready` the same number.
     python: the interpreter of the replicas' servers; one with vLLM for `engine="vllm"`.
 
     Adapters come and go by files in the folder. Routes that change a server are not passed on: they would reach one of many.

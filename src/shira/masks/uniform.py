@@ -18,7 +18,8 @@ def rand(weight: Tensor, k: int, seed: int = 0, avoid: Tensor | None = None) -> 
     gives the same positions on every machine and in every release of torch.
 
     weight: any shape; only its shape matters. avoid: sorted flat positions that are not drawn. The draw is then among the
-    others, numbered without gaps. Returns int64 [k], sorted, flat in C order.
+        others, numbered without gaps.
+    Returns int64 [k], sorted, flat in C order.
     Raises MaskError if k exceeds the number of entries that may be drawn.
     """
     if avoid is None or avoid.numel() == 0:

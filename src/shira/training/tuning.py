@@ -70,7 +70,7 @@ def attach(
     total: instead, this many entries in all targets together, in proportion to their sizes.
     scope: "tensor" ranks the scores of each target by themselves. "model" ranks those of all targets in one list. Then a target
         keeps at least the share `floor` (0 to 1) of its own budget. A target that gets no entry does not train.
-    overrides: name pattern -> its own budget, {"down_proj": 0.02, "layers.0.*": {"rank": 4}} (docs/masks/budgets.md).
+    overrides: name pattern -> its own budget, `{"down_proj": 0.02, "layers.0.*": {"rank": 4}}` (docs/masks/budgets.md).
     targets: a list of names of modules or parameters, or suffixes of names; "all-linear", "attention", "mlp" or "auto"; or a
         regular expression (docs/targets.md). Layers of any kind can be targets, and embeddings, experts, norms and biases.
     exclude: names; targets with one of them as a part of their name are left out. layers: numbers of the layers to take, 3 or
@@ -80,7 +80,8 @@ def attach(
         the sums of all gradients would take more memory than training does. The model's mode (train or eval) does not change.
     loss_fn(model, batch): by default `model(**batch).loss`. progress(done, total): called after each batch of the calibration.
     seed: seeds the mask, together with each tensor's name.
-    method: "values" or "hook"; see the module's docstring.
+    method: "values" trains float32 masters of the entries (the paper's Appendix E); "hook" trains the whole weights, and clears
+        their gradients off the mask (Appendix D). It takes a copy of the base, and full-size gradients and optimizer state.
     decompose: a rank trains the entries as those of a DoRA of this rank (the paper's SHiRA-WM-DoRA). True trains them as those
         of a DoRA whose direction is free at the mask's positions.
     low_rank: the rank of a low-rank product that trains beside the entries (docs/variants.md).

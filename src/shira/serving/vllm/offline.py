@@ -22,8 +22,8 @@ def llm(
 ) -> tuple[Any, Catalogue]:
     """A vllm.LLM that serves the adapters of a folder, and their catalogue.
 
-    kwargs: of vllm.LLM. quantum, patience, ready: see `Turns` and `Resident`. The environment of this process is changed,
-    because vLLM's other processes learn from it.
+    quantum, patience, ready: as the options of `shira serve` (docs/serving.md). kwargs: of vllm.LLM.
+    The environment of this process is changed, because vLLM's other processes learn from it.
     Raises MissingExtra without vLLM; ShiraError for a version that was not tested, or a folder that is not there.
     """
     check_version(installed_version())
