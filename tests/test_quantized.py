@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,15 @@ def in_nf4(model):
             four.load_state_dict(module.state_dict())
             model.set_submodule(name, four.to("cpu"))
     return model
+
+
+def test_the_snippet_of_the_page_runs(tmp_path, monkeypatch):
+    quietly("torchao")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/quantized.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(snippet, names := {"torch": torch, "shira": shira, "model": mlp()})
+    assert names["switcher"].active == {"poet": 0.5}
 
 
 QUANTIZE = {"int8": in_int8, "nf4": in_nf4}
