@@ -71,7 +71,7 @@ def meetings(path: Path) -> None:
         shared = []
         for k in counts:
             runs = [shira.masks.draw(1_000_000, round(1e6 * density), seed) for seed in range(k)]
-            overlap = shira.kernels.merge([run.int() for run in runs])
+            overlap = shira.kernels.unite([run.int() for run in runs])
             shared.append(100 * float((overlap.counts > 1).float().mean()))
         axis.plot(counts, shared, "o-", color=colour, markersize=4, label=f"{density:.0%} each")
     axis.set(xlabel="adapters of random positions, fused", ylabel="% of fused entries that meet", xticks=counts, ylim=(0, None))

@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 import shira
 
@@ -85,3 +86,38 @@ def test_the_check_finds_what_is_wrong(tmp_path):
         "a.css loads",
     ]
     assert check(tmp_path / "nowhere")
+
+
+def test_figures_of_the_questions_stand_on_the_pages_they_link_to():
+    """Those with a decimal point, in faq.md and in the table of concepts.md."""
+    for name in ("faq.md", "concepts.md"):
+        text = (ROOT / "docs" / name).read_text("utf-8")
+        for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+            links = re.findall(r"\]\((?!https?:|#)([\w/.-]+\.md)", section)
+            linked = " ".join((ROOT / "docs" / page).read_text("utf-8") for page in links)
+            said = re.sub(r"\([^)]*\)", "", section)
+            for figure in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", said):
+                assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", linked), f"{name}, {section[:40]!r}: {figure}"
+
+
+def test_the_pictures_of_concepts_show_what_is_said_of_them():
+    pytest.importorskip("matplotlib")
+    drawn = runpy.run_path(str(ROOT / "docs/concepts_pictures.py"))
+    page = (ROOT / "docs/concepts.md").read_text("utf-8")
+    a, b, lora = drawn["sparse"](1), drawn["sparse"](2), drawn["low_rank"](1)
+    assert lora.all() and torch.linalg.matrix_rank(lora) == 1
+    count, rank, both = int((a != 0).sum()), int(torch.linalg.matrix_rank(a)), int(((a != 0) & (b != 0)).sum())
+    assert f"a mask changes {count} scattered entries; the rank of the change is {rank}]" in page
+    assert f"have {count} numbers that train" in page and f"can be high: {rank} in the picture" in page
+    assert f"change {count} entries each, and {both} of these are the same]" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["concepts_pictures.py", "fusion_pictures.py"])
+def test_the_scripts_draw_their_pictures(script, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = runpy.run_path(str(ROOT / "docs" / script))
+    names = [name for name in ("mask", "switch", "adding", "methods", "meetings") if name in drawn]
+    for name in names:
+        drawn[name](tmp_path / f"{name}.png")
+    assert len(names) >= 2 and {path.stem for path in tmp_path.iterdir()} == set(names)
