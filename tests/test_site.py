@@ -37,9 +37,11 @@ def test_with_a_repository_links_lead_into_it():
 
 
 def test_lists_as_a_code_host_reads_them():
-    text = "**Word.**\n- one,\n  on\n  - inner\n- two\n\n1. three\n\n  - four\n\nend\n- five\n```\na\n- b\n```\n"
-    made = "**Word.**\n\n- one,\n    on\n    - inner\n- two\n\n1. three\n\n    - four\n\nend\n\n- five\n```\na\n- b\n```\n"
+    text = "**Word.**\n- one,\n  on\n  - inner\n- two\n\n1. three\n\n  - four\n\nend\n"
+    made = "**Word.**\n\n- one,\n    on\n    - inner\n- two\n\n1. three\n\n    - four\n\nend\n"
     assert PAGES["as_on_a_code_host"](text) == made
+    text = "- five\n\n      code\n```text f.txt\na\n- b\n```\n"
+    assert PAGES["as_on_a_code_host"](text) == '- five\n\n        code\n```text title="f.txt"\na\n- b\n```\n'
 
 
 def test_every_public_name_is_in_the_reference():

@@ -25,9 +25,14 @@ def anchor(heading: str, separator: str = "-") -> str:
 
 
 def as_on_a_code_host(markdown: str) -> str:
-    """Lists that need no blank line before them, and whose inner lists stand two spaces in: four, and a blank line, here."""
+    """Lists need a blank line before them here, and what is inside an item stands four spaces in, not two."""
     parts = re.split(r"(^ *```.*?^ *```)", markdown, flags=re.MULTILINE | re.DOTALL)
-    return "".join(part if part.lstrip().startswith("```") else _lists(part) for part in parts)
+    return "".join(_titled(part) if part.lstrip().startswith("```") else _lists(part) for part in parts)
+
+
+def _titled(block: str) -> str:
+    """A block of code whose first line names a file, after the language."""
+    return re.sub(r"^( *```\w+) ([\w.-]+)$", r'\1 title="\2"', block, count=1, flags=re.MULTILINE)
 
 
 def _lists(text: str) -> str:
@@ -38,7 +43,7 @@ def _lists(text: str) -> str:
         if begins and lines and lines[-1].strip() and not in_a_list:
             lines.append("")
         in_a_list = bool(begins) or in_a_list and (not line.strip() or line.startswith("  "))
-        if in_a_list and line.startswith("  ") and not line.startswith("    "):
+        if in_a_list and re.match(r"  (?! {2}\S)", line):  # the text of an item or an item inside it; and code, six spaces in
             line = "  " + line
         lines.append(line)
     return "\n".join(lines)
