@@ -1,5 +1,6 @@
 """The site of the docs: what `make site` does to pages and docstrings. CI builds all of it, with warnings as errors."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_lists_as_a_code_host_reads_them():
     assert PAGES["as_on_a_code_host"](text) == made
     text = "- five\n\n      code\n```text f.txt\na\n- b\n```\n"
     assert PAGES["as_on_a_code_host"](text) == '- five\n\n        code\n```text title="f.txt"\na\n- b\n```\n'
+
+
+def test_a_notebook_becomes_a_page():
+    outputs = [{"output_type": "stream", "text": ["1\n", "2\n"]}, {"data": {"image/png": "AAAA\n", "text/plain": ["<Figure>"]}}]
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "text"]},
+        {"cell_type": "code", "source": ["print(1)\n", "draw()"], "outputs": outputs},
+        {"cell_type": "code", "source": [], "outputs": []},
+    ]
+    made = PAGES["from_notebook"](json.dumps({"cells": cells}))
+    assert made.startswith("# Title\ntext\n\n```python\nprint(1)\ndraw()\n```\n\n```text\n1\n2\n```\n\n![what the code")
+    assert made.rstrip().endswith("(data:image/png;base64,AAAA)")
+    assert PAGES["with_site_links"]("[a](notebooks/a.ipynb)", "README.md", None, "1.0") == "[a](notebooks/a.md)"
 
 
 def test_every_public_name_is_in_the_reference():

@@ -1,10 +1,12 @@
 """What the site (mkdocs.yml) does to the pages, which are written for a code host and stay as they are.
 
 Links out of docs/ lead to pages of the site, into the repository, or become their words. README.md, CONTRIBUTING.md and
-CHANGELOG.md become pages. Lists and anchors are read as GitHub reads them. MkDocs calls the functions that begin with `on_`.
+CHANGELOG.md become pages, and so do notebooks, as they were saved. Lists and anchors are read as GitHub reads them. MkDocs
+calls the functions that begin with `on_`.
 """
 
 import importlib.util
+import json
 import posixpath
 import re
 import unicodedata
@@ -58,11 +60,35 @@ def with_site_links(markdown: str, page: str, repository: str | None, version: s
         path, sign, rest = target.partition("#")
         place = posixpath.normpath(posixpath.join(folder, path))
         inside = FROM_THE_ROOT.get(place) or (place.removeprefix("docs/") if place.startswith("docs/") else None)
+        if inside and inside.endswith(".ipynb"):
+            inside = f"{inside.removesuffix('.ipynb')}.md"
         if inside is None:
             return _setup().into_repository(picture, words, place, repository, version)
         return f"{picture}[{words}]({posixpath.relpath(inside, posixpath.dirname(page) or '.')}{sign}{rest})"
 
     return _setup().with_links(markdown, changed)
+
+
+def from_notebook(notebook: str) -> str:
+    """A notebook as Markdown: its texts, its code, and what it printed and drew when it was saved. Nothing is run."""
+    parts = []
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            parts.append(source)
+            continue
+        parts.append(_fenced("python", source))
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![what the code above draws](data:image/png;base64,{''.join(data['image/png']).strip()})")
+            elif text := "".join(output.get("text") or data.get("text/plain") or output.get("traceback") or ()):
+                parts.append(_fenced("text", re.sub(r"\x1b\[[\d;]*m", "", text)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```" if text.strip() else ""
 
 
 def _setup() -> ModuleType:
@@ -84,6 +110,9 @@ def on_files(files: Any, config: Any) -> Any:
 
     for here, there in FROM_THE_ROOT.items():
         files.append(File.generated(config, there, content=(ROOT / here).read_text("utf-8")))
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        page = f"{notebook.src_uri.removesuffix('.ipynb')}.md"
+        files.append(File.generated(config, page, content=from_notebook(notebook.content_string)))
     return files
 
 
