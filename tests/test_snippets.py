@@ -230,7 +230,10 @@ MADE_READY = {
 }
 
 
-@pytest.mark.parametrize("page", [page for page in HERE if page != "docs/serving.md"])
+SLOW = {"docs/train-image.md": [pytest.mark.slow]}
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=SLOW.get(p, [])) for p in HERE if p != "docs/serving.md"])
 def test_the_snippets_run(page, prepared, run):
     base = all_bits(prepared["model"])
     names = MADE_READY.get(page, lambda names: names)(prepared)
