@@ -34,6 +34,7 @@ LAYERS = [
     {"integrations"},
     {"runs"},
     {"serving"},
+    {"play"},
     {"cli"},
 ]
 EXCEPTIONS: set[tuple[str, str]] = set()  # (module, imported module) that may go the other way; each with its reason

@@ -24,6 +24,7 @@ from . import (
     inspect,
     masks,
     merge,
+    play,
     push,
     sample,
     serve,
@@ -51,7 +52,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {  # of `shira --help`
         "masks": masks.masks,
         "estimate": estimate.estimate,
     },
-    "Try": {"generate": generate.generate, "chat": chat.chat, "eval": evaluate.evaluate},
+    "Try": {"play": play.play, "generate": generate.generate, "chat": chat.chat, "eval": evaluate.evaluate},
     "Adapters": {
         "inspect": inspect.inspect,
         "compare": compare.compare,

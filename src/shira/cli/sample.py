@@ -67,7 +67,7 @@ def sample(
     numbers = [first_seed + number for number in range(seeds or (1 if sweep is not None else 4))]
     with waiting("loading the pipeline"):
         loaded = sampling.load_pipeline(pipe, dtype)
-        _to_the_accelerator(loaded)
+        sampling.to_the_accelerator(loaded)
     adapters = PipelineAdapters(loaded)
     for path in strengths:
         adapters.load(path, path)
@@ -104,11 +104,3 @@ def _times(strength: Any, factor: float) -> Any:
     if isinstance(strength, list):
         return [_times(value, factor) for value in strength]
     return strength * factor if isinstance(strength, int | float) else strength
-
-
-def _to_the_accelerator(pipe: Any) -> None:
-    import torch
-
-    device = torch.accelerator.current_accelerator()
-    if device is not None and torch.accelerator.is_available():
-        pipe.to(device)

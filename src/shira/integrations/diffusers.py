@@ -24,7 +24,7 @@ from ..weights.belonging import weight_of
 from ..weights.model_tensors import named_tensors, plain_model
 from .block_strengths import by_block
 
-__all__ = ["PipelineAdapters"]
+__all__ = ["COMPONENTS", "PipelineAdapters"]
 
 DENOISERS = ("unet", "transformer")
 COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -63,6 +63,7 @@ class PipelineAdapters:
         self._absent = nn.Module()  # stands for a component that the pipeline does not have
         self._model = nn.Module()
         self._tensors: dict[str, list[str]] = {}  # name of an adapter -> names of its tensors
+        self._sources: dict[str, AdapterSource] = {}
         self._set = _Set({}, {})
         if not self._present():
             raise SwitchError(
@@ -113,8 +114,19 @@ class PipelineAdapters:
         prefix = self._prefix(repr(name) if isinstance(adapter, Adapter) else str(adapter), tensors, component)
         if isinstance(name, str) and name not in self.names:
             self._tensors[name] = [prefix + tensor for tensor in tensors]
-        self._switcher.add(name, AdapterSource(adapter, prefix))
+        source = AdapterSource(adapter, prefix)
+        self._switcher.add(name, source)
+        self._sources[name] = source
         return name
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter as it was loaded, from its file if it was one; each name of a tensor has its component in front.
+
+        Raises SwitchError if it is unknown; FormatError or OSError for the file.
+        """
+        if name not in self._sources:
+            raise SwitchError(f"no adapter {shown(name)}; {did_you_mean(str(name), self.names)}")
+        return self._sources[name].read(named_tensors(self._model))[0]
 
     def _prefix(self, label: str, tensors: list[str], component: str | None) -> str:
         """What to put before an adapter's names, so that each begins with a component."""
@@ -178,6 +190,7 @@ class PipelineAdapters:
             self._apply(self._set._replace(chosen=chosen))
         self._switcher.remove(name)
         self._tensors.pop(name, None)
+        self._sources.pop(name, None)
 
     def fuse(self) -> None:
         """Let what is active stay in the weights, under whatever is set later, until `unfuse`. Nothing is written.

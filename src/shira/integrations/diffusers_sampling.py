@@ -1,5 +1,6 @@
 """Diffusers: load a pipeline, and let it make pictures."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..data.quiet import quiet
 from ..errors import DataError, MissingExtra
 from .transformers import check_there
 
-__all__ = ["load_pipeline", "modules_of", "sample", "version"]
+__all__ = ["load_pipeline", "modules_of", "sample", "to_the_accelerator", "version"]
 
 
 def load_pipeline(name: str, dtype: str = "auto") -> Any:
@@ -31,6 +32,13 @@ def load_pipeline(name: str, dtype: str = "auto") -> Any:
         raise DataError(f"cannot load {name!r}: no Diffusers pipeline in that {what} ({said})") from error
 
 
+def to_the_accelerator(pipe: Any) -> None:
+    """Move a pipeline to the accelerator, if there is one."""
+    device = torch.accelerator.current_accelerator()
+    if device is not None and torch.accelerator.is_available():
+        pipe.to(device)
+
+
 def version() -> str:
     """The version of Diffusers."""
     return str(_libraries()[0].__version__)
@@ -38,11 +46,23 @@ def version() -> str:
 
 @torch.no_grad()
 def sample(
-    pipe: Any, prompt: str, seed: int, *, steps: int = 30, guidance: float | None = None, resolution: int | None = None
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    *,
+    steps: int = 30,
+    guidance: float | None = None,
+    resolution: int | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Any:
-    """One PIL image of a prompt. guidance, resolution (the side in pixels): by default the pipeline's own."""
+    """One PIL image of a prompt. guidance, resolution (the side in pixels): by default the pipeline's own.
+
+    on_step(number of the step, from 1) is called after each step; what it raises ends the work.
+    """
     options: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     options |= {} if resolution is None else {"height": resolution, "width": resolution}
+    if on_step is not None:
+        options["callback_on_step_end"] = lambda _pipe, step, _time, tensors: (on_step(step + 1), tensors)[1]
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     modules = [module for module in modules_of(pipe).modules() if module.training]

@@ -14,7 +14,7 @@ from ..switching.switcher import Switcher
 from ..weights.belonging import check_described, weight_of
 from ..weights.model_tensors import named_tensors
 
-__all__ = ["check_files", "load_live"]
+__all__ = ["check_files", "check_fit", "load_live"]
 
 Files = Mapping[str, str | os.PathLike[str]]  # name -> file or folder
 
@@ -38,7 +38,7 @@ def load_live(model: str, files: Files, dtype: str = "auto") -> tuple[nn.Module,
     Before the weights are read, each adapter's values are checked, and its names and shapes are compared with the model's.
     Raises DataError if there is no such model; FormatError, OSError or BaseMismatch for an adapter.
     """
-    _check_fit(model, files)
+    check_fit(model, files)
     loaded = hf.load_model(model, dtype)
     if torch.accelerator.is_available():
         loaded.to(torch.accelerator.current_accelerator())
@@ -48,8 +48,11 @@ def load_live(model: str, files: Files, dtype: str = "auto") -> tuple[nn.Module,
     return loaded, switcher
 
 
-def _check_fit(model: str, files: Files) -> None:
-    """Check the adapters against the model's configuration."""
+def check_fit(model: str, files: Files) -> None:
+    """Compare the adapters' names and shapes with the model's configuration, without its weights.
+
+    Raises DataError if there is no such model; FormatError, OSError or BaseMismatch for an adapter.
+    """
     config = hf.load_config(model)
     tensors = {}
     if getattr(config, "quantization_config", None) is None:  # quantized weights have shapes of their own
