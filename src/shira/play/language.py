@@ -20,21 +20,21 @@ from .local import Local
 __all__ = ["Language", "layer_groups"]
 
 LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.")  # "model.layers.12." of "model.layers.12.mlp.up_proj.weight"
-PARTS = ("first", "middle", "last")
+PARTS = 3
 
 
 def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Thirds of a model's layers, by the names of its tensors: "first layers, 0 to 9" -> patterns of names, and "other".
+    """Thirds of a model's layers, by the names of its tensors: "layers 0–9" -> patterns of names, and "other".
 
     Nothing for a model with fewer than three layers.
     """
     names = list(names)
     numbers = sorted({int(found[1]) for name in names if (found := LAYER.match(name))})
-    if len(numbers) < len(PARTS):
+    if len(numbers) < PARTS:
         return {}
-    ends = [round(len(numbers) * part / len(PARTS)) for part in range(len(PARTS) + 1)]
+    ends = [round(len(numbers) * part / PARTS) for part in range(PARTS + 1)]
     thirds = [numbers[start:end] for start, end in zip(ends, ends[1:], strict=False)]
-    titles = [f"{word} layers, {third[0]} to {third[-1]}" for word, third in zip(PARTS, thirds, strict=True)]
+    titles = [f"layers {third[0]}–{third[-1]}" if len(third) > 1 else f"layer {third[0]}" for third in thirds]
     labels = {number: title for title, third in zip(titles, thirds, strict=True) for number in third}
     groups: dict[str, list[str]] = {title: [] for title in titles}
     for prefix, number in sorted({(found[0], int(found[1])) for name in names if (found := LAYER.match(name))}):

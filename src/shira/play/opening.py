@@ -154,10 +154,17 @@ def opened(made: Sequence[Place], options: Options) -> Iterator[str]:
 
     blocks = page(made, options.strengths)
     how: dict[str, Any] = {"share": False, "quiet": True, "ssr_mode": False, "prevent_thread_lock": True, "footer_links": []}
-    how |= {"enable_monitoring": False, "css": CSS, "theme": gradio.themes.Default(), "inbrowser": options.browser}
+    how |= {"enable_monitoring": False, "css": CSS, "theme": _theme(gradio), "inbrowser": options.browser}
     port = _free_port(options.host, options.port)
     _, address, _ = blocks.launch(server_name=options.host, server_port=port, **how)
     try:
         yield address
     finally:
         blocks.close(verbose=False)
+
+
+def _theme(gradio: Any) -> Any:
+    """Gradio's own, with labels that can be read, in both modes; its fonts come with it."""
+    shades = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
+    titles = {"block_title_text_color": "*body_text_color", "block_title_text_color_dark": "*body_text_color"}
+    return gradio.themes.Default().set(**shades, **titles)

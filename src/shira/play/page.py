@@ -11,7 +11,7 @@ import gradio as gr
 from ..errors import ShiraError
 from .asking import MOST, Chosen, Picture, Place, Words, chosen_from
 from .local import Local
-from .shown import comparison_html, error_html, light_html, note_html, switch_html
+from .shown import comparison_html, error_html, head_html, light_html, note_html, switch_html
 from .streams import streamed
 
 __all__ = ["page"]
@@ -27,8 +27,7 @@ DOWNLOAD = "() => setTimeout(() => document.querySelector('#fused-{number}')?.cl
 
 def page(places: Sequence[Place], given: Mapping[str, float]) -> gr.Blocks:
     """The Blocks of one or several places. given: name of an adapter -> its strength when the page is opened."""
-    with gr.Blocks(title="shira play", analytics_enabled=False) as blocks:
-        gr.HTML('<div class="head"><h1>shira play</h1><span>One model; adapters are written into its weights.</span></div>')
+    with gr.Blocks(title="shira play", analytics_enabled=False, fill_width=True) as blocks:
         if len(places) == 1:
             _Panel(blocks, places[0], given, 0)
         else:
@@ -50,13 +49,12 @@ class _Panel:
         self.turn = {"concurrency_id": f"place {number}", "concurrency_limit": 1}
         self.state()
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=2, min_width=300, elem_classes="left"):
                 self.adapters()
             with gr.Column(scale=5, min_width=300):
                 self.asking()
         if self.local is not None:
             self.comparing(self.local)
-            self.saving()
         self.sliders()
         blocks.load(self.opened, outputs=[self.picked, self.light], show_progress="hidden", queue=False)
         if self.local is not None:
@@ -64,16 +62,15 @@ class _Panel:
         blocks.unload(self.stop)
 
     def state(self) -> None:
-        gr.HTML(f'<div class="quiet">{note_html(self.place.title)}</div>')
+        gr.HTML(head_html(self.place.title))
         if self.local is None:
-            self.light = gr.HTML(note_html(SERVER))
-            self.switched = gr.HTML(switch_html(None, told=False))
+            self.light, self.switched = gr.HTML(note_html(SERVER)), gr.HTML(switch_html(None, told=False))
             return
-        with gr.Row(equal_height=True):
-            with gr.Column(scale=5, min_width=300):
+        with gr.Row(elem_classes="state"):
+            with gr.Column(scale=5, min_width=300, elem_classes="tight"):
                 self.light = gr.HTML(light_html(self.local.light), elem_id=f"light-{self.number}")
                 self.switched = gr.HTML(switch_html(None), elem_id=f"switched-{self.number}")
-            look = gr.Button("Look at the base now", size="sm", scale=1, min_width=180)
+            look = gr.Button("Look at the base now", size="sm", scale=0, min_width=200)
         look.click(self.looked, outputs=[self.light], **self.turn)
 
     def adapters(self) -> None:
@@ -81,9 +78,14 @@ class _Panel:
         first = [name for name in names if name in self.given] or names[:1]
         self.picked = gr.CheckboxGroup(names, value=first, label="Adapters", info="" if names else "None yet.")
         self.place_of_sliders = gr.Column()
-        if self.local is not None:
-            self.drop = gr.File(label="Drop an adapter's file here to add it (.safetensors)", height=110)
-            self.dropped = gr.HTML(elem_id=f"dropped-{self.number}")
+        if self.local is None:
+            return
+        with gr.Column(elem_classes="files"):
+            self.save = gr.Button("Save this set as one file", size="md")
+            self.saved = gr.HTML(elem_id=f"saved-{self.number}", elem_classes="told")
+            self.file = gr.DownloadButton("Download it again", size="md", visible="hidden", elem_id=f"fused-{self.number}")
+            self.drop = gr.File(label="Drop an adapter's file to add it", height=150, elem_id=f"drop-{self.number}")
+            self.dropped = gr.HTML(elem_id=f"dropped-{self.number}", elem_classes="told")
             self.drop.upload(self.added, [self.drop, self.picked], [self.drop, self.picked, self.dropped], **self.turn)
 
     def asking(self) -> None:
@@ -97,8 +99,8 @@ class _Panel:
             elem_id=f"prompt-{self.number}",
         )
         with gr.Row():
-            self.go = gr.Button("Generate", variant="primary", min_width=120)
-            self.end = gr.Button("Stop", min_width=120)
+            self.go = gr.Button("Generate", variant="primary", size="md", min_width=120)
+            self.end = gr.Button("Stop", size="md", min_width=120)
         self.note = gr.HTML(note_html("Ready."), elem_id=f"note-{self.number}")
         with gr.Row(equal_height=True):
             self.base, self.adapted = self.side("Base", "base"), self.side("With adapters", "adapted")
@@ -124,14 +126,14 @@ class _Panel:
         look: dict[str, Any] = {"label": label, "interactive": False, "min_width": 260, "elem_id": f"{name}-{self.number}"}
         if self.place.makes == "text":
             return gr.Textbox(lines=9, max_lines=24, buttons=["copy"], **look)
-        return gr.Image(type="pil", format="png", buttons=["download", "fullscreen"], **look)
+        return gr.Image(type="pil", format="png", height=340, buttons=["download", "fullscreen"], elem_classes="made", **look)
 
     def comparing(self, local: Local) -> None:
         with gr.Accordion("Compare two adapters", open=False):
-            with gr.Row(equal_height=True):
+            with gr.Row(elem_classes="state"):
                 one = gr.Dropdown([], label="One", min_width=160)
                 other = gr.Dropdown([], label="Other", min_width=160)
-                start = gr.Button("Compare", min_width=120, scale=0)
+                start = gr.Button("Compare", size="md", min_width=140, scale=0)
             found = gr.HTML(elem_id=f"compared-{self.number}")
 
         def compared(first: str | None, second: str | None) -> Iterator[str]:
@@ -148,12 +150,6 @@ class _Panel:
         self.pair = [one, other]
         self.picked.change(self.choices, [self.picked], self.pair, show_progress="hidden", queue=False)
         start.click(compared, [one, other], found, show_progress="hidden", **self.turn)
-
-    def saving(self) -> None:
-        with gr.Row(equal_height=True):
-            self.save = gr.Button("Save this set as one file", min_width=200)
-            self.file = gr.DownloadButton("Download again", visible="hidden", elem_id=f"fused-{self.number}", min_width=200)
-        self.saved = gr.HTML(elem_id=f"saved-{self.number}")
 
     def sliders(self) -> None:
         """The sliders of the picked adapters, and what takes their values. They are made again when others are picked."""
@@ -208,9 +204,7 @@ class _Panel:
             if self.local is None:
                 return
             for slider in all_sliders:
-                slider.release(
-                    timed, all_sliders, self.switched, show_progress="hidden", queue=False, trigger_mode="always_last"
-                )
+                slider.input(timed, all_sliders, self.switched, show_progress="hidden", queue=False, trigger_mode="always_last")
             self.save.click(fused, all_sliders, [self.file, self.saved], **self.turn).success(
                 None, js=DOWNLOAD.format(number=self.number)
             )

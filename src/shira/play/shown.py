@@ -10,13 +10,15 @@ from ..analysis.words import about_pair
 from ..texts import visible
 from .watching import Light
 
-__all__ = ["CSS", "comparison_html", "error_html", "light_html", "note_html", "switch_html"]
+__all__ = ["CSS", "comparison_html", "error_html", "head_html", "light_html", "note_html", "switch_html"]
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1180px !important; width: 100%; margin: 0 auto !important; }
+.state { align-items: center; }
+.tight { gap: 0.2rem !important; }
 .head { display: flex; flex-wrap: wrap; gap: 0.2rem 0.8rem; align-items: baseline; }
 .head h1 { font-size: 1.35rem; font-weight: 600; margin: 0; }
-.head span, .quiet { color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.head span, .quiet { opacity: 0.75; overflow-wrap: anywhere; }
 .line { display: flex; gap: 0.5rem; align-items: baseline; min-height: 1.5em; overflow-wrap: anywhere; }
 .lamp { flex: none; width: 0.75rem; height: 0.75rem; border-radius: 50%; align-self: center; }
 .lamp.yes { background: #16a34a; box-shadow: 0 0 0 3px #16a34a40; }
@@ -27,8 +29,20 @@ CSS = """
 .facts div { border: 1px solid var(--border-color-primary); border-radius: var(--radius-md); padding: 0.5rem 0.7rem; }
 .facts b { display: block; font-size: 1.15rem; }
 .maps { background: #fff; border-radius: var(--radius-md); max-width: 100%; height: auto; width: 44rem; }
+.told:not(:has(.line, .error)) { display: none; }
+@media (max-width: 720px) {
+  .left { display: contents !important; }
+  .left > * { flex: 1 1 100% !important; }
+  .left > .files { order: 2; }
+}
+.made img { width: 100%; height: 100%; object-fit: contain; }
 .blocks { gap: 0.3rem !important; }
 """
+
+
+def head_html(title: str) -> str:
+    """The head of the page. title: of what is played with."""
+    return f'<div class="head"><h1>shira play</h1><span>{_quoted(title)}</span></div>'
 
 
 def light_html(light: Light) -> str:
@@ -43,7 +57,8 @@ def switch_html(milliseconds: float | None, *, told: bool = True) -> str:
         return '<div class="line quiet">A server does not tell how long it switches.</div>'
     if milliseconds is None:
         return '<div class="line quiet" role="status">Move a slider: here stands how long a switch takes.</div>'
-    return f'<div class="line" role="status">Last switch: <b>{milliseconds:.1f} ms</b> from the base to your adapters.</div>'
+    text = f"Last switch: <b>{milliseconds:.1f} ms</b> from the base to your adapters."
+    return f'<div class="line" role="status"><span>{text}</span></div>'
 
 
 def note_html(text: str) -> str:
@@ -53,7 +68,8 @@ def note_html(text: str) -> str:
 
 def error_html(text: str) -> str:
     """What went wrong, as a sentence."""
-    sentence = text[:1].upper() + text[1:]
+    words = text.split(maxsplit=1)
+    sentence = text[:1].upper() + text[1:] if words and words[0].isalpha() else text
     return f'<div class="error" role="alert">{_quoted(sentence)}{"" if sentence.endswith((".", "?", "!")) else "."}</div>'
 
 
