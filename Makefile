@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 TOGETHER := --no-print-directory --jobs $(if $(MAKE_TERMOUT),,--output-sync=target)
 
 .DEFAULT_GOAL := help
-.PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist lint clean
+.PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-play test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -87,6 +87,19 @@ test-vllm: .venv-vllm/ready ## tests of the vLLM engine for real, on tiny models
 test-ray: .venv-ray/ready ## Ray Serve on a local cluster of two nodes, parts of which die under load (two minutes; installs Ray)
 	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-ray/bin/python -m pytest -s -W default tests/test_ray.py
 
+# Gradio wants an older Pillow than the rest, so it has an environment of its own. The browser is Debian's.
+.venv-play/ready: pyproject.toml constraints.txt constraints-play.txt
+	$(PYTHON) -m venv .venv-play
+	@echo "installing Gradio and Playwright into .venv-play (a minute or two the first time) ..."
+	.venv-play/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-play.txt setuptools
+	.venv-play/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-play.txt --no-build-isolation \
+		--editable '.[play,serve]' hypothesis playwright pytest
+	@touch $@
+
+test-play: .venv-play/ready ## the page of shira play in headless Chromium, which it installs by apt-get if it is missing
+	command -v chromium > /dev/null || apt-get install -y -qq --no-install-recommends chromium
+	OMP_NUM_THREADS=1 .venv-play/bin/python -m pytest tests/test_play.py tests/test_play_pictures.py tests/test_play_page.py
+
 # Triton is not in constraints.txt: torch's own builds for CUDA bring the one they need, its builds for the CPU bring none
 test-gpu: .venv/ready ## the kernels for GPUs, on one or in Triton's interpreter (installs Triton, about 300 MB)
 	$(PIP) --editable '.[gpu]' --no-build-isolation
@@ -114,4 +127,4 @@ lint: .venv/ready ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove the environment and what was built
-	rm -rf .venv .venv-vllm .venv-ray build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-ray .venv-play build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,6 @@
 """What the page of `shira play` does, without the page: both sides, strengths of several people, the light, files, a server."""
 
 import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -262,9 +260,9 @@ def test_against_a_server(tmp_path):
         assert remote.names() == ["a", "b"] and url in remote.title
         asked = Words("hello", raw=True, most_tokens=6)
         prompt = served.tokenizer("hello")["input_ids"]
-        expected = [served.tokenizer.decode(served.single(text, prompt, 6)) for text in ("base", "a:0.5+b")]
+        expected = [served.tokenizer.decode(served.single(text, prompt, 6)).strip() for text in ("base", "a:0.5+b")]
         seen = whole(remote, asked, a=0.5, b=1.0)
-        assert [seen.base, seen.adapted] == expected and seen.milliseconds is None
+        assert [seen.base.strip(), seen.adapted.strip()] == expected and seen.milliseconds is None
         assert whole(remote, Words("hello", most_tokens=6)).note.startswith("No adapter")  # through the chat template
         with pytest.raises(DataError, match="refused with status 404: no adapter 'c'"):
             whole(remote, asked, c=1.0)
@@ -274,5 +272,4 @@ def test_against_a_server(tmp_path):
         going = remote.run(Words("hello", raw=True, most_tokens=60), {"a": Setting(1.0)}, stop)
         next(going)
         stop.set()
-        assert time.monotonic() and not any(each.note.startswith("Done") for each in going)
-    assert not Path(tmp_path / "made").exists()
+        assert not any(each.note.startswith("Done") for each in going)

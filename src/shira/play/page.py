@@ -96,6 +96,7 @@ class _Panel:
             lines=2,
             max_lines=8,
             info="Shift + Enter starts.",
+            interactive=True,
             elem_id=f"prompt-{self.number}",
         )
         with gr.Row():
@@ -111,14 +112,16 @@ class _Panel:
                     label="Continue the text as it is, without a chat template",
                     interactive=self.place.is_chat is not False,
                 )
-                tokens = gr.Slider(1, 512, 80, step=1, label="Tokens at most")
-                warm = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the most probable token.")
+                tokens = gr.Slider(1, 512, 80, step=1, label="Tokens at most", interactive=True)
+                warm = gr.Slider(
+                    0, 2, 0, step=0.05, label="Temperature", info="0: always the most probable token.", interactive=True
+                )
                 self.settings = [self.prompt, raw, tokens, warm]
             else:
-                steps = gr.Slider(1, 100, 20, step=1, label="Steps")
-                guidance = gr.Slider(0, 15, 0, step=0.5, label="Guidance", info="0: the pipeline's own.")
+                steps = gr.Slider(1, 100, 20, step=1, label="Steps", interactive=True)
+                guidance = gr.Slider(0, 15, 0, step=0.5, label="Guidance", info="0: the pipeline's own.", interactive=True)
                 self.settings = [self.prompt, steps, guidance]
-            self.settings.append(gr.Number(0, label="Seed", precision=0, minimum=0))
+            self.settings.append(gr.Number(0, label="Seed", precision=0, minimum=0, interactive=True))
         self.end.click(self.stop, queue=False, show_progress="hidden")
 
     def side(self, label: str, name: str) -> Any:
