@@ -55,7 +55,7 @@ class _Panel:
                 self.asking()
         if self.local is not None:
             self.comparing(self.local)
-        self.sliders()
+        self.sliders(blocks)
         blocks.load(self.opened, outputs=[self.picked, self.light], show_progress="hidden", queue=False)
         if self.local is not None:
             blocks.load(self.choices, [self.picked], self.pair, show_progress="hidden", queue=False)
@@ -154,23 +154,24 @@ class _Panel:
         self.picked.change(self.choices, [self.picked], self.pair, show_progress="hidden", queue=False)
         start.click(compared, [one, other], found, show_progress="hidden", **self.turn)
 
-    def sliders(self) -> None:
+    def sliders(self, blocks: gr.Blocks) -> None:
         """The sliders of the picked adapters, and what takes their values. They are made again when others are picked."""
         place = self.place
 
-        def drawn(picked: list[str]) -> None:
+        moved = gr.State({})  # what this person has set, also of adapters that are not picked now
+
+        def drawn(picked: list[str], at: Mapping[Any, float]) -> None:
             strengths, blocks = [], []
             for name in picked:
-                start = self.given.get(name, 1.0)
-                label = {"label": f"Strength of {name}", "step": 0.05, "interactive": True}
-                strengths.append(gr.Slider(0, MOST, start, key=("strength", name), **label))
+                start = at.get((name, ""), self.given.get(name, 1.0))
+                strengths.append(gr.Slider(0, MOST, start, step=0.05, label=f"Strength of {name}", interactive=True))
                 if not place.blocks:
                     continue
-                with gr.Accordion(f"{name} by block", open=False, elem_classes="blocks", key=("by block", name)):
+                with gr.Accordion(f"{name} by block", open=False, elem_classes="blocks"):
                     for block in place.blocks:
-                        blocks.append(
-                            gr.Slider(0, MOST, 1.0, step=0.05, label=f"× {block}", key=("block", name, block), interactive=True)
-                        )
+                        start = at.get((name, block), 1.0)
+                        blocks.append(gr.Slider(0, MOST, start, step=0.05, label=f"× {block}", interactive=True))
+            keys = [*((name, "") for name in picked), *((name, block) for name in picked for block in place.blocks)]
 
             def chosen(values: Sequence[Any]) -> Chosen:
                 factors, each = iter(values[len(picked) :]), dict(zip(picked, values, strict=False))
@@ -182,12 +183,13 @@ class _Panel:
             def generated(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
                 yield from self.generated(request.session_hash, values[:count], lambda: chosen(values[count:]))
 
-            def timed(*values: Any) -> Any:
+            def timed(at: Mapping[Any, float], *values: Any) -> tuple[Any, Any]:
+                now = {**at, **dict(zip(keys, values, strict=True))}
                 try:
                     found = self.local.time_switch(chosen(values)) if self.local else None
                 except ShiraError as error:
-                    return error_html(str(error))
-                return gr.skip() if found is None else switch_html(found)
+                    return error_html(str(error)), now
+                return (gr.skip() if found is None else switch_html(found)), now
 
             def fused(*values: Any) -> tuple[Any, str]:
                 try:
@@ -204,16 +206,23 @@ class _Panel:
                 show_progress="hidden",
                 **self.turn,
             )
+            for slider in all_sliders:
+                slider.input(
+                    timed,
+                    [moved, *all_sliders],
+                    [self.switched, moved],
+                    show_progress="hidden",
+                    queue=False,
+                    trigger_mode="always_last",
+                )
             if self.local is None:
                 return
-            for slider in all_sliders:
-                slider.input(timed, all_sliders, self.switched, show_progress="hidden", queue=False, trigger_mode="always_last")
             self.save.click(fused, all_sliders, [self.file, self.saved], **self.turn).success(
                 None, js=DOWNLOAD.format(number=self.number)
             )
 
         with self.place_of_sliders:
-            gr.render(inputs=[self.picked], show_progress="hidden")(drawn)
+            gr.render([self.picked, moved], [blocks.load, self.picked.change], show_progress="hidden")(drawn)
 
     def generated(self, person: str, settings: Sequence[Any], chosen: Callable[[], Chosen]) -> Iterator[tuple[Any, ...]]:
         """One request of a person: what both outputs, the note, the time of the switch and the light show."""

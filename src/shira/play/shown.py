@@ -29,7 +29,7 @@ CSS = """
 .facts div { border: 1px solid var(--border-color-primary); border-radius: var(--radius-md); padding: 0.5rem 0.7rem; }
 .facts b { display: block; font-size: 1.15rem; }
 .maps { background: #fff; border-radius: var(--radius-md); max-width: 100%; height: auto; width: 44rem; }
-.told:not(:has(.line, .error)) { display: none; }
+.told:not(:has([role])) { display: none; }
 @media (max-width: 720px) {
   .left { display: contents !important; }
   .left > * { flex: 1 1 100% !important; }
