@@ -8,6 +8,7 @@ import pytest
 
 import shira
 from conftest import all_bits, letter_tokenizer, random_adapter, same_bits
+from serving import Served
 from shira.integrations.generation import answer
 
 HOW = "make test-play installs it"
@@ -18,7 +19,6 @@ CHROMIUM = os.environ.get("SHIRA_CHROMIUM") or shutil.which("chromium") or shuti
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason=f"there is no chromium on PATH, and no SHIRA_CHROMIUM; {HOW}"),
-    pytest.mark.filterwarnings("default"),  # Gradio's own
 ]
 PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
 
@@ -140,3 +140,19 @@ def test_two_people_and_a_phone(shown, browser):
     assert found[0] != found[1]
     assert other.evaluate("document.documentElement.scrollWidth") <= PHONE["viewport"]["width"]
     assert other.evaluate("document.body.classList.contains('dark')")
+
+
+def test_the_page_of_a_server(browser, tmp_path):
+    from shira.play.opening import Options, opened, workspace
+    from shira.play.remote import Remote
+
+    served = Served(tmp_path)
+    with served.listening() as (url, _), workspace(), opened([Remote(url)], Options(browser=False)) as address:
+        page = browser.new_page()
+        ready(page, address)
+        page.locator("#prompt-0 textarea").fill("hello")
+        base, adapted = generated(page)
+        assert base and adapted and base != adapted
+        assert page.get_by_text("need the weights on this machine").is_visible()
+        for absent in ("Save this set", "Compare", "Look at the base"):
+            assert page.get_by_role("button", name=absent).count() == 0
