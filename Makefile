@@ -115,7 +115,7 @@ soak: .venv/ready ## 100,000 operations on models whose base must never be lost,
 	SHIRA_LONG=1 $(BIN)/python -m pytest tests/test_interrupted_switching.py tests/test_interrupts.py
 
 site: .venv/ready ## the documentation as web pages, in build/site; open build/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@$(BIN)/python docs/site/check.py build/site
 
 dist: .venv/ready ## the source distribution and the wheel, in dist/; both are tried in empty environments

@@ -84,6 +84,7 @@ NOT_RUN = {  # page -> how a snippet begins -> why it does not run
     },
     "docs/masks/README.md": {"python -m": "hours, or results that the runs left: the figures of the page"},
     "docs/performance.md": {"python -m": "needs a checkout of another commit"},
+    "docs/play.md": {"pip install": "a server, which does not end; `make test-play` drives it"},
     "docs/results/method.md": {"shira experiment": "hours: the figures of the page"},
     "docs/scale.md": {
         "pip install": "test_readme.py checks that the extra exists",
