@@ -21,17 +21,24 @@ Method = Mapping[str, Any]
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The base; then method after method: the search for its learning rate, and its `runs_of` each seed."""
+    """The base; method after method the search for its learning rate and its `runs_of` each seed; last one for all."""
     yield score_key(recipe, [], "+".join(recipe["data"]))
     for name, method in recipe["methods"].items():
         for rate in rates(recipe, method, store, a_task_each):
             yield from a_task_each(recipe, method, rate, recipe["seeds"][0])
         for seed in recipe["seeds"]:
             yield from runs_of(recipe, store, name, seed)
+    for seed in recipe["seeds"]:
+        for name in recipe["together"]:
+            run = together(recipe, store, name, seed)
+            if run is not None:
+                yield run
+                if store.get(run) is not None:
+                    yield score_key(recipe, [number(run)], "+".join(recipe["data"]))
 
 
 def runs_of(recipe: Recipe, store: Store, name: str, seed: int) -> Iterator[Key]:
-    """A method's adapters; their scores alone and at once; and, for the methods of "together", one adapter for all tasks."""
+    """A method's adapters, and their scores alone and at once."""
     tasks, method = recipe["data"], recipe["methods"][name]
     runs = trained(recipe, store, method, seed)
     yield from (run for run in runs if all(store.line(before) for before in run.get("avoid", ())))
@@ -43,12 +50,6 @@ def runs_of(recipe: Recipe, store: Store, name: str, seed: int) -> Iterator[Key]
         for count in recipe["sizes"]:
             yield merged(recipe, runs, count, how)
     yield held_out(recipe, runs)
-    for count in recipe["sizes"] if name in recipe["together"] else ():
-        for_all = together(recipe, store, method, count, seed)
-        if for_all is not None:
-            yield for_all
-            if store.get(for_all) is not None:
-                yield score_key(recipe, [number(for_all)], "+".join(tasks[:count]))
 
 
 def a_task_each(recipe: Recipe, method: Method, rate: float, seed: int) -> list[Key]:
@@ -71,12 +72,13 @@ def trained(recipe: Recipe, store: Store, method: Method, seed: int) -> list[Key
     return runs
 
 
-def together(recipe: Recipe, store: Store, method: Method, count: int, seed: int) -> Key | None:
-    """The run of one adapter for the first tasks, with as many steps and examples as their own adapters have in all."""
+def together(recipe: Recipe, store: Store, name: str, seed: int) -> Key | None:
+    """The run of one adapter for all tasks, with as many steps and examples as their own adapters have in all."""
+    tasks, method = recipe["data"], recipe["methods"][name]
     rate = best_rate(recipe, method, store, a_task_each)
     if rate is None:
         return None
-    of_all = {"data": "+".join(recipe["data"][:count])} | {name: count * recipe[name] for name in ("examples", "steps")}
+    of_all = {"data": "+".join(tasks)} | {setting: len(tasks) * recipe[setting] for setting in ("examples", "steps")}
     return train_key(recipe | of_all, method, rate, seed)
 
 
@@ -107,7 +109,7 @@ class Found(NamedTuple):
     base: Answers
     alone: dict[str, Answers]
     merged: dict[tuple[str, str], dict[int, Answers]]  # (method, way) -> number of adapters -> answers
-    together: dict[str, dict[int, Answers]]
+    together: dict[str, Answers]
 
 
 def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
@@ -116,7 +118,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
     base = answers(store, [[score_key(recipe, [], "+".join(tasks))]])
     if base is None:
         return "no results yet"
-    found = Found(base, {}, {}, {name: joint_curve(recipe, store, name) for name in recipe["together"]})
+    found = Found(base, {}, {}, {n: of for n in recipe["together"] if (of := for_all(recipe, store, n)) is not None})
     held: dict[str, Answers] = {}
     for name, method in recipe["methods"].items():
         made = [trained(recipe, store, method, seed) for seed in recipe["seeds"]]
@@ -146,16 +148,10 @@ def named(how: Mapping[str, Any]) -> str:
     return ", ".join([how["fusion"], *options, *([f"strength {how['strength']:g}"] if "strength" in how else [])])
 
 
-def joint_curve(recipe: Recipe, store: Store, name: str) -> dict[int, Answers]:
-    """Number of tasks -> the answers of one adapter that was trained on them all."""
-    found = {}
-    for count in recipe["sizes"]:
-        runs = [together(recipe, store, recipe["methods"][name], count, seed) for seed in recipe["seeds"]]
-        on = "+".join(recipe["data"][:count])
-        each = answers(store, [[score_key(recipe, [number(run)], on)] for run in runs if run is not None])
-        if each is not None:
-            found[count] = each
-    return found
+def for_all(recipe: Recipe, store: Store, name: str) -> Answers | None:
+    """The answers of one adapter that was trained on all tasks."""
+    runs = [together(recipe, store, name, seed) for seed in recipe["seeds"]]
+    return answers(store, [[score_key(recipe, [number(run)], "+".join(recipe["data"]))] for run in runs if run is not None])
 
 
 def of_tasks(recipe: Recipe, store: Store, found: Found) -> str:
@@ -189,8 +185,8 @@ def of_sets(recipe: Recipe, found: Found) -> str:
     for name, alone in found.alone.items():
         rows.append([name, "alone", *whole(alone)])
         curves = {way: curve for (whose, way), curve in found.merged.items() if whose == name}
-        if found.together.get(name):
-            curves["one adapter trained on all"] = found.together[name]
+        if name in found.together:
+            curves["one adapter trained on all"] = {sizes[-1]: found.together[name]}
         rows += [[name, way, *(cell(curve.get(n), alone) for n in sizes)] for way, curve in curves.items()]
     return markdown(["method", "at once", *(f"{n} tasks: accuracy, lost" for n in sizes)], rows)
 
@@ -219,9 +215,8 @@ def plot(recipe: Recipe, found: Found, path: Path) -> None:
         (line, *_) = left.plot(sizes, kept, f"o{dashes}", label=f"{name}: {best}")
         shares = [100 * value / mean(of, n) for value, n in zip(kept, sizes, strict=True)]
         right.plot([1, *sizes], [100, *shares], f"o{dashes}", color=line.get_color())
-    for (name, curve), style in zip(found.together.items(), (":", "-."), strict=False):
-        if curve:
-            left.plot(list(curve), [mean(of, n) for n, of in curve.items()], style, color="black", label=f"{name}: one for all")
+    for (name, of), mark in zip(found.together.items(), "xs", strict=False):
+        left.plot(sizes[-1:], [mean(of, sizes[-1])], mark, color="black", label=f"{name}: one adapter for all")
     left.set(xlabel="adapters at once", ylabel="average accuracy on their tasks, %", xticks=sizes)
     right.set(xlabel="adapters at once", ylabel="kept of the accuracy alone, %", xticks=[1, *sizes])
     left.legend(frameon=False, fontsize=8)
