@@ -255,45 +255,48 @@ def test_positions_are_not_borrowed_from_what_is_no_adapter_beside(tmp_path, nam
 
 
 def mutants(content, count):
-    """A file damaged in many ways: bits, lengths, and what its header says, text by text and value by value."""
+    """A file damaged in many ways."""
     draw = random.Random(0)
+    return (mutant(content, draw, number % 5) for number in range(count))
+
+
+def swapped(value, draw):
+    """The same JSON with one value, anywhere in it, another."""
+    if isinstance(value, dict | list) and value and draw.random() < 0.85:
+        place = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        copy[place] = swapped(copy[place], draw)
+        return copy
+    if isinstance(value, str) and value[:1] == "{" and draw.random() < 0.9:
+        return json.dumps(swapped(json.loads(value), draw))
+    return draw.choice(VALUES)
+
+
+VALUES = [None, True, -1, 0, 1, 2**31, 2**63, 10**39, 1.5, "", "x", "gap", [], [1, 2], {}, {"mask": "rand"}, {"file": "x"}]
+
+
+def mutant(content, draw, kind):
+    """A damaged file. kind: of the damage, 0 to 4: bits, lengths, what its header says text by text, digits, value by value."""
     (length,) = struct.unpack("<Q", content[:8])
     header, rest = content[8 : 8 + length], content[8 + length :]
-    values = [None, True, -1, 0, 1, 2**31, 2**63, 10**39, 1.5, "", "x", "gap", [], [1, 2], {}, {"mask": "rand"}, {"file": "x"}]
-
-    def swapped(value):
-        """The same JSON with one value, anywhere in it, another."""
-        if isinstance(value, dict | list) and value and draw.random() < 0.85:
-            place = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
-            copy = dict(value) if isinstance(value, dict) else list(value)
-            copy[place] = swapped(copy[place])
-            return copy
-        if isinstance(value, str) and value[:1] == "{" and draw.random() < 0.9:
-            return json.dumps(swapped(json.loads(value)))
-        return draw.choice(values)
-
-    for number in range(count):
-        kind = number % 5
-        if kind == 0:
-            damaged = bytearray(content)
-            for _ in range(draw.randint(1, 4)):
-                damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
-            yield bytes(damaged)
-        elif kind == 1:
-            yield content[: draw.randrange(len(content))] + bytes(draw.choice([0, 0, 1, 8]))
-        elif kind == 2:  # a header of another length, or with other signs
-            text = bytearray(header)
-            at = draw.randrange(len(text))
-            text[at : at + draw.randint(0, 3)] = draw.choice([b"", b"9", b'"', b"\\", b"}", b"-", b"e9", b"\x00", b"\xff"])
-            yield struct.pack("<Q", draw.choice([len(text), len(text), length, 2**63])) + bytes(text) + rest
-        elif kind == 3:  # a number
-            digits = [at for at, sign in enumerate(header) if chr(sign).isdigit()]
-            at = draw.choice(digits)
-            text = header[:at] + draw.choice([b"0", b"7", b"99", b"-1", b"9" * 30, b"9" * 5000]) + header[at + 1 :]
-            yield struct.pack("<Q", len(text)) + text + rest
-        else:
-            text = json.dumps(swapped(json.loads(header))).encode()
-            yield struct.pack("<Q", len(text)) + text + rest
+    if kind == 0:
+        damaged = bytearray(content)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        return bytes(damaged)
+    if kind == 1:
+        return content[: draw.randrange(len(content))] + bytes(draw.choice([0, 0, 1, 8]))
+    if kind == 2:  # a header of another length, or with other signs
+        text = bytearray(header)
+        at = draw.randrange(len(text))
+        text[at : at + draw.randint(0, 3)] = draw.choice([b"", b"9", b'"', b"\\", b"}", b"-", b"e9", b"\x00", b"\xff"])
+        return struct.pack("<Q", draw.choice([len(text), len(text), length, 2**63])) + bytes(text) + rest
+    if kind == 3:  # a number
+        at = draw.choice([at for at, sign in enumerate(header) if chr(sign).isdigit()])
+        text = header[:at] + draw.choice([b"0", b"7", b"99", b"-1", b"9" * 30, b"9" * 5000]) + header[at + 1 :]
+        return struct.pack("<Q", len(text)) + text + rest
+    text = json.dumps(swapped(json.loads(header), draw)).encode()
+    return struct.pack("<Q", len(text)) + text + rest
 
 
 @pytest.fixture(scope="module")
