@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 TOGETHER := --no-print-directory --jobs $(if $(MAKE_TERMOUT),,--output-sync=target)
 
 .DEFAULT_GOAL := help
-.PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-play test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist lint clean
+.PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-play test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist build-sanitized fuzz crash lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -106,9 +106,19 @@ test-gpu: .venv/ready ## the kernels for GPUs, on one or in Triton's interpreter
 	$(BIN)/python -m pytest tests/test_triton.py tests/test_gpu_switching.py tests/test_gpu_bench.py
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-test-sanitized: .venv/ready ## the kernels in C under AddressSanitizer and UBSan, over 24,000 mutants of files and plans (ten minutes)
+build-sanitized: .venv/ready
 	CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build --build-lib build/sanitized --build-temp build/sanitized
+
+test-sanitized: build-sanitized ## the kernels in C under AddressSanitizer and UBSan, over 24,000 mutants of files and plans (ten minutes)
 	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized $(BIN)/python tests/sanitized.py
+
+MINUTES ?= 60
+fuzz: build-sanitized ## files, plans of the kernels (under AddressSanitizer) and requests to a server at random, for MINUTES=60
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) --sanitized build/sanitized
+
+KILLS ?= 100
+crash: .venv/ready ## SIGKILL at KILLS=100 random moments of each of save, train, convert, merge and serve (half an hour)
+	$(BIN)/python tests/crash.py --kills $(KILLS)
 
 soak: .venv/ready ## 100,000 operations on models whose base must never be lost, and interrupts at every pair of moments (half an hour)
 	$(BIN)/python tests/soak.py --operations 100000

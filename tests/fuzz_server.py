@@ -5,7 +5,6 @@ one, which links lead to: no file in it may be opened.
 """
 
 import asyncio
-import atexit
 import contextlib
 import functools
 import json
@@ -29,7 +28,7 @@ ADMINISTRATION = ["/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adap
 PATHS = ["/v1/completions", "/v1/chat/completions", *ADMINISTRATION, "/v1/models", "/health", "/ready", "/metrics"]
 PATHS += ["/v1/adapters/{}", "/v1/adapters/{}/pin", "/v1/models/{}", "/{}", "/v1/completions/", "//v1//models", "/docs"]
 METHODS = ["GET", "POST", "DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "X"]
-TEXTS = ["", "hello", "é\u202e\x00", "\U0001f600" * 9, "x" * 200, "<s><pad>", "{{ 1/0 }}", "\n\r"]
+TEXTS = ["", "hello", "é\u202e\x00", "\U0001f600" * 9, "x" * 200, "<s><pad>", "x{{ 1/0 }}", "\n\r"]
 ODD = [*TEXTS, 0, -1, 1, 2, 96, 2**31, 2**63, 10**39, 0.5, -0.0, 1e308, True, None, [], [""], [0], [96, 97], [[1]], {}, {"5": 100}]
 FIELDS = {
     **{name: ODD for name in ("max_tokens", "n", "seed", "temperature", "top_p", "top_k", "min_p", "logprobs", "stop", "stream")},
@@ -43,7 +42,7 @@ HEADERS = {
     "origin": ["http://localhost", "http://evil.example", "null", "http://[", "\xff\xfe"],
     "content-length": ["0", "5", "-1", "99999999999", "9" * 5000, "\u00b2", "x", ""],
     "authorization": ["Bearer x", "Bearer \xff", "Basic eA==", ""],
-    "x-request-id": ["7", "x" * 200, "\r\n", "\xff", "a b"],
+    "x-request-id": ["7", "x" * 200, "\xff", "a b"],
     "content-type": ["application/json", "text/plain", "multipart/form-data", "\xff"],
     "transfer-encoding": ["chunked"],
     "expect": ["100-continue"],
@@ -131,9 +130,14 @@ class Site:
 
 @functools.cache
 def site():
-    made = Site()
-    atexit.register(made.close)
-    return made
+    return Site()
+
+
+def close():
+    """End what `site` has begun."""
+    if site.cache_info().currsize:
+        site().close()
+        site.cache_clear()
 
 
 def case(draw, pool):
@@ -165,7 +169,7 @@ def a_request(draw):
     found["headers"] = [[name, draw.choice(HEADERS[name])] for name in draw.sample(sorted(HEADERS), draw.choice([0, 0, 1, 2]))]
     found["body"] = a_body(draw, path)
     if draw.random() < 0.1:
-        found["query"] = draw.choice(["x=1", "%ff=%00", "stream=true", "\xff"])
+        found["query"] = draw.choice(["x=1", "%ff=%00", "stream=true"])  # h11, before the application, passes ASCII alone
     if draw.random() < 0.2:
         found["pieces"] = True
     if draw.random() < 0.1:

@@ -141,6 +141,10 @@ def test_bodies_are_bounded_also_without_their_length(tmp_path):
         for content in (b"x" * 101, pieces()):
             refused = await client.post("/v1/completions", content=content)
             assert refused.status_code == 413 and "100 bytes" in refused.json()["error"]["message"]
+        told = await client.post("/v1/completions", content=b"{}", headers={"content-length": "9" * 5000})
+        assert told.status_code == 413
+        told = await client.post("/v1/completions", content=b"{}", headers={"content-length": "²".encode()})
+        assert told.status_code == 200  # no length: what comes counts
 
     site.run(work)
 
@@ -228,3 +232,19 @@ def test_a_fault_of_the_server_is_counted_and_has_an_id(site, monkeypatch, caplo
 
     site.run(work)
     assert "GET /v1/adapters 500" in caplog.text
+
+
+def test_a_client_that_leaves_in_its_body_is_no_fault_of_the_server(site):
+    """On the routes about adapters, as on those that answer."""
+    sent = []
+
+    async def leaves():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/adapters", "raw_path": b"/v1/adapters", "query_string": b""}
+    headers = [(b"host", b"localhost")]
+    asyncio.run(site.app({**scope, "headers": headers, "server": ("localhost", 8000), "scheme": "http"}, leaves, send))
+    assert [message["status"] for message in sent if message["type"] == "http.response.start"] == [499]

@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import shutil
+from pathlib import Path
 
 import pytest
 
 from conftest import all_bits, mlp, random_adapter, same_bits
 from serving_site import until
+from shira.serving.catalogue import path_in
+from shira.serving.selections import SelectionError
 from shira.serving.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("settled")
@@ -146,3 +149,29 @@ def test_settings_are_checked():
     for wrong in ({"port": -1}, {"ready": 1}, {"patience": -1.0}, {"engine": "sglang"}, {"max_queue": "many"}):
         with pytest.raises(DataError, match=next(iter(wrong))), contextlib.suppress(TypeError):
             Settings(**wrong)
+
+
+def test_a_file_that_goes_while_it_is_loaded_is_not_found(site, monkeypatch):
+    (site.folder / "late.safetensors").write_bytes((site.folder / "poet.safetensors").read_bytes())
+
+    async def gone(key):
+        (site.folder / "late.safetensors").unlink()
+        site.catalogue.scan()
+
+    async def work(client):
+        monkeypatch.setattr(site.engine, "prefetch", gone)
+        refused = await client.post("/v1/adapters", json={"name": "late"})
+        assert refused.status_code == 404 and "was removed after it was loaded" in refused.json()["error"]["message"]
+
+    site.run(work)
+
+
+def test_a_folder_that_a_link_leads_to_is_not_even_listed(tmp_path, monkeypatch):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "linked").symlink_to(tmp_path / "outside")
+    listed = []
+    monkeypatch.setattr(Path, "iterdir", lambda path: listed.append(path) or iter(()))
+    with pytest.raises(SelectionError, match="'linked' is a link that leads out of the served folder"):
+        path_in(tmp_path / "served", "linked")
+    assert not listed

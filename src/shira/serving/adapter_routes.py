@@ -11,12 +11,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from ..errors import ShiraError
 from .catalogue import Catalogue, path_in
 from .engine import Engine
 from .metrics import Metrics
-from .problems import Refused, error_body, status_of
+from .problems import CLIENT_LEFT, Refused, error_body, status_of
 from .selections import AdapterReplaced, SelectionError, UnknownAdapter, of_key, parse
 
 __all__ = ["AdapterRoutes", "watching"]
@@ -80,6 +81,8 @@ class AdapterRoutes:
             try:
                 found: Response = await route(request)
                 return found
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_LEFT)
             except (ShiraError, OSError) as error:
                 return JSONResponse(error_body(error, str(self.catalogue.folder)), status_of(error))
 
@@ -121,7 +124,9 @@ class AdapterRoutes:
         await self._load(wanted.name)
         if wanted.pin:
             await self.engine.pin(self.catalogue.resolve(wanted.name).key, True)
-        row = next(row for row in self.catalogue.listed() if row["name"] == wanted.name)
+        row = next((row for row in self.catalogue.listed() if row["name"] == wanted.name), None)
+        if row is None:
+            raise UnknownAdapter(f"the file of {wanted.name!r} was removed after it was loaded")
         return JSONResponse(row)
 
     async def _load(self, name: str) -> None:

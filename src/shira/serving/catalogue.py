@@ -59,11 +59,16 @@ def path_in(folder: Path, name: str) -> Path:
     file = folder / f"{parse_name(name)}{ENDING}"
     path = folder / name if not os.path.lexists(file) and (folder / name).is_dir() else file
     inside = os.path.join(os.path.realpath(folder), "")
-    for each in (path, *_files(path)):
+
+    def check(each: Path) -> None:
         if not os.path.realpath(each).startswith(inside):
             raise SelectionError(
                 f"{str(each.relative_to(folder))!r} is a link that leads out of the served folder; put a copy there"
             )
+
+    check(path)  # before what it leads to is listed
+    for file in _files(path):
+        check(file)
     return path
 
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from ..errors import ShiraError
 from ..texts import visible
 from .metrics import Metrics
-from .problems import Refused, error_body, status_of
+from .problems import CLIENT_LEFT, Refused, error_body, status_of
 from .settings import Settings
 
 __all__ = ["ADMIN_KEYS", "KEYS", "Gate", "Keys"]
@@ -30,9 +30,9 @@ KEYS, ADMIN_KEYS = "SHIRA_API_KEYS", "SHIRA_ADMIN_KEYS"  # environment variables
 OPEN = ("/health", "/ready", "/ping", "/version")  # paths without a key
 ADMINISTRATION = re.compile(r"/v1/(adapters|load_lora_adapter|unload_lora_adapter)(/|$)")
 ANSWERS = re.compile(r"/v1/(chat/completions|completions|responses)/?$")
+LENGTH = re.compile(r"[0-9]+")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 KNOWN = re.compile(rf"{ANSWERS.pattern}|/v1/(adapters|models|(un)?load_lora_adapter)|/(health|ready|metrics)$")
-CLIENT_LEFT = 499  # the status in log and metrics
 BODY_SECONDS = 60.0  # a body must be there after them; until then it takes no place in the queue
 LAST_SECONDS = 5.0  # to tell a client of an error that reads nothing
 RETRY = 1  # seconds until a client that was refused for load should ask again
@@ -135,7 +135,7 @@ class Gate:
                     "forbidden",
                 )
         length = _header(scope, b"content-length")
-        if length.isdigit() and int(length) > self.settings.max_body:
+        if LENGTH.fullmatch(length) and (len(length) > 18 or int(length) > self.settings.max_body):
             raise self._too_large()
 
     @contextlib.contextmanager

@@ -24,13 +24,12 @@ from .catalogue import Catalogue
 from .metrics import Metrics
 from .openai_forms import ChatForm, CompletionForm, Form
 from .openai_requests import ChatRequest, CompletionRequest, OpenAIRequest, RequestError, parsed
-from .problems import Refused, error_body, status_of
+from .problems import CLIENT_LEFT, Refused, error_body, status_of
 from .transformers_engine import RequestTooLong, TransformersEngine
 
 __all__ = ["OpenAIRoutes"]
 
 log = logging.getLogger(__name__)
-CLIENT_GONE = 499  # nobody reads it
 LETTERS = 16  # of a token at least, for the bound on the text of a prompt
 
 
@@ -82,11 +81,11 @@ class OpenAIRoutes:
         try:
             task = asyncio.ensure_future(answer(await request.body()))
         except ClientDisconnect:
-            return Response(status_code=CLIENT_GONE)
+            return Response(status_code=CLIENT_LEFT)
         gone = asyncio.ensure_future(_gone(request))
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return await task if task.done() else Response(status_code=CLIENT_GONE)
+            return await task if task.done() else Response(status_code=CLIENT_LEFT)
         except Exception as error:
             _log(error)
             return JSONResponse(error_body(error, self._folder), status_of(error))

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from ..errors import ShiraError
 
-__all__ = ["Problem", "Refused", "error_body", "status_of"]
+__all__ = ["CLIENT_LEFT", "Problem", "Refused", "error_body", "status_of"]
 
+CLIENT_LEFT = 499  # the status of an answer that nobody reads
 VERSION = re.compile(r"@[0-9a-f]{16}\b")  # of an adapter, behind its name in the messages of a switcher
 
 
