@@ -365,8 +365,11 @@ def test_what_is_whole_is_left_alone(tmp_path, caplog):
         shutil.copytree(tmp_path / "checkpoint-4", tmp_path / name)
     state = tmp_path / "checkpoint-6" / "trainer_state.json"
     state.write_bytes(state.read_bytes()[:-9])
+    abandoned = f".shira-{'0' * 16}.tmp"
+    (tmp_path / "checkpoint-6" / abandoned).touch()
     assert set_aside(tmp_path) == [tmp_path / "unfinished-checkpoint-6"]
     assert "checkpoint-6 is not whole" in caplog.text
+    assert not (tmp_path / "unfinished-checkpoint-6" / abandoned).exists()
     assert set_aside(tmp_path) == set_aside(tmp_path / "nowhere") == []
     left = {"checkpoint-2", "checkpoint-4", "checkpoint-x", "unfinished-checkpoint-6"}
     assert {path.name for path in tmp_path.iterdir()} == left

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtra, TuningError
+from ..files.paths import sweep
 from ..files.tensorfiles import write_whole
 from ..training.tuner import Tuner
 from .card import base_of, card
@@ -184,6 +185,7 @@ def set_aside(folder: Any) -> list[Path]:
         aside = path.with_name(f"unfinished-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
+        sweep(aside)  # nobody writes there again, who would do it
         logger.warning("%s is not whole and was set aside as %s", path, aside.name)
         moved.append(aside)
     return moved
