@@ -11,7 +11,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before torch: forks have no threads
+os.environ |= {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}  # before torch: forks have no threads
 
 import torch
 import transformers
@@ -23,7 +27,7 @@ from serving import tiny_llama
 from shira import Adapter, SparseTensor, cli
 from shira.integrations import peft
 from shira.integrations.trainer import ShiraCallback
-from shira.serving import transformers_server
+from shira.serving import transformers_server  # noqa: F401  imported before the first fork, which then need not
 from trainers import llama, snip, trainer_of
 
 torch.set_num_threads(1)
@@ -70,7 +74,9 @@ class Scene:
 
     def check_end(self):
         found = crash.tree(self.folder)
-        assert found == self.expected, f"another end: {[name for name in self.expected if found.get(name) != self.expected[name]]}"
+        assert found == self.expected, (
+            f"another end: {[name for name in self.expected if found.get(name) != self.expected[name]]}"
+        )
 
 
 class Save(Scene):
@@ -246,7 +252,9 @@ class Serve:
 
     def ask(self, method, path, body=None):
         """(status, JSON) of a request; (0, None) if nobody answers."""
-        request = urllib.request.Request(f"{self.url}{path}", None if body is None else json.dumps(body).encode(), method=method)
+        request = urllib.request.Request(
+            f"{self.url}{path}", None if body is None else json.dumps(body).encode(), method=method
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status, json.load(answer)
@@ -344,4 +352,3 @@ def serve(folder, kills, draw):
 
 
 SCENES = {name.__name__.lower(): killed(name) for name in (Save, Train, Convert, Merge)} | {"serve": serve}
-assert transformers_server  # imported before the first fork, which then need not

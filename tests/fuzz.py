@@ -27,22 +27,37 @@ CORPUS = HERE / "corpus"
 PARTS = ("files", "kernels", "server")
 SECONDS = 60  # that a case may take before it counts as hanging
 BATCH = 200  # cases between two looks at the clock
-SMALLEST = 4096  # bytes of a case that the corpus keeps for its outcome alone
+SMALLEST = 2048  # bytes of a case that the corpus keeps for its outcome alone
 
 
-def stored(part):
+def module_of(part):
+    return importlib.import_module(f"fuzz_{part}")
+
+
+def folder_of(module):
+    return CORPUS / module.__name__.removeprefix("fuzz_")
+
+
+def stored(module):
     """The cases of a part in the corpus: name -> case."""
-    module = importlib.import_module(f"fuzz_{part}")
-    return {path.name: module.load(path.read_bytes()) for path in sorted((CORPUS / part).glob(f"*{module.ENDING}"))}
+    return {path.name: module.load(path.read_bytes()) for path in sorted(folder_of(module).glob(f"*{module.ENDING}"))}
 
 
-def keep(part, content, why):
+def closed(module):
+    getattr(module, "close", lambda: None)()
+
+
+def keep(module, content, why):
     """Put a case into the corpus. why: "found" something, or "outcome". Returns its path."""
-    ending = importlib.import_module(f"fuzz_{part}").ENDING
-    path = CORPUS / part / f"{why}-{hashlib.sha256(content).hexdigest()[:12]}{ending}"
+    path = folder_of(module) / f"{why}-{hashlib.sha256(content).hexdigest()[:12]}{module.ENDING}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
+
+
+def in_short(outcome):
+    """The kind of an outcome, of which the corpus keeps one case."""
+    return outcome.partition("; ")[0][:60]
 
 
 def place_of(error):
@@ -53,9 +68,10 @@ def place_of(error):
 
 def fuzz(part, seconds, current, keep_outcomes):
     """Run one part. current: a file that always holds the case that runs. Returns how many defects were found."""
-    module, began = importlib.import_module(f"fuzz_{part}"), time.monotonic()
-    pool = list(stored(part).values())
+    module, began = module_of(part), time.monotonic()
+    pool = list(stored(module).values())
     outcomes = {module.run(case) for case in pool}
+    kept = {in_short(outcome) for outcome in outcomes}
     fresh, known, counts = [], set(), collections.Counter()
     smallest = {}  # place of an error -> the smallest case that raises it
 
@@ -74,7 +90,7 @@ def fuzz(part, seconds, current, keep_outcomes):
         else:
             if outcome not in outcomes:
                 outcomes.add(outcome)
-                fresh.append(case)
+                fresh.append((outcome, case))
 
     rules = settings(max_examples=BATCH, database=None, deadline=None, suppress_health_check=list(HealthCheck))
     rules = settings(rules, phases=[Phase.generate, Phase.shrink], print_blob=False)
@@ -87,14 +103,15 @@ def fuzz(part, seconds, current, keep_outcomes):
             traceback.print_exception(error)
         for place in smallest.keys() - known:
             counts["found"] += 1
-            print(f"{': '.join(map(str, place))}: found, and kept as {keep(part, smallest[place], 'found')}", flush=True)
+            print(f"{': '.join(map(str, place))}: found, and kept as {keep(module, smallest[place], 'found')}", flush=True)
         known |= smallest.keys()
-        for case in fresh:
-            if keep_outcomes and len(content := module.dump(case)) <= SMALLEST:
-                keep(part, content, "outcome")
-        pool += fresh
+        for outcome, case in fresh:
+            pool.append(case)
+            if keep_outcomes and in_short(outcome) not in kept and len(content := module.dump(case)) <= SMALLEST:
+                kept.add(in_short(outcome))
+                keep(module, content, "outcome")
         fresh.clear()
-    getattr(module, "close", lambda: None)()
+    closed(module)
     faulthandler.cancel_dump_traceback_later()
     print(
         f"{part}: {counts['cases']:,} cases in {time.monotonic() - began:.0f} s, {len(outcomes)} kinds of outcome, "
@@ -112,12 +129,14 @@ def guarded(part, given, folder):
     command += ["--keep-outcomes"] if given.keep_outcomes else []
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     if part == "kernels" and given.sanitized:
-        library = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+        library = subprocess.run(
+            ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         path = os.pathsep.join(filter(None, [given.sanitized, os.environ.get("PYTHONPATH")]))
         environment |= {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": path}
     code = subprocess.run(command, env=environment).returncode
     if code not in (0, 1):
-        kept = keep(part, current.read_bytes(), "found") if current.exists() else "no case"
+        kept = keep(module_of(part), current.read_bytes(), "found") if current.exists() else "no case"
         print(f"{part}: the process ended with {code}, in {kept}", flush=True)
     return code == 0
 
@@ -127,7 +146,9 @@ def main():
     parser.add_argument("--minutes", type=float, default=60, help="of all parts together")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--sanitized", help="folder of a build of shira with AddressSanitizer, for the kernels")
-    parser.add_argument("--keep-outcomes", action="store_true", help="also keep a small case of each kind of outcome in the corpus")
+    parser.add_argument(
+        "--keep-outcomes", action="store_true", help="also keep a small case of each kind of outcome in the corpus"
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -85,7 +85,9 @@ def seeds():
         peft.save(delta, folder / "peft")
         shira_config = json.loads((folder / "peft" / CONFIG).read_text()) | {"base_model_name_or_path": BASE}
         found["peft"] = {CONFIG: dumped(shira_config), WEIGHTS: (folder / "peft" / WEIGHTS).read_bytes()}
-        few = {f"base_model.model.{n}": torch.arange(k) for n, k in (("0.supertuning_indices", 5), ("1.supertuning_indices", 3))}
+        few = {
+            f"base_model.model.{n}": torch.arange(k) for n, k in (("0.supertuning_indices", 5), ("1.supertuning_indices", 3))
+        }
         few |= {name.replace("indices", "values"): where.float() for name, where in few.items()}
         tuning = {"peft_type": "SUPERTUNING", "r": None, "sparsity": 0.99, "base_model_name_or_path": BASE}
         found["super-tuning"] = {CONFIG: dumped(tuning), WEIGHTS: safetensors.torch.save(few)}
@@ -191,7 +193,11 @@ def redescribed(content, draw, kind):
                 drawn = []
             if drawn:
                 width = plain_reader.WIDTHS[values[0]]
-                arrays[f"{name}.values"] = [values[0], [len(drawn)], (values[2] + bytes(len(drawn) * width))[: len(drawn) * width]]
+                arrays[f"{name}.values"] = [
+                    values[0],
+                    [len(drawn)],
+                    (values[2] + bytes(len(drawn) * width))[: len(drawn) * width],
+                ]
                 rule["crc32"] = plain_reader.crc32(drawn)
     metadata["tensors"] = json.dumps(described)
     return closed(metadata, arrays)

@@ -37,11 +37,17 @@ def case(draw, pool):
     if kind == "gradient":
         sides = {"tokens": draw.choice([0, 1, 17, 300]), "rows": draw.choice([1, 33, 200]), "columns": draw.choice([1, 9, 131])}
         density = draw.choice([0, 0.003, 0.05, 1])
-        return common | sides | {"dtype": draw.choice(list(DTYPES)[:2]), "index": draw.choice(list(INDICES)), "density": density}
+        return (
+            common | sides | {"dtype": draw.choice(list(DTYPES)[:2]), "index": draw.choice(list(INDICES)), "density": density}
+        )
     runs = [a_run(draw) for _ in range(draw.choice([1, 2, 3, 5]))]
     common |= {"numel": draw.choice([1, 63, 64, 5000, 200_000]), "runs": runs}
     if kind == "fuse":
-        common |= {"dtype": draw.choice(list(DTYPES)[:2]), "base": draw.random() < 0.7, "method": draw.choice(["sum", "mean", "max"])}
+        common |= {
+            "dtype": draw.choice(list(DTYPES)[:2]),
+            "base": draw.random() < 0.7,
+            "method": draw.choice(["sum", "mean", "max"]),
+        }
         common["units"] = draw.choice([None, None, None, "uint8", "uint16"])
     return common
 

@@ -200,7 +200,9 @@ def borrowed(path, name, shape, file):
         raise Invalid("file") from None
     found, _ = read(path.parent / file)
     described = json.loads(header["tensors"])
-    demand(not any(isinstance(e.get("positions"), dict) and "file" in e["positions"] for e in described.values()), "a third file")
+    demand(
+        not any(isinstance(e.get("positions"), dict) and "file" in e["positions"] for e in described.values()), "a third file"
+    )
     demand(name in found and found[name].shape == shape, "positions of another tensor")
     return found[name].positions
 
@@ -213,6 +215,7 @@ def lines(rule, shape, count):
     demand(type(frequency) is int and type(first) is int and 0 <= first < frequency and type(diagonal) is bool, "rule")
     rows, columns = shape
     across, length = (rows, columns) if rule["direction"] == "rows" else (columns, rows)
+    demand(first < max(1, across), "rule")
     found = []
     for line in range(first, across, frequency) if length else ():
         for place in range(length):
