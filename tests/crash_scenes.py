@@ -205,7 +205,7 @@ class Train(Scene):
 
 
 def comparable(path, content):
-    """The bytes of a file; of an adapter all but its metadata, which tell how long a run took; of a card nothing but that it ends."""
+    """The bytes of a file; of an adapter all but its metadata, which tell how long a run took; of a card its last line."""
     if path.name == "model.safetensors" or path.suffix == ".yaml":
         return content
     if path.suffix == ".md":

@@ -1,9 +1,10 @@
-"""A fuzzer for what comes from others: `make fuzz MINUTES=60`. Three parts in turn: files, plans of kernels, requests to a server.
+"""A fuzzer for what comes from others: `make fuzz MINUTES=60`. Files, plans and requests in turn.
 
 A part (fuzz_files.py, fuzz_kernels.py, fuzz_server.py) has `case(draw, pool)`, a case at random; `run(case)`, which raises what
-is wrong and returns the kind of outcome; `dump` and `load`, for the corpus; and perhaps `close`. Cases with a new outcome join the pool, which later
-cases are made from. Hypothesis makes what it finds smaller, and the smallest case is kept in tests/corpus, which
-tests/test_corpus.py replays. Each part is a process of its own: one that crashes or hangs leaves its case there, too.
+is wrong and returns the kind of outcome; `dump` and `load`, for the corpus; and perhaps `close`. Cases with a new outcome join
+the pool, which later cases are made from. Hypothesis makes what it finds smaller, and the smallest case is kept in
+tests/corpus, which tests/test_corpus.py replays. Each part is a process of its own: one that crashes or hangs leaves its case
+there, too.
 """
 
 import argparse
