@@ -3,7 +3,8 @@
 Each scene (crash_scenes.py) acts in a process of its own, which is killed: every second time at a moment drawn from the whole
 run, otherwise just before or after one of its calls that change the file system (fsync, rename, …). After each kill no half
 file may have a name, and acting again must end with the very bytes of a run that nobody disturbed. Every third time that
-second run is killed, too. A kill does not lose what the system has in memory, as a power failure may: what `fsync` does is not tested.
+second run is killed, too. A kill does not lose what the system has in memory, as a power failure may: what `fsync` does is
+not tested.
 """
 
 import argparse

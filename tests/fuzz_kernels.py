@@ -140,7 +140,8 @@ def plan(case):
                 where = where[torch.randperm(where.numel(), generator=generator)]
             if write["stepped"]:
                 where = where.repeat_interleave(2)[::2]
-            where = without(where, weight, taken.setdefault(buffer.data_ptr(), []))
+            if case["shared"]:
+                where = without(where, weight, taken.setdefault(buffer.data_ptr(), []))
             count = max(0, where.numel() + write["surplus"])
             values = [odd_values(count, DTYPES[write["values"]], generator) for _ in range(2)]
             inside = not where.numel() or 0 <= int(where.min()) <= int(where.max()) < weight.numel()
