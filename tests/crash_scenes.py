@@ -78,7 +78,6 @@ class Scene:
             f"another end: {[name for name in self.expected if found.get(name) != self.expected[name]]}"
         )
 
-
     def write_next(self):
         """Whoever writes in the folder next removes what a killed process has left there."""
         Adapter({}).save("next.safetensors")
