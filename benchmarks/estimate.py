@@ -22,7 +22,7 @@ from torch import nn
 
 import shira
 from shira.data.models import SMOLLM2
-from shira.integrations.transformers import load_config, untrained
+from shira.integrations.transformers import checkpointing_of, load_config, untrained
 from shira.runs.estimate import METHODS, estimate
 
 from .common import TARGETS, report
@@ -95,7 +95,7 @@ def steps(model: nn.Module, setup: Setup, vocabulary: int) -> None:
     trained = prepared(model, setup["method"])
     model.train()
     if setup["checkpointing"]:
-        model.activation_checkpointing_enable()  # type: ignore[operator]
+        checkpointing_of(model)[0]()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     ids = torch.randint(0, vocabulary, (4, setup["tokens"]))
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import shira
 from shira.data.models import SMOLLM2
-from shira.integrations.transformers import load_model
+from shira.integrations.transformers import checkpointing_of, load_model
 
 from .common import TARGETS, alternate, report, show
 
@@ -73,7 +73,7 @@ def model_step(
     """A function that takes one optimizer step of SmolLM2-135M, and the number of parameters that train."""
     base = load_model(SMOLLM2, "float32")
     if checkpoint:
-        base.activation_checkpointing_enable()
+        checkpointing_of(base)[0]()
     model, trained = prepare(method, base, targets)
     model.train()
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

@@ -14,6 +14,7 @@ from torch import nn
 import shira
 from conftest import llama_batches, mlp, mlp_batches, mlp_loss
 from shira import DataError, MaskError
+from shira.integrations.transformers import checkpointing_of
 from shira.masks.calibration import _inputs_kept as inputs_kept
 from shira.masks.calibration import calibrate
 
@@ -192,7 +193,7 @@ def test_checkpointing_leaves_no_inputs_to_count_on(monkeypatch, tiny_llama):
     monkeypatch.setattr(shira.masks.selector, "LEAST_MEMORY", 0)
     tiny_llama.train()
     for reentrant in (False, True):
-        tiny_llama.activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpointing_of(tiny_llama)[0]({"use_reentrant": reentrant})
         tiny_llama.enable_input_require_grads()
         assert 8 <= passes(tiny_llama, llama_batches(2), density=1 / 32) <= 14
 

@@ -12,7 +12,7 @@ import torch
 import shira
 from shira import DataError, TargetError, TuningError
 from shira.cli.demo import peak_memory_gb
-from shira.integrations.transformers import untrained
+from shira.integrations.transformers import checkpointing_of, untrained
 from shira.runs.estimate import _Log, estimate
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_the_step_without_data_is_the_step_with_data(dtype, method, options, che
     assert found.parts["weights"] == sum(unique.values()) + buffers
     assert found.parts["optimizer"] == 2 * sum(p.numel() * p.itemsize for p in trained)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpointing_of(model)[0]()
         if method == "lora":
             model.enable_input_require_grads()
     log = _Log([*model.parameters(), *model.buffers()])

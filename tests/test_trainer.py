@@ -19,7 +19,7 @@ from shira import BaseMismatch, TuningError
 from shira.integrations.trainer import ADAPTER, ShiraCallback, set_aside
 from shira.training.checkpoint_watch import FullCheckpoint
 from test_distributed import torchrun
-from trainers import STEPS, llama, losses, rows, same_adapter, snip, trainer_of, values
+from trainers import CHECKPOINTING, STEPS, llama, losses, rows, same_adapter, snip, trainer_of, values
 
 
 class StopsWhileSaving:
@@ -187,8 +187,8 @@ def test_evaluation_sees_the_trained_values_and_disturbs_nothing(tmp_path):
     "options",
     [
         {"gradient_accumulation_steps": 3},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
         {"bf16": True},
         {"optim": "sgd", "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2},
     ],

@@ -15,6 +15,7 @@ import shira
 from conftest import all_bits, bits, same_bits
 from shira import TuningError
 from shira.integrations.trainer import ADAPTER, ReferenceModel, ShiraCallback
+from trainers import CHECKPOINTING
 
 # TRL 1.16 uses names of Transformers that this has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -43,7 +44,7 @@ def text(seed, length):
 def usual(folder, **options):
     usual = {"output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     usual |= {"logging_steps": 1, "save_steps": 3, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    return usual | {"bf16": False, "activation_checkpointing": True, "dataloader_pin_memory": False} | options
+    return usual | {"bf16": False, CHECKPOINTING: True, "dataloader_pin_memory": False} | options
 
 
 def sft(model, tokenizer, folder, callbacks, **options):

@@ -9,6 +9,7 @@ from torch import nn
 import shira
 from conftest import all_bits, mlp, mlp_batches, mlp_loss, same_bits
 from shira import TargetError, TuningError
+from shira.integrations.transformers import checkpointing_of
 
 
 def train(model, tuner, steps=2):
@@ -320,7 +321,7 @@ def test_reentrant_checkpoints_behind_frozen_convolutions():
         torch.manual_seed(0)
         model = WhisperForConditionalGeneration(WhisperConfig(**sides)).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": True})
+            checkpointing_of(model)[0]({"use_reentrant": True})
         with shira.attach(model, density=0.1) as tuner:
             features = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1))
             model(input_features=features, labels=torch.ones(2, 4, dtype=torch.long)).loss.backward()

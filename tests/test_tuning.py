@@ -8,6 +8,7 @@ from torch import nn
 import shira
 from conftest import all_bits, attach_is_refused, bits, llama_batches, mlp, mlp_batches, mlp_loss, same_bits
 from shira import DataError, MaskError, TargetError, TuningError
+from shira.integrations.transformers import checkpointing_of
 
 MASKS = {"struct": 0.3, "rand": 0.1, "wm": 0.1, "grad": 0.1, "snip": 0.1}
 
@@ -199,7 +200,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_llama, reentrant):
     results = []
     for checkpoint in (False, True):
         if checkpoint:
-            tiny_llama.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpointing_of(tiny_llama)[0]({"use_reentrant": reentrant})
         tiny_llama.train()
         with shira.attach(tiny_llama, density=0.1) as tuner:
             optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)

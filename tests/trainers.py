@@ -7,6 +7,11 @@ import shira
 from conftest import bits, llama_batches
 
 STEPS = 8
+CHECKPOINTING = (  # the option of the trainers; Transformers before 5.23 has the second
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 
 
 def llama(dtype=torch.float32, **options):

@@ -17,15 +17,11 @@ from ..masks.calibration import without_cudnn_attention
 from ..training.tuner import Tuner
 from .diffusers_sampling import sample
 from .diffusion_losses import Parts
+from .transformers import checkpointing_of
 
 __all__ = ["Examples", "accelerator_for", "check_schedule", "class_pictures", "ready", "train"]
 
 CLIP = 1.0  # the largest norm of a step's gradient
-SWITCHES = (  # what turns gradient checkpointing on and off: in Diffusers, in Transformers, in older Transformers
-    ("enable_gradient_checkpointing", "disable_gradient_checkpointing"),
-    ("activation_checkpointing_enable", "activation_checkpointing_disable"),
-    ("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
-)
 Progress = Callable[[int, int], None]
 
 
@@ -90,9 +86,9 @@ def ready(parts: Parts, checkpointing: bool) -> Iterator[None]:
     switched = []
     try:
         for part in parts.children() if checkpointing else ():
-            on, off = next(names for names in SWITCHES if hasattr(part, names[0]))
-            switched.append(getattr(part, off))
-            getattr(part, on)()
+            on, off = checkpointing_of(part)
+            switched.append(off)
+            on()
         parts.train()
         yield
     finally:

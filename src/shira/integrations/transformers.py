@@ -28,6 +28,7 @@ __all__ = [
     "batches",
     "check_packing",
     "check_there",
+    "checkpointing_of",
     "encode",
     "load_config",
     "load_model",
@@ -39,6 +40,18 @@ __all__ = [
     "untrained",
     "version",
 ]
+
+CHECKPOINTING = (  # methods that turn it on and off: in Diffusers, in Transformers, in Transformers before 5.23
+    ("enable_gradient_checkpointing", "disable_gradient_checkpointing"),
+    ("activation_checkpointing_enable", "activation_checkpointing_disable"),
+    ("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
+)
+
+
+def checkpointing_of(model: nn.Module) -> tuple[Callable[..., None], Callable[[], None]]:
+    """What turns the gradient checkpointing of a model of Transformers or Diffusers on, and what turns it off."""
+    on, off = next(names for names in CHECKPOINTING if hasattr(model, names[0]))
+    return getattr(model, on), getattr(model, off)
 
 
 def load_model(model: str, dtype: str = "auto") -> nn.Module:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import masks
 from ..errors import DataError, TuningError
-from ..integrations.transformers import one_example_a_row
+from ..integrations.transformers import checkpointing_of, one_example_a_row
 from ..kernels import Pattern, find_pattern, torch_ops
 from ..kernels.cpu import native
 from ..sparse.positions import index_dtype
@@ -122,7 +122,7 @@ def estimate(
 def _step(model: Any, batch_size: int, length: int, frozen: bool, checkpointing: bool) -> None:
     """One forward and backward pass. frozen: checkpointing on a frozen embedding, whose output must then need a gradient."""
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpointing_of(model)[0]()
     if frozen:
         model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
     ids = torch.zeros(batch_size, length, dtype=torch.int64)
