@@ -1,5 +1,7 @@
 """The built-in model is named for what it is; its earlier name and the adapters of that time still work."""
 
+import warnings
+
 import pytest
 import torch
 from experiments import levels
@@ -14,6 +16,8 @@ from shira.masks import wm
 from shira.runs.recipes import load_recipe
 
 (EARLIER,) = ALIASES
+WARNING = f"model name '{EARLIER}' is deprecated, and gone in shira .*; use '{SMOLLM2}'"
+deprecated = pytest.mark.filterwarnings(f"ignore:the {WARNING}:DeprecationWarning")
 
 
 @pytest.fixture
@@ -39,6 +43,7 @@ def change(model, name, base=None):
     return shira.Adapter(adapter.tensors, adapter.metadata | {"base": known | ({"id": base} if base else {})})
 
 
+@deprecated
 def test_both_names_mean_one_model_and_new_adapters_record_the_new_one(converted):
     assert list(BUILT_IN) == [SMOLLM2] and SMOLLM2.endswith("-Q4_1")
     assert [model_path(name) for name in (SMOLLM2, EARLIER, str(converted))] == [str(converted)] * 3
@@ -46,6 +51,16 @@ def test_both_names_mean_one_model_and_new_adapters_record_the_new_one(converted
     assert change(load_model(EARLIER), "a").metadata["base"]["id"] == SMOLLM2
     assert load_recipe(None, {"model": EARLIER, "data": "spam"}).model == SMOLLM2
     assert model_path("HuggingFaceTB/" + EARLIER) == "HuggingFaceTB/" + EARLIER
+
+
+def test_the_earlier_name_gives_one_warning_that_names_the_new_one(converted, run):
+    with pytest.warns(DeprecationWarning, match=WARNING) as given:
+        load_model(EARLIER)
+    assert [warning.filename for warning in given] == [__file__]
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("ignore")  # as Python does where a library calls
+        assert run(f"targets {EARLIER}")[0] == 0
+    assert [warning.category for warning in given] == [DeprecationWarning]
 
 
 def test_a_folder_with_the_earlier_name_is_that_folder(converted, tiny_llama):
@@ -86,6 +101,7 @@ def test_an_adapter_of_another_model_of_that_name_is_refused(converted, recorded
         switcher.add("a", change(other, "a", recorded))
 
 
+@deprecated
 def test_cards_say_what_the_base_is(converted):
     for identity in (SMOLLM2, EARLIER, str(converted)):
         base = base_of(identity, "bfloat16", "AutoModelForCausalLM")

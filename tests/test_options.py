@@ -1,9 +1,11 @@
 """Each training option is defined once, in Recipe: the command, the check, the file and the calls follow from there."""
 
+import contextlib
 import inspect
 import re
 import subprocess
 import sys
+import warnings
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -217,7 +219,8 @@ def test_the_command_line_says_what_a_file_says(run, tmp_path, monkeypatch, line
         raise DataError("far enough")
 
     monkeypatch.setattr(cli.train, "check_run", check_run)
-    code, _, err = run(f"train --config {tmp_path}/r.yaml {line}")
+    with pytest.deprecated_call() if line == "--decompose 0" else contextlib.nullcontext():
+        code, _, err = run(f"train --config {tmp_path}/r.yaml {line}")
     assert code == 1 and "far enough" in err
     assert repr(found[0]) == repr(Recipe(**(vars(plain) | value)))
 
@@ -226,7 +229,11 @@ def test_decompose_of_earlier_releases(tmp_path):
     """It was None or a rank, with 0 for what is True now."""
     for text, value in (("0", True), ("null", False), ("8", 8), ("true", True), ("false", False), ("1", 1)):
         (tmp_path / "r.yaml").write_text(f"model: m\ndata: spam\ndecompose: {text}\nexclude: null\navoid: null\n")
-        found = load_recipe(tmp_path / "r.yaml", {})
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            found = load_recipe(tmp_path / "r.yaml", {})
+        words = {"0": ["decompose true"], "null": ["decompose false"]}.get(text, [])
+        assert [str(warning.message).partition("; use ")[2] for warning in given] == words
         assert found.decompose is value or type(value) is int and found.decompose == value
         assert passed_to("attach", found)["decompose"] is found.decompose
         assert not {"exclude", "avoid"} & passed_to("attach", found).keys()

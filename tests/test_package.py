@@ -151,6 +151,25 @@ def test_importing_is_lean(names):
         assert not {"typer", "rich", "xxhash", "jinja2"} & set(loaded)
 
 
+def test_deprecated_names_are_gone_in_their_release():
+    """Each call of `deprecated` says when, and that release has not come: then the call and what it stands for must go."""
+
+    def release(text):
+        return tuple(int(number) for number in text.split("."))
+
+    calls = [
+        node
+        for path in FILES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "deprecated"
+    ]
+    ends = [ast.literal_eval(word.value) for call in calls for word in call.keywords if word.arg == "gone_in"]
+    assert calls and len(ends) == len(calls)
+    assert all(release(end) > release(shira.__version__) for end in ends)
+    text = ARCHITECTURE.parents[1].joinpath("CHANGELOG.md").read_text(encoding="utf-8")
+    assert all(f"gone in {end}" in text for end in ends)
+
+
 def test_without_the_kernels_in_c_one_warning_says_so(monkeypatch):
     monkeypatch.setattr(kernels.native, "_native", None)
     monkeypatch.setattr(kernels.backends, "_told", [])

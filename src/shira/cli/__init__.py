@@ -1,6 +1,7 @@
 """The `shira` command. Each subcommand is a few lines over the library. A failure prints one line and gives exit code 1."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated
 
@@ -94,6 +95,7 @@ def options(
 
 def main() -> None:
     """Run the command line. The exit code is 0 for success, 1 if the command failed, and 2 if its arguments are wrong."""
+    warnings.filterwarnings("default", ".* gone in shira ", DeprecationWarning)  # Python shows them to programmers alone
     try:
         app(prog_name="shira")
     except (ShiraError, OSError) as error:

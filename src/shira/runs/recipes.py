@@ -16,6 +16,7 @@ from ..errors import DataError, MissingExtra, did_you_mean
 from ..files.paths import open_regular, path_of
 from ..texts import shown, strict_json
 from ..training.lr_scale import allowed
+from ..version import deprecated
 from .options import check, option, parse_scale, parse_targets, passed_to
 from .shared_options import Masked, Run, check_mask
 
@@ -163,8 +164,10 @@ def recipe_of(kind: type[Kind], path: str | Path | None, given: Mapping[str, Any
         settings = {key: value for key, value in settings.items() if key not in BUDGETS}
     settings = settings | dict(given)
     decompose = settings.get("decompose", False)
-    if decompose is None or (type(decompose) is int and decompose == 0):  # earlier releases: None was False, and 0 was True
+    if decompose is None or (type(decompose) is int and decompose == 0):  # None was False, and 0 was True
         settings["decompose"] = decompose is not None
+        old, new = ("null", "false") if decompose is None else ("0", "true")
+        deprecated(f"decompose {old}", f"decompose {new}", gone_in="0.3.0")
     for name in settings:
         if name not in (known := kind.__dataclass_fields__):
             raise DataError(f"{path}: unknown setting {shown(name)}; {did_you_mean(str(name), known)}")
