@@ -317,7 +317,7 @@ def test_training_goes_through_the_trainer_and_leaves_the_base(tiny_llama):
 def test_a_loss_that_explodes_ends_training(tiny_llama):
     rows = hf.encode(Letters(), [Example("hello", "abc")])
     with shira.attach(tiny_llama, density=0.1) as tuner, pytest.raises(shira.TuningError, match="try a lower learning rate"):
-        hf.train(tuner, tiny_llama, rows, steps=20, learning_rate=1e38, on_step=lambda step, loss, _: None)
+        hf.train(tuner, tiny_llama, rows, steps=20, learning_rate=1e36, on_step=lambda step, loss, _: None)
 
 
 def test_a_model_that_is_not_there():
