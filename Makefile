@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 TOGETHER := --no-print-directory --jobs $(if $(MAKE_TERMOUT),,--output-sync=target)
 
 .DEFAULT_GOAL := help
-.PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-play test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist build-sanitized fuzz crash lint clean
+.PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-play test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist build-sanitized fuzz crash extras test-window test-lowest test-newest lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -136,5 +136,38 @@ lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+extras: .venv/ready ## the wheel with each extra in an empty environment: pip check, and one act of the extra (ten minutes)
+	$(BIN)/python tests/extras.py
+
+# The lowest releases that pyproject.toml permits, and the newest that pip finds. torch's default builds for Linux bring CUDA, so
+# each takes 6 GB where no other build is offered. Warnings of libraries do not fail these tests.
+WINDOW_PIP := -m pip install -qq --no-compile --disable-pip-version-check
+WINDOW_PACKAGES := --editable '.[bench,eval,image,serve,trl]' pytest pytest-xdist hypothesis
+WINDOW_TESTS := -m pytest -n auto --maxprocesses 4 -W default -m "not slow and not real" $(patsubst %,tests/test_%.py, \
+	package adapter masks switching kernels tuning layers model_kinds calibration format trainer packing peft merging extraction \
+	loading diffusers train_image trl serve_engine serve_http lm_eval analysis data cli language estimate built_in_model)
+
+.venv-lowest/ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	@echo "installing the lowest supported releases into .venv-lowest (minutes, up to 6 GB) ..."
+	.venv-lowest/bin/python $(WINDOW_PIP) setuptools
+	.venv-lowest/bin/python $(WINDOW_PIP) --constraint constraints-lowest.txt --no-build-isolation $(WINDOW_PACKAGES)
+	@touch $@
+
+test-lowest: .venv-lowest/ready
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python $(WINDOW_TESTS)
+
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	@echo "installing the newest releases into .venv-newest (minutes, up to 6 GB) ..."
+	.venv-newest/bin/python $(WINDOW_PIP) setuptools
+	.venv-newest/bin/python $(WINDOW_PIP) --no-build-isolation $(WINDOW_PACKAGES)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python $(WINDOW_TESTS)
+
+test-window: ## tests of all that touches torch and Transformers, with the lowest supported releases and with the newest (half an hour)
+	@$(MAKE) --no-print-directory test-lowest
+	@$(MAKE) --no-print-directory test-newest
+
 clean: ## remove the environment and what was built
 	rm -rf .venv .venv-vllm .venv-ray .venv-play build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-ray .venv-lowest .venv-newest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -113,7 +113,7 @@ ACTS: dict[str, tuple[str, str | list[str]]] = {
     ),
     "report": (
         "`shira compare --out`",
-        [SHIRA, "compare", "adapters/a.safetensors", "adapters/b.safetensors", "--out", "page"],
+        [SHIRA, "compare", "adapters/a.safetensors", "adapters/b.safetensors", "--base", "model", "--out", "page"],
     ),
     "image": (
         "`shira sample`, two steps",

@@ -6,10 +6,13 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import shira
 from shira import kernels
@@ -168,6 +171,22 @@ def test_deprecated_names_are_gone_in_their_release():
     assert all(release(end) > release(shira.__version__) for end in ends)
     text = ARCHITECTURE.parents[1].joinpath("CHANGELOG.md").read_text(encoding="utf-8")
     assert all(f"gone in {end}" in text for end in ends)
+
+
+def test_the_lowest_releases_are_those_that_are_tested():
+    """Each requirement has a lower bound, which `make test-window` installs; without the extras that have targets of their own."""
+    root = ARCHITECTURE.parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = (root / "constraints-lowest.txt").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", lowest, re.MULTILINE))
+    apart = {"quantized", "vllm", "ray", "deepspeed", "gpu", "dev"}
+    texts = [text for extra, texts in project["optional-dependencies"].items() if extra not in apart for text in texts]
+    requirements = [Requirement(text) for text in (*project["dependencies"], *texts)]
+    tested = [each for each in requirements if each.name != "shira-adapters"]
+    assert len(tested) > 20
+    for each in tested:
+        (bound,) = each.specifier
+        assert bound.operator == ">=" and Version(bound.version) == Version(pinned[each.name]), f"{each}, {pinned[each.name]}"
 
 
 def test_without_the_kernels_in_c_one_warning_says_so(monkeypatch):
