@@ -174,7 +174,7 @@ def test_deprecated_names_are_gone_in_their_release():
 
 
 def test_the_lowest_releases_are_those_that_are_tested():
-    """Each requirement has a lower bound, which `make test-window` installs; without the extras that have targets of their own."""
+    """Each has a lower bound, which `make test-window` installs; without the extras that have targets of their own."""
     root = ARCHITECTURE.parents[1]
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lowest = (root / "constraints-lowest.txt").read_text(encoding="utf-8")
