@@ -136,10 +136,16 @@ def test_other_families():
 
     experts = {"num_local_experts": 2, "num_key_value_heads": 2, "num_attention_heads": 4, "num_hidden_layers": 2}
     mixture = MixtralConfig(vocab_size=199, hidden_size=64, intermediate_size=96, **experts)
-    found = predicted(torch.bfloat16, mixture, method="full")
-    assert found.parts["activations"] > 0 and found.parameters == sum(p.numel() for p in untrained(mixture, None).parameters())
-    with pytest.raises(DataError, match="a step of MixtralForCausalLM cannot be run without data in this dtype"):
-        predicted(torch.float32, mixture, method="full")  # torch knows no shape for its experts' product
+    refused = [torch.float32]  # torch knows no shape for their experts' product
+    if hasattr(torch.nn.functional, "grouped_mm"):
+        found = predicted(torch.bfloat16, mixture, method="full")
+        assert found.parts["activations"] > 0
+        assert found.parameters == sum(p.numel() for p in untrained(mixture, None).parameters())
+    else:  # then Transformers reads how many tokens each expert has, which no tensor without data says
+        refused.append(torch.bfloat16)
+    for dtype in refused:
+        with pytest.raises(DataError, match="a step of MixtralForCausalLM cannot be run without data in this dtype"):
+            predicted(dtype, mixture, method="full")
     small = GPT2Config(vocab_size=199, n_embd=64, n_layer=2, n_head=4)
     assert predicted(shape=small, method="full").parts["activations"] > 0
 

@@ -1,7 +1,6 @@
 """TRL's SFTTrainer and DPOTrainer: packed sequences, resuming, and a reference that is the base itself."""
 
 import copy
-import inspect
 import re
 from pathlib import Path
 
@@ -46,12 +45,6 @@ def usual(folder, **options):
     usual = {"output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     usual |= {"logging_steps": 1, "save_steps": 3, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     return usual | {"bf16": False, CHECKPOINTING: True, "dataloader_pin_memory": False} | options
-
-
-def reference_log_probs(trainer, batch):
-    """By the trainer itself; TRL before 1.10 knows by which model."""
-    models = [trainer.ref_model] if "model" in inspect.signature(trainer.compute_ref_log_probs).parameters else []
-    return trainer.compute_ref_log_probs(*models, batch)
 
 
 def sft(model, tokenizer, folder, callbacks, **options):
@@ -133,9 +126,9 @@ def test_dpo_refers_to_the_base_without_a_copy(tmp_path, tokenizer):
             found.append((told, bits(values(tuner.adapter()))))
             if reference == "itself":
                 batch = next(iter(trainer.get_train_dataloader()))
-                one = reference_log_probs(trainer, batch)
+                one = trainer.compute_ref_log_probs(trainer.ref_model, batch)
                 plain = dpo(llama(), tokenizer, tmp_path / "plain", [], untouched)
-                other = reference_log_probs(plain, batch)
+                other = plain.compute_ref_log_probs(plain.ref_model, batch)
                 assert all(torch.equal(bits(a), bits(b)) for a, b in zip(one, other, strict=True))
         assert same_bits(base, all_bits(model))
     assert len(found[0][0][0]) == 6 and len(set(found[0][0][0])) == 6  # it moves
