@@ -20,6 +20,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
 OWN_TARGETS = {  # these bring gigabytes, or versions of their own, or are published only as source
     "deepspeed": "make test-deepspeed",
     "gpu": "make test-gpu",
+    "play": "make test-play",
     "quantized": "make test-quantized",
     "ray": "make test-ray",
     "vllm": "make test-vllm",
@@ -94,6 +95,19 @@ lora.save_pretrained("lora")
 subprocess.run([sys.argv[1], "convert", "lora", "--base", "model", "--density", "0.1", "-o", "lora.safetensors"], check=True)
 """
 
+SITE = """
+import subprocess, sys
+from pathlib import Path
+
+Path("pages").mkdir()
+Path("pages/index.md").write_text("# Adapters")
+Path("pages/api.md").write_text("::: shira.Adapter")
+theme, api = "theme: {name: material, font: false}", "plugins: [search, mkdocstrings]"
+Path("mkdocs.yml").write_text(f"site_name: shira\\ndocs_dir: pages\\n{theme}\\n{api}\\n")
+subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], check=True)
+assert "Adapter" in Path("site/api/index.html").read_text()
+"""
+
 # A list is a command; SHIRA stands for the command of the environment. A text is Python.
 SHIRA = "shira"
 ACTS: dict[str, tuple[str, str | list[str]]] = {
@@ -121,6 +135,7 @@ ACTS: dict[str, tuple[str, str | list[str]]] = {
     ),
     "serve": ("`shira serve`, three selections asked by OpenAI's client", SERVE),
     "bench": ("a LoRA made by PEFT, `shira convert`", BENCH),
+    "site": ("`mkdocs build`, two pages", SITE),
     "dev": ("`tests/test_adapter.py` of the source distribution", [sys.executable, "-m", "pytest", "tests/test_adapter.py"]),
     "quantized": ("imported", "import bitsandbytes, torchao, shira.weights.quantized"),
     "ray": ("imported", "import ray.serve, shira.integrations.ray"),

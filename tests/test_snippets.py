@@ -82,6 +82,10 @@ NOT_RUN = {  # page -> how a snippet begins -> why it does not run
         "from experiments": "needs the model that the command above trains",
         "python -m experiments.image.emoji train ": "80 minutes: trains the model",
     },
+    "docs/install.md": {
+        "pip install": "`make dist` and `make extras` install in these ways",
+        "make test-window": "minutes: installs two environments",
+    },
     "docs/masks/README.md": {"python -m": "hours, or results that the runs left: the figures of the page"},
     "docs/performance.md": {"python -m": "needs a checkout of another commit"},
     "docs/play.md": {"pip install": "a server, which does not end; `make test-play` drives it"},
