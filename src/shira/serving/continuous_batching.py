@@ -5,6 +5,7 @@ This file extends classes of Transformers that are not part of its public interf
 built.
 """
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -172,7 +173,12 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]  # mypy does not
     def start(self) -> None:
         """Start the thread. It is a daemon, so a program that ends without `stop` does not hang."""
         self.background_thread_status.clear()
-        self._generation_thread = threading.Thread(target=self._run_generation_loop, name="shira generation", daemon=True)
+        known = inspect.signature(
+            ContinuousBatchingManager._run_generation_loop
+        ).parameters  # Transformers 5.24 added an argument
+        options = {"use_inference_mode": False} if "use_inference_mode" in known else {}  # a switch writes into the weights
+        loop = self._run_generation_loop
+        self._generation_thread = threading.Thread(target=loop, kwargs=options, name="shira generation", daemon=True)
         self._generation_thread.start()
 
     def _create_batch_processor(self) -> Any:
@@ -180,9 +186,9 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]  # mypy does not
         processor.scheduler.turns = self._turns
         return processor
 
-    def _run_generation_loop(self) -> None:
+    def _run_generation_loop(self, **options: bool) -> None:
         try:
-            super()._run_generation_loop()
+            super()._run_generation_loop(**options)
         finally:
             self._ended()
 
