@@ -96,6 +96,20 @@ def test_resuming_in_the_same_process(tmp_path, options):
     assert torch.equal(masters, resumed) and same_adapter(adapter, again)
 
 
+def test_a_run_that_was_over_when_it_is_resumed_stays_as_it_was(tmp_path):
+    """Transformers takes one step more. It was found by a kill between the last checkpoint and the adapter."""
+    found = []
+    for resumed in (False, True):
+        model = llama()
+        with snip(model) as tuner:
+            trainer = trainer_of(model, tmp_path, [ShiraCallback(tuner)])
+            trainer.train(resume_from_checkpoint=resumed)
+            assert trainer.state.global_step == STEPS and len(losses(trainer)) == STEPS
+            found.append(tuner.adapter())
+    assert same_adapter(*found)
+    assert max(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")) == STEPS
+
+
 def test_without_the_callback_one_warning_says_that_whole_models_are_saved(tmp_path):
     """`filterwarnings = error` shows that there is none with the callback, nor if nothing is saved, in the other tests."""
     model = llama()

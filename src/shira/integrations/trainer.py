@@ -63,6 +63,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         tuner.masters("trained with ShiraCallback")
         self.tuner, self.name, self.license = tuner, name, license
         self._run: tuple[Any, Any] | None = None  # the Trainer's arguments and state
+        self._end: list[Tensor] | None = None  # what was trained, of a run that is over when it is resumed
         self._install("save_pretrained", self._save_pretrained)
         self._install("load_state_dict", self._load_state_dict)
 
@@ -84,6 +85,21 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         trained = {id(parameter) for group in known["optimizer"].param_groups for parameter in group["params"]}
         if not trained.issuperset(map(id, self.tuner.parameters())):
             raise TuningError("the Trainer's optimizer does not train this tuner's parameters; attach before it is made")
+        over = state.global_step >= state.max_steps > 0
+        self._end = [tensor.detach().clone() for tensor in self._changing()] if over else None
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Undo the step that Transformers (5.23) takes beyond max_steps when it resumes from the last checkpoint of a run."""
+        if self._end is not None:
+            with torch.no_grad():
+                for tensor, kept in zip(self._changing(), self._end, strict=True):
+                    tensor.copy_(kept)
+            state.global_step -= 1
+            control.should_save = control.should_log = control.should_evaluate = False
+
+    def _changing(self) -> list[Tensor]:
+        """What a step changes, beside the optimizer."""
+        return [*self.tuner.parameters(), *self.tuner.model.buffers()]
 
     def on_push_begin(self, args: Any, _state: Any, _control: Any, **_: Any) -> None:
         # the Trainer copies only those files of a checkpoint whose names it knows
