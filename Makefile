@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 TOGETHER := --no-print-directory --jobs $(if $(MAKE_TERMOUT),,--output-sync=target)
 
 .DEFAULT_GOAL := help
-.PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-play test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist build-sanitized fuzz crash extras test-window test-lowest test-newest lint clean
+.PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-play test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist build-sanitized fuzz crash extras test-window test-lowest test-newest notebooks lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,6 +34,10 @@ demo-image: .venv/ready ## train a small text-to-image model and two styles, and
 emoji-model: .venv/ready ## train a text-to-image model of 24 emoji from nothing (some minutes), and draw them at guidance 1 to 4
 	$(BIN)/python -m experiments.image.emoji train --concepts 24
 	$(BIN)/python -m experiments.image.emoji sample --concepts 24 --out emoji.png
+
+notebooks: .venv/ready ## run the notebooks of docs/notebooks anew and store what they show (minutes; installs Jupyter's kernel)
+	$(PIP) --no-build-isolation --editable '.[dev,notebooks]'
+	$(BIN)/python docs/notebooks/execute.py
 
 test: .venv/ready ## lint, types and tests, on tiny models and briefly on the real one
 	@$(MAKE) $(TOGETHER) lint tests-fast

@@ -1,0 +1,123 @@
+"""The notebooks of docs/notebooks: what is stored in them, and that their code runs."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from test_readme import EXTRAS, anchors
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs/notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+FORBIDDEN = re.compile(
+    r"(?i)/(home|root|tmp|users|work|var)/|[a-z]:\\|site-packages|warning|traceback|it/s|\d%\||\r(?!\n)|\x1b\[|0x[0-9a-f]{6}"
+)
+RUNNER = """
+import json, sys
+cells = [cell for cell in json.load(open(sys.argv[1], encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+names = {"__name__": "__main__"}
+for number, cell in enumerate(cells, start=1):
+    exec(compile("".join(cell["source"]), f"{sys.argv[1]}, code cell {number}", "exec"), names)
+"""
+
+
+def stored(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def code_cells(path):
+    """(its code, its outputs) of each code cell."""
+    cells = stored(path)["cells"]
+    return [("".join(cell["source"]), cell["outputs"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def shown(outputs):
+    """The texts of outputs: what a reader sees, and without pictures."""
+    for output in outputs:
+        yield "".join(output.get("text", []))
+        yield from ("".join(text) for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
+
+
+def shows_something(code):
+    """Whether a cell ends with an expression, or prints."""
+    last = ast.parse(code).body[-1]
+    return "print(" in code.splitlines()[-1] or (isinstance(last, ast.Expr) and not ast.unparse(last).startswith("hide_"))
+
+
+def test_there_are_four_and_the_pages_name_them():
+    assert [path.name[0] for path in NOTEBOOKS] == ["1", "2", "3", "4"]
+    overview = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert all(f"(notebooks/{path.name})" in overview for path in NOTEBOOKS)
+    assert "(docs/notebooks/" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@each
+def test_stored_is_what_a_fresh_run_shows_and_nothing_of_the_machine(path):
+    notebook = stored(path)
+    assert path.stat().st_size < 300_000
+    assert (notebook["nbformat"], notebook["metadata"]["language_info"]) == (4, {"name": "python"})
+    assert all(cell["metadata"] == {} for cell in notebook["cells"])
+    counts = [cell["execution_count"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "not run from top to bottom: make notebooks"
+    for code, outputs in code_cells(path):
+        assert {output["output_type"] for output in outputs} <= {"stream", "execute_result", "display_data"}, code
+        assert all(output.get("name", "stdout") == "stdout" for output in outputs), code
+        assert outputs or not shows_something(code), f"shows nothing: make notebooks\n{code}"
+        for text in shown(outputs):
+            assert not FORBIDDEN.search(text) and socket.gethostname() not in text, text
+
+
+@each
+def test_names_that_are_used_exist(path):
+    tree = ast.parse("\n".join(code for code, _ in code_cells(path)))
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imported if node.module.partition(".")[0] in ("shira", "experiments")]
+    assert ours and not any(node.module.startswith("tests") for node in imported)
+    for node in ours:
+        module = importlib.import_module(node.module)
+        for alias in node.names:
+            assert hasattr(module, alias.name) and not alias.name.startswith("_"), f"{node.module}.{alias.name}"
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    for name in {node.attr for node in used if isinstance(node.value, ast.Name) and node.value.id == "shira"}:
+        assert hasattr(importlib.import_module("shira"), name), name
+
+
+@each
+def test_links_lead_somewhere(path):
+    text = "\n".join("".join(cell["source"]) for cell in stored(path)["cells"] if cell["cell_type"] == "markdown")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, anchor = link.partition("#")
+        if not link.startswith("http"):
+            assert (FOLDER / place).exists(), link
+            assert not anchor or anchor in anchors(FOLDER / place), link
+    for extras in re.findall(r"'\.\[([\w,]+)\]'", text):
+        assert set(extras.split(",")) <= EXTRAS
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@each
+def test_the_code_runs_and_is_silent(path, tmp_path):
+    """In a process of its own, in the notebook's folder, as Jupyter does."""
+    environment = os.environ | {"MPLBACKEND": "Agg", "TMPDIR": str(tmp_path)}
+    quiet = "ignore:FigureCanvasAgg is non-interactive"  # of plt.show() outside of a notebook
+    done = subprocess.run(
+        [sys.executable, "-W", quiet, "-c", RUNNER, path.name],
+        cwd=FOLDER,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr and done.stdout
