@@ -20,6 +20,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
 OWN_TARGETS = {  # these bring gigabytes, or versions of their own, or are published only as source
     "deepspeed": "make test-deepspeed",
     "gpu": "make test-gpu",
+    "notebooks": "make notebooks",
     "play": "make test-play",
     "quantized": "make test-quantized",
     "ray": "make test-ray",

@@ -179,7 +179,7 @@ def test_the_lowest_releases_are_those_that_are_tested():
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lowest = (root / "constraints-lowest.txt").read_text(encoding="utf-8")
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", lowest, re.MULTILINE))
-    apart = {"quantized", "vllm", "ray", "deepspeed", "gpu", "play", "site", "dev"}
+    apart = {"quantized", "vllm", "ray", "deepspeed", "gpu", "notebooks", "play", "site", "dev"}
     texts = [text for extra, texts in project["optional-dependencies"].items() if extra not in apart for text in texts]
     requirements = [Requirement(text) for text in (*project["dependencies"], *texts)]
     tested = [each for each in requirements if each.name != "shira-adapters"]
