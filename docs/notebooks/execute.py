@@ -9,6 +9,7 @@ of cells and the name of the kernel.
 import base64
 import io
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,17 +31,17 @@ def execute(path: Path) -> None:
     The file is written only if no cell fails.
     """
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook,
-        timeout=900,
-        record_timing=False,
-        coalesce_streams=True,
-        resources={"metadata": {"path": str(path.parent)}},
-        config=Config(
-            {"KernelManager": {"transport": "ipc"}}
-        ),  # no port that others can reach
-    )
-    client.execute()
+    with tempfile.TemporaryDirectory() as folder:
+        # sockets in a folder of our own, in place of ports that others can reach
+        sockets = {"transport": "ipc", "ip": f"{folder}/kernel"}
+        NotebookClient(
+            notebook,
+            timeout=900,
+            record_timing=False,
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(path.parent)}},
+            config=Config({"KernelManager": sockets}),
+        ).execute()
     notebook.metadata = METADATA
     for cell in notebook.cells:
         cell.metadata = {}
