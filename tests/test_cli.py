@@ -225,7 +225,7 @@ def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, 
         ("merge model sums.jsonl -o out", 1, "FormatError: sums.jsonl is not a whole safetensors file"),
         ("merge model a.safetensors a.safetensors=2 -o out", 1, "DataError: one adapter is given twice"),
         ("merge model none.safetensors", 2, "Missing option"),
-        ("train model --steps many", 2, "valid integer"),
+        ("train model --steps many", 2, "valid int"),
         ("nothing", 2, "No such command"),
     ],
 )
