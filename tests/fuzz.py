@@ -56,6 +56,26 @@ def keep(module, content, why):
     return path
 
 
+class Draw:
+    """Hypothesis' generator, which refuses to draw from nothing, as `random` does, before Hypothesis has noted the draw."""
+
+    def __init__(self, real):
+        self._real = real
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def choice(self, options):
+        if not options:
+            raise IndexError("nothing to choose from")
+        return self._real.choice(options)
+
+    def randrange(self, stop):
+        if stop < 1:
+            raise ValueError("nothing to draw from")
+        return self._real.randrange(stop)
+
+
 def in_short(outcome):
     """The kind of an outcome, of which the corpus keeps one case."""
     return outcome.partition("; ")[0][:60]
@@ -77,7 +97,7 @@ def fuzz(part, seconds, current, keep_outcomes):
     smallest = {}  # place of an error -> the smallest case that raises it
 
     def once(draw):
-        case = module.case(draw, pool)
+        case = module.case(Draw(draw), pool)
         content = module.dump(case)
         current.write_bytes(content)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
