@@ -253,7 +253,7 @@ class Serve:
         while True:
             self._adapters[number % 2].save(self.folder / "a.safetensors")
             number += 1
-            time.sleep(0.03)
+            time.sleep(0.15)  # a file that has just been written is not taken up for 0.05 s
 
     def ask(self, method, path, body=None):
         """(status, JSON) of a request; (0, None) if nobody answers."""
@@ -343,6 +343,8 @@ class Serve:
         else:
             status, _ = self.ask("DELETE", "/v1/adapters/a")
         assert status < 500, f"{kind}: {status}"
+        if not status:
+            time.sleep(0.01)
         return "answered" if status == 200 else "refused" if status else "nobody there"
 
 
