@@ -39,9 +39,14 @@ def model():
 
 
 @functools.cache
+def folder():
+    return tempfile.TemporaryDirectory(prefix="shira-fuzz-")
+
+
+@functools.cache
 def base():
-    """The file of that model's weights."""
-    path = Path(tempfile.mkdtemp(prefix="shira-fuzz-")) / "base.safetensors"
+    """The file of that model's weights, in a folder that goes with the process."""
+    path = Path(folder().name) / "base.safetensors"
     safetensors.torch.save_file(dict(model().state_dict()), path)
     return path
 
@@ -51,20 +56,20 @@ def seeds():
     """name -> case: valid files with every way to say positions, every dtype and version, patches, and PEFT's folders."""
     found = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        place = Path(name)
 
         def keep(label, *files):
             found[label] = {file.name: file.read_bytes() for file in files}
 
-        path = folder / ADAPTER
+        path = place / ADAPTER
         for mask in ("rand", "struct", "wm"):
             with shira.attach(model(), mask=mask, density=0.2, seed=3) as tuner:
                 tuner.adapter(mask, license="MIT", training={"steps": 1}).save(path)
             keep(mask, path)
         adapter = shira.load(path)
-        path.replace(folder / "lender")
-        adapter.save(path, like=folder / "lender")
-        keep("lent", path, folder / "lender")
+        path.replace(place / "lender")
+        adapter.save(path, like=place / "lender")
+        keep("lent", path, place / "lender")
         for kind, dtype in (("delta", torch.float32), ("delta", torch.bfloat16), ("overwrite", torch.float64)):
             tensors = {n: SparseTensor(t.shape, t.indices, t.values.to(dtype), kind) for n, t in adapter.tensors.items()}
             fused = {"fused": {"method": "sum", "strengths": {"a": 1}}, "base": {"id": "b", "dtype": ["float32"]}}
@@ -82,9 +87,9 @@ def seeds():
         for layout in rl_patches.LAYOUTS:
             rl_patches.save(adapter, path, layout)
             keep(layout, path)
-        peft.save(delta, folder / "peft")
-        shira_config = json.loads((folder / "peft" / CONFIG).read_text()) | {"base_model_name_or_path": BASE}
-        found["peft"] = {CONFIG: dumped(shira_config), WEIGHTS: (folder / "peft" / WEIGHTS).read_bytes()}
+        peft.save(delta, place / "peft")
+        shira_config = json.loads((place / "peft" / CONFIG).read_text()) | {"base_model_name_or_path": BASE}
+        found["peft"] = {CONFIG: dumped(shira_config), WEIGHTS: (place / "peft" / WEIGHTS).read_bytes()}
         few = {
             f"base_model.model.{n}": torch.arange(k) for n, k in (("0.supertuning_indices", 5), ("1.supertuning_indices", 3))
         }
@@ -240,20 +245,20 @@ def load(content):
 def run(case):
     """Use a case in all ways, and compare what is read with the plain reader. Returns the kind of outcome."""
     before = all_bits(model())
-    folder = Path(tempfile.mkdtemp(prefix="shira-fuzz-"))
+    place = Path(tempfile.mkdtemp(prefix="shira-fuzz-"))
     try:
         for name, content in case.items():
-            (folder / name).write_bytes(content.replace(BASE.encode(), str(base()).encode()) if name == CONFIG else content)
-        path = folder if CONFIG in case else folder / ADAPTER
+            (place / name).write_bytes(content.replace(BASE.encode(), str(base()).encode()) if name == CONFIG else content)
+        path = place if CONFIG in case else place / ADAPTER
         refused = check(path, model())
         foreign = {label: error for label, error in refused.items() if not isinstance(error, ShiraError)}
         assert not foreign, f"not an error of ours: {foreign}"
         assert same_bits(before, all_bits(model())), "a file that was only looked at has changed the model"
         said = as_is(path, refused)
         text = "; ".join(f"{label}: {type(error).__name__} {error}" for label, error in refused.items())
-        return f"{said} {re.sub(r'[0-9a-f]{8,}|[0-9]+', '0', text.replace(str(folder), ''))[:400]}"
+        return f"{said} {re.sub(r'[0-9a-f]{8,}|[0-9]+', '0', text.replace(str(place), ''))[:400]}"
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(place)
 
 
 def as_is(path, refused):
