@@ -45,10 +45,18 @@ def folder():
 
 @functools.cache
 def base():
-    """The file of that model's weights, in a folder that goes with the process."""
+    """The file of that model's weights, until `close`."""
     path = Path(folder().name) / "base.safetensors"
     safetensors.torch.save_file(dict(model().state_dict()), path)
     return path
+
+
+def close():
+    """Remove what `base` has made."""
+    if base.cache_info().currsize:
+        folder().cleanup()
+        folder.cache_clear()
+        base.cache_clear()
 
 
 @functools.cache
