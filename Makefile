@@ -154,7 +154,7 @@ WINDOW_TESTS := -m pytest -n auto --maxprocesses 4 -W default -m "not slow and n
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	@echo "installing the lowest supported releases into .venv-lowest (minutes, up to 6 GB) ..."
-	.venv-lowest/bin/python $(WINDOW_PIP) setuptools
+	.venv-lowest/bin/python $(WINDOW_PIP) 'setuptools>=77'
 	.venv-lowest/bin/python $(WINDOW_PIP) --constraint constraints-lowest.txt --no-build-isolation $(WINDOW_PACKAGES)
 	@touch $@
 
@@ -164,7 +164,7 @@ test-lowest: .venv-lowest/ready
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	@echo "installing the newest releases into .venv-newest (minutes, up to 6 GB) ..."
-	.venv-newest/bin/python $(WINDOW_PIP) setuptools
+	.venv-newest/bin/python $(WINDOW_PIP) 'setuptools>=77'
 	.venv-newest/bin/python $(WINDOW_PIP) --no-build-isolation $(WINDOW_PACKAGES)
 	OMP_NUM_THREADS=1 .venv-newest/bin/python $(WINDOW_TESTS)
 
