@@ -5,7 +5,6 @@ It is data only and knows no model. A `SparseTensor` is validated once, when it 
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,15 +13,15 @@ from torch import Tensor
 
 from .errors import AdapterError, FormatError
 from .files.patches import StoredPatch, is_patch
-from .files.paths import State, path_of
+from .files.paths import AnyPath, State, path_of
 from .files.peft_files import StoredPeft, stored_peft
-from .files.reading import FileChanged, Path_, StoredTensors
+from .files.reading import FileChanged, StoredTensors
 from .files.suggestions import adapter_in
 from .files.writing import saving
 from .sparse.tensor import SparseTensor
 from .texts import described, shown
 
-__all__ = ["Adapter", "as_stored", "check_unchanged", "load", "opened", "prefixed", "read", "save"]
+__all__ = ["Adapter", "Shapes", "as_stored", "check_unchanged", "load", "opened", "prefixed", "read"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,17 +98,20 @@ class Adapter:
         lines = "".join(f"{name} {value}\n" for name, value in sorted(self.fingerprints.items()))
         return hashlib.sha256(lines.encode()).hexdigest()[:32] if lines else None
 
-    def save(self, path: str | os.PathLike[str], *, like: str | os.PathLike[str] | None = None) -> None:
+    def save(self, path: AnyPath, *, like: AnyPath | None = None) -> None:
         """Write one safetensors file (docs/format.md), whole or not at all.
 
+        It is first a temporary file in the same folder, which is flushed and renamed. A symbolic link is followed: the file
+        that it leads to is replaced, and the link stays.
         like: another file in the same folder, with an adapter of the same mask. Equal positions are not written again. A reader
             takes them from that file, so it must stay in the folder.
 
-        Raises AdapterError if the path is a folder, or if the metadata cannot be written as JSON; OSError.
+        Raises AdapterError if the path is a folder, or if the metadata cannot be written as JSON; OSError (a full disk, a
+        missing folder, a FIFO or device of that name). A file that already has the name is then unchanged.
         """
-        from .adapter import save
-
-        save(self, path, like=like)
+        with saving(path, self.metadata, like=like) as add:
+            for name, tensor in self.tensors.items():
+                add(name, tensor)
 
 
 Stored = StoredTensors | StoredPatch | StoredPeft
@@ -117,22 +119,7 @@ Shapes = Callable[[], Mapping[str, Tensor]]  # of a model's tensors: each on the
 ATTEMPTS = 3  # to read a file that is replaced meanwhile
 
 
-def save(adapter: Adapter, path: Path_, *, like: Path_ | None = None) -> None:
-    """Write an adapter to one safetensors file: first to a temporary file in the same folder, which is flushed and renamed.
-
-    like: another file in the same folder, with an adapter of the same mask. Equal positions are not written again. A reader
-        takes them from that file, so it must stay in the folder.
-    A symbolic link is followed: the file that it leads to is replaced, and the link stays.
-
-    Raises AdapterError if the path is a folder, or if the metadata cannot be written as JSON; OSError (a full disk, a missing
-    folder, a FIFO or device of that name). A file that already has the name is then unchanged.
-    """
-    with saving(path, adapter.metadata, like=like) as add:
-        for name, tensor in adapter.tensors.items():
-            add(name, tensor)
-
-
-def load(path: Path_, *, revision: str | None = None) -> Adapter:
+def load(path: AnyPath, *, revision: str | None = None) -> Adapter:
     """Read an adapter and check all of it.
 
     path: its file, or a folder with one adapter's file in it, or with `adapter.safetensors`, as a trainer saves it; or a weight
@@ -149,7 +136,7 @@ def load(path: Path_, *, revision: str | None = None) -> Adapter:
     return read(path, revision)[0]
 
 
-def read(path: Path_, revision: str | None = None, model: Shapes | None = None) -> tuple[Adapter, tuple[State, ...]]:
+def read(path: AnyPath, revision: str | None = None, model: Shapes | None = None) -> tuple[Adapter, tuple[State, ...]]:
     """`load`, and the states of the files that were read, the adapter's own first. model: see `opened`.
 
     The states are those of the opened files, even if other files have their names now. A file that changes while it is read is
@@ -165,7 +152,7 @@ def read(path: Path_, revision: str | None = None, model: Shapes | None = None) 
 
 
 @contextlib.contextmanager
-def opened(path: Path_, revision: str | None = None, model: Shapes | None = None) -> Iterator[Adapter]:
+def opened(path: AnyPath, revision: str | None = None, model: Shapes | None = None) -> Iterator[Adapter]:
     """An adapter that stays in its file. Inside the `with`, each tensor is read and checked when it is requested.
 
     model: the model that it is for, if there is one; for PEFT's files, which hold no shapes.

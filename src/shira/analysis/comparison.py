@@ -19,6 +19,7 @@ from .. import kernels
 from ..adapter import Adapter, load
 from ..checkpoints.checkpoint import CheckpointSource, tensors_of
 from ..errors import AdapterError, BaseMismatch
+from ..files.paths import AnyPath
 from ..sparse.tensor import SparseTensor, all_finite
 from ..texts import described
 from ..weights.belonging import check_described, check_tensor, known_in_part
@@ -26,7 +27,6 @@ from .spectra import as_matrix, gram, spectrum
 
 __all__ = ["BINS", "AdapterPair", "Change", "Comparison", "TensorComparison", "compare", "deltas", "named"]
 
-Path_ = str | os.PathLike[str]
 BINS = tuple(round(-10 + 0.2 * step, 1) for step in range(66))  # edges of the histogram, log10 |ΔW|
 
 LINES, LINES_AN_ENTRY = 2**24, 64  # without a base, rows + columns may be LINES + LINES_AN_ENTRY · entries
@@ -124,7 +124,7 @@ class Comparison:
 
 
 def compare(
-    *adapters: Adapter | Path_,
+    *adapters: Adapter | AnyPath,
     base: CheckpointSource | None = None,
     spectra: bool = True,
     on_progress: Callable[[int, str], None] = lambda done, name: None,
@@ -173,7 +173,7 @@ def compare(
     return Comparison(names, parts, total, counts)
 
 
-def named(adapters: Sequence[Adapter | Path_]) -> dict[str, Adapter]:
+def named(adapters: Sequence[Adapter | AnyPath]) -> dict[str, Adapter]:
     """Adapters by their names, or their files' names. Files are read. An adapter whose name is taken is renamed with a number.
 
     Raises AdapterError if there are none, or FormatError.

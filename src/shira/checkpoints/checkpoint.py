@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint, LazyTensors, form_of
 from ..files.metadata import name_of
-from ..files.paths import open_regular
+from ..files.paths import AnyPath, open_regular
 from ..files.tensorfiles import BLOCK, HeaderEntry
 from ..texts import described
 from ..weights.distributed import is_sharded
@@ -18,8 +18,7 @@ from ..weights.quantized import is_quantized
 
 __all__ = ["Checkpoint", "CheckpointSource", "LazyTensors", "form_of", "identity", "pieces_of", "rewrite", "tensors_of"]
 
-Path_ = str | os.PathLike[str]
-CheckpointSource = Path_ | nn.Module | Mapping[str, Tensor]
+CheckpointSource = AnyPath | nn.Module | Mapping[str, Tensor]
 
 
 def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..adapter import Adapter, check_unchanged, opened
 from ..errors import AdapterError, BaseMismatch, CheckpointError
-from ..files.paths import path_of, temporary_folder
+from ..files.paths import AnyPath, path_of, temporary_folder
 from ..fusion.combining import combine
 from ..fusion.methods import Method
 from ..fusion.strengths import CheckedStrength, File, Strength, as_given, check_strengths, given_strengths, strengths_of
@@ -23,17 +23,15 @@ from .checkpoint import Checkpoint, identity, rewrite
 from .renaming import names_in, renamed
 
 __all__ = ["merge"]
-
-Path_ = str | os.PathLike[str]
 Weighted = tuple[Adapter, float]
 CHUNK = 2**20  # entries written together
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
 def merge(
-    base: Path_,
-    adapter: Adapter | Path_ | Mapping[File, Strength] | Mapping[str, tuple[Adapter, Strength]],
-    out: Path_,
+    base: AnyPath,
+    adapter: Adapter | AnyPath | Mapping[File, Strength] | Mapping[str, tuple[Adapter, Strength]],
+    out: AnyPath,
     *,
     on_progress: Callable[[float], None] | None = None,
 ) -> int:
@@ -118,7 +116,7 @@ def _merge(
 
 
 def _in_files(
-    adapter: Adapter | Path_ | Mapping[File, Strength] | Mapping[str, tuple[Adapter, Strength]], files: contextlib.ExitStack
+    adapter: Adapter | AnyPath | Mapping[File, Strength] | Mapping[str, tuple[Adapter, Strength]], files: contextlib.ExitStack
 ) -> dict[str, tuple[Adapter, CheckedStrength]]:
     """Label -> (adapter, strength), for each form in which `merge` takes adapters. `files` closes the files that are opened."""
     if isinstance(adapter, Adapter):

@@ -3,7 +3,6 @@
 A tensor is read when it is asked for. Nothing here keeps it: its memory is freed with the caller's last reference.
 """
 
-import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..texts import shown, strict_json
-from .paths import State, open_regular, path_of, state_of
+from .paths import AnyPath, State, open_regular, path_of, state_of
 from .tensorfiles import Form, HeaderEntry, malformed, read_header, read_tensor
 
 __all__ = ["Checkpoint", "LazyTensors", "form_of", "prefix_swaps"]
-
-Path_ = str | os.PathLike[str]
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -40,7 +37,7 @@ class Checkpoint(LazyTensors):
         Checkpoint("SmolLM2-135M")["model.norm.weight"]
     """
 
-    def __init__(self, path: Path_) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = path_of(path, "Checkpoint('SmolLM2-135M')", CheckpointError)
         read = {file: _entries(file) for file in _weight_files(self.path)}
         self.shards = {file: entries for file, (entries, _) in read.items()}

@@ -18,7 +18,7 @@ from ..errors import AdapterError, CheckpointError, FormatError
 from ..sparse.tensor import FLOAT_DTYPES, SparseTensor, numel_of
 from ..texts import shown, strict_json
 from .paths import State, open_regular, state_of
-from .reading import FileChanged
+from .reading import unchanged
 from .tensorfiles import BLOCK, Form, HeaderEntry, read_header, read_tensor
 
 __all__ = ["POSITIONS", "SHAPES", "SPEC", "TRL", "VALUES", "StoredPatch", "checksum_of", "is_patch"]
@@ -54,9 +54,7 @@ class StoredPatch(Mapping[str, SparseTensor]):
     Raises FormatError.
     """
 
-    def __init__(
-        self, path: Path, stack: contextlib.ExitStack, shapes_of: Callable[[list[str]], Mapping[str, Shape]] | None = None
-    ) -> None:
+    def __init__(self, path: Path, stack: contextlib.ExitStack, shapes_of: ShapesOf | None = None) -> None:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         self._path, self._one_at_a_time = path, threading.Lock()
         self._states: dict[BinaryIO, State] = {}
@@ -115,10 +113,7 @@ class StoredPatch(Mapping[str, SparseTensor]):
 
     def state(self) -> tuple[State, ...]:
         """See `adapter.check_unchanged`."""
-        for file, state in self._states.items():
-            if state_of(file) != state:
-                raise FileChanged(f"{file.name} changed while it was read; read it again when nobody writes to it")
-        return tuple(self._states.values())
+        return unchanged(self._states)
 
 
 def is_patch(path: Path) -> bool:

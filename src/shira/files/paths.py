@@ -14,12 +14,13 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from ..errors import CheckpointError, ShiraError
 from ..texts import described
 
 __all__ = [
+    "AnyPath",
     "State",
     "destination",
     "nearby",
@@ -36,9 +37,23 @@ try:
 except ImportError:  # a system without these locks; temporary files of a killed process stay there
     fcntl = None  # type: ignore[assignment]
 
-State = tuple[int, ...]  # device, inode, size in bytes, times of the last change of content and inode in ns
+AnyPath = str | os.PathLike[str]  # a path as users pass it
 KINDS = {stat.S_IFIFO: "FIFO", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFSOCK: "socket", stat.S_IFDIR: "folder"}
 OURS = re.compile(r"\.shira-[0-9a-f]{16}\.tmp")
+
+
+class State(NamedTuple):
+    """The state of a file. It changes with every write and replacement, also if the size and a time stay the same."""
+
+    device: int
+    inode: int
+    size: int  # in bytes
+    modified: int  # when the content changed last, in ns
+    changed: int  # when the content, the name or the permissions changed last, in ns
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "State":
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def nearby(path: str, endings: tuple[str, ...] = ("",)) -> list[str]:
@@ -84,9 +99,8 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def state_of(file: BinaryIO) -> State:
-    """The state of an opened file. It changes with every write and replacement, also if the size and the time stay the same."""
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    """The state of an opened file."""
+    return State.of(os.fstat(file.fileno()))
 
 
 def destination(path: Path) -> Path:

@@ -21,7 +21,7 @@ from .bases import named_base
 from .checkpoint import form_of, prefix_swaps
 from .metadata import base_facts
 from .paths import State, open_regular, state_of
-from .reading import FileChanged
+from .reading import unchanged
 from .suggestions import PEFT_PREFIX
 from .tensorfiles import malformed, read_header, read_tensor
 
@@ -45,13 +45,13 @@ class StoredPeft(dict[str, SparseTensor]):
     def __init__(self, path: Path, stack: contextlib.ExitStack, base: Tensors) -> None:
         super().__init__()
         folder, weights = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)
-        self._files = [stack.enter_context(open_regular(each, FormatError)) for each in (weights, folder / CONFIG)]
-        self._states = tuple(state_of(file) for file in self._files)
+        files = [stack.enter_context(open_regular(each, FormatError)) for each in (weights, folder / CONFIG)]
+        self._states = {file: state_of(file) for file in files}
         _, config = read_config(path)
         if not is_sparse(config):
             raise FormatError(f"{folder} is of PEFT's method {shown(config['peft_type'])}; expected SHiRA or Super-Tuning")
         values_name, indices_name = LAYER[config["peft_type"]]
-        stored = _stored(weights, self._files[0])
+        stored = _stored(weights, files[0])
         layers = [name.rpartition(".")[0] for name in stored if name.endswith(f".{values_name}")]
         whole = {name: value for name, value in stored.items() if not name.endswith((f".{values_name}", f".{indices_name}"))}
         names = [*(f"{layer}.weight" for layer in layers), *whole]
@@ -89,10 +89,7 @@ class StoredPeft(dict[str, SparseTensor]):
 
     def state(self) -> tuple[State, ...]:
         """See `adapter.check_unchanged`."""
-        for file, state in zip(self._files, self._states, strict=True):
-            if state_of(file) != state:
-                raise FileChanged(f"{file.name} changed while it was read; read it again when nobody writes to it")
-        return self._states
+        return unchanged(self._states)
 
 
 def stored_peft(path: Path, stack: contextlib.ExitStack, model: Callable[[], Tensors] | None = None) -> StoredPeft | None:

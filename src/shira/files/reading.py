@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -19,18 +19,16 @@ from ..sparse.tensor import Kind, SparseTensor, numel_of
 from ..texts import shown, strict_json
 from . import encoding
 from .metadata import check_metadata
-from .paths import State, open_regular, path_of, state_of
+from .paths import AnyPath, State, open_regular, path_of, state_of
 from .suggestions import instead
 from .tensorfiles import read_header, read_tensor
 
-__all__ = ["FileChanged", "Gaps", "StoredTensors", "neighbour"]
+__all__ = ["FileChanged", "Gaps", "StoredTensors", "neighbour", "unchanged"]
 
 READABLE = {("1", "plain"), ("2", "gap"), ("3", "gap")}  # (format version, encoding)
 
-Path_ = str | os.PathLike[str]
 
-
-def neighbour(path: Path_, like: Path_) -> dict[str, SparseTensor]:
+def neighbour(path: AnyPath, like: AnyPath) -> dict[str, SparseTensor]:
     """The tensors of `like`, to whose positions a file at `path` may refer.
 
     like: another file in the same folder, which holds its positions itself.
@@ -55,6 +53,14 @@ def _lender(path: Path, like: Path, stack: contextlib.ExitStack) -> "StoredTenso
 
 class FileChanged(FormatError):
     """A file was written or replaced while it was read."""
+
+
+def unchanged(opened: Mapping[BinaryIO, State]) -> tuple[State, ...]:
+    """The states of opened files. Raises FileChanged if one has changed since it had the state that is given with it."""
+    for file, state in opened.items():
+        if state_of(file) != state:
+            raise FileChanged(f"{file.name} changed while it was read; read it again when nobody writes to it")
+    return tuple(opened.values())
 
 
 class Gaps(SparseTensor):
@@ -142,10 +148,8 @@ class StoredTensors(Mapping[str, SparseTensor]):
 
     def state(self) -> tuple[State, ...]:
         """See `adapter.check_unchanged`."""
-        now = state_of(self._file)
-        if now != self._state:
-            raise FileChanged(f"{self._path} changed while it was read; read it again when nobody writes to it")
-        return now, *(state for lender in self._lenders.values() for state in lender.state())
+        own = unchanged({self._file: self._state})
+        return *own, *(state for lender in self._lenders.values() for state in lender.state())
 
     def _array(self, name: str) -> Tensor:
         with self._one_at_a_time:

@@ -13,8 +13,8 @@ from ..sparse.positions import checksum, frequency_of, seed_of
 from ..sparse.tensor import SparseTensor
 from ..texts import shown, strict_json
 from . import encoding
-from .paths import path_of
-from .reading import Path_, neighbour
+from .paths import AnyPath, path_of
+from .reading import neighbour
 from .tensorfiles import spooled
 
 __all__ = ["FORMAT_VERSION", "saving"]
@@ -24,7 +24,7 @@ FORMAT_VERSION = 3
 
 @contextlib.contextmanager
 def saving(
-    path: Path_, metadata: Mapping[str, Any], *, like: Path_ | None = None
+    path: AnyPath, metadata: Mapping[str, Any], *, like: AnyPath | None = None
 ) -> Iterator[Callable[[str, SparseTensor], None]]:
     """Write an adapter whose tensors come one by one: `add(name, tensor)` writes each to the disk, in any order.
 

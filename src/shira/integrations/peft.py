@@ -24,7 +24,7 @@ from ..errors import AdapterError, BaseMismatch, CheckpointError, FormatError
 from ..files.bases import named_base
 from ..files.checkpoint import Checkpoint
 from ..files.metadata import base_facts
-from ..files.paths import path_of, temporary_folder
+from ..files.paths import AnyPath, path_of, temporary_folder
 from ..files.peft_files import CONFIG, WEIGHTS, StoredPeft, is_sparse, named_in, read_config
 from ..files.suggestions import PEFT_PREFIX
 from ..files.tensorfiles import spooled, write_whole
@@ -37,12 +37,10 @@ from ..weights.owners import claim
 __all__ = ["Base", "load", "save", "tensors_of"]
 
 PADDING = -0.0  # w + (-0.0) is w, also for w = -0.0; `load` leaves it out
-
-Path_ = str | os.PathLike[str]
-Base = nn.Module | Path_
+Base = nn.Module | AnyPath
 
 
-def load(path: Path_, base: Base | None = None) -> Adapter:
+def load(path: AnyPath, base: Base | None = None) -> Adapter:
     """A checkpoint of PEFT's SHiRA or Super-Tuning as an adapter of deltas: the same positions and values.
 
     path: the folder that PEFT saved, or the `adapter_model.safetensors` in it.
@@ -82,7 +80,7 @@ def load(path: Path_, base: Base | None = None) -> Adapter:
         return Adapter(dict(stored), metadata)
 
 
-def save(adapter: Adapter, folder: Path_, base: Base | None = None) -> int:
+def save(adapter: Adapter, folder: AnyPath, base: Base | None = None) -> int:
     """Write an adapter as a checkpoint of PEFT's SHiRA: a folder for `peft.PeftModel.from_pretrained(model, folder)`.
 
     folder: one that does not exist, or is empty.

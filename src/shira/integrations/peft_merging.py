@@ -18,7 +18,7 @@ from ..checkpoints import extraction
 from ..checkpoints.checkpoint import LazyTensors, identity
 from ..errors import CheckpointError, DataError, FormatError, MaskError, MissingExtra
 from ..files.metadata import base_facts
-from ..files.paths import path_of
+from ..files.paths import AnyPath, path_of
 from ..files.peft_files import read_config
 from ..files.tensorfiles import Form
 from ..sparse.tensor import SparseTensor, fingerprint
@@ -33,13 +33,11 @@ __all__ = ["convert"]
 
 NAME = "default"  # PEFT's name for the adapter
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of `init_lora_weights`: PEFT rewrites the base's weights
-
-Path_ = str | os.PathLike[str]
 Vectors = dict[str, tuple[nn.Parameter, Tensor]]
 
 
 def convert(
-    folder: Path_,
+    folder: AnyPath,
     base: Base | None = None,
     *,
     density: float | None = None,

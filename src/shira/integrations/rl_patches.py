@@ -23,13 +23,13 @@ from ..errors import AdapterError, BaseMismatch, FormatError, did_you_mean
 from ..files.checkpoint import prefix_swaps
 from ..files.metadata import base_facts
 from ..files.patches import POSITIONS, SHAPES, SPEC, TRL, VALUES, StoredPatch, checksum_of
-from ..files.paths import path_of
+from ..files.paths import AnyPath, path_of
 from ..files.tensorfiles import Form, spooled
 from ..fusion.fusing import fuse
 from ..sparse.tensor import SparseTensor, fingerprint
 from ..texts import described
 from ..weights.belonging import check_base
-from .peft import Base, Path_, tensors_of
+from .peft import Base, tensors_of
 
 __all__ = ["LAYOUTS", "Layout", "load", "save"]
 
@@ -37,7 +37,7 @@ Layout = Literal["trl", "slime", "verl"]
 LAYOUTS = ("trl", "slime", "verl")
 
 
-def load(path: Path_, base: Base | None = None) -> Adapter:
+def load(path: AnyPath, base: Base | None = None) -> Adapter:
     """A weight patch as an adapter: the same positions and values, kind "overwrite".
 
     path: a file; or a folder with the files of one sync, as slime writes it.
@@ -78,7 +78,7 @@ def load(path: Path_, base: Base | None = None) -> Adapter:
 
 def save(
     adapter: Adapter,
-    path: Path_,
+    path: AnyPath,
     layout: Layout,
     *,
     positions: Literal["gap", "raw"] | None = None,

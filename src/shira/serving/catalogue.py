@@ -8,13 +8,11 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from ..adapter import check_unchanged, opened, read
+from ..adapter import Shapes, check_unchanged, opened, read
 from ..analysis.contents import describe
 from ..data.models import model_path
 from ..errors import ShiraError
@@ -28,7 +26,6 @@ __all__ = ["Catalogue", "Found", "path_in", "shapes_of", "version_of"]
 ENDING = ".safetensors"
 SETTLED = 0.05  # seconds after the last change of a file; before, its writer may still be at work
 TRIES = 40  # `load` waits so many times for a file to settle
-Shapes = Callable[[], Mapping[str, Tensor]]
 
 
 class Found(NamedTuple):
@@ -141,7 +138,7 @@ class Catalogue:
         rows = []
         for name, found in sorted(self._found.items()):
             status = "error" if found.error else "unloaded" if name in self._unloaded else "served"
-            sizes, times = [state[2] for _, state in found.states], [state[3] for _, state in found.states]
+            sizes, times = [state.size for _, state in found.states], [state.modified for _, state in found.states]
             row = {"name": visible(name), "file": visible(found.path.name), "version": found.version, "status": status}
             rows.append({**row, "bytes": sum(sizes), "modified": max(times, default=0) / 1e9, "error": found.error or None})
         return rows
@@ -175,7 +172,7 @@ class Catalogue:
             return Found(name, self.folder / name, "", self._told(error), ())
         if not states or (before is not None and before.states == states):
             return before if states else None
-        age = time.time() - max(state[-1] for _, state in states) / 1e9
+        age = time.time() - max(state.changed for _, state in states) / 1e9
         if 0 <= age < SETTLED:  # below 0 the clock was set back, or it is another machine's
             if not tries:
                 return before
@@ -204,5 +201,4 @@ def _files(path: Path) -> list[Path]:
 
 def _states(path: Path) -> tuple[tuple[str, State], ...]:
     """Name and state of each file of an adapter."""
-    stats = [(file.name, os.stat(file)) for file in _files(path)]
-    return tuple((name, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for name, s in stats)
+    return tuple((file.name, State.of(os.stat(file))) for file in _files(path))

@@ -56,7 +56,7 @@ class AdapterSource:
         now = time.time_ns()
         adapter, found = read(self._content, model=lambda: self._shapes(weights))
         self.accept(found)
-        is_settled = all(state[-1] < now - SETTLED for state in found)
+        is_settled = all(state.changed < now - SETTLED for state in found)
         is_new = found != self._checked
         self._found = found if is_settled else None
         return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
