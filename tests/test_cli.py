@@ -127,7 +127,7 @@ def test_train_near_the_base(run, folder, general):
 
 def test_train_of_chosen_layers_and_kinds(run, folder):
     code, _, err = run(
-        f"{TRAIN} --data sums.jsonl --targets all-linear --exclude mlp,k_proj --layers 1 -o some.safetensors --decompose 0"
+        f"{TRAIN} --data sums.jsonl --targets all-linear --exclude mlp,k_proj --layers 1 -o some.safetensors --decompose true"
     )
     assert code == 0, err
     some = shira.load("some.safetensors")
