@@ -133,9 +133,8 @@ def unite(runs: Sequence[Tensor]) -> UnitedPositions:
     indices, counts = (torch.empty(room, dtype=kind, device=CPU) for kind in (dtype, torch.int32))
     given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
     found = _native.unite(*given)
-    return UnitedPositions(
-        indices[:found].clone(), places, counts[:found]
-    )  # callers keep the positions: not the spare memory, too
+    own = indices[:found].clone()  # callers keep the positions; a view would keep the spare memory, too
+    return UnitedPositions(own, places, counts[:found])
 
 
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:
