@@ -163,7 +163,7 @@ def test_a_dropped_file_is_added_or_is_a_sentence(play, tiny_llama, tmp_path):
     assert whole(play, c=1.0).adapted == whole(play, **{"c (2)": 1.0}).adapted
 
 
-def test_blocks_of_a_language_model(play):
+def test_blocks_of_a_language_model(play, monkeypatch):
     names = [f"model.layers.{layer}.mlp.weight" for layer in range(10)] + ["lm_head.weight"]
     assert list(layer_groups(names)) == ["layers 0–2", "layers 3–6", "layers 7–9", "other"]
     assert layer_groups(names)["layers 0–2"] == [f"model.layers.{layer}.*" for layer in range(3)]
@@ -172,8 +172,14 @@ def test_blocks_of_a_language_model(play):
     groups = list(play._groups)
     uneven = Setting(0.5, ((groups[0], 2.0), (groups[1], 0.0)))
     strengths = {"*": 0.5, "model.layers.0.*": 1.0, "model.layers.1.*": 0.0}
+    read, of_file = [], play._adapter
+    monkeypatch.setattr(play, "_adapter", lambda name: read.append(name) or of_file(name))
     assert whole(play, a=uneven).adapted == alone(play, {"a": strengths})
-    fused = shira.load(play.fuse({"a": uneven}))
+    assert read == ["a"]  # before the switch whose time is shown
+    even, file = play.fuse({"a": Setting(0.5)}), play.fuse({"a": uneven})
+    assert (even.name, file.name) == ("a-0.5.safetensors", "a-0.5-by-block.safetensors")
+    assert play.fuse({"a": uneven}) != file and file.exists()  # what somebody downloads now stays as it is
+    fused = shira.load(file)
     assert not any(name.startswith("model.layers.1.") and fused.tensors[name].nnz for name in fused.tensors)
 
 

@@ -14,7 +14,7 @@ from ..integrations.generation import Prompt, answer, is_chat
 from ..switching.sources import AdapterSource
 from ..switching.switcher import Switcher
 from ..weights.model_tensors import named_tensors
-from .asking import Chosen, Setting, Words
+from .asking import Setting, Words
 from .local import Local
 
 __all__ = ["Language", "layer_groups"]
@@ -67,10 +67,10 @@ class Language(Local):
     def _weights(self) -> Mapping[str, Tensor]:
         return named_tensors(self._model)
 
-    def _use(self, chosen: Chosen) -> None:
-        self._switcher.use({name: self._strength(name, setting) for name, setting in chosen.items()})
+    def _use(self, given: Mapping[str, Strength]) -> None:
+        self._switcher.use(given)
 
-    def _strength(self, name: str, setting: Setting) -> Strength:
+    def _given(self, name: str, setting: Setting) -> Strength:
         if setting.is_even:
             return setting.strength
         factors = dict(setting.blocks)
@@ -81,6 +81,8 @@ class Language(Local):
                 if pattern != "*" and any(tensor.startswith(pattern[:-1]) for tensor in there):
                     found[pattern] = setting.strength * factors.get(label, 1.0)
         return found
+
+    _strength = _given
 
     def _make(self, asked: Words, show: Callable[[Any, str], None]) -> str:
         if not asked.raw and not self.is_chat:

@@ -2,8 +2,10 @@
 
 import contextlib
 import re
+import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -28,7 +30,7 @@ PATIENCE = 1.0  # seconds: if looking at all weights takes longer, it is done wh
 NOT_LOOKED = Light(None, "Not looked at since the last answer. Looking at all weights takes a while: press the button.")
 
 
-class Local:
+class Local(ABC):
     """A model, its adapters and the folder for files that are made. `Language` and `Pictures` say how each is done.
 
     Every call that touches the model takes its turn. Between two turns the base is in the weights.
@@ -49,37 +51,41 @@ class Local:
         self._looks_by_itself = time.perf_counter() - started < PATIENCE
         self.light = self._watch.light(self._watched())
 
+    @abstractmethod
     def names(self) -> list[str]:
         """The names of the adapters, in the order in which they came."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _watched(self) -> Mapping[str, Tensor]:
         """All tensors whose bits must not change."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _weights(self) -> Mapping[str, Tensor]:
         """The tensors that adapters name."""
-        raise NotImplementedError
 
-    def _use(self, chosen: Chosen) -> None:
+    @abstractmethod
+    def _given(self, name: str, setting: Setting) -> Any:
+        """A setting as `_use` takes it. It may read the adapter's file."""
+
+    @abstractmethod
+    def _use(self, given: Mapping[str, Any]) -> None:
         """Switch to these adapters, in place; to the base if there are none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _make(self, asked: Any, show: Callable[[Any, str], None]) -> Any:
         """What the model makes as it is now. show(what is there so far, a note) is called as it comes, and may raise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _register(self, name: str, file: Path) -> None:
         """Add a file under a name that is free. Raises ShiraError; then nothing has changed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _adapter(self, name: str) -> Adapter:
         """The adapter as it is in its file, with the names of `_weights`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _strength(self, name: str, setting: Setting) -> Strength:
         """A setting as `fuse` takes it."""
-        raise NotImplementedError
 
     def run(self, asked: Any, chosen: Chosen, stop: threading.Event) -> Iterator[Seen]:
         """What the base and the adapted model make, as it comes, one after the other. The base stays for the next time.
@@ -105,16 +111,17 @@ class Local:
         seen = Seen(note="Switching …")
         show(seen)
         with self._base_afterwards(look=True):
-            if chosen:
-                seen = replace(seen, milliseconds=self._timed(chosen))
+            given = self._all_given(chosen)
+            if given:
+                seen = replace(seen, milliseconds=self._timed(given))
                 self._use({})
             if asked not in self._kept:
                 side("base", seen, "1 of 2: the base")(None, "")
                 self._keep(asked, self._make(asked, side("base", seen, "1 of 2: the base")))
             seen = replace(seen, base=self._kept[asked])
             seen = replace(seen, adapted=seen.base, note="No adapter has a strength above 0: both sides are the base.")
-            if chosen:
-                self._use(chosen)
+            if given:
+                self._use(given)
                 seen = replace(seen, adapted=None)
                 side("adapted", seen, "2 of 2: with adapters")(None, "")
                 made = self._make(asked, side("adapted", seen, "2 of 2: with adapters"))
@@ -148,12 +155,15 @@ class Local:
         if not self.light.exact:
             self._kept.clear()
 
-    def _timed(self, chosen: Chosen) -> float:
-        """Milliseconds of a switch from the base, all that can be read before being read. The adapters are active then."""
-        self._use(chosen)
+    def _all_given(self, chosen: Chosen) -> dict[str, Any]:
+        return {name: self._given(name, setting) for name, setting in chosen.items()}
+
+    def _timed(self, given: Mapping[str, Any]) -> float:
+        """Milliseconds of a switch from the base, all files being read before. The adapters are active then."""
+        self._use(given)
         self._use({})
         started = time.perf_counter()
-        self._use(chosen)
+        self._use(given)
         return 1e3 * (time.perf_counter() - started)
 
     def time_switch(self, chosen: Chosen) -> float | None:
@@ -162,7 +172,7 @@ class Local:
             if not free or not chosen:
                 return None
             with self._base_afterwards(look=False):
-                return self._timed(chosen)
+                return self._timed(self._all_given(chosen))
 
     def check(self) -> Light:
         """Look at all weights now. Waits for its turn."""
@@ -206,15 +216,16 @@ class Local:
         return Adapter(adapter.tensors, {**adapter.metadata, "name": name})
 
     def fuse(self, chosen: Chosen) -> Path:
-        """The chosen adapters as one file in the folder, named after them. Raises DataError if there is none, AdapterError."""
+        """The chosen adapters as one new file, named after them. Raises DataError if there is none, AdapterError."""
         if not chosen:
             raise DataError("nothing to save: give an adapter a strength above 0")
         with self._turn.taken(threading.Event()):
             parts = {name: (self._named(name), self._strength(name, setting)) for name, setting in chosen.items()}
             fused = fuse(parts, self._weights())
-        label = "+".join(f"{name}-{setting.strength:g}" for name, setting in sorted(chosen.items()))
+        told = {name: f"{setting.strength:g}{'' if setting.is_even else '-by-block'}" for name, setting in chosen.items()}
+        label = "+".join(f"{name}-{strength}" for name, strength in sorted(told.items()))
         fused.metadata["name"] = label
         stem = re.sub(r"[^\w.+-]+", "_", label).lstrip(".")[:120] or "fused"
-        file = self._folder / f"{stem}.safetensors"
+        file = Path(tempfile.mkdtemp(dir=self._folder)) / f"{stem}.safetensors"  # another set of this name may be downloading
         fused.save(file)
         return file

@@ -105,7 +105,6 @@ def places(options: Options, folder: Path) -> list[Place]:
         from ..integrations.transformers import load_tokenizer
         from .language import Language
 
-        check_fit(options.language, files)
         tokenizer = load_tokenizer(options.language)
         model, switcher = load_live(options.language, files, options.dtype)
         found.append(Language(options.language, model, tokenizer, switcher, files, folder))

@@ -12,7 +12,7 @@ from ..integrations.block_strengths import by_block
 from ..integrations.diffusers import COMPONENTS, PipelineAdapters
 from ..integrations.diffusers_sampling import modules_of, sample
 from ..weights.model_tensors import named_tensors
-from .asking import Chosen, Picture, Setting
+from .asking import Picture, Setting
 from .local import Local
 
 __all__ = ["Pictures"]
@@ -63,8 +63,8 @@ class Pictures(Local):
                 found.setdefault(component, {"*": setting.strength})[part] = setting.strength * factor
         return found
 
-    def _use(self, chosen: Chosen) -> None:
-        self._adapters.set({name: self._given(name, setting) for name, setting in chosen.items()})
+    def _use(self, given: Mapping[str, Any]) -> None:
+        self._adapters.set(given)
 
     def _strength(self, name: str, setting: Setting) -> Strength:
         return by_block(name, self._given(name, setting), self._parts, list(self._adapter(name).tensors))

@@ -27,8 +27,8 @@ class _Value(NamedTuple, Generic[Item]):
 def streamed(work: Callable[[Callable[[Item], None]], None], stop: threading.Event) -> Iterator[Item]:
     """Run work(show) in a thread, and yield what it shows. If more is shown than is taken, only the newest is yielded.
 
-    The thread goes on until `work` returns, so what it has to restore is restored, also if nobody takes the rest; stop is then
-    set.    work raises Stopped when it finds stop set; the iterator then ends. Any other exception is raised here.
+    The thread goes on until `work` returns, so what it has to restore is restored. stop is set if nobody takes the rest. When
+    `work` finds stop set it raises Stopped, and the iterator ends. Any other exception of `work` is raised here.
     """
     shown: queue.SimpleQueue[_Value[Item] | _End] = queue.SimpleQueue()
 
