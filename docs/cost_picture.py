@@ -31,7 +31,7 @@ def number(cell: str) -> float:
     return float(re.match(r"[0-9.e+]+", cell)[0])
 
 
-def draw(path: Path) -> None:
+def costs(path: Path) -> None:
     """Step time and peak memory of training over the frozen model's, and time of a switch over index_copy_'s."""
     page = (DOCS / "performance.md").read_text(encoding="utf-8")
     trained = table(page, "frozen", "shira wm", "PEFT LoRA, no dropout", "PEFT LoRA, dropout 0.05")
@@ -64,4 +64,4 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(DOCS / "pictures" / "cost.png")
+    costs(DOCS / "pictures" / "cost.png")

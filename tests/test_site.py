@@ -104,16 +104,26 @@ def test_the_check_finds_what_is_wrong(tmp_path):
     assert check(tmp_path / "nowhere")
 
 
-def test_figures_of_the_questions_stand_on_the_pages_they_link_to():
-    """Those with a decimal point, in faq.md and in the table of concepts.md."""
+def with_links():
+    """(page, text) of each section of faq.md and concepts.md, and of each row of a table of results.md and when.md."""
     for name in ("faq.md", "concepts.md"):
         text = (ROOT / "docs" / name).read_text("utf-8")
-        for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-            links = re.findall(r"\]\((?!https?:|#)([\w/.-]+\.md)", section)
-            linked = " ".join((ROOT / "docs" / page).read_text("utf-8") for page in links)
-            said = re.sub(r"\([^)]*\)", "", section)
-            for figure in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", said):
-                assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", linked), f"{name}, {section[:40]!r}: {figure}"
+        yield from ((name, section) for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:])
+    for name in ("results.md", "when.md"):
+        yield from ((name, line) for line in (ROOT / "docs" / name).read_text("utf-8").splitlines() if line.startswith("| "))
+
+
+def test_figures_stand_on_the_pages_that_are_linked_beside_them():
+    """Those with a decimal point."""
+    found = 0
+    for name, part in with_links():
+        links = re.findall(r"\]\((?!https?:|#)([\w/.-]+\.md)", part)
+        linked = " ".join((ROOT / "docs" / page).read_text("utf-8") for page in links)
+        said = re.sub(r"\]\([^)]*\)", "]", part) if part.startswith("| ") else re.sub(r"\([^)]*\)", "", part)
+        for figure in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", said):
+            found += 1
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", linked), f"{name}, {part[:60]!r}: {figure}"
+    assert found > 50
 
 
 def test_the_pictures_of_concepts_show_what_is_said_of_them():
@@ -129,11 +139,11 @@ def test_the_pictures_of_concepts_show_what_is_said_of_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["concepts_pictures.py", "fusion_pictures.py"])
+@pytest.mark.parametrize("script", ["concepts_pictures.py", "cost_picture.py", "fusion_pictures.py"])
 def test_the_scripts_draw_their_pictures(script, tmp_path):
     pytest.importorskip("matplotlib")
     drawn = runpy.run_path(str(ROOT / "docs" / script))
-    names = [name for name in ("mask", "switch", "adding", "methods", "meetings") if name in drawn]
+    names = [name for name in ("mask", "switch", "adding", "costs", "methods", "meetings") if name in drawn]
     for name in names:
         drawn[name](tmp_path / f"{name}.png")
-    assert len(names) >= 2 and {path.stem for path in tmp_path.iterdir()} == set(names)
+    assert names and {path.stem for path in tmp_path.iterdir()} == set(names)
