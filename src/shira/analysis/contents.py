@@ -5,6 +5,7 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..files.suggestions import adapter_in
+from ..sparse.tensor import dtype_name
 
 __all__ = ["describe"]
 
@@ -17,7 +18,7 @@ def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
             "nnz": tensor.nnz,
             "density": tensor.nnz / max(1, tensor.numel),
             "kind": tensor.kind,
-            "dtype": str(tensor.values.dtype).removeprefix("torch."),
+            "dtype": dtype_name(tensor.values.dtype),
             "fingerprint": adapter.fingerprints.get(name),
         }
         for name, tensor in adapter.tensors.items()

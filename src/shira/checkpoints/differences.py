@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.tensorfiles import Form
-from ..sparse.tensor import FLOAT_DTYPES
+from ..sparse.tensor import FLOAT_DTYPES, dtype_name
 from .checkpoint import form_of, pieces_of
 
 __all__ = [
@@ -272,4 +272,4 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _plain(form: Form) -> str:
-    return f"{str(form.dtype).removeprefix('torch.')} {list(form.shape)}"
+    return f"{dtype_name(form.dtype)} {list(form.shape)}"

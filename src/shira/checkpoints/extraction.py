@@ -15,7 +15,7 @@ from ..files.metadata import base_facts
 from ..files.paths import path_of
 from ..files.writing import saving
 from ..sparse.positions import index_dtype
-from ..sparse.tensor import Kind, SparseTensor, fingerprint
+from ..sparse.tensor import Kind, SparseTensor, dtype_name, fingerprint
 from ..texts import described, shown
 from ..weights.targets import KEYWORDS
 from .checkpoint import Checkpoint, CheckpointSource, identity, tensors_of
@@ -149,7 +149,7 @@ def _extract(
                 taken[found.pair.name] = part
             del sparse
     facts |= _facts_taken(surveys, taken) | {"not_compared": sorted(not_compared)}
-    dtypes = [str(found.pair.dtype).removeprefix("torch.") for found in in_reach]
+    dtypes = [dtype_name(found.pair.dtype) for found in in_reach]
     metadata = {
         "name": name or identity(tuned),
         "mask": {"name": "extracted", **({"keep": keep} if keep else {"density": density or "exact"}), "scope": scope},

@@ -128,12 +128,12 @@ def changed_entries(model: "nn.Module", switcher: "Switcher", selection: "Select
 
 def digest(model: "nn.Module") -> str:
     """SHA-256 over the bits of all parameters."""
-    import torch
+    from ..sparse.tensor import bytes_of
 
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         sha.update(name.encode())
-        sha.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        sha.update(bytes_of(parameter).cpu().numpy().data)
     return sha.hexdigest()
 
 

@@ -47,6 +47,7 @@ def estimate(
 
     from ..integrations.transformers import load_config, untrained
     from ..runs import estimate as library
+    from ..sparse.tensor import dtype_name
 
     recipe = Recipe(**given(options))
     check_mask(recipe)
@@ -63,7 +64,7 @@ def estimate(
             dropout=dropout,
             **{name: getattr(recipe, name) for name in SHARED},
         )
-    setup: dict[str, Any] = {"model": model, "method": method.value, "dtype": str(chosen).removeprefix("torch.")}
+    setup: dict[str, Any] = {"model": model, "method": method.value, "dtype": dtype_name(chosen)}
     setup |= {"batch_size": batch_size, "length": length, "checkpointing": checkpointing, "parameters": found.parameters}
     if as_json:
         print_json(setup | {"bytes": found.parts, "total": found.total})

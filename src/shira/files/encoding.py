@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, MaskError
 from ..sparse.positions import checksum, draw, index_dtype, lines
-from ..sparse.tensor import numel_of
+from ..sparse.tensor import dtype_name, numel_of
 from ..texts import shown
 
 __all__ = ["Stored", "decode", "encode"]
@@ -74,7 +74,7 @@ def decode(stored: Stored, shape: tuple[int, ...], count: int) -> Tensor:
         raise AdapterError(f"positions {shown(positions)} need an array of indices, found none")
     if positions == "plain":
         if array.dtype != index_dtype(_numel(shape)):
-            expected, found = (str(dtype).removeprefix("torch.") for dtype in (index_dtype(_numel(shape)), array.dtype))
+            expected, found = (dtype_name(dtype) for dtype in (index_dtype(_numel(shape)), array.dtype))
             raise AdapterError(f"indices of {_numel(shape)} entries must be {expected}, found {found}")
         return array
     if positions == "gap":

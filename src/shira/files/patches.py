@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, CheckpointError, FormatError
-from ..sparse.tensor import FLOAT_DTYPES, SparseTensor, numel_of
+from ..sparse.tensor import FLOAT_DTYPES, SparseTensor, dtype_name, numel_of
 from ..texts import shown, strict_json
 from .paths import State, open_regular, state_of
 from .reading import unchanged
@@ -27,7 +27,7 @@ TRL = {"format": "sparse_weight_patch", "version": "1"}  # in the metadata of TR
 SHAPES = "shapes"  # of TRL's tensors, as JSON: our addition, which TRL ignores
 POSITIONS, VALUES, SPEC = "__positions__", "__values__", "__delta_spec__"  # of slime and verl; the last of verl alone
 ENCODINGS = {"indices": (4,), "deltas": (2, 4), "deltas_zstd": (2, 4), "dense": (0,)}  # of slime and verl: bytes a position
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+DTYPES = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
 ZSTD = b"\x28\xb5\x2f\xfd"  # the first bytes of a file that is compressed
 NUMBERS = ("pos_start", "pos_end", "pos_width", "val_start", "val_end")
 
@@ -183,8 +183,8 @@ def _of_trl(
         dtypes = (torch.int32,) if encoding == "raw" else (torch.uint16, torch.uint32)
         if len(values.form.shape) != 1 or positions.form.shape != values.form.shape or positions.form.dtype not in dtypes:
             raise FormatError(
-                f"{path}: tensor '{name}': expected one position ({' or '.join(map(_plain, dtypes))}) for each value, found "
-                f"{_plain(positions.form.dtype)} {list(positions.form.shape)} for {list(values.form.shape)}"
+                f"{path}: tensor '{name}': expected one position ({' or '.join(map(dtype_name, dtypes))}) for each value, "
+                f"found {dtype_name(positions.form.dtype)} {list(positions.form.shape)} for {list(values.form.shape)}"
             )
         if name not in known:
             total = sum(entries[f"{each}.val"].form.shape[0] for each in names if entries[f"{each}.val"].form.shape)
@@ -198,7 +198,7 @@ def _of_trl(
     for name in whole:
         form = entries[name].form
         if form.dtype not in FLOAT_DTYPES:
-            raise FormatError(f"{path}: tensor '{name}' must be floating point, found {_plain(form.dtype)}")
+            raise FormatError(f"{path}: tensor '{name}' must be floating point, found {dtype_name(form.dtype)}")
         flat = entries[name]._replace(form=Form((numel_of(form.shape),), form.dtype))
         yield name, form.shape, Part(file, None, False, flat, form.dtype)
 
@@ -245,8 +245,8 @@ def _of_manifest(
         dtype = DTYPES.get(str(param.get("dtype")))
         if dtype is None or torch.promote_types(dtype, values.form.dtype) != values.form.dtype:
             raise FormatError(
-                f"{path}: tensor '{name}' is {shown(param.get('dtype'))} in values of {_plain(values.form.dtype)}; expected "
-                f"{', '.join(DTYPES)}, and values that can hold it"
+                f"{path}: tensor '{name}' is {shown(param.get('dtype'))} in values of {dtype_name(values.form.dtype)}; "
+                f"expected {', '.join(DTYPES)}, and values that can hold it"
             )
         _check_count(path, name, shape, count)
         width = 0 if encoding == "dense" else width
@@ -306,7 +306,3 @@ def _positions(part: Part, numel: int) -> Tensor:
     np.cumsum(steps, out=steps)
     steps -= 1
     return torch.from_numpy(steps)
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, BaseMismatch, CheckpointError, FormatError, did_you_mean
-from ..sparse.tensor import SparseTensor, fingerprint
+from ..sparse.tensor import SparseTensor, dtype_name, fingerprint
 from ..texts import shown, strict_json
 from .bases import named_base
 from .checkpoint import form_of, prefix_swaps
@@ -65,7 +65,7 @@ class StoredPeft(dict[str, SparseTensor]):
             weight = base[name]
             with _checked(weights, layer):
                 self[name] = _layer(config, weight, stored[f"{layer}.{values_name}"], stored.get(f"{layer}.{indices_name}"))
-            dtypes.add(str(weight.dtype).removeprefix("torch."))
+            dtypes.add(dtype_name(weight.dtype))
             if not weight.is_meta:
                 prints[name] = fingerprint(weight.detach().reshape(-1)[self[name].indices.to(weight.device)])
         for file_name, value in whole.items():

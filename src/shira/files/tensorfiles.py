@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..sparse.tensor import MOST_ENTRIES, numel_of
+from ..sparse.tensor import MOST_ENTRIES, bytes_of, numel_of
 from ..texts import shown, strict_json
 from .paths import destination, sweep, temporary_file
 
@@ -111,7 +111,7 @@ def spooled(path: Path, metadata: Mapping[str, str]) -> Iterator[Callable[[str, 
 
         def add(name: str, tensor: Tensor) -> None:
             begin = spool.tell()
-            left = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            left = bytes_of(tensor).cpu().numpy().data
             with _saving(path):
                 while left:  # a raw file may write only a part at once
                     left = left[spool.write(left) :]

@@ -21,7 +21,7 @@ from ..files.metadata import base_facts
 from ..files.paths import AnyPath, path_of
 from ..files.peft_files import read_config
 from ..files.tensorfiles import Form
-from ..sparse.tensor import SparseTensor, fingerprint
+from ..sparse.tensor import SparseTensor, dtype_name, fingerprint
 from ..texts import described, shown
 from ..weights.model_tensors import plain_model
 from ..weights.owners import claim
@@ -201,7 +201,7 @@ class _Weights(LazyTensors):
 
     def dtypes(self) -> list[str]:
         """The dtypes of the weights in the model."""
-        return sorted({str(self._parameter(name).dtype).removeprefix("torch.") for name in self})
+        return sorted({dtype_name(self._parameter(name).dtype) for name in self})
 
     def _parameter(self, name: str) -> Tensor:
         layer, key = self._places[name]

@@ -26,7 +26,7 @@ from ..files.patches import POSITIONS, SHAPES, SPEC, TRL, VALUES, StoredPatch, c
 from ..files.paths import AnyPath, path_of
 from ..files.tensorfiles import Form, spooled
 from ..fusion.fusing import fuse
-from ..sparse.tensor import SparseTensor, fingerprint
+from ..sparse.tensor import SparseTensor, dtype_name, fingerprint
 from ..texts import described
 from ..weights.belonging import check_base
 from .peft import Base, tensors_of
@@ -68,7 +68,7 @@ def load(path: AnyPath, base: Base | None = None) -> Adapter:
                     f"{list(tensor.shape)}"
                 )
             tensors[there] = tensor
-            dtypes.add(str(weight.dtype).removeprefix("torch."))
+            dtypes.add(dtype_name(weight.dtype))
             if not weight.is_meta:
                 prints[there] = fingerprint(kernels.gather(weight.detach(), tensor.indices.to(weight.device)))
         known = identity(base) if isinstance(base, str | os.PathLike) else None
@@ -150,7 +150,7 @@ def _save_blobs(held: Mapping[str, SparseTensor], out: Path, layout: str, positi
     at = value_at = 0
     for (name, tensor), blob in zip(held.items(), blobs, strict=True):
         ends = at + blob.nbytes, value_at + tensor.nnz
-        form = {"name": name, "dtype": str(tensor.values.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        form = {"name": name, "dtype": dtype_name(tensor.values.dtype), "shape": list(tensor.shape)}
         places = {"pos_start": at, "pos_end": ends[0], "pos_width": blob.element_size()}
         params.append(form | places | {"val_start": value_at, "val_end": ends[1]})
         at, value_at = ends

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShiraError
+from ..sparse.tensor import bytes_of
 
 __all__ = [
     "Combined",
@@ -43,7 +44,7 @@ class WeightMemory(NamedTuple):
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one dtype and shape have the same bits. So NaN can equal NaN, and 0.0 differs from -0.0."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(bytes_of(one), bytes_of(other))
 
 
 class UnitedPositions(NamedTuple):

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 import xxhash
 from torch import Tensor
+
+from ..sparse.tensor import bytes_of
 
 __all__ = ["Light", "Watch", "digests"]
 
@@ -21,9 +22,8 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name -> XXH3-128 of dtype, shape and bits of each tensor."""
     found = {}
     for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        digest = xxhash.xxh3_128(f"{plain.dtype} {list(plain.shape)}".encode())
-        digest.update(plain.view(-1).view(torch.uint8).numpy().data)
+        digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor).cpu().numpy().data)
         found[name] = digest.hexdigest()
     return found
 

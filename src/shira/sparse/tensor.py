@@ -12,7 +12,19 @@ from ..errors import AdapterError
 from ..texts import described, shown
 from .positions import index_dtype
 
-__all__ = ["MOST_ENTRIES", "SHA256", "XXH3", "Kind", "SparseTensor", "all_finite", "fingerprint", "numel_of"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "MOST_ENTRIES",
+    "SHA256",
+    "XXH3",
+    "Kind",
+    "SparseTensor",
+    "all_finite",
+    "bytes_of",
+    "dtype_name",
+    "fingerprint",
+    "numel_of",
+]
 
 Kind = Literal["overwrite", "delta"]
 
@@ -31,6 +43,16 @@ def numel_of(shape: tuple[int, ...]) -> int:
     if math.prod(max(1, side) for side in shape) > MOST_ENTRIES:
         raise ValueError(f"shape {list(shape)} has more than 2^62 entries")
     return math.prod(shape)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name in files and messages: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8 [nbytes], in C order and on its device. A contiguous tensor shares its memory."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def all_finite(values: Tensor) -> bool:
@@ -60,7 +82,7 @@ class SparseTensor:
         self._check_form()
         _check_plain("indices", self.indices)
         if self.indices.dtype not in (torch.int32, torch.int64):
-            raise AdapterError(f"indices must be int32 or int64, found {_plain(self.indices.dtype)}")
+            raise AdapterError(f"indices must be int32 or int64, found {dtype_name(self.indices.dtype)}")
         if self.indices.ndim != 1 or self.values.shape != self.indices.shape:
             raise AdapterError(
                 "indices and values must be 1-D and of one length, found shapes "
@@ -84,7 +106,7 @@ class SparseTensor:
             raise AdapterError(f"a sparse tensor is SparseTensor((rows, columns), indices, values): {what}") from None
         _check_plain("values", self.values)
         if self.values.dtype not in FLOAT_DTYPES:
-            raise AdapterError(f"values must be floating point, found {_plain(self.values.dtype)}")
+            raise AdapterError(f"values must be floating point, found {dtype_name(self.values.dtype)}")
 
     @classmethod
     def of_kernel(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> "SparseTensor":
@@ -158,7 +180,3 @@ def fingerprint(values: Tensor, like: str = XXH3) -> str:
     for piece in values.detach().reshape(-1).split(2**18):  # what is widened stays in cache
         digest.update(piece.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).data)
     return f"{begins}{digest.hexdigest()[:32]}"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

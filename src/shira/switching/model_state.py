@@ -137,5 +137,5 @@ def _same(one: SparseTensor, other: SparseTensor) -> bool:
     return (
         (one.shape, one.kind, one.values.dtype) == (other.shape, other.kind, other.values.dtype)
         and torch.equal(one.indices, other.indices)
-        and torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+        and kernels.same_bits(one.values, other.values)
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
+from ..sparse.tensor import dtype_name
 from ..weights.distributed import Piece, is_sharded
 from ..weights.model_tensors import OWN
 from ..weights.targets import VALUES, Use
@@ -178,8 +179,8 @@ class Followed:
         bits = holder._buffers.get(self.kept.name)
         bits = self.kept.bits if bits is None else bits
         if bits.dtype != weight.dtype:
-            before = str(bits.dtype).removeprefix("torch.")
-            self._refuse(f"was cast from {before} to {str(weight.dtype).removeprefix('torch.')} by itself", "cast its module")
+            before = dtype_name(bits.dtype)
+            self._refuse(f"was cast from {before} to {dtype_name(weight.dtype)} by itself", "cast its module")
         if bits.device != weight.device or any(each.device != weight.device for each in self.own.values()):
             self._refuse(f"was moved to {weight.device} by itself", f"move its module, module.to('{weight.device}')")
         kept = self.kept._replace(bits=bits)

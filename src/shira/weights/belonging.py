@@ -9,7 +9,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch, did_you_mean
 from ..files.metadata import check_metadata
-from ..sparse.tensor import SparseTensor, fingerprint
+from ..sparse.tensor import SparseTensor, dtype_name, fingerprint
 from ..texts import described
 from .quantized import is_quantized, shape_of
 
@@ -116,6 +116,6 @@ def check_fingerprint(label: str, name: str, adapter: Adapter, values: Tensor, d
         raise BaseMismatch(
             f"{label} does not belong to this model: the base values under '{name}' have fingerprint {found}, the "
             f"adapter says {expected} (base: {recorded.get('id', 'unknown')}, {recorded.get('dtype', 'unknown')}; this "
-            f"tensor: {str(dtype).removeprefix('torch.')}). Load that base, in that dtype; "
+            f"tensor: {dtype_name(dtype)}). Load that base, in that dtype; "
             "a model of the same name may have other values"
         )

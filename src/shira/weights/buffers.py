@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels import same_bits
 from ..sparse.tensor import FLOAT_DTYPES
 from .distributed import is_sharded
 from .model_tensors import OWN, is_buffer, named_tensors
@@ -72,7 +73,7 @@ class Buffers:
     def _moved(self) -> Iterator[tuple[_Known, Tensor]]:
         for known in self._known:
             now = known.module._buffers.get(known.name)
-            if now is not None and not (_alike(known.before, now) and torch.equal(_bits(known.before), _bits(now))):
+            if now is not None and not (_alike(known.before, now) and same_bits(known.before, now)):
                 yield known, now
 
     def _follow(self) -> None:
@@ -92,7 +93,7 @@ class Buffers:
             return
         if not _alike(before, now) or now.is_inference():
             module._buffers[name] = before.clone()
-        elif not torch.equal(_bits(before), _bits(now)):
+        elif not same_bits(before, now):
             now.detach().copy_(before)
 
 
@@ -115,7 +116,3 @@ def _found(known: _Known) -> Tensor:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sparse.tensor import dtype_name
 from .undo import Undo
 
 __all__ = ["dense", "is_quantized", "keep_differentiable", "label", "shape_of"]
@@ -29,7 +30,7 @@ def label(weight: Tensor) -> str:
     """The name of a weight's dtype in metadata and messages: "bfloat16", "nf4", "Int8Tensor"."""
     if _of_bitsandbytes(weight):
         return str(_state(weight).quant_type)
-    return type(weight).__name__ if _of_torchao(weight) else str(weight.dtype).removeprefix("torch.")
+    return type(weight).__name__ if _of_torchao(weight) else dtype_name(weight.dtype)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import BaseMismatch, CheckpointError
 from ...files.tensorfiles import Form
-from ...sparse.tensor import SparseTensor
+from ...sparse.tensor import SparseTensor, dtype_name
 from ..cpu_linear import linear
 
 __all__ = ["Block", "Landing", "Mapped", "Surface", "check", "cut", "landings", "local_positions", "verified"]
@@ -170,7 +170,7 @@ def _unusable(label: str, parameter: Tensor, copied: set[int]) -> str | None:
     if id(parameter) in copied:
         return f"was packed into a copy with which the engine computes ('{label}'): name 'shira' in VLLM_PLUGINS"
     if not parameter.is_floating_point() or parameter.itemsize < 2:
-        return f"is quantized: '{label}' is {str(parameter.dtype).removeprefix('torch.')}"
+        return f"is quantized: '{label}' is {dtype_name(parameter.dtype)}"
     if label.endswith(COPIED):
         return f"is copied into another form when the model is loaded ('{label}' of latent attention)"
     if ".experts." in label or label.rpartition(".")[2].startswith(("w13_", "w2_")):

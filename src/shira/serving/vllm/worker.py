@@ -15,11 +15,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import CheckpointError, ShiraError
+from ...sparse.tensor import bytes_of
 from ..selections import of_key
 from ..settings import Settings
 from .environment import FIELD, settings
@@ -176,7 +176,7 @@ class SwitchingWorker:
         bits, places = hashlib.sha256(), hashlib.sha256()
         for name, weight in sorted(self._model.named_parameters()):
             bits.update(name.encode())
-            bits.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            bits.update(bytes_of(weight).cpu().numpy().data)
             places.update(f"{name} {weight.data_ptr()}".encode())
         return bits.hexdigest(), places.hexdigest()
 
