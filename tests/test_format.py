@@ -121,6 +121,15 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path_factory, shape, dtype, ki
     assert torch.equal(bits(one.values), bits(other.values))
 
 
+@pytest.mark.parametrize("kind", ["overwrite", "delta"])
+def test_one_entry_whose_stride_is_not_one(tmp_path, kind):
+    """torch calls such a tensor contiguous. Found by `make fuzz`."""
+    one = SparseTensor((2, 2), torch.tensor(1).expand(1), torch.tensor(3.0).expand(1), kind)
+    Adapter({"w": one}, {}).save(tmp_path / "a.safetensors")
+    found = shira.load(tmp_path / "a.safetensors").tensors["w"]
+    assert found.indices.tolist() == [1] and found.values.tolist() == [3.0]
+
+
 def test_positions_beyond_two_to_the_31_round_trip(tmp_path):
     where = torch.tensor([0, 2**31, 2**33 - 1])
     Adapter({"big": SparseTensor((2**20, 2**13), where, torch.ones(3))}).save(tmp_path / "big.safetensors")

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
@@ -12,6 +11,7 @@ from ..files.checkpoint import Checkpoint, LazyTensors, form_of
 from ..files.metadata import name_of
 from ..files.paths import AnyPath, open_regular
 from ..files.tensorfiles import BLOCK, HeaderEntry
+from ..sparse.tensor import bytes_of
 from ..texts import described
 from ..weights.distributed import is_sharded
 from ..weights.quantized import is_quantized
@@ -96,7 +96,7 @@ def rewrite(
         for entry, parts in replaced:
             copy(entry.begin - reader.tell())
             for part in parts:
-                write(part.view(torch.uint8).numpy().data)
+                write(bytes_of(part).numpy().data)
             reader.seek(entry.end)
             if writer.tell() != entry.end:
                 raise ValueError(f"{writer.tell() - entry.begin} bytes for the {entry.end - entry.begin} of {entry}")

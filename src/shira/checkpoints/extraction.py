@@ -15,7 +15,7 @@ from ..files.metadata import base_facts
 from ..files.paths import path_of
 from ..files.writing import saving
 from ..sparse.positions import index_dtype
-from ..sparse.tensor import Kind, SparseTensor, dtype_name, fingerprint
+from ..sparse.tensor import Kind, SparseTensor, bytes_of, dtype_name, fingerprint
 from ..texts import described, shown
 from ..weights.targets import KEYWORDS
 from .checkpoint import Checkpoint, CheckpointSource, identity, tensors_of
@@ -227,7 +227,7 @@ def _take(pair: TensorPair, level: Cut, kind: Kind, watch: ProgressCount) -> tup
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
+    return bytes_of(tensor).numpy().data
 
 
 def _tensor(content: bytearray, dtype: torch.dtype) -> Tensor:

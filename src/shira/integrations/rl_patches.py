@@ -26,7 +26,7 @@ from ..files.patches import POSITIONS, SHAPES, SPEC, TRL, VALUES, StoredPatch, c
 from ..files.paths import AnyPath, path_of
 from ..files.tensorfiles import Form, spooled
 from ..fusion.fusing import fuse
-from ..sparse.tensor import SparseTensor, dtype_name, fingerprint
+from ..sparse.tensor import SparseTensor, bytes_of, dtype_name, fingerprint
 from ..texts import described
 from ..weights.belonging import check_base
 from .peft import Base, tensors_of
@@ -155,7 +155,7 @@ def _save_blobs(held: Mapping[str, SparseTensor], out: Path, layout: str, positi
         params.append(form | places | {"val_start": value_at, "val_end": ends[1]})
         at, value_at = ends
     empty = torch.empty(0, dtype=torch.uint8)
-    all_positions = torch.cat([empty, *(blob.view(torch.uint8) for blob in blobs)])
+    all_positions = torch.cat([empty, *map(bytes_of, blobs)])
     values = torch.cat([empty.to(dtype), *(tensor.values.cpu().to(dtype) for tensor in held.values())])
     encoding = "indices" if positions == "raw" else "deltas"
     checksum = checksum_of(iter(all_positions.split(2**20)), iter(values.split(2**20)))

@@ -52,7 +52,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def bytes_of(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, uint8 [nbytes], in C order and on its device. A contiguous tensor shares its memory."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    plain = tensor.detach().contiguous()  # a single element may still have another stride than 1
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
 def all_finite(values: Tensor) -> bool:
