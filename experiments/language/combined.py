@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from experiments.store import Key, Store, number
 
+from .plots import figure
 from .runs import score_key, train_key
 from .search import best_rate, losses, rates
 from .settings import Recipe
@@ -143,30 +144,21 @@ def on_the_rest(against: Row | None, row: Row, tasks: Sequence[str], left_out: s
 
 def plot(rows: list[Row], sparse: Sequence[str], path: Path) -> None:
     """Plot each method's average accuracy with its interval, shira's masks in colour; and accuracy over the text loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = sorted(rows, key=lambda row: average(row.answers)[0])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.3 * len(rows)), layout="constrained", sharey=False)
-    for place, row in enumerate(rows):
-        mean, error = average(row.answers)
-        colour = "black" if row.name == "base" else "tab:orange" if row.name in sparse else "tab:gray"
-        left.errorbar(100 * mean, place, xerr=196 * error, fmt="o", color=colour, capsize=3)
-        right.plot(row.text_loss, 100 * mean, "o", color=colour)
-    for place, row in enumerate(sorted(rows, key=lambda row: row.text_loss)):
-        away = 6 if place % 2 else -13  # so that the names of neighbouring points do not overlap
-        at = (row.text_loss, 100 * average(row.answers)[0])
-        right.annotate(row.name, at, (0, away), textcoords="offset points", ha="center", fontsize=8)
-    left.set_yticks(range(len(rows)), [row.name for row in rows])
-    left.set(xlabel="average accuracy, %, and its 95 % interval over questions")
-    right.set(xlabel="loss on unrelated text", ylabel="average accuracy, %")
-    right.margins(0.1)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure(path, 1, 2, figsize=(11, 1.2 + 0.3 * len(rows))) as (left, right):
+        for place, row in enumerate(rows):
+            mean, error = average(row.answers)
+            colour = "black" if row.name == "base" else "tab:orange" if row.name in sparse else "tab:gray"
+            left.errorbar(100 * mean, place, xerr=196 * error, fmt="o", color=colour, capsize=3)
+            right.plot(row.text_loss, 100 * mean, "o", color=colour)
+        for place, row in enumerate(sorted(rows, key=lambda row: row.text_loss)):
+            away = 6 if place % 2 else -13  # so that the names of neighbouring points do not overlap
+            at = (row.text_loss, 100 * average(row.answers)[0])
+            right.annotate(row.name, at, (0, away), textcoords="offset points", ha="center", fontsize=8)
+        left.set_yticks(range(len(rows)), [row.name for row in rows])
+        left.set(xlabel="average accuracy, %, and its 95 % interval over questions")
+        right.set(xlabel="loss on unrelated text", ylabel="average accuracy, %")
+        right.margins(0.1)
 
 
 def curves(rows: list[Row]) -> dict[str, list[Row]]:
@@ -181,29 +173,20 @@ def curves(rows: list[Row]) -> dict[str, list[Row]]:
 
 def plot_curves(rows: list[Row], path: Path) -> None:
     """Plot average accuracy, and the loss on the validation questions, over parameters and over the file's bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharex="col", sharey="row")
-    for size, (top, bottom) in zip(("parameters", "file_bytes"), axes.T, strict=True):
-        for name, found in curves(rows).items():
-            found = sorted(found, key=lambda row: row.parameters)
-            at = [getattr(row, size) / 1e6 for row in found]
-            means, errors = zip(*(average(row.answers) for row in found), strict=True)
-            heights, bars = [100 * mean for mean in means], [196 * error for error in errors]
-            colour = "black" if name == "lora" else None
-            (line, *_) = top.errorbar(at, heights, bars, fmt="o-", capsize=3, label=name, color=colour)
-            bottom.plot(at, [row.validation_loss for row in found], "o-", color=line.get_color())
-        for row in rows:
-            if row.name == "base":
-                top.axhline(100 * average(row.answers)[0], color="0.6", linewidth=0.8)
-        bottom.set(xscale="log", xlabel="parameters, millions" if size == "parameters" else "file, MB")
-        for each in (top, bottom):
-            each.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("average accuracy, % (grey: the base)")
-    axes[1, 0].set_ylabel("loss on validation questions")
-    axes[0, 0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure(path, 2, 2, figsize=(10, 6.5), sharex="col", sharey="row") as axes:
+        for size, (top, bottom) in zip(("parameters", "file_bytes"), axes.T, strict=True):
+            for name, found in curves(rows).items():
+                found = sorted(found, key=lambda row: row.parameters)
+                at = [getattr(row, size) / 1e6 for row in found]
+                means, errors = zip(*(average(row.answers) for row in found), strict=True)
+                heights, bars = [100 * mean for mean in means], [196 * error for error in errors]
+                colour = "black" if name == "lora" else None
+                (line, *_) = top.errorbar(at, heights, bars, fmt="o-", capsize=3, label=name, color=colour)
+                bottom.plot(at, [row.validation_loss for row in found], "o-", color=line.get_color())
+            for row in rows:
+                if row.name == "base":
+                    top.axhline(100 * average(row.answers)[0], color="0.6", linewidth=0.8)
+            bottom.set(xscale="log", xlabel="parameters, millions" if size == "parameters" else "file, MB")
+        axes[0, 0].set_ylabel("average accuracy, % (grey: the base)")
+        axes[1, 0].set_ylabel("loss on validation questions")
+        axes[0, 0].legend(frameon=False)

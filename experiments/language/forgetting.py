@@ -5,10 +5,11 @@ from pathlib import Path
 
 from experiments.store import Key, Store, number
 
+from .plots import figure
 from .runs import score_key, train_key
 from .search import best_rate, losses, rates
 from .settings import Recipe
-from .tables import Answers, average, difference, markdown, mean_answers, points, share
+from .tables import Answers, answers, average, difference, markdown, points, share
 
 __all__ = ["report", "wanted"]
 
@@ -42,15 +43,9 @@ def others(recipe: Recipe, adapters: list[str]) -> Key:
     return score_key(recipe | {"test": recipe["others_test"]}, adapters, "+".join(recipe["others"]))
 
 
-def answers(store: Store, keys: list[Key]) -> Answers | None:
-    """The answers of scores, one for each seed; a mean over the seeds that are done."""
-    found = [result["right"] for key in keys if (result := store.get(key)) is not None]
-    return mean_answers(found) if found else None
-
-
 def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
     """Two tables in %, with 95 % intervals over questions: the other benchmarks; the own one at growing strength."""
-    base_own, base_others = answers(store, [score_key(recipe, [], recipe["data"])]), answers(store, [others(recipe, [])])
+    base_own, base_others = answers(store, [[score_key(recipe, [], recipe["data"])]]), answers(store, [[others(recipe, [])]])
     if base_own is None or base_others is None:
         return "no results yet"
     other_rows = [
@@ -72,13 +67,13 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         if rate is None:
             continue
         runs = [train_key(recipe, method, rate, seed) for seed in recipe["seeds"]]
-        found = {strength: answers(store, [own(recipe, run, strength) for run in runs]) for strength in recipe["strengths"]}
+        found = {strength: answers(store, [[own(recipe, run, strength)] for run in runs]) for strength in recipe["strengths"]}
         curves[name] = {0.0: base_own} | {strength: each for strength, each in found.items() if each is not None}
         at_rate = f"{rate:g} ({len(losses(recipe, method, store))})"
         strength_rows.append(
             [name, *(share(*average(curves[name][s])) if s in curves[name] else "" for s in recipe["strengths"])]
         )
-        alone, rest = found.get(1), answers(store, [others(recipe, [number(run)]) for run in runs])
+        alone, rest = found.get(1), answers(store, [[others(recipe, [number(run)])] for run in runs])
         if alone is None or rest is None:
             continue
         change = difference(rest, base_others)
@@ -106,25 +101,16 @@ def text(store: Store, keys: list[Key]) -> str:
 
 def plot(recipe: Recipe, curves: dict[str, dict[float, Answers]], effects: dict[str, tuple[float, float]], path: Path) -> None:
     """Accuracy over strength; and the change on the other benchmarks over the gain on the own one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, found in curves.items():
-        at = sorted(found)
-        dashes = "--" if name.startswith("lora") else "-"
-        (line, *_) = left.plot(at, [100 * average(found[s])[0] for s in at], f"o{dashes}", label=name)
-        if name in effects:
-            right.plot(*effects[name], "o", color=line.get_color())
-            right.annotate(name, effects[name], (5, 4), textcoords="offset points", fontsize=9)
-    right.axhline(0, color="0.6", linewidth=0.8)
-    left.set(xlabel="strength", ylabel=f"accuracy on {recipe['data']}, %")
-    right.set(xlabel=f"gain on {recipe['data']}, points", ylabel="change on the other benchmarks, points")
-    right.margins(0.2)
-    left.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure(path, 1, 2, figsize=(11, 4.2)) as (left, right):
+        for name, found in curves.items():
+            at = sorted(found)
+            dashes = "--" if name.startswith("lora") else "-"
+            (line, *_) = left.plot(at, [100 * average(found[s])[0] for s in at], f"o{dashes}", label=name)
+            if name in effects:
+                right.plot(*effects[name], "o", color=line.get_color())
+                right.annotate(name, effects[name], (5, 4), textcoords="offset points", fontsize=9)
+        right.axhline(0, color="0.6", linewidth=0.8)
+        left.set(xlabel="strength", ylabel=f"accuracy on {recipe['data']}, %")
+        right.set(xlabel=f"gain on {recipe['data']}, points", ylabel="change on the other benchmarks, points")
+        right.margins(0.2)
+        left.legend(frameon=False, fontsize=8)

@@ -8,10 +8,11 @@ from typing import Any
 
 from experiments.store import Key, Store, number
 
+from .plots import figure
 from .runs import compare_key, score_key, train_key
 from .search import best_rate, losses, rates
 from .settings import Recipe
-from .tables import Answers, average, difference, markdown, mean_answers, probability, share
+from .tables import Answers, answers, average, difference, markdown, probability, share
 
 __all__ = ["report", "wanted"]
 
@@ -69,21 +70,16 @@ def trained(recipe: Recipe, store: Store, method: Mapping[str, Any], seed: int) 
     return runs
 
 
-def answers(recipe: Recipe, store: Store, adapters: Sequence[Sequence[Sequence[str]]], **how: Any) -> Answers | None:
+def of_seeds(recipe: Recipe, store: Store, adapters: Sequence[Sequence[Sequence[str]]], **how: Any) -> Answers | None:
     """Benchmark -> its answers, a mean over seeds. adapters: for each seed and benchmark, the runs with the active adapters."""
-    found = []
-    for of_seed in adapters:
-        keys = [score_key(recipe, runs, task, **how) for task, runs in zip(recipe["data"], of_seed, strict=True)]
-        results = [store.get(key) for key in keys]
-        if all(result is not None for result in results):
-            found.append({task: digits for result in results if result for task, digits in result["right"].items()})
-    return mean_answers(found) if found else None
+    keys = [[score_key(recipe, runs, t, **how) for t, runs in zip(recipe["data"], each, strict=True)] for each in adapters]
+    return answers(store, keys)
 
 
 def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
     """Tables in per cent with 95 % intervals over questions: alone, added and the loss; then other fusions and strengths."""
     tasks = recipe["data"]
-    base = answers(recipe, store, [[[]] * len(tasks)])
+    base = of_seeds(recipe, store, [[[]] * len(tasks)])
     if base is None:
         return "no results yet"
     head = ["method", "rate (tried)", "seeds", *tasks, "alone"]
@@ -102,12 +98,12 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         seeds = [
             n
             for n in range(len(made))
-            if answers(recipe, store, apart[n : n + 1]) and answers(recipe, store, together[n : n + 1], fusion="sum")
+            if of_seeds(recipe, store, apart[n : n + 1]) and of_seeds(recipe, store, together[n : n + 1], fusion="sum")
         ]
         if not seeds:
             continue
-        alone = answers(recipe, store, [apart[n] for n in seeds])
-        fused = answers(recipe, store, [together[n] for n in seeds], fusion="sum")
+        alone = of_seeds(recipe, store, [apart[n] for n in seeds])
+        fused = of_seeds(recipe, store, [together[n] for n in seeds], fusion="sum")
         assert alone is not None and fused is not None
         lost = difference(alone, fused)
         drops[name] = {task: [a - b for a, b in zip(alone[task], fused[task], strict=True)] for task in tasks}
@@ -118,7 +114,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         over_seeds = f"; seeds {', '.join(f'{100 * each:.1f}' for each in apiece)}" if len(apiece) > 1 else ""
         rows.append([*row, share(*lost) + over_seeds, f"{100 * lost[0] / average(alone)[0]:.1f}"])
         for how in ways(recipe, method, recipe["other_seeds"][0]):
-            found = answers(recipe, store, [together[recipe["seeds"].index(seed)] for seed in recipe["other_seeds"]], **how)
+            found = of_seeds(recipe, store, [together[recipe["seeds"].index(seed)] for seed in recipe["other_seeds"]], **how)
             if found is None:
                 continue
             if how["fusion"] == "sum":
@@ -146,7 +142,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
 
 def lost_on(recipe: Recipe, store: Store, apart: Sequence[Sequence[str]], together: Sequence[Sequence[str]]) -> float:
     """The accuracy that is lost on one seed when all adapters are added, as a share of 1."""
-    alone, fused = answers(recipe, store, [apart]), answers(recipe, store, [together], fusion="sum")
+    alone, fused = of_seeds(recipe, store, [apart]), of_seeds(recipe, store, [together], fusion="sum")
     assert alone is not None and fused is not None
     return average(alone)[0] - average(fused)[0]
 
@@ -178,22 +174,14 @@ def cells(found: Answers) -> list[str]:
 
 def plot(strengths: dict[str, dict[float, Answers]], base: float, path: Path) -> None:
     """Plot the average accuracy of the added adapters over their strength."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.axhline(100 * base, color="0.6", linewidth=0.8)
-    axes.annotate(
-        "base", (1, 100 * base), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color="0.4"
-    )
-    for name, found in strengths.items():
-        at = sorted(found)
-        means = [100 * average(found[strength])[0] for strength in at]
-        axes.plot([0.0, *at], [100 * base, *means], "o-", label=name, color="black" if name == "lora" else None)
-    axes.set(xlabel="strength α of each of three adapters, added", ylabel="average accuracy, %")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure(path, figsize=(7, 4.2)) as axes:
+        axes.axhline(100 * base, color="0.6", linewidth=0.8)
+        axes.annotate(
+            "base", (1, 100 * base), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color="0.4"
+        )
+        for name, found in strengths.items():
+            at = sorted(found)
+            means = [100 * average(found[strength])[0] for strength in at]
+            axes.plot([0.0, *at], [100 * base, *means], "o-", label=name, color="black" if name == "lora" else None)
+        axes.set(xlabel="strength α of each of three adapters, added", ylabel="average accuracy, %")
+        axes.legend(frameon=False, fontsize=8)

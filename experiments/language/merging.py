@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from experiments.store import Key, Store, number
 
+from .plots import figure
 from .runs import score_key, train_key
 from .search import best_rate, losses, rates
 from .settings import Recipe
-from .tables import Answers, average, difference, markdown, mean_answers, points, share
+from .tables import Answers, answers, average, difference, markdown, points, share
 
 __all__ = ["report", "wanted"]
 
@@ -91,16 +92,6 @@ def held_out(recipe: Recipe, runs: list[Key]) -> Key:
     """The score of the second largest set, added, on the tasks that are not in it."""
     count = recipe["sizes"][-2]
     return score_key(recipe, [number(run) for run in runs[:count]], "+".join(recipe["data"][count:]), fusion="sum")
-
-
-def answers(store: Store, keys: list[list[Key]]) -> Answers | None:
-    """The answers of scores, each seed's in one list; a mean over the seeds that are complete."""
-    found = []
-    for of_seed in keys:
-        results = [store.get(key) for key in of_seed]
-        if results and all(results):
-            found.append({task: digits for result in results if result for task, digits in result["right"].items()})
-    return mean_answers(found) if found else None
 
 
 class Found(NamedTuple):
@@ -193,34 +184,25 @@ def of_sets(recipe: Recipe, found: Found) -> str:
 
 def plot(recipe: Recipe, found: Found, path: Path) -> None:
     """Accuracy, and the share of the accuracy alone that is kept, over the number of adapters; each method's best way."""
-    import matplotlib
+    with figure(path, 1, 2, figsize=(11, 4.4)) as (left, right):
+        sizes, tasks = recipe["sizes"], recipe["data"]
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        def mean(of: Answers, count: int) -> float:
+            return 100 * average({task: of[task] for task in tasks[:count]})[0]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    sizes, tasks = recipe["sizes"], recipe["data"]
-
-    def mean(of: Answers, count: int) -> float:
-        return 100 * average({task: of[task] for task in tasks[:count]})[0]
-
-    left.plot(sizes, [mean(found.base, n) for n in sizes], color="0.6", label="base")
-    for name, of in found.alone.items():
-        ways = {way: curve for (whose, way), curve in found.merged.items() if whose == name and set(sizes) <= set(curve)}
-        if not ways:
-            continue
-        best = max(ways, key=lambda way: average(ways[way][sizes[-1]])[0])
-        kept = [mean(ways[best][n], n) for n in sizes]
-        dashes = "--" if name.startswith("lora") else "-"
-        (line, *_) = left.plot(sizes, kept, f"o{dashes}", label=f"{name}: {best}")
-        shares = [100 * value / mean(of, n) for value, n in zip(kept, sizes, strict=True)]
-        right.plot([1, *sizes], [100, *shares], f"o{dashes}", color=line.get_color())
-    for (name, of), mark in zip(found.together.items(), "xs", strict=False):
-        left.plot(sizes[-1:], [mean(of, sizes[-1])], mark, color="black", label=f"{name}: one adapter for all")
-    left.set(xlabel="adapters at once", ylabel="average accuracy on their tasks, %", xticks=sizes)
-    right.set(xlabel="adapters at once", ylabel="kept of the accuracy alone, %", xticks=[1, *sizes])
-    left.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        left.plot(sizes, [mean(found.base, n) for n in sizes], color="0.6", label="base")
+        for name, of in found.alone.items():
+            ways = {way: curve for (whose, way), curve in found.merged.items() if whose == name and set(sizes) <= set(curve)}
+            if not ways:
+                continue
+            best = max(ways, key=lambda way: average(ways[way][sizes[-1]])[0])
+            kept = [mean(ways[best][n], n) for n in sizes]
+            dashes = "--" if name.startswith("lora") else "-"
+            (line, *_) = left.plot(sizes, kept, f"o{dashes}", label=f"{name}: {best}")
+            shares = [100 * value / mean(of, n) for value, n in zip(kept, sizes, strict=True)]
+            right.plot([1, *sizes], [100, *shares], f"o{dashes}", color=line.get_color())
+        for (name, of), mark in zip(found.together.items(), "xs", strict=False):
+            left.plot(sizes[-1:], [mean(of, sizes[-1])], mark, color="black", label=f"{name}: one adapter for all")
+        left.set(xlabel="adapters at once", ylabel="average accuracy on their tasks, %", xticks=sizes)
+        right.set(xlabel="adapters at once", ylabel="kept of the accuracy alone, %", xticks=[1, *sizes])
+        left.legend(frameon=False, fontsize=8)

@@ -4,7 +4,20 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-__all__ = ["Answers", "average", "chance", "difference", "markdown", "mean_answers", "points", "probability", "share"]
+from experiments.store import Key, Store
+
+__all__ = [
+    "Answers",
+    "answers",
+    "average",
+    "chance",
+    "difference",
+    "markdown",
+    "mean_answers",
+    "points",
+    "probability",
+    "share",
+]
 
 Answers = Mapping[str, Sequence[float]]  # benchmark -> for each question, the share of seeds that answered it correctly
 
@@ -18,6 +31,16 @@ def mean_answers(scores: Sequence[Mapping[str, str]]) -> dict[str, list[float]]:
         task: [statistics.mean(map(int, digits)) for digits in zip(*(s[task] for s in scores), strict=True)]
         for task in scores[0]
     }
+
+
+def answers(store: Store, scores: Sequence[Sequence[Key]]) -> Answers | None:
+    """The answers of scores, those of each seed in a list of their own: a mean over the seeds whose scores are all there."""
+    found = []
+    for of_seed in scores:
+        results = [store.get(key) for key in of_seed]
+        if results and all(results):
+            found.append({task: digits for result in results if result for task, digits in result["right"].items()})
+    return mean_answers(found) if found else None
 
 
 def average(answers: Answers) -> tuple[float, float]:
