@@ -11,6 +11,9 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 # targets side by side, which all must succeed: in a log the output of each in one piece, in a terminal as it is written
 TOGETHER := --no-print-directory --jobs $(if $(MAKE_TERMOUT),,--output-sync=target)
 
+# Where Python may not keep compiled modules, every process of the tests compiles all libraries again, for ten seconds each.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help site demo demo-image emoji-model test check tests tests-fast test-slow test-quantized test-deepspeed test-play test-vllm serve-vllm test-ray test-gpu test-sanitized soak dist build-sanitized fuzz crash extras test-window test-lowest test-newest notebooks lint clean
 
