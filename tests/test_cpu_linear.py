@@ -58,6 +58,7 @@ def test_a_layer_reads_its_weight_at_each_call_and_a_copy_its_own():
         model[0](torch.randn(5, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's tracer warns of what it does itself
 def test_a_compiled_model_computes_the_same_and_reads_its_weights_at_each_call():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=False))

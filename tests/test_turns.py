@@ -4,7 +4,7 @@ import random
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shira import ShiraError
@@ -42,12 +42,15 @@ def serve(arrivals, cost, quantum=16, patience=2.0):
     while queue or open_requests:
         if not open_requests:
             now = max(now, queue[0][0])
+        again = active is not None and active not in open_requests
         while queue and queue[0][0] <= now:
             arrived, key, length = queue.pop(0)
             if key not in open_requests:
                 since[key] = arrived
                 ahead[key] = len(open_requests)
             open_requests.setdefault(key, []).append([arrived, length])
+        if again and active in open_requests:  # it had the last step, so all others are ahead of it, whenever they came
+            ahead[active] = len(open_requests) - 1
         present = {key: min(arrived for arrived, _ in requests) for key, requests in open_requests.items()}
         key = turns.choose(present, now, {key: len(requests) for key, requests in open_requests.items()})
         bound = patience + (ahead[key] + 1) * longest
@@ -76,6 +79,7 @@ def serve(arrivals, cost, quantum=16, patience=2.0):
     patience=st.sampled_from([0.0, 0.3, 2.0]),
     switch=st.sampled_from([0.0, 0.015, 0.3]),
 )
+@example(seed=1, keys=2, requests=18, span=1.0, skew=0.0, quantum=1, patience=0.0, switch=0.3)  # wants more in its last step
 def test_no_selection_waits_longer_than_the_stated_bound(seed, keys, requests, span, skew, quantum, patience, switch):
     draw = random.Random(seed)
     weights = [1 / (1 + rank) ** skew for rank in range(keys)]

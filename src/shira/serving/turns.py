@@ -2,7 +2,8 @@
 
 A turn is a number of steps for which one selection is served. When it is over, the selection that has waited longest is next.
 So a selection that wants steps waits at most `patience` seconds, plus one step and one switch for each selection that was ahead
-of it: the turn of every selection ahead is made short enough, down to a single step.
+of it: the turn of every selection ahead is made short enough, down to a single step. All others are ahead of the selection that
+had the last step.
 
 There is no clock and no engine in here, so a simulation can use the same code (tests/test_turns.py).
 """
