@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 
 import torch
 from experiments import store as stores
-from experiments.image import demo, emoji, parts, style_adapters, style_report, style_runs, style_scores, styles
+from experiments.image import demo, dreambooth, emoji, parts, style_adapters, style_report, style_runs, style_scores, styles
 from experiments.language import main as command
 from experiments.language import settings
 from PIL import Image
@@ -224,15 +224,32 @@ def test_what_adapters_see_and_do_not():
     assert len(flat) == 8 and flat[0].image.size == (32, 32)
 
 
-@pytest.mark.slow
-@pytest.mark.real
-def test_the_demo_leaves_a_grid_and_the_base(tmp_path, monkeypatch, capsys):
-    """The whole of `make demo-image`, on a random UNet and for two steps."""
+@pytest.fixture
+def emoji_model(tmp_path, monkeypatch):
+    """In place of the model of 24 emoji a random one."""
     torch.manual_seed(0)
     pipe = parts.pipeline(parts.unet(32, (16, 32)), *parts.text_parts())
     (tmp_path / "emoji-24").mkdir()
     emoji.save_pipeline(pipe, tmp_path / "emoji-24" / "pipeline", {"step": 1, "of": 1})
     monkeypatch.setattr(emoji, "folder", lambda count: tmp_path / f"emoji-{count}")
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_dreambooth_draws_a_grid_and_leaves_the_base(emoji_model, tmp_path, monkeypatch, capsys):
+    for name, value in {"PRIORS": 2, "SEEDS": 1, "SAMPLING": 2, "OTHERS": ["cat", "pizza"]}.items():
+        monkeypatch.setattr(dreambooth, name, value)
+    dreambooth.main(["--out", str(tmp_path / "grid.png"), "--steps", "2"])
+    said = capsys.readouterr().out
+    assert "as it was: yes" in said and len(re.findall(r"(?:LoRA|WM|Rand) +│ (?:yes|no)", said)) == 6
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 7 * 96 and grid.height > 5 * 96
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_demo_leaves_a_grid_and_the_base(emoji_model, tmp_path, monkeypatch, capsys):
+    """The whole of `make demo-image`, on a random UNet and for two steps."""
     for name, value in {"VARIANTS": 1, "SHOWN": ("dog", "pizza"), "SAMPLING": 2}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr("shira.cli.demo.SWITCHES", 1)

@@ -40,13 +40,15 @@ def trained(
     seed: int,
     avoid: Sequence[Path] = (),
     general: Sequence[Picture] = (),
+    priors: Sequence[Picture] = (),
 ) -> dict[str, Any]:
     """Train an adapter, save it in a folder, and return what it took. The pipeline is the base again.
 
     method: {"lora": rank}, or options of `shira.attach`. "near": the reach of `Tuner.stay_near`, with the pictures of general.
+    priors: pictures of the whole class, for prior preservation (DreamBooth).
     """
     parts = Parts(pipe)
-    examples = Examples(parts, pictures, resolution=side)
+    examples = Examples(parts, pictures, priors, resolution=side)
     checks = Examples(parts, validation, resolution=side)
     options = {"steps": steps, "learning_rate": rate, "batch_size": batch, "seed": seed}
 

@@ -1,0 +1,104 @@
+"""DreamBooth on the emoji model of 24 concepts: it learns one fox under the name "sks dog", from four pictures of it.
+
+python -m experiments.image.dreambooth        trains, draws dreambooth.png, and prints a table
+
+LoRA and two masks, of equally many parameters, each with and without prior preservation: pictures that the base draws of "dog".
+The learning rates are those that styles chose (recipes/image.yaml), and were not searched again.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.table import Table
+
+from shira.cli.demo import digest
+from shira.cli.output import console, progress
+from shira.data import pictures
+from shira.data.emoji import FEW, named, picture
+from shira.data.grids import grid
+from shira.integrations.diffusers_sampling import modules_of
+
+from . import emoji
+from .parts import load
+from .style_adapters import adapted, trained
+
+SUBJECT, NAME, CLASS = "fox face", "sks dog", "dog"
+OTHERS = [name for name in FEW if name != CLASS]
+METHODS: dict[str, tuple[dict[str, Any], float]] = {  # and learning rates
+    "LoRA": ({"lora": 3}, 0.004),
+    "WM": ({"mask": "wm", "rank": 3}, 0.04),
+    "Rand": ({"mask": "rand", "rank": 3}, 0.04),
+}
+SIDE, STEPS, BATCH = 32, 150, 4
+PRIORS = 16  # pictures of the class that the base draws
+SEEDS = 8  # pictures of each name that are measured
+GUIDANCE, SAMPLING = 2.0, 20
+SHOWN = (NAME, CLASS, "cat", "pizza")
+
+
+def of_subject(side: int = SIDE) -> list[Image.Image]:
+    """Four pictures of the subject: as it is, mirrored, smaller, and turned."""
+    plain = Image.fromarray(picture(named([SUBJECT])[0], 3 * side))
+    small = Image.new("RGB", plain.size, "white")
+    small.paste(plain.resize((2 * side, 2 * side), Image.Resampling.LANCZOS), (side // 2, side // 2))
+    turned = plain.rotate(15, Image.Resampling.BICUBIC, fillcolor="white")
+    variants = (plain, plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT), small, turned)
+    return [each.resize((side, side), Image.Resampling.LANCZOS) for each in variants]
+
+
+def drawn(pipe: Any, name: str) -> np.ndarray:
+    """SEEDS pictures of a name, [n, side, side, 3] from 0 to 255."""
+    return np.stack(emoji.generate(pipe, [name] * SEEDS, GUIDANCE, SAMPLING)).astype(float)
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> float:
+    """How far pictures are apart: the mean difference of a channel, from 0 to 255."""
+    return float(np.abs(one - other).mean())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("dreambooth.png"))
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of each adapter ({STEPS})")
+    options = parser.parse_args(arguments)
+    emoji.hide_library_output()
+    emoji.facts_of(emoji.folder(len(FEW)))
+    pipe = load(emoji.folder(len(FEW)) / "pipeline")
+    before = digest(modules_of(pipe))
+    base = {name: drawn(pipe, name) for name in (NAME, CLASS, *OTHERS)}
+    subject = np.stack([np.asarray(each, float) for each in of_subject()[:1]])
+    images = [pictures.Picture(image, NAME) for image in of_subject()]
+    of_class = emoji.generate(pipe, [CLASS] * PRIORS, GUIDANCE, SAMPLING, seed=1)
+    priors = [pictures.Picture(Image.fromarray(each), CLASS) for each in of_class]
+
+    columns = {"base": base}
+    table = Table("adapter", "prior", f"{NAME} to the fox", f"{CLASS} to the base's", "others to the base's")
+    table.add_row("base", "", f"{apart(base[NAME], subject):.1f}", "0", "0")
+    with progress("training and drawing", 2 * len(METHODS)) as update:
+        for method, (chosen, rate) in METHODS.items():
+            for prior in (False, True):
+                with tempfile.TemporaryDirectory() as folder:
+                    shape = {"side": SIDE, "steps": options.steps, "batch": BATCH, "rate": rate, "seed": 0}
+                    trained(chosen, pipe, images, images[:1], Path(folder), priors=priors if prior else [], **shape)
+                    with adapted(pipe, [Path(folder)], [1.0]):
+                        found = {name: drawn(pipe, name) for name in base}
+                title = f"{method}, prior" if prior else method
+                columns[title] = found
+                others = sum(apart(found[name], base[name]) for name in OTHERS) / len(OTHERS)
+                own, same = apart(found[NAME], subject), apart(found[CLASS], base[CLASS])
+                table.add_row(method, "yes" if prior else "no", f"{own:.1f}", f"{same:.1f}", f"{others:.1f}")
+                update(len(columns) - 1, title)
+    cells = [[Image.fromarray(column[name][0].astype(np.uint8)) for column in columns.values()] for name in SHOWN]
+    cells.insert(0, [*of_subject(), *[Image.new("RGB", (SIDE, SIDE), "white")] * (len(columns) - 4)])
+    grid(cells, ["learned from", *SHOWN], list(columns), smallest=96).save(options.out, optimize=True)
+    console.print(table)
+    console.print(f"the base is as it was: {'yes' if digest(modules_of(pipe)) == before else 'NO'}; look at {options.out}")
+
+
+if __name__ == "__main__":
+    main()
