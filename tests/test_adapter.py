@@ -134,7 +134,7 @@ def test_what_an_adapter_a_tuner_and_a_switcher_say_of_themselves(tmp_path):
         "<shira.Switcher of Sequential: 'a0' + 'a1' × 0.5 + 'a2' × {'*': 0.25} active\n"
         "  registered: 'a0', 'a1', 'a2', 'a3', 'a4', 'a5', 'a6', 'a7', … (9)>"
     )
-    switcher._state = switcher._state._replace(chosen=None)
+    switcher._state = switcher._state._replace(selection=None)
     assert "a switch was interrupted" in repr(switcher)
 
 

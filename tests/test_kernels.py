@@ -111,7 +111,7 @@ def test_only_what_was_begun_is_restored(name):
         stash.fill_(9.0)
     plan.begun[0] = 2
     with kernels.backend(name):
-        kernels.restore_(plan, look=False)
+        kernels.restore_(plan, check=False)
     assert [int(weight[0]) for weight in weights] == [9, 9, 0]
 
 

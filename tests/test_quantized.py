@@ -15,7 +15,7 @@ from conftest import bits, mlp, random_adapter
 from families import family, family_batch
 from shira import BaseMismatch, CheckpointError, MaskError, TargetError, TuningError
 from shira.kernels.sparse_product import SparseLayout
-from shira.weights.quantized import dense, is_quantized, label, shape_of
+from shira.weights.quantized import dense, dtype_label, is_quantized, shape_of
 
 
 def quietly(module):
@@ -95,7 +95,7 @@ def test_what_a_quantized_weight_stands_for(way):
     model = QUANTIZE[way](mlp())
     weight = model[0].weight
     assert is_quantized(weight) and not is_quantized(model[0].bias)
-    assert shape_of(weight) == (11, 13) and label(weight) == LABELS[way] and label(model[0].bias) == "float32"
+    assert shape_of(weight) == (11, 13) and dtype_label(weight) == LABELS[way] and dtype_label(model[0].bias) == "float32"
     x = torch.randn(3, 13)
     torch.testing.assert_close(nn.functional.linear(x, dense(weight), model[0].bias), model[0](x), rtol=1e-4, atol=1e-5)
     error = (dense(weight) - mlp()[0].weight.detach()).abs().max()

@@ -59,7 +59,7 @@ def after(act, plan, weights):
     """What a reference action leaves in the weights and in the stash; then the base again."""
     act(plan)
     found = states(weights), states(plan.stash)
-    reference.restore_(plan, look=False)
+    reference.restore_(plan, check=False)
     plan.begun[0] = 0
     return found
 

@@ -22,7 +22,7 @@ from ..errors import AdapterError, BaseMismatch
 from ..files.paths import AnyPath
 from ..sparse.tensor import SparseTensor, all_finite
 from ..texts import described
-from ..weights.belonging import check_described, check_tensor, known_in_part
+from ..weights.belonging import check_described, check_tensor, identifying
 from .spectra import as_matrix, gram, spectrum
 
 __all__ = ["BINS", "AdapterPair", "Change", "Comparison", "TensorComparison", "compare", "deltas", "named"]
@@ -208,7 +208,7 @@ def deltas(
     """
     tensors = tensors_of(base) if base is not None else None
     names = sorted({name for adapter in adapters.values() for name in adapter.tensors})
-    in_part = {name: known_in_part(adapter) for name, adapter in adapters.items()}
+    identifies = {name: identifying(adapter) for name, adapter in adapters.items()}
     for tensor_name in names if only is None else [only]:
         held = {name: adapter.tensors[tensor_name] for name, adapter in adapters.items() if tensor_name in adapter.tensors}
         shapes = {tensor.shape for tensor in held.values()}
@@ -225,7 +225,7 @@ def deltas(
         for name, tensor in held.items():
             values = tensor.values.cpu().double()
             if tensors is not None:
-                check_tensor(name, tensor_name, adapters[name], tensors, _gather, in_part[name])
+                check_tensor(name, tensor_name, adapters[name], tensors, _gather, identifies[name])
             if tensor.kind == "overwrite":
                 if tensors is None:
                     raise AdapterError(

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import kernels
 from ..adapter import Adapter, check_unchanged, opened
-from ..errors import AdapterError, BaseMismatch, CheckpointError
+from ..errors import BaseMismatch, CheckpointError
 from ..files.paths import AnyPath, path_of, temporary_folder
-from ..fusion.combining import combine
+from ..fusion.combining import combine, overflow
 from ..fusion.methods import Method
 from ..fusion.strengths import CheckedStrength, File, Strength, as_given, check_strengths, given_strengths, strengths_of
 from ..sparse.tensor import FLOAT_DTYPES, SparseTensor, all_finite
@@ -139,10 +139,10 @@ def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Weighted], stayed
         inside = [(_within(tensor, start, piece.numel()), strength) for tensor, strength in held]
         inside = [(tensor, strength) for tensor, strength in inside if tensor.nnz]
         if inside:
-            overlap = kernels.unite([tensor.indices for tensor, _ in inside])
-            indices, values, base = combine(name, inside, overlap, kernels.gather(piece, overlap.indices), Method("sum"))
+            union = kernels.unite([tensor.indices for tensor, _ in inside])
+            indices, values, base = combine(name, inside, union, kernels.gather(piece, union.indices), Method("sum"))
             if not all_finite(values):
-                raise AdapterError(f"'{name}' would overflow {piece.dtype} at these strengths; use smaller ones")
+                raise overflow(name, piece.dtype)
             kernels.overwrite_(piece, indices, values)
             stayed.append(int((values == base).sum()))
         yield piece

@@ -17,10 +17,10 @@ from ..files.reading import Gaps
 from ..kernels import Combined, Contribution
 from ..sparse.tensor import Kind, SparseTensor, fingerprint
 from ..texts import described
-from ..weights.belonging import check_described, check_fingerprint, known_in_part, tells_base, weight_of
+from ..weights.belonging import Identifies, check_described, check_fingerprint, identifying, weight_of
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import named_tensors
-from .combining import combine
+from .combining import combine, combine_deltas
 from .methods import Method, resolve
 from .strengths import CheckedStrength, File, Strength, as_given, check_strengths, given_strengths, strengths_of
 
@@ -68,7 +68,7 @@ def fuse(
             check_described(label, part)
         if weights is None:
             _check_recorded_bases(parts)
-        in_part = {label: known_in_part(part) for label, part in parts.items()}
+        identifies = {label: identifying(part) for label, part in parts.items()}
         scales = {label: strengths_of(label, strengths[label], part.tensors) for label, part in parts.items()}
         wanted: dict[str, dict[str, float]] = {}
         for label, scale in scales.items():
@@ -80,14 +80,14 @@ def fuse(
             held = {label: as_stored(parts[label], name) for label in wanted[name]}
             if weights is None:
                 return _fused_deltas(name, held, wanted[name], chosen), None
-            return _fused_over(name, held, wanted[name], parts, weights, chosen, in_part)
+            return _fused_over(name, held, wanted[name], parts, weights, chosen, identifies)
 
-        fused = dict(zip(sorted(wanted), _side_by_side(fuse_one, sorted(wanted)), strict=True))
+        fused = dict(zip(sorted(wanted), _in_threads(fuse_one, sorted(wanted)), strict=True))
         metadata = _metadata(parts, strengths, chosen, {name: found for name, (_, found) in fused.items() if found})
         return Adapter({name: tensor for name, (tensor, _) in fused.items()}, metadata)
 
 
-def _side_by_side(work: Callable[[str], Item], names: Sequence[str]) -> Iterator[Item]:
+def _in_threads(work: Callable[[str], Item], names: Sequence[str]) -> Iterator[Item]:
     """Call `work` with each name, in as many threads as torch uses. Yields the results in order.
 
     Threads help, because much of the work is reading, hashing and copying, which release the interpreter's lock.
@@ -112,7 +112,7 @@ def _fused_over(
     adapters: Mapping[str, Adapter],
     weights: Mapping[str, Tensor],
     method: Method,
-    in_part: Mapping[str, Callable[[], bool]],
+    identifies: Mapping[str, Identifies],
 ) -> tuple[SparseTensor, str]:
     """One fused tensor over a base, and the fingerprint of the base values there. The adapters are checked first."""
     for label, tensor in held.items():
@@ -122,7 +122,7 @@ def _fused_over(
 
     def check(number: int, under: Tensor) -> None:
         label = labels[number]
-        if tells_base(name, held[label], adapters[label], in_part[label]):
+        if identifies[label](name, held[label]):
             check_fingerprint(label, name, adapters[label], under, weight.dtype)
 
     terms = [(tensor, scale[label]) for label, tensor in held.items()]
@@ -132,9 +132,9 @@ def _fused_over(
             check(number, under)
         whole = _sparse(name, tuple(weight.shape), fused.indices, fused.values, "overwrite", SparseTensor.of_kernel)
         return whole, fingerprint(fused.base)
-    overlap = kernels.unite([tensor.indices for tensor, _ in terms])
-    base = kernels.gather(weight, overlap.indices.to(weight.device)).to(overlap.indices.device)
-    indices, values, base = combine(name, terms, overlap, base, method, check=check)
+    union = kernels.unite([tensor.indices for tensor, _ in terms])
+    base = kernels.gather(weight, union.indices.to(weight.device)).to(union.indices.device)
+    indices, values, base = combine(name, terms, union, base, method, check=check)
     return _sparse(name, tuple(weight.shape), indices, values, "overwrite"), fingerprint(base)
 
 
@@ -152,9 +152,7 @@ def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[st
     fused = _in_one_pass(terms, None, dtype, method)
     if fused is not None:
         return _sparse(name, terms[0][0].shape, fused.indices, fused.values, "delta", SparseTensor.of_kernel)
-    overlap = kernels.unite([tensor.indices for tensor, _ in terms])
-    zeros = torch.zeros(overlap.indices.numel(), dtype=dtype, device=overlap.indices.device)
-    indices, values, _ = combine(name, terms, overlap, zeros, method, deltas=True)
+    indices, values = combine_deltas(name, terms, dtype, method)
     return _sparse(name, terms[0][0].shape, indices, values, "delta")
 
 

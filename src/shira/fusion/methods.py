@@ -4,7 +4,7 @@ A change is α · (value − base), of one adapter at one entry. A method may fi
 combines what is left:
 
     thin(part, **options) -> (kept [j], factor)     kept: numbers of the part's k changes that stay; factor: multiplies them
-    combine(changes, overlap) -> total [n]          changes: [k] for each adapter, in a fixed order; overlap: their positions
+    combine(changes, union) -> total [n]          changes: [k] for each adapter, in a fixed order; union: their positions
 
 Both work on sorted positions, and nothing is as large as the tensor. An entry whose changes are all thinned out keeps the value
 of the base. A change at an entry that no other adapter changes is returned as it is.
@@ -38,10 +38,10 @@ class AdapterChange(NamedTuple):
     places: Tensor  # [k], rising, where its positions are in the union of all adapters' positions
 
 
-def total(changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
+def total(changes: Sequence[Tensor], union: UnitedPositions) -> Tensor:
     """The sum of the changes (SHiRA §3.2, arXiv 2406.13175; task arithmetic, arXiv 2212.04089, which negates by α < 0)."""
-    added = changes[0].new_zeros(overlap.indices.numel())
-    for change, place in zip(changes, overlap.places, strict=True):
+    added = changes[0].new_zeros(union.indices.numel())
+    for change, place in zip(changes, union.places, strict=True):
         _add_(added, place, change)
     return added
 
@@ -51,25 +51,25 @@ def _add_(sums: Tensor, place: Tensor, change: Tensor) -> None:
     overwrite_(sums, place, sums.index_select(0, place) + change)
 
 
-def mean(changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
+def mean(changes: Sequence[Tensor], union: UnitedPositions) -> Tensor:
     """The mean of the changes at each entry (the stitching of Localize-and-Stitch, arXiv 2408.13656)."""
-    return total(changes, overlap).div_(overlap.counts)
+    return total(changes, union).div_(union.counts)
 
 
-def largest(changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
+def largest(changes: Sequence[Tensor], union: UnitedPositions) -> Tensor:
     """The change with the largest magnitude at each entry; among equal ones the first."""
-    best = changes[0].new_zeros(overlap.indices.numel())
-    for change, place in zip(changes, overlap.places, strict=True):
+    best = changes[0].new_zeros(union.indices.numel())
+    for change, place in zip(changes, union.places, strict=True):
         held = best.index_select(0, place)
         overwrite_(best, place, torch.where(change.abs() > held.abs(), change, held))
     return best
 
 
-def elect(changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
+def elect(changes: Sequence[Tensor], union: UnitedPositions) -> Tensor:
     """The mean of the changes with the sign of their sum; 0 where the sum is 0 (TIES, steps 2 and 3, arXiv 2306.01708)."""
-    sign = total(changes, overlap).sign_()
+    sign = total(changes, union).sign_()
     agreed, count = torch.zeros_like(sign), torch.zeros_like(sign)
-    for change, place in zip(changes, overlap.places, strict=True):
+    for change, place in zip(changes, union.places, strict=True):
         agrees = change.sign() == sign.index_select(0, place)
         _add_(agreed, place, change * agrees)
         _add_(count, place, agrees.to(sign.dtype))
@@ -124,9 +124,9 @@ class Method(NamedTuple):
             part.name, part.indices[kept], part.values[kept], factor * part.change[kept], part.places[kept]
         ), factor
 
-    def combine(self, changes: Sequence[Tensor], overlap: UnitedPositions) -> Tensor:
-        """The total change [n] at the positions of the overlap."""
-        return METHODS[self.name].combine(changes, overlap)
+    def combine(self, changes: Sequence[Tensor], union: UnitedPositions) -> Tensor:
+        """The total change [n] at the positions of the union."""
+        return METHODS[self.name].combine(changes, union)
 
     def described(self) -> dict[str, Any]:
         """The method as metadata hold it: {"method": "ties", "density": 0.2}."""

@@ -86,14 +86,14 @@ def swap_(plan: WritePlan) -> None:
     backend_of(plan).swap_(plan)
 
 
-def restore_(plan: WritePlan, *, look: bool = True) -> None:
+def restore_(plan: WritePlan, *, check: bool = True) -> None:
     """Write a plan's stash back to the weights, for the writes that were begun.
 
-    Raises WeightChanged, before anything is written, if a weight was cast, moved or replaced, or, with `look`, no longer holds
+    Raises WeightChanged, before anything is written, if a weight was cast, moved or replaced, or, with `check`, no longer holds
     the plan's values. C compares a few values of each weight, Triton compares none.
     """
     plan.check()
-    backend_of(plan).restore_(plan, look=look)
+    backend_of(plan).restore_(plan, check=check)
 
 
 def change_(leaving: WritePlan, coming: WritePlan) -> None:
@@ -103,21 +103,20 @@ def change_(leaving: WritePlan, coming: WritePlan) -> None:
     """
     leaving.check()
     coming.check()
-    if leaving.begun[0] and coming.writes and _launches(leaving) and _launches(coming):
+    if leaving.begun[0] and coming.writes and _on_triton(leaving) and _on_triton(coming):
         return gpu.change_(leaving, coming)
-    _put_back(leaving)
+    _restore_begun(leaving)
     if coming.writes:
         backend_of(coming).swap_(coming)
 
 
-def _launches(plan: WritePlan) -> bool:
-    """Whether Triton runs a plan."""
+def _on_triton(plan: WritePlan) -> bool:
     return backend_of(plan) is gpu
 
 
-def _put_back(plan: WritePlan) -> None:
+def _restore_begun(plan: WritePlan) -> None:
     if plan.begun[0]:
-        backend_of(plan).restore_(plan, look=True)
+        backend_of(plan).restore_(plan, check=True)
         plan.begun[0] = 0
 
 
@@ -134,23 +133,23 @@ def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
     plan.check()
     if leaving is not None:
         leaving.check()
-    fusing = writes_sums(*(write.weight for write in plan.writes))
-    together = fusing and leaving is not None and bool(leaving.begun[0]) and _launches(leaving)
+    on_triton = writes_sums(*(write.weight for write in plan.writes))
+    together = on_triton and leaving is not None and bool(leaving.begun[0]) and _on_triton(leaving)
     if leaving is not None and not together:
-        _put_back(leaving)
-    return gpu.write_sums_(plan, leaving if together else None) if fusing else reference.write_sums_(plan)
+        _restore_begun(leaving)
+    return gpu.write_sums_(plan, leaving if together else None) if on_triton else reference.write_sums_(plan)
 
 
 def prepare(plan: WritePlan) -> None:
     """Build now the tables of addresses that the first launch of a plan needs."""
-    if plan.writes and _launches(plan):
+    if plan.writes and _on_triton(plan):
         gpu.prepare(plan)
 
 
 def unite(runs: Sequence[Tensor]) -> UnitedPositions:
     """The union of the positions of several tensors. runs: one or more, each [k], sorted and unique, int32 or int64."""
-    overlap: UnitedPositions = backend_for(*runs).unite(runs)
-    return overlap
+    union: UnitedPositions = backend_for(*runs).unite(runs)
+    return union
 
 
 def combine(

@@ -5,10 +5,11 @@ of an elementwise product of two columns. Positions without such a pattern use `
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ..sparse.positions import Direction
 
 __all__ = ["Pattern", "find_pattern"]
 
@@ -23,7 +24,7 @@ class Pattern:
     order: [k], in the dtype of the positions: the place of each position in a list of all positions in lines, then the rest.
     """
 
-    direction: Literal["rows", "columns"]
+    direction: Direction
     lines: Tensor
     rest_rows: Tensor
     rest_columns: Tensor
@@ -69,15 +70,15 @@ def find_pattern(indices: Tensor, rows: int, columns: int) -> Pattern | None:
     There is one if whole lines hold at least half of the positions, and at most max(rows, columns) positions are outside them.
     """
     row, column = indices.long() // columns, indices.long() % columns
-    for direction, own, sides, length in (("rows", row, rows, columns), ("columns", column, columns, rows)):
-        whole = torch.bincount(own, minlength=sides) == length
+    ways: tuple[tuple[Direction, Tensor, int, int], ...] = (("rows", row, rows, columns), ("columns", column, columns, rows))
+    for direction, line, count, length in ways:
+        whole = torch.bincount(line, minlength=count) == length
         lines = whole.nonzero().view(-1)
-        in_lines = whole[own]
+        in_lines = whole[line]
         others = indices.numel() - lines.numel() * length
         if lines.numel() and others <= min(max(rows, columns), indices.numel() // 2):
             rest = in_lines.logical_not().nonzero().view(-1)
             rest_rows, rest_columns = row[rest], column[rest]
             order = torch.cat([in_lines.nonzero().view(-1), rest]).argsort().to(indices.dtype)
-            kind: Literal["rows", "columns"] = "rows" if direction == "rows" else "columns"
-            return Pattern(kind, lines, rest_rows, rest_columns, torch.equal(rest_rows, rest_columns), order)
+            return Pattern(direction, lines, rest_rows, rest_columns, torch.equal(rest_rows, rest_columns), order)
     return None

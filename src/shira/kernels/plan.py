@@ -1,4 +1,4 @@
-"""The data of the kernels: a switch as one flat list of writes over all tensors; the overlap and the sum of sparse tensors."""
+"""The data of the kernels: a switch as one flat list of writes over all tensors; the union and the sum of sparse tensors."""
 
 import functools
 import weakref
@@ -81,6 +81,20 @@ class Write(NamedTuple):
     indices: Tensor  # [k], int32 or int64, on the weight's device
     values: Tensor  # [k], the weight's dtype and device
 
+    def check(self, *, can_reach: bool) -> None:
+        """Raise IndexError for what a kernel does not check, and what would corrupt memory: layouts, dtypes and lengths.
+
+        can_reach: whether the kernel can write to these tensors' devices.
+        """
+        weight, indices, values = self
+        plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
+        fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
+        if not (plain and fits and can_reach and weight.itemsize in (1, 2, 4, 8)):
+            raise IndexError(
+                f"cannot write {values.dtype} {list(values.shape)} on {values.device} into {weight.dtype} {list(weight.shape)} "
+                f"on {weight.device}"
+            )
+
 
 class Sum(NamedTuple):
     """The sum that a write's values will become: base + Σ α · (value − base) over a few adapters, in this order."""
@@ -90,11 +104,11 @@ class Sum(NamedTuple):
     strengths: tuple[float, ...]  # for each adapter its α
 
     @classmethod
-    def of(cls, overlap: UnitedPositions, terms: Sequence[tuple[Tensor, float]]) -> "Sum":
+    def of(cls, union: UnitedPositions, terms: Sequence[tuple[Tensor, float]]) -> "Sum":
         """The sum of adapters at the union of their positions. terms: the values and the strength of each adapter."""
         places = []
-        for (values, _), own in zip(terms, overlap.places, strict=True):
-            place = torch.full_like(overlap.indices, -1, dtype=torch.int32)
+        for (values, _), own in zip(terms, union.places, strict=True):
+            place = torch.full_like(union.indices, -1, dtype=torch.int32)
             place[own.long()] = torch.arange(values.numel(), dtype=torch.int32, device=place.device)
             places.append(place)
         return cls(tuple(values for values, _ in terms), tuple(places), tuple(strength for _, strength in terms))
@@ -105,7 +119,7 @@ class WritePlan:
     """Writes, and memory for the old values of the entries that they change.
 
     stash: for each write [k], the old values; valid for the first `begun` writes.
-    forms: the memory of each weight when the plan was made. The plan is valid for these weights only.
+    memories: the memory of each weight when the plan was made. The plan is valid for these weights only.
     begun: int64 [1], the number of leading writes whose old values are in the stash and whose weight may have been written.
         A kernel sets it before it writes. So after an interruption at any point it says what must be restored.
     sums: for each write the sum that its values will become, or None; `kernels.write_sums_` computes and removes the sums.
@@ -114,13 +128,13 @@ class WritePlan:
     writes: tuple[Write, ...]
     stash: tuple[Tensor, ...]
     begun: np.ndarray[tuple[int], np.dtype[np.int64]]
-    forms: tuple[WeightMemory, ...]
+    memories: tuple[WeightMemory, ...]
     sums: tuple[Sum | None, ...] = ()
     compiled: Any = None  # the plan as cpu/native.py needs it
     launches: dict[torch.device, Any] = field(default_factory=dict)  # the plan as gpu/ops.py needs it
     arrival: list[Any] = field(default_factory=list)  # copies in progress, of gpu/host_memory.py
-    writer: "WritePlan | None" = None  # set by `over`: the plan with these values
-    keeper: "WritePlan | None" = None  # set by `over`: the plan with this stash
+    values_from: "WritePlan | None" = None  # set by `over`: the plan with these values
+    stash_from: "WritePlan | None" = None  # set by `over`: the plan with this stash
 
     @classmethod
     def of(cls, writes: Sequence[Write], sums: Sequence[Sum | None] = ()) -> "WritePlan":
@@ -135,8 +149,8 @@ class WritePlan:
             key = (write.values.dtype, write.values.device)
             stash.append(room[key][: write.values.numel()])
             room[key] = room[key][write.values.numel() :]
-        forms = tuple(WeightMemory.of(write.weight) for write in writes)
-        return cls(tuple(writes), tuple(stash), np.zeros(1, dtype=np.int64), forms, tuple(sums))
+        memories = tuple(WeightMemory.of(write.weight) for write in writes)
+        return cls(tuple(writes), tuple(stash), np.zeros(1, dtype=np.int64), memories, tuple(sums))
 
     @functools.cached_property
     def on_cpu(self) -> bool:
@@ -146,11 +160,11 @@ class WritePlan:
     @property
     def shapes(self) -> list[torch.Size]:
         """The shapes of the weights when the plan was made."""
-        return [form.layout[2] for form in self.forms]
+        return [memory.layout[2] for memory in self.memories]
 
     def check(self) -> None:
         """Raise WeightChanged if a weight was cast, moved or replaced since the plan was made. Takes 0.3 µs a weight."""
-        for (weight, _, _), (storage, layout) in zip(self.writes, self.forms, strict=True):
+        for (weight, _, _), (storage, layout) in zip(self.writes, self.memories, strict=True):
             here = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
             if storage() is not weight.untyped_storage() or here != layout:
                 raise WeightChanged("a weight was cast, moved or replaced since its entries were chosen")
@@ -176,5 +190,5 @@ class WritePlan:
         )
         if not same or any(self.sums):
             return None
-        keeper = other.keeper or other
-        return WritePlan(self.writes, other.stash, other.begun, self.forms, writer=self, keeper=keeper)
+        stash_from = other.stash_from or other
+        return WritePlan(self.writes, other.stash, other.begun, self.memories, values_from=self, stash_from=stash_from)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .plan import Sum, UnitedPositions, WeightChanged, WritePlan, same_bits
 
-__all__ = ["gather", "look_at", "overwrite_", "restore_", "sampled_gradient", "swap_", "unite", "write_", "write_sums_"]
+__all__ = ["check_values", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "unite", "write_", "write_sums_"]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -30,12 +30,12 @@ def write_(plan: WritePlan, over: WritePlan) -> None:
     over: the active plan, which has the same positions.
     Raises WeightChanged, before anything is written, unless the weights hold the values of `over`.
     """
-    look_at(over)
+    check_values(over)
     for write in plan.writes:
         overwrite_(*write)
 
 
-def look_at(plan: WritePlan) -> None:
+def check_values(plan: WritePlan) -> None:
     """Raise WeightChanged unless the weights hold the plan's values, for the writes that were begun."""
     for write in plan.writes[: int(plan.begun[0])]:
         if not same_bits(gather(write.weight, write.indices), write.values):
@@ -50,13 +50,13 @@ def swap_(plan: WritePlan) -> None:
         overwrite_(*write)
 
 
-def restore_(plan: WritePlan, *, look: bool) -> None:
+def restore_(plan: WritePlan, *, check: bool) -> None:
     """Write the stash back to the weights, for the writes that were begun.
 
-    look: raise WeightChanged, before anything is written, unless the weights hold the plan's values.
+    check: raise WeightChanged, before anything is written, unless the weights hold the plan's values.
     """
-    if look:
-        look_at(plan)
+    if check:
+        check_values(plan)
     for write, stash in list(zip(plan.writes, plan.stash, strict=True))[: int(plan.begun[0])]:
         overwrite_(write.weight, write.indices, stash)
 
@@ -64,10 +64,10 @@ def restore_(plan: WritePlan, *, look: bool) -> None:
 def write_sums_(plan: WritePlan) -> bool:
     """`swap_` of a plan with sums, which are computed from the old values of the entries. Returns whether all are finite."""
     finite = True
-    for number, (write, stash, made) in enumerate(zip(plan.writes, plan.stash, plan.sums, strict=True), start=1):
+    for number, (write, stash, terms) in enumerate(zip(plan.writes, plan.stash, plan.sums, strict=True), start=1):
         stash.copy_(gather(write.weight, write.indices))
-        if made is not None:
-            write.values.copy_(_summed(stash, made))
+        if terms is not None:
+            write.values.copy_(_summed(stash, terms))
             finite = finite and bool(write.values.isfinite().all())
         plan.begun[0] = number
         overwrite_(*write)
@@ -75,7 +75,7 @@ def write_sums_(plan: WritePlan) -> bool:
     return finite
 
 
-def _summed(base: Tensor, made: Sum) -> Tensor:
+def _summed(base: Tensor, terms: Sum) -> Tensor:
     """base + Σ α · (value − base), in order, in float32 (float64 for a float64 base), rounded once.
 
     Where only one adapter has an entry, with strength 1, the result has the bits of its value.
@@ -84,7 +84,7 @@ def _summed(base: Tensor, made: Sum) -> Tensor:
     total, alone = torch.zeros_like(wide), base
     count = torch.zeros_like(base, dtype=torch.int32)
     exact = torch.zeros_like(base, dtype=torch.bool)
-    for values, places, strength in zip(*made, strict=True):
+    for values, places, strength in zip(*terms, strict=True):
         holds = places >= 0
         if not values.numel():
             continue

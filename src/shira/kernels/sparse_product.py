@@ -17,11 +17,11 @@ class SparseLayout:
     """The positions of a sparse matrix S [out, in], prepared for products with S and with its transpose."""
 
     def __init__(self, indices: Tensor, matrix: tuple[int, int]) -> None:
-        """indices: sorted flat positions [k]."""
+        """indices: sorted flat positions [k]. matrix: (out, in)."""
         _accept_sparse()
         self.indices, self.matrix = indices, matrix
         rows, columns = indices.long() // matrix[1], indices.long() % matrix[1]
-        self.by_rows = _starts(rows, matrix[0]), columns.int()
+        self.by_rows = _starts(rows, matrix[0]), columns.int()  # where each row begins, and the columns
         self.pattern = kernels.find_pattern(indices, *matrix)
         # Sparse tensors are not traced. To say so imports torch's compiler, so it is said here and not on import.
         self.product = torch.compiler.disable(self._product)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .plan import WritePlan
-from .reference import look_at, unite
+from .reference import check_values, unite
 
 __all__ = ["gather", "gradient_of_rows", "overwrite_", "restore_", "sampled_gradient", "swap_", "unite", "write_"]
 
@@ -26,7 +26,7 @@ def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
 def write_(plan: WritePlan, over: WritePlan) -> None:
     """See `reference.write_`."""
-    look_at(over)
+    check_values(over)
     for write in plan.writes:
         overwrite_(*write)
 
@@ -39,10 +39,10 @@ def swap_(plan: WritePlan) -> None:
         overwrite_(*write)
 
 
-def restore_(plan: WritePlan, *, look: bool) -> None:
+def restore_(plan: WritePlan, *, check: bool) -> None:
     """See `reference.restore_`."""
-    if look:
-        look_at(plan)
+    if check:
+        check_values(plan)
     for number in range(int(plan.begun[0])):
         overwrite_(plan.writes[number].weight, plan.writes[number].indices, plan.stash[number])
 

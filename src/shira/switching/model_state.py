@@ -40,15 +40,16 @@ class ModelState:
         self._watched: list[Tensor] = []  # the weights that any adapter has been checked against
         self._versions: list[int] = []  # their version counters after our own last write
 
-    def is_another(self) -> bool:
+    def has_changed(self) -> bool:
         """Whether a module or tensor of the model was replaced, or torch wrote to a watched weight, since our last write."""
         if self.pieces:
             reshard(self._model)
         return not self.tensors.same() or self._versions != [weight._version for weight in self._watched]
 
-    def was_written(self) -> None:
+    def note_writes(self) -> None:
         """Record that all writes until now were our own."""
         self._versions = [weight._version for weight in self._watched]
+        torch.clear_autocast_cache()  # it may hold casts of the old values
 
     def checked(self, label: str, adapter: Adapter, plans: Sequence[WritePlan], *, is_new: bool) -> dict[str, SparseTensor]:
         """An adapter's tensors, ready to be written to this model: on its devices, overwrites in its dtypes.
@@ -56,7 +57,7 @@ class ModelState:
         There is one tensor for each tied weight. label: the adapter's name in messages. plans: what is active over the base.
         is_new: whether the content is new; then the base is compared. Raises BaseMismatch.
         """
-        plain, _ = self.quantized.split(label, adapter, self.weights)
+        plain = self.quantized.without_quantized(label, adapter, self.weights)
         if is_new:
             shared = next((name for name in adapter.tensors if name in self.tensors.overlapping), None)
             if shared is not None:

@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..adapter import Adapter
-from ..errors import AdapterError, BaseMismatch
-from ..fusion.combining import combine
+from ..errors import BaseMismatch
+from ..fusion.combining import combine_deltas, overflow
 from ..fusion.methods import Method
 from ..kernels.sparse_product import SparseLayout
 from ..sparse.tensor import SparseTensor, all_finite
 from ..weights.belonging import weight_of
-from ..weights.quantized import is_quantized, label, shape_of
+from ..weights.quantized import dtype_label, is_quantized, shape_of
 
 __all__ = ["AddedProduct", "QuantizedLayers", "product"]
 
@@ -37,26 +36,27 @@ class QuantizedLayers:
             if isinstance(module, nn.Linear) and is_quantized(module.weight):
                 self._users.setdefault(id(module.weight), []).append(module)
 
-    def split(self, title: str, adapter: Adapter, weights: Mapping[str, Tensor]) -> tuple[Adapter, dict[str, SparseTensor]]:
-        """An adapter's part for plain weights, and its deltas for quantized ones.
+    def without_quantized(self, label: str, adapter: Adapter, weights: Mapping[str, Tensor]) -> Adapter:
+        """An adapter's part for plain weights. The part for quantized ones is checked here.
 
-        title: the adapter in messages. Raises BaseMismatch if a quantized weight has another shape, would have to be
+        label: the adapter's name in messages. Raises BaseMismatch if a quantized weight has another shape, would have to be
         overwritten, or is in no linear layer.
         """
-        beside = {name: t for name, t in adapter.tensors.items() if name in weights and is_quantized(weights[name])}
-        for name, tensor in beside.items():
-            weight = weight_of(title, name, tensor, weights)
+        quantized = {name: t for name, t in adapter.tensors.items() if name in weights and is_quantized(weights[name])}
+        for name, tensor in quantized.items():
+            weight = weight_of(label, name, tensor, weights)
             if tensor.kind != "delta":
                 raise BaseMismatch(
-                    f"{title} overwrites '{name}', which is {label(weight)} in this model and cannot be overwritten; load the "
-                    "base that it was trained on, or use a delta adapter, as training on a quantized model makes them"
+                    f"{label} overwrites '{name}', which is {dtype_label(weight)} in this model and cannot be overwritten; "
+                    "load the base that it was trained on, or use a delta adapter, as training on a quantized model makes them"
                 )
             if id(weight) not in self._users:
                 raise BaseMismatch(
-                    f"{title}: '{name}' is {label(weight)}, but only the quantized weight of a linear layer can have an adapter"
+                    f"{label}: '{name}' is {dtype_label(weight)}, but only the quantized weight of a linear layer can have an "
+                    "adapter"
                 )
-        plain = {name: tensor for name, tensor in adapter.tensors.items() if name not in beside}
-        return Adapter(plain, adapter.metadata), beside
+        plain = {name: tensor for name, tensor in adapter.tensors.items() if name not in quantized}
+        return Adapter(plain, adapter.metadata)
 
     def show(self, products: Sequence[AddedProduct]) -> None:
         """Add these products, and no others, to the outputs."""
@@ -79,16 +79,14 @@ class _Adding:
         self._product, self.owner = product, owner
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        beside: Tensor = self._product.layout.product(inputs[0], self._product.values)
-        return output + beside.to(output.dtype)
+        added: Tensor = self._product.layout.product(inputs[0], self._product.values)
+        return output + added.to(output.dtype)
 
 
 def product(name: str, weight: Tensor, terms: list[tuple[SparseTensor, float]], method: Method) -> AddedProduct:
     """The product that the method makes of (delta, strength) pairs, in float32. Raises AdapterError if it overflows."""
-    overlap = kernels.unite([tensor.indices for tensor, _ in terms])
-    zeros = torch.zeros(overlap.indices.numel(), dtype=torch.float32, device=overlap.indices.device)
-    indices, values, _ = combine(name, terms, overlap, zeros, method, deltas=True)
+    indices, values = combine_deltas(name, terms, torch.float32, method)
     if not all_finite(values):
-        raise AdapterError(f"'{name}' would overflow torch.float32 at these strengths; use smaller ones")
+        raise overflow(name, values.dtype)
     rows, columns = shape_of(weight)
     return AddedProduct(weight, SparseLayout(indices.to(weight.device), (rows, columns)), values.to(weight.device))

@@ -14,27 +14,29 @@ from ..fusion.strengths import CheckedStrength, Strength, check_strengths, is_th
 from ..kernels import Waiting, WritePlan
 from .quantized_layers import AddedProduct
 
-__all__ = ["BASE", "Chosen", "Prepared", "Ready", "Selection", "chosen"]
+__all__ = ["BASE", "CheckedSelection", "Prepared", "Ready", "Selection", "checked_selection"]
 
 
-class Chosen(NamedTuple):
+class CheckedSelection(NamedTuple):
     """What can be active: adapters in the order of their names, with their strengths, and the method that combines them."""
 
     strengths: tuple[tuple[str, CheckedStrength], ...]
     method: Method
 
 
-BASE = Chosen((), Method("sum"))
+BASE = CheckedSelection((), Method("sum"))
 Selection = str | Mapping[str, Strength] | None
 
 
-def chosen(selection: Selection, method: str, options: Mapping[str, float], check: Callable[[str], None]) -> Chosen:
+def checked_selection(
+    selection: Selection, method: str, options: Mapping[str, float], check: Callable[[str], None]
+) -> CheckedSelection:
     """The selection that the arguments of `Switcher.use` mean. check: raises an error for a name that is not known."""
     if method == "sum" and not options and (selection is None or type(selection) is str):  # most calls, understood fast
         if selection is None:
             return BASE
         check(selection)
-        return Chosen(((selection, 1.0),), BASE.method)
+        return CheckedSelection(((selection, 1.0),), BASE.method)
     if not isinstance(method, str) and isinstance(selection, str):
         raise SwitchError(f"a strength belongs to its name: use({{{selection!r}: {method!r}}})")
     if not (selection is None or isinstance(selection, str | Mapping)):
@@ -45,14 +47,14 @@ def chosen(selection: Selection, method: str, options: Mapping[str, float], chec
         check(name)
     strengths = sorted((name, fixed) for name, fixed in check_strengths(wanted).items() if is_there(fixed))
     resolved = resolve(method, options)
-    return Chosen(tuple(strengths), resolved) if strengths else BASE
+    return CheckedSelection(tuple(strengths), resolved) if strengths else BASE
 
 
 class Prepared(NamedTuple):
     """A prepared selection: what it writes over the base, and what it adds to the outputs of quantized layers."""
 
     plan: WritePlan
-    beside: tuple[AddedProduct, ...] = ()
+    products: tuple[AddedProduct, ...] = ()
 
 
 class Ready:
@@ -65,12 +67,12 @@ class Ready:
 
     def __init__(self, capacity: int, host: int) -> None:
         self._capacity, self._host = capacity, host
-        self.pinned: set[Chosen] = set()
-        self.here: OrderedDict[Chosen, Prepared] = OrderedDict()
-        self.waiting: OrderedDict[Chosen, tuple[Waiting, tuple[AddedProduct, ...]]] = OrderedDict()
-        self.arriving: OrderedDict[Chosen, Prepared] = OrderedDict()
+        self.pinned: set[CheckedSelection] = set()
+        self.here: OrderedDict[CheckedSelection, Prepared] = OrderedDict()
+        self.waiting: OrderedDict[CheckedSelection, tuple[Waiting, tuple[AddedProduct, ...]]] = OrderedDict()
+        self.arriving: OrderedDict[CheckedSelection, Prepared] = OrderedDict()
 
-    def take(self, key: Chosen) -> Prepared | None:
+    def take(self, key: CheckedSelection) -> Prepared | None:
         """The selection if it is ready, waits or arrives; from now on it is ready. Otherwise None."""
         if key in self.here:
             self.here.move_to_end(key)
@@ -82,7 +84,7 @@ class Ready:
         self.arriving.pop(key, None)
         return held
 
-    def fetch(self, key: Chosen) -> bool:
+    def fetch(self, key: CheckedSelection) -> bool:
         """Start to copy a selection that waits. Returns whether it is ready or arrives, so that nothing else must be done."""
         if key in self.here or key in self.arriving:
             return True
@@ -94,14 +96,14 @@ class Ready:
             self.arriving.popitem(last=False)
         return True
 
-    def _arrive(self, key: Chosen) -> Prepared | None:
+    def _arrive(self, key: CheckedSelection) -> Prepared | None:
         if key not in self.waiting:
             return None
         self.waiting.move_to_end(key)
-        waiting, beside = self.waiting[key]
-        return Prepared(waiting.arrive(), beside)
+        waiting, products = self.waiting[key]
+        return Prepared(waiting.arrive(), products)
 
-    def hold(self, key: Chosen, prepared: Prepared) -> Prepared:
+    def hold(self, key: CheckedSelection, prepared: Prepared) -> Prepared:
         """Hold a selection ready. If there are too many, the one used longest ago moves to host memory or is dropped."""
         self.here[key] = prepared
         self.here.move_to_end(key)
@@ -110,13 +112,13 @@ class Ready:
             its = self.here.pop(gone)
             if self._host and not any(its.plan.sums):
                 if gone not in self.waiting:
-                    self.waiting[gone] = Waiting(its.plan), its.beside
+                    self.waiting[gone] = Waiting(its.plan), its.products
                 self.waiting.move_to_end(gone)
             if len(self.waiting) > self._host:
                 self.waiting.popitem(last=False)
         return prepared
 
-    def pin(self, key: Chosen) -> None:
+    def pin(self, key: CheckedSelection) -> None:
         """Never let this selection make room for others. Raises SwitchError if no room would be left for others."""
         if len(self.pinned | {key}) >= self._capacity:
             raise SwitchError(f"{self._capacity} selections are held ready; at most {self._capacity - 1} of them can be pinned")
@@ -126,16 +128,16 @@ class Ready:
         """Drop every selection with this adapter, or all selections."""
         if name is not None:
             self.pinned = {key for key in self.pinned if name not in dict(key.strengths)}
-        held: tuple[OrderedDict[Chosen, Any], ...] = (self.here, self.waiting, self.arriving)
+        held: tuple[OrderedDict[CheckedSelection, Any], ...] = (self.here, self.waiting, self.arriving)
         for selections in held:
             for key in [key for key in selections if name is None or name in dict(key.strengths)]:
                 del selections[key]
 
-    def forget(self, key: Chosen) -> None:
+    def forget(self, key: CheckedSelection) -> None:
         """Drop one selection from those that are ready."""
         self.here.pop(key, None)
 
-    def own(self, weight: Tensor, indices: Tensor) -> Tensor:
+    def own_positions(self, weight: Tensor, indices: Tensor) -> Tensor:
         """A copy of these positions, which nobody else changes; or the tensor of a ready plan with the same positions.
 
         So adapters with the same mask hold their positions once, and a switch from one to another is a single pass.

@@ -17,7 +17,7 @@ from ..kernels import WritePlan
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import ModelTensors, is_buffer
 
-__all__ = ["put_back"]
+__all__ = ["recover_base"]
 
 BETWEEN = (torch.float16, torch.bfloat16, torch.float64)  # dtypes through which a weight may have been cast
 
@@ -41,7 +41,7 @@ class _Entries(NamedTuple):
 Bases = dict[torch.dtype | None, Tensor]  # the dtype in between, None for a single cast -> the base's entries [k]
 
 
-def put_back(plans: Sequence[WritePlan], names: Mapping[int, list[str]], tensors: ModelTensors, active: str) -> None:
+def recover_base(plans: Sequence[WritePlan], names: Mapping[int, list[str]], tensors: ModelTensors, active: str) -> None:
     """Write the base under these plans into the weights as they are now.
 
     names: id of a plan's weight -> its names. tensors: the model's tensors as they are now. active: the active adapters, for

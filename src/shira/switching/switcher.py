@@ -1,6 +1,6 @@
 """One live model, many adapters: overwrite a few entries in place, and put the old bits back.
 
-The model is always just the model. While adapters are active, the switcher keeps the base values of their entries (the stash).
+No module is wrapped or added. While adapters are active, the switcher keeps the base values of their entries (the stash).
 Every action starts from the stash: base values are never computed, only kept. What is written and what is stashed is one value
 (`_State`), which is replaced at once. So after an interrupt at any point, the next call finds the base. Each call checks what
 others have done to the model since the last one.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..adapter import Adapter
-from ..errors import AdapterError, ShiraError, SwitchError, did_you_mean
+from ..errors import ShiraError, SwitchError, did_you_mean
 from ..fusion.strengths import as_given
 from ..kernels import WeightChanged, WritePlan
 from ..sparse.tensor import all_finite
@@ -29,8 +29,8 @@ from ..weights.model_tensors import ModelTensors, named_tensors, plain_model
 from ..weights.owners import check_free
 from .model_state import ModelState
 from .preparing import checked, overflow, prepare
-from .ready import BASE, Chosen, Prepared, Ready, Selection, chosen
-from .recovery import put_back
+from .ready import BASE, CheckedSelection, Prepared, Ready, Selection, checked_selection
+from .recovery import recover_base
 from .sources import AdapterSource
 
 __all__ = ["Switcher"]
@@ -42,8 +42,12 @@ SHOWN = 8  # names in a repr
 class _State(NamedTuple):
     """What is in the weights."""
 
-    chosen: Chosen | None  # None: a switch is under way
+    selection: CheckedSelection | None  # None: a switch is under way
     plans: tuple[WritePlan, ...] = ()  # written over the base, each with its stash; the first is restored first
+
+    def label(self) -> str:
+        """The active adapters in messages."""
+        return " + ".join(repr(name) for name, _ in (self.selection or BASE).strengths) or "an adapter"
 
 
 class Switcher:
@@ -76,21 +80,21 @@ class Switcher:
         self._sources: dict[str, AdapterSource] = {}
         self._ready = Ready(ready, host)
         self._nothing = WritePlan.of([])
-        self._blocks: list[list[Chosen]] = []  # the open blocks of `using`
+        self._blocks: list[list[CheckedSelection]] = []  # the open blocks of `using`
         self._state: _State = _State(BASE)
         self._owner = functools.partial(_owner, weakref.ref(self))
-        self._now = ModelState(self._model, self._owner)
+        self._model_state = ModelState(self._model, self._owner)
 
     def __repr__(self) -> str:
         """Two lines: what is active, and what is registered. It changes nothing, also after an interrupted switch."""
-        names, chosen = list(self._sources), self._state.chosen
+        names, selection = list(self._sources), self._state.selection
         known = ", ".join(map(shown, names[:SHOWN])) + f", … ({len(names):,})" * (len(names) > SHOWN)
-        if chosen is None:
+        if selection is None:
             active = "a switch was interrupted; the next call restores the base"
         else:
-            used = chosen.strengths[:SHOWN]
+            used = selection.strengths[:SHOWN]
             parts = [shown(name) + f" × {as_given(strength)}" * (strength != 1.0) for name, strength in used]
-            more = f" + … ({len(chosen.strengths):,})" * (len(chosen.strengths) > SHOWN)
+            more = f" + … ({len(selection.strengths):,})" * (len(selection.strengths) > SHOWN)
             active = f"{' + '.join(parts)}{more} active" if parts else "the base is active"
         return f"<shira.Switcher of {type(self._model).__name__}: {active}\n  registered: {known or 'none'}>"
 
@@ -102,17 +106,17 @@ class Switcher:
     @property
     def active(self) -> dict[str, float | dict[str, float]]:
         """Name -> strength of each active adapter, as it was passed to `use`; empty on the base."""
-        return {name: as_given(strength) for name, strength in self._chosen_now().strengths}
+        return {name: as_given(strength) for name, strength in self._active_selection().strengths}
 
     @property
     def method(self) -> dict[str, Any]:
         """The method that combines the active adapters, and all its options: {"method": "ties", "density": 0.2}."""
-        return self._chosen_now().method.described()
+        return self._active_selection().method.described()
 
-    def _chosen_now(self) -> Chosen:
+    def _active_selection(self) -> CheckedSelection:
         with self._turn, _writable():
-            self._settle()
-            return self._state.chosen or BASE
+            self._undo_interrupted()
+            return self._state.selection or BASE
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike[str] | AdapterSource) -> None:
         """Register an adapter, or a file of one, under a name, after checking that it belongs to this model.
@@ -130,16 +134,16 @@ class Switcher:
             if name in self._sources:
                 raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
             self._follow()
-            if named_tensors(self._model).keys() != self._now.weights.keys():  # for example, a head was added meanwhile
-                self._begin_again()
-            checked(name, source, self._now, self._state.plans)
+            if named_tensors(self._model).keys() != self._model_state.weights.keys():  # for example, a head was added meanwhile
+                self._restart()
+            checked(name, source, self._model_state, self._state.plans)
             self._sources[name] = source
 
     def remove(self, name: str) -> None:
         """Remove an adapter. Raises SwitchError if it is unknown or active."""
         with self._turn, _writable():
             self._known(name)
-            if name in dict(self._chosen_now().strengths):
+            if name in dict(self._active_selection().strengths):
                 raise SwitchError(f"adapter {name!r} is active; switch to another or to None first")
             self._ready.drop(name)
             del self._sources[name]
@@ -161,7 +165,7 @@ class Switcher:
         If it does not fit the changed model either, the base is active, as after any other exception during the switch.
         """
         with self._turn, _writable():
-            self._activate(chosen(selection, method, options, self._known))
+            self._activate(checked_selection(selection, method, options, self._known))
 
     def prefetch(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Make ready what `use` will activate, while a forward pass may still run.
@@ -175,7 +179,7 @@ class Switcher:
             switcher.use("coder")
         """
         with self._turn, _writable():
-            key = chosen(selection, method, options, self._known)
+            key = checked_selection(selection, method, options, self._known)
             self._follow()
             if key.strengths and not self._ready.fetch(key):
                 kernels.prepare(self._prepare(key).plan)
@@ -186,7 +190,7 @@ class Switcher:
         Raises what `use` raises, and SwitchError if fewer than `ready` would be left for others.
         """
         with self._turn, _writable():
-            key = chosen(selection, method, options, self._known)
+            key = checked_selection(selection, method, options, self._known)
             self._follow()
             if key.strengths:
                 kernels.prepare(self._prepare(key).plan)
@@ -195,7 +199,7 @@ class Switcher:
     def unpin(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Let a selection make room for others again."""
         with self._turn:
-            self._ready.pinned.discard(chosen(selection, method, options, self._known))
+            self._ready.pinned.discard(checked_selection(selection, method, options, self._known))
 
     @property
     def ready(self) -> list[dict[str, float | dict[str, float]]]:
@@ -207,7 +211,7 @@ class Switcher:
         """The base's values at sorted positions [k] of a tensor, whatever is active. Raises what `use` raises."""
         with self._turn, _writable():
             self._follow()
-            return self._now.base_at(self._now.weights[name], indices, self._state.plans)
+            return self._model_state.base_at(self._model_state.weights[name], indices, self._state.plans)
 
     def release(self) -> None:
         """Give up the model as it is. Nothing is written, and what is in its weights now is the base from now on.
@@ -215,9 +219,9 @@ class Switcher:
         Use it when the base is not known any more, after `use` has said so; or to keep an adapter in the weights for good.
         """
         with self._turn, _writable():
-            self._now.quantized.show(())
+            self._model_state.quantized.show(())
             self._state = _State(BASE)
-            self._take_up()
+            self._reread_model()
 
     @contextlib.contextmanager
     def using(self, selection: Selection, method: str = "sum", **options: float) -> Iterator[None]:
@@ -228,8 +232,8 @@ class Switcher:
         """
         block = [BASE]  # what will be active after the block
         with self._turn, _writable():
-            block[0] = self._chosen_now()
-            self._activate(chosen(selection, method, options, self._known))
+            block[0] = self._active_selection()
+            self._activate(checked_selection(selection, method, options, self._known))
             self._blocks = [*self._blocks, block]
         try:
             yield
@@ -237,8 +241,8 @@ class Switcher:
             with self._turn, _writable():
                 self._leave(block)
 
-    def _leave(self, block: list[Chosen]) -> None:
-        """Activate what was active before a block. If others were entered after it, the next of them does it at its end."""
+    def _leave(self, block: list[CheckedSelection]) -> None:
+        """Activate what was active before a block. If a later block is still open, the next one does it at its end."""
         later = [each for each in self._blocks if each is not block]
         place = next(number for number, each in enumerate(self._blocks) if each is block)
         if place < len(later):
@@ -250,76 +254,71 @@ class Switcher:
             self._known(name)
         self._activate(block[0])
 
-    def _settle(self) -> None:
+    def _undo_interrupted(self) -> None:
         """Restore the base if a call was interrupted. This may be interrupted, too: the next call begins with it again."""
         state = self._state
-        if state.chosen is not None:
+        if state.selection is not None:
             return
-        self._now.quantized.show(())
+        self._model_state.quantized.show(())
         try:
             for plan in state.plans:
                 if plan.begun[0]:
-                    kernels.restore_(plan, look=False)
+                    kernels.restore_(plan, check=False)
                     plan.begun[0] = 0
         except WeightChanged:
-            self._put_back(state)
-        self._was_written()
+            self._recover_base(state)
+        self._model_state.note_writes()
         self._state = _State(BASE)
 
-    def _was_written(self) -> None:
-        self._now.was_written()
-        torch.clear_autocast_cache()  # it may hold casts of the old values
-
-    def _put_back(self, state: _State) -> None:
-        active = " + ".join(repr(name) for name, _ in (state.chosen or BASE).strengths) or "an adapter"
-        put_back(state.plans, self._now.names(), ModelTensors(self._model), active)
+    def _recover_base(self, state: _State) -> None:
+        recover_base(state.plans, self._model_state.names(), ModelTensors(self._model), state.label())
         torch.clear_autocast_cache()
 
     def _follow(self) -> None:
         """Check what was done to the model since the last call, and follow it. What is active stays active."""
-        self._settle()
+        self._undo_interrupted()
         try:
-            check_free(self._now.claim, SwitchError)
+            check_free(self._model_state.claim, SwitchError)
             for plan in self._state.plans:
                 plan.check()
-            if not self._now.is_another():
+            if not self._model_state.has_changed():
                 return
         except WeightChanged:
             pass
-        self._begin_again()
+        self._restart()
 
-    def _begin_again(self) -> None:
+    def _restart(self) -> None:
         """Start again with the model as it is now, with the same selection active."""
-        before = self._state.chosen or BASE
-        self._adopt()
+        before = self._state.selection or BASE
+        self._restart_on_base()
         self._switch(before)
 
-    def _adopt(self) -> None:
+    def _restart_on_base(self) -> None:
         """Restore the base in the model as it is now, and start again from it, with nothing active."""
         if self._state.plans:
-            self._put_back(self._state)
-        self._now.quantized.show(())
+            self._recover_base(self._state)
+        self._model_state.quantized.show(())
         self._state = _State(BASE)
-        self._take_up()
+        self._reread_model()
 
-    def _take_up(self) -> None:
+    def _reread_model(self) -> None:
         """Look at the model as it is now, and drop everything that was known about it."""
         self._ready.drop()
         for source in self._sources.values():
             source.check_again()
-        self._now = ModelState(self._model, self._owner)
+        self._model_state = ModelState(self._model, self._owner)
 
-    def _activate(self, wanted: Chosen) -> None:
-        self._settle()
+    def _activate(self, wanted: CheckedSelection) -> None:
+        self._undo_interrupted()
         if not (wanted.strengths or self._state.plans):
             return  # nothing to do, even if somebody else owns the model
-        before = self._state.chosen or BASE
-        if not self._now.is_another():
+        before = self._state.selection or BASE
+        if not self._model_state.has_changed():
             with contextlib.suppress(WeightChanged):  # it is raised before anything is written
                 return self._switch(wanted)
         else:
-            check_free(self._now.claim, SwitchError)
-        self._adopt()
+            check_free(self._model_state.claim, SwitchError)
+        self._restart_on_base()
         try:
             self._switch(wanted)
         except ShiraError:
@@ -327,9 +326,9 @@ class Switcher:
                 self._switch(before)
             raise
 
-    def _switch(self, wanted: Chosen) -> None:
+    def _switch(self, wanted: CheckedSelection) -> None:
         state = self._state
-        if wanted == state.chosen:
+        if wanted == state.selection:
             return
         prepared = self._prepare(wanted)
         leaving = state.plans[0] if state.plans else self._nothing
@@ -339,43 +338,43 @@ class Switcher:
         self._state = _State(None, (coming, leaving))
         try:
             if not state.plans:  # the model is taken now; `self._state` shows that to others before this check for others
-                check_free(self._now.claim, SwitchError)
+                check_free(self._model_state.claim, SwitchError)
             if over is not None:
                 kernels.write_(over, leaving)
             elif any(coming.sums):
                 finite = kernels.write_sums_(coming, leaving)
             else:
                 kernels.change_(leaving, coming)
-            self._now.quantized.show(prepared.beside)
-            self._was_written()
+            self._model_state.quantized.show(prepared.products)
+            self._model_state.note_writes()
             if finite:
                 self._state = _State(wanted, (coming,)) if wanted.strengths else _State(BASE)
         except (WeightChanged, SwitchError):  # it was raised before anything was written
             self._state = state
             raise
         except BaseException:
-            self._settle()
+            self._undo_interrupted()
             raise
         finally:
-            if self._now.pieces:  # gathered weights are out of date
+            if self._model_state.pieces:  # gathered weights are out of date
                 reshard(self._model)
         if not finite:
-            self._undo_overflow(wanted, coming, state.chosen or BASE)
+            self._undo_overflow(wanted, coming, state.selection or BASE)
 
-    def _undo_overflow(self, wanted: Chosen, plan: WritePlan, before: Chosen) -> None:
+    def _undo_overflow(self, wanted: CheckedSelection, plan: WritePlan, before: CheckedSelection) -> None:
         """Return to what was active before, and raise AdapterError: sums that were computed while writing are not finite."""
         weight = next(write.weight for write in plan.writes if not all_finite(write.values))
-        name = next(name for name, other in self._now.weights.items() if other is weight)
+        name = next(name for name, other in self._model_state.weights.items() if other is weight)
         self._ready.forget(wanted)
-        self._settle()
+        self._undo_interrupted()
         self._switch(before)
-        raise AdapterError(overflow(name, weight))
+        raise overflow(name, weight.dtype)
 
     def _known(self, name: str) -> None:
         if not isinstance(name, str) or name not in self._sources:
             raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
-    def _prepare(self, key: Chosen) -> Prepared:
+    def _prepare(self, key: CheckedSelection) -> Prepared:
         """What to write over the base, with every value computed and checked: held ready, or made now."""
         if not key.strengths:
             return Prepared(self._nothing)
@@ -383,15 +382,14 @@ class Switcher:
         if held is None:
             for plan in self._state.plans:  # sums are computed from the stash, which must still be that of the weights
                 plan.check()
-            held = prepare(key, self._sources, self._ready, self._now, self._state.plans)
+            held = prepare(key, self._sources, self._ready, self._model_state, self._state.plans)
         return held
 
 
 def _owner(switcher: "weakref.ref[Switcher]") -> str:
     """The message for others who want the switcher's model; "" if the switcher does not own it."""
     state = _State(BASE) if (alive := switcher()) is None else alive._state
-    active = " + ".join(repr(name) for name, _ in (state.chosen or BASE).strengths) or "an adapter"
-    return f"a Switcher has {active} active in it; call its use(None) first" if state.plans else ""
+    return f"a Switcher has {state.label()} active in it; call its use(None) first" if state.plans else ""
 
 
 def _writable() -> contextlib.AbstractContextManager[Any]:

@@ -16,12 +16,13 @@ from ..errors import TuningError
 from ..sparse.tensor import dtype_name
 from ..weights.distributed import Piece, is_sharded
 from ..weights.model_tensors import OWN
-from ..weights.targets import VALUES, Use
+from ..weights.targets import Use
 from ..weights.undo import Undo
 
 __all__ = ["BASE", "Followed", "Kept", "Touched", "value_name"]
 
 BASE = OWN + "base"  # prefix of the names of buffers that hold the base's values at the entries
+VALUES = OWN + "values"  # prefix of the names of parameters that hold masters
 
 
 class Touched(NamedTuple):

@@ -225,7 +225,7 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo)
     def back() -> None:
         if still():
             if all(each._is_as_seen() or not each.in_place for each in masters):
-                kernels.restore_(plan, look=False)
+                kernels.restore_(plan, check=False)
                 for each, written, may_have_stepped in known:  # a step may have been taken inside; it is not written yet
                     each.written, each.may_have_stepped = written, each.may_have_stepped or may_have_stepped
             else:

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import TargetError
 from ..files.metadata import base_facts
 from ..weights.distributed import check_pieces, is_sharded
-from ..weights.quantized import is_quantized, label
+from ..weights.quantized import dtype_label, is_quantized
 from ..weights.targets import Target
 
 __all__ = ["check_trainable", "describe_base"]
@@ -29,8 +29,8 @@ def check_trainable(targets: Iterable[Target]) -> None:
             other = next((use.module for use in target.uses if not isinstance(use.module, nn.Linear)), None)
             if other is not None:
                 raise TargetError(
-                    f"'{target.name}' is {label(weight)} and used by a {type(other).__name__}; of quantized weights only those "
-                    "of linear layers can be trained, leave it out of the targets"
+                    f"'{target.name}' is {dtype_label(weight)} and used by a {type(other).__name__}; of quantized weights only "
+                    "those of linear layers can be trained, leave it out of the targets"
                 )
             continue
         if is_sharded(weight):
@@ -54,4 +54,4 @@ def check_trainable(targets: Iterable[Target]) -> None:
 def describe_base(model: nn.Module, chosen: list[Target]) -> dict[str, Any]:
     """The base model's id (of a local folder only the name), and the adapted weights' dtype (a list if there are several)."""
     identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-    return base_facts(identity, [label(target.weight) for target in chosen])
+    return base_facts(identity, [dtype_label(target.weight) for target in chosen])

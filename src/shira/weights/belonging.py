@@ -14,15 +14,16 @@ from ..texts import described
 from .quantized import is_quantized, shape_of
 
 __all__ = [
+    "Identifies",
     "check_base",
     "check_described",
     "check_fingerprint",
     "check_tensor",
-    "known_in_part",
-    "tells_base",
+    "identifying",
     "weight_of",
 ]
 
+Identifies = Callable[[str, SparseTensor], bool]  # name of a tensor, and the adapter's part of it
 
 def check_base(
     label: str, adapter: Adapter, tensors: Mapping[str, Tensor], base_at: Callable[[Tensor, Tensor], Tensor]
@@ -35,9 +36,9 @@ def check_base(
     Raises AdapterError if the metadata are not well formed.
     """
     check_described(label, adapter)
-    in_part = known_in_part(adapter)
+    identifies = identifying(adapter)
     for name in adapter.tensors:
-        check_tensor(label, name, adapter, tensors, base_at, in_part)
+        check_tensor(label, name, adapter, tensors, base_at, identifies)
 
 
 def check_described(label: str, adapter: Adapter) -> None:
@@ -54,33 +55,33 @@ def check_tensor(
     adapter: Adapter,
     tensors: Mapping[str, Tensor],
     base_at: Callable[[Tensor, Tensor], Tensor],
-    in_part: Callable[[], bool],
+    identifies: Identifies,
 ) -> None:
     """`check_base` for one tensor. Adapter and model may be files: one tensor at a time is read and freed.
 
-    in_part: `known_in_part(adapter)`.
+    identifies: `identifying(adapter)`.
     """
     sparse = adapter.tensors[name]
     weight = weight_of(label, name, sparse, tensors, to_overwrite=True)
-    if tells_base(name, sparse, adapter, in_part):
+    if identifies(name, sparse):
         check_fingerprint(label, name, adapter, base_at(weight, sparse.indices), weight.dtype)
 
 
-def known_in_part(adapter: Adapter) -> Callable[[], bool]:
-    """A function: does any tensor that is overwritten in part identify the base? It looks only once, at its first call."""
-    return functools.cache(
-        lambda: any(
-            sparse.kind == "overwrite" and sparse.nnz < sparse.numel and name in adapter.fingerprints
-            for name, sparse in adapter.tensors.items()
-        )
-    )
+def identifying(adapter: Adapter) -> Identifies:
+    """A function: do the base values under this tensor of the adapter show whether a base is the adapter's? See `check_base`.
 
+    Those under a delta do not, because a delta may be added to another base.
+    """
 
-def tells_base(name: str, sparse: SparseTensor, adapter: Adapter, in_part: Callable[[], bool]) -> bool:
-    """Whether the base values of a tensor can tell if the base is the adapter's. A delta may be added to another base."""
-    if sparse.kind == "delta" or name not in adapter.fingerprints:
-        return False
-    return sparse.nnz < sparse.numel or not in_part()
+    @functools.cache  # the adapter may be a file, and is looked through once at the most
+    def in_part() -> bool:
+        return any(t.kind == "overwrite" and t.nnz < t.numel and n in adapter.fingerprints for n, t in adapter.tensors.items())
+
+    def identifies(name: str, sparse: SparseTensor) -> bool:
+        known = sparse.kind == "overwrite" and name in adapter.fingerprints
+        return known and (sparse.nnz < sparse.numel or not in_part())
+
+    return identifies
 
 
 def weight_of(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..sparse.tensor import dtype_name
 from .undo import Undo
 
-__all__ = ["dense", "is_quantized", "keep_differentiable", "label", "shape_of"]
+__all__ = ["dense", "dtype_label", "is_quantized", "keep_differentiable", "shape_of"]
 
 
 def is_quantized(weight: Tensor) -> bool:
@@ -26,7 +26,7 @@ def shape_of(weight: Tensor) -> tuple[int, ...]:
     return tuple(_state(weight).shape if _of_bitsandbytes(weight) else getattr(weight, "ds_shape", weight.shape))
 
 
-def label(weight: Tensor) -> str:
+def dtype_label(weight: Tensor) -> str:
     """The name of a weight's dtype in metadata and messages: "bfloat16", "nf4", "Int8Tensor"."""
     if _of_bitsandbytes(weight):
         return str(_state(weight).quant_type)

@@ -16,12 +16,11 @@ from ..texts import shown
 from .model_tensors import COMPILED, OWN, ModelTensors, is_buffer
 from .quantized import shape_of
 
-__all__ = ["KEYWORDS", "Target", "Use", "by_pattern", "is_conv1d", "plain_name", "resolve", "whole_modules"]
+__all__ = ["KEYWORDS", "Target", "Use", "by_pattern", "is_conv1d", "resolve", "whole_modules"]
 
 Value = TypeVar("Value")
 Layers = int | Iterable[int]
 
-VALUES = "shira_values"  # prefix of the names under which modules hold masters while a tuner is attached
 KEYWORDS = {
     "all-linear": re.compile(r""),
     "attention": re.compile(r"attn|attention", re.IGNORECASE),
@@ -136,7 +135,7 @@ def whole_modules(model: nn.Module, wanted: str | Iterable[str], *, exclude: str
         return []
     weights = _Weights(model)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-    found = {plain_name(name): module for name, module in model.named_modules()}
+    found = {_plain_name(name): module for name, module in model.named_modules()}
     chosen = []
     for given in asked:
         meant = [name for name in found if isinstance(given, str) and given and _matches(name, given)]
@@ -145,7 +144,7 @@ def whole_modules(model: nn.Module, wanted: str | Iterable[str], *, exclude: str
             known = _suffixes(name for name in found if name)
             raise TargetError(f"whole={given!r} matches no module with parameters; {did_you_mean(str(given), known)}")
         chosen += below
-    kept = {name for name in chosen if not any(f".{given}." in f".{name}." for given in exclude)}
+    kept = {name for name in chosen if not _has_any(name, exclude)}
     return _targets(model, weights, [name for name in weights.owners if name in kept])
 
 
@@ -192,10 +191,10 @@ def _targets(model: nn.Module, weights: "_Weights", chosen: Iterable[str]) -> li
 def _check_parametrized(model: nn.Module, wanted: str | list[str], exclude: list[str]) -> None:
     """Raise TargetError if a wanted weight is computed from other parameters before each forward pass."""
     for full_name, module in model.named_modules():
-        name = plain_name(full_name)
+        name = _plain_name(full_name)
         for attribute in getattr(module, "parametrizations", None) or () if is_parametrized(module) else ():
             path = f"{name}.{attribute}".lstrip(".")
-            if any(f".{entry}." in f".{path}." for entry in exclude) or not _wants(wanted, module, name, path):
+            if _has_any(path, exclude) or not _wants(wanted, module, name, path):
                 continue
             originals: Any = module.parametrizations[attribute]
             below = [f"{name}.parametrizations.{attribute}.{key}".lstrip(".") for key, _ in _own(originals)]
@@ -226,7 +225,7 @@ def by_pattern(names: Iterable[str], patterns: Mapping[str, Value]) -> dict[str,
     names = list(names)
     found: dict[str, Value] = {}
     for pattern, value in patterns.items():
-        meant = [name for name in names if any(_means(pattern, n) for n in (name, name.removesuffix(".weight")))]
+        meant = [name for name in names if any(_fits(n, pattern) for n in (name, name.removesuffix(".weight")))]
         if not meant:
             modules = _suffixes(name.removesuffix(".weight") for name in names)
             raise TargetError(f"pattern {pattern!r} matches none of {len(names)} tensors; {did_you_mean(pattern, modules)}")
@@ -267,8 +266,8 @@ class _Weights:
         get_output = getattr(model, "get_output_embeddings", None)
         output = get_output() if callable(get_output) else None
         for full_name, module in model.named_modules():
-            name = plain_name(full_name)
-            own = {attribute: parameter for attribute, parameter in _own(module)}
+            name = _plain_name(full_name)
+            own = dict(_own(module))
             matrices = [a for a, parameter in own.items() if len(shape_of(parameter)) > 1 and not a.startswith("bias")]
             paths = {attribute: f"{name}.{attribute}".lstrip(".") for attribute in own}
             self.owners |= {path: (module, attribute) for attribute, path in paths.items()}
@@ -300,13 +299,9 @@ def _is_stack_of_experts(module: nn.Module, weight: nn.Parameter) -> bool:
     return len(shape_of(weight)) == 3 and "expert" in type(module).__name__.lower()
 
 
-def plain_name(name: str) -> str:
+def _plain_name(name: str) -> str:
     """The checkpoint name of a module or tensor, without the parts that torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
-
-
-def _means(pattern: str, name: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def _by_string(weights: _Weights, wanted: str) -> list[str]:
@@ -366,9 +361,9 @@ def _meant(weights: _Weights, given: str) -> set[str]:
 
 def _without(weights: _Weights, chosen: list[str], exclude: list[str]) -> list[str]:
     for given in exclude:
-        if not any(f".{given}." in f".{name}." for name in weights.owners):
+        if not any(_has_any(name, [given]) for name in weights.owners):
             raise TargetError(f"exclude {given!r} matches nothing; {did_you_mean(given, _suffixes(weights.modules))}")
-    included = [name for name in chosen if not any(f".{given}." in f".{name}." for given in exclude)]
+    included = [name for name in chosen if not _has_any(name, exclude)]
     if not included:
         raise TargetError(f"exclude={exclude} leaves none of {len(chosen)} targets")
     return included
@@ -388,7 +383,18 @@ def _in_layers(chosen: list[str], layers: Layers | None) -> list[str]:
 
 
 def _matches(name: str, given: str) -> bool:
+    """Whether this is the name, or its suffix after a dot."""
     return name == given or name.endswith("." + given)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """`_matches` for a pattern of fnmatch."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _has_any(name: str, parts: Iterable[str]) -> bool:
+    """Whether one of these, between dots, is a part of the name."""
+    return any(f".{part}." in f".{name}." for part in parts)
 
 
 def _suffixes(names: Iterable[str]) -> list[str]:

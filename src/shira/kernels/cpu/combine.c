@@ -17,11 +17,7 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__GNUC__) || defined(__clang__)
-#define FETCH(address) __builtin_prefetch((address), 0, 3) /* into all caches: several adapters may read the line */
-#else
-#define FETCH(address) ((void)0)
-#endif
+#define FETCH(address) PREFETCH(address, 3) /* into all caches: several adapters may read the line */
 
 /* One adapter's changes to a tensor; native.py fills an array of these. */
 typedef struct {
@@ -47,22 +43,22 @@ typedef struct {
 } Result;
 
 enum { SUM, MEAN, LARGEST };
-enum { NEAR = 1 << 12, BLOCK = 64 };          /* positions in a window; positions written out at once */
+enum { WINDOW = 1 << 12, BLOCK = 64 };        /* positions in a window; positions written out at once */
 /* entries of a change to prefetch ahead; positions to prefetch ahead if every line is fetched; bytes of a cache line */
-enum { SOON = 64, LATER = 3 * NEAR, LINE = 64 };
+enum { ENTRIES_AHEAD = 64, POSITIONS_AHEAD = 3 * WINDOW, LINE = 64 };
 
-/* Positions start to start + NEAR - 1. It fits in cache. */
+/* Positions start to start + WINDOW - 1. It fits in cache. */
 typedef struct {
-    float total[NEAR]; /* the sum of the changes */
+    float total[WINDOW];           /* the sum of the changes */
     union {
-        float floats[NEAR];
-        uint16_t halves[NEAR];
-    } fresh;                                /* the new value */
-    uint8_t met[NEAR];           /* the number of changes at each position */
-    uint16_t meetings[NEAR + 1]; /* the positions with several changes */
-    int32_t decoded[NEAR];       /* the positions that were decoded from the gaps of the current change */
-    int64_t met_at, start, stop; /* number of meetings; first position; end of the window, or of the tensor */
-    int every_line;              /* most lines of the base are needed: all are prefetched in order, not one for each entry */
+        float floats[WINDOW];
+        uint16_t halves[WINDOW];
+    } fresh;                       /* the new value */
+    uint8_t met[WINDOW];           /* the number of changes at each position */
+    uint16_t meetings[WINDOW + 1]; /* the positions with several changes */
+    int32_t decoded[WINDOW];       /* the positions that were decoded from the gaps of the current change */
+    int64_t met_at, start, stop;   /* number of meetings; first position; end of the window, or of the tensor */
+    int every_line;                /* most lines of the base are needed: all are prefetched in order, not one for each entry */
 } Window;
 
 /* Prefetch one change's share of the base that a later window needs. */
@@ -108,11 +104,11 @@ DECODE(decode_shorts, uint16_t, UINT16_MAX)
         BASE *under = is_delta ? NULL : (BASE *)change->under + change->done, *fresh = (BASE *)&window->fresh;        \
         const int64_t start = window->start, stop = window->stop;                                                     \
         const float strength = change->strength;                                                                      \
-        const int64_t fetched = weight && !window->every_line ? count - SOON : 0;                                     \
+        const int64_t fetched = weight && !window->every_line ? count - ENTRIES_AHEAD : 0;                            \
         int64_t i = 0, met_at = window->met_at;                                                                       \
         for (; i < count && positions[i] < stop; i++) {                                                               \
             const int64_t where = positions[i], at = where - start;                                                   \
-            if (weight && i < fetched) FETCH(&weight[positions[i + SOON]]);                                           \
+            if (weight && i < fetched) FETCH(&weight[positions[i + ENTRIES_AHEAD]]);                                  \
             const BASE bits = weight ? weight[where] : 0;                                                             \
             const float old = WIDE_BASE(bits), value = WIDE_VALUE(values[i]), before = window->total[at];             \
             const float by = strength * (is_delta ? value : value - old);                                             \
@@ -128,7 +124,7 @@ DECODE(decode_shorts, uint16_t, UINT16_MAX)
     INLINE void NAME##_all(Change *changes, Py_ssize_t count, const BASE *weight, Window *window, int largest) {      \
         for (Py_ssize_t c = 0; c < count; c++) {                                                                      \
             Change *change = &changes[c];                                                                             \
-            if (window->every_line) fetch(weight + window->start + LATER, sizeof(BASE) * NEAR, c, count);             \
+            if (window->every_line) fetch(weight + window->start + POSITIONS_AHEAD, sizeof(BASE) * WINDOW, c, count); \
             if (weight && !change->is_delta && change->is_exact) NAME##_one(change, weight, window, 0, 1, largest);   \
             else if (weight && !change->is_delta) NAME##_one(change, weight, window, 0, 0, largest);                  \
             else if (change->is_exact) NAME##_one(change, NULL, window, 1, 1, largest);                               \
@@ -168,7 +164,7 @@ static inline uint64_t eight(const uint8_t *bytes) {
     FAST_VERSIONS                                                                                                     \
     static int64_t NAME(Window *window, Result to, int64_t found) {                                                   \
         const BASE *weight = (const BASE *)to.weight, *fresh = (const BASE *)&window->fresh;                          \
-        for (int block = 0; block < NEAR; block += BLOCK) {                                                           \
+        for (int block = 0; block < WINDOW; block += BLOCK) {                                                         \
             uint64_t held = 0;                                                                                        \
             for (int b = 0; b < BLOCK; b += 8) held |= eight(&window->met[block + b]) << b;                           \
             if (!held) continue;                                                                                      \
@@ -220,7 +216,7 @@ AVX512 INLINE void put_halves(Result to, int64_t found, __m512i positions, __m25
 
 AVX512 static int64_t write_floats_avx512(Window *window, Result to, int64_t found) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int block = 0; block < NEAR; block += BLOCK) {
+    for (int block = 0; block < WINDOW; block += BLOCK) {
         uint64_t held = taken(window, block);
         for (int at = block; held; at += 16, held >>= 16) {
             const __mmask16 here = (__mmask16)held;
@@ -239,7 +235,7 @@ AVX512 static int64_t write_floats_avx512(Window *window, Result to, int64_t fou
 AVX512 static int64_t write_halves_avx512(Window *window, Result to, int64_t found) {
     const __m512i lanes = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10,
                                            9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (int block = 0; block < NEAR; block += BLOCK) {
+    for (int block = 0; block < WINDOW; block += BLOCK) {
         uint64_t held = taken(window, block);
         for (int at = block; held; at += 32, held >>= 32) {
             const __mmask32 here = (__mmask32)held;
@@ -272,10 +268,10 @@ static int64_t entries_of(const Change *changes, Py_ssize_t count) {
     return entries;
 }
 
-/* The start of the window that holds the smallest possible next position, or `last` if there is none. It is called after an
+/* The start of the window that holds the smallest possible next position, or `end` if there is none. It is called after an
  * empty window, so that a long distance without positions is skipped. */
-static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t last) {
-    int64_t next = last;
+static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t end) {
+    int64_t next = end;
     for (Py_ssize_t c = 0; c < count; c++) {
         const Change *change = &changes[c];
         if (change->done == change->count || (change->unit_bytes && change->read == change->units)) continue;
@@ -284,13 +280,13 @@ static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t last
                                                      : ((const int32_t *)change->positions)[change->done];
         if (at < next) next = at;
     }
-    return next < last ? next & ~(int64_t)(NEAR - 1) : last;
+    return next < end ? next & ~(int64_t)(WINDOW - 1) : end;
 }
 
 /* Whether the gaps gave exactly `count` positions, all below the end. Positions that are not gaps were checked by native.py. */
 static int is_whole(const Change *change) { return change->done == change->count && change->read == change->units; }
 
-static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base_bytes, int64_t last, Result to, int plain) {
+static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base_bytes, int64_t end, Result to, int plain) {
     void (*const add)(Change *, Py_ssize_t, const void *, int, Window *) =
         base_bytes == 4 ? add_floats : value_bytes == 2 ? add_halves : add_mixed;
     int64_t (*const write)(Window *, Result, int64_t) = plain || !has_avx512()
@@ -299,11 +295,11 @@ static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base
     Window window;
     int64_t found = 0;
     memset(&window, 0, sizeof window);
-    window.every_line = to.weight && entries_of(changes, count) > last * base_bytes / LINE;
-    for (int64_t before; window.start < last;
-         window.start = found > before ? window.start + NEAR : next_window(changes, count, last)) {
+    window.every_line = to.weight && entries_of(changes, count) > end * base_bytes / LINE;
+    for (int64_t before; window.start < end;
+         window.start = found > before ? window.start + WINDOW : next_window(changes, count, end)) {
         before = found;
-        window.stop = window.start + NEAR < last ? window.start + NEAR : last;
+        window.stop = window.start + WINDOW < end ? window.start + WINDOW : end;
         add(changes, count, to.weight, to.mode, &window);
         found = write(&window, to, found);
     }
@@ -312,21 +308,21 @@ static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base
     return found;
 }
 
-/* Combine at most 255 changes, all below `last`. Returns the number of entries; -1 if gaps are invalid. It uses one thread
+/* Combine at most 255 changes, all below `end`. Returns the number of entries; -1 if gaps are invalid. It uses one thread
  * and no shared state, so several threads may call it. */
 PyObject *combine(PyObject *self, PyObject *args) {
     unsigned long long address, weight, positions, values, base;
     Py_ssize_t count;
-    long long last, found;
+    long long end, found;
     int value_bytes, base_bytes, mode, plain;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KniKiLKKKii", &address, &count, &value_bytes, &weight, &base_bytes, &last, &positions, &values,
+    if (!PyArg_ParseTuple(args, "KniKiLKKKii", &address, &count, &value_bytes, &weight, &base_bytes, &end, &positions, &values,
                           &base, &mode, &plain))
         return NULL;
     const Result to = {(int32_t *)(uintptr_t)positions, (void *)(uintptr_t)values, (void *)(uintptr_t)base,
                        (const void *)(uintptr_t)weight, mode};
     Py_BEGIN_ALLOW_THREADS
-    found = fuse((Change *)(uintptr_t)address, count, value_bytes, base_bytes, last, to, plain);
+    found = fuse((Change *)(uintptr_t)address, count, value_bytes, base_bytes, end, to, plain);
     Py_END_ALLOW_THREADS
     return PyLong_FromLongLong(found);
 }

@@ -13,12 +13,6 @@
 #include <pthread.h>
 #endif
 
-#if defined(__GNUC__) || defined(__clang__)
-#define PREFETCH(address, level) __builtin_prefetch((address), 0, (level))
-#else
-#define PREFETCH(address, level) ((void)0)
-#endif
-
 /* How many positions to prefetch ahead, and into which cache. By default lines bypass the second-level cache, because each
  * is used once. On AMD's processors they go into it, and further ahead, because more lines may be in transit to it.
  * docs/notebook.md has the measurements. */
@@ -203,12 +197,12 @@ static int64_t entries_of(const Part *parts, Py_ssize_t count) {
     return total;
 }
 
-enum { LOOKS = 16 }; /* entries of each part that are compared */
+enum { COMPARED = 16 }; /* entries of each part that are compared */
 
 /* The number of the first part whose weight does not hold what was written; -1 if there is none. */
 static Py_ssize_t changed(const Part *parts, Py_ssize_t count) {
     for (Py_ssize_t p = 0; p < count; p++)
-        if (parts[p].written && !holds(&parts[p], (parts[p].count + LOOKS - 1) / LOOKS)) return p;
+        if (parts[p].written && !holds(&parts[p], (parts[p].count + COMPARED - 1) / COMPARED)) return p;
     return -1;
 }
 
@@ -226,7 +220,7 @@ static PyObject *outside(PyObject *self, PyObject *args) {
     return PyLong_FromSsize_t(found);
 }
 
-/* Run all parts in a mode. Returns -1; or, if `look` and before anything is written, the number of the first part whose weight
+/* Run all parts in a mode. Returns -1; or, if `check` and before anything is written, the number of the first part whose weight
  * does not hold what was written.
  *
  * No signal and no exception can stop it between two entries. Before the first write `begun` receives the number of parts, so
@@ -235,14 +229,14 @@ static PyObject *swap(PyObject *self, PyObject *args) {
     unsigned long long address, begun;
     Py_ssize_t parts;
     int mode;
-    int look;
+    int check;
     long threads;
     Py_ssize_t found = -1;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KniiKl", &address, &parts, &mode, &look, &begun, &threads)) return NULL;
+    if (!PyArg_ParseTuple(args, "KniiKl", &address, &parts, &mode, &check, &begun, &threads)) return NULL;
     const Swap job = {(const Part *)(uintptr_t)address, parts, mode};
     Py_BEGIN_ALLOW_THREADS
-    if (look) found = changed(job.parts, parts);
+    if (check) found = changed(job.parts, parts);
     if (found < 0) {
         if (begun) *(int64_t *)(uintptr_t)begun = parts;
         in_parallel(swap_share, &job, entries_of(job.parts, parts), threads, 4096);
@@ -368,10 +362,10 @@ static PyObject *sampled(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, whether to look first, address of begun, threads)"},
+    {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, whether to check first, address of begun, threads)"},
     {"outside", outside, METH_VARARGS, "outside(address of an array of parts, how many)"},
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
-    {"unite", unite, METH_VARARGS, "unite(address of an array of runs, how many, past the last position, merged, touched, index bytes)"},
+    {"unite", unite, METH_VARARGS, "unite(address of an array of runs, how many, past the last position, merged, counts, index bytes)"},
     {"combine", combine, METH_VARARGS, "combine(address of an array of changes, how many, value bytes, weight, its entry bytes, past the last position, positions, values, base, mode, whether plain)"},
     {NULL, NULL, 0, NULL},
 };

@@ -20,8 +20,10 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define INLINE static inline __attribute__((always_inline)) /* so that each of FAST_VERSIONS compiles it for its own target */
+#define PREFETCH(address, level) __builtin_prefetch((address), 0, (level))
 #else
 #define INLINE static inline
+#define PREFETCH(address, level) ((void)0)
 #endif
 
 /* number of bits that are set */

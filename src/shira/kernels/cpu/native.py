@@ -40,7 +40,7 @@ except ImportError:
 PART = np.dtype(  # as in native.c
     [
         *[("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("written", "u8")],
-        *[("count", "i8"), ("entries", "i8"), ("entry", "i4"), ("index", "i4")],
+        *[("count", "i8"), ("entries", "i8"), ("entry_bytes", "i4"), ("index_bytes", "i4")],
     ]
 )
 RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])  # as in unite.c
@@ -54,7 +54,7 @@ CHANGE = np.dtype(  # as in combine.c
 MODES = {"sum": 0, "mean": 1, "max": 2}
 GAPS = (torch.uint8, torch.uint16)  # dtypes of gaps, which stand for positions in a file
 LINE = 64  # bytes of a cache line
-MOST = 255  # changes to one tensor: C counts them in a byte
+MOST_CHANGES = 255  # to one tensor: C counts them in a byte
 SLACK = 16  # entries that C may write beyond the last one
 KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 
@@ -62,10 +62,10 @@ CPU = torch.device("cpu")  # named in every allocation, because torch.set_defaul
 plain_c: ContextVar[bool] = ContextVar("shira_plain_c", default=False)  # True: no instructions that some processors lack
 
 BLOCK = 256  # tokens at a time, so that data that is read many times stays in the second-level cache
-DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}
+DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}  # nanoseconds a token, see `sampling_wins`
 SAMPLED_NS = 0.03
 PACK_NS = 0.4
-_rooms = threading.local()
+_kept_scratch = threading.local()
 
 
 def built() -> bool:
@@ -99,7 +99,7 @@ def write_(plan: WritePlan, over: WritePlan) -> None:
     compiled = _compiled(plan)
     compiled.table["written"] = _compiled(over).table["values"]
     try:
-        _run(plan, compiled, WRITE, len(plan.writes), look=True)
+        _run(plan, compiled, WRITE, len(plan.writes), check=True)
     finally:
         compiled.table["written"] = compiled.table["values"]
 
@@ -109,9 +109,9 @@ def swap_(plan: WritePlan) -> None:
     _run(plan, _compiled(plan), KEEP_AND_WRITE, len(plan.writes))
 
 
-def restore_(plan: WritePlan, *, look: bool) -> None:
+def restore_(plan: WritePlan, *, check: bool) -> None:
     """See `reference.restore_`. Only a few entries of each weight are compared."""
-    _run(plan, _compiled(plan), RESTORE, int(plan.begun[0]), look=look)
+    _run(plan, _compiled(plan), RESTORE, int(plan.begun[0]), check=check)
 
 
 def unite(runs: Sequence[Tensor]) -> UnitedPositions:
@@ -129,10 +129,9 @@ def unite(runs: Sequence[Tensor]) -> UnitedPositions:
     table["places"] = [place.data_ptr() for place in places]
     table["count"] = [run.numel() for run in runs]
     end = max((int(run[-1]) + 1 for run in runs if run.numel()), default=0)
-    room = sum(place.numel() for place in places)
-    indices, counts = (torch.empty(room, dtype=kind, device=CPU) for kind in (dtype, torch.int32))
-    given = (table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
-    found = _native.unite(*given)
+    most = sum(place.numel() for place in places)
+    indices, counts = (torch.empty(most, dtype=kind, device=CPU) for kind in (dtype, torch.int32))
+    found = _native.unite(table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
     own = indices[:found].clone()  # callers keep the positions; a view would keep the spare memory, too
     return UnitedPositions(own, places, counts[:found])
 
@@ -153,57 +152,61 @@ def combine(
     For "sum", "mean" and "max", at most 255 changes, and a float32 or bfloat16 base below 2³¹ entries. Values of deltas may
     have any dtype. Raises IndexError for positions outside of the tensor, or tensors that do not fit each other.
     """
-    where = [change.indices.contiguous() for change in changes]
-    known = method in MODES and dtype in (torch.float32, torch.bfloat16) and len(changes) <= MOST
-    if not known or numel >= 2**31 or any(at.dtype not in (torch.int32, *GAPS) for at in where):
+    positions = [change.indices.contiguous() for change in changes]  # or gaps
+    known = method in MODES and dtype in (torch.float32, torch.bfloat16) and len(changes) <= MOST_CHANGES
+    if not known or numel >= 2**31 or any(own.dtype not in (torch.int32, *GAPS) for own in positions):
         return None
     common = torch.bfloat16 if all(change.values.dtype == dtype == torch.bfloat16 for change in changes) else torch.float32
     values = [change.values.to(common).contiguous() for change in changes]
-    _check_addresses(weight, where, values, dtype, numel)
-    sizes = [given.numel() for given in values]
-    room = sum(sizes) + SLACK
-    found_at, fresh = _room(room, torch.int32, dtype)
+    _check_addresses(weight, positions, values, dtype, numel)
+    sizes = [own.numel() for own in values]
+    most = sum(sizes) + SLACK
+    indices, fresh = _empty(most, torch.int32, dtype)
     base, *under = [fresh[:0]] * (1 + len(sizes))
     if weight is not None:
-        base, *under = _room(room + sum(sizes), dtype)[0].split([room, *sizes])
+        base, *under = _empty(most + sum(sizes), dtype)[0].split([most, *sizes])
     table = np.zeros(len(changes), dtype=CHANGE)
-    for field, tensors in (("positions", where), ("values", values), ("under", under)):
+    for field, tensors in (("positions", positions), ("values", values), ("under", under)):
         table[field] = [tensor.data_ptr() for tensor in tensors]
     table["count"] = sizes
-    table["unit_bytes"] = [at.itemsize if at.dtype in GAPS else 0 for at in where]
-    table["units"] = [at.numel() if at.dtype in GAPS else 0 for at in where]
+    table["unit_bytes"] = [own.itemsize if own.dtype in GAPS else 0 for own in positions]
+    table["units"] = [own.numel() if own.dtype in GAPS else 0 for own in positions]
     for field in ("strength", "is_delta", "is_exact"):
         table[field] = [getattr(change, field) for change in changes]
-    given = (
+    found = _native.combine(
         table.ctypes.data,
         len(changes),
         common.itemsize,
         0 if weight is None else weight.data_ptr(),
         dtype.itemsize,
         numel,
+        indices.data_ptr(),
+        fresh.data_ptr(),
+        base.data_ptr(),
+        MODES[method],
+        plain_c.get(),
     )
-    found = _native.combine(*given, found_at.data_ptr(), fresh.data_ptr(), base.data_ptr(), MODES[method], plain_c.get())
     if found < 0:
         return None
-    return Combined(_kept(found_at, found), _kept(fresh, found), base[:found], under)
+    return Combined(_kept(indices, found), _kept(fresh, found), base[:found], under)
 
 
 def _check_addresses(
-    weight: Tensor | None, where: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, numel: int
+    weight: Tensor | None, positions: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, numel: int
 ) -> None:
     """Raise IndexError for arguments that C does not check, and that would corrupt memory."""
-    for at, given in zip(where, values, strict=True):
-        if at.dtype in GAPS:
+    for own, new in zip(positions, values, strict=True):
+        if own.dtype in GAPS:
             continue
-        if at.numel() and (int(at[0]) < 0 or int(at[-1]) >= numel):  # sorted, so the first and the last decide
-            raise IndexError(f"positions below 0, or up to {int(at[-1])} in a tensor of {numel} entries")
-        if at.shape != given.shape:
+        if own.numel() and (int(own[0]) < 0 or int(own[-1]) >= numel):  # sorted, so the first and the last decide
+            raise IndexError(f"positions below 0, or up to {int(own[-1])} in a tensor of {numel} entries")
+        if own.shape != new.shape:
             raise IndexError("there must be as many values as positions")
     if weight is not None and not (weight.is_contiguous() and weight.dtype == dtype and weight.numel() == numel):
         raise IndexError(f"the base must be contiguous, {dtype}, of {numel} entries, found {weight.dtype}, {weight.numel()}")
 
 
-def _room(count: int, *dtypes: torch.dtype) -> list[Tensor]:
+def _empty(count: int, *dtypes: torch.dtype) -> list[Tensor]:
     """Uninitialized memory for `count` entries of each dtype, in one piece. The widest dtype must come first.
 
     The memory is from numpy, which requests large pages for large arrays: many small pages take longer to map than to fill.
@@ -248,10 +251,10 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
 
 def _scratch(size: int) -> Tensor:
     """Memory for `size` floats, kept for the next call of this thread: new memory would cause page faults in every call."""
-    room: Tensor | None = getattr(_rooms, "room", None)
-    if room is None or room.numel() < size:
-        room = _rooms.room = torch.empty(size, dtype=torch.float32, device=CPU)
-    return room
+    kept: Tensor | None = getattr(_kept_scratch, "tensor", None)
+    if kept is None or kept.numel() < size:
+        kept = _kept_scratch.tensor = torch.empty(size, dtype=torch.float32, device=CPU)
+    return kept
 
 
 def sampling_wins(dtype: torch.dtype, rows: int, columns: int, positions: int) -> bool:
@@ -277,9 +280,9 @@ def _compiled(plan: WritePlan) -> _Compiled:
     """The plan as C reads it, made once. Its addresses stay valid: `kernels` checks the weights before every call, and the plan
     owns all other tensors."""
     if plan.compiled is None:
-        if plan.writer is not None and plan.keeper is not None:
-            table = _compiled(plan.writer).table.copy()
-            table["stash"] = _compiled(plan.keeper).table["stash"]
+        if plan.values_from is not None and plan.stash_from is not None:
+            table = _compiled(plan.values_from).table.copy()
+            table["stash"] = _compiled(plan.stash_from).table["stash"]
         else:
             table = _table(plan.writes, plan.stash)
             table["written"] = table["values"]
@@ -288,36 +291,29 @@ def _compiled(plan: WritePlan) -> _Compiled:
     return compiled
 
 
-def _run(plan: WritePlan, compiled: _Compiled, mode: int, count: int, *, look: bool = False) -> None:
+def _run(plan: WritePlan, compiled: _Compiled, mode: int, count: int, *, check: bool = False) -> None:
     """Run a plan, then increment the version counters: C changes the weights without torch, and autograd must know."""
     begun = compiled.begun if mode == KEEP_AND_WRITE else 0
-    wrong = _native.swap(compiled.address, count, mode, look, begun, torch.get_num_threads())
+    wrong = _native.swap(compiled.address, count, mode, check, begun, torch.get_num_threads())
     if wrong >= 0:
         raise WeightChanged(f"a weight {list(plan.writes[wrong].weight.shape)} no longer holds what was written")
     torch.autograd.graph.increment_version(compiled.weights[:count])
 
 
-def _table(writes: "tuple[Write, ...] | list[Write]", stash: tuple[Tensor, ...] = ()) -> "np.ndarray[Any, Any]":
+def _table(writes: Sequence[Write], stash: Sequence[Tensor] = ()) -> "np.ndarray[Any, Any]":
     """The addresses and sizes that C reads.
 
     Raises IndexError for a layout, dtype, device or position that C does not check, and that would corrupt memory.
     """
     for write in writes:
-        weight, indices, values = write
-        plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
-        fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
-        if not (plain and fits and available(*write) and weight.itemsize in (1, 2, 4, 8)):
-            raise IndexError(
-                f"cannot write {values.dtype} {list(values.shape)} on {values.device} into {weight.dtype} {list(weight.shape)} "
-                f"on {weight.device}"
-            )
+        write.check(can_reach=available(*write))
     table = np.zeros(len(writes), dtype=PART)
     for field in ("weight", "indices", "values"):
         table[field] = [getattr(write, field).data_ptr() for write in writes]
     table["count"] = [write.indices.numel() for write in writes]
     table["entries"] = [write.weight.numel() for write in writes]
-    table["entry"] = [write.weight.itemsize for write in writes]
-    table["index"] = [write.indices.itemsize for write in writes]
+    table["entry_bytes"] = [write.weight.itemsize for write in writes]
+    table["index_bytes"] = [write.indices.itemsize for write in writes]
     if stash:
         table["stash"] = [kept.data_ptr() for kept in stash]
     wrong = _native.outside(table.ctypes.data, len(writes))

@@ -14,7 +14,7 @@ enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
 
 #define BELOW(bit) (((uint64_t)1 << (bit)) - 1)
 
-/* NAME: merged receives the union; touched receives how many runs have each position of it. Returns the size of the union.
+/* NAME: merged receives the union; counts receives how many runs have each position of it. Returns the size of the union.
  * NAME_next: the start of the window that holds the next position, or `end` if there is none. It is called after an empty
  * window, so that a long distance without positions is skipped. */
 #define MERGE(NAME, INDEX)                                                                                      \
@@ -26,10 +26,10 @@ enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
         return next < end ? next & ~(int64_t)(WINDOW - 1) : end;                                                \
     }                                                                                                           \
     FAST_VERSIONS                                                                                               \
-    static int64_t NAME(Run *runs, Py_ssize_t count, int64_t last, INDEX *merged, int32_t *touched) {           \
+    static int64_t NAME(Run *runs, Py_ssize_t count, int64_t end, INDEX *merged, int32_t *counts) {             \
         int64_t found = 0;                                                                                      \
-        for (int64_t start = 0, then; start < last;                                                             \
-             start = found > then ? start + WINDOW : NAME##_next(runs, count, last)) {                          \
+        for (int64_t start = 0, then; start < end;                                                              \
+             start = found > then ? start + WINDOW : NAME##_next(runs, count, end)) {                           \
             then = found;                                                                                       \
             uint64_t held[WORDS] = {0};                                                                         \
             int32_t before[WORDS];                                                                              \
@@ -43,7 +43,7 @@ enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
             for (int w = 0; w < WORDS; w++) {                                                                   \
                 before[w] = (int32_t)found;                                                                     \
                 for (uint64_t bits = held[w]; bits; bits &= bits - 1, found++)                                  \
-                    merged[found] = (INDEX)(start + w * 64 + ONES((bits & (0 - bits)) - 1)), touched[found] = 0; \
+                    merged[found] = (INDEX)(start + w * 64 + ONES((bits & (0 - bits)) - 1)), counts[found] = 0; \
             }                                                                                                   \
             for (Py_ssize_t r = 0; r < count; r++) {                                                            \
                 const INDEX *positions = (const INDEX *)runs[r].positions;                                      \
@@ -51,7 +51,7 @@ enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
                 for (; i < runs[r].count && positions[i] - start < WINDOW; i++) {                               \
                     const uint32_t at = (uint32_t)(positions[i] - start);                                       \
                     const int32_t place = before[at / 64] + ONES(held[at / 64] & BELOW(at % 64));               \
-                    runs[r].places[i] = place, touched[place]++;                                                \
+                    runs[r].places[i] = place, counts[place]++;                                                 \
                 }                                                                                               \
                 runs[r].done = i;                                                                               \
             }                                                                                                   \
@@ -61,20 +61,19 @@ enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
 MERGE(merge_4, int32_t)
 MERGE(merge_8, int64_t)
 
-/* The union of runs whose positions are below `last`; returns its size. `merged` and `touched` have room for all positions
+/* The union of runs whose positions are below `end`; returns its size. `merged` and `counts` have room for all positions
  * of all runs. It uses one thread and no shared state, so several threads may call it. */
 PyObject *unite(PyObject *self, PyObject *args) {
-    unsigned long long address, merged, touched;
+    unsigned long long address, merged, counts;
     Py_ssize_t count;
-    long long last, found;
+    long long end, found;
     int index_bytes;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KnLKKi", &address, &count, &last, &merged, &touched, &index_bytes)) return NULL;
+    if (!PyArg_ParseTuple(args, "KnLKKi", &address, &count, &end, &merged, &counts, &index_bytes)) return NULL;
     Run *runs = (Run *)(uintptr_t)address;
-    int32_t *counts = (int32_t *)(uintptr_t)touched;
     Py_BEGIN_ALLOW_THREADS
-    found = index_bytes == 8 ? merge_8(runs, count, last, (int64_t *)(uintptr_t)merged, counts)
-                             : merge_4(runs, count, last, (int32_t *)(uintptr_t)merged, counts);
+    found = index_bytes == 8 ? merge_8(runs, count, end, (int64_t *)(uintptr_t)merged, (int32_t *)(uintptr_t)counts)
+                             : merge_4(runs, count, end, (int32_t *)(uintptr_t)merged, (int32_t *)(uintptr_t)counts);
     Py_END_ALLOW_THREADS
     return PyLong_FromLongLong(found);
 }

@@ -25,7 +25,7 @@ class Waiting:
     def __init__(self, plan: WritePlan) -> None:
         """Copy a plan from its devices to the host. Its sums must be computed already."""
         self._weights = [write.weight for write in plan.writes]
-        self._forms = plan.forms
+        self._memories = plan.memories
         self._pieces: dict[_Key, Tensor] = {}
         sizes: dict[_Key, int] = {}
         held: list[tuple[_Place, Tensor]] = []
@@ -57,7 +57,7 @@ class Waiting:
                 if starts is not None:
                     ops.remember_starts(writes[-1].indices, weight.numel(), here[starts[0]][starts[1]])
             plan = WritePlan.of(writes)
-            plan.forms = self._forms  # the values are for the weights as they were then
+            plan.memories = self._memories  # the values are for the weights as they were then
             if all(starts is not None for _, _, starts in self._places):
                 ops.prepare(plan)  # it needs addresses only; before the copies, since it waits for its own transfers
             for key, piece in self._pieces.items():

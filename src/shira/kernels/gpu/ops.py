@@ -96,8 +96,8 @@ def prepare(plan: WritePlan) -> None:
 
 def write_(plan: WritePlan, over: WritePlan) -> None:
     """See `reference.write_`. Values in the weights are not compared: that would cost a launch and a wait."""
-    _run("write", plan.writer or plan)
-    _moved(plan)
+    _run("write", plan.values_from or plan)
+    _written(plan)
 
 
 def swap_(plan: WritePlan) -> None:
@@ -105,24 +105,24 @@ def swap_(plan: WritePlan) -> None:
     prepare(plan)
     _ask(plan)
     _run("swap", plan)
-    _moved(plan)
+    _written(plan)
 
 
-def restore_(plan: WritePlan, *, look: bool) -> None:
+def restore_(plan: WritePlan, *, check: bool) -> None:
     """See `reference.restore_`. Values in the weights are not compared: that would cost a launch and a wait."""
-    _run("restore", plan.keeper or plan, begun=int(plan.begun[0]))
-    _moved(plan)
+    _run("restore", plan.stash_from or plan, begun=int(plan.begun[0]))
+    _written(plan)
 
 
 def change_(leaving: WritePlan, coming: WritePlan) -> None:
     """See `kernels.change_`: one launch for both plans."""
-    prepare(leaving.keeper or leaving)
+    prepare(leaving.stash_from or leaving)
     prepare(coming)
     _ask(coming)
-    _run("change", coming, leaving.keeper or leaving)
+    _run("change", coming, leaving.stash_from or leaving)
     leaving.begun[0] = 0
-    _moved(leaving)
-    _moved(coming)
+    _written(leaving)
+    _written(coming)
 
 
 def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
@@ -133,11 +133,11 @@ def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
     if leaving is None:
         _run("swap", plan, overflow=overflow)
     else:
-        prepare(leaving.keeper or leaving)
-        _run("change", plan, leaving.keeper or leaving, overflow=overflow)
+        prepare(leaving.stash_from or leaving)
+        _run("change", plan, leaving.stash_from or leaving, overflow=overflow)
         leaving.begun[0] = 0
-        _moved(leaving)
-    _moved(plan)
+        _written(leaving)
+    _written(plan)
     finite = not any(bool(flag) for flag in overflow.values())  # waits for the launch
     plan.sums = ()
     for launch in plan.launches.values():
@@ -263,7 +263,7 @@ def _side_by_side(old: _Launch, new: _Launch) -> tuple[Tensor, Tensor, Tensor, l
     return tables[0], tables[1], *_windows(new.table.device, tuple(weight.numel() for weight in weights.values()), WINDOW)
 
 
-def _moved(plan: WritePlan) -> None:
+def _written(plan: WritePlan) -> None:
     """Increment the weights' version counters: Triton has changed the weights without torch, and autograd must know."""
     torch.autograd.graph.increment_version([write.weight for write in plan.writes])
 
@@ -281,9 +281,9 @@ def _launch(plan: WritePlan, device: torch.device, numbers: list[int]) -> _Launc
         held = [write.weight, write.indices, write.values, stash, starts[-1]]
         rows[row, :5] = [tensor.data_ptr() for tensor in held]
         rows[row, 5:7] = [write.indices.itemsize, write.weight.itemsize]
-        made = plan.sums[number] if plan.sums else None
-        if made is not None:
-            alive.append(_sum_table(write, made))
+        terms = plan.sums[number] if plan.sums else None
+        if terms is not None:
+            alive.append(_sum_table(write, terms))
             rows[row, 7] = alive[-1].data_ptr()
         rows[row, 8] = KINDS.get(write.weight.dtype, 0)
     weights = [plan.writes[number].weight for number in numbers]
@@ -303,14 +303,7 @@ def _launch(plan: WritePlan, device: torch.device, numbers: list[int]) -> _Launc
 
 def _check(write: Write) -> None:
     """Raise IndexError for tensors that a kernel does not check, and that would corrupt memory."""
-    weight, indices, values = write
-    plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
-    fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
-    if not (plain and fits and weight.device == indices.device == values.device):
-        raise IndexError(
-            f"cannot write {values.dtype} {list(values.shape)} on {values.device} into {weight.dtype} {list(weight.shape)} "
-            f"on {weight.device}"
-        )
+    write.check(can_reach=write.weight.device == write.indices.device == write.values.device)
 
 
 def known_starts(indices: Tensor) -> Tensor | None:
@@ -341,12 +334,12 @@ def _starts_of(indices: Tensor, numel: int, window: int) -> Tensor:
     return known[2]
 
 
-def _sum_table(write: Write, made: Sum) -> Tensor:
+def _sum_table(write: Write, terms: Sum) -> Tensor:
     """A sum as `_sum` in switch.py reads it. Raises IndexError for dtypes that cannot be summed."""
-    if write.weight.dtype not in KINDS or any(values.dtype != write.weight.dtype for values in made.values):
-        raise IndexError(f"cannot sum {[values.dtype for values in made.values]} into {write.weight.dtype}")
-    cells = [len(made.values)]
-    for values, places, strength in zip(*made, strict=True):
+    if write.weight.dtype not in KINDS or any(values.dtype != write.weight.dtype for values in terms.values):
+        raise IndexError(f"cannot sum {[values.dtype for values in terms.values]} into {write.weight.dtype}")
+    cells = [len(terms.values)]
+    for values, places, strength in zip(*terms, strict=True):
         cells += [values.data_ptr(), places.data_ptr(), int(np.float32(strength).view(np.int32)), int(strength == 1)]
     return torch.tensor(cells, device=write.weight.device)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...adapter import Adapter
 from ...errors import SwitchError
 from ...sparse.tensor import SparseTensor
-from ...weights.belonging import check_fingerprint, known_in_part, tells_base
+from ...weights.belonging import check_fingerprint, identifying
 from ..resident import Resident
 from ..selections import Part, of_key
 from .mapping import Mapped, Surface, check, cut
@@ -177,10 +177,10 @@ class Ranks:
             return adapter
         evidence: list[_Evidence] = []
         tensors: dict[str, SparseTensor] = {}
-        in_part = known_in_part(adapter)
+        identifies = identifying(adapter)
         for name, tensor in adapter.tensors.items():
             tensors[name], numbers = cut(f"'{part.name}'", name, tensor, self._mapped)
-            if tells_base(name, tensor, adapter, in_part):
+            if identifies(name, tensor):
                 values = self.resident.base_values(name, tensors[name].indices).cpu()
                 evidence.append(_Evidence(name, tensor.nnz, numbers, values))
         if (part.name, part.version) not in self._compared:

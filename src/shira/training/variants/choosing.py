@@ -9,7 +9,7 @@ from ...errors import MaskError, TargetError, TuningError
 from ...masks import Mask, needs, resolve
 from ...sparse.positions import seed_of
 from ...weights.distributed import is_sharded
-from ...weights.quantized import is_quantized, label
+from ...weights.quantized import dtype_label, is_quantized
 from ...weights.targets import Target, is_conv1d
 from ..masters import Masters, Plain
 from .decomposed import Decomposed
@@ -74,7 +74,7 @@ def _check_quantized(quantized: list[Target], mask: str | Mask, method: str, rec
     """Raise an error unless deltas can train beside these quantized targets, with this mask, method and variant (record)."""
     if not quantized:
         return
-    first = f"'{quantized[0].name}' is {label(quantized[0].weight)}"
+    first = f"'{quantized[0].name}' is {dtype_label(quantized[0].weight)}"
     for option in record:
         raise TargetError(f"{first}, and {option} needs weights that are not quantized; leave it out, or load a plain base")
     if method == "hook":
