@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, MaskError
-from ..weights.buffers import Buffers
+from ..weights.buffers import Buffers, same_form
 from ..weights.distributed import full, is_sharded
 from ..weights.quantized import shape_of
 from ..weights.targets import is_conv1d
 from ..weights.undo import Undo, hooks_of, set_hook
 
-__all__ = ["LossFn", "Progress", "calibrate", "model_loss", "same_random_numbers", "without_cudnn_attention"]
+__all__ = ["LossFn", "Progress", "calibrate", "same_random_numbers", "without_cudnn_attention"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
 Receive = Callable[[str, dict[str, Tensor]], None]
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss of a Transformers-style model: `model(**batch).loss`. The batch's tensors are moved to the model's device.
 
     Raises DataError if the batch is not a mapping or the model returns no loss.
@@ -103,7 +103,7 @@ def calibrate(
     of_gradients = [name for name in statistics if name != "activations"]
     done = 0
 
-    def count() -> None:
+    def batch_done() -> None:
         nonlocal done
         done += 1
         if progress is not None:
@@ -111,13 +111,13 @@ def calibrate(
 
     with (undo or Undo()).inner() as steps:
         _freeze(model, steps)
-        steps.callback(Buffers(model).put_back)
+        steps.callback(Buffers(model).restore)
         sums = {name: 4 * len(of_gradients) * math.prod(shape_of(weight)) for name, weight in weights.items()}
         groups = [list(sums)] if of_gradients else []
         if of_gradients and len(batches) > 1 and memory is not None and sum(sums.values()) > memory:
-            groups = _groups(sums, memory, _inputs_kept(model, weights, batches[0], loss_fn or model_loss, steps))
+            groups = _groups(sums, memory, _inputs_kept(model, weights, batches[0], loss_fn or _model_loss, steps))
         passes = len(groups) + ("activations" in statistics)
-        norms = _activations(model, weights, batches, loss_fn, count, steps) if "activations" in statistics else {}
+        norms = _activations(model, weights, batches, loss_fn, batch_done, steps) if "activations" in statistics else {}
         for group in groups:
             _gradients(
                 model,
@@ -125,8 +125,8 @@ def calibrate(
                 batches,
                 lambda name, found: receive(name, found | ({"activations": norms[name]} if norms else {})),
                 of_gradients,
-                loss_fn or model_loss,
-                count,
+                loss_fn or _model_loss,
+                batch_done,
                 steps,
             )
     if not of_gradients:
@@ -142,7 +142,7 @@ def _gradients(
     receive: Receive,
     statistics: Sequence[str],
     loss_fn: LossFn,
-    count: Callable[[], None],
+    batch_done: Callable[[], None],
     steps: Undo,
 ) -> None:
     """Hand out the gradients of these weights.
@@ -183,7 +183,7 @@ def _gradients(
                 if loss.requires_grad:  # otherwise the batch reaches none of these weights
                     loss.backward()
             del loss
-            count()
+            batch_done()
     for name in list(sums):
         hand_out(name)
     if waiting:
@@ -208,11 +208,10 @@ def _activations(
     weights: Mapping[str, nn.Parameter],
     batches: Sequence[Any],
     loss_fn: LossFn | None,
-    count: Callable[[], None],
+    batch_done: Callable[[], None],
     steps: Undo,
 ) -> dict[str, Tensor]:
     """The 2-norm of each input feature of the layers that compute with these weights. Squares are summed in float64."""
-    names = {id(weight): name for name, weight in weights.items()}
     squares: dict[str, Tensor] = {}
     shown: Tensor | None = None  # which tokens of the batch count, bool [batch, tokens]
 
@@ -225,17 +224,15 @@ def _activations(
 
     transposed: set[str] = set()
     with steps.inner() as undo, same_random_numbers(weights.values()):
-        for module in model.modules():
-            name = names.get(id(module._parameters.get("weight")))
-            if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
-                transposed |= {name} if is_conv1d(module) else set()
-                hook = partial(look, name=name)
-                set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, hook)
+        for name, module in _linear_layers(model, weights):
+            transposed |= {name} if is_conv1d(module) else set()
+            hook = partial(look, name=name)
+            set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, hook)
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             shown = mask.to(next(model.parameters()).device).bool() if isinstance(mask, Tensor) else None
             loss_fn(model, batch) if loss_fn is not None else _output(model, batch)
-            count()
+            batch_done()
     missing = sorted(weights.keys() - squares.keys())
     if missing:
         raise MaskError(
@@ -255,7 +252,6 @@ def _inputs_kept(
     """
     if any(is_sharded(weight) for weight in weights.values()):
         return {name: {} for name in weights}
-    names = {id(weight): name for name, weight in weights.items()}
     parameters = {_address(parameter) for parameter in model.parameters()}
     kept: dict[str, dict[int, int]] = {name: {} for name in weights}
     elsewhere: set[int] = set()
@@ -277,18 +273,25 @@ def _inputs_kept(
         running.clear()
 
     with (steps or Undo()).inner() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
-        for module in model.modules():
-            name = names.get(id(module._parameters.get("weight")))
-            if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
-                first = partial(begin, name=name)
-                set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, first)
-                set_hook(undo, hooks_of(module, "_forward_hooks"), module.register_forward_hook, end)
+        for name, module in _linear_layers(model, weights):
+            hook = partial(begin, name=name)
+            set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, hook)
+            set_hook(undo, hooks_of(module, "_forward_hooks"), module.register_forward_hook, end)
         for weight in weights.values():
             undo.callback(weight.requires_grad_, False)
             weight.requires_grad_(True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss_fn(model, batch)
     return {name: {at: size for at, size in found.items() if at not in elsewhere} for name, found in kept.items()}
+
+
+def _linear_layers(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers that compute with these weights, each with its weight's name."""
+    names = {id(weight): name for name, weight in weights.items()}
+    for module in model.modules():
+        name = names.get(id(module._parameters.get("weight")))
+        if name is not None and (isinstance(module, nn.Linear) or is_conv1d(module)):
+            yield name, module
 
 
 def _address(tensor: Tensor) -> int:
@@ -338,10 +341,6 @@ def _size(batches: Sequence[Any]) -> dict[str, int]:
     return {"examples": sum(len(batch["input_ids"]) for batch in batches), "tokens": sum(tokens)}
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
-
-
 def _freeze(model: nn.Module, undo: Undo) -> None:
     """Let no parameter require or have a gradient, until `undo` restores both."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -350,7 +349,7 @@ def _freeze(model: nn.Module, undo: Undo) -> None:
         for parameter, flag, gradient in before:
             parameter.grad = None
             parameter.requires_grad_(flag)
-            if gradient is None or _alike(gradient, parameter):  # the parameter may have been cast meanwhile
+            if gradient is None or same_form(gradient, parameter):  # the parameter may have been cast meanwhile
                 parameter.grad = gradient
 
     undo.callback(thaw)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..adapter import Adapter
 from ..errors import ShiraError, SwitchError, did_you_mean
+from ..fusion.combining import overflow
 from ..fusion.strengths import as_given
 from ..kernels import WeightChanged, WritePlan
 from ..sparse.tensor import all_finite
@@ -28,7 +29,7 @@ from ..weights.distributed import reshard
 from ..weights.model_tensors import ModelTensors, named_tensors, plain_model
 from ..weights.owners import check_free
 from .model_state import ModelState
-from .preparing import checked, overflow, prepare
+from .preparing import checked, prepare
 from .ready import BASE, CheckedSelection, Prepared, Ready, Selection, checked_selection
 from .recovery import recover_base
 from .sources import AdapterSource

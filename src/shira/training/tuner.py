@@ -92,7 +92,7 @@ class Tuner:
         ]
         self._buffers = Buffers(model)
         model.__dict__[TUNER] = self
-        self._buffers.go_along(self.at_detach)
+        self._buffers.move_with_model(self.at_detach)
 
     def begin(
         self,
@@ -250,9 +250,9 @@ class Tuner:
                 reference = model(**batch).logits
         """
         with swapped(self.masters("switched off").values(), lambda: self._stage == ATTACHED, self.at_detach) as steps:
-            moved = self._buffers.moved()
-            steps.callback(lambda: self._buffers.put(moved) if self._stage == ATTACHED else None)
-            self._buffers.put_back()
+            changed = self._buffers.copies_of_changed()
+            steps.callback(lambda: self._buffers.put(changed) if self._stage == ATTACHED else None)
+            self._buffers.restore()
             yield
 
     def adapter(
@@ -348,7 +348,7 @@ class Tuner:
                 tuned.restore()
         self.at_detach.close()
         if self._restore:
-            self._buffers.put_back()  # last: undoing an interrupted calibration restores the buffers of training
+            self._buffers.restore()  # last: undoing an interrupted calibration restores the buffers of training
         for parameters, key, flag in self._places:
             parameter = parameters.get(key)
             if parameter is not None and (parameter.is_floating_point() or not flag) and not parameter.is_inference():

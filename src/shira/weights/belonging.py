@@ -25,6 +25,7 @@ __all__ = [
 
 Identifies = Callable[[str, SparseTensor], bool]  # name of a tensor, and the adapter's part of it
 
+
 def check_base(
     label: str, adapter: Adapter, tensors: Mapping[str, Tensor], base_at: Callable[[Tensor, Tensor], Tensor]
 ) -> None:

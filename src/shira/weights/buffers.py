@@ -15,16 +15,16 @@ from .distributed import is_sharded
 from .model_tensors import OWN, is_buffer, named_tensors
 from .undo import Undo
 
-__all__ = ["Buffers"]
+__all__ = ["Buffers", "same_form"]
 
 BEFORE = OWN + "before_"  # prefix of the names of buffers that hold the old values of others
 MOST = 2**16  # entries of an integer or bool buffer; larger ones are masks and codes, which do not change
 
 
-class _Known(NamedTuple):
+class _Value(NamedTuple):
     module: nn.Module
-    name: str
-    before: Tensor
+    name: str  # of a buffer of the module
+    value: Tensor
 
 
 class Buffers:
@@ -32,69 +32,65 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._along = False
-        self._known = [_Known(module, name, buffer.detach().clone()) for module, name, buffer in _buffers(model)]
+        self._with_model = False
+        self._kept = [_Value(module, name, buffer.detach().clone()) for module, name, buffer in _buffers(model)]
 
-    def go_along(self, undo: Undo) -> None:
+    def move_with_model(self, undo: Undo) -> None:
         """Let the kept values be cast and moved with the model, until `undo`. A sharded model is neither cast nor moved."""
         if any(is_sharded(parameter) for parameter in self.model.parameters()):
             return
-        undo.callback(self._forget)
-        self._along = True
-        for module, name, before in self._known:
-            module.register_buffer(BEFORE + name, before, persistent=False)
+        undo.callback(self._leave_model)
+        self._with_model = True
+        for module, name, value in self._kept:
+            module.register_buffer(BEFORE + name, value, persistent=False)
 
-    def put_back(self) -> None:
-        """Restore the buffers."""
+    def restore(self) -> None:
+        """Give the buffers their kept values again."""
         self._follow()
-        for known in self._known:
-            self._put(known.module, known.name, known.before)
+        self.put(self._kept)
 
-    def moved(self) -> list[_Known]:
+    def copies_of_changed(self) -> list[_Value]:
         """Copies of the buffers that have changed, for `put`."""
         self._follow()
-        return [known._replace(before=now.detach().clone()) for known, now in self._moved()]
+        return [kept._replace(value=now.detach().clone()) for kept, now in self._changed()]
 
-    def put(self, present: list[_Known]) -> None:
-        """Give buffers the values that `moved` returned."""
-        for known in present:
-            self._put(known.module, known.name, known.before)
+    def put(self, values: list[_Value]) -> None:
+        """Give buffers these values."""
+        for module, name, value in values:
+            now = module._buffers.get(name)
+            if now is None:
+                continue
+            if not same_form(value, now) or now.is_inference():
+                module._buffers[name] = value.clone()
+            elif not same_bits(value, now):
+                now.detach().copy_(value)
 
     def changed(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Checkpoint name -> (old value, current value) of each floating-point buffer of a checkpoint that has changed."""
+        """Checkpoint name -> (kept value, present value) of each floating-point buffer of a checkpoint that has changed."""
         self._follow()
         names = {id(tensor): name for name, tensor in reversed(named_tensors(self.model).items()) if is_buffer(tensor)}
         return {
-            names[id(now)]: (known.before, now.detach())
-            for known, now in self._moved()
-            if id(now) in names and now.dtype in FLOAT_DTYPES and _alike(known.before, now) and now.numel()
+            names[id(now)]: (kept.value, now.detach())
+            for kept, now in self._changed()
+            if id(now) in names and now.dtype in FLOAT_DTYPES and same_form(kept.value, now) and now.numel()
         }
 
-    def _moved(self) -> Iterator[tuple[_Known, Tensor]]:
-        for known in self._known:
-            now = known.module._buffers.get(known.name)
-            if now is not None and not (_alike(known.before, now) and same_bits(known.before, now)):
-                yield known, now
+    def _changed(self) -> Iterator[tuple[_Value, Tensor]]:
+        for kept in self._kept:
+            now = kept.module._buffers.get(kept.name)
+            if now is not None and not (same_form(kept.value, now) and same_bits(kept.value, now)):
+                yield kept, now
 
     def _follow(self) -> None:
         """Fetch the kept values again: casts and moves of the model have replaced their tensors."""
-        if self._along:
-            self._known = [known._replace(before=_found(known)) for known in self._known]
+        if self._with_model:
+            self._kept = [kept._replace(value=_found(kept)) for kept in self._kept]
 
-    def _forget(self) -> None:
+    def _leave_model(self) -> None:
         self._follow()
-        for module, name, _ in self._known:
+        for module, name, _ in self._kept:
             module._buffers.pop(BEFORE + name, None)
             module._non_persistent_buffers_set.discard(BEFORE + name)
-
-    def _put(self, module: nn.Module, name: str, before: Tensor) -> None:
-        now = module._buffers.get(name)
-        if now is None:
-            return
-        if not _alike(before, now) or now.is_inference():
-            module._buffers[name] = before.clone()
-        elif not same_bits(before, now):
-            now.detach().copy_(before)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -109,10 +105,11 @@ def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
                 yield module, name, buffer
 
 
-def _found(known: _Known) -> Tensor:
-    found = known.module._buffers.get(BEFORE + known.name)
-    return known.before if found is None else found
+def _found(kept: _Value) -> Tensor:
+    found = kept.module._buffers.get(BEFORE + kept.name)
+    return kept.value if found is None else found
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def same_form(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one dtype, shape and device."""
     return (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
