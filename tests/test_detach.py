@@ -57,7 +57,7 @@ def test_a_model_that_is_dropped_without_detach_is_freed():
     from torch.optim.optimizer import _global_optimizer_post_hooks
 
     def told():
-        return sum(known() is not None for known in optimizers._told)
+        return sum(known() is not None for known in optimizers._listeners)
 
     optimizers.watch()
     hooks, before = len(_global_optimizer_post_hooks), told()

@@ -6,7 +6,7 @@ for each. `Pool` then chooses the entries with the highest scores.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,13 +103,13 @@ def plan(
     avoided, own = avoided or {}, {}
     free = {name: math.prod(shape) - avoided.get(name, 0) for name, shape in shapes.items()}
     for name, value in (overrides or {}).items():
-        own[name] = _at(name, lambda: _override(shapes[name], value))  # noqa: B023  # `_at` calls it at once
+        own[name] = _count_of(name, _override, shapes[name], value)
         _check_room(name, own[name], shapes[name], avoided)
     others = {name: shape for name, shape in shapes.items() if name not in own}
     if density is not None:
         budget((1,), density=density)  # a wrong density is not the error of one tensor
     if total is None:
-        counts = {name: _at(name, lambda: budget(shape, density=density, rank=rank)) for name, shape in others.items()}  # noqa: B023
+        counts = {name: _count_of(name, budget, shape, density=density, rank=rank) for name, shape in others.items()}
     else:
         sizes = {name: free[name] for name in others}
         left = _left(total, own, sizes, least=1 if scope == "model" else len(others))
@@ -135,14 +135,14 @@ def share_out(total: int, sizes: Mapping[str, int], floors: Mapping[str, int]) -
     """
     at_floor: set[str] = set()
     while True:
-        free = [name for name in sizes if name not in at_floor]
-        left, weight = total - sum(floors[name] for name in at_floor), max(1, sum(sizes[name] for name in free))
-        below = {name for name in free if left * sizes[name] < floors[name] * weight}
+        others = [name for name in sizes if name not in at_floor]
+        left, size = total - sum(floors[name] for name in at_floor), max(1, sum(sizes[name] for name in others))
+        below = {name for name in others if left * sizes[name] < floors[name] * size}
         if not below:
             break
         at_floor |= below
-    counts = {name: floors[name] if name in at_floor else left * sizes[name] // weight for name in sizes}
-    remainders = sorted(free, key=lambda name: -(left * sizes[name] % weight))
+    counts = {name: floors[name] if name in at_floor else left * sizes[name] // size for name in sizes}
+    remainders = sorted(others, key=lambda name: -(left * sizes[name] % size))
     for name in remainders[: total - sum(counts.values())]:
         counts[name] += 1
     return counts
@@ -271,10 +271,10 @@ def _numbers(shapes: Mapping[str, Shape], avoided: Mapping[str, int]) -> str:
     return f"of {entries:,} the adapters to avoid hold {taken:,}"
 
 
-def _at(name: str, count: Any) -> int:
-    """Call `count()`, and put the tensor's name into its MaskError."""
+def _count_of(name: str, count: Callable[..., int], *arguments: Any, **options: Any) -> int:
+    """Call `count`, and put the tensor's name into its MaskError."""
     try:
-        return int(count())
+        return count(*arguments, **options)
     except MaskError as error:
         raise MaskError(f"tensor '{name}': {error}") from error
 

@@ -14,8 +14,8 @@ from ..sparse.topk import top_k
 from ..weights.distributed import full, groups_of, is_sharded, same_everywhere
 from ..weights.quantized import dense
 from ..weights.undo import Undo
-from . import BudgetPlan, Mask
 from .avoiding import count_of
+from .budgets import without
 from .calibration import LossFn, Progress, calibrate
 
 __all__ = ["Indices", "Selected", "Selector"]
@@ -50,7 +50,7 @@ class Selector:
     avoided: tensor name -> int64 positions that must not train, sorted and unique.
     """
 
-    mask: str | Mask
+    mask: str | masks.Mask
     seed: int
     matrices: Mapping[str, tuple[int, int]]
     avoided: Mapping[str, Tensor]
@@ -60,7 +60,7 @@ class Selector:
         self,
         model: nn.Module,
         weights: Mapping[str, nn.Parameter],
-        plan: BudgetPlan,
+        plan: masks.BudgetPlan,
         calibration: Iterable[Any] | None,
         progress: Progress | None = None,
         undo: Undo | None = None,
@@ -68,7 +68,7 @@ class Selector:
         with_share: bool = False,
     ) -> Selected:
         """Choose the entries. with_share: whether `Selected.share` is wanted. Raises MaskError, or what the model raises."""
-        plan = self._settled(weights, plan)
+        plan = self._that_mask_can_fill(plan)
         pool = masks.Pool(plan.shared, plan.floors)
         chosen: Indices = {}
         sums = [0.0, 0.0]  # taken, whole
@@ -83,10 +83,7 @@ class Selector:
                 scores = masks.score(self.mask, name, weight, seed=self.seed, **statistics)
                 if with_share:  # of its proportion of the budget; which entries it gets is not known before all have competed
                     free = weight.numel() - (0 if avoid is None else avoid.numel())
-                    allowed = (
-                        scores.view(-1) if avoid is None else scores.view(-1).index_fill(0, avoid.to(scores.device), -math.inf)
-                    )
-                    found = top_k(allowed, min(free, round(plan.shared * weight.numel() / competing)))
+                    found = top_k(without(scores, avoid), min(free, round(plan.shared * weight.numel() / competing)))
                 pool.add(name, scores, avoid)
             elif count:  # a tensor's share of a small total may be 0
                 found = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
@@ -124,7 +121,7 @@ class Selector:
             share = same_everywhere(share.to(sharded.device), groups_of(sharded))
         return Selected(placed, calibrated, float(share))
 
-    def _settled(self, weights: Mapping[str, nn.Parameter], plan: BudgetPlan) -> BudgetPlan:
+    def _that_mask_can_fill(self, plan: masks.BudgetPlan) -> masks.BudgetPlan:
         """The plan, if the mask can rank the entries of all tensors that share a count. Raises MaskError if it cannot.
 
         `rand` ranks nothing. For it the shared count is divided in proportion to the entries that may train, as in a uniform
@@ -135,7 +132,7 @@ class Selector:
         if masks.resolve(self.mask)[1] is masks.rand:
             avoided = count_of(self.avoided)
             free = {name: math.prod(self.matrices[name]) - avoided.get(name, 0) for name in plan.floors}
-            return BudgetPlan(plan.counts | masks.share_out(plan.shared, free, plan.floors), 0, {})
+            return masks.BudgetPlan(plan.counts | masks.share_out(plan.shared, free, plan.floors), 0, {})
         masks.ranked(self.mask)
         return plan
 

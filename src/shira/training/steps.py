@@ -11,14 +11,15 @@ from torch import nn
 from ..errors import TuningError
 from ..masks.calibration import same_random_numbers
 from ..weights import optimizers
-from ..weights.distributed import average_after_backward, check_positions, groups_of, reshard
-from ..weights.model_tensors import OWN, Tree
+from ..weights.distributed import groups_of, reshard
+from ..weights.model_tensors import OWN, ModuleTree
 from ..weights.targets import Target
 from ..weights.undo import Undo, hooks_of, set_hook
 from .checkpoint_watch import CheckpointWatch
 from .following import value_name
 from .layers import install
 from .masters import Masters
+from .processes import average_after_backward, check_same_positions
 from .untrained import GradientWatch
 
 __all__ = ["Holders", "Training", "computing_dense"]
@@ -31,7 +32,7 @@ class Holders:
         holders = {id(use.holder) for target in chosen for use in target.uses}
         self._model = model
         self._held = [(name, module) for name, module in model.named_modules() if id(module) in holders]
-        self._tree = Tree(model)
+        self._tree = ModuleTree(model)
 
     def check(self) -> None:
         """Raise TuningError unless all these modules are still somewhere in the model."""
@@ -65,11 +66,11 @@ class Training:
         forwards = {id(use.module): use.module.__dict__["forward"] for target in chosen for use in target.uses}
         self.watch = GradientWatch(masters, forwards, {target.name: target.modules for target in chosen})
         _leave_out(model, chosen, masters, undo)
-        undo.callback(optimizers.forget, self)
-        optimizers.tell(self)
+        undo.callback(optimizers.unsubscribe, self)
+        optimizers.subscribe(self)
         pieces = [each for each in masters.values() if each.piece is not None]
         if not pieces:
-            check_positions(model, (each.indices for each in masters.values()), undo)
+            check_same_positions(model, (each.indices for each in masters.values()), undo)
             return
         undo.callback(reshard, model)
         parameters = [parameter for each in masters.values() for parameter in each.parameters().values()]

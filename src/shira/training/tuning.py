@@ -25,12 +25,13 @@ from ..masks.calibration import LossFn, Progress
 from ..masks.selector import Selected, Selector
 from ..sparse.positions import index_dtype
 from ..weights import targets as target_names
-from ..weights.distributed import check_plain, is_sharded
+from ..weights.distributed import is_sharded
 from ..weights.model_tensors import plain_model
 from ..weights.owners import claim
 from ..weights.targets import Target
 from ..weights.undo import Undo
 from .lr_scale import allowed, scale_for
+from .processes import check_unwrapped
 from .trainable import check_trainable
 from .tuner import Tuner
 from .variants import choosing
@@ -98,7 +99,7 @@ def attach(
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
     """
     model = plain_model(model, TuningError, "shira.attach(model)")
-    check_plain(model)
+    check_unwrapped(model)
     lazy = next((name for name, each in model.named_parameters() if nn.parameter.is_lazy(each)), None)
     if lazy is not None:
         raise TuningError(f"'{lazy}' is of a lazy module that has not been called yet; run one forward pass, then attach")

@@ -15,7 +15,7 @@ from ..errors import ShiraError
 from .distributed import is_sharded
 from .quantized import is_quantized
 
-__all__ = ["OWN", "ModelTensors", "Tree", "is_buffer", "named_tensors", "plain_model"]
+__all__ = ["OWN", "ModelTensors", "ModuleTree", "is_buffer", "named_tensors", "plain_model"]
 
 OWN = "shira_"  # prefix of every name under which a tuner keeps something in a module
 COMPILED = "_orig_mod"  # the name of the original module inside the wrapper of torch.compile
@@ -44,7 +44,7 @@ def is_buffer(tensor: Tensor) -> bool:
     return not isinstance(tensor, nn.Parameter)
 
 
-class Tree:
+class ModuleTree:
     """The modules of a model when this was made.
 
     further: other objects to watch, as (dictionary that holds it, key, object).
@@ -70,7 +70,7 @@ class ModelTensors:
 
     def __init__(self, model: nn.Module) -> None:
         found = list(_walk(model, ""))
-        self._tree = Tree(model, [(where, key, tensor) for _, tensor, (where, key) in found])
+        self._tree = ModuleTree(model, [(where, key, tensor) for _, tensor, (where, key) in found])
         self.by_name, self.overlapping = _by_memory({name: tensor for name, tensor, _ in found})
         self._all = {name: tensor for name, tensor, _ in found}
         self.first_of = {id(tensor): self.by_name[name] for name, tensor in self._all.items()}

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-__all__ = ["Steps", "forget", "tell", "watch"]
+__all__ = ["Listener", "subscribe", "unsubscribe", "watch"]
 
 
-class Steps(Protocol):
+class Listener(Protocol):
     """An object that is notified of steps."""
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
@@ -22,40 +22,40 @@ class Steps(Protocol):
     def after(self, optimizer: torch.optim.Optimizer) -> None: ...
 
 
-_told: "list[weakref.ref[Steps]]" = []  # without callbacks: an interrupt inside a callback would be lost
-_on: list[Any] = []
+_listeners: "list[weakref.ref[Listener]]" = []  # without callbacks: an interrupt inside a callback would be lost
+_registered: list[Any] = []
 
 
 def watch() -> None:
     """Observe steps from now on. For fused optimizers, which do not increment version counters, this increments them."""
-    if not _on:
-        _on.append(torch_optimizer.register_optimizer_step_post_hook(_after))
+    if not _registered:
+        _registered.append(torch_optimizer.register_optimizer_step_post_hook(_after))
         torch_optimizer.register_optimizer_step_pre_hook(_before)
 
 
-def tell(steps: Steps) -> None:
-    """Notify an object of every step, until `forget`, or until the object is gone."""
+def subscribe(listener: Listener) -> None:
+    """Notify an object of every step, until `unsubscribe`, or until the object is gone."""
     watch()
-    _told[:] = [known for known in _told if known() is not None] + [weakref.ref(steps)]
+    _listeners[:] = [known for known in _listeners if known() is not None] + [weakref.ref(listener)]
 
 
-def forget(steps: Steps) -> None:
+def unsubscribe(listener: Listener) -> None:
     """Stop notifying an object."""
-    _told[:] = [known for known in _told if known() is not steps]
+    _listeners[:] = [known for known in _listeners if known() is not listener]
 
 
 def _before(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    for known in list(_told):
-        steps = known()
-        if steps is not None:
-            steps.before(optimizer)
+    for known in list(_listeners):
+        listener = known()
+        if listener is not None:
+            listener.before(optimizer)
 
 
 def _after(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
     for group in optimizer.param_groups:
         if group.get("fused"):
             torch.autograd.graph.increment_version([each for each in group["params"] if each.grad is not None])
-    for known in list(_told):
-        steps = known()
-        if steps is not None:
-            steps.after(optimizer)
+    for known in list(_listeners):
+        listener = known()
+        if listener is not None:
+            listener.after(optimizer)

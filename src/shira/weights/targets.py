@@ -161,9 +161,7 @@ def _targets(model: nn.Module, weights: "_Weights", chosen: Iterable[str]) -> li
     """The weights of these names, each with every module that computes with its memory."""
     now = ModelTensors(model)
     first = now.first_of
-    tensor_names: dict[int, str] = {}
-    for name, tensor in now.by_name.items():
-        tensor_names.setdefault(id(tensor), name)
+    tensor_names = {id(tensor): name for name, tensor in reversed(now.by_name.items())}  # the first of its names
     users: dict[int, list[Use]] = {}
     for module in model.modules():
         for attribute, parameter in _own(module):

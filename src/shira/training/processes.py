@@ -1,0 +1,95 @@
+"""Training in several processes: gradients are averaged, positions must be the same, wrappers are refused."""
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TuningError
+from ..weights.undo import Undo, hooks_of, set_hook
+
+__all__ = ["average_after_backward", "check_same_positions", "check_unwrapped"]
+
+
+def average_after_backward(parameters: Sequence[nn.Parameter], groups: Sequence[Any], undo: Undo) -> None:
+    """At the end of every backward pass, replace the parameters' gradients by their mean over process groups, until `undo`.
+
+    One message holds them all, four bytes an entry. Every process must run the same number of backward passes.
+    """
+    waiting = False
+
+    def send() -> None:
+        nonlocal waiting
+        waiting = False
+        _average(parameters, groups)
+
+    def ask(_: Tensor) -> None:
+        nonlocal waiting
+        if not waiting:
+            waiting = True
+            torch.autograd.Variable._execution_engine.queue_callback(send)
+
+    for parameter in parameters:
+        kept = hooks_of(parameter, "_post_accumulate_grad_hooks")
+        set_hook(undo, kept, parameter.register_post_accumulate_grad_hook, ask)
+
+
+def _average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
+    """Average gradients. A process without a gradient counts as zeros, and gets the mean if any process has a gradient."""
+    import torch.distributed as dist
+
+    device = parameters[0].device
+    here = torch.tensor([float(p.grad is not None) for p in parameters], dtype=torch.float32, device=device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    message = torch.cat([*(gradient.detach().view(-1) for gradient in gradients), here])
+    for group in groups:
+        dist.all_reduce(message, group=group)
+    processes = math.prod(dist.get_world_size(group) for group in groups)
+    *means, anywhere = message.split([*(parameter.numel() for parameter in parameters), len(parameters)])
+    for parameter, mean, count in zip(parameters, means, anywhere.tolist(), strict=True):
+        if count:
+            parameter.grad = (mean / processes).view_as(parameter)
+
+
+def check_same_positions(model: nn.Module, positions: Iterable[Tensor], undo: Undo) -> None:
+    """Make the first forward pass in DDP raise TuningError if processes train different positions, until `undo`.
+
+    DDP would then average entries that have nothing to do with each other.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    digest = hashlib.sha256()
+    for indices in positions:
+        digest.update(indices.cpu().long().numpy().tobytes())
+    unchecked = [int.from_bytes(digest.digest()[:7], "big")]
+    hook = functools.partial(torch.compiler.disable(_compare_checksum), unchecked)
+    set_hook(undo, hooks_of(model, "_forward_pre_hooks"), model.register_forward_pre_hook, hook)
+
+
+def _compare_checksum(unchecked: list[int], model: nn.Module, _inputs: Any) -> None:
+    wrapper: Any = nn.parallel.DistributedDataParallel._active_ddp_module  # None outside of DDP's forward pass
+    if wrapper is None or not unchecked:
+        return
+    own = unchecked.pop()
+    first = torch.tensor([own], device=next(model.parameters()).device)
+    torch.distributed.broadcast(first, torch.distributed.get_global_rank(wrapper.process_group, 0), wrapper.process_group)
+    if int(first) != own:
+        raise TuningError(
+            f"process {torch.distributed.get_rank()} chose other positions to train than the first; give all of them "
+            "the same seed, and the same calibration batches"
+        )
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise TuningError if a model is a wrapper to which a tuner cannot attach; the message says what to do."""
+    kind = type(model).__name__
+    if kind in ("DistributedDataParallel", "DataParallel"):
+        raise TuningError(f"attach to the model first, then wrap it in {kind}, which must know what trains")
+    if kind == "DeepSpeedEngine":
+        raise TuningError("attach to engine.module, and call that; the engine only holds the weights (docs/distributed.md)")
+    if kind == "FullyShardedDataParallel":
+        raise TuningError("FSDP1 flattens weights; shard with torch.distributed.fsdp.fully_shard (FSDP2), then attach")
