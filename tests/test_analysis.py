@@ -321,11 +321,11 @@ def test_the_words_follow_from_the_numbers():
     assert not any("effective rank" in sentence for sentence in rest)
     nothing, *_ = in_words(shira.compare(one, adapter("nothing", [3], 0.0)))
     assert nothing == "one or nothing changes nothing, so they have no direction to compare."
-    assert DIRECTION.told().startswith("cosine of the two changes: up to −0.5 “opposed”, up to −0.1 “partly opposed”")
+    assert DIRECTION.as_text().startswith("cosine of the two changes: up to −0.5 “opposed”, up to −0.1 “partly opposed”")
     for scale in SCALES:  # a word holds up to and with its end, as the page says
         for (end, word), (_, above) in itertools.pairwise(scale.steps):
             assert scale.word(end) == word and scale.word(end + 1e-9) == above
-            assert f"{end:g} “{word}”".replace("-", "−") in scale.told()
+            assert f"{end:g} “{word}”".replace("-", "−") in scale.as_text()
 
 
 def test_a_report_of_deltas_and_odd_shapes(tmp_path):

@@ -173,7 +173,7 @@ def test_a_file_that_lends_its_positions_is_looked_at_as_well(registered):
     time.sleep(2e-9 * SETTLED)
     source = shira.switching.sources.AdapterSource(path.with_name("heir.safetensors"))
     assert source.read({})[1]
-    source.is_checked()
+    source.note_checked()
     assert not source.read({})[1]
     os.utime(path)
     assert source.read({})[1]

@@ -94,7 +94,7 @@ def test_an_interrupted_change_leaves_the_base(monkeypatch):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        for step in ("_ask", "_run", "_moved"):
+        for step in ("_announce", "_run", "_written"):
             switcher.use("one")
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 run, rest = getattr(kernels.gpu, step), [interrupt]

@@ -159,7 +159,7 @@ def compare(
         for (first, second), before in pair_sums.items():
             if first in changes or second in changes:
                 both = matrices.get(first, empty), matrices.get(second, empty)
-                sums = _meet(changes.get(first, nothing), changes.get(second, nothing), both)
+                sums = _sums_of(changes.get(first, nothing), changes.get(second, nothing), both)
                 pair_sums[first, second] = before.plus(sums)
                 pairs.append(sums.pair(first, second))
         parts[tensor_name] = TensorComparison(shape, found, pairs)
@@ -327,7 +327,7 @@ class _Sums(NamedTuple):
         )
 
 
-def _meet(one: SparseTensor, other: SparseTensor, matrices: tuple[Tensor, Tensor]) -> _Sums:
+def _sums_of(one: SparseTensor, other: SparseTensor, matrices: tuple[Tensor, Tensor]) -> _Sums:
     """The sums of two adapters in one tensor."""
     product = gram(*matrices)
     shared_one = torch.isin(one.indices, other.indices, assume_unique=True)

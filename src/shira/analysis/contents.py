@@ -11,7 +11,7 @@ __all__ = ["describe"]
 
 
 def describe(adapter: Adapter, file: Path) -> dict[str, Any]:
-    """Everything that is known of an adapter, as values that JSON can hold."""
+    """The adapter as a whole, what its metadata say, and each of its tensors. file: where it was read from."""
     tensors = {
         name: {
             "shape": list(tensor.shape),

@@ -19,11 +19,11 @@ from .spectra import as_matrix, spectrum
 __all__ = ["heat_maps", "histograms", "mask_pictures", "matrices", "png", "spectra_curves"]
 
 CELLS = 160  # of a drawn mask, along its longer side
-LONGEST, SHORT = 40, 16  # signs of a name in a picture; and where it stands along an edge
+LONGEST, SHORT = 40, 16  # characters of a name in a picture; and of one along an edge
 
 
 def _drawn(name: str, most: int = LONGEST) -> str:
-    """A name as matplotlib draws it as text: a dollar would begin a formula, and a legend leaves out what begins with _."""
+    """A name that matplotlib draws as it is: a dollar would begin a formula, and a legend leaves out what begins with _."""
     text = visible(name)
     text = text if len(text) <= most else f"{text[: most - 1]}…"
     return " " * text.startswith("_") + text.replace("$", r"\$")
@@ -168,6 +168,7 @@ def _cells(shape: tuple[int, ...], indices: Tensor) -> Tensor:
 
 
 def histograms(pyplot: Any, found: Comparison) -> Any:
+    """Each adapter's changes by magnitude, positive ones upwards, negative ones downwards."""
     figure, (axis,) = _panels(pyplot, 1, 3.0)
     used = torch.tensor([counts for pair in found.histograms.values() for counts in pair]).sum(0).nonzero().view(-1)
     first, last = (int(used[0]), int(used[-1]) + 1) if used.numel() else (0, len(BINS) - 1)
@@ -184,6 +185,7 @@ def histograms(pyplot: Any, found: Comparison) -> Any:
 
 
 def spectra_curves(pyplot: Any, shape: tuple[int, ...], changes: Mapping[str, SparseTensor]) -> Any:
+    """The singular values of each adapter's change of one tensor, and the rank of a LoRA with as many parameters (dotted)."""
     figure, (axis,) = _panels(pyplot, 1, 3.0)
     for number, (name, tensor) in enumerate(changes.items()):
         sparse = as_matrix(shape, tensor.indices, tensor.values)

@@ -14,7 +14,7 @@ from .comparison import Comparison, deltas
 from .pictures import heat_maps, histograms, mask_pictures, matrices, png, spectra_curves
 from .words import SCALES, in_words
 
-__all__ = ["check_held", "made", "needs_extra", "page", "tables"]
+__all__ = ["check_held", "page", "provenance", "pyplot_and_template", "tables"]
 
 
 def check_held(adapters: Mapping[str, Adapter], tensor: str) -> None:
@@ -24,8 +24,8 @@ def check_held(adapters: Mapping[str, Adapter], tensor: str) -> None:
         raise AdapterError(f"no adapter holds a tensor {tensor!r}; {did_you_mean(tensor, sorted(known))}")
 
 
-def needs_extra() -> tuple[Any, Any]:
-    """pyplot, drawing into memory, and the page's template. Raises MissingExtra."""
+def pyplot_and_template() -> tuple[Any, Any]:
+    """pyplot, which draws into memory, and the page's template. Raises MissingExtra if a library is missing."""
     try:
         import jinja2
         import matplotlib
@@ -39,11 +39,11 @@ def needs_extra() -> tuple[Any, Any]:
 
 
 def _visible(value: Any) -> Any:
-    """A value as the template then escapes it into the page: a text without hidden signs, or HTML of the template's own."""
+    """A value before the template escapes it: text whose hidden characters are shown, or the template's own HTML."""
     return value if hasattr(value, "__html__") else visible(str(value))
 
 
-def made(adapters: Mapping[str, Adapter], base_name: str | None = None) -> dict[str, str]:
+def provenance(adapters: Mapping[str, Adapter], base_name: str | None = None) -> dict[str, str]:
     """The base, the date and the version, for a page or a file. base_name: the base that was given, if one was.
 
     Otherwise the base is what the adapters record.
@@ -63,11 +63,11 @@ def page(
 ) -> str:
     """The whole page.
 
-    found: of these adapters. tensor: the one whose mask and spectrum are drawn; the one that changes most, if none is named.
+    found: of these adapters. tensor: the one whose mask and spectrum are drawn; by default the one that changes most.
     base_name: what the page calls the base; by default what the adapters record.
-    Raises AdapterError if no adapter holds it; MissingExtra without matplotlib or jinja2.
+    Raises AdapterError if no adapter holds the tensor; MissingExtra without matplotlib or jinja2.
     """
-    pyplot, template = needs_extra()
+    pyplot, template = pyplot_and_template()
     if tensor is None:
         tensor = max(found.tensors, key=lambda name: sum(c.l2**2 for c in found.tensors[name].changes.values()))
     check_held(adapters, tensor)
@@ -83,9 +83,9 @@ def page(
         pictures["matrices"] = png(pyplot, matrices(pyplot, found))
     tensors = _without_empty(Table("Every tensor", TENSOR_HEAD, list(_tensor_rows(found))))
     rendered: str = template.render(
-        made=made(adapters, base_name),
+        provenance=provenance(adapters, base_name),
         sentences=in_words(found),
-        scales=[scale.told() for scale in SCALES],
+        scales=[scale.as_text() for scale in SCALES],
         adapters=found.adapters,
         about=about,
         meetings=meetings,
@@ -100,7 +100,6 @@ def page(
 UNKNOWN = "–"
 ADAPTER_HEAD = ["adapter", "mask", "entries", "density", "‖ΔW‖", "effective rank", "LoRA's rank", "LoRA holds"]
 PAIR_HEAD = ["pair", "overlap", "Jaccard", "AWOR", "AWOM", "relative", "cosine", "distance", "conflicts", "their share"]
-
 TENSOR_HEAD = ["tensor", "adapter", "entries", "‖ΔW‖", "effective rank", "LoRA's rank", "smallest AWOR"]
 
 
@@ -113,7 +112,7 @@ class Table(NamedTuple):
 
 
 def tables(found: Comparison, adapters: Mapping[str, Adapter]) -> list[Table]:
-    """Of the adapters, and of each two, if there are two."""
+    """A table of the adapters; and one of each two, if there are two."""
     about = []
     for name, change in found.total.changes.items():
         mask = (adapters[name].metadata.get("mask") or {}).get("name", UNKNOWN)
@@ -130,7 +129,7 @@ def tables(found: Comparison, adapters: Mapping[str, Adapter]) -> list[Table]:
 
 
 def _without_empty(table: Table) -> Table:
-    """The table without columns in which nothing is known, as ranks without spectra."""
+    """The table without columns in which nothing is known, such as ranks without spectra."""
     kept = [number for number in range(len(table.head)) if any(row[number] != UNKNOWN for row in table.rows)]
     return Table(table.title, [table.head[number] for number in kept], [[row[number] for number in kept] for row in table.rows])
 

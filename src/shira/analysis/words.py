@@ -19,7 +19,7 @@ class Scale(NamedTuple):
         """The word for a value."""
         return next((word for end, word in self.steps if value <= end), self.steps[-1][1])
 
-    def told(self) -> str:
+    def as_text(self) -> str:
         """The whole scale, for readers: "cosine: up to −0.5 opposed, …, above 0.5 much the same"."""
         *lower, (_, last) = self.steps
         below = ", ".join(f"up to {end:g} “{word}”" for end, word in lower)
@@ -114,10 +114,8 @@ def _densities(found: Comparison, one: str, other: str, what: str) -> Iterator[t
     """
     for part in found.tensors.values():
         shape = part.shape or ()
-        entries, held = (
-            math.prod(shape),
-            [getattr(part.changes[name], what) if name in part.changes else 0 for name in (one, other)],
-        )
+        entries = math.prod(shape)
+        held = [getattr(part.changes[name], what) if name in part.changes else 0 for name in (one, other)]
         if entries and any(held):
             yield held[0] / entries, held[1] / entries, entries, shape[0] if shape else 1, math.prod(shape[1:])
 

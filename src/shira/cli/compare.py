@@ -39,14 +39,14 @@ def compare(
     if tensor is not None:
         report.check_held(loaded, tensor)
     if out is not None:
-        report.needs_extra()
+        report.pyplot_and_template()
     tensors = _tensors(base) if base is not None else None
     base = base and (built_in(base) or base)
     with progress("comparing", len({name for adapter in loaded.values() for name in adapter.tensors})) as update:
         found = comparison.compare(
             *loaded.values(), base=tensors, spectra=spectra, on_progress=lambda done, _: update(done, "")
         )
-    facts = {"made": report.made(loaded, base), **found.as_dict()}
+    facts = {"made": report.provenance(loaded, base), **found.as_dict()}
     if out is not None:
         with waiting("drawing"):
             page = report.page(found, loaded, tensors, tensor, base)

@@ -19,7 +19,7 @@ __all__ = [
     "as_given",
     "check_strengths",
     "given_strengths",
-    "is_there",
+    "is_nonzero",
     "parse_strength",
     "strengths_of",
 ]
@@ -76,10 +76,10 @@ def given_strengths(call: str, adapters: Any) -> dict[str, tuple[Adapter | Path,
 
 def check_strengths(strengths: Mapping[str, Strength]) -> dict[str, CheckedStrength]:
     """Each adapter's strength, checked. Raises AdapterError unless it is a finite number or maps patterns to finite numbers."""
-    return {name: _fixed(f"the strength of {shown(name)}", strength) for name, strength in strengths.items()}
+    return {name: _checked(f"the strength of {shown(name)}", strength) for name, strength in strengths.items()}
 
 
-def _fixed(what: str, strength: Any) -> CheckedStrength:
+def _checked(what: str, strength: Any) -> CheckedStrength:
     if isinstance(strength, Mapping):
         if not strength or not all(isinstance(pattern, str) for pattern in strength):
             raise AdapterError(f"{what} must map patterns of tensor names to numbers, found {shown(dict(strength))}")
@@ -101,7 +101,7 @@ def as_given(strength: CheckedStrength) -> float | dict[str, float]:
     return strength if isinstance(strength, float) else dict(strength)
 
 
-def is_there(strength: CheckedStrength) -> bool:
+def is_nonzero(strength: CheckedStrength) -> bool:
     """Whether the strength is not 0, for any tensor."""
     return strength != 0 if isinstance(strength, float) else any(value != 0 for _, value in strength)
 

@@ -1,8 +1,9 @@
 """Run a mask, given by name or as a function, on one tensor, and check the positions that it returns."""
 
+import contextlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -77,15 +78,12 @@ def select(
     taken = torch.empty(0, dtype=torch.int64, device="cpu") if avoid is None else avoid.long()
     inputs = _inputs(name, weight, seed, statistics) | {"k": k, "avoid": taken.to(weight.device)}
     _check_calibrated(label, function, inputs)
-    try:
-        with torch.no_grad():
-            if not taken.numel() or "avoid" in inspect.signature(function).parameters:
-                answer = call(function, inputs)
-            else:
-                answer = _top_k_without(mask, inputs)
-            return _positions(answer, weight, k, inputs["avoid"])
-    except MaskError as error:
-        raise MaskError(f"mask {label!r} on tensor '{name}': {error}") from error
+    with _named_in_errors(label, name), torch.no_grad():
+        if not taken.numel() or "avoid" in inspect.signature(function).parameters:
+            answer = call(function, inputs)
+        else:
+            answer = _top_k_without(mask, inputs)
+        return _positions(answer, weight, k, inputs["avoid"])
 
 
 def score(mask: str | Mask, name: str, weight: Tensor, *, seed: int = 0, **statistics: Tensor | None) -> Tensor:
@@ -93,12 +91,18 @@ def score(mask: str | Mask, name: str, weight: Tensor, *, seed: int = 0, **stati
     label, function = resolve(mask)[0], ranked(mask)
     inputs = _inputs(name, weight, seed, statistics)
     _check_calibrated(label, function, inputs)
+    with _named_in_errors(label, name), torch.no_grad():
+        scores: Tensor = call(function, inputs)
+        return scores
+
+
+@contextlib.contextmanager
+def _named_in_errors(label: str, name: str) -> Iterator[None]:
+    """A context in which a MaskError gets the names of the mask and the tensor."""
     try:
-        with torch.no_grad():
-            scores: Tensor = call(function, inputs)
+        yield
     except MaskError as error:
         raise MaskError(f"mask {label!r} on tensor '{name}': {error}") from error
-    return scores
 
 
 def _inputs(name: str, weight: Tensor, seed: int, statistics: Mapping[str, Tensor | None]) -> dict[str, Any]:

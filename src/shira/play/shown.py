@@ -5,7 +5,7 @@ from typing import Any
 
 from ..analysis.comparison import Comparison
 from ..analysis.pictures import heat_maps, png
-from ..analysis.report import needs_extra
+from ..analysis.report import pyplot_and_template
 from ..analysis.words import about_pair
 from ..texts import visible
 from .watching import Light
@@ -75,7 +75,7 @@ def error_html(text: str) -> str:
 
 def comparison_html(found: Comparison) -> str:
     """Two adapters: numbers, sentences, and a picture of where the mass of each lies. Raises MissingExtra."""
-    pyplot, _ = needs_extra()
+    pyplot, _ = pyplot_and_template()
     (pair,) = found.total.pairs
     facts: dict[str, Any] = {
         "positions that both change": f"{pair.shared:,}",

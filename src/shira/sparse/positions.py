@@ -102,7 +102,10 @@ ROUNDS = 6
 
 
 def draw(numel: int, k: int, seed: int) -> Tensor:
-    """The positions of the mask `rand` in a tensor of `numel` entries: int64 [k], sorted. Raises MaskError if k > numel."""
+    """k random positions in a tensor of `numel` entries, as the mask `rand` draws them: int64 [k], sorted.
+
+    Raises MaskError if k > numel.
+    """
     if not 0 <= k <= numel:
         raise MaskError(f"{k} positions asked of {numel} entries")
     half = max(1, ((max(1, numel - 1)).bit_length() + 1) // 2)
@@ -116,7 +119,7 @@ def draw(numel: int, k: int, seed: int) -> Tensor:
 
 
 def coin(positions: Tensor, probability: float, seed: int) -> Tensor:
-    """For each position [k], an integer: True with the given probability, 0 to 1. Returns bool [k].
+    """For each position, True with the given probability. positions: integers [k]. probability: 0 to 1. Returns bool [k].
 
     Position i uses the i-th word of SplitMix64 started at `seed`. In integers only, so every machine gives the same result.
     """
@@ -145,10 +148,10 @@ def _shift(word: Tensor, bits: int) -> Tensor:
     return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def overlap(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The positions that two sorted lists share: their places in the first and in the second, int64 [shared] each."""
-    if old.numel() == 0:
-        return old.long(), old.long()
-    place = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
-    in_new = (old[place] == new).nonzero().view(-1)
-    return place[in_new], in_new
+    if first.numel() == 0:
+        return first.long(), first.long()
+    place = torch.searchsorted(first, second).clamp_(max=first.numel() - 1)
+    in_second = (first[place] == second).nonzero().view(-1)
+    return place[in_second], in_second

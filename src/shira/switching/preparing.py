@@ -29,9 +29,9 @@ def prepare(
     active: the plans that are written over the base at the moment. Raises what `Switcher.use` raises for files and values.
     """
     by_weight: dict[int, tuple[str, list[tuple[SparseTensor, float]]]] = {}
-    for adapter_name, fixed in key.strengths:
+    for adapter_name, given in key.strengths:
         tensors = checked(adapter_name, sources[adapter_name], model, active)
-        for tensor_name, strength in strengths_of(repr(adapter_name), fixed, tensors).items():
+        for tensor_name, strength in strengths_of(repr(adapter_name), given, tensors).items():
             if strength != 0:
                 terms = by_weight.setdefault(id(model.weights[tensor_name]), (tensor_name, []))[1]
                 terms.append((tensors[tensor_name], strength))
@@ -51,7 +51,7 @@ def checked(name: str, source: AdapterSource, model: ModelState, active: Sequenc
     """The tensors of an adapter, read and checked against the model. Raises what `Switcher.add` raises."""
     adapter, is_new = source.read(model.weights)
     tensors = model.checked(source.label(name), adapter, active, is_new=is_new)
-    source.is_checked()
+    source.note_checked()
     return tensors
 
 

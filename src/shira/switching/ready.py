@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import SwitchError
 from ..fusion.methods import Method, resolve
-from ..fusion.strengths import CheckedStrength, Strength, check_strengths, is_there
+from ..fusion.strengths import CheckedStrength, Strength, check_strengths, is_nonzero
 from ..kernels import Waiting, WritePlan
 from .quantized_layers import AddedProduct
 
@@ -45,7 +45,7 @@ def checked_selection(
     wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)
     for name in wanted:
         check(name)
-    strengths = sorted((name, fixed) for name, fixed in check_strengths(wanted).items() if is_there(fixed))
+    strengths = sorted((name, strength) for name, strength in check_strengths(wanted).items() if is_nonzero(strength))
     resolved = resolve(method, options)
     return CheckedSelection(tuple(strengths), resolved) if strengths else BASE
 

@@ -74,10 +74,10 @@ class AdapterSource:
             if name.startswith(self._prefix)
         }
 
-    def is_checked(self) -> None:
-        """Record that the content read last belongs to the model."""
+    def note_checked(self) -> None:
+        """Record that the content that was read last belongs to the model."""
         self._checked = self._found
 
-    def check_again(self) -> None:
+    def forget_check(self) -> None:
         """Let the content be checked again, because the model has changed."""
         self._checked = None

@@ -80,7 +80,7 @@ class Switcher:
         self._turn = threading.RLock()
         self._sources: dict[str, AdapterSource] = {}
         self._ready = Ready(ready, host)
-        self._nothing = WritePlan.of([])
+        self._empty_plan = WritePlan.of([])
         self._blocks: list[list[CheckedSelection]] = []  # the open blocks of `using`
         self._state: _State = _State(BASE)
         self._owner = functools.partial(_owner, weakref.ref(self))
@@ -143,7 +143,7 @@ class Switcher:
     def remove(self, name: str) -> None:
         """Remove an adapter. Raises SwitchError if it is unknown or active."""
         with self._turn, _writable():
-            self._known(name)
+            self._check_name(name)
             if name in dict(self._active_selection().strengths):
                 raise SwitchError(f"adapter {name!r} is active; switch to another or to None first")
             self._ready.drop(name)
@@ -166,7 +166,7 @@ class Switcher:
         If it does not fit the changed model either, the base is active, as after any other exception during the switch.
         """
         with self._turn, _writable():
-            self._activate(checked_selection(selection, method, options, self._known))
+            self._activate(checked_selection(selection, method, options, self._check_name))
 
     def prefetch(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Make ready what `use` will activate, while a forward pass may still run.
@@ -180,7 +180,7 @@ class Switcher:
             switcher.use("coder")
         """
         with self._turn, _writable():
-            key = checked_selection(selection, method, options, self._known)
+            key = checked_selection(selection, method, options, self._check_name)
             self._follow()
             if key.strengths and not self._ready.fetch(key):
                 kernels.prepare(self._prepare(key).plan)
@@ -191,7 +191,7 @@ class Switcher:
         Raises what `use` raises, and SwitchError if fewer than `ready` would be left for others.
         """
         with self._turn, _writable():
-            key = checked_selection(selection, method, options, self._known)
+            key = checked_selection(selection, method, options, self._check_name)
             self._follow()
             if key.strengths:
                 kernels.prepare(self._prepare(key).plan)
@@ -200,7 +200,7 @@ class Switcher:
     def unpin(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Let a selection make room for others again."""
         with self._turn:
-            self._ready.pinned.discard(checked_selection(selection, method, options, self._known))
+            self._ready.pinned.discard(checked_selection(selection, method, options, self._check_name))
 
     @property
     def ready(self) -> list[dict[str, float | dict[str, float]]]:
@@ -234,7 +234,7 @@ class Switcher:
         block = [BASE]  # what will be active after the block
         with self._turn, _writable():
             block[0] = self._active_selection()
-            self._activate(checked_selection(selection, method, options, self._known))
+            self._activate(checked_selection(selection, method, options, self._check_name))
             self._blocks = [*self._blocks, block]
         try:
             yield
@@ -252,7 +252,7 @@ class Switcher:
             return
         self._blocks = later
         for name, _ in block[0].strengths:
-            self._known(name)
+            self._check_name(name)
         self._activate(block[0])
 
     def _undo_interrupted(self) -> None:
@@ -306,7 +306,7 @@ class Switcher:
         """Look at the model as it is now, and drop everything that was known about it."""
         self._ready.drop()
         for source in self._sources.values():
-            source.check_again()
+            source.forget_check()
         self._model_state = ModelState(self._model, self._owner)
 
     def _activate(self, wanted: CheckedSelection) -> None:
@@ -332,7 +332,7 @@ class Switcher:
         if wanted == state.selection:
             return
         prepared = self._prepare(wanted)
-        leaving = state.plans[0] if state.plans else self._nothing
+        leaving = state.plans[0] if state.plans else self._empty_plan
         over = prepared.plan.over(leaving)
         coming = prepared.plan if over is None else over
         finite = True
@@ -371,14 +371,15 @@ class Switcher:
         self._switch(before)
         raise overflow(name, weight.dtype)
 
-    def _known(self, name: str) -> None:
+    def _check_name(self, name: str) -> None:
+        """Raise SwitchError if there is no adapter of this name."""
         if not isinstance(name, str) or name not in self._sources:
             raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
     def _prepare(self, key: CheckedSelection) -> Prepared:
         """What to write over the base, with every value computed and checked: held ready, or made now."""
         if not key.strengths:
-            return Prepared(self._nothing)
+            return Prepared(self._empty_plan)
         held = self._ready.take(key)
         if held is None:
             for plan in self._state.plans:  # sums are computed from the stash, which must still be that of the weights

@@ -4,7 +4,7 @@ A model may change between two calls: weights are cast, moved, tied and replaced
 and `ModelTensors.same` says whether an earlier answer is still right.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -79,7 +79,7 @@ class ModelTensors:
         """Whether the model still has the same module and tensor objects. Their contents are not compared."""
         return self._tree.same()
 
-    def objects(self, names: Iterator[str] | list[str]) -> list[Tensor]:
+    def objects(self, names: Iterable[str]) -> list[Tensor]:
         """Every tensor object of these weights: several for one weight, if they are the same memory."""
         wanted = {id(self.by_name[name]) for name in names}
         return list({id(t): t for name, t in self._all.items() if id(self.by_name[name]) in wanted}.values())

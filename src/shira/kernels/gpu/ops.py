@@ -103,7 +103,7 @@ def write_(plan: WritePlan, over: WritePlan) -> None:
 def swap_(plan: WritePlan) -> None:
     """See `reference.swap_`: one launch fills the stash and writes."""
     prepare(plan)
-    _ask(plan)
+    _announce(plan)
     _run("swap", plan)
     _written(plan)
 
@@ -118,7 +118,7 @@ def change_(leaving: WritePlan, coming: WritePlan) -> None:
     """See `kernels.change_`: one launch for both plans."""
     prepare(leaving.stash_from or leaving)
     prepare(coming)
-    _ask(coming)
+    _announce(coming)
     _run("change", coming, leaving.stash_from or leaving)
     leaving.begun[0] = 0
     _written(leaving)
@@ -129,7 +129,7 @@ def write_sums_(plan: WritePlan, leaving: WritePlan | None = None) -> bool:
     """See `reference.write_sums_` and `kernels.write_sums_`: the launch that writes the sums also computes them."""
     overflow = {write.weight.device: torch.zeros(1, dtype=torch.int32, device=write.weight.device) for write in plan.writes}
     prepare(plan)
-    _ask(plan)
+    _announce(plan)
     if leaving is None:
         _run("swap", plan, overflow=overflow)
     else:
@@ -194,7 +194,7 @@ def product(way: products.Way, grad_output: Tensor, input: Tensor, indices: Tens
     return out
 
 
-def _ask(plan: WritePlan) -> None:
+def _announce(plan: WritePlan) -> None:
     """Give the coming switch a new number, and mark all writes of the plan as begun.
 
     If an interruption comes before the launch, `restore_` finds another number in the flag, and writes nothing.
