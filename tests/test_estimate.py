@@ -45,8 +45,8 @@ def real(dtype, method, options):
         return model, trained, {"adapter": sum(p.numel() * p.itemsize for p in trained)}
     tuner = shira.attach(model, targets=TARGETS, **options)
     masters = tuner._tuned
-    patterns = [each.pattern for each in masters if each.pattern is not None]
-    held = [tensor for p in patterns for tensor in (p.lines, p.rest_rows, p.rest_columns, p.order)]
+    lines = [each.whole_lines for each in masters if each.whole_lines is not None]
+    held = [tensor for p in lines for tensor in (p.lines, p.rest_rows, p.rest_columns, p.order)]
     held += [each.indices for each in masters]
     parts = {"masters": 4 * tuner.nnz, "positions": sum(tensor.numel() * tensor.itemsize for tensor in held)}
     return model, tuner.parameters(), parts | {"base values": sum(each.base.numel() * each.base.itemsize for each in masters)}

@@ -248,7 +248,7 @@ def test_large_sparse_matrices_are_sampled_and_small_ones_are_not():
 
 
 def boolean(shape, kind):
-    """Masks of the kinds that `find_pattern` tells apart."""
+    """Masks of the kinds that `find_whole_lines` tells apart."""
     chosen = torch.zeros(shape, dtype=torch.bool)
     rows, columns = shape
     if "rows" in kind:
@@ -280,20 +280,20 @@ def boolean(shape, kind):
         "rows columns",
     ],
 )
-def test_patterns_give_the_gradient_of_the_reference(shape, kind, dtype):
+def test_whole_lines_give_the_gradient_of_the_reference(shape, kind, dtype):
     rows, columns = shape
     indices = boolean(shape, kind).view(-1).nonzero().view(-1)
-    pattern = kernels.find_pattern(indices, rows, columns)
+    found_lines = kernels.find_whole_lines(indices, rows, columns)
     if "random" not in kind and kind != "diagonal" and min(shape) > 1 and kind != "rows columns":
-        assert pattern is not None and pattern.direction == kind.split()[0]
-    if pattern is None:
+        assert found_lines is not None and found_lines.direction == kind.split()[0]
+    if found_lines is None:
         return
     torch.manual_seed(0)
     grad_output, input = torch.randn(17, rows).to(dtype), torch.randn(17, columns).to(dtype)
-    kept = input[:, pattern.lines] if pattern.keeps_columns_only else input
+    kept = input[:, found_lines.lines] if found_lines.keeps_columns_only else input
     exact = (grad_output.double().T @ input.double()).view(-1)[indices]
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    found = pattern.to(torch.device("cpu")).gradient(grad_output, kept)
+    found = found_lines.to(torch.device("cpu")).gradient(grad_output, kept)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance * 4)
 

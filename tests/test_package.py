@@ -191,7 +191,7 @@ def test_the_lowest_releases_are_those_that_are_tested():
 
 def test_without_the_kernels_in_c_one_warning_says_so(monkeypatch):
     monkeypatch.setattr(kernels.native, "_native", None)
-    monkeypatch.setattr(kernels.backends, "_told", [])
+    monkeypatch.setattr(kernels.backends, "_warned", False)
     weight, indices = torch.arange(6.0), torch.tensor([1, 4])
     with kernels.backend("reference"):  # asked for by name
         kernels.gather(weight, indices)

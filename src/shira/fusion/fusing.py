@@ -69,10 +69,9 @@ def fuse(
         if weights is None:
             _check_recorded_bases(parts)
         identifies = {label: identifying(part) for label, part in parts.items()}
-        scales = {label: strengths_of(label, strengths[label], part.tensors) for label, part in parts.items()}
-        wanted: dict[str, dict[str, float]] = {}
-        for label, scale in scales.items():
-            for name, strength in scale.items():
+        wanted: dict[str, dict[str, float]] = {}  # tensor name -> {label: strength}
+        for label, part in parts.items():
+            for name, strength in strengths_of(label, strengths[label], part.tensors).items():
                 if strength != 0:
                     wanted.setdefault(name, {})[label] = strength
 
@@ -108,7 +107,7 @@ def _check_recorded_bases(adapters: Mapping[str, Adapter]) -> None:
 def _fused_over(
     name: str,
     held: Mapping[str, SparseTensor],
-    scale: Mapping[str, float],
+    strengths: Mapping[str, float],
     adapters: Mapping[str, Adapter],
     weights: Mapping[str, Tensor],
     method: Method,
@@ -125,7 +124,7 @@ def _fused_over(
         if identifies[label](name, held[label]):
             check_fingerprint(label, name, adapters[label], under, weight.dtype)
 
-    terms = [(tensor, scale[label]) for label, tensor in held.items()]
+    terms = [(tensor, strengths[label]) for label, tensor in held.items()]
     fused = _in_one_pass(terms, weight, weight.dtype, method)
     if fused is not None:
         for number, under in enumerate(fused.under):
@@ -138,9 +137,9 @@ def _fused_over(
     return _sparse(name, tuple(weight.shape), indices, values, "overwrite"), fingerprint(base)
 
 
-def _fused_deltas(name: str, held: Mapping[str, SparseTensor], scale: Mapping[str, float], method: Method) -> SparseTensor:
+def _fused_deltas(name: str, held: Mapping[str, SparseTensor], strengths: Mapping[str, float], method: Method) -> SparseTensor:
     """A fused delta from deltas, in the dtype to which all of theirs promote."""
-    terms = [(tensor, scale[label]) for label, tensor in held.items()]
+    terms = [(tensor, strengths[label]) for label, tensor in held.items()]
     shapes = {tensor.shape for tensor in held.values()}
     if len(shapes) > 1:
         raise AdapterError(f"'{name}' has different shapes in the adapters: {sorted(map(list, shapes))}")

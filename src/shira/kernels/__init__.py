@@ -16,26 +16,26 @@ from .backends import BACKENDS, backend, backend_for, backend_of
 from .cpu import native
 from .gpu import ops as gpu
 from .gpu.host_memory import Waiting, arrived
-from .pattern import Pattern, find_pattern
 from .plan import Combined, Contribution, Sum, UnitedPositions, WeightChanged, WeightMemory, Write, WritePlan, same_bits
+from .whole_lines import WholeLines, find_whole_lines
 
 __all__ = [
     "BACKENDS",
     "Combined",
     "Contribution",
-    "Pattern",
     "Sum",
     "UnitedPositions",
     "Waiting",
     "WeightChanged",
     "WeightMemory",
+    "WholeLines",
     "Write",
     "WritePlan",
     "arrived",
     "backend",
     "change_",
     "combine",
-    "find_pattern",
+    "find_whole_lines",
     "gather",
     "gradient_of_rows",
     "overwrite_",

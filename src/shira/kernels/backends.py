@@ -18,7 +18,7 @@ __all__ = ["BACKENDS", "NotCompiled", "backend", "backend_for", "backend_of"]
 BACKENDS: dict[str, Any] = {"reference": reference, "torch": torch_ops}
 if native.available():
     BACKENDS["native"] = native
-_told: list[type[Warning]] = []  # warnings that were given
+_warned = False  # of missing kernels in C
 _forced: ContextVar[str | None] = ContextVar("shira_backend", default=None)
 
 
@@ -42,6 +42,7 @@ def backend(name: str) -> Iterator[None]:
 
 def backend_for(*tensors: Tensor) -> Any:
     """The backend for tensors of one device. Warns (`NotCompiled`) once in a process where the kernels in C are missing."""
+    global _warned
     forced = _forced.get()
     if forced:
         return gpu if forced == "triton" else BACKENDS[forced]
@@ -49,8 +50,8 @@ def backend_for(*tensors: Tensor) -> Any:
         return native
     if gpu.available(*tensors):
         return gpu
-    if not native.built() and not _told and all(tensor.device.type == "cpu" for tensor in tensors):
-        _told.append(NotCompiled)
+    if not native.built() and not _warned and all(tensor.device.type == "cpu" for tensor in tensors):
+        _warned = True
         warnings.warn(
             "shira was installed without its kernels in C, so torch's operators do their work: the results are the same, and "
             "switching and training are slower; to have the kernels, install a C compiler and then shira again",

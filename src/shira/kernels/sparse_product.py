@@ -22,7 +22,7 @@ class SparseLayout:
         self.indices, self.matrix = indices, matrix
         rows, columns = indices.long() // matrix[1], indices.long() % matrix[1]
         self.by_rows = _starts(rows, matrix[0]), columns.int()  # where each row begins, and the columns
-        self.pattern = kernels.find_pattern(indices, *matrix)
+        self.whole_lines = kernels.find_whole_lines(indices, *matrix)
         # Sparse tensors are not traced. To say so imports torch's compiler, so it is said here and not on import.
         self.product = torch.compiler.disable(self._product)
 
@@ -55,10 +55,10 @@ class SparseLayout:
 
     def gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """The gradient of the values: (grad_outputᵀ · input) at the positions, float32 [k]."""
-        if self.pattern is None:
+        if self.whole_lines is None:
             return kernels.sampled_gradient(grad_output, input, self.indices)
-        kept = input.index_select(1, self.pattern.lines) if self.pattern.keeps_columns_only else input
-        return self.pattern.gradient(grad_output, kept)
+        kept = input.index_select(1, self.whole_lines.lines) if self.whole_lines.keeps_columns_only else input
+        return self.whole_lines.gradient(grad_output, kept)
 
 
 class _SparseProduct(torch.autograd.Function):

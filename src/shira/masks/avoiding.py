@@ -13,12 +13,12 @@ from ..errors import TuningError
 from ..weights.belonging import weight_of
 from ..weights.model_tensors import named_tensors
 
-__all__ = ["Avoid", "count_of", "entries_of"]
+__all__ = ["Avoid", "counts_of", "positions_to_avoid"]
 
 Avoid = Adapter | str | os.PathLike[str]
 
 
-def entries_of(
+def positions_to_avoid(
     avoid: Avoid | Iterable[Avoid], model: nn.Module, targets: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The positions that the adapters to avoid hold in the targets, and the labels of these adapters.
@@ -49,6 +49,6 @@ def entries_of(
     return {name: torch.cat(held[id(weight)]).unique() for name, weight in targets.items() if id(weight) in held}, labels
 
 
-def count_of(positions: Mapping[str, Tensor]) -> dict[str, int]:
+def counts_of(positions: Mapping[str, Tensor]) -> dict[str, int]:
     """The number of positions in each tensor."""
     return {name: indices.numel() for name, indices in positions.items()}

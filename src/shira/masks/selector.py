@@ -14,7 +14,7 @@ from ..sparse.topk import top_k
 from ..weights.distributed import full, groups_of, is_sharded, same_everywhere
 from ..weights.quantized import dense
 from ..weights.undo import Undo
-from .avoiding import count_of
+from .avoiding import counts_of
 from .budgets import without
 from .calibration import LossFn, Progress, calibrate
 
@@ -130,7 +130,7 @@ class Selector:
         if not plan.floors:
             return plan
         if masks.resolve(self.mask)[1] is masks.rand:
-            avoided = count_of(self.avoided)
+            avoided = counts_of(self.avoided)
             free = {name: math.prod(self.matrices[name]) - avoided.get(name, 0) for name in plan.floors}
             return masks.BudgetPlan(plan.counts | masks.share_out(plan.shared, free, plan.floors), 0, {})
         masks.ranked(self.mask)

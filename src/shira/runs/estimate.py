@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from .. import masks
 from ..errors import DataError, TuningError
 from ..integrations.transformers import checkpointing_of, one_example_a_row
-from ..kernels import Pattern, find_pattern, torch_ops
+from ..kernels import WholeLines, find_whole_lines, torch_ops
 from ..kernels.cpu import native
 from ..sparse.positions import index_dtype
 from ..training.layers import SparseLinear
@@ -198,15 +198,15 @@ class _StandIn:
 
     def __init__(self, target: target_names.Target, count: int, mask: str, fake: Any, log: _Log) -> None:
         self.weight, self.log = target.weight, log
-        self.pattern = _pattern(mask, tuple(target.weight.shape), count)
-        if self.pattern is not None:
-            count = self.pattern.order.numel()
+        self.whole_lines = _whole_lines(mask, tuple(target.weight.shape), count)
+        if self.whole_lines is not None:
+            count = self.whole_lines.order.numel()
         with fake:
             self.values = nn.Parameter(torch.empty(count))
             self.indices = torch.empty(count, dtype=index_dtype(self.weight.numel()))
         self.position_bytes = self.indices.numel() * self.indices.itemsize
-        if self.pattern is not None:
-            held = (self.pattern.lines, self.pattern.rest_rows, self.pattern.rest_columns, self.pattern.order)
+        if self.whole_lines is not None:
+            held = (self.whole_lines.lines, self.whole_lines.rest_rows, self.whole_lines.rest_columns, self.whole_lines.order)
             self.position_bytes += sum(tensor.numel() * tensor.itemsize for tensor in held)
         log.forget([self.values, self.indices])
         for module in target.modules:
@@ -218,13 +218,13 @@ class _StandIn:
         return output
 
     def keep(self, input: Tensor) -> Tensor:
-        if self.pattern is not None and self.pattern.keeps_columns_only:
-            return input.index_select(-1, self.pattern.lines)
+        if self.whole_lines is not None and self.whole_lines.keeps_columns_only:
+            return input.index_select(-1, self.whole_lines.lines)
         return input
 
     def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
-        if self.pattern is not None:
-            return self.pattern.gradient(grad_output, kept)
+        if self.whole_lines is not None:
+            return self.whole_lines.gradient(grad_output, kept)
         rows, columns = self.weight.shape
         if not (native.available() and native.sampling_wins(grad_output.dtype, rows, columns, self.values.numel())):
             return torch_ops.sampled_gradient(grad_output, kept, self.indices)
@@ -245,12 +245,12 @@ def _counted(log: _Log) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=64)
-def _pattern(mask: str, shape: tuple[int, int], count: int) -> Pattern | None:
+def _whole_lines(mask: str, shape: tuple[int, int], count: int) -> WholeLines | None:
     """The whole lines of a mask that depends on the shape only (struct); None for other masks."""
     if mask.partition(":")[0] != "struct":
         return None
     indices = masks.resolve(mask)[1](torch.empty(1).expand(shape), count)
-    return find_pattern(indices.to(index_dtype(math.prod(shape))), *shape)
+    return find_whole_lines(indices.to(index_dtype(math.prod(shape))), *shape)
 
 
 def _lora(chosen: Iterable[target_names.Target], rank: int, dropout: float) -> list[nn.Parameter]:

@@ -71,7 +71,7 @@ class ModelState:
             weight = self.weights[name]
             other = owners.setdefault(id(weight), name)
             if other == name:
-                tensors[name] = _on(weight, name, tensor)
+                tensors[name] = _moved_to(weight, name, tensor)
             elif not _same(tensor, adapter.tensors[other]):
                 raise BaseMismatch(f"{label}: '{name}' and '{other}' are one tied tensor here, two in the adapter")
         return tensors
@@ -120,7 +120,7 @@ def _base_here(weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> T
     return values
 
 
-def _on(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:
+def _moved_to(weight: Tensor, name: str, tensor: SparseTensor) -> SparseTensor:
     """A sparse tensor ready to be written: on the weight's device; an overwrite in the weight's dtype. Raises BaseMismatch."""
     dtype = weight.dtype if tensor.kind == "overwrite" else tensor.values.dtype  # a quantized weight has only deltas
     if (tensor.values.device, tensor.values.dtype) == (weight.device, dtype):

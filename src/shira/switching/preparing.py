@@ -43,8 +43,8 @@ def prepare(
             made.append(_write(name, terms, key.method, ready, model, active))
     plan = WritePlan.of([write for write, _ in made], [total for _, total in made])
     prepared = Prepared(plan, tuple(products))
-    moves = any(is_buffer(write.weight) for write in plan.writes)  # forward passes change buffers; then their sums are wrong
-    return prepared if moves else ready.hold(key, prepared)
+    has_buffers = any(is_buffer(write.weight) for write in plan.writes)  # forward passes change them; then sums are wrong
+    return prepared if has_buffers else ready.hold(key, prepared)
 
 
 def checked(name: str, source: AdapterSource, model: ModelState, active: Sequence[WritePlan]) -> dict[str, SparseTensor]:
@@ -67,20 +67,20 @@ def _write(
     weight = model.weights[name]
     tensor, strength = terms[0]
     if len(terms) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
-        return _here(weight, tensor.indices, tensor.values.clone(), ready, model), None
+        return _local_write(weight, tensor.indices, tensor.values.clone(), ready, model), None
     union = kernels.unite([term.indices for term, _ in terms])
     as_written = method.name == "sum" and all(term.kind == "overwrite" for term, _ in terms)
     if as_written and id(weight) not in model.pieces and kernels.writes_sums(weight):
         room = torch.empty_like(union.indices, dtype=weight.dtype)
         total = Sum.of(union, [(term.values, strength) for term, strength in terms])
-        return _here(weight, union.indices, room, ready, model), total
+        return _local_write(weight, union.indices, room, ready, model), total
     indices, values, _ = combine(name, terms, union, model.base_at(weight, union.indices, active), method)
     if not all_finite(values):
         raise overflow(name, weight.dtype)
-    return _here(weight, indices, values, ready, model), None
+    return _local_write(weight, indices, values, ready, model), None
 
 
-def _here(weight: Tensor, indices: Tensor, values: Tensor, ready: Ready, model: ModelState) -> Write:
+def _local_write(weight: Tensor, indices: Tensor, values: Tensor, ready: Ready, model: ModelState) -> Write:
     """A write to a weight or, if the weight is sharded, to its local piece."""
     piece = model.pieces.get(id(weight))
     if piece is not None:

@@ -71,7 +71,7 @@ def _sampling_wins(masters: Masters, grad_output: Tensor, input: Tensor) -> bool
 
     The choice depends on sizes and dtypes only, so that a run repeats to the bit.
     """
-    if torch.compiler.is_compiling() or masters.pattern is not None or grad_output.dtype != torch.float32:
+    if torch.compiler.is_compiling() or masters.whole_lines is not None or grad_output.dtype != torch.float32:
         return False
     if input.dtype != torch.float32 or backend_for(grad_output, input) is not native:
         return False

@@ -41,13 +41,13 @@ class Kept(NamedTuple):
 
     indices: positions that train [k]. earlier: positions that trained earlier and kept their values [m]. Both are sorted.
     bits: [k + 2m], in the weight's dtype: the base's values at indices and at earlier, then the trained values at earlier.
-    pattern: what `kernels.find_pattern` found in indices. name: the name of the buffer `bits`.
+    whole_lines: what `kernels.find_whole_lines` found in indices. name: the name of the buffer `bits`.
     """
 
     indices: Tensor
     earlier: Tensor
     bits: Tensor
-    pattern: kernels.Pattern | None
+    whole_lines: kernels.WholeLines | None
     name: str
 
 
@@ -94,8 +94,8 @@ class Followed:
         return self.kept.indices
 
     @property
-    def pattern(self) -> kernels.Pattern | None:
-        return self.kept.pattern
+    def whole_lines(self) -> kernels.WholeLines | None:
+        return self.kept.whole_lines
 
     @property
     def base(self) -> Tensor:
@@ -186,9 +186,9 @@ class Followed:
             self._refuse(f"was moved to {weight.device} by itself", f"move its module, module.to('{weight.device}')")
         kept = self.kept._replace(bits=bits)
         if kept.indices.device != weight.device:
-            pattern = kept.pattern and kept.pattern.to(weight.device)
+            whole_lines = kept.whole_lines and kept.whole_lines.to(weight.device)
             kept = kept._replace(
-                indices=kept.indices.to(weight.device), earlier=kept.earlier.to(weight.device), pattern=pattern
+                indices=kept.indices.to(weight.device), earlier=kept.earlier.to(weight.device), whole_lines=whole_lines
             )
         version = sum(found._version for _, _, found in now if found is not None)
         together = bits is not self.kept.bits and same and self._seen is not None and version == self._seen.version

@@ -50,8 +50,8 @@ class Masters(Followed):
         sharded = is_sharded(self.weight)
         self.piece = piece_of(self.name, self.weight) if sharded else None
         base = kernels.gather(full(self.weight) if sharded else dense(self.weight), indices)
-        pattern = kernels.find_pattern(indices, *self.matrix) if self.in_place else None
-        self.kept = Kept(indices, indices[:0], base, pattern, BASE)
+        whole_lines = kernels.find_whole_lines(indices, *self.matrix) if self.in_place else None
+        self.kept = Kept(indices, indices[:0], base, whole_lines, BASE)
         self.uses, self.own = [], {}
         self.dense = False  # True: layers ignore the masters and compute with the weight, which then can get a dense gradient
         self.may_have_stepped = False
@@ -95,8 +95,8 @@ class Masters(Followed):
         grad_output: [tokens, rows]. kept: what `keep` returned for the input [tokens, columns].
         """
         self._note_backward()
-        if self.pattern is not None:
-            return self.pattern.gradient(grad_output, kept)
+        if self.whole_lines is not None:
+            return self.whole_lines.gradient(grad_output, kept)
         return kernels.sampled_gradient(grad_output, kept, self.indices)
 
     def gradient_of_rows(self, rows: Tensor, gradients: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ class Masters(Followed):
 
     def keep(self, input: Tensor) -> Tensor:
         """The part of an input [..., columns] that `gradient` needs."""
-        if self.pattern is not None and self.pattern.keeps_columns_only:
-            return input.index_select(-1, self.pattern.lines)
+        if self.whole_lines is not None and self.whole_lines.keeps_columns_only:
+            return input.index_select(-1, self.whole_lines.lines)
         return input
 
     def touched(self) -> Touched:
@@ -196,7 +196,7 @@ class Plain(Masters):
         holder.register_buffer(name, bits, persistent=False)
         kernels.overwrite_(self.weight, gone.indices[~stays], gone.base[~stays])
         self._note()
-        self.kept = Kept(indices, gone.indices[stays], bits, kernels.find_pattern(indices, *self.matrix), name)
+        self.kept = Kept(indices, gone.indices[stays], bits, kernels.find_whole_lines(indices, *self.matrix), name)
         holder._buffers.pop(old, None)
         self.values.detach().copy_(values / self.scale)
         self.written = self.version

@@ -20,7 +20,7 @@ from torch import nn
 from .. import masks
 from ..errors import TuningError
 from ..masks import Mask
-from ..masks.avoiding import Avoid, count_of, entries_of
+from ..masks.avoiding import Avoid, counts_of, positions_to_avoid
 from ..masks.calibration import LossFn, Progress
 from ..masks.selector import Selected, Selector
 from ..sparse.positions import index_dtype
@@ -125,7 +125,7 @@ def attach(
     make, variant = choosing.choose(chosen, mask, method, decompose, low_rank, seed)
     lr_scale = allowed(lr_scale, method, decompose)
     weights = {target.name: target.weight for target in chosen}
-    avoided, avoided_names = entries_of(avoid, model, weights)
+    avoided, avoided_names = positions_to_avoid(avoid, model, weights)
     plan = masks.plan(
         {target.name: target.budget_shape for target in chosen},
         density=density,
@@ -134,7 +134,7 @@ def attach(
         scope=scope,
         floor=floor,
         overrides=target_names.by_pattern(weights, overrides or {}),
-        avoided=count_of(avoided),
+        avoided=counts_of(avoided),
     )
     selector = Selector(mask, seed, {target.name: target.matrix for target in chosen}, avoided, loss_fn)
     label, function = masks.resolve(mask)

@@ -58,7 +58,7 @@ class Claim:
 
     def __reduce__(self) -> Any:
         """A copy of a model has no owner: a copied or pickled claim is a claim on nothing."""
-        return _nothing, ()
+        return _claim_on_nothing, ()
 
 
 _claims: "list[weakref.ref[Claim]]" = []  # without callbacks: an interrupt inside a callback would be lost
@@ -101,7 +101,7 @@ def check_free(mine: Claim, error: type[ShiraError]) -> None:
             raise error(f"this model's weights are already in use: {owner}")
 
 
-def _nothing() -> Claim:
+def _claim_on_nothing() -> Claim:
     return Claim(Extent(nn.Module()), "")
 
 

@@ -1,21 +1,21 @@
 """Whole rows or columns among the positions of one matrix, whose gradient is cheaper to compute.
 
 The gradient of whole rows or columns is a thin dense product. The gradient of each other entry, if there are few, is the sum
-of an elementwise product of two columns. Positions without such a pattern use `sampled_gradient`.
+of an elementwise product of two columns. Positions without whole lines use `sampled_gradient`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..sparse.positions import Direction
 
-__all__ = ["Pattern", "find_pattern"]
+__all__ = ["WholeLines", "find_whole_lines"]
 
 
 @dataclass(frozen=True, eq=False)
-class Pattern:
+class WholeLines:
     """The positions of a matrix [out, in]: whole lines, and the rest.
 
     direction: whether lines are rows or columns.
@@ -58,16 +58,16 @@ class Pattern:
         products = grad_output.index_select(1, self.rest_rows) * input.index_select(1, self.rest_columns)
         return products.sum(0, dtype=torch.float32)
 
-    def to(self, device: torch.device) -> "Pattern":
-        """The same pattern on another device."""
-        rest_rows, rest_columns = self.rest_rows.to(device), self.rest_columns.to(device)
-        return Pattern(self.direction, self.lines.to(device), rest_rows, rest_columns, self.on_diagonal, self.order.to(device))
+    def to(self, device: torch.device) -> "WholeLines":
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("lines", "rest_rows", "rest_columns", "order")}
+        return replace(self, **moved)
 
 
-def find_pattern(indices: Tensor, rows: int, columns: int) -> Pattern | None:
-    """The pattern of sorted flat positions [k] in a matrix [rows, columns]; None if there is none.
+def find_whole_lines(indices: Tensor, rows: int, columns: int) -> WholeLines | None:
+    """The whole lines among sorted flat positions [k] in a matrix [rows, columns]; None if they do not pay.
 
-    There is one if whole lines hold at least half of the positions, and at most max(rows, columns) positions are outside them.
+    They pay if they hold at least half of the positions, and at most max(rows, columns) positions are outside them.
     """
     row, column = indices.long() // columns, indices.long() % columns
     ways: tuple[tuple[Direction, Tensor, int, int], ...] = (("rows", row, rows, columns), ("columns", column, columns, rows))
@@ -80,5 +80,5 @@ def find_pattern(indices: Tensor, rows: int, columns: int) -> Pattern | None:
             rest = in_lines.logical_not().nonzero().view(-1)
             rest_rows, rest_columns = row[rest], column[rest]
             order = torch.cat([in_lines.nonzero().view(-1), rest]).argsort().to(indices.dtype)
-            return Pattern(direction, lines, rest_rows, rest_columns, torch.equal(rest_rows, rest_columns), order)
+            return WholeLines(direction, lines, rest_rows, rest_columns, torch.equal(rest_rows, rest_columns), order)
     return None
