@@ -54,10 +54,8 @@ __all__ = [
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
     """The entries of `weight` at `indices` [k], as a new tensor [k]."""
-    if torch.compiler.is_compiling():
-        gathered: Tensor = custom_ops.gather(weight, indices)
-        return gathered
-    values: Tensor = backend_for(weight, indices).gather(weight, indices)
+    place = custom_ops if torch.compiler.is_compiling() else backend_for(weight, indices)
+    values: Tensor = place.gather(weight, indices)
     return values
 
 
@@ -175,10 +173,8 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
 
     grad_output: [tokens, out]; input: [tokens, in]; indices: [k], flat in [out, in].
     """
-    if torch.compiler.is_compiling():
-        sampled: Tensor = custom_ops.sampled_gradient(grad_output, input, indices)
-        return sampled
-    gradient: Tensor = backend_for(grad_output, input, indices).sampled_gradient(grad_output, input, indices)
+    place = custom_ops if torch.compiler.is_compiling() else backend_for(grad_output, input, indices)
+    gradient: Tensor = place.sampled_gradient(grad_output, input, indices)
     return gradient
 
 
@@ -189,7 +185,6 @@ def gradient_of_rows(rows: Tensor, gradients: Tensor, indices: Tensor) -> Tensor
     gradients: float32 [tokens, columns]. indices: [k], flat.
     Rows that do not occur take no memory.
     """
-    if torch.compiler.is_compiling():
-        compiled: Tensor = custom_ops.gradient_of_rows(rows, gradients, indices)
-        return compiled
-    return torch_ops.gradient_of_rows(rows, gradients, indices)
+    place = custom_ops if torch.compiler.is_compiling() else torch_ops
+    gradient: Tensor = place.gradient_of_rows(rows, gradients, indices)
+    return gradient

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import MaskError
 from ..sparse.positions import seed_of
 from ..sparse.topk import top_k
-from .budgets import without
+from .budgets import scores_without
 from .catalogue import CATALOGUE, Mask, call, needs, resolve
 from .scores import CALIBRATED, SCORES, Score
 
@@ -126,7 +126,7 @@ def _top_k_without(mask: str | Mask, inputs: Mapping[str, Any]) -> Tensor:
             f"it cannot leave out positions that are to be avoided; use rand, struct, {', '.join(SCORES)}, or a function with "
             "an argument `avoid`, the sorted positions that it must not return"
         )
-    return top_k(without(call(function, inputs), inputs["avoid"]), inputs["k"])
+    return top_k(scores_without(call(function, inputs), inputs["avoid"]), inputs["k"])
 
 
 def _positions(answer: Any, weight: Tensor, k: int, avoid: Tensor) -> Tensor:

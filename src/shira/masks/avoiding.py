@@ -13,7 +13,7 @@ from ..errors import TuningError
 from ..weights.belonging import weight_of
 from ..weights.model_tensors import named_tensors
 
-__all__ = ["Avoid", "counts_of", "positions_to_avoid"]
+__all__ = ["Avoid", "positions_to_avoid"]
 
 Avoid = Adapter | str | os.PathLike[str]
 
@@ -47,8 +47,3 @@ def positions_to_avoid(
             weight = weight_of(f"adapter {label!r} to avoid", name, sparse, tensors)
             held.setdefault(id(weight), []).append(sparse.indices.cpu().long())
     return {name: torch.cat(held[id(weight)]).unique() for name, weight in targets.items() if id(weight) in held}, labels
-
-
-def counts_of(positions: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of positions in each tensor."""
-    return {name: indices.numel() for name, indices in positions.items()}

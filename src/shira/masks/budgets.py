@@ -17,7 +17,7 @@ from ..errors import MaskError
 from ..sparse.positions import index_dtype
 from ..sparse.topk import top_k
 
-__all__ = ["BudgetPlan", "Pool", "budget", "plan", "share_out", "without"]
+__all__ = ["BudgetPlan", "Pool", "budget", "plan", "scores_without", "share_out"]
 
 ABSENT = -math.inf  # the score of an entry that must not train
 
@@ -148,7 +148,7 @@ def share_out(total: int, sizes: Mapping[str, int], floors: Mapping[str, int]) -
     return counts
 
 
-def without(scores: Tensor, avoid: Tensor | None) -> Tensor:
+def scores_without(scores: Tensor, avoid: Tensor | None) -> Tensor:
     """A flat float32 copy of the scores, with `ABSENT` at the flat positions `avoid`."""
     flat = scores.detach().to(torch.float32, copy=True).reshape(-1)
     if avoid is not None:
@@ -180,7 +180,7 @@ class Pool:
 
         Raises MaskError that names the tensor if a score is NaN, or if fewer entries than its floor may train.
         """
-        flat = without(scores, avoid)
+        flat = scores_without(scores, avoid)
         if bool(flat.max().isnan()):
             raise MaskError(f"tensor '{name}': scores hold NaN; check the model and the calibration data")
         reserved = top_k(flat, self.floors[name])

@@ -14,8 +14,7 @@ from ..sparse.topk import top_k
 from ..weights.distributed import full, groups_of, is_sharded, same_everywhere
 from ..weights.quantized import dense
 from ..weights.undo import Undo
-from .avoiding import counts_of
-from .budgets import without
+from .budgets import scores_without
 from .calibration import LossFn, Progress, calibrate
 
 __all__ = ["Indices", "Selected", "Selector"]
@@ -83,7 +82,7 @@ class Selector:
                 scores = masks.score(self.mask, name, weight, seed=self.seed, **statistics)
                 if with_share:  # of its proportion of the budget; which entries it gets is not known before all have competed
                     free = weight.numel() - (0 if avoid is None else avoid.numel())
-                    found = top_k(without(scores, avoid), min(free, round(plan.shared * weight.numel() / competing)))
+                    found = top_k(scores_without(scores, avoid), min(free, round(plan.shared * weight.numel() / competing)))
                 pool.add(name, scores, avoid)
             elif count:  # a tensor's share of a small total may be 0
                 found = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
@@ -130,8 +129,8 @@ class Selector:
         if not plan.floors:
             return plan
         if masks.resolve(self.mask)[1] is masks.rand:
-            avoided = counts_of(self.avoided)
-            free = {name: math.prod(self.matrices[name]) - avoided.get(name, 0) for name in plan.floors}
+            free = {name: math.prod(self.matrices[name]) for name in plan.floors}
+            free |= {name: free[name] - indices.numel() for name, indices in self.avoided.items() if name in free}
             return masks.BudgetPlan(plan.counts | masks.share_out(plan.shared, free, plan.floors), 0, {})
         masks.ranked(self.mask)
         return plan

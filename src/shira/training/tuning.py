@@ -20,7 +20,7 @@ from torch import nn
 from .. import masks
 from ..errors import TuningError
 from ..masks import Mask
-from ..masks.avoiding import Avoid, counts_of, positions_to_avoid
+from ..masks.avoiding import Avoid, positions_to_avoid
 from ..masks.calibration import LossFn, Progress
 from ..masks.selector import Selected, Selector
 from ..sparse.positions import index_dtype
@@ -134,7 +134,7 @@ def attach(
         scope=scope,
         floor=floor,
         overrides=target_names.by_pattern(weights, overrides or {}),
-        avoided=counts_of(avoided),
+        avoided={name: indices.numel() for name, indices in avoided.items()},
     )
     selector = Selector(mask, seed, {target.name: target.matrix for target in chosen}, avoided, loss_fn)
     label, function = masks.resolve(mask)
