@@ -106,7 +106,7 @@ def test_layers_by_number(tiny_llama):
 def test_all_linear_means_every_linear_map_but_the_output(tiny_llama):
     assert {kind(t) for t in resolve(family("gpt2"), "all-linear")} == {"Conv1D"}
     experts = [t for t in resolve(family("mixtral"), "all-linear") if t.stacked]
-    assert [(t.budget_shape, t.matrix) for t in experts[:2]] == [((3, 40, 16), (120, 16)), ((3, 16, 20), (48, 20))]
+    assert [(t.budget_shape, t.matrix_shape) for t in experts[:2]] == [((3, 40, 16), (120, 16)), ((3, 16, 20), (48, 20))]
     assert not any(t.name.endswith("gate.weight") for t in resolve(family("mixtral"), "all-linear"))  # the router
     assert {kind(t) for t in resolve(family("vit"), "all-linear")} == {"Linear"}
     attention = nn.ModuleDict({"self_attn": nn.MultiheadAttention(4, 2)})

@@ -18,7 +18,7 @@ BATCHES = mlp_batches(6)
 
 def dense_weight(entry, own):
     """The weight that is trained, in full, from its definition; `own` are leaves by the endings of their names."""
-    base, mask = entry.weight.detach().clone().view(entry.matrix), torch.zeros(entry.matrix, dtype=torch.bool)
+    base, mask = entry.weight.detach().clone().view(entry.matrix_shape), torch.zeros(entry.matrix_shape, dtype=torch.bool)
     mask.view(-1)[entry.indices.long()] = True
 
     def effective():

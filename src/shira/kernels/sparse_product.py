@@ -16,18 +16,18 @@ __all__ = ["SparseLayout"]
 class SparseLayout:
     """The positions of a sparse matrix S [out, in], prepared for products with S and with its transpose."""
 
-    def __init__(self, indices: Tensor, matrix: tuple[int, int]) -> None:
-        """indices: sorted flat positions [k]. matrix: (out, in)."""
+    def __init__(self, indices: Tensor, shape: tuple[int, int]) -> None:
+        """indices: sorted flat positions [k]. shape: (out, in)."""
         _accept_sparse()
-        self.indices, self.matrix = indices, matrix
-        rows, columns = indices.long() // matrix[1], indices.long() % matrix[1]
-        self.by_rows = _starts(rows, matrix[0]), columns.int()  # where each row begins, and the columns
-        self.whole_lines = kernels.find_whole_lines(indices, *matrix)
+        self.indices, self.shape = indices, shape
+        rows, columns = indices.long() // shape[1], indices.long() % shape[1]
+        self.by_rows = _starts(rows, shape[0]), columns.int()  # where each row begins, and the columns
+        self.whole_lines = kernels.find_whole_lines(indices, *shape)
         # Sparse tensors are not traced. To say so imports torch's compiler, so it is said here and not on import.
         self.product = torch.compiler.disable(self._product)
 
     def __reduce__(self) -> Any:
-        return SparseLayout, (self.indices, self.matrix)
+        return SparseLayout, (self.indices, self.shape)
 
     @functools.cached_property
     def by_columns(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,9 +35,9 @@ class SparseLayout:
 
         Computed when the first backward pass needs it.
         """
-        rows, columns = self.indices.long() // self.matrix[1], self.indices.long() % self.matrix[1]
-        order = (columns * self.matrix[0] + rows).argsort()
-        return _starts(columns, self.matrix[1]), rows[order].int(), order.int()
+        rows, columns = self.indices.long() // self.shape[1], self.indices.long() % self.shape[1]
+        order = (columns * self.shape[0] + rows).argsort()
+        return _starts(columns, self.shape[1]), rows[order].int(), order.int()
 
     def _product(self, input: Tensor, values: Tensor) -> Tensor:
         """input [..., in] · Sᵀ: [..., out] in the input's dtype, computed in float32. values: S's entries, float32 [k]."""
@@ -46,12 +46,12 @@ class SparseLayout:
 
     def times(self, values: Tensor, input: Tensor) -> Tensor:
         """input [tokens, in] · Sᵀ, float32."""
-        return _times(*self.by_rows, values, self.matrix, input)
+        return _times(*self.by_rows, values, self.shape, input)
 
     def times_transposed(self, values: Tensor, input: Tensor) -> Tensor:
         """input [tokens, out] · S, float32."""
         starts, rows, order = self.by_columns
-        return _times(starts, rows, values.index_select(0, order), (self.matrix[1], self.matrix[0]), input)
+        return _times(starts, rows, values.index_select(0, order), (self.shape[1], self.shape[0]), input)
 
     def gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """The gradient of the values: (grad_outputᵀ · input) at the positions, float32 [k]."""
@@ -68,7 +68,7 @@ class _SparseProduct(torch.autograd.Function):
         ctx.layout, ctx.dtype = layout, input.dtype
         with torch.autocast(input.device.type, enabled=False):
             output = layout.times(values, input.reshape(-1, input.shape[-1]))
-        return output.to(input.dtype).view(*input.shape[:-1], layout.matrix[0])
+        return output.to(input.dtype).view(*input.shape[:-1], layout.shape[0])
 
     @staticmethod
     @once_differentiable

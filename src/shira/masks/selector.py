@@ -45,13 +45,13 @@ class Selected(NamedTuple):
 class Selector:
     """Everything that decides a selection, except the budgets, the weights and the calibration batches that `select` takes.
 
-    matrices: tensor name -> (rows, columns) of the matrix that the mask sees, which is a view of the weight.
+    matrix_shapes: tensor name -> (rows, columns) of the matrix that the mask sees, which is a view of the weight.
     avoided: tensor name -> int64 positions that must not train, sorted and unique.
     """
 
     mask: str | masks.Mask
     seed: int
-    matrices: Mapping[str, tuple[int, int]]
+    matrix_shapes: Mapping[str, tuple[int, int]]
     avoided: Mapping[str, Tensor]
     loss_fn: LossFn | None
 
@@ -71,12 +71,12 @@ class Selector:
         pool = masks.Pool(plan.shared, plan.floors)
         chosen: Indices = {}
         sums = [0.0, 0.0]  # taken, whole
-        competing = sum(math.prod(self.matrices[name]) for name in weights if name not in plan.counts)
+        competing = sum(math.prod(self.matrix_shapes[name]) for name in weights if name not in plan.counts)
 
         def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
-            matrix, avoid, count = self.matrices[name], self.avoided.get(name), plan.counts.get(name)
-            weight = (full if is_sharded(weights[name]) else dense)(weights[name]).view(matrix)
-            statistics = {what: found if what == "activations" else found.view(matrix) for what, found in statistics.items()}
+            shape, avoid, count = self.matrix_shapes[name], self.avoided.get(name), plan.counts.get(name)
+            weight = (full if is_sharded(weights[name]) else dense)(weights[name]).view(shape)
+            statistics = {what: found if what == "activations" else found.view(shape) for what, found in statistics.items()}
             found = weight.new_empty(0, dtype=torch.int64)
             if count is None:
                 scores = masks.score(self.mask, name, weight, seed=self.seed, **statistics)
@@ -88,7 +88,7 @@ class Selector:
                 found = masks.select(self.mask, name, weight, count, seed=self.seed, avoid=avoid, **statistics)
                 chosen[name] = found.to(index_dtype(weight.numel()))
             if with_share:
-                sums[:] = (total + part for total, part in zip(sums, _of_gradient(statistics, matrix, found), strict=True))
+                sums[:] = (total + part for total, part in zip(sums, _of_gradient(statistics, shape, found), strict=True))
 
         calibrated = None
         wanted = [name for name in masks.needs(masks.resolve(self.mask)[1]) if name in masks.CALIBRATED]
@@ -112,9 +112,9 @@ class Selector:
         placed = {}
         for name, weight in weights.items():
             if name in chosen:
-                indices = chosen[name].to(weight.device, index_dtype(math.prod(self.matrices[name])))
+                indices = chosen[name].to(weight.device, index_dtype(math.prod(self.matrix_shapes[name])))
                 placed[name] = same_everywhere(indices, groups_of(weight)) if is_sharded(weight) else indices
-        share = torch.tensor([_share(sums[0], sums[1], chosen, self.matrices)], dtype=torch.float64, device="cpu")
+        share = torch.tensor([_share(sums[0], sums[1], chosen, self.matrix_shapes)], dtype=torch.float64, device="cpu")
         sharded = next((weight for weight in weights.values() if is_sharded(weight)), None)
         if with_share and sharded is not None:  # one share for all processes, as the positions are
             share = same_everywhere(share.to(sharded.device), groups_of(sharded))
@@ -129,18 +129,18 @@ class Selector:
         if not plan.floors:
             return plan
         if masks.resolve(self.mask)[1] is masks.rand:
-            free = {name: math.prod(self.matrices[name]) for name in plan.floors}
+            free = {name: math.prod(self.matrix_shapes[name]) for name in plan.floors}
             free |= {name: free[name] - indices.numel() for name, indices in self.avoided.items() if name in free}
             return masks.BudgetPlan(plan.counts | masks.share_out(plan.shared, free, plan.floors), 0, {})
         masks.ranked(self.mask)
         return plan
 
 
-def _share(taken: float, whole: float, chosen: Indices, matrices: Mapping[str, tuple[int, int]]) -> float:
+def _share(taken: float, whole: float, chosen: Indices, shapes: Mapping[str, tuple[int, int]]) -> float:
     """taken / whole. If no gradient was seen, or sums overflow, the entries' share of all entries."""
     if 0 < whole < math.inf and taken < math.inf:
         return taken / whole
-    return sum(map(Tensor.numel, chosen.values())) / max(1, sum(map(math.prod, matrices.values())))
+    return sum(map(Tensor.numel, chosen.values())) / max(1, sum(map(math.prod, shapes.values())))
 
 
 def _of_gradient(statistics: Mapping[str, Tensor], shape: Sequence[int], found: Tensor) -> tuple[float, float]:

@@ -56,7 +56,7 @@ def _try_mask(recipe: Masked, chosen: list[Target], counts: Mapping[str, int]) -
     if recipe.scope == "model" and function is not masks.rand:
         masks.ranked(recipe.mask)
     smallest = min(chosen, key=lambda target: target.weight.numel())
-    rows, columns = smallest.matrix
+    rows, columns = smallest.matrix_shape
     count = counts.get(smallest.name, 0)
     if not count or rows * columns > LARGEST_TRIAL:
         return

@@ -75,7 +75,7 @@ def _sampling_wins(masters: Masters, grad_output: Tensor, input: Tensor) -> bool
         return False
     if input.dtype != torch.float32 or backend_for(grad_output, input) is not native:
         return False
-    (rows, columns), positions = masters.matrix, masters.indices.numel()
+    (rows, columns), positions = masters.matrix_shape, masters.indices.numel()
     sampled = SLOWER * (native.SAMPLED_NS * positions + native.PACK_NS * (rows + columns)) + COPY_NS * columns
     return sampled < native.DENSE_NS[torch.float32] * rows * columns
 

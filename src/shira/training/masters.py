@@ -45,12 +45,12 @@ class Masters(Followed):
 
     def __init__(self, target: Target, indices: Tensor) -> None:
         """indices: sorted positions [k] in the target's flat entries."""
-        self.name, self.weight, self.matrix = target.name, target.weight, target.matrix
+        self.name, self.weight, self.matrix_shape = target.name, target.weight, target.matrix_shape
         self.outputs = int(any(is_conv1d(use.module) for use in target.uses))  # the matrix's dimension for the layer's outputs
         sharded = is_sharded(self.weight)
         self.piece = piece_of(self.name, self.weight) if sharded else None
         base = kernels.gather(full(self.weight) if sharded else dense(self.weight), indices)
-        whole_lines = kernels.find_whole_lines(indices, *self.matrix) if self.in_place else None
+        whole_lines = kernels.find_whole_lines(indices, *self.matrix_shape) if self.in_place else None
         self.kept = Kept(indices, indices[:0], base, whole_lines, BASE)
         self.uses, self.own = [], {}
         self.dense = False  # True: layers ignore the masters and compute with the weight, which then can get a dense gradient
@@ -196,7 +196,7 @@ class Plain(Masters):
         holder.register_buffer(name, bits, persistent=False)
         kernels.overwrite_(self.weight, gone.indices[~stays], gone.base[~stays])
         self._note()
-        self.kept = Kept(indices, gone.indices[stays], bits, kernels.find_whole_lines(indices, *self.matrix), name)
+        self.kept = Kept(indices, gone.indices[stays], bits, kernels.find_whole_lines(indices, *self.matrix_shape), name)
         holder._buffers.pop(old, None)
         self.values.detach().copy_(values / self.scale)
         self.written = self.version

@@ -136,7 +136,7 @@ def attach(
         overrides=target_names.by_pattern(weights, overrides or {}),
         avoided={name: indices.numel() for name, indices in avoided.items()},
     )
-    selector = Selector(mask, seed, {target.name: target.matrix for target in chosen}, avoided, loss_fn)
+    selector = Selector(mask, seed, {target.name: target.matrix_shape for target in chosen}, avoided, loss_fn)
     label, function = masks.resolve(mask)
     settings: dict[str, Any] = {"name": label, "options": masks.options_of(function) or None, "density": density}
     settings |= {"rank": rank, "total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}

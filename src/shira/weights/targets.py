@@ -73,7 +73,7 @@ class Target:
         return shape if self.stacked or len(shape) < 3 else (shape[0], math.prod(shape[1:]))
 
     @property
-    def matrix(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         """The shape [rows, columns] of the matrix that masks see; its entries have the weight's order.
 
         A vector has rows of one entry. The matrices of experts are stacked.

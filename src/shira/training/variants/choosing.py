@@ -63,7 +63,7 @@ def choose(
             return Deltas(target, indices, scale)
         if low_rank is not None:
             return Hybrid(target, indices, low_rank, seeded, scale)
-        if decompose is False or target.matrix[1] == 1:  # a vector has no direction
+        if decompose is False or target.matrix_shape[1] == 1:  # a vector has no direction
             return Plain(target, indices, scale)
         return Decomposed(target, indices, None if decompose is True else decompose, seeded)
 

@@ -26,7 +26,7 @@ class Decomposed(Masters):
 
     def __init__(self, target: Target, indices: Tensor, rank: int | None, seed: int) -> None:
         super().__init__(target, indices)
-        self.factors = Factors(self.matrix, rank, seed, self.weight.device) if rank is not None else None
+        self.factors = Factors(self.matrix_shape, rank, seed, self.weight.device) if rank is not None else None
         if self.factors is None:
             self.own = {"": nn.Parameter(self.base.to(torch.float32, copy=True))}
         else:  # no free entries: the direction is the base's entries plus the product
@@ -49,7 +49,7 @@ class Decomposed(Masters):
 
     def _line(self) -> Tensor:
         """The output that each position belongs to, int64 [k]."""
-        positions, columns = self.indices.long(), self.matrix[1]
+        positions, columns = self.indices.long(), self.matrix_shape[1]
         return positions % columns if self.outputs else positions // columns
 
     def _direction(self) -> Tensor:
@@ -67,11 +67,11 @@ class Decomposed(Masters):
     @torch.no_grad()
     def _squares(self, there: Tensor) -> Tensor:
         """Σ (W + upᵀ · down)² of each output, float64. W has the entries `there` [k] at the mask's positions."""
-        squares = torch.zeros(self.matrix[self.outputs], dtype=torch.float64, device=self.weight.device)
-        whole = self.weight.detach().view(self.matrix)
-        for rows, places in row_blocks(self.matrix, self.indices):
+        squares = torch.zeros(self.matrix_shape[self.outputs], dtype=torch.float64, device=self.weight.device)
+        whole = self.weight.detach().view(self.matrix_shape)
+        for rows, places in row_blocks(self.matrix_shape, self.indices):
             block = whole[rows].float().contiguous() if whole.dtype != torch.float32 else whole[rows].clone()
-            kernels.overwrite_(block, self.indices[places] - rows.start * self.matrix[1], there[places].float())
+            kernels.overwrite_(block, self.indices[places] - rows.start * self.matrix_shape[1], there[places].float())
             if self.factors is not None:
                 block += self.factors.up[:, rows].T @ self.factors.down
             if self.outputs:

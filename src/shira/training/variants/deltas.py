@@ -27,7 +27,7 @@ class Deltas(Masters):
         self.scale = scale
         self.values = nn.Parameter(torch.zeros(indices.numel(), dtype=torch.float32, device=indices.device))
         self.own = {"": self.values}
-        self.layout = SparseLayout(indices, self.matrix)
+        self.layout = SparseLayout(indices, self.matrix_shape)
 
     def current(self) -> Tensor:
         return self.base.float() + self.differences()
@@ -52,7 +52,7 @@ class Deltas(Masters):
             return
         for holder, attribute, _ in self.uses:
             found = holder._parameters.get(attribute)
-            if found is None or shape_of(found) != self.matrix:
+            if found is None or shape_of(found) != self.matrix_shape:
                 self._refuse("was replaced", "put it back")
             self.weight = found
         if self.values.dtype is not torch.float32:
@@ -62,7 +62,7 @@ class Deltas(Masters):
             self.kept = kept._replace(
                 indices=kept.indices.to(device), earlier=kept.earlier.to(device), bits=kept.bits.to(device)
             )
-            self.layout = SparseLayout(self.indices, self.matrix)
+            self.layout = SparseLayout(self.indices, self.matrix_shape)
 
     def write(self) -> None:
         """Nothing is written to the weight."""

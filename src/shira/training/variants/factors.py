@@ -21,11 +21,11 @@ class Factors:
     `up` starts at zero. `down` is uniform in ±1/√columns, drawn from a seed on the CPU, so that it is the same on every device.
     """
 
-    def __init__(self, matrix: tuple[int, int], rank: int, seed: int, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int], rank: int, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
-        bound = 1 / math.sqrt(matrix[1])
-        down = torch.empty(rank, matrix[1], dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
-        self.up = nn.Parameter(torch.zeros(rank, matrix[0], dtype=torch.float32, device=device))
+        bound = 1 / math.sqrt(shape[1])
+        down = torch.empty(rank, shape[1], dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        self.up = nn.Parameter(torch.zeros(rank, shape[0], dtype=torch.float32, device=device))
         self.down = nn.Parameter(down.to(device))
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -68,9 +68,9 @@ class _ProductAt(torch.autograd.Function):
         return grad_up, grad_down, None
 
 
-def row_blocks(matrix: tuple[int, int], indices: Tensor) -> Iterator[tuple[slice, slice]]:
+def row_blocks(shape: tuple[int, int], indices: Tensor) -> Iterator[tuple[slice, slice]]:
     """Split a matrix into blocks of rows. Yields the slice of rows, and the slice of the sorted flat positions in them."""
-    rows, columns = matrix
+    rows, columns = shape
     step = max(1, BLOCK // columns)
     for first in range(0, rows, step):
         last = min(rows, first + step)

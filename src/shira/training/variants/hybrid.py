@@ -32,7 +32,7 @@ class Hybrid(Plain):
 
     def __init__(self, target: Target, indices: Tensor, rank: int, seed: int, scale: float = 1.0) -> None:
         super().__init__(target, indices, scale)
-        self.beside = Factors(self.matrix, rank, seed, self.weight.device)
+        self.beside = Factors(self.matrix_shape, rank, seed, self.weight.device)
         self.own |= self.beside.parameters()
         self.can_move = self.can_stay_near = False  # the product has neither positions nor base values
 
