@@ -89,8 +89,8 @@ def test_switches_keep_and_put_back_every_bit(windows, seed, kinds, densities, m
         twin = WritePlan.of([write._replace(values=write.values.flip(0)) for write in first.writes])
         over = twin.over(first)
         kernels.write_(over, first)
-        for part in twin.parts:
-            assert torch.equal(bits(kernels.gather(part.weight, part.indices)), bits(part.values))
+        for write in twin.writes:
+            assert torch.equal(bits(kernels.gather(write.weight, write.indices)), bits(write.values))
         kernels.change_(over, second)
         assert equal(states(weights), with_second[0]) and equal(states(second.stash), with_second[1])
         kernels.restore_(second)
@@ -116,16 +116,16 @@ def test_sums_are_those_of_fuse_to_the_bit(windows, seed, kinds, densities, stre
             random_plan([weight], generator, densities[n % len(densities) :])[0].indices.int() for n in range(len(strengths))
         ]
         held = [(scale * torch.randn(run.numel(), generator=generator)).to(weight.dtype).to(DEVICE) for run in runs]
-        overlap = reference.unite(runs)
-        sums.append(Sum.of(overlap, list(zip(held, strengths, strict=True))))
-        parts.append(Write(weight, overlap.indices, torch.empty_like(overlap.indices, dtype=weight.dtype)))
+        union = reference.unite(runs)
+        sums.append(Sum.of(union, list(zip(held, strengths, strict=True))))
+        parts.append(Write(weight, union.indices, torch.empty_like(union.indices, dtype=weight.dtype)))
         if all(value.isfinite().all() for value in held):
             tensors = [
                 (SparseTensor(tuple(weight.shape), run, value), strength)
                 for run, value, strength in zip(runs, held, strengths, strict=True)
             ]
-            base = reference.gather(weight, overlap.indices)
-            expected.append(bits(combine("w", tensors, overlap, base, resolve("sum", {}))[1]))
+            base = reference.gather(weight, union.indices)
+            expected.append(bits(combine("w", tensors, union, base, resolve("sum", {}))[1]))
     base = states(weights)
     plan = WritePlan.of(parts, sums)
     finite = []
