@@ -202,7 +202,7 @@ def test_a_launch_that_never_was_puts_nothing_back(monkeypatch):
             assert torch.equal(bits(weight), base)
             kernels.swap_(first)
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(triton_ops, "_moved", interrupt)  # after the launch, before the host knows of it
+                patch.setattr(triton_ops, "_written", interrupt)  # after the launch, before the host knows of it
                 kernels.change_(first, second)
             assert first.begun[0] == second.begun[0] == 1 or not first.begun[0]
             put_back()

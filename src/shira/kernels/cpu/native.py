@@ -173,19 +173,9 @@ def combine(
     table["units"] = [own.numel() if own.dtype in GAPS else 0 for own in positions]
     for field in ("strength", "is_delta", "is_exact"):
         table[field] = [getattr(change, field) for change in changes]
-    found = _native.combine(
-        table.ctypes.data,
-        len(changes),
-        common.itemsize,
-        0 if weight is None else weight.data_ptr(),
-        dtype.itemsize,
-        numel,
-        indices.data_ptr(),
-        fresh.data_ptr(),
-        base.data_ptr(),
-        MODES[method],
-        plain_c.get(),
-    )
+    inputs = (table.ctypes.data, len(changes), common.itemsize, 0 if weight is None else weight.data_ptr(), dtype.itemsize)
+    outputs = (indices.data_ptr(), fresh.data_ptr(), base.data_ptr())
+    found = _native.combine(*inputs, numel, *outputs, MODES[method], plain_c.get())
     if found < 0:
         return None
     return Combined(_kept(indices, found), _kept(fresh, found), base[:found], under)
