@@ -97,3 +97,25 @@ def test_losses_of_rows_do_not_depend_on_the_batch(tiny_llama):
     tiny_llama.train()
     assert hf.mean_loss(tiny_llama, rows, 3) == pytest.approx(sum(x for x, _ in one_by_one) / sum(n for _, n in one_by_one))
     assert tiny_llama.training
+
+
+def test_a_measurement_leaves_each_module_in_its_own_mode(tiny_llama):
+    """A user may keep one module in evaluation mode while the others train, and the other way round."""
+    rows = hf.encode(letter_tokenizer(), [Example("ab", "c")])
+    layers = tiny_llama.model.layers
+    tiny_llama.train()
+    layers[0].eval()
+    layers[1].mlp.eval()
+    tiny_llama.training = False
+    modes = [module.training for module in tiny_llama.modules()]
+    inside = []
+    hook = layers[1].register_forward_pre_hook(lambda *_: inside.append(any(m.training for m in tiny_llama.modules())))
+    row_losses(tiny_llama, rows, 1)
+    hf.check_packing(tiny_llama)
+    hook.remove()
+    assert inside == [False, False] and [module.training for module in tiny_llama.modules()] == modes
+    tiny_llama.register_forward_pre_hook(lambda *_: 1 / 0)
+    for measured in (lambda: row_losses(tiny_llama, rows, 1), lambda: hf.check_packing(tiny_llama)):
+        with pytest.raises(ZeroDivisionError):
+            measured()
+        assert [module.training for module in tiny_llama.modules()] == modes

@@ -18,6 +18,7 @@ from shira import Adapter, AdapterError, BaseMismatch, FormatError, SparseTensor
 from shira.files import patches
 from shira.integrations import rl_patches
 
+CUDA = torch.cuda.is_available()
 WIDE = (3, 200_000)  # where gaps above 65,535 are possible
 TENSORS = {  # name -> shape, positions, values
     "a.weight": ((4, 5), [0, 7, 8, 19], [1.0, -0.0, 3.5, 1e-8]),
@@ -261,6 +262,20 @@ def test_names_in_memory_and_in_the_checkpoint(tmp_path):
     shira.merge(tmp_path / "base", tmp_path / "patch", tmp_path / "two")  # without conversion
     merged = [load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two")]
     assert same_bits({name: bits(tensor) for name, tensor in merged[0].items()}, {n: bits(t) for n, t in merged[1].items()})
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs a GPU"))])
+@pytest.mark.parametrize("kind", ["overwrite", "delta"])
+def test_a_base_on_another_device_than_the_adapter(kind, device, tmp_path):
+    model = mlp()
+    adapter = random_adapter(model, 1, density=0.1, kind=kind)
+    rl_patches.save(adapter, tmp_path / "expected", "trl", base=model)
+    rl_patches.save(adapter, tmp_path / "patch", "trl", base=model.to(device))
+    assert same(shira.load(tmp_path / "patch").tensors, shira.load(tmp_path / "expected").tensors)
+    assert rl_patches.load(tmp_path / "patch", model).fingerprints
+    with pytest.raises(BaseMismatch, match="must be a contiguous floating-point tensor with data"):
+        rl_patches.save(adapter, tmp_path / "none", "trl", base=model.to("meta"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_experts_that_are_joined_in_memory(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..weights.modes import evaluating
 from .tokens import IGNORED, Row
 
 __all__ = [
@@ -109,13 +110,9 @@ def check_packing(model: nn.Module) -> None:
     """Raise DataError if the first example of a packed row changes what the model computes for the next one."""
     rows = [[1, 2, 3, 4, 4, 4], [3, 1, 2, 4, 4, 4]]
     packed = [{"input_ids": row, "labels": row, "position_ids": [0, 1, 2, 0, 1, 2]} for row in rows]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batch = to_device(collate(packed, model), model)
         one, other = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, 3:].float()
-    finally:
-        model.train(training)
     tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 1e-2
     if not takes(model, "position_ids") or float((one - other).abs().max()) > tolerance * float(one.abs().max()):
         raise DataError(f"{type(model).__name__} mixes the examples of a packed row; train it without packing")
@@ -147,11 +144,9 @@ def row_losses(
 
     Batches have `size` rows of similar length, which need less padding. on_batch(rows done, rows in all) is called after each.
     """
-    training = model.training
-    model.eval()
     found = [(0.0, 0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
-    try:
+    with evaluating(model):
         for start in range(0, len(rows), size):
             numbers = order[start : start + size]
             batch = to_device(collate([rows[number] for number in numbers], model, pad), model)
@@ -163,6 +158,4 @@ def row_losses(
                 found[number] = total, count
             if on_batch is not None:
                 on_batch(min(start + size, len(rows)), len(rows))
-    finally:
-        model.train(training)
     return found

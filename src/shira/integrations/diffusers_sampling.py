@@ -9,6 +9,7 @@ from torch import nn
 
 from ..data.quiet import quiet
 from ..errors import DataError, MissingExtra
+from ..weights.modes import evaluating
 from .transformers import check_there
 
 __all__ = ["load_pipeline", "modules_of", "sample", "to_the_accelerator", "version"]
@@ -65,15 +66,11 @@ def sample(
         options["callback_on_step_end"] = lambda _pipe, step, _time, tensors: (on_step(step + 1), tensors)[1]
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
-    modules = [module for module in modules_of(pipe).modules() if module.training]
+    start = torch.Generator().manual_seed(seed)
     try:
-        for module in modules:
-            module.training = False
-        start = torch.Generator().manual_seed(seed)
-        return pipe(prompt=prompt, num_inference_steps=steps, generator=start, **options).images[0]
+        with evaluating(modules_of(pipe)):
+            return pipe(prompt=prompt, num_inference_steps=steps, generator=start, **options).images[0]
     finally:
-        for module in modules:
-            module.training = True
         pipe.set_progress_bar_config(**(before or {}))
 
 

@@ -15,6 +15,7 @@ from ..data.pictures import Picture, pictures_in, square
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
 from ..masks.calibration import without_cudnn_attention
 from ..training.tuner import Tuner
+from ..weights.modes import modes_kept
 from .diffusers_sampling import sample
 from .diffusion_losses import Parts
 from .transformers import checkpointing_of
@@ -82,20 +83,14 @@ def class_pictures(
 @contextlib.contextmanager
 def ready(parts: Parts, checkpointing: bool) -> Iterator[None]:
     """Inside, the parts are in training mode, with gradient checkpointing if wanted. Afterwards they are as before."""
-    modes = {module: module.training for module in parts.modules()}
-    switched = []
-    try:
+    with contextlib.ExitStack() as afterwards:
+        afterwards.enter_context(modes_kept(parts))
         for part in parts.children() if checkpointing else ():
             on, off = checkpointing_of(part)
-            switched.append(off)
+            afterwards.callback(off)
             on()
         parts.train()
         yield
-    finally:
-        for off in switched:
-            off()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class Examples:

@@ -23,6 +23,7 @@ from ..data.packages import cache_folder
 from ..data.tasks import Example
 from ..errors import DataError, MissingExtra
 from ..files.tensorfiles import write_whole
+from ..weights.modes import evaluating
 
 __all__ = ["TaskScore", "check_installed", "evaluate", "task_of"]
 
@@ -109,13 +110,13 @@ def evaluate(
     batch_size: int = 16,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[TaskScore]:
-    """Scores of a model as it is now, with its active adapters: one for each task, from `task_of` or by the harness's name.
+    """Scores of a model in evaluation mode, with its active adapters: one a task, from `task_of` or by the harness's name.
 
     limit: the number of questions of each task. on_progress is called with the number of sequences scored.
     Raises MissingExtra; or DataError if a task does not score each question as right or wrong.
     """
     harness = _library()
-    with _quiet():
+    with _quiet(), evaluating(model):
         live = _live()(model, tokenizer, batch_size, on_progress)
         # not simple_evaluate, because that runs pip and git for seconds to describe the machine
         manager = harness.tasks.TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))

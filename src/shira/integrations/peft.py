@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..adapter import Adapter
 from ..data.models import model_path
 from ..errors import AdapterError, BaseMismatch, CheckpointError, FormatError
@@ -34,7 +35,7 @@ from ..weights.belonging import check_base
 from ..weights.model_tensors import named_tensors, plain_model
 from ..weights.owners import claim
 
-__all__ = ["Base", "load", "save", "tensors_of"]
+__all__ = ["Base", "load", "save", "tensors_of", "values_at"]
 
 PADDING = -0.0  # w + (-0.0) is w, also for w = -0.0; `load` leaves it out
 Base = nn.Module | AnyPath
@@ -110,7 +111,7 @@ def save(adapter: Adapter, folder: AnyPath, base: Base | None = None) -> int:
     r = _rank_of(label, sparse)
     known = tensors_of(base) if base is not None else {}
     if base is not None:
-        check_base(label, adapter, known, lambda weight, at: weight.detach().reshape(-1)[at.to(weight.device)])
+        check_base(label, adapter, known, values_at)
         _check_linear(label, base, sparse)
     elif any(each.kind == "overwrite" for each in sparse.values()):
         raise AdapterError(
@@ -151,6 +152,11 @@ def tensors_of(base: Base) -> Mapping[str, Tensor]:
     return named_tensors(skeleton(path))
 
 
+def values_at(weight: Tensor, indices: Tensor) -> Tensor:
+    """A weight's values at flat positions [k], on the weight's device. An adapter's positions may be on another one."""
+    return kernels.gather(weight.detach(), indices.to(weight.device))
+
+
 def _rank_of(label: str, tensors: Mapping[str, SparseTensor]) -> int:
     """The smallest r that PEFT's SHiRA can have for these tensors. Raises AdapterError if it cannot hold them."""
     r, densest = 1, ""
@@ -184,7 +190,7 @@ def _deltas(tensor: SparseTensor, weight: Tensor | None) -> tuple[Tensor, int]:
     if weight is None:
         given = tensor.values.float()
         return given, int((given.to(tensor.values.dtype) != tensor.values).sum())
-    under = weight.detach().reshape(-1)[tensor.indices.to(weight.device)].cpu()
+    under = values_at(weight, tensor.indices).cpu()
     wanted = tensor.values.to(under.dtype)
     delta = (wanted.double() - under.double()).float()
     for way in (-torch.inf, torch.inf):  # the nearest difference may round to a neighbour: try those beside it

@@ -24,6 +24,7 @@ from ..files.tensorfiles import Form
 from ..sparse.tensor import SparseTensor, dtype_name, fingerprint
 from ..texts import described, shown
 from ..weights.model_tensors import plain_model
+from ..weights.modes import modes_kept
 from ..weights.owners import claim
 from ..weights.quantized import is_quantized
 from ..weights.undo import Undo
@@ -139,10 +140,9 @@ def _beside(library: Any, model: nn.Module, where: Path) -> Iterator[Vectors]:
         raise DataError("the base holds an adapter of PEFT already; give the plain model, as from_pretrained loads it")
     vectors = {name: (each, each.detach().clone()) for name, each in model.named_parameters() if each.ndim < 2}
     flags = [(each, each.requires_grad) for each in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     tree = [(module, key, child) for module in model.modules() for key, child in module._modules.items()]
-    with Undo().inner() as undo:
-        undo.callback(_take_out, model, tree, vectors, flags, modes)
+    with modes_kept(model), Undo().inner() as undo:
+        undo.callback(_take_out, model, tree, vectors, flags)
         try:
             library.PeftModel.from_pretrained(model, str(where), adapter_name=NAME)
         except Exception as error:  # of another library
@@ -156,9 +156,8 @@ def _take_out(
     tree: list[tuple[nn.Module, str, nn.Module | None]],
     vectors: Vectors,
     flags: list[tuple[nn.Parameter, bool]],
-    modes: list[tuple[nn.Module, bool]],
 ) -> None:
-    """Give a model its own modules, vectors, flags and modes back. Harmless if it has them."""
+    """Give a model its own modules, vectors and flags back. Harmless if it has them."""
     for module, key, child in tree:
         module._modules[key] = child
     model.__dict__.pop("peft_config", None)
@@ -166,8 +165,6 @@ def _take_out(
         parameter.copy_(value)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-    for module, mode in modes:
-        module.training = mode
 
 
 class _Weights(LazyTensors):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..adapter import Adapter
 from ..checkpoints.checkpoint import Checkpoint, LazyTensors, form_of, identity
 from ..checkpoints.loading import Loaded, loaded_as, ways_to_load
@@ -29,7 +28,7 @@ from ..fusion.fusing import fuse
 from ..sparse.tensor import SparseTensor, bytes_of, dtype_name, fingerprint
 from ..texts import described
 from ..weights.belonging import check_base
-from .peft import Base, tensors_of
+from .peft import Base, tensors_of, values_at
 
 __all__ = ["LAYOUTS", "Layout", "load", "save"]
 
@@ -70,7 +69,7 @@ def load(path: AnyPath, base: Base | None = None) -> Adapter:
             tensors[there] = tensor
             dtypes.add(dtype_name(weight.dtype))
             if not weight.is_meta:
-                prints[there] = fingerprint(kernels.gather(weight.detach(), tensor.indices.to(weight.device)))
+                prints[there] = fingerprint(values_at(weight, tensor.indices))
         known = identity(base) if isinstance(base, str | os.PathLike) else None
         metadata = stored.metadata | {"base": base_facts(known, dtypes)}
         return Adapter(tensors, metadata | ({"fingerprints": prints} if prints else {}))
@@ -116,10 +115,13 @@ def save(
             raise AdapterError(f"'{name}' has {tensor.numel} entries, more than int32 positions can tell apart; use gaps")
         if positions == "gap" and tensor.nnz and int(_gaps(tensor).max()) >= 2**32:
             raise AdapterError(f"'{name}' has a gap of 2^32 or more between two positions, which {layout} cannot hold")
-    (_save_trl if layout == "trl" else _save_blobs)(held, out, layout, positions, version)
+    if layout == "trl":
+        _save_trl(held, out, positions, version)
+    else:
+        _save_blobs(held, out, layout, positions, version)
 
 
-def _save_trl(held: Mapping[str, SparseTensor], out: Path, layout: str, positions: str, version: int) -> None:
+def _save_trl(held: Mapping[str, SparseTensor], out: Path, positions: str, version: int) -> None:
     changed, total = sum(tensor.nnz for tensor in held.values()), sum(tensor.numel for tensor in held.values())
     facts: dict[str, Any] = {
         "sparse": True,
@@ -182,7 +184,7 @@ def _overwrites(adapter: Adapter, base: Base | None, layout: str) -> dict[str, S
     weights = tensors_of(base)
     names = names_in(weights, {label: adapter}) if isinstance(weights, Checkpoint) else {}
     there = renamed(adapter, names)
-    check_base(label, there, weights, kernels.gather)
+    check_base(label, there, weights, values_at)
     if any(tensor.kind == "delta" for tensor in there.tensors.values()):
         there = fuse({label: (there, 1.0)}, weights)
     back = {other: name for name, other in names.items()} if layout == "trl" else {}

@@ -22,6 +22,7 @@ from ..errors import MissingExtra, TuningError
 from ..files.paths import sweep
 from ..files.tensorfiles import write_whole
 from ..training.tuner import Tuner
+from ..weights.modes import evaluating
 from .card import base_of, card
 
 __all__ = ["ADAPTER", "ReferenceModel", "ShiraCallback", "set_aside"]
@@ -229,15 +230,8 @@ class ReferenceModel(nn.Module):
         self.tuner = tuner
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:  # not `forward`, because trainers replace that
-        training = [module for module in self.modules() if module.training]
-        try:
-            for module in training:
-                module.training = False
-            with self.tuner.reference():
-                return super().__call__(*inputs, **options)
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(self), self.tuner.reference():
+            return super().__call__(*inputs, **options)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         return self.model(*inputs, **options)

@@ -23,6 +23,7 @@ from ..files.bases import skeleton_of
 from ..files.paths import temporary_folder
 from ..masks.calibration import without_cudnn_attention
 from ..training.tuner import Tuner
+from ..weights.modes import modes_kept
 
 __all__ = [
     "batches",
@@ -344,9 +345,8 @@ def train(
             trainer.remove_callback(library.PrinterCallback)
         if held_out:
             evaluate()
-        with without_cudnn_attention():
+        with without_cudnn_attention(), modes_kept(model):
             result = trainer.train()
-    model.eval()
     summary = {
         "steps": result.global_step,
         "batch_size": batch_size * accumulate * arguments.world_size,
