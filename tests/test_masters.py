@@ -63,7 +63,7 @@ def test_every_kind_has_all_that_masters_have_as_soon_as_it_is_made(kind):
         assert each.name == target.name and each.weight is target.weight and each.matrix_shape == target.matrix_shape
         assert torch.equal(each.indices, indices) and each.piece is None and each.earlier.indices.numel() == 0
         assert torch.equal(each.base, target.weight.detach().view(-1)[3:9])
-        own = each.parameters()
+        own = each.parameters
         assert own and all(p.requires_grad and p.dtype == torch.float32 and p.numel() for p in own.values())
         assert torch.equal(each.current().detach(), each.base)  # nothing has changed
         found = {"has_side": each.side is not None, "has_product": each.beside is not None}
@@ -105,7 +105,7 @@ def test_every_kind_trains_and_gives_the_base_back(kind):
     before, batch = all_bits(model), mlp_batches(1)[0]
     base = mlp_loss(model, batch).detach()
     with shira.attach(model, mask="wm", density=0.2, loss_fn=mlp_loss, **options) as tuner:
-        assert [id(p) for each in tuner._tuned for p in each.parameters().values()] == [id(p) for p in tuner.parameters()]
+        assert [id(p) for each in tuner._tuned for p in each.parameters.values()] == [id(p) for p in tuner.parameters()]
         assert torch.equal(mlp_loss(model, batch), base)
         train(model, tuner)
         assert mlp_loss(model, batch) < base

@@ -54,7 +54,7 @@ def test_gradients_and_steps_are_those_of_the_dense_definition(name, variant):
     with shira.attach(model, mask="wm", density=0.2, targets=targets, **variant) as tuner:
         assert torch.equal(loss_of(model, batches[0]), loss_of(twin, batches[0]))  # attaching changes nothing
         leaves = {
-            entry.name: {end: p.detach().clone().requires_grad_() for end, p in entry.parameters().items()}
+            entry.name: {end: p.detach().clone().requires_grad_() for end, p in entry.parameters.items()}
             for entry in tuner._tuned
         }
         weights = {entry.name: dense_weight(entry, leaves[entry.name]) for entry in tuner._tuned}

@@ -19,7 +19,7 @@ from ..weights.model_tensors import OWN
 from ..weights.targets import Use
 from ..weights.undo import Undo
 
-__all__ = ["BASE", "Followed", "Kept", "Touched", "value_name"]
+__all__ = ["BASE", "Entries", "Followed", "Touched", "value_name"]
 
 BASE = OWN + "base"  # prefix of the names of buffers that hold the base's values at the entries
 VALUES = OWN + "values"  # prefix of the names of parameters that hold masters
@@ -36,7 +36,7 @@ class Touched(NamedTuple):
     values: Tensor
 
 
-class Kept(NamedTuple):
+class Entries(NamedTuple):
     """What is known of a weight's entries. It is one object, so that one assignment replaces all of it when a mask moves.
 
     indices: positions that train [k]. earlier: positions that trained earlier and kept their values [m]. Both are sorted.
@@ -67,18 +67,14 @@ class Followed:
 
     name: str
     weight: nn.Parameter
-    kept: Kept
+    entries: Entries
     piece: Piece | None  # this process's piece of a sharded weight
     uses: list[tuple[nn.Module, str, nn.Parameter]]  # (module that holds the weight, attribute, parameter found there)
-    own: dict[str, nn.Parameter]  # the parameters that train, by the ending of their names in modules
+    parameters: dict[str, nn.Parameter]  # what trains, float32, by the ending of its names in modules
     written: int  # the `version` whose values the weight holds; -1 if that is unknown
     in_place = True  # whether the trained values are written to the weight
-    over = False  # whether the tuner has left the model
+    detached = False  # whether the tuner has left the model
     _seen: Seen | None
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, float32, by the ending of their names in modules."""
-        return self.own
 
     def current(self) -> Tensor:
         """The entries [k], float32, computed from the parameters that train; differentiable."""
@@ -87,26 +83,26 @@ class Followed:
     @property
     def version(self) -> int:
         """A number that changes when an operator of torch changes the parameters that train, or `data` is replaced."""
-        return sum(parameter._version + parameter.data_ptr() for parameter in self.own.values())
+        return sum(parameter._version + parameter.data_ptr() for parameter in self.parameters.values())
 
     @property
     def indices(self) -> Tensor:
-        return self.kept.indices
+        return self.entries.indices
 
     @property
     def whole_lines(self) -> kernels.WholeLines | None:
-        return self.kept.whole_lines
+        return self.entries.whole_lines
 
     @property
     def base(self) -> Tensor:
         """The base's values at the entries that train [k]."""
-        return self.kept.bits[: self.kept.indices.numel()]
+        return self.entries.bits[: self.entries.indices.numel()]
 
     @property
     def earlier(self) -> Touched:
         """The entries that trained earlier and kept their values."""
-        _, base, values = self.kept.bits.split([self.kept.indices.numel(), *[self.kept.earlier.numel()] * 2])
-        return Touched(self.kept.earlier, base, values)
+        _, base, values = self.entries.bits.split([self.entries.indices.numel(), *[self.entries.earlier.numel()] * 2])
+        return Touched(self.entries.earlier, base, values)
 
     def live_in(self, uses: Collection[Use], undo: Undo) -> None:
         """Register the base's values as a buffer of the first module that holds the weight, until `undo`.
@@ -116,10 +112,10 @@ class Followed:
         undo.callback(self.leave)
         self.uses = [(use.holder, use.attribute, self._found_in(use)) for use in uses]
         holder, attribute, _ = self.uses[0]
-        self.kept = self.kept._replace(name=BASE if attribute == "weight" else f"{BASE}_{attribute}")
+        self.entries = self.entries._replace(name=BASE if attribute == "weight" else f"{BASE}_{attribute}")
         self.written = self.version
         if self.piece is None and self.in_place:
-            holder.register_buffer(self.kept.name, self.kept.bits, persistent=False)
+            holder.register_buffer(self.entries.name, self.entries.bits, persistent=False)
             self._note()
 
     def _found_in(self, use: Use) -> nn.Parameter:
@@ -128,8 +124,8 @@ class Followed:
 
     def leave(self) -> None:
         """Undo `live_in`. From then on a forward of the tuner that other code still holds does what the module's own does."""
-        self.over = True
-        for name in [name for name in self.uses[0][0]._buffers if _is_of(name, self.kept.name)] if self.uses else ():
+        self.detached = True
+        for name in [name for name in self.uses[0][0]._buffers if _is_of(name, self.entries.name)] if self.uses else ():
             self.uses[0][0]._buffers.pop(name, None)
             self.uses[0][0]._non_persistent_buffers_set.discard(name)
 
@@ -140,7 +136,7 @@ class Followed:
         value or the base's value. For all other weights, each call raises TuningError until the weight is put right.
         Nothing is written to the weight. to_leave: the tuner only wants to restore the base, whatever became of the masters.
         """
-        if self.uses and self.piece is None and not self.over and not self._is_as_seen():
+        if self.uses and self.piece is None and not self.detached and not self._is_as_seen():
             self._follow(to_leave)
 
     def _is_as_seen(self) -> bool:
@@ -158,7 +154,7 @@ class Followed:
             and self.weight.shape == seen.shape
             and self.weight.stride() == seen.stride
             and seen.storage() is not None
-            and all(parameter.dtype is torch.float32 for parameter in self.own.values())
+            and all(parameter.dtype is torch.float32 for parameter in self.parameters.values())
         )
 
     def _note(self) -> None:
@@ -177,25 +173,25 @@ class Followed:
         weight = self._usable([found for _, _, found in now])
         if not to_leave:
             self._check_registered()
-        bits = holder._buffers.get(self.kept.name)
-        bits = self.kept.bits if bits is None else bits
+        bits = holder._buffers.get(self.entries.name)
+        bits = self.entries.bits if bits is None else bits
         if bits.dtype != weight.dtype:
             before = dtype_name(bits.dtype)
             self._refuse(f"was cast from {before} to {dtype_name(weight.dtype)} by itself", "cast its module")
-        if bits.device != weight.device or any(each.device != weight.device for each in self.own.values()):
+        if bits.device != weight.device or any(each.device != weight.device for each in self.parameters.values()):
             self._refuse(f"was moved to {weight.device} by itself", f"move its module, module.to('{weight.device}')")
-        kept = self.kept._replace(bits=bits)
-        if kept.indices.device != weight.device:
-            whole_lines = kept.whole_lines and kept.whole_lines.to(weight.device)
-            kept = kept._replace(
-                indices=kept.indices.to(weight.device), earlier=kept.earlier.to(weight.device), whole_lines=whole_lines
+        entries = self.entries._replace(bits=bits)
+        if entries.indices.device != weight.device:
+            whole_lines = entries.whole_lines and entries.whole_lines.to(weight.device)
+            entries = entries._replace(
+                indices=entries.indices.to(weight.device), earlier=entries.earlier.to(weight.device), whole_lines=whole_lines
             )
         version = sum(found._version for _, _, found in now if found is not None)
-        together = bits is not self.kept.bits and same and self._seen is not None and version == self._seen.version
+        together = bits is not self.entries.bits and same and self._seen is not None and version == self._seen.version
         if not together:
-            self._check_entries(weight, kept)
+            self._check_entries(weight, entries)
         self.uses = [(holder, attribute, found) for holder, attribute, found in now if found is not None]
-        self.weight, self.kept = weight, kept
+        self.weight, self.entries = weight, entries
         self.put_back_to_float32()
         self.followed()
         self.written = -1  # so that the next `write` writes the masters, whatever the weight holds
@@ -206,7 +202,7 @@ class Followed:
 
     def put_back_to_float32(self) -> None:
         """Cast the masters back to float32: a cast of the module casts them, too."""
-        for parameter in self.parameters().values():
+        for parameter in self.parameters.values():
             if parameter.dtype != torch.float32:
                 gradient, parameter.grad = parameter.grad, None
                 parameter.data = parameter.data.float()
@@ -252,7 +248,7 @@ class Followed:
         """
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         for holder, attribute, _ in self.uses:
-            for ending, parameter in self.parameters().items():
+            for ending, parameter in self.parameters.items():
                 name = value_name(attribute) + ending
                 found = holder._parameters.get(name, parameter)
                 if found is parameter:
@@ -266,13 +262,13 @@ class Followed:
                         "load without assign, and shard the model first, then attach (docs/distributed.md)",
                     )
 
-    def _check_entries(self, weight: Tensor, kept: Kept) -> None:
+    def _check_entries(self, weight: Tensor, entries: Entries) -> None:
         """Raise TuningError unless every entry has its trained value or the base's value."""
         if not self.in_place:
             return
-        k, m = kept.indices.numel(), kept.earlier.numel()
-        found = kernels.gather(weight.detach(), torch.cat([kept.indices, kept.earlier]))
-        base, earlier = kept.bits[: k + m], kept.bits[k + m :]
+        k, m = entries.indices.numel(), entries.earlier.numel()
+        found = kernels.gather(weight.detach(), torch.cat([entries.indices, entries.earlier]))
+        base, earlier = entries.bits[: k + m], entries.bits[k + m :]
         ours = torch.cat([self.current().detach().to(weight.dtype), earlier])
         wrong = int((_differ(found, base) & _differ(found, ours)).sum())
         if wrong:
@@ -298,8 +294,9 @@ def value_name(attribute: str) -> str:
     return VALUES if attribute == "weight" else f"{VALUES}_{attribute}"
 
 
-def _is_of(name: str, kept: str) -> bool:
-    return name.rstrip("_") == kept.rstrip("_")
+def _is_of(name: str, buffer: str) -> bool:
+    """Whether a name is that of a buffer, or of the second one that `Plain.move` makes beside it."""
+    return name.rstrip("_") == buffer.rstrip("_")
 
 
 def _differ(one: Tensor, other: Tensor) -> Tensor:

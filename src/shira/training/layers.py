@@ -46,7 +46,7 @@ def install(uses: Iterable[tuple[Use, Masters]], undo: Undo) -> None:
     for module, its_taps in taps.values():
         for holder, attribute, masters in its_taps:
             name = value_name(attribute)
-            for ending, parameter in masters.parameters().items():
+            for ending, parameter in masters.parameters.items():
                 undo.callback(_forget, holder, name + ending)
                 if is_partitioned(masters.weight):  # ZeRO-3 expects every registered parameter to be partitioned
                     holder.__dict__[name + ending] = parameter
@@ -131,7 +131,7 @@ def _beside(
     """The output of the module's own forward, plus what the masters add to it."""
     _ready(masters, module)
     output = forward(input)
-    if masters.dense or masters.over:  # the model must be its base
+    if masters.ignored or masters.detached:  # the model must be its base
         return output
     return output + side(input).to(output.dtype)  # the two dtypes differ under autocast
 
@@ -152,7 +152,7 @@ def _ready(masters: Masters, module: nn.Module) -> bool:
 
     Raises TuningError if the base is no longer known (`Masters.look`), or if the masters were frozen.
     """
-    if masters.dense or masters.over:
+    if masters.ignored or masters.detached:
         return False
     if not torch.compiler.is_compiling():  # compiled code only reads the weight; optimizer steps write to it
         masters.calls += 1
@@ -160,13 +160,13 @@ def _ready(masters: Masters, module: nn.Module) -> bool:
             masters.write()
     if not torch.is_grad_enabled():
         return False
-    if module.training and not any(parameter.requires_grad for parameter in masters.parameters().values()):
+    if module.training and not any(parameter.requires_grad for parameter in masters.parameters.values()):
         raise TuningError(
             "the trained values were frozen (requires_grad=False) after attach(), so nothing would train; freeze what you "
             "want frozen before it, or call requires_grad_(True) on tuner.parameters()"
         )
     if not torch.compiler.is_compiling():
-        masters.runs += 1
+        masters.calls_with_gradients += 1
     return True
 
 

@@ -15,7 +15,7 @@ from ..weights.distributed import full, is_sharded, piece_of
 from ..weights.quantized import dense
 from ..weights.targets import Target, is_conv1d
 from ..weights.undo import Undo
-from .following import BASE, Followed, Kept, Touched
+from .following import BASE, Entries, Followed, Touched
 from .variants.factors import Factors
 
 __all__ = ["Masters", "Plain", "swapped"]
@@ -25,7 +25,7 @@ class Masters(Followed):
     """The parameters that train for one weight, float32, and whether the weight holds their values.
 
     `Plain` masters are the entries themselves. Other kinds compute the entries from other parameters (`decomposed`), or add to
-    the layer's output (`hybrid`, `deltas`). Each kind says what it supports. A kind sets `own` and defines `current`;
+    the layer's output (`hybrid`, `deltas`). Each kind says what it supports. A kind sets `parameters` and defines `current`;
     everything else has a default.
 
     Two signs say that the weight may not hold the masters' values. One is the masters' version counter, which every optimizer
@@ -39,8 +39,8 @@ class Masters(Followed):
     beside: Factors | None = None  # a low-rank product that trains beside the entries
     side: Callable[[Tensor], Tensor] | None = None  # module's input -> what is added to the module's output
     calls = 0  # forward passes so far, without those of compiled code
-    runs = 0  # those of them in which gradients were enabled
-    learnt = False  # whether the masters ever had a gradient
+    calls_with_gradients = 0  # those of them in which gradients were enabled
+    had_gradient = False  # whether the masters ever had a gradient
     scale = 1.0  # a trained number of the entries counts this much, a power of two, so that multiplication is exact
 
     def __init__(self, target: Target, indices: Tensor) -> None:
@@ -51,15 +51,15 @@ class Masters(Followed):
         self.piece = piece_of(self.name, self.weight) if sharded else None
         base = kernels.gather(full(self.weight) if sharded else dense(self.weight), indices)
         whole_lines = kernels.find_whole_lines(indices, *self.matrix_shape) if self.in_place else None
-        self.kept = Kept(indices, indices[:0], base, whole_lines, BASE)
-        self.uses, self.own = [], {}
-        self.dense = False  # True: layers ignore the masters and compute with the weight, which then can get a dense gradient
+        self.entries = Entries(indices, indices[:0], base, whole_lines, BASE)
+        self.uses, self.parameters = [], {}
+        self.ignored = False  # True: layers ignore the masters and compute with the weight, which then can get a dense gradient
         self.may_have_stepped = False
         self.written = -1
         self._seen = None
 
     def has_gradient(self) -> bool:
-        return any(parameter.grad is not None for parameter in self.own.values())
+        return any(parameter.grad is not None for parameter in self.parameters.values())
 
     def rounded(self) -> Tensor:
         return self.current().detach().to(self.weight.dtype)
@@ -79,7 +79,7 @@ class Masters(Followed):
     def write_step(self) -> None:
         """Write the masters to the weight after a step of an optimizer that trains them."""
         self.may_have_stepped |= self.has_gradient()
-        if self.dense:  # in reference(), the weight must hold the base; it is written afterwards
+        if self.ignored:  # in reference(), the weight must hold the base; it is written afterwards
             return
         self.write()
         self.may_have_stepped = False
@@ -87,7 +87,7 @@ class Masters(Followed):
     def _note_backward(self) -> None:
         """Record that a backward pass gave a gradient. Compiled code has no side effects; there a step is the only sign."""
         if not torch.compiler.is_compiling():
-            self.may_have_stepped = self.learnt = True
+            self.may_have_stepped = self.had_gradient = True
 
     def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
         """The masters' gradient [k], float32: grad_outputᵀ · input at the positions.
@@ -155,7 +155,7 @@ class Plain(Masters):
             raise TuningError(
                 f"'{self.name}' holds values that lr_scale={scale:g} takes out of float32's range; give lr_scale=1"
             )
-        self.own = {"": self.values}
+        self.parameters = {"": self.values}
         self.can_move = self.can_stay_near = self.piece is None
 
     def current(self) -> Tensor:
@@ -190,13 +190,13 @@ class Plain(Masters):
         change = (gone.values.double() - gone.base.double()).abs()
         stays = torch.zeros_like(change, dtype=torch.bool)
         stays[top_k(change, min(room, change.numel()))] = True
-        old, holder = self.kept.name, self.uses[0][0]
+        old, holder = self.entries.name, self.uses[0][0]
         bits = torch.cat([below, gone.base[stays], gone.values[stays]])
         name = old[:-1] if old.endswith("_") else old + "_"  # a second buffer, so that one of the two is complete at any moment
         holder.register_buffer(name, bits, persistent=False)
         kernels.overwrite_(self.weight, gone.indices[~stays], gone.base[~stays])
         self._note()
-        self.kept = Kept(indices, gone.indices[stays], bits, kernels.find_whole_lines(indices, *self.matrix_shape), name)
+        self.entries = Entries(indices, gone.indices[stays], bits, kernels.find_whole_lines(indices, *self.matrix_shape), name)
         holder._buffers.pop(old, None)
         self.values.detach().copy_(values / self.scale)
         self.written = self.version
@@ -232,11 +232,11 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo)
                 for each in masters:
                     each.written = -1
         for each in masters:
-            each.dense = False
+            each.ignored = False
 
     with undo.inner() as steps:
         steps.callback(back)
         for each in masters:
-            each.dense = True
+            each.ignored = True
         kernels.swap_(plan)
         yield steps

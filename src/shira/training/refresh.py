@@ -17,7 +17,7 @@ from ..masks.selector import Selector
 from ..sparse.positions import overlap
 from ..weights.undo import Undo
 from .masters import Masters
-from .steps import computing_dense
+from .steps import ignoring
 
 __all__ = ["check_cap", "move", "select"]
 
@@ -53,7 +53,7 @@ def select(
     states = _movable(optimizer, masked)
     weights = {name: each.weight for name, each in masked.items()}
     counts = {name: each.indices.numel() for name, each in masked.items()}
-    with computing_dense(masters.values(), undo) as steps:
+    with ignoring(masters.values(), undo) as steps:
         chosen = selector.select(model, weights, BudgetPlan(counts, 0, {}), calibration, undo=steps).indices
     for name, indices in chosen.items():
         if indices.numel() != counts[name]:
@@ -73,7 +73,7 @@ def _movable(optimizer: torch.optim.Optimizer, masters: Mapping[str, Masters]) -
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     found: dict[str, list[Tensor]] = {}
     for name, each in masters.items():
-        (values,) = each.parameters().values()
+        (values,) = each.parameters.values()
         if id(values) not in trained:
             raise TuningError(f"this optimizer does not train '{name}'; pass the one that was made with tuner.parameters()")
         if not bool(torch.isfinite(values).all()):
@@ -103,7 +103,7 @@ def move(masters: Masters, indices: Tensor, state: list[Tensor], cap: float) -> 
     in_old, in_new = overlap(masters.indices, indices)
     count = indices.numel()
     masters.move(indices, math.floor(cap * count) - count)
-    (values,) = masters.parameters().values()
+    (values,) = masters.parameters.values()
     for each in state if values.grad is None else [*state, values.grad]:
         moved = torch.zeros_like(each)
         moved[in_new] = each[in_old]

@@ -31,7 +31,7 @@ def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor
         )
     state = {}
     for name, each in masters.items():
-        for ending, parameter in each.parameters().items():
+        for ending, parameter in each.parameters.items():
             state[name + VALUES + ending] = parameter.detach().to("cpu", copy=True) * _scale(each, ending)
         state[name + MARK] = _mark(each)
     return state
@@ -44,7 +44,7 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
     """
     if not isinstance(state, Mapping):
         raise TuningError(f"a checkpoint is what tuner.state_dict() gave, tensors by name; found {described(state)}")
-    named = {name: {name + VALUES + end: p for end, p in each.parameters().items()} for name, each in masters.items()}
+    named = {name: {name + VALUES + end: p for end, p in each.parameters.items()} for name, each in masters.items()}
     expected = {key for name, parameters in named.items() for key in (*parameters, name + MARK)}
     if not any(name in state for name in expected):
         raise TuningError("the checkpoint holds nothing that this tuner trains; it is of another model, or no shira checkpoint")
@@ -58,7 +58,7 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
     for name, each in masters.items():
         _check(name, each, named[name], state)
     for name, each in masters.items():
-        for ending, parameter in each.parameters().items():
+        for ending, parameter in each.parameters.items():
             values = state[name + VALUES + ending].float() / _scale(each, ending)
             parameter.detach().copy_(values)  # detach(), not no_grad(): an interrupt could leave that mode on
 

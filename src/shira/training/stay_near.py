@@ -62,13 +62,14 @@ def hold(
             model, weights, batches, receive, statistics=wanted, loss_fn=loss_fn, memory=memory, progress=progress, undo=undo
         )
     for name, each in masters.items():
-        (values,) = each.parameters().values()
-        hook = _pulled(each, pulls[name] / passes)
-        set_hook(undo, hooks_of(values, "_backward_hooks"), values.register_hook, hook)
+        (values,) = each.parameters.values()
+        set_hook(undo, hooks_of(values, "_backward_hooks"), values.register_hook, _pull_hook(each, pulls[name] / passes))
     return {"reach": reach, "calibration": done}
 
 
-def _pulled(masters: Masters, pull: Tensor) -> Callable[[Tensor], Tensor]:
+def _pull_hook(masters: Masters, pull: Tensor) -> Callable[[Tensor], Tensor]:
+    """A hook that adds the pull [k] to the masters' gradient [k]."""
+
     def add(gradient: Tensor) -> Tensor:
         away = masters.current().detach() - masters.base.to(gradient.device, torch.float32)
         return gradient + masters.scale * pull.to(gradient.device) * away

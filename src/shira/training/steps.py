@@ -22,7 +22,7 @@ from .masters import Masters
 from .processes import average_after_backward, check_same_positions
 from .untrained import GradientWatch
 
-__all__ = ["Holders", "Training", "computing_dense"]
+__all__ = ["Holders", "Training", "ignoring"]
 
 
 class Holders:
@@ -73,7 +73,7 @@ class Training:
             check_same_positions(model, (each.indices for each in masters.values()), undo)
             return
         undo.callback(reshard, model)
-        parameters = [parameter for each in masters.values() for parameter in each.parameters().values()]
+        parameters = [parameter for each in masters.values() for parameter in each.parameters.values()]
         average_after_backward(parameters, groups_of(pieces[0].weight), undo)
         _write_pieces_before(model, pieces, undo)
 
@@ -101,7 +101,7 @@ class Training:
         """The masters that an optimizer trains."""
         its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found = self._masters.values()
-        return [each for each in found if any(id(p) in its for p in each.parameters().values()) and not each.over]
+        return [each for each in found if any(id(p) in its for p in each.parameters.values()) and not each.detached]
 
 
 def _write_pieces_before(model: nn.Module, pieces: list[Masters], undo: Undo) -> None:
@@ -136,7 +136,7 @@ def _leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[st
         f"{names[id(use.holder)]}.{value_name(use.attribute)}{ending}".lstrip(".")
         for target in chosen
         for use in target.uses
-        for ending in masters[target.name].parameters()
+        for ending in masters[target.name].parameters
     ]
     sent = [name for name, _ in model.named_buffers() if f".{OWN}" in f".{name}"]
     for attribute, own in (("_keys_to_ignore_on_save", saved), ("_ddp_params_and_buffers_to_ignore", sent)):
@@ -149,14 +149,14 @@ def _leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[st
 
 def _write_all(masters: list[Masters], _module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
     for each in masters:
-        if not (each.dense or each.over or each.piece is not None):
+        if not (each.ignored or each.detached or each.piece is not None):
             each.may_have_stepped = True  # `parameter.data.copy_()` changes masters without any sign
             each.write()
 
 
 def _fill_in(masters: list[Masters], model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Add the present masters to a state_dict without masters, such as one of the base, so that they stay as they are."""
-    known = {id(parameter) for each in masters for parameter in each.parameters().values()}
+    known = {id(parameter) for each in masters for parameter in each.parameters.values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in known:
             state.setdefault(prefix + name, parameter)
@@ -170,7 +170,7 @@ def _reset_attribute(model: nn.Module, attribute: str, there: bool, before: Any)
 
 
 @contextlib.contextmanager
-def computing_dense(masters: Collection[Masters], undo: Undo) -> Iterator[Undo]:
+def ignoring(masters: Collection[Masters], undo: Undo) -> Iterator[Undo]:
     """Inside, layers compute with their whole weights, which are up to date and can get gradients.
 
     Yields an Undo for further steps, which run at the end. Torch's random numbers stay as before.
@@ -178,11 +178,11 @@ def computing_dense(masters: Collection[Masters], undo: Undo) -> Iterator[Undo]:
     for each in masters:
         each.write()
     with undo.inner() as steps, same_random_numbers(each.weight for each in masters):
-        steps.callback(_set_dense, masters, False)
-        _set_dense(masters, True)
+        steps.callback(_set_ignored, masters, False)
+        _set_ignored(masters, True)
         yield steps
 
 
-def _set_dense(masters: Collection[Masters], dense: bool) -> None:
+def _set_ignored(masters: Collection[Masters], ignored: bool) -> None:
     for each in masters:
-        each.dense = dense
+        each.ignored = ignored

@@ -1,7 +1,7 @@
 """What a tuner keeps for each weight that trains, in either of the paper's two ways (§3.3)."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -25,13 +25,11 @@ class TunedWeight(Protocol):
     name: str
     weight: nn.Parameter
     kind: Kind
+    parameters: dict[str, nn.Parameter]  # for an optimizer
 
     @property
     def indices(self) -> Tensor:
         """The sorted positions [k] that train."""
-
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The parameters for an optimizer."""
 
     def live_in(self, uses: Collection[Use], undo: Undo) -> None:
         """Start training in the modules that compute with the weight, until `undo`."""
@@ -53,12 +51,10 @@ class Hooked:
 
     def __init__(self, target: Target, indices: Tensor) -> None:
         self.name, self.weight, self.indices = target.name, target.weight, indices
+        self.parameters = {"": target.weight}
         self.base = target.weight.detach().clone()
         self.holder, self.key = target.uses[0].holder, f"{WHOLE}_{target.uses[0].attribute}"
         self.attribute, self.seen = target.uses[0].attribute, target.weight._version
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {"": self.weight}
 
     def live_in(self, uses: Collection[Use], undo: Undo) -> None:
         undo.callback(self._leave)

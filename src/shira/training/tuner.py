@@ -74,7 +74,7 @@ class Tuner:
         self._mask: dict[str, Any] = {}
         self._trained: dict[str, Trained] | None = None
         self._torn, self._restore = False, True
-        self._places: list[tuple[dict[str, Any], str, bool]] = []
+        self._grad_flags: list[tuple[dict[str, Any], str, bool]] = []
         self._buffers = Buffers(nn.Module())
         self._claim: Claim | None = claim(model, functools.partial(_owner, weakref.ref(self)), TuningError)
         names = (name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()))
@@ -84,7 +84,7 @@ class Tuner:
             raise TuningError(
                 f"this model is a copy of one in training, it holds '{copied}'; copy a model before attach() or after detach()"
             )
-        self._places = [
+        self._grad_flags = [
             (module._parameters, key, parameter.requires_grad)
             for module in model.modules()
             for key, parameter in module._parameters.items()
@@ -144,7 +144,7 @@ class Tuner:
 
         A variant of training has its own parameters (docs/variants.md). With method="hook" they are the weights.
         """
-        return [parameter for tuned in self._tuned for parameter in tuned.parameters().values()]
+        return [parameter for tuned in self._tuned for parameter in tuned.parameters.values()]
 
     @property
     def nnz(self) -> int:
@@ -212,15 +212,15 @@ class Tuner:
         """Tensor name -> its masters. Raises TuningError if they may not change now; `wish` completes the message."""
         masters = self._masters
         self.at_detach.finish_inner()
-        if self._stage != ATTACHED or len(masters) < len(self._tuned) or any(each.dense for each in masters.values()):
+        if self._stage != ATTACHED or len(masters) < len(self._tuned) or any(each.ignored for each in masters.values()):
             raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
-        self._check_whole()
+        self._check_not_torn()
         self._holders.check()
         for each in masters.values():
             each.look()
         return masters
 
-    def _check_whole(self) -> None:
+    def _check_not_torn(self) -> None:
         if self._torn:
             raise TuningError("a refresh was interrupted half way, and some values are at the wrong entries; call detach()")
 
@@ -266,7 +266,7 @@ class Tuner:
         Warns (`NotTrained`) of targets that got no gradient.
         Raises TuningError if a trained value is not finite, or if other code has changed a weight (docs/guarantees.md).
         """
-        self._check_whole()
+        self._check_not_torn()
         if self._trained is None:
             self._holders.check()
             for tuned in self._tuned:
@@ -282,7 +282,7 @@ class Tuner:
             if tensor not in self._whole:  # a module that trains whole has new values at each load: no base to compare with
                 prints[tensor] = fingerprint(touched.base)
         metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
-        metadata |= {"fingerprints": prints, "low_rank": hybrid.kept(self._masters)}
+        metadata |= {"fingerprints": prints, "low_rank": hybrid.record(self._masters)}
         return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
 
     def _so_far(self) -> dict[str, Trained]:
@@ -303,7 +303,7 @@ class Tuner:
 
         Raises TuningError without low_rank, or what `adapter` raises; OSError.
         """
-        if hybrid.kept(self._masters) is None:
+        if hybrid.record(self._masters) is None:
             raise TuningError("there is no low-rank part: attach(..., low_rank=8) trains one; save adapter() instead")
         hybrid.save(Path(folder), self.adapter(), self._masters)
 
@@ -349,7 +349,7 @@ class Tuner:
         self.at_detach.close()
         if self._restore:
             self._buffers.restore()  # last: undoing an interrupted calibration restores the buffers of training
-        for parameters, key, flag in self._places:
+        for parameters, key, flag in self._grad_flags:
             parameter = parameters.get(key)
             if parameter is not None and (parameter.is_floating_point() or not flag) and not parameter.is_inference():
                 parameter.requires_grad_(flag)
@@ -367,8 +367,8 @@ class Tuner:
 
     def __getstate__(self) -> dict[str, Any]:
         """A tuner that is copied together with its model holds no model. It only knows what was trained."""
-        told = {"at_detach": Undo(), "_places": [], "_stage": GONE}
-        return self.__dict__ | dict.fromkeys(("_claim", "_training", "_selector")) | told
+        gone = {"at_detach": Undo(), "_grad_flags": [], "_stage": GONE}
+        return self.__dict__ | dict.fromkeys(("_claim", "_training", "_selector")) | gone
 
 
 def _owner(reference: "weakref.ref[Tuner]") -> str:

@@ -35,16 +35,16 @@ class GradientWatch:
     def of_ours(self) -> None:
         """Called after a step of an optimizer that trains these masters."""
         for each in self._masters.values():
-            each.learnt = each.learnt or each.has_gradient()
-        if not any(each.learnt for each in self._masters.values()):
+            each.had_gradient = each.had_gradient or each.has_gradient()
+        if not any(each.had_gradient for each in self._masters.values()):
             return
         self._steps += 1
         if self._steps == 1:
-            self._say(name for name, each in self._masters.items() if each.calls and not each.learnt)
+            self._say(name for name, each in self._masters.items() if each.calls and not each.had_gradient)
 
     def of_another(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Called after a step of an optimizer that trains none of these masters."""
-        if self._steps or "" in self._said or not any(each.learnt for each in self._masters.values()):
+        if self._steps or "" in self._said or not any(each.had_gradient for each in self._masters.values()):
             return
         its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(parameter) in its for parameter in model.parameters()):
@@ -59,7 +59,7 @@ class GradientWatch:
     def at_the_end(self) -> None:
         """Called when an adapter is made or the tuner is detached."""
         if self._steps:
-            self._say(name for name, each in self._masters.items() if not each.learnt)
+            self._say(name for name, each in self._masters.items() if not each.had_gradient)
 
     def _say(self, names: Iterable[str]) -> None:
         reasons: dict[str, list[str]] = {}
@@ -79,10 +79,10 @@ class GradientWatch:
         each = self._masters[name]
         if not all(is_installed(module, self._forwards.get(id(module))) for module in self._modules[name]):
             return "their modules were given another forward after attach(), as hooks of other libraries do; attach after that"
-        if not any(parameter.requires_grad for parameter in each.parameters().values()):
+        if not any(parameter.requires_grad for parameter in each.parameters.values()):
             return "their values are frozen (requires_grad=False)"
         if not each.calls:
             return "their modules were never called: other code reads the weights, or no input came by; leave them out"
-        if not each.runs:
+        if not each.calls_with_gradients:
             return "they ran without gradients only: under no_grad, or in reentrant checkpoints whose inputs need none"
         return "what they compute does not reach the loss"

@@ -28,11 +28,11 @@ class Decomposed(Masters):
         super().__init__(target, indices)
         self.factors = Factors(self.matrix_shape, rank, seed, self.weight.device) if rank is not None else None
         if self.factors is None:
-            self.own = {"": nn.Parameter(self.base.to(torch.float32, copy=True))}
+            self.parameters = {"": nn.Parameter(self.base.to(torch.float32, copy=True))}
         else:  # no free entries: the direction is the base's entries plus the product
-            self.own = self.factors.parameters()
+            self.parameters = self.factors.parameters()
         self.followed()
-        self.magnitude = self.own["_magnitude"] = nn.Parameter(self.norms.clone())
+        self.magnitude = self.parameters["_magnitude"] = nn.Parameter(self.norms.clone())
 
     def current(self) -> Tensor:
         return self._direction() * (self.magnitude / self.norms)[self._line()]  # the quotient is exactly 1 until m changes
@@ -53,7 +53,7 @@ class Decomposed(Masters):
         return positions % columns if self.outputs else positions // columns
 
     def _direction(self) -> Tensor:
-        return self.own[""] if self.factors is None else self.base.float() + self.factors.at(self.indices)
+        return self.parameters[""] if self.factors is None else self.base.float() + self.factors.at(self.indices)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:

@@ -26,7 +26,7 @@ class Deltas(Masters):
         super().__init__(target, indices)
         self.scale = scale
         self.values = nn.Parameter(torch.zeros(indices.numel(), dtype=torch.float32, device=indices.device))
-        self.own = {"": self.values}
+        self.parameters = {"": self.values}
         self.layout = SparseLayout(indices, self.matrix_shape)
 
     def current(self) -> Tensor:
@@ -48,7 +48,7 @@ class Deltas(Masters):
         The weight may be stored in another way than before, since the kept base values do not depend on that.
         Raises TuningError if the weight was removed or has another shape.
         """
-        if self.over:
+        if self.detached:
             return
         for holder, attribute, _ in self.uses:
             found = holder._parameters.get(attribute)
@@ -58,9 +58,9 @@ class Deltas(Masters):
         if self.values.dtype is not torch.float32:
             self.put_back_to_float32()
         if self.indices.device != self.weight.device:
-            kept, device = self.kept, self.weight.device
-            self.kept = kept._replace(
-                indices=kept.indices.to(device), earlier=kept.earlier.to(device), bits=kept.bits.to(device)
+            entries, device = self.entries, self.weight.device
+            self.entries = entries._replace(
+                indices=entries.indices.to(device), earlier=entries.earlier.to(device), bits=entries.bits.to(device)
             )
             self.layout = SparseLayout(self.indices, self.matrix_shape)
 

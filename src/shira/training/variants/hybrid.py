@@ -22,7 +22,7 @@ from ..following import Touched
 from ..masters import Masters, Plain
 from .factors import Factors
 
-__all__ = ["Hybrid", "kept", "save"]
+__all__ = ["Hybrid", "record", "save"]
 
 
 class Hybrid(Plain):
@@ -33,7 +33,7 @@ class Hybrid(Plain):
     def __init__(self, target: Target, indices: Tensor, rank: int, seed: int, scale: float = 1.0) -> None:
         super().__init__(target, indices, scale)
         self.beside = Factors(self.matrix_shape, rank, seed, self.weight.device)
-        self.own |= self.beside.parameters()
+        self.parameters |= self.beside.parameters()
         self.can_move = self.can_stay_near = False  # the product has neither positions nor base values
 
     def side(self, input: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Hybrid(Plain):
         return alone._replace(values=values.to(self.weight.dtype))
 
 
-def kept(masters: Mapping[str, Masters]) -> dict[str, Any] | None:
+def record(masters: Mapping[str, Masters]) -> dict[str, Any] | None:
     """For the metadata: the rank, and the share of the squared change that the sparse adapter holds. None without low_rank."""
     both = _both_parts(masters)
     if not both:
