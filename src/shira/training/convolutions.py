@@ -86,15 +86,15 @@ def _parts(module: nn.Conv2d, grad_output: Tensor, input: Tensor) -> Iterator[tu
     padded = nn.functional.pad(input, (module.padding[1], module.padding[1], module.padding[0], module.padding[0]))  # type: ignore[arg-type]
     (images, channels), (lines, width) = input.shape[:2], grad_output.shape[2:]
     by_image, by_channel, by_line, by_column = padded.stride()
-    fit = max(1, PART_BYTES // (width * channels * kernel_down * kernel_across * input.itemsize))  # lines of output
-    several = max(1, fit // lines)
-    for image in range(0, images, several):
-        for line in range(0, lines, fit):
-            gradients = grad_output[image : image + several, :, line : line + fit]
+    columns = channels * kernel_down * kernel_across
+    some_lines = max(1, PART_BYTES // (width * columns * input.itemsize))  # of the output, in one part
+    some_images = max(1, some_lines // lines)
+    for image in range(0, images, some_images):
+        for line in range(0, lines, some_lines):
+            gradients = grad_output[image : image + some_images, :, line : line + some_lines]
             rows = padded.as_strided(
                 (gradients.shape[0], gradients.shape[2], width, channels, kernel_down, kernel_across),
                 (by_image, by_line * down, by_column * across, by_channel, by_line * far_down, by_column * far_across),
                 padded.storage_offset() + image * by_image + line * down * by_line,
             )
-            columns = channels * kernel_down * kernel_across
             yield gradients.permute(0, 2, 3, 1).reshape(-1, grad_output.shape[1]), rows.reshape(-1, columns)

@@ -33,7 +33,8 @@ from ..weights.targets import Target
 from ..weights.undo import Undo
 from . import refresh, resuming, stay_near, steps
 from .following import Touched
-from .layers import forget_copies, let_checkpoints_see_gradients
+from .gradient_checkpointing import let_gradients_into_blocks
+from .layers import forget_copies
 from .masters import Masters, swapped
 from .trainable import describe_base
 from .tuned_weight import Hooked, TunedWeight
@@ -112,7 +113,7 @@ class Tuner:
         model, undo = self.model, self.at_detach
         self._holders = steps.Holders(model, chosen)
         model.requires_grad_(False)
-        let_checkpoints_see_gradients(model, (use.module for target in chosen for use in target.uses), undo)
+        let_gradients_into_blocks(model, (use.module for target in chosen for use in target.uses), undo)
         keep_differentiable(model, undo)
         for target in chosen:
             tuned: TunedWeight

@@ -109,18 +109,18 @@ def attach(
         raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
     if density is None and rank is None and total is None:
         density = 0.01
-    targets, exclude, wanted = _names("targets", targets), _names("exclude", exclude), _names("whole", whole)
+    targets, exclude, whole = _names("targets", targets), _names("exclude", exclude), _names("whole", whole)
     exclude = [exclude] if isinstance(exclude, str) else exclude
     layers = _layers(layers)
     chosen = target_names.resolve(model, targets, exclude=exclude, layers=layers)
-    new = target_names.whole_modules(model, wanted, exclude=exclude)
-    if wanted == "auto":
-        new = _unless_meant_otherwise(new, chosen, targets)
-    weights_of_new = {id(target.weight) for target in new}
-    chosen = [target for target in chosen if id(target.weight) not in weights_of_new]
+    whole_targets = target_names.whole_modules(model, whole, exclude=exclude)
+    if whole == "auto":
+        whole_targets = _unless_meant_otherwise(whole_targets, chosen, targets)
+    weights_of_whole = {id(target.weight) for target in whole_targets}
+    chosen = [target for target in chosen if id(target.weight) not in weights_of_whole]
     check_trainable(chosen)
-    check_trainable(new)
-    if method == "hook" and any(is_sharded(target.weight) for target in (*chosen, *new)):
+    check_trainable(whole_targets)
+    if method == "hook" and any(is_sharded(target.weight) for target in (*chosen, *whole_targets)):
         raise TuningError("method='hook' needs whole weights; on sharded ones train with method='values'")
     make, variant = choosing.choose(chosen, mask, method, decompose, low_rank, seed)
     lr_scale = allowed(lr_scale, method, decompose)
@@ -142,17 +142,17 @@ def attach(
     settings |= {"rank": rank, "total": total, "scope": scope if scope != "tensor" else None, "floor": floor or None}
     settings |= {"overrides": dict(overrides or {}) or None, "avoid": avoided_names or None, "seed": seed, "targets": targets}
     settings |= {"calibration": None, "exclude": exclude or None, "layers": layers, **variant}
-    settings |= {"whole": [target.name for target in new] or None}
-    wanted_share = lr_scale == "auto" and not new
-    select = functools.partial(selector.select, model, weights, plan, calibration, progress, with_share=wanted_share)
-    return _begun(model, chosen, new, settings, method, make, selector, select, lr_scale)
+    settings |= {"whole": [target.name for target in whole_targets] or None}
+    with_share = lr_scale == "auto" and not whole_targets
+    select = functools.partial(selector.select, model, weights, plan, calibration, progress, with_share=with_share)
+    return _begun(model, chosen, whole_targets, settings, method, make, selector, select, lr_scale)
 
 
 @torch.inference_mode(False)
 def _begun(
     model: nn.Module,
     chosen: list[Target],
-    new: list[Target],
+    whole_targets: list[Target],
     settings: dict[str, Any],
     method: str,
     make: choosing.Make,
@@ -165,14 +165,14 @@ def _begun(
     try:
         try:
             indices, calibrated, share = select(tuner.at_detach)
-            scale = lr_scale if lr_scale != "auto" else 1.0 if new else scale_for(share)
+            scale = lr_scale if lr_scale != "auto" else 1.0 if whole_targets else scale_for(share)
             settings |= {"calibration": calibrated, "lr_scale": scale if scale != 1 else None}
             record = {key: value for key, value in settings.items() if value is not None}
-            taken = [target for target in chosen if target.name in indices] + new
-            for target in new:
+            taken = [target for target in chosen if target.name in indices] + whole_targets
+            for target in whole_targets:
                 entries = target.weight.numel()
                 indices[target.name] = torch.arange(entries, dtype=index_dtype(entries), device=target.weight.device)
-            tuner.begin(taken, indices, record, method, selector, make, [target.name for target in new], scale)
+            tuner.begin(taken, indices, record, method, selector, make, [target.name for target in whole_targets], scale)
             return tuner
         except BaseException:
             tuner.undo()
@@ -182,7 +182,7 @@ def _begun(
         raise
 
 
-def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: str | Iterable[str]) -> list[Target]:
+def _unless_meant_otherwise(head: list[Target], chosen: list[Target], targets: str | Iterable[str]) -> list[Target]:
     """The parameters of a new head that train whole.
 
     Those of modules named among the targets are left out, since the mask decides on them. None train if the head was frozen
@@ -190,9 +190,9 @@ def _unless_meant_otherwise(new: list[Target], chosen: list[Target], targets: st
     """
     if not isinstance(targets, str):
         named = {id(use.holder) for target in chosen for use in target.uses}
-        new = [target for target in new if not any(id(use.holder) in named for use in target.uses)]
-    frozen = all(not target.weight.requires_grad for target in new) and any(target.weight.requires_grad for target in chosen)
-    return [] if frozen else new
+        head = [target for target in head if not any(id(use.holder) in named for use in target.uses)]
+    frozen = all(not target.weight.requires_grad for target in head) and any(target.weight.requires_grad for target in chosen)
+    return [] if frozen else head
 
 
 def _names(option: str, given: Any) -> Any:
