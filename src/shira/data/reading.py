@@ -12,7 +12,7 @@ from .commonsense import COMMONSENSE
 from .quiet import quiet
 from .rows import COLUMNS, EXPECTED, example_of
 from .tasks import TASKS, Example
-from .textfiles import csv_rows, json_rows
+from .textfiles import FileRow, csv_rows, json_rows
 
 __all__ = ["examples_of", "read_examples"]
 
@@ -48,7 +48,7 @@ def read_examples(data: str | Path) -> Iterator[Example]:
     return _examples(data, readers.get(Path(data).suffix.lower(), json_rows)(data))
 
 
-def _examples(data: str, rows: Iterator[tuple[str, object]]) -> Iterator[Example]:
+def _examples(data: str, rows: Iterator[FileRow]) -> Iterator[Example]:
     found = False
     for origin, row in rows:
         found = True
@@ -57,7 +57,7 @@ def _examples(data: str, rows: Iterator[tuple[str, object]]) -> Iterator[Example
         raise DataError(f"{data} holds no example")
 
 
-def _parquet(path: str) -> Iterator[tuple[str, object]]:
+def _parquet(path: str) -> Iterator[FileRow]:
     arrow, parquet = _library("pyarrow"), _library("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
@@ -73,7 +73,7 @@ def _parquet(path: str) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path} is not a whole Parquet file: {' '.join(str(error).split())}") from error
 
 
-def _data_set(data: str) -> Iterator[tuple[str, object]]:
+def _data_set(data: str) -> Iterator[FileRow]:
     """Rows of a data set on the hub, in a folder of files, or in a folder that `save_to_disk` wrote; `datasets` maps them."""
     parts = DATA_SET.fullmatch(data)
     name = parts["name"] if parts else data

@@ -11,9 +11,9 @@ from ..errors import DataError
 from ..texts import shown
 from .rows import COLUMNS, EXPECTED
 
-__all__ = ["csv_rows", "json_rows"]
+__all__ = ["FileRow", "csv_rows", "json_rows"]
 
-Row = tuple[str, object]  # (file and line, content)
+FileRow = tuple[str, object]  # (file and line, content)
 
 PIECE = 2**20  # characters of a JSON list that are read at a time
 SIGN = re.compile(r"\s*(\[\s*\]|[\[,\]])\s*")  # what stands before a row of a list, and at its end
@@ -22,14 +22,14 @@ SEPARATORS = ",;\t"  # that of a file is the one that its header has most often
 NESTED = ("messages", "conversations", "choices")  # columns whose cells hold JSON
 
 
-def json_rows(path: str) -> Iterator[Row]:
+def json_rows(path: str) -> Iterator[FileRow]:
     """Rows of a JSON file: those of one list, if the file begins with '[', and otherwise one a line."""
     with open(path, "rb") as file:
         begins = next((sign for line in file if (sign := line.removeprefix(BOM_UTF8).lstrip()[:1])), b"")
     return _listed(path) if begins == b"[" else _lines(path)
 
 
-def _lines(path: str) -> Iterator[Row]:
+def _lines(path: str) -> Iterator[FileRow]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -41,7 +41,7 @@ def _lines(path: str) -> Iterator[Row]:
                     raise DataError(f"{origin}: {what} ({error})") from error
 
 
-def _listed(path: str) -> Iterator[Row]:
+def _listed(path: str) -> Iterator[FileRow]:
     """Rows of one JSON list. A row, and a piece of the file behind it, are in memory."""
     decoder, before = json.JSONDecoder(), "["
     with open(path, encoding="utf-8-sig") as file:
@@ -74,7 +74,7 @@ def _read(file: TextIO, count: int, path: str, line: int) -> str:
         raise DataError(f"{path}, after line {line}: the file is not UTF-8 ({error}); save it as UTF-8") from error
 
 
-def csv_rows(path: str) -> Iterator[Row]:
+def csv_rows(path: str) -> Iterator[FileRow]:
     """Rows of a table with a header. An empty cell counts as missing; a list, such as `choices`, is JSON in its cell.
 
     Raises DataError for a table without a known column, and at a row with fewer or more cells than the header.

@@ -23,7 +23,7 @@ TOKEN = np.dtype([("id", "<i4"), ("counts", "?")])
 Row = dict[str, list[int]]  # "input_ids", "labels" and, for several examples, "position_ids"; all of the same length
 
 
-class _Rows(Sequence[Row]):
+class _RowsMadeOnDemand(Sequence[Row]):
     """A sequence of rows, which are made when they are asked for."""
 
     lengths: np.ndarray[Any, Any]  # int64 [rows], the tokens of each row
@@ -44,7 +44,7 @@ class _Rows(Sequence[Row]):
         return self._row(places) if isinstance(places, int) else [self._row(place) for place in places]
 
 
-class Rows(_Rows):
+class Rows(_RowsMadeOnDemand):
     """Encoded examples, one in each row.
 
     tokens: TOKEN [total], the rows one after another. ends: int64 [rows], where each row ends.
@@ -71,7 +71,7 @@ class Rows(_Rows):
         return {"input_ids": tokens["id"].tolist(), "labels": np.where(tokens["counts"], tokens["id"], IGNORED).tolist()}
 
 
-class Packed(_Rows):
+class Packed(_RowsMadeOnDemand):
     """Rows that hold several examples each. The positions of each example begin at 0.
 
     parts: for each packed row, the numbers of the examples in it.

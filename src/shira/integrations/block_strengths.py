@@ -10,9 +10,9 @@ from ..fusion.strengths import Strength, check_strengths
 from ..texts import described, shown
 from ..weights.model_tensors import plain_model
 
-__all__ = ["by_block"]
+__all__ = ["UNET_BLOCKS", "by_block"]
 
-SHORT = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}  # Diffusers' names for the blocks of a UNet
+UNET_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}  # short name -> Diffusers' own
 NUMBERED = ("attentions", "resnets")  # the layers of a block that a list of strengths counts
 
 
@@ -91,9 +91,9 @@ def _part(label: str, path: str, module: nn.Module, words: Any) -> tuple[str, nn
         children: dict[str, nn.Module] = {
             name: plain_model(child, AdapterError, "set") for name, child in module.named_children()
         }
-        name = next((each for each in (word, SHORT.get(word), word.removeprefix("block_")) if each in children), None)
+        name = next((each for each in (word, UNET_BLOCKS.get(word), word.removeprefix("block_")) if each in children), None)
         if name is None:
-            short = {value: key for key, value in SHORT.items()}
+            short = {value: key for key, value in UNET_BLOCKS.items()}
             known = [short.get(each, f"block_{each}" if each.isdigit() else each) for each in children]
             raise AdapterError(f"{label}: {path!r} has no part {shown(word)}; {did_you_mean(word, known)}")
         path, module = f"{path}.{name}", children[name]

@@ -24,9 +24,13 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 
-__all__ = ["DENOISERS", "Parts"]
+__all__ = ["DENOISER_CLASSES", "Parts"]
 
-DENOISERS = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "transformer", "FluxTransformer2DModel": "transformer"}
+DENOISER_CLASSES = {
+    "UNet2DConditionModel": "unet",
+    "SD3Transformer2DModel": "transformer",
+    "FluxTransformer2DModel": "transformer",
+}
 NOISE = ("epsilon", "v_prediction", "sample")
 MOST = 20.0  # the largest weight of a noise level if the picture is predicted
 FLUX_GUIDANCE = 3.5  # what Flux's own scripts train with, where a transformer takes guidance as an input
@@ -180,8 +184,8 @@ def _denoiser(pipe: Any) -> tuple[str, str]:
         if model is None:
             continue
         kind = type(model).__name__
-        if DENOISERS.get(kind) != name:
-            raise DataError(f"the {name} of this pipeline is a {kind}; train-image knows {', '.join(DENOISERS)}")
+        if DENOISER_CLASSES.get(kind) != name:
+            raise DataError(f"the {name} of this pipeline is a {kind}; train-image knows {', '.join(DENOISER_CLASSES)}")
         missing = [each for each in ("vae", "scheduler") if getattr(pipe, each, None) is None]
         if missing or not hasattr(pipe, "encode_prompt"):
             raise DataError(f"{type(pipe).__name__} has no {' and no '.join(missing) or 'text encoder'}; it cannot be trained")

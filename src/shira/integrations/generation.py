@@ -10,7 +10,7 @@ from ..data.tasks import Example
 from ..data.tokens import chat_text
 from ..errors import DataError, MissingExtra
 
-__all__ = ["Prompt", "answer", "is_chat"]
+__all__ = ["Prompt", "answer", "ends_of", "is_chat"]
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text to continue; or the messages of a chat, {"role", "content"} each
 
@@ -67,7 +67,7 @@ def answer(
         model.generate(  # type: ignore[operator]  # a method of Transformers' models
             **inputs,
             max_new_tokens=min(max_new_tokens, room - length),
-            eos_token_id=_ends(model, tokenizer),
+            eos_token_id=ends_of(model, tokenizer) or None,
             pad_token_id=tokenizer.pad_token_id,
             streamer=_streamer(tokenizer, take),
             logits_processor=[_finite],
@@ -76,12 +76,8 @@ def answer(
     return "".join(pieces)
 
 
-GREEDY = {
-    "do_sample": False,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-}  # None: otherwise a warning says they are unused
+# None: otherwise a warning says they are unused
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def _inputs(tokenizer: Any, prompt: Prompt) -> Any:
@@ -107,11 +103,10 @@ def _finite(_: Tensor, scores: Tensor) -> Tensor:
     return scores
 
 
-def _ends(model: nn.Module, tokenizer: Any) -> list[int] | None:
+def ends_of(model: nn.Module, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: those of the model's generation settings, and the tokenizer's."""
     known = getattr(model.generation_config, "eos_token_id", None)
-    found = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
-    return sorted(found) or None
+    return sorted({*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None})
 
 
 def _streamer(tokenizer: Any, take: Callable[[str], None]) -> Any:

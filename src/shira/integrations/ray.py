@@ -100,12 +100,12 @@ class _Ingress:
             parts = call.remote(request.method, request.url.path, _passed(request.headers), body)
             with contextlib.suppress(RayError, OSError, StopAsyncIteration):
                 status, headers = await anext(aiter(parts))
-                return StreamingResponse(_told(parts), status, headers)
+                return StreamingResponse(_parts_or_error(parts), status, headers)
             await asyncio.sleep(PAUSE)
         return JSONResponse(_error(LOST, "replica_lost"), 503, headers={"retry-after": "1"})
 
 
-async def _told(parts: Any) -> AsyncIterator[bytes]:
+async def _parts_or_error(parts: Any) -> AsyncIterator[bytes]:
     """The parts of an answer. A stream whose replica dies ends with an error as its last event."""
     from ray.exceptions import RayError
 

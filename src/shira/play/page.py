@@ -148,7 +148,7 @@ class _Panel:
                 show(note_html("Drawing …"))
                 show(comparison_html(pair))
 
-            yield from _told(lambda: streamed(work, threading.Event()), error_html)
+            yield from _or_failure(lambda: streamed(work, threading.Event()), error_html)
 
         self.pair = [one, other]
         self.picked.change(self.choices, [self.picked], self.pair, show_progress="hidden", queue=False)
@@ -237,7 +237,7 @@ class _Panel:
 
         try:
             last = None
-            for seen in _told(started, lambda text: text):
+            for seen in _or_failure(started, lambda text: text):
                 if isinstance(seen, str):
                     yield failed(seen)
                     return
@@ -281,7 +281,7 @@ class _Panel:
         return gr.File(value=None), names, note_html(f"{name} is added.")
 
 
-def _told(start: Callable[[], Iterator[Any]], failed: Callable[[str], Any]) -> Iterator[Any]:
+def _or_failure(start: Callable[[], Iterator[Any]], failed: Callable[[str], Any]) -> Iterator[Any]:
     """What an iterator yields; at an error, the sentence that `failed` makes of it."""
     try:
         yield from start()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..fusion.strengths import Strength
-from ..integrations.block_strengths import by_block
+from ..integrations.block_strengths import UNET_BLOCKS, by_block
 from ..integrations.diffusers import COMPONENTS, PipelineAdapters
 from ..integrations.diffusers_sampling import modules_of, sample
 from ..weights.model_tensors import named_tensors
@@ -16,8 +16,6 @@ from .asking import Picture, Setting
 from .local import Local
 
 __all__ = ["Pictures"]
-
-PARTS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}  # of a UNet
 
 
 class Pictures(Local):
@@ -31,7 +29,7 @@ class Pictures(Local):
         self._parts = {name: part for name in COMPONENTS if isinstance(part := getattr(pipe, name, None), nn.Module)}
         self._places: dict[str, tuple[str, str | None]] = {}  # label -> component, and part of it
         for name, module in self._parts.items():
-            inner: list[str | None] = [part for part, full in PARTS.items() if getattr(module, full, None) is not None]
+            inner: list[str | None] = [part for part, full in UNET_BLOCKS.items() if getattr(module, full, None) is not None]
             for part in inner or [None]:
                 self._places[f"{name}, {part}" if part else name] = (name, part)
         self.blocks = list(self._places)

@@ -41,7 +41,7 @@ class Remote:
             raise DataError(f"--server takes an address such as http://127.0.0.1:8000, found {url!r}")
         self._client = openai.OpenAI(base_url=f"{self._url}/v1", api_key=key or "none", max_retries=0, timeout=LONGEST)
         self.blocks: list[str] = []
-        models = self._told(lambda: self._client.models.list(timeout=QUICK).data)
+        models = self._answer_to(lambda: self._client.models.list(timeout=QUICK).data)
         self._base = next((each.id for each in models if getattr(each, "parent", None) is None), "")
         if not self._base:
             raise DataError(f"{self._url} names no base model in /v1/models; expected a running shira serve")
@@ -50,13 +50,13 @@ class Remote:
 
     def names(self) -> list[str]:
         """The names of the adapters that the server has now. Raises DataError if it does not tell them."""
-        found: Any = self._told(lambda: self._client.get("/adapters", cast_to=object, options={"timeout": QUICK}))
+        found: Any = self._answer_to(lambda: self._client.get("/adapters", cast_to=object, options={"timeout": QUICK}))
         try:
             return [row["name"] for row in found["data"] if row["status"] == "served"]
         except (TypeError, KeyError):
             raise DataError(f"{self._url}/v1/adapters lists no adapters; expected a running shira serve") from None
 
-    def _told(self, ask: Callable[[], Any]) -> Any:
+    def _answer_to(self, ask: Callable[[], Any]) -> Any:
         """What the server answers. Raises DataError with its own words, or if there is none."""
         try:
             return ask()
@@ -107,7 +107,7 @@ class Remote:
         stop: threading.Event,
     ) -> None:
         try:
-            self._told(lambda: self._stream(asked, model, lambda part: parts.put((side, part)), stop))
+            self._answer_to(lambda: self._stream(asked, model, lambda part: parts.put((side, part)), stop))
             parts.put((side, None))
         except ShiraError as error:
             parts.put((side, error))

@@ -60,7 +60,6 @@ def check_fit(model: str, files: Files) -> None:
             tensors = named_tensors(hf.causal_skeleton(model))
     for file in files.values():
         with opened(file) as adapter:
-            for name in adapter.tensors:
-                sparse = adapter.tensors[name]
+            for name, sparse in adapter.tensors.items():
                 if tensors:
                     weight_of(str(file), name, sparse, tensors)

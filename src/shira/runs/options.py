@@ -53,7 +53,7 @@ def check(recipe: Any) -> None:
     for field, allowed in kinds(type(recipe)):
         value, limits = getattr(recipe, field.name), field.metadata["limits"]
         if not any(_fits(value, kind, limits) for kind in allowed):
-            expected = " or ".join(_told(kind, limits) for kind in allowed if kind is not types.NoneType)
+            expected = " or ".join(_in_words(kind, limits) for kind in allowed if kind is not types.NoneType)
             raise DataError(f"recipe: {field.name} must be {expected}, found {shown(value)}")
 
 
@@ -103,7 +103,7 @@ def _fits(value: Any, kind: Any, limits: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _told(kind: Any, limits: Any) -> str:
+def _in_words(kind: Any, limits: Any) -> str:
     """A type in words; for a number, with its limits."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"

@@ -72,9 +72,9 @@ class AdapterRoutes:
             ("GET", "/metrics", self.show_metrics),
         ):
             methods = ["GET", "HEAD"] if method == "GET" else [method]
-            self.router.add_api_route(path, self._told(route), methods=methods, response_model=None)
+            self.router.add_api_route(path, self._answering(route), methods=methods, response_model=None)
 
-    def _told(self, route: Any) -> Any:
+    def _answering(self, route: Any) -> Any:
         """The route, which answers an error in OpenAI's form."""
 
         async def answer(request: Request) -> Response:
@@ -104,16 +104,11 @@ class AdapterRoutes:
 
     async def adapters(self, request: Request) -> Response:
         tiers = await self.engine.tiers()
-        places = self._places(tiers)
+        places = _places(tiers)
         rows = [{**row, "place": places.get((row["name"], row["version"]), "disk")} for row in self.catalogue.listed()]
         shown = {key: [str(of_key(each)) for each in tiers[key]] for key in ("ready", "pinned")}
         weights = str(of_key(tiers["weights"]))
         return JSONResponse({"object": "list", "data": rows, "weights": weights, **shown})
-
-    def _places(self, tiers: dict[str, Any]) -> dict[tuple[str, str], str]:
-        """(name, version) -> where an adapter is: "weights" or "ready"."""
-        places = {(part.name, part.version): "ready" for key in tiers["ready"] for part in of_key(key).parts}
-        return places | {(part.name, part.version): "weights" for part in of_key(tiers["weights"]).parts}
 
     async def inspect(self, request: Request) -> Response:
         return JSONResponse(await asyncio.to_thread(self.catalogue.inspect, request.path_params["name"]))
@@ -190,6 +185,12 @@ class AdapterRoutes:
     async def show_metrics(self, request: Request) -> Response:
         self.metrics.update(await self.engine.tiers(), len(self.catalogue.versions))
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _places(tiers: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """(name, version) -> where an adapter is: "weights" or "ready"."""
+    places = {(part.name, part.version): "ready" for key in tiers["ready"] for part in of_key(key).parts}
+    return places | {(part.name, part.version): "weights" for part in of_key(tiers["weights"]).parts}
 
 
 def _names(text: str, key: str) -> bool:

@@ -87,6 +87,7 @@ class Choice:
         self.index, self._job, self._text = index, job, text
 
     async def pieces(self) -> AsyncIterator[Piece]:
+        """The pieces as they come. Raises what the job raises."""
         async for update in self._job:
             count, shown = 0, ""
             for token in update.tokens:

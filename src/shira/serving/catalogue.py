@@ -169,7 +169,7 @@ class Catalogue:
         except FileNotFoundError:
             return None
         except (SelectionError, OSError) as error:
-            return Found(name, self.folder / name, "", self._told(error), ())
+            return Found(name, self.folder / name, "", self._without_folder(error), ())
         if not states or (before is not None and before.states == states):
             return before if states else None
         age = time.time() - max(state.changed for _, state in states) / 1e9
@@ -186,9 +186,9 @@ class Catalogue:
         except FileNotFoundError:
             return None
         except (ShiraError, OSError) as error:
-            return Found(name, path, "", self._told(error), states)
+            return Found(name, path, "", self._without_folder(error), states)
 
-    def _told(self, error: Exception) -> str:
+    def _without_folder(self, error: Exception) -> str:
         """An error without the place of the folder, which is not for clients."""
         return str(error).replace(f"{self.folder}{os.sep}", "")
 

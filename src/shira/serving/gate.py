@@ -24,7 +24,7 @@ from .metrics import Metrics
 from .problems import CLIENT_LEFT, Refused, error_body, status_of
 from .settings import Settings
 
-__all__ = ["ADMIN_KEYS", "KEYS", "Gate", "Keys"]
+__all__ = ["ADMIN_KEYS", "KEYS", "Gate", "Keys", "Message", "Receive", "Send", "replayed"]
 
 KEYS, ADMIN_KEYS = "SHIRA_API_KEYS", "SHIRA_ADMIN_KEYS"  # environment variables: keys with commas between them
 OPEN = ("/health", "/ready", "/ping", "/version")  # paths without a key
@@ -167,12 +167,7 @@ class Gate:
                         raise self._too_large()
         except TimeoutError:
             raise Refused(f"the body did not come within {BODY_SECONDS:g} seconds", 408, "slow_body") from None
-        first: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def again() -> Message:
-            return first.pop() if first else await receive()
-
-        return again
+        return replayed(bytes(body), receive)
 
     def _too_large(self) -> Refused:
         return Refused(f"the body of a request may have {self.settings.max_body:,} bytes; this one is larger", 413, "too_large")
@@ -219,6 +214,16 @@ class _Answer:
         metrics.answered(known[0] if known else "other", status, self._began, self._first)
         milliseconds = 1000 * (time.perf_counter() - self._began)
         log.info("%s %s %s %d %.1f ms", self._id, method, visible(path), status, milliseconds)
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives this body, then what the server says later (that the client has gone)."""
+    left = [body]
+
+    async def again() -> Message:
+        return {"type": "http.request", "body": left.pop(), "more_body": False} if left else await receive()
+
+    return again
 
 
 def _always(message: Message) -> Receive:

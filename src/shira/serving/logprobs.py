@@ -19,6 +19,8 @@ def _text(tokenizer: Any, token: int) -> str:
 
 
 class ChatLogprobs:
+    """In chats: each token with its bytes, and the most probable tokens in a list."""
+
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 

@@ -23,26 +23,32 @@ __all__ = ["ChatForm", "CompletionForm", "Form"]
 class Form:
     """How the answers of one request are written. Whatever belongs to one answer has the same id and time."""
 
-    prefix = ""
+    prefix = ""  # of the ids
 
     def __init__(self, asked: OpenAIRequest) -> None:
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         self.wants_logprobs = asked.reported is not None
 
     def whole(self, answers: list[Piece], usage: CompletionUsage) -> str:
+        """The body with all answers, as JSON."""
         raise NotImplementedError
 
     def opening(self, index: int) -> list[dict[str, Any]]:
+        """The events before the first piece of an answer."""
         return []
 
     def chunk(self, choices: list[Any]) -> dict[str, Any]:
+        """An event of a stream."""
         raise NotImplementedError
 
     def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """The events of a piece of an answer."""
         raise NotImplementedError
 
 
 class ChatForm(Form):
+    """Of /v1/chat/completions."""
+
     prefix = "chatcmpl"
 
     def __init__(self, asked: OpenAIRequest, tokenizer: Any) -> None:
@@ -79,6 +85,8 @@ class ChatForm(Form):
 
 
 class CompletionForm(Form):
+    """Of /v1/completions."""
+
     prefix = "cmpl"
 
     def __init__(self, asked: OpenAIRequest, tokenizer: Any) -> None:

@@ -1,7 +1,4 @@
-"""OpenAI's /v1/completions and /v1/chat/completions over the Transformers engine.
-
-The bodies of answers are the `openai` package's own types, so its client reads what they say.
-"""
+"""OpenAI's /v1/completions and /v1/chat/completions over the Transformers engine."""
 
 import asyncio
 import contextlib

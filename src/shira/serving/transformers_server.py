@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from torch import nn
 
 from ..errors import ShiraError
+from ..integrations import generation
 from ..integrations import transformers as hf
 from ..runs.live import load_live
 from .adapter_routes import AdapterRoutes, watching
@@ -151,8 +152,7 @@ def defaults_of(model: nn.Module) -> dict[str, float]:
 
 def ends_of(model: nn.Module, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the model's, the tokenizer's, and the one that ends a turn of its chats."""
-    known = getattr(model.generation_config, "eos_token_id", None)
-    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+    ends = set(generation.ends_of(model, tokenizer))
     if getattr(tokenizer, "chat_template", None):
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
         with contextlib.suppress(Exception):  # a template may want other messages; the two above are then all that is known

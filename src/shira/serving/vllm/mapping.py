@@ -147,7 +147,7 @@ def landings(model: nn.Module, forms: Mapping[str, Form], load: Callable[[Iterab
     found: dict[str, Landing] = {}
     refused: dict[str, str] = {}
     for name, form in forms.items():
-        landed = _landing(form.shape, recorder.copies.get(name, []), named)
+        landed = _landing(form.shape, recorder.copies.get(name, []))
         why = failed.get(name) or recorder.refused.get(name)
         if why is None and isinstance(landed, Landing):
             why = _unusable(landed.parameter, named[landed.parameter], copied)
@@ -187,7 +187,7 @@ def _tied(model: nn.Module, found: Mapping[str, Landing]) -> dict[str, str]:
     return {name: landed[first[id(every[name])]] for name in output if first[id(every[name])] in landed}
 
 
-def _landing(whole: tuple[int, ...], copies: list[_Copy], parameters: Mapping[str, Tensor]) -> Landing | str:
+def _landing(whole: tuple[int, ...], copies: list[_Copy]) -> Landing | str:
     """A landing, or why there is none. whole: the shape of the checkpoint's tensor."""
     if not copies:
         return "is not loaded into this model"

@@ -4,12 +4,13 @@ Only this middleware writes the key. A request that carries one of its own is re
 """
 
 import json
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
 from ...errors import ShiraError
 from ...texts import shown
 from ..catalogue import Catalogue
+from ..gate import Message, Receive, Send, replayed
 from ..metrics import Metrics
 from ..problems import error_body, status_of
 from ..selections import SelectionError
@@ -20,9 +21,6 @@ __all__ = ["Naming"]
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # those whose `model` may name a selection
 CARRIERS = ("vllm_xargs", "extra_args")  # fields of requests that reach SamplingParams.extra_args
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 class Naming:
@@ -31,7 +29,7 @@ class Naming:
     def __init__(self, app: Any, catalogue: Catalogue, engine: VllmEngine, metrics: Metrics) -> None:
         self._app, self._catalogue, self._engine, self._metrics = app, catalogue, engine, metrics
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -41,7 +39,7 @@ class Naming:
         try:
             data = json.loads(content)
         except (ValueError, RecursionError):
-            await self._app(scope, _again(content, receive), send)  # vLLM says what is wrong with it
+            await self._app(scope, replayed(content, receive), send)  # vLLM says what is wrong with it
             return
         try:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -50,13 +48,13 @@ class Naming:
             await self._tell(send, error)
             return
         if key is None:
-            await self._app(scope, _again(content, receive), send)
+            await self._app(scope, replayed(content, receive), send)
             return
         content = json.dumps(data).encode()
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(content)).encode())]}
         with self._metrics.opened(key):
-            await self._app(scope, _again(content, receive), self._with_reason(key, send) if key else send)
+            await self._app(scope, replayed(content, receive), self._with_reason(key, send) if key else send)
 
     def _name(self, path: str, data: Any) -> str | None:
         """The key of a request's selection, which is written into it; None if the request is left as it is.
@@ -120,16 +118,6 @@ async def _content(receive: Receive) -> bytes | None:
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
     return b"".join(parts)
-
-
-def _again(content: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives this body, then what the server says later (that the client has gone)."""
-    left = [content]
-
-    async def read() -> Message:
-        return {"type": "http.request", "body": left.pop(), "more_body": False} if left else await receive()
-
-    return read
 
 
 def _smuggled(data: Any) -> Iterator[None]:

@@ -104,7 +104,7 @@ class SwitchingWorker:
                     self._ranks.use(step.key)
             except Exception as error:
                 logger.error("the switch to %s failed: %s", _shown(step.key), error)
-                self._remember(step.key, _told(error))
+                self._remember(step.key, _kind_and_message(error))
                 self._failed.update(scheduled)
             if not self._failed.isdisjoint(scheduled):
                 self._failed.update(scheduled)  # with those that have come since
@@ -152,14 +152,14 @@ class SwitchingWorker:
         if not future.done():
             return None
         error = future.exception()
-        return "" if error is None else _told(error)
+        return "" if error is None else _kind_and_message(error)
 
     def shira_agree(self, key: str) -> str:
         """After `shira_prefetch` of this key: compare fingerprints with the other processes. "" or the error's message."""
         try:
             self._ranks.agree(key)
         except Exception as error:
-            return _told(error)
+            return _kind_and_message(error)
         return ""
 
     def shira_tiers(self) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class SwitchingWorker:
             self._reasons.popitem(last=False)
 
 
-def _told(error: BaseException) -> str:
+def _kind_and_message(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
