@@ -293,6 +293,8 @@ def test_training_goes_through_the_trainer_and_leaves_the_base(tiny_llama):
     from conftest import all_bits, same_bits
 
     before = all_bits(tiny_llama)
+    tiny_llama.model.layers[0].train()
+    modes = [module.training for module in tiny_llama.modules()]
     rows = hf.encode(Letters(), [Example("hello", "abc"), Example("you", "x"), Example("there", "yz")])
     adapters, losses = [], []
     for _ in range(2):
@@ -308,6 +310,7 @@ def test_training_goes_through_the_trainer_and_leaves_the_base(tiny_llama):
             )
             adapters.append(tuner.adapter())
     assert same_bits(before, all_bits(tiny_llama))
+    assert [module.training for module in tiny_llama.modules()] == modes
     assert len(losses) == 16 and losses[7] < losses[0]
     assert losses[:8] == losses[8:]  # seeded
     assert all(torch.equal(t.values, adapters[1].tensors[name].values) for name, t in adapters[0].tensors.items())

@@ -13,7 +13,7 @@ from conftest import letter_tokenizer
 from shira.data.batches import row_losses
 from shira.data.tasks import Example
 from shira.integrations import transformers as hf
-from shira.runs.evaluation import paired_change
+from shira.runs.significance import paired_change
 from test_try import QUESTIONS, TEXTS, home, live, plainly  # noqa: F401
 
 

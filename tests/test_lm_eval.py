@@ -11,7 +11,8 @@ from conftest import letter_tokenizer, random_adapter
 from shira import DataError
 from shira.data.tasks import Example
 from shira.integrations.lm_eval import evaluate, task_of
-from shira.runs.evaluation import choice_scores, interval, mcnemar
+from shira.runs.evaluation import choice_scores
+from shira.runs.significance import interval, mcnemar
 
 WORDS = ["abc", "cab", "ba", "bac", "ca", "ab", "acb"]
 SINGLE = [Example(f"{word} is ", "a", ("a", "b", "c"), number % 3) for number, word in enumerate(WORDS)]

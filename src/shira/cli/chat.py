@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from .adapters import named_adapters
-from .generate import MaxNewTokens, System, Temperature
-from .options import Dtype
+from .options import Dtype, MaxNewTokens, System, Temperature
 from .output import console, fail, waiting, write
 
 __all__ = ["chat"]

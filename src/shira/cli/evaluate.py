@@ -12,8 +12,7 @@ from ..data.commonsense import COMMONSENSE
 from ..data.tasks import TASKS
 from ..errors import DataError
 from .adapters import Adapters, given_adapters
-from .fuse import Density, Drop, MethodName, Seed, method_options
-from .options import Dtype, check_new
+from .options import Density, Drop, Dtype, MethodName, Seed, check_new, method_options
 from .output import cell, console, print_json, progress, waiting
 
 if TYPE_CHECKING:

@@ -7,27 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .adapters import given_adapters
-from .options import Force, check_new
+from .options import Density, Drop, Force, MethodName, Seed, check_new, method_options
 from .output import bytes_text, cell, console, waiting
 
 if TYPE_CHECKING:
     from ..fusion.strengths import Strength
 
-__all__ = ["Density", "Drop", "MethodName", "Seed", "fuse", "method_options"]
-
-MethodName = Annotated[str, typer.Option(help="Where they meet: sum, mean, max, ties or dare.")]
-Density = Annotated[float | None, typer.Option(help="ties: the share of each adapter's changes to keep.", show_default="0.2")]
-Drop = Annotated[float | None, typer.Option(help="dare: the probability of dropping a change.", show_default="0.5")]
-Seed = Annotated[int | None, typer.Option(help="dare: the seed of what is dropped.", show_default="0")]
-
-
-def method_options(method: str, **given: float | None) -> dict[str, float]:
-    """The options that were given. Raises AdapterError for an unknown method, or for a wrong option or value."""
-    from ..fusion.methods import resolve
-
-    options = {key: value for key, value in given.items() if value is not None}
-    resolve(method, options)
-    return options
+__all__ = ["fuse"]
 
 
 def fuse(

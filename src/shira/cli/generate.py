@@ -8,24 +8,15 @@ import typer
 
 from ..errors import DataError
 from .adapters import Adapters, given_adapters
-from .fuse import Density, Drop, MethodName, method_options
-from .options import Dtype
+from .options import Density, Drop, Dtype, MaxNewTokens, MethodName, System, Temperature, method_options
 from .output import cell, console, waiting, write
 
 if TYPE_CHECKING:
     from ..fusion.strengths import Strength
 
-__all__ = ["MaxNewTokens", "Sampled", "System", "Temperature", "generate"]
+__all__ = ["generate"]
 
-MaxNewTokens = Annotated[int, typer.Option(help="An answer has this many tokens at most.", min=1)]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        help="0: always the most probable token. Above 0: tokens are drawn.", show_default="the model's own settings", min=0
-    ),
-]
 Sampled = Annotated[int, typer.Option("--seed", help="Of tokens that are drawn, and of what --method dare drops.", min=0)]
-System = Annotated[str, typer.Option(help="A system prompt for the chat template.", show_default=False)]
 
 
 def generate(

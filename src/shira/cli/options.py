@@ -1,4 +1,4 @@
-"""Make options of commands from the fields of a recipe."""
+"""Options that several commands have: written here, or made from the fields of a recipe."""
 
 import inspect
 from collections.abc import Callable
@@ -11,7 +11,21 @@ from ..errors import DataError, did_you_mean
 from ..runs.options import kinds
 from ..runs.recipes import Recipe
 
-__all__ = ["Dtype", "Force", "check_new", "given", "recipe_options"]
+__all__ = [
+    "Density",
+    "Drop",
+    "Dtype",
+    "Force",
+    "MaxNewTokens",
+    "MethodName",
+    "Seed",
+    "System",
+    "Temperature",
+    "check_new",
+    "given",
+    "method_options",
+    "recipe_options",
+]
 
 
 def fields_of(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -31,6 +45,31 @@ def _known_dtype(dtype: str) -> str:
 
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", callback=_known_dtype)]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+# of commands that fuse
+MethodName = Annotated[str, typer.Option(help="Where they meet: sum, mean, max, ties or dare.")]
+Density = Annotated[float | None, typer.Option(help="ties: the share of each adapter's changes to keep.", show_default="0.2")]
+Drop = Annotated[float | None, typer.Option(help="dare: the probability of dropping a change.", show_default="0.5")]
+Seed = Annotated[int | None, typer.Option(help="dare: the seed of what is dropped.", show_default="0")]
+
+# of commands that let a model write
+MaxNewTokens = Annotated[int, typer.Option(help="An answer has this many tokens at most.", min=1)]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="0: always the most probable token. Above 0: tokens are drawn.", show_default="the model's own settings", min=0
+    ),
+]
+System = Annotated[str, typer.Option(help="A system prompt for the chat template.", show_default=False)]
+
+
+def method_options(method: str, **given: float | None) -> dict[str, float]:
+    """The options that were given. Raises AdapterError for an unknown method, or for a wrong option or value."""
+    from ..fusion.methods import resolve
+
+    options = {key: value for key, value in given.items() if value is not None}
+    resolve(method, options)
+    return options
 
 
 def check_new(path: Path, option: str = "--output", *, force: bool | None = None) -> None:

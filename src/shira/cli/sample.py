@@ -8,8 +8,7 @@ import typer
 
 from ..errors import DataError
 from .adapters import given_adapters
-from .fuse import Density, Drop, MethodName, Seed, method_options
-from .options import Dtype
+from .options import Density, Drop, Dtype, MethodName, Seed, method_options
 from .output import cell, console, progress, waiting
 
 __all__ = ["sample"]

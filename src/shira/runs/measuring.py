@@ -13,7 +13,8 @@ from ..data.batches import row_losses
 from ..data.reading import examples_of
 from ..data.tasks import Example
 from ..data.tokens import Rows, encode
-from .evaluation import interval, mcnemar, paired_change, predicted
+from .evaluation import predicted
+from .significance import interval, mcnemar, paired_change
 
 __all__ = ["Measured", "Outcome", "finite", "measure", "prediction_lines", "read", "summary"]
 

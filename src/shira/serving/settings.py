@@ -1,6 +1,8 @@
 """All settings of a server, each defined once: its type, default, bounds and help. The command is made from them."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Literal
 
 from ..runs.options import check, option
@@ -44,3 +46,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def base_names(self) -> list[str]:
+        """The names of the base for clients: by default that of its folder, which does not tell where the folder is."""
+        return self.served_model_name or [Path(self.model).resolve().name if os.path.isdir(self.model) else self.model]

@@ -2,10 +2,8 @@
 
 import contextlib
 import errno
-import os
 import socket
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -80,8 +78,7 @@ async def _as_openai(_: Request, error: Exception) -> Response:
 
 def built(model: nn.Module, tokenizer: Any, settings: Settings) -> tuple[TransformersEngine, Catalogue]:
     """An engine over a loaded model, and the catalogue of the served folder. Raises EngineError and SelectionError."""
-    names = settings.served_model_name or [base_name(settings.model)]
-    catalogue = Catalogue(settings.adapters, names, shapes_of(settings.model))
+    catalogue = Catalogue(settings.adapters, settings.base_names, shapes_of(settings.model))
     engine = TransformersEngine(
         model,
         Resident(model, settings.adapters, ready=settings.ready, host=settings.host_ready),
@@ -136,11 +133,6 @@ def _check_port(host: str, port: int) -> None:
                 f"the server cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host, or end what "
                 "listens there"
             ) from error
-
-
-def base_name(model: str) -> str:
-    """The name of the base for clients: that of its folder, not where the folder is."""
-    return Path(model).resolve().name if os.path.isdir(model) else model
 
 
 def defaults_of(model: nn.Module) -> dict[str, float]:

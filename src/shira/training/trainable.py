@@ -1,20 +1,15 @@
-"""Check that targets can train: their entries must be writable in place, and not only some targets may be frozen.
-
-Also: describe the base model for the metadata.
-"""
+"""Check that targets can train: their entries must be writable in place, and not only some targets may be frozen."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from ..errors import TargetError
-from ..files.metadata import base_facts
 from ..weights.distributed import check_pieces, is_sharded
 from ..weights.quantized import dtype_label, is_quantized
 from ..weights.targets import Target
 
-__all__ = ["check_trainable", "describe_base"]
+__all__ = ["check_trainable"]
 
 
 def check_trainable(targets: Iterable[Target]) -> None:
@@ -49,9 +44,3 @@ def check_trainable(targets: Iterable[Target]) -> None:
             f"{len(frozen)} of {len(plain)} targets were frozen (requires_grad=False), the first is '{frozen[0]}'; exclude "
             "them, or unfreeze them before attach()"
         )
-
-
-def describe_base(model: nn.Module, chosen: list[Target]) -> dict[str, Any]:
-    """The base model's id (of a local folder only the name), and the adapted weights' dtype (a list if there are several)."""
-    identity = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-    return base_facts(identity, [dtype_label(target.weight) for target in chosen])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..errors import AdapterError, TuningError
+from ..files.metadata import base_facts
 from ..masks.calibration import LossFn, Progress
 from ..masks.selector import Indices, Selector
 from ..sparse.tensor import Kind, SparseTensor, fingerprint
@@ -28,7 +29,7 @@ from ..texts import shown
 from ..weights.buffers import Buffers
 from ..weights.model_tensors import OWN
 from ..weights.owners import Claim, claim
-from ..weights.quantized import keep_differentiable, shape_of
+from ..weights.quantized import dtype_label, keep_differentiable, shape_of
 from ..weights.targets import Target
 from ..weights.undo import Undo
 from . import refresh, resuming, stay_near, steps
@@ -36,7 +37,6 @@ from .following import Touched
 from .gradient_checkpointing import let_gradients_into_blocks
 from .layers import forget_copies
 from .masters import Masters, swapped
-from .trainable import describe_base
 from .tuned_weight import Hooked, TunedWeight
 from .variants import hybrid
 from .variants.choosing import Make
@@ -109,7 +109,8 @@ class Tuner:
         """Make these entries trainable, and nothing else. whole: names of the targets that train whole, without a mask."""
         self.lr_scale = lr_scale
         self._mask, self._selector, self._whole = mask, selector, tuple(whole)
-        self._base = describe_base(self.model, chosen)
+        identity = str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__)
+        self._base = base_facts(identity, [dtype_label(target.weight) for target in chosen])
         model, undo = self.model, self.at_detach
         self._holders = steps.Holders(model, chosen)
         model.requires_grad_(False)

@@ -8,7 +8,6 @@ import sys
 from ...data.models import model_path
 from ..catalogue import Catalogue
 from ..settings import Settings
-from ..transformers_server import base_name
 from .environment import check_entry_points, check_version, classes, installed_version, variables
 
 __all__ = ["arguments", "serve"]
@@ -23,14 +22,9 @@ def serve(settings: Settings) -> None:
     """
     check_version(installed_version())
     check_entry_points()
-    Catalogue(settings.adapters, names_of(settings))  # raises if there is no such folder
+    Catalogue(settings.adapters, settings.base_names)  # raises if there is no such folder
     environment = {**os.environ, **variables(settings)}
     os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments(settings)], environment)
-
-
-def names_of(settings: Settings) -> list[str]:
-    """The names of the base for clients."""
-    return settings.served_model_name or [base_name(settings.model)]
 
 
 def arguments(settings: Settings) -> list[str]:
@@ -51,4 +45,4 @@ def arguments(settings: Settings) -> list[str]:
     if settings.max_tokens is not None:  # vLLM takes it as a limit for every request
         options["override-generation-config"] = json.dumps({"max_new_tokens": settings.max_tokens})
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return [*given, "--served-model-name", *names_of(settings)]
+    return [*given, "--served-model-name", *settings.base_names]
