@@ -66,7 +66,7 @@ def test_every_kind_has_all_that_masters_have_as_soon_as_it_is_made(kind):
         own = each.parameters
         assert own and all(p.requires_grad and p.dtype == torch.float32 and p.numel() for p in own.values())
         assert torch.equal(each.current().detach(), each.base)  # nothing has changed
-        found = {"has_side": each.side is not None, "has_product": each.beside is not None}
+        found = {"has_side": each.added is not None, "has_product": each.low_rank is not None}
         found |= {name: getattr(each, name) for name in USUAL}
         assert found == {"has_side": False, "has_product": False} | says
 

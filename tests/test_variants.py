@@ -29,8 +29,8 @@ def dense_weight(entry, own):
             direction = direction + own["_up"].T @ own["_down"]
         if "_magnitude" not in own:  # the hybrid
             return direction.view(entry.weight.shape)
-        norms = direction.norm(dim=0 if entry.outputs else 1, keepdim=True).detach()
-        magnitude = own["_magnitude"][None] if entry.outputs else own["_magnitude"][:, None]
+        norms = direction.norm(dim=0 if entry.output_dim else 1, keepdim=True).detach()
+        magnitude = own["_magnitude"][None] if entry.output_dim else own["_magnitude"][:, None]
         return torch.where(mask, magnitude * direction / norms, base).view(entry.weight.shape)
 
     return effective
@@ -137,7 +137,7 @@ def test_a_hybrid_says_what_a_sparse_adapter_loses_and_both_its_parts_are_exact(
         alone = tuner.adapter()
         inside = everything = 0.0
         for entry in tuner._tuned:
-            change = entry.beside.up.detach().T @ entry.beside.down.detach()
+            change = entry.low_rank.up.detach().T @ entry.low_rank.down.detach()
             change.view(-1)[entry.indices.long()] += entry.values.detach() - entry.base
             inside += float(change.view(-1)[entry.indices.long()].square().sum())
             everything += float(change.square().sum())

@@ -25,21 +25,21 @@ class Threads:
         group = Alone()
         group.size = self.size
 
-        def told(own):
+        def gathered(own):
             self.said[rank] = own
             self.barrier.wait()
             every = list(self.said)
             self.barrier.wait()
             return every
 
-        def joined(content):
-            every = told(content)
+        def combined(content):
+            every = gathered(content)
             whole = every[0].clone()
             for each in every[1:]:
                 whole |= each
             return whole
 
-        group.told, group.joined = told, joined
+        group.gathered, group.combined = gathered, combined
         return group
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import shira
 from shira.data.pictures import Picture
 from shira.integrations.diffusers import PipelineAdapters
-from shira.integrations.diffusers_training import Examples, accelerator_for, ready, train
+from shira.integrations.diffusers_training import Examples, accelerator_for, train, training_mode
 from shira.integrations.diffusion_losses import Parts
 
 TARGETS = "(?i).*(attn|attention[.]|conv).*"  # attention and all convolutions, those from and to the latents included
@@ -53,7 +53,7 @@ def trained(
     options = {"steps": steps, "learning_rate": rate, "batch_size": batch, "seed": seed}
 
     def fit(tuner: Any) -> dict[str, Any]:
-        with ready(parts, checkpointing=False):
+        with training_mode(parts, checkpointing=False):
             done = train(tuner, parts, examples.batches(batch, seed), accelerator_for("bf16", 1), **options)
         return done | {"validation_loss": loss_of(parts, checks)}
 

@@ -20,7 +20,7 @@ from .diffusers_sampling import sample
 from .diffusion_losses import Parts
 from .transformers import checkpointing_of
 
-__all__ = ["Examples", "accelerator_for", "check_schedule", "class_pictures", "ready", "train"]
+__all__ = ["Examples", "accelerator_for", "check_schedule", "class_pictures", "train", "training_mode"]
 
 CLIP = 1.0  # the largest norm of a step's gradient
 Progress = Callable[[int, int], None]
@@ -81,7 +81,7 @@ def class_pictures(
 
 
 @contextlib.contextmanager
-def ready(parts: Parts, checkpointing: bool) -> Iterator[None]:
+def training_mode(parts: Parts, checkpointing: bool) -> Iterator[None]:
     """Inside, the parts are in training mode, with gradient checkpointing if wanted. Afterwards they are as before."""
     with contextlib.ExitStack() as afterwards:
         afterwards.enter_context(modes_kept(parts))

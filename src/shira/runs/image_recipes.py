@@ -172,7 +172,7 @@ def train_image(
         examples.batches(recipe.batch_size, recipe.seed), -(-recipe.calibration // recipe.batch_size)
     )
     budget = {} if recipe.density or recipe.rank or recipe.total else {"density": DENSITY}
-    with training.ready(parts, recipe.checkpointing):
+    with training.training_mode(parts, recipe.checkpointing):
         tuner = attach(
             parts,
             calibration=calibration,
@@ -188,7 +188,7 @@ def train_image(
                 accelerator,
                 learning_rate=recipe.lr,
                 on_step=on_step,
-                after_step=lambda step: _now_and_then(recipe, step, show),
+                after_step=lambda step: _show_if_due(recipe, step, show),
                 **passed_to("trainer", recipe),
             )
             show(f"step {recipe.steps}")
@@ -203,7 +203,7 @@ def name_of(recipe: ImageRecipe) -> str:
     return recipe.name or Path(recipe.data).resolve().name
 
 
-def _now_and_then(recipe: ImageRecipe, step: int, show: Callable[[str], None]) -> None:
+def _show_if_due(recipe: ImageRecipe, step: int, show: Callable[[str], None]) -> None:
     if recipe.sample_every and step % recipe.sample_every == 0 and step < recipe.steps:
         show(f"step {step}")
 

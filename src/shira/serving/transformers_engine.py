@@ -195,7 +195,7 @@ class TransformersEngine:
             list(prompt), name, max_new_tokens=most, streaming=True, eos_token_id=sorted(ends) or -1, ticket=ticket
         )
         if not self.is_alive():  # it ended meanwhile, and may not have seen this request
-            self._fail(name, self._ended_error())
+            self._end_with(name, self._ended_error())
         self.tokens["prompt"] += len(prompt)
         return job
 
@@ -237,7 +237,7 @@ class TransformersEngine:
         while self._jobs and self.is_alive() and time.monotonic() < end:
             await asyncio.sleep(0.02)
         for name in list(self._jobs):
-            self._fail(name, self._ended_error())
+            self._end_with(name, self._ended_error())
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
@@ -256,7 +256,7 @@ class TransformersEngine:
         """Before each step."""
         self._resident.use(key)
 
-    def failed(self, error: Exception) -> None:
+    def step_failed(self, error: Exception) -> None:
         """After a step that failed. Raises what prevents the base from being restored; then the engine ends."""
         if not isinstance(error, ShiraError):
             log.error("a step failed", exc_info=error)
@@ -269,7 +269,7 @@ class TransformersEngine:
         for loop in {job.loop for job, _ in found}:
             _call(loop, self._take, [(job, output) for job, output in found if job.loop is loop])
 
-    def fail(self, name: str, error: Exception) -> None:
+    def request_failed(self, name: str, error: Exception) -> None:
         """A request that an error has ended."""
         job = self._jobs.get(name)
         if job is None:
@@ -279,12 +279,12 @@ class TransformersEngine:
             ending = status.local_status != status.DONT_STOP
             error = self._ended_error(error) if ending else EngineError(FAILED.format(type(error).__name__))
         self.tokens["failed"] += 1
-        _call(job.loop, self._fail, name, error)
+        _call(job.loop, self._end_with, name, error)
 
-    def ended(self) -> None:
+    def thread_ended(self) -> None:
         """When the thread ends, for whatever reason."""
         for name in list(self._jobs):
-            self.fail(name, self._ended_error())
+            self.request_failed(name, self._ended_error())
 
     def _read_ahead(self, upcoming: Sequence[str]) -> None:
         for key in upcoming[:AHEAD]:
@@ -306,7 +306,7 @@ class TransformersEngine:
                 self._jobs.pop(output.request_id, None)
             job.take(output.generated_tokens, output.is_finished())
 
-    def _fail(self, name: str, error: Exception) -> None:
+    def _end_with(self, name: str, error: Exception) -> None:
         job = self._jobs.pop(name, None)
         if job is not None:
             job.fail(error)
@@ -352,10 +352,10 @@ def _manager(
         manager = Manager(
             model,
             turns=turns,
-            router=Router(engine.deliver, engine.fail),
+            router=Router(engine.deliver, engine.request_failed),
             use=engine.use,
-            failed=engine.failed,
-            ended=engine.ended,
+            failed=engine.step_failed,
+            ended=engine.thread_ended,
             blocks=max(1, cache_tokens // PAGE),
             max_running=min(max_running, step_tokens),
             step_tokens=step_tokens,

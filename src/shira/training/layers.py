@@ -82,8 +82,15 @@ def _usual_forward(module: nn.Module) -> Callable[..., Any] | None:
     Forwards of earlier tuners are skipped: another library may have set one again after its tuner was detached.
     """
     forward = module.__dict__.get("forward")
-    while isinstance(forward, functools.partial) and forward.func in (_linear, _conv1d, _conv2d, _embedding, _tapped, _beside):
-        forward = forward.args[0] if forward.func in (_tapped, _beside) else None
+    while isinstance(forward, functools.partial) and forward.func in (
+        _linear,
+        _conv1d,
+        _conv2d,
+        _embedding,
+        _tapped,
+        _with_added,
+    ):
+        forward = forward.args[0] if forward.func in (_tapped, _with_added) else None
     return None if getattr(forward, "__func__", None) is type(module).forward else forward
 
 
@@ -119,20 +126,20 @@ def _forward_of(module: nn.Module, taps: list[Tap]) -> Callable[..., Any]:
             rest.append(tap)
     forward = functools.partial(_tapped, forward, rest) if rest else forward
     for tap in taps:
-        if tap.masters.side is not None:
-            forward = functools.partial(_beside, forward, tap.masters, tap.masters.side, tap.holder)
+        if tap.masters.added is not None:
+            forward = functools.partial(_with_added, forward, tap.masters, tap.masters.added, tap.holder)
     return forward
 
 
-def _beside(
-    forward: Callable[..., Any], masters: Masters, side: Callable[[Tensor], Tensor], module: nn.Module, input: Tensor
+def _with_added(
+    forward: Callable[..., Any], masters: Masters, added: Callable[[Tensor], Tensor], module: nn.Module, input: Tensor
 ) -> Any:
     """The output of the module's own forward, plus what the masters add to it."""
     _ready(masters, module)
     output = forward(input)
     if masters.ignored or masters.detached:  # the model must be its base
         return output
-    return output + side(input).to(output.dtype)  # the two dtypes differ under autocast
+    return output + added(input).to(output.dtype)  # the two dtypes differ under autocast
 
 
 def _kind(module: nn.Module) -> str:

@@ -36,8 +36,8 @@ class Masters(Followed):
     kind: Kind = "overwrite"
     can_move = False  # whether other positions can replace the present ones
     can_stay_near = False  # whether each trained number is one entry of a whole weight, so that it can be pulled to the base
-    beside: Factors | None = None  # a low-rank product that trains beside the entries
-    side: Callable[[Tensor], Tensor] | None = None  # module's input -> what is added to the module's output
+    low_rank: Factors | None = None  # a low-rank product that trains beside the entries
+    added: Callable[[Tensor], Tensor] | None = None  # module's input -> what is added to the module's output
     calls = 0  # forward passes so far, without those of compiled code
     calls_with_gradients = 0  # those of them in which gradients were enabled
     had_gradient = False  # whether the masters ever had a gradient
@@ -46,7 +46,7 @@ class Masters(Followed):
     def __init__(self, target: Target, indices: Tensor) -> None:
         """indices: sorted positions [k] in the target's flat entries."""
         self.name, self.weight, self.matrix_shape = target.name, target.weight, target.matrix_shape
-        self.outputs = int(any(is_conv1d(use.module) for use in target.uses))  # the matrix's dimension for the layer's outputs
+        self.output_dim = int(any(is_conv1d(use.module) for use in target.uses))  # of the matrix
         sharded = is_sharded(self.weight)
         self.piece = piece_of(self.name, self.weight) if sharded else None
         base = kernels.gather(full(self.weight) if sharded else dense(self.weight), indices)

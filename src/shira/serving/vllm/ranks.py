@@ -36,10 +36,10 @@ class Group(Protocol):
 
     size: int
 
-    def told(self, own: Any) -> list[Any]:
+    def gathered(self, own: Any) -> list[Any]:
         """What each process tells the others, in their order."""
 
-    def joined(self, content: Tensor) -> Tensor:
+    def combined(self, content: Tensor) -> Tensor:
         """The bitwise or of bytes [n] over all processes."""
 
 
@@ -48,10 +48,10 @@ class Alone:
 
     size = 1
 
-    def told(self, own: Any) -> list[Any]:
+    def gathered(self, own: Any) -> list[Any]:
         return [own]
 
-    def joined(self, content: Tensor) -> Tensor:
+    def combined(self, content: Tensor) -> Tensor:
         return content
 
 
@@ -61,12 +61,12 @@ class Together:
     def __init__(self, group: Any) -> None:
         self._group, self.size = group, torch.distributed.get_world_size(group)
 
-    def told(self, own: Any) -> list[Any]:
+    def gathered(self, own: Any) -> list[Any]:
         every = [None] * self.size
         torch.distributed.all_gather_object(every, own, group=self._group)
         return every
 
-    def joined(self, content: Tensor) -> Tensor:
+    def combined(self, content: Tensor) -> Tensor:
         torch.distributed.all_reduce(content, torch.distributed.ReduceOp.BOR, group=self._group)
         return content
 
@@ -114,10 +114,10 @@ class Ranks:
             return False
         try:
             self.agree(key)
-            self._agree(functools.partial(self._put, key))
+            self._in_all_processes(functools.partial(self._put, key))
         except Exception:  # it was raised in all processes
             self._active = None
-            self._agree(functools.partial(self._put, ""))
+            self._in_all_processes(functools.partial(self._put, ""))
             self._active = ""
             raise
         self._active = key
@@ -126,7 +126,7 @@ class Ranks:
     def _put(self, key: str) -> None:
         self.resident.use(key)
 
-    def _agree(self, call: Callable[[], Any]) -> None:
+    def _in_all_processes(self, call: Callable[[], Any]) -> None:
         """Make a call. Raise an error if it has failed in any process, or has returned different things."""
         error: Exception | None = None
         found = None
@@ -134,10 +134,10 @@ class Ranks:
             found = call()
         except Exception as raised:  # the others wait for an answer, whatever was raised
             error = raised
-        told = self._group.told((None if error is None else f"{type(error).__name__}: {error}", found))
+        gathered = self._group.gathered((None if error is None else f"{type(error).__name__}: {error}", found))
         if error is not None:
             raise error
-        for number, (message, others) in enumerate(told):
+        for number, (message, others) in enumerate(gathered):
             if message is not None:
                 raise SwitchError(f"the switch failed in process {number} of this model: {message}")
             if others != found:
@@ -156,7 +156,7 @@ class Ranks:
             files = [(part.name, part.version) for part in of_key(key).parts]
             return [(file, [each.size for each in self._evidence[file][1]]) for file in files if file not in self._compared]
 
-        self._agree(ready)
+        self._in_all_processes(ready)
         for file in [(part.name, part.version) for part in of_key(key).parts]:
             if file in self._compared:
                 continue
@@ -164,7 +164,7 @@ class Ranks:
             for each in evidence:
                 own = each.values.new_zeros(each.size)
                 own[each.numbers] = each.values
-                whole = self._group.joined(own.view(torch.uint8)).view(own.dtype)
+                whole = self._group.combined(own.view(torch.uint8)).view(own.dtype)
                 check_fingerprint(f"'{file[0]}'", each.name, recorded, whole, own.dtype)
             self._compared.add(file)
             del self._evidence[file]

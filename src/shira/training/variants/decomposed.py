@@ -50,7 +50,7 @@ class Decomposed(Masters):
     def _line(self) -> Tensor:
         """The output that each position belongs to, int64 [k]."""
         positions, columns = self.indices.long(), self.matrix_shape[1]
-        return positions % columns if self.outputs else positions // columns
+        return positions % columns if self.output_dim else positions // columns
 
     def _direction(self) -> Tensor:
         return self.parameters[""] if self.factors is None else self.base.float() + self.factors.at(self.indices)
@@ -67,14 +67,14 @@ class Decomposed(Masters):
     @torch.no_grad()
     def _squares(self, there: Tensor) -> Tensor:
         """Σ (W + upᵀ · down)² of each output, float64. W has the entries `there` [k] at the mask's positions."""
-        squares = torch.zeros(self.matrix_shape[self.outputs], dtype=torch.float64, device=self.weight.device)
+        squares = torch.zeros(self.matrix_shape[self.output_dim], dtype=torch.float64, device=self.weight.device)
         whole = self.weight.detach().view(self.matrix_shape)
         for rows, places in row_blocks(self.matrix_shape, self.indices):
             block = whole[rows].float().contiguous() if whole.dtype != torch.float32 else whole[rows].clone()
             kernels.overwrite_(block, self.indices[places] - rows.start * self.matrix_shape[1], there[places].float())
             if self.factors is not None:
                 block += self.factors.up[:, rows].T @ self.factors.down
-            if self.outputs:
+            if self.output_dim:
                 squares += block.double().square_().sum(0)
             else:
                 squares[rows] = block.double().square_().sum(1)

@@ -35,7 +35,7 @@ class Deltas(Masters):
     def differences(self) -> Tensor:
         return self.values if self.scale == 1 else self.values * self.scale
 
-    def side(self, input: Tensor) -> Tensor:
+    def added(self, input: Tensor) -> Tensor:
         output: Tensor = self.layout.product(input, self.differences())
         return output
 

@@ -31,9 +31,9 @@ class Factors:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {"_up": self.up, "_down": self.down}
 
-    def inner_and_outer(self, outputs: int) -> tuple[Tensor, Tensor]:
-        """The factor that multiplies a layer's input [rank, in], and the other factor [rank, out]. outputs: as in `Masters`."""
-        return (self.up, self.down) if outputs else (self.down, self.up)
+    def inner_and_outer(self, output_dim: int) -> tuple[Tensor, Tensor]:
+        """The factor that multiplies a layer's input [rank, in], and the other [rank, out]. output_dim: as in `Masters`."""
+        return (self.up, self.down) if output_dim else (self.down, self.up)
 
     def at(self, indices: Tensor) -> Tensor:
         """The product at sorted flat positions, float32 [k]; differentiable."""

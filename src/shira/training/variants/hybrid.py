@@ -28,22 +28,22 @@ __all__ = ["Hybrid", "record", "save"]
 class Hybrid(Plain):
     """Plain masters of a linear layer's weight, and a low-rank product beside it."""
 
-    beside: Factors
+    low_rank: Factors
 
     def __init__(self, target: Target, indices: Tensor, rank: int, seed: int, scale: float = 1.0) -> None:
         super().__init__(target, indices, scale)
-        self.beside = Factors(self.matrix_shape, rank, seed, self.weight.device)
-        self.parameters |= self.beside.parameters()
+        self.low_rank = Factors(self.matrix_shape, rank, seed, self.weight.device)
+        self.parameters |= self.low_rank.parameters()
         self.can_move = self.can_stay_near = False  # the product has neither positions nor base values
 
-    def side(self, input: Tensor) -> Tensor:
-        inner, outer = self.beside.inner_and_outer(self.outputs)
+    def added(self, input: Tensor) -> Tensor:
+        inner, outer = self.low_rank.inner_and_outer(self.output_dim)
         return linear(linear(input, inner.to(input.dtype)), outer.T.to(input.dtype))
 
     def touched(self) -> Touched:
         """The sum's entries at the mask's positions."""
         alone = super().touched()
-        values = self.current().detach() + self.beside.at(self.indices).detach()
+        values = self.current().detach() + self.low_rank.at(self.indices).detach()
         return alone._replace(values=values.to(self.weight.dtype))
 
 
@@ -58,7 +58,7 @@ def record(masters: Mapping[str, Masters]) -> dict[str, Any] | None:
 
 def _both_parts(masters: Mapping[str, Masters]) -> list[tuple[Masters, Factors]]:
     """(masters, product) for all masters with a low-rank product beside them."""
-    return [(each, each.beside) for each in masters.values() if each.beside is not None]
+    return [(each, each.low_rank) for each in masters.values() if each.low_rank is not None]
 
 
 def _change(masters: Masters, product: Factors) -> tuple[float, float]:
@@ -82,7 +82,7 @@ def save(folder: Path, adapter: Adapter, masters: Mapping[str, Masters]) -> None
     rank = both[0][1].up.shape[0]
     flat = {}
     for each, product in both:
-        inner, outer = product.inner_and_outer(each.outputs)
+        inner, outer = product.inner_and_outer(each.output_dim)
         module = f"base_model.model.{each.name.removesuffix('.weight')}"
         flat[f"{module}.lora_A.weight"] = inner.detach().cpu().clone()  # [rank, in]
         flat[f"{module}.lora_B.weight"] = outer.detach().T.contiguous().cpu().clone()  # [out, rank]
@@ -94,7 +94,7 @@ def save(folder: Path, adapter: Adapter, masters: Mapping[str, Masters]) -> None
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(each.outputs for each, _ in both),
+        "fan_in_fan_out": any(each.output_dim for each, _ in both),
         "target_modules": sorted(each.name.removesuffix(".weight") for each, _ in both),
         "inference_mode": True,
     }
