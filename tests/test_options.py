@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import shira
 from shira import DataError, cli
-from shira.cli.options import FIELDS
+from shira.cli.options import fields_of
 from shira.cli.options import given as read
 from shira.cli.wording import as_typed
 from shira.data.reading import BUILT_IN
@@ -23,6 +23,7 @@ from shira.integrations import transformers as hf
 from shira.runs.options import passed_to
 from shira.runs.recipes import Recipe, load_recipe, save_recipe
 
+FIELDS = fields_of(Recipe)
 NOT_IN_A_RECIPE = {
     "model": "the live model; a recipe names it",
     "loss_fn": "code",

@@ -76,7 +76,7 @@ def evaluate(
     if harness:
         from ..integrations import lm_eval
 
-        lm_eval.check_installed()
+        lm_eval.library()  # raises its error before a model is loaded
     from ..integrations.transformers import load_tokenizer
 
     tokenizer = load_tokenizer(model)

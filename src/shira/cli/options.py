@@ -33,7 +33,6 @@ def fields_of(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {field.name: (field.metadata, allowed) for field, allowed in kinds(kind)}
 
 
-FIELDS = fields_of(Recipe)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -25,7 +25,7 @@ from ..errors import DataError, MissingExtra
 from ..files.tensorfiles import write_whole
 from ..weights.modes import evaluating
 
-__all__ = ["TaskScore", "check_installed", "evaluate", "task_of"]
+__all__ = ["TaskScore", "evaluate", "library", "task_of"]
 
 KINDS = ("likelihood", "generated")
 FEW = 26  # the most choices that are searched for in what a model writes
@@ -115,7 +115,7 @@ def evaluate(
     limit: the number of questions of each task. on_progress is called with the number of sequences scored.
     Raises MissingExtra; or DataError if a task does not score each question as right or wrong.
     """
-    harness = _library()
+    harness = library()
     with _quiet(), evaluating(model):
         live = _live()(model, tokenizer, batch_size, on_progress)
         # not simple_evaluate, because that runs pip and git for seconds to describe the machine
@@ -193,12 +193,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_installed() -> None:
-    """Raise MissingExtra if the harness is not installed."""
-    _library()
-
-
-def _library() -> Any:
+def library() -> Any:
+    """The harness. Raises MissingExtra if it is not installed."""
     try:
         import lm_eval
         import lm_eval.evaluator

@@ -150,6 +150,10 @@ def train_image(
         if on_sample is not None and accelerator.is_main_process:
             on_sample(title, prompts, [sampling.sample(pipe, prompt, recipe.seed, **shape) for prompt in prompts])
 
+    def show_if_due(step: int) -> None:
+        if recipe.sample_every and step % recipe.sample_every == 0 and step < recipe.steps:
+            show(f"step {step}")
+
     priors = []
     if recipe.class_prompt is not None:
         with accelerator.main_process_first():
@@ -188,7 +192,7 @@ def train_image(
                 accelerator,
                 learning_rate=recipe.lr,
                 on_step=on_step,
-                after_step=lambda step: _show_if_due(recipe, step, show),
+                after_step=show_if_due,
                 **passed_to("trainer", recipe),
             )
             show(f"step {recipe.steps}")
@@ -201,11 +205,6 @@ def train_image(
 def name_of(recipe: ImageRecipe) -> str:
     """The name of the recipe's adapter, which is that of the folder with the pictures if it has none."""
     return recipe.name or Path(recipe.data).resolve().name
-
-
-def _show_if_due(recipe: ImageRecipe, step: int, show: Callable[[str], None]) -> None:
-    if recipe.sample_every and step % recipe.sample_every == 0 and step < recipe.steps:
-        show(f"step {step}")
 
 
 def _own_resolution(pipe: Any, parts: "Parts") -> int:

@@ -68,7 +68,7 @@ class AdapterRoutes:
             ("POST", "/v1/load_lora_adapter", self.load_lora),
             ("POST", "/v1/unload_lora_adapter", self.unload_lora),
             ("GET", "/health", self.health),
-            ("GET", "/ready", self.is_ready),
+            ("GET", "/ready", self.health),  # a server that shuts down takes no new connections
             ("GET", "/metrics", self.show_metrics),
         ):
             methods = ["GET", "HEAD"] if method == "GET" else [method]
@@ -177,10 +177,6 @@ class AdapterRoutes:
         if await self.engine.alive():
             return JSONResponse({"status": "ok"})
         raise Refused("the engine has stopped; restart the server", 503, "engine_stopped")
-
-    async def is_ready(self, request: Request) -> Response:
-        """200 while new requests are taken. A server that shuts down takes no new connections."""
-        return await self.health(request)
 
     async def show_metrics(self, request: Request) -> Response:
         self.metrics.update(await self.engine.tiers(), len(self.catalogue.versions))

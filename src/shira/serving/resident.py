@@ -55,10 +55,6 @@ class Version(AdapterSource):
         return self._cut(self._part, super().read(weights)[0])
 
 
-def _uncut(part: Part, adapter: Adapter) -> Adapter:
-    return adapter
-
-
 class Resident:
     """Puts the selection of a key into the weights, exactly that version of each file; and makes others ready meanwhile.
 
@@ -70,7 +66,13 @@ class Resident:
     """
 
     def __init__(
-        self, model: nn.Module, folder: str | os.PathLike[str], *, ready: int = 8, host: int = 0, cut: Cut = _uncut
+        self,
+        model: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        ready: int = 8,
+        host: int = 0,
+        cut: Cut = lambda part, whole: whole,
     ) -> None:
         self._switcher, self._model = Switcher(model, ready=ready, host=host), model
         self._folder, self._cut = Path(folder).absolute(), cut
@@ -177,11 +179,7 @@ def _name_of(part: Part) -> str:
     return f"{part.name}@{part.version}"
 
 
-def _split(name: str) -> tuple[str, str]:
-    adapter, _, version = name.partition("@")
-    return adapter, version
-
-
 def _key_of(names: Mapping[str, Any]) -> str:
     """The key of a selection by the names in the switcher."""
-    return Selection(tuple(Part(*_split(name), strength) for name, strength in sorted(names.items()))).key
+    parts = [(name.split("@"), strength) for name, strength in sorted(names.items())]
+    return Selection(tuple(Part(name, version, strength) for (name, version), strength in parts)).key
