@@ -1,6 +1,10 @@
 """What `shira train` writes, where, and that it loses nothing; and that what cannot be is known before a model is loaded."""
 
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -101,6 +105,42 @@ def test_runs_that_end_at_once_lose_nothing(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             save_run(place, random_adapter(mlp(), 1), base, lambda path: None)
     assert before == {path for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_is_killed_while_it_saves_does_not_keep_its_name(tmp_path, monkeypatch):
+    """Killed before the adapter is there, it leaves nothing that counts. Killed after it, it leaves a whole adapter."""
+    monkeypatch.chdir(tmp_path)
+    code = """
+        import os, signal, sys
+        from pathlib import Path
+        import shira
+        from conftest import mlp, random_adapter
+        from shira.integrations.card import base_of
+        from shira.runs.outputs import output_for, save_run
+
+        def killed(*_, **__):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        _, name, early = sys.argv
+        if early == "early":
+            shira.Adapter.save = killed
+        save_run(output_for(Path(name), ""), random_adapter(mlp(), 1), base_of("model", None, None), killed)
+    """
+    for name, early in (("a.safetensors", True), ("a", True), (".", True), ("a.safetensors", False), ("a", False)):
+        process = [sys.executable, "-c", textwrap.dedent(code), name, "early" if early else "late"]
+        assert subprocess.run(process, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}).returncode == -9
+        left = {path for path in tmp_path.rglob("*") if path.is_file()}
+        assert any(path.name.startswith(".shira-") for path in left)  # the claim, without its lock
+        if not early:
+            with pytest.raises(DataError, match="is there already, and would be lost; give --force"):
+                output_for(Path(name), "")
+            shira.load(name)
+        place = output_for(Path(name), "", force=not early)
+        found = save_run(place, random_adapter(mlp(), 2), base_of("model", None, None), lambda path: path.write_text("mine"))
+        assert found == place and shira.load(name).name == "random2" and found.recipe.read_text() == "mine"
+        assert not [path for path in tmp_path.rglob(".shira-*")]
+        for path in found.files:
+            path.unlink(missing_ok=True)
 
 
 def test_a_configuration_gives_its_name_and_stays(tmp_path, monkeypatch):

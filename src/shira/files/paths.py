@@ -7,6 +7,7 @@ removes those that no process holds.
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -22,6 +23,7 @@ from ..texts import described
 __all__ = [
     "AnyPath",
     "State",
+    "claimed",
     "destination",
     "nearby",
     "open_regular",
@@ -147,10 +149,34 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def _made(folder: Path, is_folder: bool) -> tuple[Path, int]:
-    """A new file or folder, and the descriptor that holds its lock. Without locks, the descriptor of a folder is -1."""
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether nobody else has claimed this path. Then it is claimed until the end, or until this process is killed.
+
+    The claim is a temporary file beside the path, whose name follows from the path's. Nothing is made at the path itself.
+    """
+    sweep(path.parent)
+    try:
+        claim, descriptor = _made(path.parent, is_folder=False, digits=hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16])
+    except FileExistsError:
+        yield False
+        return
+    with open(descriptor, "wb") as file:
+        try:
+            yield True
+        finally:
+            if os.name == "nt":  # Windows cannot remove an open file
+                file.close()
+            claim.unlink(missing_ok=True)
+
+
+def _made(folder: Path, is_folder: bool, digits: str | None = None) -> tuple[Path, int]:
+    """A new file or folder, and the descriptor that holds its lock. Without locks, the descriptor of a folder is -1.
+
+    digits: those of its name. Without them the name is random. Raises FileExistsError if the name is taken.
+    """
     while True:
-        path = folder / f".shira-{secrets.token_hex(8)}.tmp"
+        path = folder / f".shira-{digits or secrets.token_hex(8)}.tmp"
         if is_folder:
             path.mkdir()
             if fcntl is None:

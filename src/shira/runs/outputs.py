@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..adapter import Adapter
 from ..errors import DataError
+from ..files.paths import claimed
 from ..files.suggestions import ADAPTER
 from ..files.tensorfiles import write_whole
 from ..integrations.card import Base, card
@@ -54,7 +55,7 @@ def output_for(
     if output is None:
         plain = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "adapter"
         found = _side_by_side(Path(plain + SUFFIX), config, repeats)
-        return found if force else _free(found, config, repeats)
+        return found if force else next(each for each in _numbered(found, config, repeats) if _is_free(each))
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} to save the adapter in; make it first")
     found = _side_by_side(output, config, repeats) if output.suffix == SUFFIX else _in_folder(output)
@@ -78,30 +79,25 @@ def save_run(
     data: str | None = None,
 ) -> Output:
     """Write what a run has made. Returns where: under a further name if somebody else has taken the name meanwhile."""
-    output = _claimed(output)
-    try:
+    with _claimed(output) as output:
         adapter.save(output.adapter, like=like)
         if not output.kept:
             save_recipe(output.recipe)
         picture = output.samples.name if output.samples.exists() else None
         text = card(adapter, output.adapter.name, base, recipe=output.recipe.name, picture=picture, data=data)
         write_whole(output.card, text.encode())
-    except BaseException:
-        if not (output.replaces or output.card.stat().st_size):
-            output.card.unlink()
-        raise
     return output
 
 
-def _claimed(output: Output) -> Output:
-    """The output, or the next one whose name is free. An empty card tells a run that ends now that the name is taken."""
-    while True:
-        found = output if output.replaces else _free(output, but=(output.samples,))
+@contextlib.contextmanager
+def _claimed(output: Output) -> Iterator[Output]:
+    """The output, or the next one whose name is free. No run that ends meanwhile takes the same."""
+    for found in _numbered(output, None, False):
         found.adapter.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # taken since `_free` has looked
-            if not output.replaces:
-                found.card.touch(exist_ok=False)
-            return found
+        with claimed(found.adapter) as is_ours:
+            if output.replaces or (is_ours and _is_free(found, but=(output.samples,))):
+                yield found
+                return
 
 
 def _in_folder(folder: Path) -> Output:
@@ -114,13 +110,13 @@ def _side_by_side(file: Path, config: Path | None, repeats: bool) -> Output:
     return found._replace(kept=same and repeats)
 
 
-def _free(output: Output, config: Path | None = None, repeats: bool = False, *, but: tuple[Path, ...] = ()) -> Output:
-    """The first of output, output-2, output-3, … of whose files none is there. but: files of the run's own."""
-    found = _numbered(output, config, repeats)
-    return next(each for each in found if not any(map(os.path.lexists, set(each.files) - set(but))))
+def _is_free(output: Output, *, but: tuple[Path, ...] = ()) -> bool:
+    """Whether none of the output's files is there. but: files of the run's own."""
+    return not any(map(os.path.lexists, set(output.files) - set(but)))
 
 
 def _numbered(output: Output, config: Path | None, repeats: bool) -> Iterator[Output]:
+    """output, output-2, output-3, …."""
     yield output
     folder = output.adapter.parent if output.adapter.parent.name else output.adapter.parent.absolute()
     for number in itertools.count(2):
