@@ -105,7 +105,8 @@ test-ray: .venv-ray/ready ## Ray Serve on a local cluster of two nodes, parts of
 
 test-play: .venv-play/ready ## the page of shira play in headless Chromium, which it installs by apt-get if it is missing
 	command -v chromium > /dev/null || apt-get install -y -qq --no-install-recommends chromium
-	OMP_NUM_THREADS=1 .venv-play/bin/python -m pytest -W default tests/test_play.py tests/test_play_pictures.py tests/test_play_page.py
+	OMP_NUM_THREADS=1 .venv-play/bin/python -m pytest -W default tests/test_play.py tests/test_play_pictures.py tests/test_play_page.py \
+		tests/test_play_page_pictures.py
 
 # Triton is not in constraints.txt: torch's own builds for CUDA bring the one they need, its builds for the CPU bring none
 test-gpu: .venv/ready ## the kernels for GPUs, on one or in Triton's interpreter (installs Triton, about 300 MB)
@@ -176,5 +177,5 @@ test-window: ## tests of all that touches torch and Transformers, with the lowes
 	@$(MAKE) --no-print-directory test-newest
 
 clean: ## remove the environment and what was built
-	rm -rf .venv .venv-vllm .venv-ray .venv-play build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf .venv .venv-vllm .venv-ray .venv-lowest .venv-newest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-ray .venv-play .venv-lowest .venv-newest build dist src/*.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
