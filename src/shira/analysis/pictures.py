@@ -20,6 +20,7 @@ __all__ = ["heat_maps", "histograms", "mask_pictures", "matrices", "png", "spect
 
 CELLS = 160  # of a drawn mask, along its longer side
 LONGEST, SHORT = 40, 16  # characters of a name in a picture; and of one along an edge
+NARROW = 12  # modules that fit below one of two panels in a row; a UNet has more
 
 
 def _drawn(name: str, most: int = LONGEST) -> str:
@@ -98,7 +99,8 @@ def heat_maps(pyplot: Any, found: Comparison) -> Any:
     places = {name: _layer_and_module(name) for name in found.tensors}
     layers = sorted({layer for layer, _ in places.values()})
     modules = sorted({module for _, module in places.values()})
-    figure, axes = _panels(pyplot, len(found.adapters), 1.6 + min(5.0, 0.13 * len(layers)))
+    across = 2 if len(modules) <= NARROW else 1
+    figure, axes = _panels(pyplot, len(found.adapters), 1.6 + min(5.0, 0.13 * len(layers)), most=across)
     for axis, adapter in zip(axes, found.adapters, strict=True):
         cells = torch.zeros(len(layers), len(modules))
         for name, part in found.tensors.items():
@@ -114,7 +116,7 @@ def heat_maps(pyplot: Any, found: Comparison) -> Any:
         axis.set_xticks(
             range(len(modules)), [_drawn(module, SHORT) for module in modules], rotation=60, ha="right", rotation_mode="anchor"
         )
-        axis.set_title(_drawn(adapter), fontsize=10)
+        axis.set_title(_drawn(adapter, LONGEST // across), fontsize=10)
         axis.tick_params(labelsize=8)
     return figure
 
