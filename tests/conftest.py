@@ -183,8 +183,9 @@ def pipe(one_pipeline):
 def adapters(pipe):
     """Two adapters of that pipeline, "a" and "b"."""
     from pipelines import pipe_adapter
+    from shira.integrations.diffusers import PipelineAdapters
 
-    made = shira.integrations.diffusers.PipelineAdapters(pipe)
+    made = PipelineAdapters(pipe)
     for seed, name in enumerate("ab", start=1):
         made.load(pipe_adapter(pipe, seed), name)
     yield made

@@ -1,12 +1,15 @@
 """The picture tab of `shira play` in headless Chromium, on a tiny random pipeline. `make test-play` installs what it needs."""
 
 import io
+import time
 import warnings
 
 import pytest
 
 pytest.importorskip("diffusers")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL")
+
+from PIL import Image
 
 import shira
 from conftest import letter_tokenizer, random_adapter
@@ -49,7 +52,7 @@ def at_the_pictures(page, address):
 
 def button(page, name):
     """The button of this tab: the other one has buttons of the same names."""
-    return page.get_by_role("button", name=name, exact=True).locator("visible=true")
+    return page.get_by_role("button", name=name).locator("visible=true")
 
 
 def moved(page, name, strength):
@@ -84,8 +87,12 @@ def alone(place, strengths):
         place._adapters.disable()
 
 
-def test_a_person_at_the_pictures(shown, browser, tmp_path):  # noqa: F811
+def test_a_person_at_the_pictures(shown, browser, monkeypatch):  # noqa: F811
+    from gradio import processing_utils
+
     place, address = shown
+    saved, save = [], processing_utils.save_pil_to_cache
+    monkeypatch.setattr(processing_utils, "save_pil_to_cache", lambda *given, **o: saved.append(0) or save(*given, **o))
     expected = [alone(place, {}), alone(place, {"a": 0.6}), alone(place, {"a": 0.6, "b": 1.0})]
     page, asked = browser.new_page(), []
     page.on("request", lambda request: asked.append(request.url))
@@ -93,6 +100,7 @@ def test_a_person_at_the_pictures(shown, browser, tmp_path):  # noqa: F811
     moved(page, "a", 0.6)
     page.locator("#switched-1", has_text=" ms").wait_for()
     assert drawn(page, "Both sides differ") == expected[:2]
+    assert len(saved) == 2  # not again at each step: the browser could find half a file
     assert "exact" in page.locator("#light-1").inner_text() and page.locator("#light-1 .lamp.yes").count() == 1
 
     page.get_by_role("checkbox", name="b", exact=True).check()
@@ -125,6 +133,15 @@ def test_what_goes_wrong_is_a_sentence(shown, browser, pipe, tiny_llama, tmp_pat
     button(page, "Generate").click()
     page.locator("#note-1 .error", has_text="There is no prompt: write one first.").wait_for()
     page.locator("#prompt-1 textarea").fill("a dog")
+    seed = page.get_by_label("Seed").locator("visible=true")
+    for wrong, found in {"-5": "-5", "": "None"}.items():
+        seed.fill(wrong)
+        seed.press("Tab")
+        button(page, "Generate").click()
+        words = f"The seed must be a whole number from 0 to 2,147,483,647, found {found}."
+        page.locator("#note-1 .error", has_text=words).wait_for()
+    seed.fill("0")
+    seed.press("Tab")
     drawn(page, "Both sides differ")
 
     files = {"nothing": b"no adapter"}
@@ -148,7 +165,11 @@ def test_what_goes_wrong_is_a_sentence(shown, browser, pipe, tiny_llama, tmp_pat
     bias.copy_(was)
 
 
-def test_stopped_on_a_phone(shown, browser):  # noqa: F811
+def test_stopped_on_a_phone(shown, browser, monkeypatch):  # noqa: F811
+    def slow(*given, on_step, **options):
+        return sample(*given, on_step=lambda step: (time.sleep(0.1), on_step(step)), **options)
+
+    monkeypatch.setattr("shira.play.pictures.sample", slow)
     place, address = shown
     page = browser.new_context(**PHONE).new_page()
     at_the_pictures(page, address)
@@ -158,5 +179,6 @@ def test_stopped_on_a_phone(shown, browser):  # noqa: F811
     page.locator("#note-1", has_text="1 of 2: the base, step").wait_for()
     button(page, "Stop").click()
     page.locator("#note-1", has_text="Stopped.").wait_for()
+    sync_api.expect(page.locator("#adapted-1 img")).to_have_count(0)
     assert place.light.exact
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["viewport"]["width"]

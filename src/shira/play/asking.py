@@ -54,7 +54,7 @@ def _within(what: str, value: Any, least: float, most: float, *, whole: bool = F
     wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
     if wrong or not least <= value <= most or (whole and value != int(value)):
         kind = "a whole number" if whole else "a number"
-        raise DataError(f"{what} must be {kind} from {least:g} to {most:g}, found {shown(value)}")
+        raise DataError(f"{what} must be {kind} from {least:,} to {most:,}, found {shown(value)}")
 
 
 def _written(prompt: Any) -> None:

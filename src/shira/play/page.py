@@ -121,7 +121,7 @@ class _Panel:
                 steps = gr.Slider(1, 100, 20, step=1, label="Steps", interactive=True)
                 guidance = gr.Slider(0, 15, 0, step=0.5, label="Guidance", info="0: the pipeline's own.", interactive=True)
                 self.settings = [self.prompt, steps, guidance]
-            self.settings.append(gr.Number(0, label="Seed", precision=0, minimum=0, interactive=True))
+            self.settings.append(gr.Number(0, label="Seed", precision=0, interactive=True))
         self.end.click(self.stop, queue=False, show_progress="hidden")
 
     def side(self, label: str, name: str) -> Any:
@@ -242,7 +242,10 @@ class _Panel:
                     yield failed(seen)
                     return
                 switched = skip if seen.milliseconds is None else switch_html(seen.milliseconds)
-                yield seen.base, seen.adapted, note_html(seen.note), switched, skip
+                # Gradio writes the file of a picture again each time, also while the browser reads it
+                base = skip if last and last.base is seen.base else seen.base
+                adapted = skip if last and last.adapted is seen.adapted else seen.adapted
+                yield base, adapted, note_html(seen.note), switched, skip
                 last = seen
             note = note_html("Stopped.") if stop.is_set() and last and last.note.endswith("…") else skip
             yield skip, skip, note, skip, self.lit()

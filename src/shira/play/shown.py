@@ -24,7 +24,8 @@ CSS = """
 .lamp.yes { background: #16a34a; box-shadow: 0 0 0 3px #16a34a40; }
 .lamp.no { background: #dc2626; box-shadow: 0 0 0 3px #dc262640; }
 .lamp.unknown { background: #9ca3af; }
-.error { color: var(--error-text-color, #b91c1c); overflow-wrap: anywhere; }
+.error { color: #b91c1c; overflow-wrap: anywhere; }
+.dark .error { color: #fca5a5; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.6rem; margin: 0.6rem 0; }
 .facts div { border: 1px solid var(--border-color-primary); border-radius: var(--radius-md); padding: 0.5rem 0.7rem; }
 .facts b { display: block; font-size: 1.15rem; }
@@ -37,6 +38,8 @@ CSS = """
 }
 .made img { width: 100%; height: 100%; object-fit: contain; }
 .blocks { gap: 0.3rem !important; }
+.label-wrap { gap: 0.5rem; align-items: center; text-align: left; }
+.state input { text-overflow: ellipsis; padding-right: 1.5rem; }
 """
 
 
