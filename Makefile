@@ -144,7 +144,7 @@ lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-extras: .venv/ready ## the wheel with each extra in an empty environment: pip check, and one act of the extra (ten minutes)
+extras: .venv/ready ## the wheel with each extra in an empty environment: pip check, and one act of the extra (twenty minutes)
 	$(BIN)/python tests/extras.py
 
 # The lowest releases that pyproject.toml permits, and the newest that pip finds. torch's default builds for Linux bring CUDA, so
