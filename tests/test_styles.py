@@ -237,13 +237,13 @@ def emoji_model(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.real
 def test_dreambooth_draws_a_grid_and_leaves_the_base(emoji_model, tmp_path, monkeypatch, capsys):
-    for name, value in {"PRIORS": 2, "SEEDS": 1, "SAMPLING": 2, "OTHERS": ["cat", "pizza"]}.items():
+    for name, value in {"OF_BASE": 2, "SEEDS": 1, "SAMPLING": 2, "OTHERS": ["cat", "pizza"]}.items():
         monkeypatch.setattr(dreambooth, name, value)
     dreambooth.main(["--out", str(tmp_path / "grid.png"), "--steps", "2"])
     said = capsys.readouterr().out
-    assert "as it was: yes" in said and len(re.findall(r"(?:LoRA|WM|Rand) +│ (?:yes|no)", said)) == 6
+    assert "as it was: yes" in said and len(re.findall(r"(?:LoRA|WM|Rand) +│ (?:none|dog|all)", said)) == 9
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.width > 7 * 96 and grid.height > 5 * 96
+        assert grid.width > 10 * 96 and grid.height > 5 * 96
 
 
 @pytest.mark.slow

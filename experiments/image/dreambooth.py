@@ -2,11 +2,12 @@
 
 python -m experiments.image.dreambooth        trains, draws dreambooth.png, and prints a table
 
-LoRA and two masks, of equally many parameters, each with and without prior preservation: pictures that the base draws of "dog".
-The learning rates are those that styles chose (recipes/image.yaml), and were not searched again.
+LoRA and two masks, of equally many parameters: without prior preservation; with pictures that the base draws of "dog"; and with
+pictures that it draws of all 24 names.
 """
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +31,13 @@ from .style_adapters import adapted, trained
 SUBJECT, NAME, CLASS = "fox face", "sks dog", "dog"
 OTHERS = [name for name in FEW if name != CLASS]
 METHODS: dict[str, tuple[dict[str, Any], float]] = {  # and learning rates
-    "LoRA": ({"lora": 3}, 0.004),
-    "WM": ({"mask": "wm", "rank": 3}, 0.04),
-    "Rand": ({"mask": "rand", "rank": 3}, 0.04),
+    "LoRA": ({"lora": 3}, 0.002),
+    "WM": ({"mask": "wm", "rank": 3}, 0.01),
+    "Rand": ({"mask": "rand", "rank": 3}, 0.01),
 }
+PRIORS = {"none": (), "dog": (CLASS,), "all": FEW}  # what the base draws of
 SIDE, STEPS, BATCH = 32, 150, 4
-PRIORS = 16  # pictures of the class that the base draws
+OF_BASE = 24  # pictures that the base draws of them
 SEEDS = 8  # pictures of each name that are measured
 GUIDANCE, SAMPLING = 2.0, 20
 SHOWN = (NAME, CLASS, "cat", "pizza")
@@ -73,25 +75,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = {name: drawn(pipe, name) for name in (NAME, CLASS, *OTHERS)}
     subject = np.stack([np.asarray(each, float) for each in of_subject()[:1]])
     images = [pictures.Picture(image, NAME) for image in of_subject()]
-    of_class = emoji.generate(pipe, [CLASS] * PRIORS, GUIDANCE, SAMPLING, seed=1)
-    priors = [pictures.Picture(Image.fromarray(each), CLASS) for each in of_class]
-
+    priors = {}
+    for prior, names in PRIORS.items():
+        captions = list(itertools.islice(itertools.cycle(names), OF_BASE))
+        made = emoji.generate(pipe, captions, GUIDANCE, SAMPLING, seed=1)
+        priors[prior] = [pictures.Picture(Image.fromarray(each), name) for each, name in zip(made, captions, strict=True)]
     columns = {"base": base}
     table = Table("adapter", "prior", f"{NAME} to the fox", f"{CLASS} to the base's", "others to the base's")
     table.add_row("base", "", f"{apart(base[NAME], subject):.1f}", "0", "0")
-    with progress("training and drawing", 2 * len(METHODS)) as update:
+    with progress("training and drawing", len(PRIORS) * len(METHODS)) as update:
         for method, (chosen, rate) in METHODS.items():
-            for prior in (False, True):
+            for prior in PRIORS:
                 with tempfile.TemporaryDirectory() as folder:
                     shape = {"side": SIDE, "steps": options.steps, "batch": BATCH, "rate": rate, "seed": 0}
-                    trained(chosen, pipe, images, images[:1], Path(folder), priors=priors if prior else [], **shape)
+                    trained(chosen, pipe, images, images[:1], Path(folder), priors=priors[prior], **shape)
                     with adapted(pipe, [Path(folder)], [1.0]):
                         found = {name: drawn(pipe, name) for name in base}
-                title = f"{method}, prior" if prior else method
+                title = f"{method}, {prior}"
                 columns[title] = found
                 others = sum(apart(found[name], base[name]) for name in OTHERS) / len(OTHERS)
                 own, same = apart(found[NAME], subject), apart(found[CLASS], base[CLASS])
-                table.add_row(method, "yes" if prior else "no", f"{own:.1f}", f"{same:.1f}", f"{others:.1f}")
+                table.add_row(method, prior, f"{own:.1f}", f"{same:.1f}", f"{others:.1f}")
                 update(len(columns) - 1, title)
     cells = [[Image.fromarray(column[name][0].astype(np.uint8)) for column in columns.values()] for name in SHOWN]
     cells.insert(0, [*of_subject(), *[Image.new("RGB", (SIDE, SIDE), "white")] * (len(columns) - 4)])
