@@ -159,12 +159,14 @@ def test_a_cast_model_lays_no_claim_on_the_memory_that_it_gave_back():
 def test_an_interrupt_leaves_no_other_model_waiting():
     """Whatever line it strikes at: another thread's switcher, over another model, goes on."""
     others = mlp()
-    elsewhere = switcher_of(others)
+    elsewhere, struck = switcher_of(others), 0
     for line in range(1, 400):
         switcher = switcher_of(mlp())
-        with interrupted(line):
+        with interrupted(line) as left:
             switcher.use("a")
+        struck += not left
         thread = threading.Thread(target=lambda: (elsewhere.use("b"), elsewhere.use(None)))
         thread.start()
         thread.join(20)
         assert not thread.is_alive(), f"line {line}"
+    assert struck > 20
