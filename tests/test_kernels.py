@@ -313,7 +313,7 @@ def test_writing_does_not_move_a_weight():
     index=st.sampled_from([torch.int32, torch.int64]),
 )
 @settings(max_examples=40)
-def test_merge_finds_the_union_and_each_place_in_it(seed, densities, numel, index):
+def test_unite_finds_the_union_and_each_place_in_it(seed, densities, numel, index):
     generator = torch.Generator().manual_seed(seed)
     runs = [(torch.rand(numel, generator=generator) < density).nonzero().view(-1).to(index) for density in densities]
     held = torch.zeros(numel, dtype=torch.int32)
@@ -328,7 +328,7 @@ def test_merge_finds_the_union_and_each_place_in_it(seed, densities, numel, inde
             assert torch.equal(indices[place.long()], run) and place.dtype == torch.int32
 
 
-def test_merge_refuses_positions_below_zero_in_c():
+def test_unite_refuses_positions_below_zero_in_c():
     if "native" in kernels.BACKENDS:
         with kernels.backend("native"), pytest.raises(IndexError):
             kernels.unite([torch.tensor([-5, 3])])
