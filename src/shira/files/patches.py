@@ -35,7 +35,7 @@ Shape = tuple[int, ...]
 ShapesOf = Callable[[list[str]], Mapping[str, Shape]]
 
 
-class Part(NamedTuple):
+class PatchPiece(NamedTuple):
     """Entries of one tensor in a file. positions: None if they are all positions. dtype: of the tensor in its model."""
 
     file: BinaryIO
@@ -58,7 +58,7 @@ class StoredPatch(Mapping[str, SparseTensor]):
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         self._path, self._one_at_a_time = path, threading.Lock()
         self._states: dict[BinaryIO, State] = {}
-        self._parts: dict[str, list[Part]] = {}
+        self._parts: dict[str, list[PatchPiece]] = {}
         self._shapes: dict[str, Shape] = {}
         versions = set()
         for each in files:
@@ -161,7 +161,7 @@ def _of_trl(
     entries: Mapping[str, HeaderEntry],
     header: Mapping[str, str],
     shapes_of: ShapesOf | None,
-) -> Iterator[tuple[str, Shape, Part]]:
+) -> Iterator[tuple[str, Shape, PatchPiece]]:
     """NAME.idx and NAME.val of each tensor that changed in part, and NAME of one that is sent whole."""
     encoding = header.get("encoding")
     if header.get("version") != TRL["version"] or encoding not in ("raw", "gap_delta"):
@@ -194,13 +194,13 @@ def _of_trl(
                 f"`shira convert {path} --base MODEL -o adapter.safetensors`"
             )
         _check_count(path, name, known[name], values.form.shape[0])
-        yield name, known[name], Part(file, positions, encoding == "gap_delta", values, values.form.dtype)
+        yield name, known[name], PatchPiece(file, positions, encoding == "gap_delta", values, values.form.dtype)
     for name in whole:
         form = entries[name].form
         if form.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{path}: tensor '{name}' must be floating point, found {dtype_name(form.dtype)}")
         flat = entries[name]._replace(form=Form((numel_of(form.shape),), form.dtype))
-        yield name, form.shape, Part(file, None, False, flat, form.dtype)
+        yield name, form.shape, PatchPiece(file, None, False, flat, form.dtype)
 
 
 def _shapes_in(path: Path, header: Mapping[str, str]) -> dict[str, Shape]:
@@ -224,7 +224,7 @@ def _spec_of(path: Path, file: BinaryIO, entries: Mapping[str, HeaderEntry], hea
 
 def _of_manifest(
     path: Path, file: BinaryIO, entries: Mapping[str, HeaderEntry], spec: Mapping[str, Any]
-) -> Iterator[tuple[str, Shape, Part]]:
+) -> Iterator[tuple[str, Shape, PatchPiece]]:
     """The parts of slime's and verl's layout: the bytes of all positions, all values, and where each tensor has its own."""
     encoding, params, values = spec.get("encoding"), spec.get("params"), entries[VALUES]
     positions = entries.get(POSITIONS, HeaderEntry(Form((0,), torch.uint8), 0, 0))
@@ -264,7 +264,7 @@ def _of_manifest(
             where = HeaderEntry(Form((count,), unit), positions.begin + begin, positions.begin + end)
         size = values.form.dtype.itemsize
         held = HeaderEntry(Form((count,), values.form.dtype), values.begin + first * size, values.begin + last * size)
-        yield name, shape, Part(file, where, encoding != "indices", held, dtype)
+        yield name, shape, PatchPiece(file, where, encoding != "indices", held, dtype)
     if at != positions.end - positions.begin or value_at != values.form.shape[0]:
         raise FormatError(
             f"{path}: the params end at byte {at} of {positions.end - positions.begin} and value {value_at} of "
@@ -291,7 +291,7 @@ def _check_count(path: Path, name: str, shape: Shape, count: int) -> None:
         raise FormatError(f"{path}: tensor '{name}': expected at most {numel} entries in shape {list(shape)}, found {count}")
 
 
-def _positions(part: Part, numel: int) -> Tensor:
+def _positions(part: PatchPiece, numel: int) -> Tensor:
     """The positions of a part, int32 or int64. Raises AdapterError if gaps lead out of the tensor."""
     if part.positions is None:
         return torch.arange(part.values.form.shape[0])
