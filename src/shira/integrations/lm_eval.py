@@ -184,7 +184,7 @@ def _quiet() -> Iterator[None]:
     """A context that hides the progress bars of the harness and of datasets, and the harness's warnings, which do not apply."""
     import tqdm
 
-    usual, logger = tqdm.tqdm.__init__, logging.getLogger("lm_eval")
+    usual, logger = vars(tqdm.tqdm)["__init__"], logging.getLogger("lm_eval")
     level = logger.level
     tqdm.tqdm.__init__ = functools.partialmethod(usual, disable=True)
     logger.setLevel(logging.ERROR)
