@@ -100,7 +100,7 @@ def contents(root: Path, version: str) -> list[str]:
     Raises SystemExit if they are not one source distribution and one wheel of this version, or hold what they must not.
     """
     made = sorted((root / "dist").glob("*"))
-    expected = [rf"{NAME}-{re.escape(version)}-cp311-abi3-\w+\.whl", rf"{NAME}-{re.escape(version)}\.tar\.gz"]
+    expected = [rf"{NAME}-{re.escape(version)}-cp311-abi3-[\w.]+\.whl", rf"{NAME}-{re.escape(version)}\.tar\.gz"]
     if len(made) != 2 or not all(re.fullmatch(one, path.name) for one, path in zip(expected, made, strict=True)):
         sys.exit(
             f"expected a wheel with kernels and a source distribution of {version} in dist, found {[p.name for p in made]}"
