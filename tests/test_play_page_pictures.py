@@ -15,6 +15,7 @@ import shira
 from conftest import letter_tokenizer, random_adapter
 from pipelines import pipe_adapter
 from shira.integrations.diffusers_sampling import sample
+from shira.play.asking import Picture
 from test_play_page import PHONE, browser, pytestmark, sync_api  # noqa: F401  a fixture and marks
 
 STEPS = 2
@@ -66,9 +67,10 @@ def moved(page, name, strength):
 
 
 def drawn(page, note):
-    """Both pictures after a click, once the note says that they are done."""
+    """Both pictures after a click, once a new note says that they are done."""
+    page.locator("#note-1 [role]").evaluate("each => each.classList.add('old')")
     button(page, "Generate").click()
-    page.locator("#note-1", has_text=note).wait_for()
+    page.locator("#note-1 [role]:not(.old)", has_text=note).wait_for()
     return [picture(page, side) for side in ("base", "adapted")]
 
 
@@ -99,7 +101,9 @@ def test_a_person_at_the_pictures(shown, browser, monkeypatch):  # noqa: F811
     at_the_pictures(page, address)
     moved(page, "a", 0.6)
     page.locator("#switched-1", has_text=" ms").wait_for()
-    assert drawn(page, "Both sides differ") == expected[:2]
+    found = drawn(page, "Both sides differ")
+    assert list(place._kept) == [Picture("a dog", STEPS)]  # what was asked for
+    assert found == expected[:2]
     assert len(saved) == 2  # not again at each step: the browser could find half a file
     assert "exact" in page.locator("#light-1").inner_text() and page.locator("#light-1 .lamp.yes").count() == 1
 
