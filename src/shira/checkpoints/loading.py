@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..weights.process_settings import for_all_inside
 
 __all__ = ["Loaded", "loaded_as", "ways_to_load"]
 
@@ -106,7 +105,6 @@ def _classes(config: Any) -> Iterator[Any]:
     yield from dict.fromkeys(kind for kind in (*named, *listed) if isinstance(kind, type))
 
 
-@for_all_inside
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without the advice that a class gives when a model of it is made."""

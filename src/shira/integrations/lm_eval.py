@@ -24,7 +24,6 @@ from ..data.tasks import Example
 from ..errors import DataError, MissingExtra
 from ..files.tensorfiles import write_whole
 from ..weights.modes import evaluating
-from ..weights.process_settings import for_all_inside
 
 __all__ = ["TaskScore", "evaluate", "library", "task_of"]
 
@@ -178,7 +177,6 @@ def _live() -> Any:
     return Live
 
 
-@for_all_inside
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """A context that hides the progress bars of the harness and of datasets, and the harness's warnings, which do not apply."""

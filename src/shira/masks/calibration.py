@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..errors import DataError, MaskError
 from ..weights.buffers import Buffers, same_form
 from ..weights.distributed import full, is_sharded
-from ..weights.process_settings import for_all_inside
 from ..weights.quantized import shape_of
 from ..weights.targets import is_conv1d
 from ..weights.undo import Undo, hooks_of, set_hook
@@ -51,7 +50,6 @@ def same_random_numbers(weights: Iterable[Tensor]) -> contextlib.AbstractContext
     return fork
 
 
-@for_all_inside
 @contextlib.contextmanager
 def without_cudnn_attention() -> Iterator[None]:
     """A context in which torch's own kernels compute attention, not cuDNN's.
