@@ -97,11 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 own, same = apart(found[NAME], subject), apart(found[CLASS], base[CLASS])
                 table.add_row(method, prior, f"{own:.1f}", f"{same:.1f}", f"{others:.1f}")
                 update(len(columns) - 1, title)
-    cells = [
-        [learned, *(Image.fromarray(column[name][0].astype(np.uint8)) for column in columns.values())]
-        for learned, name in zip(of_subject(), SHOWN, strict=True)
-    ]
-    grid(cells, SHOWN, ["learned from", *columns], smallest=96).save(options.out, optimize=True)
+    cells = [[Image.fromarray(column[name][0].astype(np.uint8)) for column in columns.values()] for name in SHOWN]
+    cells.insert(0, [*of_subject(), *[Image.new("RGB", (SIDE, SIDE), "white")] * (len(columns) - 4)])
+    grid(cells, ["learned from", *SHOWN], list(columns), smallest=96).save(options.out, optimize=True)
     console.print(table)
     console.print(f"the base is as it was: {'yes' if digest(modules_of(pipe)) == before else 'NO'}; look at {options.out}")
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-
 __all__ = ["Loaded", "loaded_as", "ways_to_load"]
 
 HEADS = (  # Transformers' lists of classes that a checkpoint may be loaded as, beside the one that its configuration names
