@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import shira
-from conftest import letter_tokenizer
+from conftest import letter_tokenizer, mlp
+from interrupting import interrupted
 from shira.data.batches import row_losses
 from shira.data.tasks import Example
 from shira.integrations import transformers as hf
 from shira.runs.significance import paired_change
+from shira.weights.modes import evaluating
 from test_try import QUESTIONS, TEXTS, home, live, plainly  # noqa: F401
 
 
@@ -119,3 +121,17 @@ def test_a_measurement_leaves_each_module_in_its_own_mode(tiny_llama):
         with pytest.raises(ZeroDivisionError):
             measured()
         assert [module.training for module in tiny_llama.modules()] == modes
+
+
+def test_an_interrupt_at_any_line_leaves_each_module_in_its_own_mode():
+    model = mlp().train()
+    model[0].eval()
+    modes = [module.training for module in model.modules()]
+    line, struck = 1, True
+    while struck:
+        with interrupted(line) as left, evaluating(model):
+            assert not any(module.training for module in model.modules())
+        struck = not left
+        assert [module.training for module in model.modules()] == modes, f"line {line}"
+        line += 1
+    assert line > 10

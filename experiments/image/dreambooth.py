@@ -101,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells.insert(0, [*of_subject(), *[Image.new("RGB", (SIDE, SIDE), "white")] * (len(columns) - 4)])
     grid(cells, ["learned from", *SHOWN], list(columns), smallest=96).save(options.out, optimize=True)
     console.print(table)
-    console.print(f"the base is as it was: {'yes' if digest(modules_of(pipe)) == before else 'NO'}; look at {options.out}")
+    same = digest(modules_of(pipe)) == before
+    console.print(f"the base is as it was: {'yes' if same else 'NO'}; look at {options.out}")
+    if not same:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

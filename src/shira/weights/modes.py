@@ -5,18 +5,17 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .undo import Undo
+
 __all__ = ["evaluating", "modes_kept"]
 
 
 @contextlib.contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Inside, modes may change. Afterwards each module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with Undo().inner() as undo:
+        undo.callback(_set_modes, [(module, module.training) for module in model.modules()])
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -26,3 +25,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             module.training = False
         yield
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
