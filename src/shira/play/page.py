@@ -1,12 +1,14 @@
 """The page, in Gradio. What it does is in `local` and `remote`; this file says where it stands. Only `opening` imports it."""
 
 import logging
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import processing_utils
 
 from ..errors import ShiraError
 from .asking import MOST, Chosen, Picture, Place, Words, chosen_from
@@ -242,9 +244,8 @@ class _Panel:
                     yield failed(seen)
                     return
                 switched = skip if seen.milliseconds is None else switch_html(seen.milliseconds)
-                # Gradio writes the file of a picture again each time, also while the browser reads it
-                base = skip if last and last.base is seen.base else seen.base
-                adapted = skip if last and last.adapted is seen.adapted else seen.adapted
+                base = skip if last and last.base is seen.base else _for_side(self.base, seen.base)
+                adapted = skip if last and last.adapted is seen.adapted else _for_side(self.adapted, seen.adapted)
                 yield base, adapted, note_html(seen.note), switched, skip
                 last = seen
             note = note_html("Stopped.") if stop.is_set() and last and last.note.endswith("…") else skip
@@ -282,6 +283,16 @@ class _Panel:
             return gr.File(value=None), gr.skip(), error_html(str(error))
         names = gr.CheckboxGroup(choices=self.place.names(), value=[*picked, name])
         return gr.File(value=None), names, note_html(f"{name} is added.")
+
+
+def _for_side(side: Any, made: Any) -> Any:
+    """A text as it is; a picture as a file, since Gradio writes the file of a picture again, also while a browser reads it."""
+    if made is None or isinstance(made, str):
+        return made
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "image.png"
+        made.save(file)
+        return processing_utils.save_file_to_cache(file, side.GRADIO_CACHE)  # a file that is there already stays
 
 
 def _or_failure(start: Callable[[], Iterator[Any]], failed: Callable[[str], Any]) -> Iterator[Any]:
