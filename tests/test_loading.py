@@ -1,5 +1,8 @@
 """merge maps names as from_pretrained does: checkpoints whose names are not those in memory, of the real classes, both ways."""
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -123,3 +126,31 @@ def test_another_model_and_unknown_ones(tmp_path, monkeypatch):
         assert list(loading.ways_to_load(tmp_path / "base", names)) == []
     (tmp_path / "base/config.json").unlink()
     assert list(loading.ways_to_load(tmp_path / "base", names)) == []
+
+
+def test_advice_is_hidden_in_its_own_thread_alone(caplog):
+    """Also if a second thread hides its own meanwhile, and the first ends first: afterwards nothing is hidden."""
+    logger = logging.getLogger("transformers.somewhere")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    with ThreadPoolExecutor(1) as other:
+        first, second = loading._silent(), loading._silent()
+        try:
+            first.__enter__()
+            logger.warning("advice to the first")
+            logger.error("an error of the first")
+            other.submit(logger.warning, "warning of the second").result()
+            other.submit(second.__enter__).result()
+            other.submit(logger.warning, "advice to the second").result()
+            first.__exit__(None, None, None)
+            logger.warning("warning of the first")
+            other.submit(second.__exit__, None, None, None).result()
+            other.submit(logger.warning, "the last").result()
+        finally:
+            logging.getLogger("transformers").removeHandler(caplog.handler)
+    seen = list(dict.fromkeys(caplog.messages))
+    assert seen == [
+        "an error of the first",
+        "warning of the second",
+        "warning of the first",
+        "the last",
+    ]

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from experiments.store import Key, Store, number
 from shira.data.batches import left_padded, to_device
 from shira.data.models import model_path
-from shira.masks.calibration import without_cudnn_attention
 
 from . import glue, methods, runs
 from .search import best_rate, losses, rates
@@ -213,9 +212,8 @@ def fit(
     model.train()
     total = 0.0
     for batch in batches([len(shown) for shown, _ in rows], batch_size, steps, seed):
-        with without_cudnn_attention():
-            loss = model(**collate([rows[row] for row in batch], model)).loss
-            loss.backward()
+        loss = model(**collate([rows[row] for row in batch], model)).loss
+        loss.backward()
         nn.utils.clip_grad_norm_([*rest, *of_head], 1.0)
         optimizer.step()
         rate.step()

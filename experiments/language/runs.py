@@ -155,6 +155,7 @@ class Lab:
         ]
         how = {name: key[name] for name in ("strength", "fusion", "options") if name in key}
         with methods.adapted(model, [self.folder(run) for run in key["adapters"]], **how) as ready:
+            lm_eval.hide_output()
             scores = lm_eval.evaluate(ready, tokenizer, tasks, batch_size=BATCH)
             text = encode(tokenizer, sentences(key["text"]))
             loss = hf.mean_loss(ready, text, BATCH, tokenizer.pad_token_id or 0)

@@ -7,6 +7,7 @@ Transformers say which others can load it.
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,14 +107,20 @@ def _classes(config: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without the advice that a class gives when a model of it is made."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the advice that a class gives when a model of it is made. What other threads log is not touched."""
+    here = threading.get_ident()
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return record.thread != here or record.levelno >= logging.ERROR
+
+    handlers = [handler for name in ("transformers", None) for handler in logging.getLogger(name).handlers]
     try:
+        for handler in handlers:
+            handler.addFilter(wanted)
         yield
     finally:
-        logger.setLevel(level)
+        for handler in handlers:
+            handler.removeFilter(wanted)
 
 
 def _listed(mapping: Any, config: Any) -> Any:

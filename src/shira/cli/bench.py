@@ -8,6 +8,7 @@ import typer
 
 from ..errors import MissingExtra, ShiraError
 from . import checkout
+from .options import avoid_cudnn_attention
 
 __all__ = ["bench"]
 
@@ -58,6 +59,7 @@ def bench(
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ShiraError("--device cuda needs a GPU that torch can use; here it sees none (torch.cuda.is_available())")
+    avoid_cudnn_attention()
     module = {What.scale: "switch", What.load: "files", What.products: "gpu", What.unet: "train_unet"}.get(what, what.value)
     module = "gpu" if device == "cuda" else module
     try:

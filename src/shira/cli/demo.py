@@ -14,6 +14,7 @@ from rich.table import Table
 from ..data.models import SMOLLM2, model_path
 from ..errors import ShiraError
 from ..runs.recipes import Recipe, save_recipe, train_adapter
+from .options import avoid_cudnn_attention
 from .output import bytes_text, console, print_json, progress, waiting
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def demo(
     from ..runs.evaluation import accuracy
     from ..switching.switcher import Switcher
 
+    avoid_cudnn_attention()
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
 

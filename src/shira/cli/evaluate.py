@@ -77,6 +77,7 @@ def evaluate(
         from ..integrations import lm_eval
 
         lm_eval.library()  # raises its error before a model is loaded
+        lm_eval.hide_output()
     from ..integrations.transformers import load_tokenizer
 
     tokenizer = load_tokenizer(model)

@@ -7,6 +7,7 @@ import typer
 
 from ..errors import MissingExtra
 from . import checkout
+from .options import avoid_cudnn_attention
 from .output import console, errors
 
 __all__ = ["experiment"]
@@ -37,6 +38,7 @@ def experiment(
         for recipe, about in language.recipes().items():
             console.print(f"{recipe:<20} {about}", highlight=False)
         return
+    avoid_cudnn_attention()
     results = results or checkout.CHECKOUT / "experiments" / "language" / "results" / f"{Path(name).stem}.jsonl"
 
     def on_run(label: str, left: int) -> None:

@@ -71,6 +71,17 @@ def method_options(method: str, **given: float | None) -> dict[str, float]:
     return options
 
 
+def avoid_cudnn_attention() -> None:
+    """Let torch's own kernels compute attention in this process, not cuDNN's. Only a command does so: its process is its own.
+
+    On Hopper GPUs cuDNN's gradients are NaN where batches are padded to 64, 192, 320, … tokens (torch 2.11 to 2.13,
+    pytorch/pytorch issue 196678).
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def check_new(path: Path, option: str = "--output", *, force: bool | None = None) -> None:
     """Raise an error before slow work unless a new file can be written there. force: of a command that has --force."""
     if not path.parent.is_dir():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..runs.recipes import check_run, load_recipe, name_of, save_recipe, train_adapter
-from .options import Force, given, recipe_options
+from .options import Force, avoid_cudnn_attention, given, recipe_options
 from .output import IS_FIRST, bytes_text, cell, console, progress, waiting
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def train(
     from ..integrations.transformers import causal_skeleton, load_model, load_tokenizer
     from ..runs.announcing import what_trains
 
+    avoid_cudnn_attention()
     console.print(f"trains {what_trains(recipe, causal_skeleton(recipe.model))}", highlight=False, soft_wrap=True)
     with waiting("loading the model"):
         loaded, tokenizer = load_model(recipe.model, recipe.dtype), load_tokenizer(recipe.model)

@@ -8,7 +8,7 @@ import typer
 
 from ..runs.image_recipes import DENSITY, ImageRecipe, check_image_run, load_image_recipe, name_of, save_image_recipe
 from ..runs.image_recipes import train_image as trained
-from .options import Force, given, recipe_options
+from .options import Force, avoid_cudnn_attention, given, recipe_options
 from .output import IS_FIRST, cell, console, progress, waiting
 from .train import Output, stem_of, tell
 
@@ -40,6 +40,7 @@ def train_image(
     from ..integrations.diffusion_losses import Parts
     from ..runs.announcing import what_trains
 
+    avoid_cudnn_attention()
     with waiting("loading the pipeline"):
         pipe = load_pipeline(recipe.pipeline, recipe.dtype)
     parts = Parts(pipe, text_encoders=recipe.train_text_encoder)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..data.pictures import Picture, pictures_in, square
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
-from ..masks.calibration import without_cudnn_attention
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
 from .diffusers_sampling import sample
@@ -227,7 +226,7 @@ def train(
     losses: list[float] = []
     started = time.perf_counter()
     try:
-        with without_cudnn_attention(), torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)  # for dropout, if a part has any
             for step in range(1, steps + 1):
                 total = 0.0

@@ -4,14 +4,13 @@ Built-in data become tasks of the harness, read from local files. The harness's 
 reached.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..errors import DataError, MissingExtra
 from ..files.tensorfiles import write_whole
 from ..weights.modes import evaluating
 
-__all__ = ["TaskScore", "evaluate", "library", "task_of"]
+__all__ = ["TaskScore", "evaluate", "hide_output", "library", "task_of"]
 
 KINDS = ("likelihood", "generated")
 FEW = 26  # the most choices that are searched for in what a model writes
@@ -116,7 +115,7 @@ def evaluate(
     Raises MissingExtra; or DataError if a task does not score each question as right or wrong.
     """
     harness = library()
-    with _quiet(), evaluating(model):
+    with evaluating(model):
         live = _live()(model, tokenizer, batch_size, on_progress)
         # not simple_evaluate, because that runs pip and git for seconds to describe the machine
         manager = harness.tasks.TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
@@ -177,20 +176,15 @@ def _live() -> Any:
     return Live
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A context that hides the progress bars of the harness and of datasets, and the harness's warnings, which do not apply."""
+def hide_output() -> None:
+    """Hide the bars of the harness and of datasets, and the harness's warnings, which do not apply.
+
+    For commands, which show progress of their own: it holds for the whole process, to its end.
+    """
     import tqdm
 
-    usual, logger = vars(tqdm.tqdm)["__init__"], logging.getLogger("lm_eval")
-    level = logger.level
-    tqdm.tqdm.__init__ = functools.partialmethod(usual, disable=True)
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        tqdm.tqdm.__init__ = usual
-        logger.setLevel(level)
+    tqdm.tqdm.__init__ = functools.partialmethod(vars(tqdm.tqdm)["__init__"], disable=True)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def library() -> Any:

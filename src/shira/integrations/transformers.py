@@ -21,7 +21,6 @@ from ..errors import DataError, HubError, MissingExtra, TuningError, did_you_mea
 from ..files import hub
 from ..files.bases import skeleton_of
 from ..files.paths import temporary_folder
-from ..masks.calibration import without_cudnn_attention
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
 
@@ -292,7 +291,10 @@ def train(
             if loss is None:
                 return
             if not math.isfinite(loss):
-                raise TuningError(f"the loss became {loss} at step {state.global_step}; try a lower learning rate")
+                raise TuningError(
+                    f"the loss became {loss} at step {state.global_step}; try a lower learning rate. If it does so at the "
+                    "second step on a GPU, call torch.backends.cuda.enable_cudnn_sdp(False) before (docs/gpu.md)"
+                )
             clock.append((time.perf_counter(), tokens[0]))
             if on_step is not None:
                 (start, before), (now, after) = clock[0], clock[-1]
@@ -345,7 +347,7 @@ def train(
             trainer.remove_callback(library.PrinterCallback)
         if held_out:
             evaluate()
-        with without_cudnn_attention(), modes_kept(model):
+        with modes_kept(model):
             result = trainer.train()
     summary = {
         "steps": result.global_step,

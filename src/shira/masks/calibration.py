@@ -25,7 +25,7 @@ from ..weights.quantized import shape_of
 from ..weights.targets import is_conv1d
 from ..weights.undo import Undo, hooks_of, set_hook
 
-__all__ = ["LossFn", "Progress", "calibrate", "same_random_numbers", "without_cudnn_attention"]
+__all__ = ["LossFn", "Progress", "calibrate", "same_random_numbers"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
@@ -48,21 +48,6 @@ def same_random_numbers(weights: Iterable[Tensor]) -> contextlib.AbstractContext
     devices = {weight.device.index for weight in weights if weight.device.type == "cuda"}
     fork: contextlib.AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
     return fork
-
-
-@contextlib.contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """A context in which torch's own kernels compute attention, not cuDNN's.
-
-    On Hopper GPUs cuDNN's gradients are NaN where batches are padded to 64, 192, 320, … tokens (torch 2.11 to 2.13,
-    pytorch/pytorch issue 196678).
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def calibrate(
@@ -156,6 +141,11 @@ def _gradients(
     def hand_out(name: str) -> None:
         waiting.remove(name)
         found = sums.pop(name)
+        if any(bool(total.max().isnan()) for total in found.values()):
+            raise MaskError(
+                f"tensor '{name}': its gradient is NaN; check the model and the calibration data. If the loss is finite, "
+                "cuDNN may fail on this GPU: call torch.backends.cuda.enable_cudnn_sdp(False) (docs/gpu.md)"
+            )
         if "squared_gradient" in found:
             found["squared_gradient"] /= len(batches)
         receive(name, found)
@@ -169,7 +159,7 @@ def _gradients(
                 hand_out(name)
 
     # the state of the random numbers is restored, so that dropout is the same for every group
-    with without_cudnn_attention(), same_random_numbers(weights.values()), steps.inner() as undo:
+    with same_random_numbers(weights.values()), steps.inner() as undo:
         for name, weight in weights.items():
             undo.callback(weight.requires_grad_, False)
             weight.requires_grad_(True)
