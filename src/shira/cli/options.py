@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from ..errors import DataError, did_you_mean
+from ..runs import shared_options
 from ..runs.options import kinds
 from ..runs.recipes import Recipe
 
@@ -33,7 +34,7 @@ def fields_of(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {field.name: (field.metadata, allowed) for field, allowed in kinds(kind)}
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = get_args(shared_options.Dtype)
 
 
 def _known_dtype(dtype: str) -> str:

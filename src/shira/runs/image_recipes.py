@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import DataError
 from .options import check, option, parse_targets, passed_to
 from .recipes import recipe_of, save_recipe
-from .shared_options import Masked, Run, check_mask
+from .shared_options import Dtype, Masked, Run, check_mask
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -69,7 +69,7 @@ class ImageRecipe(Run, _Training, Masked, _Pictures):  # dataclasses take their 
         parse=parse_targets,
     )
     schedule: str = option("linear", "The learning rate schedule of Diffusers: linear, cosine and others.", "trainer")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The pipeline's dtype. auto: float32.")
+    dtype: Dtype = option("auto", "The pipeline's dtype. auto: float32.")
     sample_every: int = option(0, "Sample pictures are made each time after this many steps (0: at the end).", ge=0)
     sample_prompt: list[str] | None = option(None, "What the samples show. May be given more than once.", usual="captions")
     sample_steps: int = option(30, "The number of denoising steps of a sample.", ge=1)

@@ -18,7 +18,7 @@ from ..texts import shown, strict_json
 from ..training.lr_scale import allowed
 from ..version import deprecated
 from .options import check, option, parse_scale, parse_targets, passed_to
-from .shared_options import Masked, Run, check_mask
+from .shared_options import TARGETS_HELP, Masked, Run, check_mask
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,9 +86,7 @@ class _Training:
 class Recipe(Run, _Training, Masked, _Source):  # dataclasses take their fields from the last to the first
     """The settings of `shira train`, on the command line or in a YAML file. Each option is defined once."""
 
-    targets: str | list[str] = option(
-        PAPERS, "Names with commas, all-linear, attention, mlp, auto, or a regular expression.", "attach", parse=parse_targets
-    )
+    targets: str | list[str] = option(PAPERS, TARGETS_HELP, "attach", parse=parse_targets)
     report_to: str = option("none", "Where the run is reported: tensorboard, wandb, …, several with commas.", "trainer")
     log_folder: str = option("runs", "The folder where TensorBoard finds the runs.")
 

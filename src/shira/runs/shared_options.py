@@ -6,8 +6,10 @@ from typing import Any, Literal
 from ..texts import strict_json
 from .options import option, parse_layers, parse_targets
 
-__all__ = ["Masked", "Run", "check_mask"]
+__all__ = ["TARGETS_HELP", "Dtype", "Masked", "Run", "check_mask"]
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TARGETS_HELP = "Names with commas, all-linear, attention, mlp, auto, or a regular expression."
 MASKS = "struct, rand, wm, grad, snip, fisher, wanda, lift, block, nm, union, intersection, difference"
 LARGER = (2**31, 2**31)  # a shape larger than that of any matrix
 
@@ -30,7 +32,7 @@ class Masked:
     avoid: list[str] | None = option(None, "No entry of this adapter's file trains. May be given more than once.", "attach")
     targets: str | list[str] = option(
         "all-linear",
-        "Names with commas, all-linear, attention, mlp, auto, or a regular expression.",
+        TARGETS_HELP,
         "attach",
         parse=parse_targets,
     )
@@ -45,7 +47,7 @@ class Run:
     accumulate: int = option(1, "The number of batches a step.", "trainer", ge=1)
     schedule: str = option("linear", "The learning rate schedule of Transformers: linear, cosine and others.", "trainer")
     warmup: float = option(0.0, "Share of the steps in which the learning rate rises.", "trainer", ge=0, le=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The model's dtype. auto: the checkpoint's.")
+    dtype: Dtype = option("auto", "The model's dtype. auto: the checkpoint's.")
     seed: int = option(0, "The seed of the mask and of the order of the examples.", "attach, trainer", ge=0)
     name: str = option("", "The adapter's name.", group="Results", usual="the data's")
     license: str | None = option(None, "The adapter's licence. The file holds it.")

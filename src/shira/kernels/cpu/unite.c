@@ -17,7 +17,7 @@ enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
 /* NAME: merged receives the union; counts receives how many runs have each position of it. Returns the size of the union.
  * NAME_next: the start of the window that holds the next position, or `end` if there is none. It is called after an empty
  * window, so that a long distance without positions is skipped. */
-#define MERGE(NAME, INDEX)                                                                                      \
+#define UNITE(NAME, INDEX)                                                                                      \
     static int64_t NAME##_next(const Run *runs, Py_ssize_t count, int64_t end) {                                \
         int64_t next = end;                                                                                     \
         for (Py_ssize_t r = 0; r < count; r++)                                                                  \
@@ -58,8 +58,8 @@ enum { WINDOW = 1 << 17, WORDS = WINDOW / 64 };
         }                                                                                                       \
         return found;                                                                                           \
     }
-MERGE(merge_4, int32_t)
-MERGE(merge_8, int64_t)
+UNITE(unite_4, int32_t)
+UNITE(unite_8, int64_t)
 
 /* The union of runs whose positions are below `end`; returns its size. `merged` and `counts` have room for all positions
  * of all runs. It uses one thread and no shared state, so several threads may call it. */
@@ -72,8 +72,8 @@ PyObject *unite(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "KnLKKi", &address, &count, &end, &merged, &counts, &index_bytes)) return NULL;
     Run *runs = (Run *)(uintptr_t)address;
     Py_BEGIN_ALLOW_THREADS
-    found = index_bytes == 8 ? merge_8(runs, count, end, (int64_t *)(uintptr_t)merged, (int32_t *)(uintptr_t)counts)
-                             : merge_4(runs, count, end, (int32_t *)(uintptr_t)merged, (int32_t *)(uintptr_t)counts);
+    found = index_bytes == 8 ? unite_8(runs, count, end, (int64_t *)(uintptr_t)merged, (int32_t *)(uintptr_t)counts)
+                             : unite_4(runs, count, end, (int32_t *)(uintptr_t)merged, (int32_t *)(uintptr_t)counts);
     Py_END_ALLOW_THREADS
     return PyLong_FromLongLong(found);
 }
