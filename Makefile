@@ -130,7 +130,8 @@ crash: .venv/ready ## SIGKILL at KILLS=100 random moments of each of save, train
 
 soak: .venv/ready ## 100,000 operations on models whose base must never be lost, and interrupts at every pair of moments (half an hour)
 	$(BIN)/python tests/soak.py --operations 100000
-	SHIRA_LONG=1 $(BIN)/python -m pytest tests/test_interrupted_switching.py tests/test_interrupts.py
+	SHIRA_LONG=1 $(BIN)/python -m pytest tests/test_interrupted_switching.py tests/test_interrupts.py \
+		tests/test_diffusers_changes.py
 
 site: .venv/ready ## the documentation as web pages, in build/site; open build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

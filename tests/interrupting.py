@@ -58,7 +58,7 @@ def interrupted(line, later=0, error=KeyboardInterrupt):
         sys.settrace(before[0])
 
 
-def every_moment(attempt, *, every=7, most=24):
+def every_moment(attempt, *, every=17, most=24):
     """Call attempt(line, later) with each line, and with pairs of moments of which about one in `every` is tried, all with the
     environment variable SHIRA_LONG, until none strikes any more; returns how many lines there are.
 

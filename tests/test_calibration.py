@@ -323,7 +323,8 @@ print(peak(calibrate))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure a process's peak memory")
-@pytest.mark.parametrize("tokens", [16, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [16, 1024])
 def test_calibration_takes_no_more_memory_than_a_training_step(tokens):
     """In a fresh process: a training step; calibration on three batches as it is; and with all sums held at once, which must
     take more, or this test could not fail. VmHWM and not ru_maxrss: that one starts from the parent's peak."""

@@ -1,6 +1,7 @@
 """What is done to a pipeline, and what interrupts, between two calls of its adapters: the base is never lost."""
 
 import copy
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -209,7 +210,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-@settings(max_examples=40)
+@settings(max_examples=400 if os.environ.get("SHIRA_LONG") else 15)
 def test_the_base_is_exact_after_any_sequence_of_calls(steps):
     pipe = stable_diffusion().to(torch.float16).to(torch.float32)
     made = {"a": pipe_adapter(pipe, 1), "b": pipe_adapter(pipe, 2, ("unet",)), "d": pipe_adapter(pipe, 4, kind="delta")}

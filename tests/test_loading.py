@@ -132,7 +132,7 @@ def test_advice_is_hidden_in_its_own_thread_alone(caplog):
     """Also if a second thread hides its own meanwhile, and the first ends first: afterwards nothing is hidden."""
     logger = logging.getLogger("transformers.somewhere")
     logging.getLogger("transformers").addHandler(caplog.handler)
-    with ThreadPoolExecutor(1) as other:
+    with ThreadPoolExecutor(1) as other, caplog.at_level(logging.WARNING, "transformers"):
         first, second = loading._silent(), loading._silent()
         try:
             first.__enter__()

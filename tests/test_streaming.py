@@ -103,6 +103,7 @@ def test_memory_stays_below_three_times_the_largest_tensor(folder):
             assert torch.equal(tensor, merged[name])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, and limits that hold")
 @pytest.mark.parametrize("task", ["naive", "held"])
 def test_holding_it_all_fails_under_the_same_limit(folder, task):

@@ -107,6 +107,7 @@ def test_runs_that_end_at_once_lose_nothing(tmp_path, monkeypatch):
     assert before == {path for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_saves_does_not_keep_its_name(tmp_path, monkeypatch):
     """Killed before the adapter is there, it leaves nothing that counts. Killed after it, it leaves a whole adapter."""
     monkeypatch.chdir(tmp_path)

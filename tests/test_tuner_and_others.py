@@ -175,7 +175,7 @@ class Timeout(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Timeout])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(Timeout, marks=pytest.mark.slow)])
 def test_what_was_trained_survives_an_interrupt_in_reference(error):
     """At any line, on the way in, inside, and on the way out: the next call finds what was trained, statistics too."""
 
