@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 PAIR = ("spam", "questions")
-# 960 examples with balanced labels
-RECIPE = Recipe(model=SMOLLM2, density=0.02, lr=2e-3, lr_scale=1.0, steps=40, limit=960, license="Apache-2.0")
+# the examples, 960, have balanced labels
+RECIPE = Recipe(model=SMOLLM2, density=0.02, batch_size=8, steps=40, limit=960, license="Apache-2.0")
 SWITCHES = 9  # timings of each switch; their median is shown
 
 
