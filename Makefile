@@ -1,7 +1,8 @@
 # `make demo`, `make demo-image` and `make test` set up .venv once; `touch constraints.txt` makes them do it again.
 PYTHON ?= python3
 BIN := .venv/bin
-# -qq: errors alone, so that notes of pip do not hide ours. --no-compile: a module is compiled when it is first imported, most never are.
+# -qq: errors alone, so that notes of pip do not hide ours. A new pip finds the versions in half the time of Python 3.11's.
+# --no-compile: a module is compiled when it is first imported, most never are.
 # --no-build-isolation builds with the pinned setuptools of the environment itself
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 
@@ -24,6 +25,7 @@ help: ## show this
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shira needs Python 3.11 or newer, found " + sys.version)'
 	$(PYTHON) -m venv .venv
 	@echo "installing pinned dependencies into .venv (about two minutes the first time) ..."
+	$(PIP) --upgrade pip
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@

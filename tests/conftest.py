@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import shira
 from shira import cli, kernels
 
-settings.register_profile("shira", deadline=None)  # machines are shared: no example is timed
+# Machines are shared: no example is timed. Each run draws other examples; SHIRA_LONG=1 draws more at once.
+settings.register_profile("shira", deadline=None, max_examples=500 if os.environ.get("SHIRA_LONG") else 50)
 settings.load_profile("shira")
 
 
