@@ -30,8 +30,12 @@ settings.register_profile("shira", deadline=None, max_examples=500 if os.environ
 settings.load_profile("shira")
 
 
+gc.disable()  # while everything is imported
+
+
 def pytest_collection_finish():
     """What was imported until now stays, so that no collection looks through it: a Trainer collects twice in each training."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -111,6 +111,7 @@ def test_activations_are_what_is_saved_for_the_backward_pass(method, options):
     assert found == pytest.approx(sum(size for size, _ in saved.values()), rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_makes_memory_grow_and_shrink():
     base = predicted()
     assert base.total == sum(base.parts.values()) > 0

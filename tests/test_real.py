@@ -79,6 +79,7 @@ def test_it_is_the_real_model_and_comes_back(tmp_path):
     assert "Paris" in answer()
 
 
+@pytest.mark.slow
 def test_a_fine_tune_comes_apart_and_together_again(tmp_path):
     """An adapter saved as a full model, extracted, merged: the same entries, the same weights, the same answers."""
     try:

@@ -1,6 +1,7 @@
 """What other code does to a model in training: layers replaced, weights loaded, masters written, optimizers, interrupts."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ class Timeout(Exception):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(Timeout, marks=pytest.mark.slow)])
 def test_what_was_trained_survives_an_interrupt_in_reference(error):
-    """At any line, on the way in, inside, and on the way out: the next call finds what was trained, statistics too."""
+    """At every other line, with SHIRA_LONG at any, on the way in, inside, and on the way out: the next call finds what was trained, statistics too."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -208,9 +209,9 @@ def test_what_was_trained_survives_an_interrupt_in_reference(error):
         tuner.detach()
         return not left
 
-    line = 1
+    line, step = 1, 1 if os.environ.get("SHIRA_LONG") else 2
     while attempt(line):
-        line += 1
+        line += step
     assert line > 60
 
 
