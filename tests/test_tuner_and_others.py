@@ -178,7 +178,7 @@ class Timeout(Exception):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(Timeout, marks=pytest.mark.slow)])
 def test_what_was_trained_survives_an_interrupt_in_reference(error):
-    """At every other line, with SHIRA_LONG at any, on the way in, inside, and on the way out: the next call finds what was trained, statistics too."""
+    """At every other line, or any with SHIRA_LONG, going in, inside, and going out: the next call finds what was trained."""
 
     class Model(nn.Module):
         def __init__(self):
