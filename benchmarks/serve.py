@@ -36,15 +36,16 @@ ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 class Cell(NamedTuple):
-    """What is measured: so many clients over so many adapters."""
+    """What is measured: so many clients over so many adapters, the first of those whose names begin with `of`."""
 
     clients: int
     adapters: int
     skew: float = 0.0
+    of: str = ""
 
     def requests(self, names: list[str], seed: int) -> list[Asked]:
         count = {1: 4, 8: 16}.get(self.clients, self.clients)
-        models = names[: self.adapters] or ["base"]
+        models = [name for name in names if name.startswith(self.of)][: self.adapters] or ["base"]
         return asked_of(models, count, TOKENS, seed, self.skew, WORDS)
 
 
@@ -78,14 +79,30 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def engine(folder: Path, name: str, python: str = "") -> Any:
+def by_mask(repeats: int = 3) -> None:
+    """Print what eight adapters cost whose entries lie at random, at the largest weights, on lines or in blocks.
+
+    python -c "from benchmarks.serve import by_mask; by_mask()"
+    """
+    masks = ("rand", "wm", "struct", "block")
+    wanted = [Cell(clients, 8, of=mask.replace("rand", "adapter")) for clients in (8, 64) for mask in masks]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = load_model(SMOLLM2, "float32")
+        (folder / "shira").mkdir()
+        names = [name for mask in masks for name in make_adapters(model, folder / "shira", 8, mask=mask)]
+        del model
+        table(measured("shira, Transformers", engine(folder, "transformers", ready=32), names, wanted, repeats))
+
+
+def engine(folder: Path, name: str, python: str = "", ready: int = 16) -> Any:
     """A server of shira."""
     command = (
         [python, "-c", "from shira.cli import main; main()", "serve", SMOLLM2, "--adapters", str(folder / "shira")]
         if python
         else []
     )
-    given = ["--engine", name, "--dtype", "float32", "--served-model-name", "base"]
+    given = ["--engine", name, "--dtype", "float32", "--served-model-name", "base", "--ready", str(ready)]
     return serving(SMOLLM2, folder / "shira", folder / f"{name}.log", *given, command=command, environment=ON_CPU)
 
 
@@ -195,7 +212,8 @@ def table(rows: list[dict[str, Any]]) -> None:
     bases = {(row["setup"], row["clients"]): row["tokens_a_second"] for row in rows if row["adapters"] == 0}
     for row in rows:
         rate, base = row["tokens_a_second"], bases.get((row["setup"], row["clients"]))
-        adapters = "base" if row["adapters"] == 0 else f"{row['adapters']}{', skewed' if row['skew'] else ''}"
+        asked = [str(row["adapters"] or "base"), row.get("of", ""), "skewed" if row["skew"] else ""]
+        adapters = " ".join(filter(None, asked))
         cells = [f"{rate:.1f}", f"{rate / base:.2f}" if base else ""]
         if "answer_p50" in row:
             cells += [f"{row[name]:.2f}" for name in ("first_token_p50", "answer_p50", "answer_p99", "switches_a_second")]

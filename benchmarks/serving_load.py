@@ -62,26 +62,32 @@ class Server(NamedTuple):
         return sum(each.memory_info().rss for each in [me, *me.children(recursive=True)])
 
 
-def make_adapters(model: nn.Module, folder: Path, count: int, density: float = 0.01, size: float = 0.5) -> list[str]:
-    """Save adapters with random entries of each linear weight, moved by `size` standard deviations of the weight."""
-    names = [f"adapter{number:03}" for number in range(count)]
+def make_adapters(
+    model: nn.Module, folder: Path, count: int, density: float = 0.01, size: float = 0.5, mask: str = "rand"
+) -> list[str]:
+    """Save adapters with entries of each linear weight, moved at random by `size` standard deviations of the weight.
+
+    mask: chooses the entries; one that needs no calibration. Returns the names: adapter000 or wm000, …
+    """
+    names = [f"{'adapter' if mask == 'rand' else mask}{number:03}" for number in range(count)]
     weights = {
         name: weight.detach()
         for name, weight in model.named_parameters()
         if weight.ndim == 2 and ("proj" in name or "fc" in name)
     }
     for number, name in enumerate(names):
-        save_adapter(weights, folder / f"{name}.safetensors", number, density, size)
+        save_adapter(weights, folder / f"{name}.safetensors", number, density, size, mask)
     return names
 
 
-def save_adapter(weights: dict[str, torch.Tensor], path: Path, seed: int, density: float, size: float) -> None:
+def save_adapter(
+    weights: dict[str, torch.Tensor], path: Path, seed: int, density: float, size: float, mask: str = "rand"
+) -> None:
     """Save one such adapter, with the fingerprints of its base."""
     generator = torch.Generator().manual_seed(seed)
     tensors, prints = {}, {}
     for name, weight in weights.items():
-        count = max(1, round(density * weight.numel()))
-        indices = torch.randint(weight.numel(), (count,), generator=generator).unique()
+        indices = shira.masks.select(mask, name, weight, max(1, round(density * weight.numel())), seed=seed)
         base = weight.flatten()[indices]
         change = size * weight.float().std() * torch.randn(len(indices), generator=generator)
         tensors[name] = shira.SparseTensor(tuple(weight.shape), indices, (base.float() + change).to(weight.dtype), "overwrite")
