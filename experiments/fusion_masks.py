@@ -1,6 +1,6 @@
 """Compare the accuracy of masks, alone and when two adapters are added: three tasks, three pairs, three seeds.
 
-Every rule gets the same number of entries (2 % of the targets; LoRA as many parameters) and the same data. It tries three
+Every rule gets the same number of entries (2 % of the targets; "lora7" about as many parameters) and the same data. It tries three
 learning rates on the first seed, more while the highest is the best, and keeps the one with the best accuracy on validation
 examples. The results file has one JSON line for each run. A run that is in it is not made again. Runs of different rules may
 share the file. docs/masks/README.md discusses the results.
@@ -41,7 +41,7 @@ from .store import Key, Store, on_accelerator
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DENSITY = 0.02
-LORA_RANK = 10  # 2.07 M parameters on these targets, where 2 % are 1.39 M
+LORAS = {"lora": 10, "lora7": 7}  # their ranks: 2.07 M and 1.45 M parameters on these targets, where 2 % are 1.39 M
 RATES = (1e-3, 2e-3, 4e-3)  # learning rates; while the highest is the best, twice that is tried, too
 LORA_RATES = (5e-4, 1e-3, 2e-3)  # the same number
 HIGHEST_RATE = 16e-3
@@ -172,8 +172,8 @@ def train(setting: Setting, rule: str, rate: float) -> Path:
     pad = tokenizer.pad_token_id or 0
     rows = hf.encode(tokenizer, split(setting.task, setting.seed)[0])
     options: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH, "learning_rate": rate, "seed": setting.seed, "pad": pad}
-    if rule == "lora":
-        lora(model, rows, options, path)
+    if rule in LORAS:
+        lora(model, LORAS[rule], rows, options, path)
         return path
     batches = hf.batches(rows[:CALIBRATION], model, BATCH, pad)
     seed = 100 * setting.seed + list(TASKS).index(setting.task)
@@ -190,12 +190,12 @@ def target_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {target.name: target.weight for target in targets.resolve(model, TARGETS)}
 
 
-def lora(model: nn.Module, rows: list[hf.Row], options: dict[str, Any], path: Path) -> None:
-    """Train PEFT's LoRA and save its factors."""
+def lora(model: nn.Module, rank: int, rows: list[hf.Row], options: dict[str, Any], path: Path) -> None:
+    """Train PEFT's LoRA of this rank and save its factors."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(options["seed"])
-    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.05, target_modules=TARGETS)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=TARGETS)
     tuned: Any = get_peft_model(model, config)
     trained: Any = SimpleNamespace(nnz=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
     hf.train(trained, tuned, rows, **options)
@@ -268,7 +268,7 @@ def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_r
             key = {"rule": rule, "adapters": names, "on": on, "seed": seed, "rate": rate, "part": part}  # noqa: B023
             return once(key, lambda: measure(settle(rule, on, seed), files(names, seed, rate), on, part))  # noqa: B023
 
-        rates = LORA_RATES if rule == "lora" else RATES
+        rates = LORA_RATES if rule in LORAS else RATES
         tried: dict[float, float] = {}
         while not tried or max(tried, key=tried.__getitem__) == max(tried) < HIGHEST_RATE:
             for rate in [2 * max(tried)] if tried else rates:
@@ -348,7 +348,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         mine = [row for row in rows if row["rule"] == rule]
-        colour = "black" if rule == "lora" else colours[number % len(colours)]
+        colour = "black" if rule in LORAS else colours[number % len(colours)]
         axes.plot([r["alone"] for r in mine], [r["fused"] for r in mine], color=colour, linewidth=0.7, alpha=0.6)
         for row in mine:
             face = colour if row["chosen"] else "white"
@@ -367,7 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--rules", nargs="+", default=["lora", *RULES], choices=["lora", *RULES])
+    parser.add_argument("--rules", nargs="+", default=[*LORAS, *RULES], choices=[*LORAS, *RULES])
     parser.add_argument("--every-rate", action="store_true", help="measure fusion at the rates that lost on validation, too")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
