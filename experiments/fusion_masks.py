@@ -1,9 +1,9 @@
 """Compare the accuracy of masks, alone and when two adapters are added: three tasks, three pairs, three seeds.
 
-Every rule gets the same number of entries (2 % of the targets; "lora7" about as many parameters) and the same data. It tries three
-learning rates on the first seed, more while the highest is the best, and keeps the one with the best accuracy on validation
-examples. The results file has one JSON line for each run. A run that is in it is not made again. Runs of different rules may
-share the file. docs/masks/README.md discusses the results.
+Every rule gets the same number of entries (2 % of the targets; "lora7" about as many parameters) and the same data. It
+tries three learning rates on the first seed, more while the highest is the best, and keeps the one with the best accuracy on
+validation examples. The results file has one JSON line for each run. A run that is in it is not made again. Runs of
+different rules may share the file. docs/masks/README.md discusses the results.
 
     python -m experiments.fusion_masks run --results experiments/fusion_masks.jsonl --rules wm snip lora
     python -m experiments.fusion_masks report --results experiments/fusion_masks.jsonl --plot fusion-masks.png
