@@ -213,6 +213,8 @@ async def _body(request: Request, kind: Any) -> Any:
 async def watching(catalogue: Catalogue, seconds: float) -> AsyncIterator[None]:
     """Look at the served folder again and again inside the `with`."""
 
+    refused: dict[str, str] = {}  # name -> why it is not served
+
     async def watch() -> None:
         nonlocal refused
         said = ""
