@@ -108,4 +108,4 @@ def test_the_citation_has_this_version_and_the_paper():
     yaml = pytest.importorskip("yaml")
     known = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert known["version"] == VERSION and known["authors"] == [{"name": "The shira authors"}]
-    assert known["license"] == "Apache-2.0" and "arXiv:2406.13175" in str(known["references"])
+    assert known["license"] == "Apache-2.0" and "arXiv:2406.13175" in str(known["preferred-citation"])

@@ -45,8 +45,10 @@ def test_keys_separate_answers_from_administration(tmp_path, monkeypatch):
     ("keys", "host", "answers", "changes"), [("", "127.0.0.1", 200, 200), ("", "0.0.0.0", 200, 403), ("k", "::1", 401, 403)]
 )
 def test_without_a_key_of_administration_only_this_machine_administers(tmp_path, monkeypatch, keys, host, answers, changes):
-    monkeypatch.setenv(KEYS, keys)
+    monkeypatch.delenv(KEYS, raising=False)
     monkeypatch.delenv(ADMIN_KEYS, raising=False)
+    if keys:
+        monkeypatch.setenv(KEYS, keys)
     site = Site(tmp_path, Keys.of_environment(host))
 
     async def work(client):
@@ -68,7 +70,7 @@ def test_keys_of_any_letters_and_variables_without_a_key(tmp_path, monkeypatch):
             assert answer.status_code == status and answer.headers["x-request-id"].isalnum()
 
     site.run(work)
-    for empty in (",", " "):
+    for empty in ("", ",", " "):
         monkeypatch.setenv(KEYS, empty)
         with pytest.raises(ShiraError, match="holds none"):
             Keys.of_environment("127.0.0.1")

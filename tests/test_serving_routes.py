@@ -143,6 +143,20 @@ def test_the_folder_may_be_away_for_a_while(site, caplog):
     site.run(work)
 
 
+def test_a_file_that_cannot_be_served_is_told_once_in_the_log_and_to_who_asks_for_it(site, caplog):
+    async def work(client):
+        (site.folder / "cut.safetensors").write_bytes(b"\xff" * 100)
+        await until(lambda: "adapter cut is not served: cut.safetensors" in caplog.text)
+        await asyncio.sleep(0.05)  # some scans
+        assert caplog.text.count("adapter cut") == 1
+        answer = await client.post("/v1/adapters/cut/pin")
+        assert answer.status_code == 404 and "GET /v1/adapters says why" in answer.text
+        (site.folder / "cut.safetensors").write_bytes(b"no adapter")
+        await until(lambda: caplog.text.count("adapter cut") == 2)
+
+    site.run(work)
+
+
 def test_settings_are_checked():
     from shira import DataError
 

@@ -118,7 +118,7 @@ def card(
     }
     lines += ["", "## How it was made", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value if key == 'recipe' else markdown(value)} |" for key, value in facts.items() if value]
-    licence = markdown(known["license"]) if known.get("license") else "Not stated: ask before you use it."
+    licence = f"{markdown(known['license'])}." if known.get("license") else "Not stated: ask before you use it."
     return "\n".join([*lines, "", "## Licence", "", f"{licence} The base and the data have licences of their own.", ""])
 
 

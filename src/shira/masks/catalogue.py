@@ -120,12 +120,16 @@ def _with_options(mask: Mask, name: str, text: str) -> Mask:
 
     A value is a whole number, true, false or a word; the value of `of` is words joined by '+'.
     """
-    known = [p for p in inspect.signature(mask).parameters if p not in INPUTS and p != "inputs"]
+    defaults = {p.name: p.default for p in inspect.signature(mask).parameters.values()}
+    known = [key for key in defaults if key not in INPUTS and key != "inputs"]
     options: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in known or not equals:
-            raise MaskError(f"mask {name!r}: {part!r} is no option=value; {did_you_mean(key, known)}")
+            hint = f"give it a value, {key}=…" if key in known else did_you_mean(key, known)
+            raise MaskError(f"mask {name!r}: {part!r} is no option=value; {hint}")
+        if isinstance(defaults[key], bool) and not isinstance(_value(value), bool):
+            raise MaskError(f"mask {name!r}: {key} must be true or false, found {value!r}")
         options[key] = _value(value) if key != "of" else tuple(value.split("+"))
     changed = partial(mask, **options)
     needs(changed)

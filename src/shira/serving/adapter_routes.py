@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from ..errors import ShiraError
+from ..texts import visible
 from .catalogue import Catalogue, path_in
 from .engine import Engine
 from .metrics import Metrics
@@ -212,7 +213,10 @@ async def _body(request: Request, kind: Any) -> Any:
 async def watching(catalogue: Catalogue, seconds: float) -> AsyncIterator[None]:
     """Look at the served folder again and again inside the `with`."""
 
+    refused: dict[str, str] = {}  # name -> why it is not served
+
     async def watch() -> None:
+        nonlocal refused
         said = ""
         while True:
             await asyncio.sleep(seconds)
@@ -229,8 +233,18 @@ async def watching(catalogue: Catalogue, seconds: float) -> AsyncIterator[None]:
                 old, new = before.get(name), catalogue.versions.get(name)
                 if old != new:
                     log.info("adapter %s %s", name, "is new" if old is None else "is gone" if new is None else "was replaced")
+            refused = warned(refused)
+
+    def warned(before: dict[str, str]) -> dict[str, str]:
+        """A warning for each file that cannot be served and was not so before. name -> reason of all of them."""
+        now = {row["name"]: row["error"] for row in catalogue.listed() if row["error"]}
+        for name in sorted(now.keys() - {known for known, why in before.items() if now.get(known) == why}):
+            log.warning("adapter %s is not served: %s", name, visible(now[name]))
+        return now
 
     await asyncio.to_thread(catalogue.scan)
+    log.info("%s serves %d adapters of %s", catalogue.base[0], len(catalogue.versions), catalogue.folder)
+    refused = warned({})
     task = asyncio.create_task(watch())
     try:
         yield

@@ -63,7 +63,7 @@ class Keys:
         """
         lists = [[key.strip() for key in os.environ.get(name, "").split(",") if key.strip()] for name in (KEYS, ADMIN_KEYS)]
         for name, keys in zip((KEYS, ADMIN_KEYS), lists, strict=True):
-            if os.environ.get(name) and not keys:
+            if name in os.environ and not keys:  # empty, too: what fills it may have failed
                 raise ShiraError(f"{name} must hold keys with commas between them, and holds none; remove it to ask for no key")
         loopback = _is_loopback(host)
         if not any(lists) and not loopback:

@@ -7,7 +7,7 @@ means the same in every process that sees the served folder, and after the file 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 from ..errors import did_you_mean
@@ -83,10 +83,11 @@ def parse_name(name: str) -> str:
     return name
 
 
-def parse(text: str, versions: Mapping[str, str]) -> Selection:
+def parse(text: str, versions: Mapping[str, str], unusable: Container[str] = ()) -> Selection:
     """The selection that a text names: "poet", "poet:0.5", "poet:1.0+coder:0.5".
 
-    versions: name -> version of each adapter that is served. An adapter with strength 0 is left out.
+    versions: name -> version of each adapter that is served. unusable: names of files that cannot be served.
+    An adapter with strength 0 is left out.
     Raises UnknownAdapter for a name that is not served; SelectionError for anything else that is no selection.
     """
     if not isinstance(text, str) or not text.strip() or len(text) > MOST_LETTERS:
@@ -97,6 +98,8 @@ def parse(text: str, versions: Mapping[str, str]) -> Selection:
         raise SelectionError(f"a selection has at most {MOST_PARTS} adapters, found {len(pieces)}")
     for piece in pieces:
         name, colon, written = piece.strip().partition(":")
+        if name in unusable:
+            raise UnknownAdapter(f"adapter {shown(name)} is not served: its file cannot be used; GET /v1/adapters says why")
         if name not in versions:
             raise UnknownAdapter(f"no adapter {shown(name)} is served; {did_you_mean(name, versions)}")
         if name in parts:

@@ -15,6 +15,7 @@ from ..errors import ShiraError
 from ..integrations import generation
 from ..integrations import transformers as hf
 from ..runs.live import load_live
+from ..texts import shown
 from .adapter_routes import AdapterRoutes, watching
 from .catalogue import Catalogue, shapes_of
 from .gate import Gate, Keys
@@ -69,10 +70,13 @@ def app(
     return made
 
 
-async def _as_openai(_: Request, error: Exception) -> Response:
+async def _as_openai(request: Request, error: Exception) -> Response:
     """An unknown path or method in OpenAI's form."""
     assert isinstance(error, HTTPException)
-    body = error_body(Refused(str(error.detail), error.status_code, "not_found"))
+    allowed = (error.headers or {}).get("Allow")
+    hint = f"it takes {allowed}" if allowed else "OpenAI's routes begin with /v1, such as /v1/chat/completions and /v1/models"
+    message = f"there is no {request.method} {shown(request.url.path)}; {hint}"
+    body = error_body(Refused(message, error.status_code, "not_found"))
     return JSONResponse(body, error.status_code, headers=error.headers)
 
 
