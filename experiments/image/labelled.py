@@ -8,6 +8,7 @@ scikit-learn (BSD-3-Clause).
 import functools
 import hashlib
 import random
+import struct
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from shira.files.paths import temporary_folder
 __all__ = ["SETS", "Pictures", "part"]
 
 SIDE = 64  # pixels, of emoji and clip art
-MOST_PIXELS = 4_000_000  # of clip art; most have less than a tenth, a few 168 million
+MOST_PIXELS = 4_000_000  # of clip art; most have less than a tenth, a few 168 million and more
 FOLDERS = ("animals", "buildings", "food", "office", "people", "plants", "tools", "transportation")  # these say what is shown
 CLIP_ART = "openclipart-png=1:0.18+dfsg-19"
 CLIP_ART_SHA256 = "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02"
@@ -62,9 +63,11 @@ def clip_art() -> Pictures:
         for path in sorted((_clip_art_folder() / name).rglob("*.png")):
             if path.is_symlink():  # the same picture under another name
                 continue
+            with path.open("rb") as file:  # Pillow refuses to open the largest
+                width, height = struct.unpack(">II", file.read(24)[16:])
+            if width * height > MOST_PIXELS:
+                continue
             with Image.open(path) as opened:
-                if opened.width * opened.height > MOST_PIXELS:
-                    continue
                 opened.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
                 drawn = opened.convert("RGBA")
             white = Image.new("RGBA", (SIDE, SIDE), "white")
