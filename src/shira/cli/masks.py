@@ -22,6 +22,7 @@ def masks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
         print_json([row._asdict() for row in rows])
         return
     table = Table("mask", "entries that train", "source", "calibration", "options")
+    table.columns[-1].no_wrap = True  # an option is read in one piece
     for row in rows:
         calibrated = ", ".join(name.replace("_", " ") for name in row.needs if name in catalogue.CALIBRATED)
         options = ",\n".join(f"{key}={_text(value)}" for key, value in row.options.items())
