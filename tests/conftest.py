@@ -30,7 +30,8 @@ settings.register_profile("shira", deadline=None, max_examples=500 if os.environ
 settings.load_profile("shira")
 
 
-gc.disable()  # while everything is imported
+def pytest_collection():
+    gc.disable()  # while everything is imported
 
 
 def pytest_collection_finish():
