@@ -85,12 +85,12 @@ def by_mask(repeats: int = 3) -> None:
     python -c "from benchmarks.serve import by_mask; by_mask()"
     """
     masks = ("rand", "wm", "struct", "block")
-    wanted = [Cell(clients, 8, of=mask.replace("rand", "adapter")) for clients in (8, 64) for mask in masks]
+    wanted = [Cell(clients, 8, of=mask) for clients in (8, 64) for mask in masks]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = load_model(SMOLLM2, "float32")
         (folder / "shira").mkdir()
-        names = [name for mask in masks for name in make_adapters(model, folder / "shira", 8, mask=mask)]
+        names = [name for mask in masks for name in make_adapters(model, folder / "shira", 8, mask=mask, named=mask)]
         del model
         table(measured("shira, Transformers", engine(folder, "transformers", ready=32), names, wanted, repeats))
 
@@ -212,7 +212,7 @@ def table(rows: list[dict[str, Any]]) -> None:
     bases = {(row["setup"], row["clients"]): row["tokens_a_second"] for row in rows if row["adapters"] == 0}
     for row in rows:
         rate, base = row["tokens_a_second"], bases.get((row["setup"], row["clients"]))
-        asked = [str(row["adapters"] or "base"), row.get("of", ""), "skewed" if row["skew"] else ""]
+        asked = [str(row["adapters"] or "base"), row["of"], "skewed" if row["skew"] else ""]
         adapters = " ".join(filter(None, asked))
         cells = [f"{rate:.1f}", f"{rate / base:.2f}" if base else ""]
         if "answer_p50" in row:

@@ -63,13 +63,19 @@ class Server(NamedTuple):
 
 
 def make_adapters(
-    model: nn.Module, folder: Path, count: int, density: float = 0.01, size: float = 0.5, mask: str = "rand"
+    model: nn.Module,
+    folder: Path,
+    count: int,
+    density: float = 0.01,
+    size: float = 0.5,
+    mask: str = "rand",
+    named: str = "adapter",
 ) -> list[str]:
     """Save adapters with entries of each linear weight, moved at random by `size` standard deviations of the weight.
 
-    mask: chooses the entries; one that needs no calibration. Returns the names: adapter000 or wm000, …
+    mask: chooses the entries; one that needs no calibration. Returns the names: adapter000, …
     """
-    names = [f"{'adapter' if mask == 'rand' else mask}{number:03}" for number in range(count)]
+    names = [f"{named}{number:03}" for number in range(count)]
     weights = {
         name: weight.detach()
         for name, weight in model.named_parameters()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import shira
 from shira import masks
+from shira.cli.options import avoid_cudnn_attention
 from shira.data.models import SMOLLM2
 from shira.data.tasks import TASKS, Example
 from shira.integrations import transformers as hf
@@ -372,6 +373,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "run":
+        avoid_cudnn_attention()
         run(arguments.results, arguments.rules, every_rate=arguments.every_rate)
     rows = summary(arguments.results)
     print(markdown(rows))

@@ -27,6 +27,36 @@ def folder(tmp_path, monkeypatch, tiny_llama):
 TRAIN = "train model --steps 4 --batch-size 4 --targets all-linear --density 0.05"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train nowhere --data sums.jsonl",
+        "train-image nowhere --data pictures --prompt red",
+        "demo",
+        "experiment nowhere",
+        "bench files --quick",
+    ],
+)
+def test_commands_that_train_turn_cudnns_attention_off(run, folder, monkeypatch, command):
+    """Before the first slow act, here one that fails. Its gradients are NaN on some GPUs (docs/gpu.md)."""
+
+    def fails(*_):
+        raise shira.ShiraError("as far as this")
+
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "red.png").touch()
+    monkeypatch.setattr("shira.cli.demo.model_path", fails)
+    if command.startswith("bench"):
+        monkeypatch.setattr("shira.cli.checkout.module", fails)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        code, _, err = run(command)
+        assert code == 1 and not torch.backends.cuda.cudnn_sdp_enabled(), err
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_train_inspect_eval_fuse(run, folder):
     for data, mask in (("sums", "snip"), ("text", "struct --density 0.2")):
         code, out, err = run(f"{TRAIN} --data {data}.jsonl --mask {mask} -o {data}.safetensors --license MIT")

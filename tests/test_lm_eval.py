@@ -1,5 +1,6 @@
 """The harness on a live model gives what our own scores give, adapters and all."""
 
+import functools
 import json
 import re
 
@@ -117,7 +118,20 @@ def test_mcnemar_is_a_binomial_test(ours, others, both):
     assert mcnemar(one, other) == pytest.approx(expected) and mcnemar(other, one) == mcnemar(one, other)
 
 
-def test_the_command_asks_the_harness(live, tmp_path, run):
+@pytest.fixture
+def bars():
+    """tqdm's bars are shown at first, and are as they were afterwards: a command hides them to the end of its process."""
+    import tqdm
+
+    usual = vars(tqdm.tqdm)["__init__"]
+    while isinstance(usual, functools.partialmethod):  # hidden by an earlier test
+        usual = usual.func
+    tqdm.tqdm.__init__ = usual
+    yield
+    tqdm.tqdm.__init__ = usual
+
+
+def test_the_command_asks_the_harness(live, tmp_path, run, bars, capsys):
     model, tokenizer = live
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -125,8 +139,10 @@ def test_the_command_asks_the_harness(live, tmp_path, run):
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     random_adapter(model, 1).save(tmp_path / "random.safetensors")
     line = f"eval {tmp_path}/model --data {tmp_path}/long.jsonl -a {tmp_path}/random.safetensors --harness"
+    capsys.readouterr()  # those of Transformers, which saved the model
     code, out, err = run(f"{line} --json")
     assert code == 0, err
+    assert "it/s" not in err and "%|" not in err  # no bar beside our own lines
     (base, _) = json.loads(out)["results"]
     right = sum(expected(model, tokenizer, LONG, True))
     assert base["accuracy"] == right / len(LONG)

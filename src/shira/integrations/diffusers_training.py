@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.pictures import Picture, pictures_in, square
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
+from ..masks.calibration import NAN_ON_A_GPU
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
 from .diffusers_sampling import sample
@@ -240,7 +241,7 @@ def train(
                         prepared.step()
                         prepared.zero_grad()
                 if not math.isfinite(total):
-                    raise TuningError(f"the loss became {total} at step {step}; try a lower learning rate")
+                    raise TuningError(f"the loss became {total} at step {step}; try a lower learning rate. {NAN_ON_A_GPU}")
                 rates.step()
                 losses.append(total)
                 if on_step is not None:

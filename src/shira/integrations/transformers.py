@@ -21,6 +21,7 @@ from ..errors import DataError, HubError, MissingExtra, TuningError, did_you_mea
 from ..files import hub
 from ..files.bases import skeleton_of
 from ..files.paths import temporary_folder
+from ..masks.calibration import NAN_ON_A_GPU
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
 
@@ -292,8 +293,7 @@ def train(
                 return
             if not math.isfinite(loss):
                 raise TuningError(
-                    f"the loss became {loss} at step {state.global_step}; try a lower learning rate. If it does so at the "
-                    "second step on a GPU, call torch.backends.cuda.enable_cudnn_sdp(False) before (docs/gpu.md)"
+                    f"the loss became {loss} at step {state.global_step}; try a lower learning rate. {NAN_ON_A_GPU}"
                 )
             clock.append((time.perf_counter(), tokens[0]))
             if on_step is not None:

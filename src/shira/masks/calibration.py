@@ -25,8 +25,10 @@ from ..weights.quantized import shape_of
 from ..weights.targets import is_conv1d
 from ..weights.undo import Undo, hooks_of, set_hook
 
-__all__ = ["LossFn", "Progress", "calibrate", "same_random_numbers"]
+__all__ = ["NAN_ON_A_GPU", "LossFn", "Progress", "calibrate", "same_random_numbers"]
 
+# advice for what is NaN though it need not be
+NAN_ON_A_GPU = "cuDNN's attention fails on some GPUs: before, call torch.backends.cuda.enable_cudnn_sdp(False) (docs/gpu.md)"
 LossFn = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
 Receive = Callable[[str, dict[str, Tensor]], None]
@@ -142,10 +144,7 @@ def _gradients(
         waiting.remove(name)
         found = sums.pop(name)
         if any(bool(total.max().isnan()) for total in found.values()):
-            raise MaskError(
-                f"tensor '{name}': its gradient is NaN; check the model and the calibration data. If the loss is finite, "
-                "cuDNN may fail on this GPU: call torch.backends.cuda.enable_cudnn_sdp(False) (docs/gpu.md)"
-            )
+            raise MaskError(f"tensor '{name}': its gradient is NaN; check the model and the calibration data. {NAN_ON_A_GPU}")
         if "squared_gradient" in found:
             found["squared_gradient"] /= len(batches)
         receive(name, found)

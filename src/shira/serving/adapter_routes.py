@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -213,14 +213,11 @@ async def _body(request: Request, kind: Any) -> Any:
 async def watching(catalogue: Catalogue, seconds: float) -> AsyncIterator[None]:
     """Look at the served folder again and again inside the `with`."""
 
-    refused: dict[str, str] = {}  # name -> why it is not served
-
     async def watch() -> None:
-        nonlocal refused
         said = ""
         while True:
             await asyncio.sleep(seconds)
-            before = dict(catalogue.versions)
+            before, refused = catalogue.versions, catalogue.refused
             try:
                 await asyncio.to_thread(catalogue.scan)
             except OSError as error:  # the folder is gone for now: what was served stays
@@ -233,18 +230,16 @@ async def watching(catalogue: Catalogue, seconds: float) -> AsyncIterator[None]:
                 old, new = before.get(name), catalogue.versions.get(name)
                 if old != new:
                     log.info("adapter %s %s", name, "is new" if old is None else "is gone" if new is None else "was replaced")
-            refused = warned(refused)
+            warn(refused)
 
-    def warned(before: dict[str, str]) -> dict[str, str]:
-        """A warning for each file that cannot be served and was not so before. name -> reason of all of them."""
-        now = {row["name"]: row["error"] for row in catalogue.listed() if row["error"]}
-        for name in sorted(now.keys() - {known for known, why in before.items() if now.get(known) == why}):
-            log.warning("adapter %s is not served: %s", name, visible(now[name]))
-        return now
+    def warn(before: Mapping[str, str]) -> None:
+        """A warning for each file that cannot be served, unless it was refused for the same reason before."""
+        for name, why in sorted(catalogue.refused.items() - before.items()):
+            log.warning("adapter %s is not served: %s", visible(name), visible(why))
 
     await asyncio.to_thread(catalogue.scan)
     log.info("%s serves %d adapters of %s", catalogue.base[0], len(catalogue.versions), catalogue.folder)
-    refused = warned({})
+    warn({})
     task = asyncio.create_task(watch())
     try:
         yield

@@ -88,13 +88,14 @@ class Catalogue:
         self._shapes = shapes
         self._found: dict[str, Found] = {}
         self._unloaded: set[str] = set()
-        self._unusable: set[str] = set()  # names of the files that cannot be served
         self._one_at_a_time = threading.Lock()
-        self.versions: Mapping[str, str] = {}  # name -> version of each adapter that is served; it is replaced, never changed
+        # name -> version of each adapter that is served; name -> why another cannot be. They are replaced, never changed
+        self.versions: Mapping[str, str] = {}
+        self.refused: Mapping[str, str] = {}
 
     def resolve(self, text: str) -> Selection:
         """The selection that a request names. Raises what `selections.parse` raises."""
-        return Selection() if text in self.base else parse(text, self.versions, self._unusable)
+        return Selection() if text in self.base else parse(text, self.versions, self.refused)
 
     def scan(self) -> None:
         """Look at the folder again: new files appear, replaced ones get a new version, removed ones go. Raises OSError."""
@@ -147,7 +148,7 @@ class Catalogue:
     def _publish(self) -> None:
         found = self._found.items()
         self.versions = {name: each.version for name, each in found if not each.error and name not in self._unloaded}
-        self._unusable = {name for name, each in found if each.error}
+        self.refused = {name: each.error for name, each in found if each.error}
 
     def _names(self) -> list[str]:
         """The names of all files and folders that may be adapters."""

@@ -83,10 +83,10 @@ def parse_name(name: str) -> str:
     return name
 
 
-def parse(text: str, versions: Mapping[str, str], unusable: Container[str] = ()) -> Selection:
+def parse(text: str, versions: Mapping[str, str], refused: Container[str] = ()) -> Selection:
     """The selection that a text names: "poet", "poet:0.5", "poet:1.0+coder:0.5".
 
-    versions: name -> version of each adapter that is served. unusable: names of files that cannot be served.
+    versions: name -> version of each adapter that is served. refused: names of files that cannot be served.
     An adapter with strength 0 is left out.
     Raises UnknownAdapter for a name that is not served; SelectionError for anything else that is no selection.
     """
@@ -98,7 +98,7 @@ def parse(text: str, versions: Mapping[str, str], unusable: Container[str] = ())
         raise SelectionError(f"a selection has at most {MOST_PARTS} adapters, found {len(pieces)}")
     for piece in pieces:
         name, colon, written = piece.strip().partition(":")
-        if name in unusable:
+        if name in refused:
             raise UnknownAdapter(f"adapter {shown(name)} is not served: its file cannot be used; GET /v1/adapters says why")
         if name not in versions:
             raise UnknownAdapter(f"no adapter {shown(name)} is served; {did_you_mean(name, versions)}")
