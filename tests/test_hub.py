@@ -214,6 +214,12 @@ def test_no_hub_is_a_matter_of_seconds(tmp_path, monkeypatch):
         assert time.monotonic() - start < 4
     with pytest.raises(HubError, match="cannot be reached"):
         shira.load("me/poet")
+    random_adapter(mlp(), 1).save("poet.safetensors")
+    with pytest.raises(HubError, match=r"no file was pushed, because .* cannot be reached .*; try again"):
+        push("poet.safetensors", "me/poet")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="no file was pushed, because HF_HUB_OFFLINE is set; unset it"):
+        push("poet.safetensors", "me/poet")
 
 
 def test_without_huggingface_hub_the_install_line_is_named(tmp_path, monkeypatch):
@@ -238,6 +244,6 @@ def test_the_page_on_sharing(online, run, tiny_llama):
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names := {"model": tiny_llama})
     assert names["adapter"].metadata["training"]["held_out"]["rows"] and same_bits(before, all_bits(tiny_llama))
     card = online.files("me/poet")["README.md"].decode()
-    assert 'switcher.add("rows", "me/poet")' in card and 'license: "mit"' in card
+    assert 'switcher.add("poet", "me/poet")' in card and 'license: "mit"' in card
     code, out, err = run("eval SmolLM2 --data rows.jsonl -a me/poet=0.5 --json")
     assert code == 0 and json.loads(out)["results"][1]["active"] == "me/poet=0.5", err

@@ -1,6 +1,8 @@
 """A folder of PEFT's sparse methods wherever an adapter's file is taken."""
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
@@ -60,7 +62,8 @@ def test_a_folder_without_a_base_in_reach_is_refused_by_the_command_to_type(besi
     folder, base = beside_its_base
     for name in (None, 3, "", "nobody/nothing", str(base) + "x", "a\0b", "x" * 5000):
         edited(folder, lambda tensors: None, {"base_model_name_or_path": name})
-        with pytest.raises(FormatError, match="adapter of PEFT, which has to be converted: `shira convert FOLDER --base MODEL"):
+        words = f"adapter of PEFT, which has to be converted: `shira convert {re.escape(shlex.quote(str(folder)))} --base MODEL"
+        with pytest.raises(FormatError, match=words):
             shira.load(folder)
     other = folder.parent / "mlp.safetensors"
     save_file(dict(mlp().state_dict()), other)

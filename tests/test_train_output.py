@@ -16,8 +16,8 @@ from conftest import all_bits, mlp, random_adapter, same_bits
 from shira import DataError
 from shira.integrations import transformers as hf
 from shira.integrations.card import base_of
-from shira.runs.outputs import output_for, save_run
-from shira.runs.recipes import Recipe, check_run
+from shira.runs.outputs import named, output_for, save_run
+from shira.runs.recipes import Recipe, check_run, name_of
 from test_cli import TRAIN, folder  # noqa: F401  a fixture
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_while_it_saves_does_not_keep_its_name(tmp_path, mo
         import shira
         from conftest import mlp, random_adapter
         from shira.integrations.card import base_of
-        from shira.runs.outputs import output_for, save_run
+        from shira.runs.outputs import named, output_for, save_run
 
         def killed(*_, **__):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -200,6 +200,23 @@ def test_a_model_that_is_not_there_is_known_at_once(run, folder, model, words): 
 def test_leaving_the_model_out_lists_what_there_is(run, folder):  # noqa: F811
     code, _, err = run("train --data sums.jsonl")
     assert code == 1 and "no model to train: give a folder, a hub id, or a built-in model: SmolLM2-135M-Instruct-Q4_1" in err
+
+
+@pytest.mark.parametrize(
+    ("output", "name"),
+    [
+        ("poet.safetensors", "poet"),
+        ("runs/poet", "poet"),
+        ("runs/v1.5", "v1.5"),
+        ("poet/adapter.safetensors", "poet"),
+        (".", "spam"),  # the data's
+    ],
+)
+def test_an_adapter_without_a_name_has_its_outputs(output, name):
+    assert name_of(named(Recipe(model="any", data="spam"), Path(output))) == name
+    recipe = Recipe(model="any", data="spam", name="mine")
+    assert named(recipe, Path(output)) is recipe
+    assert named(Recipe(model="any", data="spam"), None).name == ""
 
 
 def test_a_card_of_a_model_on_the_hub_names_it():

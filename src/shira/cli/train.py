@@ -43,10 +43,10 @@ def train(
 
     Example: shira train SmolLM2-135M-Instruct-Q4_1 --data spam --steps 40 --density 0.02 -o spam.safetensors
     """
-    from ..runs.outputs import output_for, save_run
+    from ..runs.outputs import named, output_for, save_run
 
     asked = given(options)
-    recipe = load_recipe(config, asked)
+    recipe = named(load_recipe(config, asked), output)
     place = output_for(output, stem_of(config) or name_of(recipe), force=force, config=config, repeats=not asked)
     if like is not None:
         from ..files.reading import neighbour

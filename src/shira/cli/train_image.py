@@ -28,10 +28,10 @@ def train_image(
 
     Example: shira train-image stable-diffusion-v1-5/stable-diffusion-v1-5 --data dog --prompt "a sks dog" -o dog.safetensors
     """
-    from ..runs.outputs import output_for, save_run
+    from ..runs.outputs import named, output_for, save_run
 
     asked = given(options, ImageRecipe)
-    recipe = load_image_recipe(config, asked)
+    recipe = named(load_image_recipe(config, asked), output)
     place = output_for(output, stem_of(config) or name_of(recipe), force=force, config=config, repeats=not asked)
     check_image_run(recipe)
     from ..data.grids import grid

@@ -118,8 +118,10 @@ def failure(
     if isinstance(error, ValueError):
         return HubError(f"{name!r}: huggingface_hub cannot use what it was given ({_line(error)})")
     if not local:  # the cache does not matter
-        why = "offline, because HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _line(error)
-        return HubError(f"{name!r}: {constants.ENDPOINT} cannot be reached ({why})")
+        if constants.HF_HUB_OFFLINE:
+            return HubError(f"{name!r}: no file was pushed, because HF_HUB_OFFLINE is set; unset it, and try again")
+        why = f"{constants.ENDPOINT} cannot be reached ({_line(error)})"
+        return HubError(f"{name!r}: no file was pushed, because {why}; try again")
     near = _near(repo, [*known, *_in_cache()])
     if constants.HF_HUB_OFFLINE:
         return HubError(f"{name!r} is {local}not in the cache of the hub; offline, because HF_HUB_OFFLINE is set{near}")

@@ -1,6 +1,7 @@
 """A user passed a folder, or another kind of file, instead of an adapter's file: which file is meant, or what to pass."""
 
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,10 +23,6 @@ SLIME = (
     "checkpoint, and extract that: `shira extract BASE APPLIED -o adapter.safetensors`"
 )
 INDEX = "model.safetensors.index.json"
-PEFT = (
-    "it is an adapter of PEFT, which has to be converted: `shira convert FOLDER --base MODEL -o adapter.safetensors`, with "
-    "--density 0.01 or --keep 0.9 unless it is a SHiRA"
-)
 
 
 def instead(path: Path, tensors: Iterable[str] = ()) -> str:
@@ -33,14 +30,25 @@ def instead(path: Path, tensors: Iterable[str] = ()) -> str:
     if _is_delta_of_bytes(path if path.is_dir() else path.parent):
         return SLIME
     if not path.is_dir():
-        peft = path.name in PEFT_FILES or (path.parent / PEFT_FILES[0]).is_file()
-        return PEFT if peft or any(name.startswith(PEFT_PREFIX) for name in tensors) else "pass an adapter's .safetensors file"
+        if path.name in PEFT_FILES or (path.parent / PEFT_FILES[0]).is_file():
+            return _converting(str(path.parent))
+        if any(name.startswith(PEFT_PREFIX) for name in tensors):
+            return _converting("FOLDER")  # the one that it was taken from
+        return "pass an adapter's .safetensors file"
     ours = _adapters_in(path)
     if ours:
         return f"pass {'the file' if len(ours) == 1 else 'one of the files'} in it, as {str(ours[0])!r}"
     if any((path / name).is_file() for name in PEFT_FILES):
-        return PEFT
+        return _converting(str(path))
     return "pass an adapter's .safetensors file; there is none in it"
+
+
+def _converting(folder: str) -> str:
+    """What to do with an adapter of PEFT."""
+    return (
+        f"it is an adapter of PEFT, which has to be converted: `shira convert {shlex.quote(folder)} --base MODEL -o "
+        "adapter.safetensors`, with --density 0.01 or --keep 0.9 unless it is a SHiRA"
+    )
 
 
 def _is_delta_of_bytes(folder: Path) -> bool:
@@ -79,7 +87,8 @@ def _adapter_on_the_hub(repo: str, revision: str | None) -> Path:
     if len(candidates) == 1 and (found := downloaded(repo, candidates[0], revision)) is not None:
         return found
     if any(name in PEFT_FILES for name in names):
-        raise HubError(f"{repo!r} on the hub is no adapter of shira; {PEFT}; get it by `hf download {repo} --local-dir FOLDER`")
+        get = f"get it by `hf download {repo} --local-dir FOLDER`"
+        raise HubError(f"{repo!r} on the hub is no adapter of shira; {_converting('FOLDER')}; {get}")
     few = ", ".join(names[:8]) + ", …" * (len(names) > 8)
     raise HubError(f"{repo!r} on the hub holds no {ADAPTER}; it holds {few or 'nothing'}")
 

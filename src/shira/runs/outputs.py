@@ -4,12 +4,13 @@ A folder can be pushed to the hub as it is. Files side by side have one stem: sp
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..adapter import Adapter
 from ..errors import DataError
@@ -18,12 +19,16 @@ from ..files.suggestions import ADAPTER
 from ..files.tensorfiles import write_whole
 from ..integrations.card import Base, card
 from ..integrations.hub import CARD, RECIPE
+from .shared_options import Run
 
-__all__ = ["CARD", "RECIPE", "SAMPLES", "Output", "output_for", "save_run"]
+__all__ = ["CARD", "RECIPE", "SAMPLES", "Output", "named", "output_for", "save_run"]
 
 SAMPLES = "samples.png"
 SUFFIX = ".safetensors"
 OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".yaml", ".yml", ".json", ".md")  # no names of folders
+
+
+R = TypeVar("R", bound=Run)
 
 
 class Output(NamedTuple):
@@ -67,6 +72,15 @@ def output_for(
     if taken := next((path for path in found.files if path.exists()), None):
         raise DataError(f"{taken} is there already, and would be lost; give --force to replace it, or another --output")
     return found
+
+
+def named(recipe: R, output: Path | None) -> R:
+    """The recipe, whose adapter is named after the output if it has no name: poet of "poet", of "poet.safetensors"."""
+    if recipe.name or output is None:
+        return recipe
+    folder = output.parent if output.name == ADAPTER else output
+    name = output.stem if output.suffix == SUFFIX and folder is output else folder.name
+    return dataclasses.replace(recipe, name=name)
 
 
 def save_run(

@@ -49,7 +49,7 @@ class Run:
     warmup: float = option(0.0, "Share of the steps in which the learning rate rises.", "trainer", ge=0, le=1)
     dtype: Dtype = option("auto", "The model's dtype. auto: the checkpoint's.")
     seed: int = option(0, "The seed of the mask and of the order of the examples.", "attach, trainer", ge=0)
-    name: str = option("", "The adapter's name.", group="Results", usual="the data's")
+    name: str = option("", "The adapter's name.", group="Results", usual="the output's, or the data's")
     license: str | None = option(None, "The adapter's licence. The file holds it.")
 
 
