@@ -47,7 +47,7 @@ notebooks: .venv/ready ## run the notebooks of docs/notebooks anew and store wha
 test: .venv/ready ## lint, types and tests, on tiny models and briefly on the real one
 	@$(MAKE) $(TOGETHER) lint tests-fast
 
-test-slow: .venv/ready ## the tests that take minutes: the whole demo, trainers on the real model
+test-slow: .venv/ready ## the tests that take minutes: the demo, notebooks and trainers on the real model
 	$(PYTEST) -m slow
 
 check: .venv/ready ## `make test site dist test-slow`, all side by side, in less time

@@ -238,7 +238,7 @@ def pytest_collection_modifyitems(items):
     pytest-xdist divides the list into one share for each process; later, a process without tests takes some from the end of
     another's share. So each share begins with some of the longest tests.
     """
-    names = ("test_the_whole_demo", "test_the_commands_run", "test_real", "test_readme", "at_every_line", "at_pairs")
+    names = ("test_the_demo", "test_the_commands_run", "test_real", "test_readme", "at_every_line", "at_pairs")
     names += ("test_distributed", "test_streaming", "after a cast")
 
     def place(item):
