@@ -179,7 +179,7 @@ def test_train_with_a_budget_over_the_model_avoiding_another_and_refreshed(run, 
     for name, tensor in second.tensors.items():
         assert not torch.isin(tensor.indices, first.tensors[name].indices).any()
     mask = second.metadata["mask"]
-    assert (mask["total"], mask["scope"], mask["floor"], mask["avoid"]) == (300, "model", 0.2, ["sums"])
+    assert (mask["total"], mask["scope"], mask["floor"], mask["avoid"]) == (300, "model", 0.2, ["first"])
     assert mask["refresh"] == {"times": 1, "cap": 1.5}
     (folder / "more.yaml").write_text(
         (folder / "second.yaml").read_text() + "overrides: {down_proj: 0.1, layers.9.*: {rank: 1}}\n"

@@ -37,12 +37,12 @@ def test_the_commands(run, folder):
     assert code == 0, err
     assert "the recipe is one.yaml, the model card one.md the samples are one.png" in " ".join(out.split())
     card = (folder / "one.md").read_text()
-    assert "![samples](<one.png>)" in card and 'adapters.load("one.safetensors", "dog")' in card
+    assert "![samples](<one.png>)" in card and 'adapters.load("one.safetensors", "one")' in card
     assert re.search(r"^making pictures of the class: 2/2 ", err, re.MULTILINE), err
     assert re.search(r"^training: 3/3 in [\d.]+ s, loss [\d.]+, [\d.]+ pictures/s$", err, re.MULTILINE), err
     one = shira.load("one.safetensors")
     assert one.metadata["base"] == {"id": "pipeline", "dtype": "float32"}
-    assert one.metadata["license"] == "MIT" and one.name == "dog"
+    assert one.metadata["license"] == "MIT" and one.name == "one"
     assert one.metadata["training"]["prompt"] == "sks dog"
     with Image.open("one.png") as samples:
         width, height = samples.size

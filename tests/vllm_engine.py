@@ -230,10 +230,12 @@ def test_a_kv_cache_that_is_too_small(tmp_path, is_async):
         assert sum(metric.value for metric in counted) > 0
 
 
-def test_two_processes(tmp_path, tied):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes(tmp_path, tied, processes):
+    """With four, two processes hold each of the two heads of keys and values."""
     folder, adapters, oracle = world(tmp_path, tied)
-    with engine(folder, adapters, tensor_parallel_size=2) as (made, catalogue):
-        assert len(made.collective_rpc("shira_tiers")) == 2
+    with engine(folder, adapters, tensor_parallel_size=processes) as (made, catalogue):
+        assert len(made.collective_rpc("shira_tiers")) == processes
         all_right(made, catalogue, oracle)
         _faults(made, catalogue, oracle, adapters)
         all_right(made, catalogue, oracle, [None, "b", "c"])
