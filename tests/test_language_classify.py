@@ -57,9 +57,10 @@ def test_a_table_of_what_was_run(bench, tmp_path, capfd):
     assert lines["lora"][4].startswith(f"{100 * digits.count('1') / 42:.1f} ±")
 
 
-@pytest.mark.parametrize("name", ["lora", "wm", "snip", "head"])
+@pytest.mark.parametrize("name", ["lora", "wm", "snip", "snip-late", "head"])
 def test_the_head_is_in_the_adapter_and_comes_off_again(bench, tmp_path, name, capfd):
     bench["methods"]["snip"] = {"options": {"mask": "snip", "rank": 2}}
+    bench["methods"]["snip-late"] = {"options": {"mask": "snip", "rank": 2}, "head_first": 6}
     lab = classify.Lab(Store(tmp_path / "results.jsonl"))
     model, _, _ = lab.model(bench["model"], "bfloat16")
     before, rows = all_bits(model), [([3, 4, 5], 0), ([6, 7], 1)]
@@ -76,6 +77,20 @@ def test_the_head_is_in_the_adapter_and_comes_off_again(bench, tmp_path, name, c
     if name != "lora":
         adapter = shira.load(lab.folder(number(key)) / methods.OURS)
         assert adapter.tensors["score.weight"].nnz == 48 and (len(adapter.tensors) == 1) == (name == "head")
+
+
+def test_a_mask_that_is_chosen_after_the_head_has_trained(bench, tmp_path, capfd):
+    """It has as many entries, and others."""
+    lab = classify.Lab(Store(tmp_path / "results.jsonl"))
+    found = []
+    for first in ({}, {"head_first": 6}):
+        method = {"options": {"mask": "snip", "rank": 2}} | first
+        key = classify.train_key(bench | {"head_rate": 0.5}, method, 0.0, 0)
+        lab.store.add(key, lab.run(key), 0)
+        found.append(shira.load(lab.folder(number(key)) / methods.OURS))
+    early, late = found
+    assert early.tensors.keys() == late.tensors.keys() and early.nnz == late.nnz
+    assert any(not torch.equal(tensor.indices, late.tensors[name].indices) for name, tensor in early.tensors.items())
 
 
 def test_an_adapter_with_a_head_fits_a_model_with_another_head(bench, tmp_path, capfd):

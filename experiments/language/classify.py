@@ -8,6 +8,7 @@ a few entries of a weight is too high for a head. The search is for the learning
 import functools
 import random
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+import shira
 from experiments.store import Key, Store, number
+from shira import masks
 from shira.data.batches import left_padded, to_device
 from shira.data.models import model_path
 
@@ -38,7 +41,7 @@ def train_key(
 ) -> Key:
     """The key of a training run, by default on the task of the search."""
     data = data or recipe["search"]
-    made = {name: method[name] for name in ("peft", "options") if name in method}
+    made = {name: method[name] for name in ("peft", "options", "head_first") if name in method}
     settings = {name: recipe[name] for name in (*MODEL, *TRAINED_BY)}
     which = {"data": data, "fold": fold, "folds": folds(recipe, data)}
     return {"kind": "train", **settings, **which, "method": made, "rate": rate, "seed": seed}
@@ -121,23 +124,16 @@ class Lab(runs.Lab):
         rows = self.rows(key, "train")
         shown = rows[: key["calibration"]]
         calibration = [self.collate(shown[start : start + self.batch], model) for start in range(0, len(shown), self.batch)]
+        given: dict[str, Any] = {name: key[name] for name in ("batch_size", "head_rate", "warmup", "seed")}
+        given["schedule"] = key.get("schedule", "linear")
+        given["fit"] = functools.partial(fit, head=self.head, collate=self.collate)
+        method = self.with_head(key)
+        if first := key["method"].get("head_first"):
+            chosen = self.chosen_after(first, method["options"], model, rows, calibration, given)
+            method["options"] = method["options"] | {"mask": functools.partial(masks.from_adapter, adapter=chosen)}
         with runs.new_folder(key) as folder:
-            summary = methods.train(
-                self.with_head(key),
-                model,
-                rows,
-                calibration,
-                folder,
-                targets=key["targets"],
-                fit=functools.partial(fit, head=self.head, collate=self.collate),
-                steps=key["steps"],
-                batch_size=key["batch_size"],
-                learning_rate=key["rate"],
-                schedule=key.get("schedule", "linear"),
-                head_rate=key["head_rate"],
-                warmup=key["warmup"],
-                seed=key["seed"],
-            )
+            steps = {"steps": key["steps"], "learning_rate": key["rate"]}
+            summary = methods.train(method, model, rows, calibration, folder, targets=key["targets"], **steps, **given)
         result = {"loss": summary["loss"], "parameters": summary["parameters"], "file_bytes": runs.size(key)}
         if key.get("folds", 1) > 1:
             return result
@@ -145,6 +141,37 @@ class Lab(runs.Lab):
         with methods.adapted(model, [runs.artefacts() / number(key)]) as ready:
             loss = nn.functional.cross_entropy(self.logits(ready, asked), torch.tensor([label for _, label in asked]))
         return result | {"validation_loss": float(loss)}
+
+    def chosen_after(
+        self,
+        steps: int,
+        options: Mapping[str, Any],
+        model: nn.Module,
+        rows: Sequence[Any],
+        calibration: Sequence[Any],
+        given: Mapping[str, Any],
+    ) -> shira.Adapter:
+        """An adapter of the positions that a mask chooses after some steps of the head alone. The model is as before.
+
+        options: of `shira.attach`. given: settings of `fit`, and `fit`.
+        """
+        head = model.get_submodule(self.head)
+        before = {name: weight.detach().clone() for name, weight in head.named_parameters()}
+        alone = {"options": {"mask": "wm", "density": 1.0, "targets": [self.head]}}
+        with tempfile.TemporaryDirectory() as folder:
+            learns = {"steps": steps, "learning_rate": given["head_rate"]}
+            methods.train(alone, model, rows, calibration, Path(folder), targets=[self.head], **learns, **given)
+            trained = shira.load(Path(folder) / methods.OURS).tensors
+        try:
+            with torch.no_grad():
+                for name, weight in head.named_parameters():
+                    weight.view(-1)[trained[f"{self.head}.{name}"].indices.long()] = trained[f"{self.head}.{name}"].values
+            with shira.attach(model, **{"calibration": calibration, "seed": given["seed"]} | dict(options)) as tuner:
+                return tuner.adapter()
+        finally:
+            with torch.no_grad():
+                for name, weight in head.named_parameters():
+                    weight.copy_(before[name])
 
     def score(self, key: Key) -> dict[str, Any]:
         """Which test rows are classified correctly, and the rows' classes: one digit for each."""
