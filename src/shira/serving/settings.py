@@ -32,7 +32,9 @@ class Settings:
 
     quantum: int = option(16, "Steps of a turn while other selections wait.", group="Turns and memory", ge=1)
     patience: float = option(
-        2.0, "Seconds that a selection waits at most, plus a step and a switch for each ahead of it.", ge=0
+        2.0,
+        "Seconds that a selection waits at most, plus a step and a switch for each ahead of it, while all can be ready.",
+        ge=0,
     )
     ready: int = option(16, "Selections held ready in memory.", ge=2)
     host_ready: int = option(0, "And more of them in host memory, for a model on a GPU.", ge=0)

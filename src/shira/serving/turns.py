@@ -5,10 +5,14 @@ So a selection that wants steps waits at most `patience` seconds, plus one step 
 of it: the turn of every selection ahead is made short enough, down to a single step. All others are ahead of the selection that
 had the last step.
 
+If more selections want steps than can be held ready, each turn begins with reading a file. Then turns are not made short: with
+single steps nearly all the time would go into reading, and all would wait longer.
+
 There is no clock and no engine in here, so a simulation can use the same code (tests/test_turns.py).
 """
 
 from collections.abc import Mapping
+from math import inf
 
 from ..errors import ShiraError
 
@@ -21,19 +25,20 @@ class Turns:
     """Chooses the selection of the next step.
 
     quantum: steps of a turn while others wait. A selection with more requests than the average gets more, in proportion.
-    patience: seconds that a selection waits at most, beyond one step and one switch for each selection ahead of it.
+    patience: seconds that a selection waits at most, beyond one step and one switch for each selection ahead of it. It does not
+    hold while more than `ready` selections want steps: then each of those ahead has its whole turn.
     switches: how often the chosen selection was another than before. longest_wait: seconds that one has waited for its turn.
 
         turns = Turns(quantum=16, patience=2.0)
         key = turns.choose({"": 0.0, '[["poet","1f",1.0]]': 0.4}, now=0.5)
     """
 
-    def __init__(self, *, quantum: int = 16, patience: float = 2.0) -> None:
-        if quantum < 1 or not 0 <= patience < float("inf"):
+    def __init__(self, *, quantum: int = 16, patience: float = 2.0, ready: float = inf) -> None:
+        if quantum < 1 or not 0 <= patience < inf:
             raise ShiraError(
                 f"quantum must be a whole number from 1 on, found {quantum}; and patience seconds from 0 on, found {patience}"
             )
-        self.quantum, self.patience = quantum, patience
+        self.quantum, self.patience, self.ready = quantum, patience, ready
         self.switches, self.longest_wait = 0, 0.0
         self._turn: str | None = None
         self._steps, self._most = 0, 0  # of this turn: done, and allowed while others wait
@@ -99,8 +104,10 @@ class Turns:
         The time that a selection can still wait is shared by all turns before its own, in proportion to their requests.
         """
         assert self._turn is not None
+        if len(present) > self.ready:
+            return inf
         own = ahead = sizes[self._turn]
-        end = float("inf")
+        end = inf
         wanted = set(waiting)
         for key in self._waiting:
             if key in wanted:
