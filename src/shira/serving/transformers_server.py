@@ -87,7 +87,7 @@ def built(model: nn.Module, tokenizer: Any, settings: Settings) -> tuple[Transfo
         model,
         Resident(model, settings.adapters, ready=settings.ready, host=settings.host_ready),
         ends=ends_of(model, tokenizer),
-        turns=Turns(quantum=settings.quantum, patience=settings.patience, ready=settings.ready),
+        turns=Turns(quantum=settings.quantum, patience=settings.patience, ready=settings.ready + settings.host_ready),
         max_running=settings.max_running,
         step_tokens=settings.step_tokens,
         cache_tokens=settings.kv_tokens,

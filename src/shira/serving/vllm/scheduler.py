@@ -70,7 +70,7 @@ class TurnScheduler:
         if self.use_v2_model_runner:
             raise ShiraError("vLLM's model runner V2 was not tried with adapters; set VLLM_USE_V2_MODEL_RUNNER=0")
         chosen = settings()
-        self.turns = Turns(quantum=chosen.quantum, patience=chosen.patience, ready=chosen.ready)
+        self.turns = Turns(quantum=chosen.quantum, patience=chosen.patience, ready=chosen.ready + chosen.host_ready)
         self._key = ""
         self._stuck: set[str] = set()  # selections whose last step got no token, because of the KV cache
         self._hidden: list[Any] = []  # requests with blocks that vLLM does not see while it schedules
