@@ -39,7 +39,7 @@ LESS = {  # training and measuring for the tests, which `make notebooks` runs in
     "1": {"STEPS, BATCH = 12, 4": "STEPS, BATCH = 3, 2", "HELD_OUT = 20": "HELD_OUT = 4"},
     "2": {"STEPS, BATCH = 12, 4": "STEPS, BATCH = 3, 2", "task.test()[:30]": "task.test()[:6]", "data[:4]": "data[:2]"},
     "3": {"PASSES = 200": "PASSES = 20", "STYLE_STEPS = 50": "STYLE_STEPS = 4"},
-    "4": {"EPOCHS, BATCH = 3, 4": "EPOCHS, BATCH = 1, 4"},
+    "4": {"EPOCHS, BATCH = 3, 4": "EPOCHS, BATCH = 1, 4", "max_tokens=16": "max_tokens=4"},
 }
 
 
