@@ -330,6 +330,7 @@ def run_dies(folder, rank, ranks):
             adapter = tuner.adapter("trained", training={"step": step})
             if rank == 0:
                 adapter.save(folder / "checkpoint.safetensors")
+            dist.barrier()  # the launcher ends the first process as soon as it sees the death of the second
 
 
 def main():
