@@ -20,7 +20,7 @@ from .train import NO_DROPOUT, prepare, steps_in_turn
 from .unets import ATTENTION, CONVOLUTIONS, SD15, SMALL, inputs
 
 SPARSER = "shira wm 1 %"
-METHODS = ["frozen", "shira wm", SPARSER, "PEFT LoRA", NO_DROPOUT]
+METHODS = ["frozen", SPARSER, "shira wm", "PEFT LoRA", NO_DROPOUT]
 BOTH = [*ATTENTION, *CONVOLUTIONS]
 
 
@@ -66,7 +66,8 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     ]
     rows = []
     for size, targets, autocast in [("tiny", BOTH, False)] if quick else setups:
-        figures = steps_in_turn(unet_step, METHODS, 1 if quick else 5, size, targets, autocast=autocast)
+        methods, rounds = (METHODS[2:], 1) if quick else (METHODS, 5)
+        figures = steps_in_turn(unet_step, methods, rounds, size, targets, autocast=autocast)
         what = "attention and convolutions" if targets == BOTH else "attention"
         dtype = "bfloat16 autocast" if autocast else "float32"
         rows.append(report("unet", setup=f"{size}, {what}, {dtype}", **figures))

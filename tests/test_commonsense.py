@@ -1,8 +1,10 @@
 """The eight commonsense benchmarks: their texts taken apart, and, once fetched, their parts."""
 
+import functools
+
 import pytest
 
-from shira.data.commonsense import BENCHMARKS, COMMONSENSE, VALIDATION, example
+from shira.data.commonsense import BENCHMARKS, COMMONSENSE, VALIDATION, Benchmark, example
 
 ROWS = [
     (
@@ -30,7 +32,9 @@ def test_a_question_is_taken_apart(query, expected):
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_parts_of_each_benchmark_are_apart():
+def test_the_parts_of_each_benchmark_are_apart(monkeypatch):
+    read = Benchmark._read
+    monkeypatch.setattr(Benchmark, "_read", functools.cache(lambda *which: list(read(*which))))  # each file once
     sizes = {benchmark.name: len(benchmark.test()) for benchmark in BENCHMARKS}
     assert sizes == {
         "boolq": 3270,
