@@ -27,13 +27,13 @@ def demo(folder, *options):
 
 
 @pytest.mark.slow
-def test_the_demo_in_short(tmp_path):
-    """What the demo is meant to show: 10 points on each task, half of them after fusion, within its time and memory.
+def test_the_whole_demo(tmp_path):
+    """What the demo is meant to show: 10 points on each task, 80 % of them after fusion, within its time and memory.
 
-    With 24 of its 40 steps, and 32 of its 300 held-out examples of each task. The whole demo keeps 96 % and more (README.md).
+    With 40 of the 300 held-out examples of each task: each gains more than 20 points, so 40 tell.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = demo(tmp_path, "--steps", "24", "--examples", "32")
+    result = demo(tmp_path, "--examples", "40")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result["restored"] is True
     base, spam, questions, both, again = result["rows"]
@@ -44,11 +44,11 @@ def test_the_demo_in_short(tmp_path):
     } | {"active": "base"}
     assert spam["file_bytes"] == (tmp_path / "spam.safetensors").stat().st_size
     assert (tmp_path / "questions.yaml").exists()
-    assert result["examples"] == 32
+    assert result["examples"] == 40
     for alone, fused in result["gains"].values():
         assert alone >= 0.10
-        assert fused >= 0.5 * alone
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 360  # three minutes of two processors
+        assert fused >= 0.8 * alone
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 360  # six minutes of two processors
     assert result["peak_memory_gb"] < 4
 
 

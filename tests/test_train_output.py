@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_while_it_saves_does_not_keep_its_name(tmp_path, mo
         import shira
         from conftest import mlp, random_adapter
         from shira.integrations.card import base_of
-        from shira.runs.outputs import named, output_for, save_run
+        from shira.runs.outputs import output_for, save_run
 
         def killed(*_, **__):
             os.kill(os.getpid(), signal.SIGKILL)
