@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the kernels in C, and README.md for the page of an index.
+"""What pyproject.toml cannot say: the parts in C, and README.md for the page of an index.
 
 Where no compiler is at hand, the wheel has none of them and suits any machine. torch's operators serve instead.
 """
@@ -20,15 +20,22 @@ FLAGS = ["-O3", "-fopenmp-simd", "-pthread", "-fvisibility=hidden"]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")  # where the processor has it: native.h has it chosen when it is loaded
 
-native = Extension(
-    "shira.kernels.cpu._native",
-    [f"src/shira/kernels/cpu/{name}.c" for name in ("native", "unite", "combine")],
-    depends=["src/shira/kernels/cpu/native.h"],
-    extra_compile_args=[] if sys.platform == "win32" else FLAGS,
-    extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
-    py_limited_api=True,
-    optional=True,
-)
+SOURCES = {
+    "shira.kernels.cpu._native": ["kernels/cpu/native.c", "kernels/cpu/unite.c", "kernels/cpu/combine.c"],
+    "shira.sparse._drawing": ["sparse/draw.c"],
+}
+
+
+def in_c(name: str, sources: list[str]) -> Extension:
+    return Extension(
+        name,
+        [f"src/shira/{source}" for source in sources],
+        depends=["src/shira/kernels/cpu/native.h"],
+        extra_compile_args=[] if sys.platform == "win32" else FLAGS,
+        extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+        py_limited_api=True,
+        optional=True,
+    )
 
 
 class Wheel(bdist_wheel):
@@ -79,7 +86,7 @@ def repository_and_version() -> tuple[str | None, str]:
 
 if __name__ == "__main__":  # the backend runs this file under that name
     setup(
-        ext_modules=[native],
+        ext_modules=[in_c(*each) for each in SOURCES.items()],
         cmdclass={"bdist_wheel": Wheel},
         options={"bdist_wheel": {"py_limited_api": "cp311"}},
         long_description=for_an_index((ROOT / "README.md").read_text("utf-8"), *repository_and_version()),

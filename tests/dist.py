@@ -32,6 +32,7 @@ with warnings.catch_warnings(record=True) as given:
     import shira
     import torch
     from shira.kernels import native
+    from shira.sparse import positions
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
@@ -57,7 +58,7 @@ for part in ("py.typed", "analysis/report.html.j2"):
 print(json.dumps({
     "at": str(Path(shira.__file__).parent),
     "path": sys.path,
-    "native": native.available(),
+    "in_c": [native.available(), positions._drawing is not None],
     "warnings": [warning.category.__name__ for warning in given if "shira" in str(warning.message)],
 }))
 """
@@ -123,7 +124,7 @@ def try_out(wheel: Path, folder: Path, compiled: bool) -> None:
     (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # its own .pth files do not count
     found = json.loads(run([str(python), "-c", SMOKE], here).stdout)
     assert found["at"] == str(site / "shira") and str(ROOT / "src") not in found["path"], found
-    assert found["native"] is compiled
+    assert found["in_c"] == [compiled, compiled]
     assert found["warnings"] == ([] if compiled else ["NotCompiled"]), found["warnings"]
     shira = str(folder / "bin" / "shira")
     assert re.fullmatch(r"shira \d+\.\d+.*\n", run([shira, "--version"], here).stdout)

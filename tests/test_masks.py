@@ -1,12 +1,14 @@
 import functools
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import shira
 from shira import MaskError, masks
+from shira.sparse import positions
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -73,6 +75,19 @@ def test_rand_draws_distinct_positions_from_the_seed(shape, seed, data):
     assert torch.equal(drawn, masks.rand(weight, k, seed))
     assert torch.equal(drawn, drawn.sort().values)
     assert k == 0 or (drawn.min() >= 0 and drawn.max() < weight.numel())
+
+
+@given(numel=st.integers(0, 2**62), k=st.integers(0, 9000), seed=st.integers(0, 2**63 - 1))
+@example(numel=9000, k=9000, seed=0)
+@example(numel=2**31, k=5, seed=1)
+def test_c_draws_what_torch_draws(numel, k, seed):
+    assert positions._drawing is not None, "draw.c was not built"
+    k = min(numel, k)
+    by_c = positions.draw(numel, k, seed)
+    with mock.patch.object(positions, "_drawing", None):
+        by_torch = positions.draw(numel, k, seed)
+    assert by_c.dtype == by_torch.dtype == torch.int64
+    assert torch.equal(by_c, by_torch)
 
 
 def test_rand_is_uniform():
