@@ -171,9 +171,7 @@ def bench(tmp_path, monkeypatch, tiny_llama):
 
 
 def run_all(recipe, store):
-    experiment = {"fused": fused, "combined": combined, "forgetting": forgetting, "merging": merging, "one_rate": one_rate}[
-        recipe["experiment"]
-    ]
+    experiment = language.experiment_of(recipe)
     made = []
     work(lambda: experiment.wanted(recipe, store), Lab(store).run, store, lambda key, left: made.append(key))
     return made

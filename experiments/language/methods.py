@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import shira
+from shira import masks
 from shira.data.tokens import Row
 from shira.integrations import transformers as hf
 
@@ -43,11 +44,15 @@ def train(
 
     method: {"options": …}, the options of `shira.attach`; or, with "peft", of that config class of PEFT. With "reach", the
         weights are pulled to the base, with this reach and the batches of general(): by `Tuner.stay_near`, or LoRA's by `near`.
+        "refresh": settings of `hf.train` by which the mask is selected again.
     """
     options = dict(method["options"])
     if "peft" not in method:
         chosen = {"targets": targets, "avoid": list(avoid), "calibration": calibration, "seed": settings["seed"], "lr_scale": 1}
         chosen |= options
+        chosen["mask"] = MASKS.get(chosen["mask"], chosen["mask"])
+        if "refresh" in method:
+            settings |= method["refresh"] | {"calibration": calibration}
         with shira.attach(model, **chosen) as tuner:
             if "reach" in method:
                 tuner.stay_near(general(), reach=method["reach"])
@@ -67,6 +72,15 @@ def train(
         summary = fit(count, tuned.get_base_model(), rows, **settings)
         tuned.save_pretrained(folder)
     return summary
+
+
+def steady_snip(weight: Tensor, gradient: Tensor, squared_gradient: Tensor, k: int) -> Tensor:
+    """SNIP's score times how far the batches' gradients agree in sign and size: 1 if all are equal, near 0 if they cancel."""
+    agreement = gradient.abs() / squared_gradient.sqrt().clamp_(min=torch.finfo(torch.float32).tiny)
+    return masks.top_k((weight.float() * gradient.float()).abs() * agreement, k)
+
+
+MASKS: Mapping[Any, masks.Mask] = {"steady-snip": steady_snip}  # our own, for recipes
 
 
 @contextlib.contextmanager

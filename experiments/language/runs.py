@@ -41,7 +41,7 @@ BATCH = 128 if torch.accelerator.is_available() else 16  # questions and sentenc
 
 def train_key(recipe: Mapping[str, Any], method: Mapping[str, Any], rate: float, seed: int, **changes: Any) -> Key:
     """The key of a training run. changes: further settings, such as avoid=[numbers of runs whose entries may not train]."""
-    made = {name: method[name] for name in ("peft", "options", "reach") if name in method}
+    made = {name: method[name] for name in ("peft", "options", "reach", "refresh") if name in method}
     settings = {name: recipe[name] for name in (*MODEL, *TRAINED_BY, "answers")}
     return {"kind": "train", **settings, "method": made, "rate": rate, "seed": seed, **changes}
 
