@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,12 +79,13 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def by_mask(repeats: int = 3) -> None:
+def by_mask(repeats: int = 3, masks: Sequence[str] = ("rand", "wm", "struct", "block"), patience: float = 4) -> None:
     """Print what eight adapters cost whose entries lie at random, at the largest weights, on lines or in blocks.
+
+    patience: `shira serve --patience`, seconds.
 
     python -c "from benchmarks.serve import by_mask; by_mask()"
     """
-    masks = ("rand", "wm", "struct", "block")
     wanted = [Cell(clients, 8, of=mask) for clients in (8, 64) for mask in masks]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -92,17 +93,19 @@ def by_mask(repeats: int = 3) -> None:
         (folder / "shira").mkdir()
         names = [name for mask in masks for name in make_adapters(model, folder / "shira", 8, mask=mask, named=mask)]
         del model
-        table(measured("shira, Transformers", engine(folder, "transformers", ready=32), names, wanted, repeats))
+        server = engine(folder, "transformers", ready=32, patience=patience)
+        table(measured("shira, Transformers", server, names, wanted, repeats))
 
 
-def engine(folder: Path, name: str, python: str = "", ready: int = 16) -> Any:
+def engine(folder: Path, name: str, python: str = "", *, ready: int = 16, patience: float = 4) -> Any:
     """A server of shira."""
     command = (
         [python, "-c", "from shira.cli import main; main()", "serve", SMOLLM2, "--adapters", str(folder / "shira")]
         if python
         else []
     )
-    given = ["--engine", name, "--dtype", "float32", "--served-model-name", "base", "--ready", str(ready)]
+    given = ["--engine", name, "--dtype", "float32", "--served-model-name", "base"]
+    given += ["--ready", str(ready), "--patience", str(patience)]
     return serving(SMOLLM2, folder / "shira", folder / f"{name}.log", *given, command=command, environment=ON_CPU)
 
 
