@@ -80,13 +80,14 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
 
 
 def by_mask(repeats: int = 3, masks: Sequence[str] = ("rand", "wm", "struct", "block"), patience: float = 4) -> None:
-    """Print what eight adapters cost whose entries lie at random, at the largest weights, on lines or in blocks.
+    """Print what eight adapters cost whose entries lie at random, at the largest weights, on lines or in blocks; and the base.
 
+    64 clients of eight adapters are groups of eight, as 8 clients of the base are.
     patience: `shira serve --patience`, seconds.
 
     python -c "from benchmarks.serve import by_mask; by_mask()"
     """
-    wanted = [Cell(clients, 8, of=mask) for clients in (8, 64) for mask in masks]
+    wanted = [cell for clients in (8, 64) for cell in (Cell(clients, 0), *(Cell(clients, 8, of=mask) for mask in masks))]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = load_model(SMOLLM2, "float32")
