@@ -1,4 +1,7 @@
-"""Ray Serve over two nodes of a local cluster, with replicas and a node that die under load: `make test-ray`."""
+"""Ray Serve over two nodes of a local cluster, with replicas and a node that die under load: `make test-ray`.
+
+With SHIRA_VLLM_PYTHON, an interpreter with vLLM, also over its engine.
+"""
 
 import asyncio
 import contextlib
@@ -48,7 +51,7 @@ def cluster(model, adapters, **options):
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         settings = {"served_model_name": "base", "dtype": "float32"}
-        serve.run(application(model, adapters, python=sys.executable, **settings, **options), route_prefix="/")
+        serve.run(application(model, adapters, **settings, **options), route_prefix="/")
         yield f"http://127.0.0.1:{port}", lambda: made.remove_node(node, allow_graceful=False)
     finally:
         serve.shutdown()
@@ -56,12 +59,20 @@ def cluster(model, adapters, **options):
         made.shutdown()
 
 
-def servers(adapters):
-    """The processes of `shira serve` with this folder."""
+def servers(folder):
+    """The processes of `shira serve` with a model or adapters in this folder, or vLLM's servers that they became."""
     import psutil
 
     lines = [(each, each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
-    return [each for each, line in lines if "serve" in line and str(adapters) in line]
+    return [each for each, line in lines if any(str(folder) in part for part in line)]
+
+
+def own_path(folder, python):
+    """A program that runs this interpreter without the PYTHONPATH of the others."""
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH= exec {python} "$@"\n')
+    program.chmod(0o755)
+    return str(program)
 
 
 @pytest.mark.filterwarnings("default")
@@ -72,21 +83,29 @@ def test_options_that_exclude_each_other():
 
 
 @pytest.mark.filterwarnings("default")
-def test_answers_are_right_while_parts_of_the_cluster_die(tmp_path):
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_answers_are_right_while_parts_of_the_cluster_die(tmp_path, monkeypatch, engine):
     pytest.importorskip("ray")
+    python = {"transformers": sys.executable, "vllm": os.environ.get("SHIRA_VLLM_PYTHON")}[engine]
+    if python is None:
+        pytest.skip("needs SHIRA_VLLM_PYTHON, an interpreter with vLLM")
     import openai
     from benchmarks.serving_load import asked_of, load, make_adapters
     from transformers import AutoModelForCausalLM
 
     from serving_answers import tiny_model
 
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of the replicas
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of Ray's processes
+    if engine == "vllm":
+        python = own_path(tmp_path, os.path.abspath(python))
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     model, adapters = tiny_model(tmp_path / "model"), tmp_path / "adapters"
     adapters.mkdir()
     names = make_adapters(AutoModelForCausalLM.from_pretrained(model), adapters, 4, 0.05, 2.0)
     selections = [*names, "base", f"{names[0]}:0.5+{names[1]}"]
     requests = [each._replace(model=name) for name in selections for each in asked_of(["x"], 3, 12, seed=7)]
-    with cluster(model, str(adapters), replicas=2) as (url, remove_node):
+    with cluster(model, str(adapters), replicas=2, engine=engine, python=python) as (url, remove_node):
         alone, _ = asyncio.run(load(url, requests, 1))
         assert [answer.status for answer in alone] == [200] * len(requests)
         assert len({answer.text for answer in alone}) > len(requests) // 2
@@ -107,7 +126,7 @@ def test_answers_are_right_while_parts_of_the_cluster_die(tmp_path):
             return len(answers), sum(answer.status != 200 or bool(answer.error) for answer in answers)
 
         def recovered():
-            end = time.monotonic() + 60
+            end = time.monotonic() + (60 if engine == "transformers" else 240)  # a server with vLLM starts slowly
             while time.monotonic() < end:
                 answers, _ = asyncio.run(load(url, requests, 4))
                 if all(answer.text == expected[asked] for asked, answer in zip(requests, answers, strict=True)):
@@ -117,8 +136,8 @@ def test_answers_are_right_while_parts_of_the_cluster_die(tmp_path):
 
         lost = {"nothing": under_load(lambda: None)}
         assert lost["nothing"][1] == 0
-        assert len(servers(adapters)) == 2
-        lost["a server was killed"] = under_load(lambda: os.kill(servers(adapters)[0].pid, signal.SIGKILL))
+        assert len(servers(tmp_path)) == 2
+        lost["a server was killed"] = under_load(lambda: os.kill(servers(tmp_path)[0].pid, signal.SIGKILL))
         recovered()
         lost["a node was killed"] = under_load(remove_node)
         recovered()
@@ -130,8 +149,8 @@ def test_answers_are_right_while_parts_of_the_cluster_die(tmp_path):
         assert again.choices[0].text == expected[asked]
         refused = pytest.raises(openai.APIStatusError, client.post, "/adapters", body={"name": names[0]}, cast_to=object)
         assert refused.value.status_code == 501
-        print("lost of all answers:", lost)
+        print(f"lost of all answers, {engine}:", lost)
     end = time.monotonic() + 30
-    while servers(adapters) and time.monotonic() < end:
+    while servers(tmp_path) and time.monotonic() < end:
         time.sleep(0.5)
-    assert not servers(adapters)  # they end with their replicas
+    assert not servers(tmp_path)  # they end with their replicas
