@@ -79,7 +79,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def by_mask(repeats: int = 3, masks: Sequence[str] = ("rand", "wm", "struct", "block"), patience: float = 4) -> None:
+def by_mask(repeats: int = 3, masks: Sequence[str] = ("rand", "wm", "struct", "block"), patience: float = 6) -> None:
     """Print what eight adapters cost whose entries lie at random, at the largest weights, on lines or in blocks; and the base.
 
     64 clients of eight adapters are groups of eight, as 8 clients of the base are.
@@ -98,7 +98,7 @@ def by_mask(repeats: int = 3, masks: Sequence[str] = ("rand", "wm", "struct", "b
         table(measured("shira, Transformers", server, names, wanted, repeats))
 
 
-def engine(folder: Path, name: str, python: str = "", *, ready: int = 16, patience: float = 4) -> Any:
+def engine(folder: Path, name: str, python: str = "", *, ready: int = 16, patience: float = 6) -> Any:
     """A server of shira."""
     command = (
         [python, "-c", "from shira.cli import main; main()", "serve", SMOLLM2, "--adapters", str(folder / "shira")]

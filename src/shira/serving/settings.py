@@ -32,7 +32,7 @@ class Settings:
 
     quantum: int = option(16, "Steps of a turn while other selections wait.", group="Turns and memory", ge=1)
     patience: float = option(
-        4.0,
+        6.0,
         "Seconds that a selection waits at most, plus a step and a switch for each ahead of it, while all can be ready.",
         ge=0,
     )

@@ -29,11 +29,11 @@ class Turns:
     hold while more than `ready` selections want steps: then each of those ahead has its whole turn.
     switches: how often the chosen selection was another than before. longest_wait: seconds that one has waited for its turn.
 
-        turns = Turns(quantum=16, patience=4.0)
+        turns = Turns(quantum=16, patience=6.0)
         key = turns.choose({"": 0.0, '[["poet","1f",1.0]]': 0.4}, now=0.5)
     """
 
-    def __init__(self, *, quantum: int = 16, patience: float = 4.0, ready: float = inf) -> None:
+    def __init__(self, *, quantum: int = 16, patience: float = 6.0, ready: float = inf) -> None:
         if quantum < 1 or not 0 <= patience < inf:
             raise ShiraError(
                 f"quantum must be a whole number from 1 on, found {quantum}; and patience seconds from 0 on, found {patience}"

@@ -18,7 +18,7 @@ __all__ = ["llm", "sampling"]
 
 
 def llm(
-    model: str, *, adapters: str | os.PathLike[str], quantum: int = 16, patience: float = 4.0, ready: int = 16, **kwargs: Any
+    model: str, *, adapters: str | os.PathLike[str], quantum: int = 16, patience: float = 6.0, ready: int = 16, **kwargs: Any
 ) -> tuple[Any, Catalogue]:
     """A vllm.LLM that serves the adapters of a folder, and their catalogue.
 
