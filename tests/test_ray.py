@@ -24,6 +24,7 @@ def test_a_request_goes_where_its_selection_is():
     assert selection_of(b'{"model": "poet"}') == "poet"
     for other in (b"", b"{}", b"[]", b'{"model": 3}', b"\xff", b"[" * 100_000):
         assert selection_of(other) == ""
+    assert selection_of(b'{"model": "base"}', ["base", "b"]) == ""  # it is everywhere
 
 
 @given(st.binary(max_size=60))

@@ -11,7 +11,8 @@ import json
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import ShiraError
@@ -41,7 +42,8 @@ def application(
 ) -> Any:
     """The application for `ray.serve.run`: OpenAI's routes for answers and names, over replicas of `shira serve`.
 
-    model, adapters: as of `shira serve`, paths that are the same on all machines. settings: more of its options, by name.
+    model, adapters: as of `shira serve`, paths that are the same on all machines. settings: more of its options, by name, but
+        not host and port: each server listens on 127.0.0.1, at a free port.
     replicas: their number; or autoscaling: Ray's autoscaling_config. resources: Ray's ray_actor_options of a replica, such as
         {"num_gpus": 1}.
     selections_per_replica: how many selections Ray takes to be on one replica; give `ready` the same number.
@@ -50,42 +52,46 @@ def application(
     Adapters come and go by files in the folder. Routes that change a server are not passed on: they would reach one of many.
     Raises ShiraError for options that exclude each other.
 
-        serve.run(application("SmolLM2-135M-Instruct-Q4_1", "/shared/adapters", replicas=4, patience=1.0))
+        serve.run(application("SmolLM2-135M-Instruct-Q4_1", "/shared/adapters", replicas=4))
     """
     from ray import serve
 
     if replicas is not None and autoscaling is not None:
         raise ShiraError("give replicas= or autoscaling=, not both")
     options = {"ready": selections_per_replica, **settings, "host": "127.0.0.1"}
+    named = settings.get("served_model_name") or (Path(model).resolve().name if os.path.isdir(model) else model)
+    base_names = named.split(",") if isinstance(named, str) else list(named)
     command = [python, "-c", SERVER, "serve", model, "--adapters", adapters, *_flags(options)]
     scale = {"autoscaling_config": dict(autoscaling)} if autoscaling is not None else {"num_replicas": replicas or 1}
     actor = {"ray_actor_options": dict(resources)} if resources is not None else {}
     deployed = serve.deployment(
         name="shira", max_ongoing_requests=ongoing_per_replica, health_check_period_s=2, **actor, **scale
     )(_replica(selections_per_replica))
-    return serve.deployment(name="shira-ingress", max_ongoing_requests=1000)(_Ingress).bind(deployed.bind(command))
+    return serve.deployment(name="shira-ingress", max_ongoing_requests=1000)(_Ingress).bind(deployed.bind(command), base_names)
 
 
-def selection_of(body: bytes) -> str:
-    """What Ray may send to the same replica: the `model` of a request with its parts in order; "" if there is none."""
+def selection_of(body: bytes, base_names: Sequence[str] = ()) -> str:
+    """What Ray may send to the same replica: the `model` of a request, its parts in order; "" for the base, and for none."""
     try:
         model = json.loads(body)["model"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return ""
-    return "+".join(sorted(part.strip() for part in model.split("+"))) if isinstance(model, str) else ""
+    if not isinstance(model, str) or model in base_names:
+        return ""
+    return "+".join(sorted(part.strip() for part in model.split("+")))
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
-    return [
-        text for name, value in settings.items() if value is not None for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    given = {name: value for name, value in settings.items() if value is not None}
+    texts = {name: ",".join(value) if isinstance(value, list) else str(value) for name, value in given.items()}
+    return [text for name, value in texts.items() for text in (f"--{name.replace('_', '-')}", value)]
 
 
 class _Ingress:
     """Passes a request on to a replica that has its adapters. It is called with Starlette's requests."""
 
-    def __init__(self, replica: Any) -> None:
-        self._replica = replica
+    def __init__(self, replica: Any, base_names: Sequence[str]) -> None:
+        self._replica, self._base_names = replica, base_names
 
     async def __call__(self, request: Any) -> Any:
         from ray.exceptions import RayError
@@ -95,7 +101,7 @@ class _Ingress:
         if request.method != "GET" and "/completions" not in request.url.path and "/responses" not in request.url.path:
             message = "a server behind Ray is changed through the folder of adapters; this route would reach one replica"
             return JSONResponse(_error(message, "not_routed"), 501)
-        call = self._replica.options(stream=True, multiplexed_model_id=selection_of(body)).answer
+        call = self._replica.options(stream=True, multiplexed_model_id=selection_of(body, self._base_names)).answer
         for _ in range(ATTEMPTS):  # a request that has brought no part of an answer is sent again
             parts = call.remote(request.method, request.url.path, _passed(request.headers), body)
             with contextlib.suppress(RayError, OSError, StopAsyncIteration):
