@@ -6,7 +6,6 @@ With SHIRA_VLLM_PYTHON, an interpreter with vLLM, also over its engine.
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import sys
 import time
@@ -138,8 +137,11 @@ def test_answers_are_right_while_parts_of_the_cluster_die(tmp_path, monkeypatch,
         lost = {"nothing": under_load(lambda: None)}
         assert lost["nothing"][1] == 0
         assert len(servers(tmp_path)) == 2
-        lost["a server was killed"] = under_load(lambda: os.kill(servers(tmp_path)[0].pid, signal.SIGKILL))
+        victim = servers(tmp_path)[0]
+        its = victim.children(recursive=True)  # vLLM's have some
+        lost["a server was killed"] = under_load(victim.kill)
         recovered()
+        assert not [each for each in its if each.is_running()]
         lost["a node was killed"] = under_load(remove_node)
         recovered()
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=5)

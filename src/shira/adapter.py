@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -180,6 +181,17 @@ def check_unchanged(adapter: Adapter) -> tuple[State, ...]:
     Raises FormatError if one of the files has changed since it was opened.
     """
     return adapter.tensors.state() if isinstance(adapter.tensors, Stored) else ()
+
+
+def lenders_of(adapter: Adapter) -> tuple[Path, ...]:
+    """The files beside an opened adapter that hold positions of it. They are not opened."""
+    return adapter.tensors.lenders() if isinstance(adapter.tensors, StoredTensors) else ()
+
+
+def open_lenders(adapter: Adapter) -> None:
+    """Open these files, so that `check_unchanged` tells their states, too. Raises FormatError."""
+    if isinstance(adapter.tensors, StoredTensors):
+        adapter.tensors.open_lenders()
 
 
 def prefixed(adapter: Adapter, prefix: str) -> Adapter:

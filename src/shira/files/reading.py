@@ -146,6 +146,20 @@ class StoredTensors(Mapping[str, SparseTensor]):
             array = self._array(f"{name}.indices") if name in self._with_array else None
         return _sparse_tensor(self._path, name, description, array, self._array(f"{name}.values"), decoded)
 
+    def lenders(self) -> tuple[Path, ...]:
+        """The files beside this one that it names for positions, as far as their names are possible. They are not opened."""
+        named = (each["positions"]["file"] for each in self.described.values() if _names_a_file(each))
+        return tuple(self._path.with_name(file) for file in dict.fromkeys(named) if _is_beside(self._path, file))
+
+    def open_lenders(self) -> None:
+        """Open these files, so that `state` tells of them, in the order in which reading all tensors opens them.
+
+        Raises FormatError.
+        """
+        for name, description in self.described.items():
+            if _names_a_file(description):
+                self._opened_lender(name, description)
+
     def state(self) -> tuple[State, ...]:
         """See `adapter.check_unchanged`."""
         own = unchanged({self._file: self._state})
@@ -160,21 +174,31 @@ class StoredTensors(Mapping[str, SparseTensor]):
 
     def _borrowed(self, name: str, description: dict[str, Any]) -> Tensor:
         """Positions from another file in the same folder, which must hold them itself."""
-        path, file, expected = self._path, description["positions"]["file"], description["positions"].get("crc32")
-        if not isinstance(file, str) or file in ("", ".", "..", path.name) or Path(file).name != file or "\0" in file:
+        file, expected = description["positions"]["file"], description["positions"].get("crc32")
+        lender = self._opened_lender(name, description)
+        try:
+            tensor = lender.get(name)
+        except (AdapterError, OSError) as error:
+            raise self._not_lent(name, file, error) from error
+        if tensor is None or list(tensor.shape) != description["shape"] or checksum(tensor.indices) != expected:
+            raise FormatError(f"{self._path}: tensor '{name}': {shown(file)} holds other positions than when this was written")
+        return tensor.indices
+
+    def _opened_lender(self, name: str, description: dict[str, Any]) -> "StoredTensors":
+        """The opened file that holds a tensor's positions."""
+        path, file = self._path, description["positions"]["file"]
+        if not _is_beside(path, file):
             raise FormatError(f"{path}: tensor '{name}': positions must lie in another file of its folder, found {shown(file)}")
         try:
             with self._one_at_a_time:
                 if file not in self._lenders:
                     self._lenders[file] = _lender(path, path.with_name(file), self._stack)
-            tensor = self._lenders[file].get(name)
         except (AdapterError, OSError) as error:
-            raise FormatError(
-                f"{path}: tensor '{name}': its positions should be in {shown(file)} beside it: {error}"
-            ) from error
-        if tensor is None or list(tensor.shape) != description["shape"] or checksum(tensor.indices) != expected:
-            raise FormatError(f"{path}: tensor '{name}': {shown(file)} holds other positions than when this was written")
-        return tensor.indices
+            raise self._not_lent(name, file, error) from error
+        return self._lenders[file]
+
+    def _not_lent(self, name: str, file: str, error: Exception) -> FormatError:
+        return FormatError(f"{self._path}: tensor '{name}': its positions should be in {shown(file)} beside it: {error}")
 
 
 def _descriptions(path: Path, header: dict[str, str]) -> dict[str, Any]:
@@ -213,6 +237,11 @@ def _description(path: Path, name: str, description: Any) -> dict[str, Any]:
         )
     checked: dict[str, Any] = description
     return checked
+
+
+def _is_beside(path: Path, file: Any) -> bool:
+    """Whether this can be the name of another file in the folder of a file."""
+    return isinstance(file, str) and file not in ("", ".", "..", path.name) and Path(file).name == file and "\0" not in file
 
 
 def _names_a_file(description: dict[str, Any]) -> bool:

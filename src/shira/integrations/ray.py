@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -142,7 +143,7 @@ def _replica(selections: int) -> type:
 
             port = _free_port()
             self._address = f"http://127.0.0.1:{port}"
-            self._server = await asyncio.create_subprocess_exec(*command, "--port", str(port))
+            self._server = await asyncio.create_subprocess_exec(*command, "--port", str(port), start_new_session=True)
             limits = aiohttp.TCPConnector(limit=0)
             self._client = aiohttp.ClientSession(connector=limits, timeout=aiohttp.ClientTimeout(total=None))
             await _until_ready(self._client, self._address, self._server)
@@ -151,7 +152,13 @@ def _replica(selections: int) -> type:
         async def _end_with_server(self) -> None:
             """Ray then starts another replica, and sends this one nothing more."""
             await self._server.wait()
+            self._end_the_rest()
             os._exit(1)
+
+        def _end_the_rest(self) -> None:
+            """End the processes that a killed server of vLLM leaves, with the memory that they hold."""
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._server.pid, signal.SIGKILL)
 
         @serve.multiplexed(max_num_models_per_replica=selections)  # type: ignore[untyped-decorator]
         async def take(self, selection: str) -> str:
@@ -178,6 +185,7 @@ def _replica(selections: int) -> type:
             with contextlib.suppress(ProcessLookupError):
                 self._server.terminate()
             await self._server.wait()
+            self._end_the_rest()
             await self._client.close()
 
     return Replica

@@ -149,7 +149,8 @@ class AdapterRoutes:
     async def unpin(self, request: Request) -> Response:
         """Let go of a selection, in whichever version it was pinned."""
         name = request.path_params["name"]
-        pinned = [key for key in (await self.engine.tiers())["pinned"] if _names(name, key)]
+        held = (await self.engine.tiers())["pinned"]
+        pinned = [key for key in held if (_names(name, key) if key else name in self.catalogue.base)]
         if not pinned:
             raise UnknownAdapter(f"{name!r} is not pinned")
         for key in pinned:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapter import Shapes, check_unchanged, opened, read
+from ..adapter import Shapes, check_unchanged, lenders_of, open_lenders, opened, read
 from ..analysis.contents import describe
 from ..data.models import model_path
 from ..errors import ShiraError
@@ -36,6 +36,7 @@ class Found(NamedTuple):
     version: str
     error: str
     states: tuple[tuple[str, State], ...]  # of its files when they were looked at
+    lent: tuple[tuple[Path, State | None], ...] = ()  # the same of files beside it that hold positions of it; None: missing
 
 
 def version_of(states: Iterable[State]) -> str:
@@ -55,18 +56,18 @@ def path_in(folder: Path, name: str) -> Path:
     """
     file = folder / f"{parse_name(name)}{ENDING}"
     path = folder / name if not os.path.lexists(file) and (folder / name).is_dir() else file
-    inside = os.path.join(os.path.realpath(folder), "")
-
-    def check(each: Path) -> None:
-        if not os.path.realpath(each).startswith(inside):
-            raise SelectionError(
-                f"{str(each.relative_to(folder))!r} is a link that leads out of the served folder; put a copy there"
-            )
-
-    check(path)  # before what it leads to is listed
+    _check_inside(folder, path)  # before what it leads to is listed
     for file in _files(path):
-        check(file)
+        _check_inside(folder, file)
     return path
+
+
+def _check_inside(folder: Path, each: Path) -> None:
+    """Raise SelectionError for a link that leads out of the folder."""
+    if not os.path.realpath(each).startswith(os.path.join(os.path.realpath(folder), "")):
+        raise SelectionError(
+            f"{str(each.relative_to(folder))!r} is a link that leads out of the served folder; put a copy there"
+        )
 
 
 class Catalogue:
@@ -130,9 +131,9 @@ class Catalogue:
 
     def inspect(self, name: str) -> dict[str, Any]:
         """What an adapter holds. All of it is read and checked. Raises UnknownAdapter, FormatError and OSError."""
-        if name not in self._found:
-            raise UnknownAdapter(f"there is no adapter {name!r} in the served folder")
         path = path_in(self.folder, name)
+        if name not in self._found or not path.exists():
+            raise UnknownAdapter(f"there is no adapter {name!r} in the served folder")
         return {**describe(read(path, model=self._shapes)[0], path), "file": path.name}
 
     def listed(self) -> list[dict[str, Any]]:
@@ -169,13 +170,14 @@ class Catalogue:
             if name in self.base:
                 raise SelectionError(f"{name!r} is the name of the base model; rename the file")
             states = _states(path)
+            lent = _states_of(each for each, _ in before.lent) if before is not None else ()
         except FileNotFoundError:
             return None
         except (SelectionError, OSError) as error:
             return Found(name, self.folder / name, "", self._without_folder(error), ())
-        if not states or (before is not None and before.states == states):
+        if not states or (before is not None and (before.states, before.lent) == (states, lent)):
             return before if states else None
-        age = time.time() - max(state.changed for _, state in states) / 1e9
+        age = time.time() - max(state.changed for _, state in (*states, *lent) if state is not None) / 1e9
         if 0 <= age < SETTLED:  # below 0 the clock was set back, or it is another machine's
             if not tries:
                 return before
@@ -183,13 +185,18 @@ class Catalogue:
                 raise AdapterReplaced(f"the file of {name!r} is being written; load it again when it is whole")
             time.sleep(SETTLED)
             return self._look(name, tries - 1)
+        lent = ()
         try:
             with opened(path, model=self._shapes) as adapter:
-                return Found(name, path, version_of(check_unchanged(adapter)), "", states)
+                lent = _states_of(lenders_of(adapter))
+                for lender, _ in lent:
+                    _check_inside(self.folder, lender)
+                open_lenders(adapter)
+                return Found(name, path, version_of(check_unchanged(adapter)), "", states, lent)
         except FileNotFoundError:
             return None
         except (ShiraError, OSError) as error:
-            return Found(name, path, "", self._without_folder(error), states)
+            return Found(name, path, "", self._without_folder(error), states, lent)
 
     def _without_folder(self, error: Exception) -> str:
         """An error without the place of the folder, which is not for clients."""
@@ -205,3 +212,8 @@ def _files(path: Path) -> list[Path]:
 def _states(path: Path) -> tuple[tuple[str, State], ...]:
     """Name and state of each file of an adapter."""
     return tuple((file.name, State.of(os.stat(file))) for file in _files(path))
+
+
+def _states_of(lenders: Iterable[Path]) -> tuple[tuple[Path, State | None], ...]:
+    """Path and state of files that may be missing."""
+    return tuple((file, State.of(os.stat(file)) if file.exists() else None) for file in lenders)

@@ -1,8 +1,10 @@
 """The server on Transformers: one process that holds the model and answers HTTP."""
 
+import asyncio
 import contextlib
 import errno
 import socket
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -30,6 +32,7 @@ from .turns import Turns
 __all__ = ["app", "built", "defaults_of", "ends_of", "serve"]
 
 KEEP_ALIVE = 75  # seconds of an idle connection: longer than clients (5) and proxies (60) keep one, so they close it first
+LAST_ANSWERS = 5  # seconds to send what the engine answers when it ends
 MARK = "shira7answer"  # stands for an answer in a rendered chat
 
 
@@ -111,17 +114,28 @@ def serve(settings: Settings) -> None:
     tokenizer = hf.load_tokenizer(settings.model)
     engine, catalogue = built(model, tokenizer, settings)
     made = app(engine, catalogue, tokenizer, settings, defaults_of(model), keys)
-    seconds = max(1, round(settings.shutdown_timeout))
-    uvicorn.run(
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            """The engine ends first, and tells those whose answers are not finished in time. Uvicorn would cut them."""
+            stopped = asyncio.create_task(engine.stop(settings.shutdown_timeout))
+            await super().shutdown(sockets)
+            await stopped
+
+    config = uvicorn.Config(
         made,
         host=settings.host,
         port=settings.port,
         http="h11",  # it bounds the size of a request's head
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=seconds,
+        timeout_graceful_shutdown=round(settings.shutdown_timeout + LAST_ANSWERS),
         access_log=False,
         log_config=None,
     )
+    server = Server(config)
+    server.run()
+    if not server.started:
+        sys.exit(1)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -4,7 +4,9 @@ Every setting of `shira serve` can be given so: SHIRA_ADAPTERS, SHIRA_QUANTUM, S
 """
 
 import dataclasses
+import multiprocessing
 import os
+import threading
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ __all__ = [
     "check_entry_points",
     "check_version",
     "classes",
+    "end_with_parent",
     "installed_version",
     "settings",
     "variables",
@@ -86,6 +89,19 @@ def classes() -> dict[str, str]:
     """The arguments of vLLM that choose our scheduler and worker."""
     place = f"{__package__}.engine"
     return {"scheduler_cls": f"{place}.Scheduler", "worker_cls": f"{place}.Worker"}
+
+
+def end_with_parent() -> None:
+    """Let this process of vLLM end with the one that made it. vLLM's engine, and its memory, would outlive a killed server."""
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=follow, daemon=True).start()
 
 
 def installed_version() -> str:

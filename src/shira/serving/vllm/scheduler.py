@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ...errors import ShiraError
 from ..turns import Turns
-from .environment import FIELD, settings
+from .environment import FIELD, end_with_parent, settings
 
 __all__ = ["Step", "TurnScheduler", "key_of", "salted"]
 
@@ -67,6 +67,7 @@ class TurnScheduler:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        end_with_parent()
         if self.use_v2_model_runner:
             raise ShiraError("vLLM's model runner V2 was not tried with adapters; set VLLM_USE_V2_MODEL_RUNNER=0")
         chosen = settings()
