@@ -12,6 +12,7 @@ from conftest import all_bits, same_bits
 from serving_answers import tiny_model
 from shira.serving.resident import Resident
 from shira.serving.selections import AdapterReplaced, SelectionError
+from test_hostile_files import one, write
 from test_served_adapters import expected_bits, served  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.usefixtures("settled")
@@ -66,6 +67,14 @@ def test_positions_in_another_file(served):  # noqa: F811
     assert same_bits(all_bits(model), base)
     rows = {row["name"]: row for row in catalogue.listed()}
     assert rows["painter"]["bytes"] == (folder / "painter.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("file", [[], {"x": 1}, None, 7, "", "..", "../poet.safetensors", "\0", "x" * 300, "odd.safetensors"])
+def test_a_file_that_names_no_lender_is_refused(served, file):  # noqa: F811
+    _, folder, catalogue = served
+    write(folder / "odd.safetensors", *one([4, 4], {"file": file, "crc32": 0}))
+    catalogue.scan()
+    assert "odd" in catalogue.refused and "poet" in catalogue.versions
 
 
 def test_answers_that_are_not_finished_in_time_end_with_an_error(tmp_path):

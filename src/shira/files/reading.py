@@ -149,7 +149,7 @@ class StoredTensors(Mapping[str, SparseTensor]):
     def lenders(self) -> tuple[Path, ...]:
         """The files beside this one that it names for positions, as far as their names are possible. They are not opened."""
         named = (each["positions"]["file"] for each in self.described.values() if _names_a_file(each))
-        return tuple(self._path.with_name(file) for file in dict.fromkeys(named) if _is_beside(self._path, file))
+        return tuple(map(self._path.with_name, dict.fromkeys(file for file in named if _is_beside(self._path, file))))
 
     def open_lenders(self) -> None:
         """Open these files, so that `state` tells of them, in the order in which reading all tensors opens them.

@@ -33,6 +33,7 @@ __all__ = ["app", "built", "defaults_of", "ends_of", "serve"]
 
 KEEP_ALIVE = 75  # seconds of an idle connection: longer than clients (5) and proxies (60) keep one, so they close it first
 LAST_ANSWERS = 5  # seconds to send what the engine answers when it ends
+NOT_STARTED = 3  # the exit status, as of uvicorn's own command
 MARK = "shira7answer"  # stands for an answer in a rendered chat
 
 
@@ -133,9 +134,10 @@ def serve(settings: Settings) -> None:
         log_config=None,
     )
     server = Server(config)
-    server.run()
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, which uvicorn raises again when all has ended
+        server.run()
     if not server.started:
-        sys.exit(1)
+        sys.exit(NOT_STARTED)
 
 
 def _check_port(host: str, port: int) -> None:
