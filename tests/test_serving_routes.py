@@ -75,6 +75,8 @@ def test_pinning(site):
     async def work(client):
         both = "coder:0.5+poet"
         assert (await client.post(f"/v1/adapters/{both}/pin")).json() == {"name": both, "pinned": True}
+        assert (await client.post("/v1/adapters/base/pin")).status_code == 200
+        assert (await client.delete("/v1/adapters/base/pin")).json() == {"name": "base", "pinned": False}
         for strength in (2, 3):
             site.engine.resident.use(site.catalogue.resolve(f"poet:{strength}").key)
         told = (await client.get("/v1/adapters")).json()

@@ -1,6 +1,8 @@
 """Turns of selections over a scheduler like vLLM's: one selection a step, hidden requests keep theirs, nothing stalls."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -262,3 +264,26 @@ def test_options_that_are_not_possible_are_named(monkeypatch, name, value):
     monkeypatch.setenv(f"SHIRA_{name}", value)
     with pytest.raises(ShiraError, match=f"SHIRA_{name}"):
         settings_of()
+
+
+FAMILY = """
+import multiprocessing, time
+from shira.serving.vllm.environment import end_with_parent
+
+def child():
+    end_with_parent()
+    print("begun", flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=child).start()
+    time.sleep(60)
+"""
+
+
+def test_the_engine_ends_with_a_server_that_is_killed(tmp_path):
+    (tmp_path / "family.py").write_text(FAMILY)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "family.py")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    process.communicate(timeout=20)  # it returns when both have closed their output
