@@ -22,6 +22,7 @@ from rich.table import Table
 
 from shira.data.models import SMOLLM2, model_path
 from shira.integrations.transformers import load_model, load_tokenizer
+from shira.serving.settings import Settings
 
 from .common import report
 from .serving_load import Answer, Asked, asked_of, load, make_adapters, serving
@@ -79,7 +80,9 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def by_mask(repeats: int = 3, masks: Sequence[str] = ("rand", "wm", "struct", "block"), patience: float = 6) -> None:
+def by_mask(
+    repeats: int = 3, masks: Sequence[str] = ("rand", "wm", "struct", "block"), patience: float = Settings.patience
+) -> None:
     """Print what eight adapters cost whose entries lie at random, at the largest weights, on lines or in blocks; and the base.
 
     64 clients of eight adapters are groups of eight, as 8 clients of the base are.
@@ -98,7 +101,7 @@ def by_mask(repeats: int = 3, masks: Sequence[str] = ("rand", "wm", "struct", "b
         table(measured("shira, Transformers", server, names, wanted, repeats))
 
 
-def engine(folder: Path, name: str, python: str = "", *, ready: int = 16, patience: float = 6) -> Any:
+def engine(folder: Path, name: str, python: str = "", *, ready: int = 16, patience: float = Settings.patience) -> Any:
     """A server of shira."""
     command = (
         [python, "-c", "from shira.cli import main; main()", "serve", SMOLLM2, "--adapters", str(folder / "shira")]

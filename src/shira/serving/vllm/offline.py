@@ -18,7 +18,13 @@ __all__ = ["llm", "sampling"]
 
 
 def llm(
-    model: str, *, adapters: str | os.PathLike[str], quantum: int = 16, patience: float = 6.0, ready: int = 16, **kwargs: Any
+    model: str,
+    *,
+    adapters: str | os.PathLike[str],
+    quantum: int = Settings.quantum,
+    patience: float = Settings.patience,
+    ready: int = Settings.ready,
+    **kwargs: Any,
 ) -> tuple[Any, Catalogue]:
     """A vllm.LLM that serves the adapters of a folder, and their catalogue.
 
