@@ -1,6 +1,7 @@
 """Tiny random models, and how to compare bits."""
 
 import contextlib
+import functools
 import gc
 import os
 import shlex
@@ -19,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, by whichever test
 
 import pytest
+import typer
 from hypothesis import settings
 from torch import Tensor, nn
 
@@ -34,11 +36,28 @@ def pytest_collection():
     gc.disable()  # while everything is imported
 
 
-def pytest_collection_finish():
+frozen_at = 0  # how many modules there were
+
+
+def freeze():
     """What was imported until now stays, so that no collection looks through it: a Trainer collects twice in each training."""
-    gc.enable()
+    global frozen_at
+    frozen_at = len(sys.modules)
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    gc.enable()
+    freeze()
+
+
+def pytest_runtest_logfinish():
+    if len(sys.modules) > frozen_at + 200:  # libraries are imported late, in the middle of what needs them
+        freeze()
+
+
+typer.main.get_command = functools.cache(typer.main.get_command)  # it takes 50 ms to put our commands together
 
 
 @contextlib.contextmanager
