@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +29,7 @@ from .common import report
 from .serving_load import Answer, Asked, asked_of, load, make_adapters, serving
 
 VLLM = "SHIRA_VLLM_PYTHON"  # environment variable: an interpreter with vLLM (`make serve-vllm` makes one)
+DTYPE = os.environ.get("SHIRA_SERVE_DTYPE", "bfloat16")  # of the weights; by default the checkpoint's own
 TOKENS, WORDS = 12, 12  # of an answer; of a prompt
 ADAPTERS = (0, 1, 2, 8, 100)  # 0: the base alone
 CLIENTS = (1, 8, 64)
@@ -53,17 +55,17 @@ class Cell(NamedTuple):
 def cells(quick: bool) -> list[Cell]:
     if quick:
         return [Cell(2, 0), Cell(2, 2)]
-    plain = [Cell(clients, adapters) for clients in CLIENTS for adapters in ADAPTERS if adapters != 2 or clients > 1]
+    plain = [Cell(clients, adapters) for clients in CLIENTS for adapters in ADAPTERS]
     return [*plain, Cell(8, 100, SKEW), Cell(64, 100, SKEW)]
 
 
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     """Transformers' engine; vLLM's engine and vLLM's LoRA if SHIRA_VLLM_PYTHON names an interpreter with vLLM; PEFT."""
     warnings.simplefilter("ignore")
-    repeats = 1 if quick else 2
+    repeats = 1 if quick else 3
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = load_model(SMOLLM2, "float32")
+        model = load_model(SMOLLM2, DTYPE)
         (folder / "shira").mkdir()
         names = make_adapters(model, folder / "shira", 4 if quick else 100)
         loras = save_loras(model, folder / "lora", names[: 2 if quick else 8])
@@ -75,6 +77,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
             rows += measured("LoRA, vLLM", vllm_lora(folder, python, loras), names, few, repeats)
         rows += peft_rows(folder, loras, quick)
     table(rows)
+    by_formula(rows)
     if plot is not None:
         draw(rows, plot)
     return rows
@@ -93,7 +96,7 @@ def by_mask(
     wanted = [cell for clients in (8, 64) for cell in (Cell(clients, 0), *(Cell(clients, 8, of=mask) for mask in masks))]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = load_model(SMOLLM2, "float32")
+        model = load_model(SMOLLM2, DTYPE)
         (folder / "shira").mkdir()
         names = [name for mask in masks for name in make_adapters(model, folder / "shira", 8, mask=mask, named=mask)]
         del model
@@ -108,14 +111,14 @@ def engine(folder: Path, name: str, python: str = "", *, ready: int = 16, patien
         if python
         else []
     )
-    given = ["--engine", name, "--dtype", "float32", "--served-model-name", "base"]
+    given = ["--engine", name, "--dtype", DTYPE, "--served-model-name", "base"]
     given += ["--ready", str(ready), "--patience", str(patience)]
     return serving(SMOLLM2, folder / "shira", folder / f"{name}.log", *given, command=command, environment=ON_CPU)
 
 
 def vllm_lora(folder: Path, python: str, loras: list[str]) -> Any:
     """vLLM's own server with LoRA adapters: all may be in one batch."""
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path(SMOLLM2), "--dtype", "float32"]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path(SMOLLM2), "--dtype", DTYPE]
     given = ["--served-model-name", "base", "--enable-lora", "--max-loras", str(len(loras)), "--max-lora-rank", "8"]
     modules = ["--lora-modules", *(f"{name}={folder / 'lora' / name}" for name in loras)]
     limits = ["--max-num-seqs", "64", "--max-num-batched-tokens", "512", "--max-model-len", "2048"]
@@ -191,7 +194,7 @@ def peft_rows(folder: Path, loras: list[str], quick: bool) -> list[dict[str, Any
     """PEFT in this process: `set_adapter` and merge/unmerge before each request, and one mixed batch of all clients."""
     import peft
 
-    model, tokenizer = load_model(SMOLLM2, "float32"), load_tokenizer(SMOLLM2)
+    model, tokenizer = load_model(SMOLLM2, DTYPE), load_tokenizer(SMOLLM2)
     wrapped = peft.PeftModel.from_pretrained(model, folder / "lora" / loras[0], adapter_name=loras[0])
     for name in loras[1:]:
         wrapped.load_adapter(folder / "lora" / name, adapter_name=name)
@@ -227,6 +230,41 @@ def table(rows: list[dict[str, Any]]) -> None:
             cells.append(f"{100 * row['share_of_switching']:.1f}")
         made.add_row(row["setup"], str(row["clients"]), adapters, *cells)
     Console(width=120).print(made)
+
+
+def step_seconds(rows: list[dict[str, Any]], setup: str) -> Callable[[float], float]:
+    """T(b): the seconds of a token of b requests each, on a server's base. Straight lines between those that were measured."""
+    base = sorted((row["clients"], row["tokens_a_second"]) for row in rows if row["setup"] == setup and row["adapters"] == 0)
+    sizes = [clients for clients, _ in base]
+    return lambda size: float(np.interp(size, sizes, [clients / rate for clients, rate in base]))
+
+
+def turns_rate(seconds: Callable[[float], float], clients: int, adapters: float) -> float:
+    """Tokens a second of turns without switching: so many clients in groups of one adapter each (docs/serving.md)."""
+    groups = min(clients, adapters)
+    return clients / (groups * seconds(clients / groups))
+
+
+def break_even(seconds: Callable[[float], float], clients: int, rate: float) -> float:
+    """The number of adapters up to which turns write as many tokens a second as this; 0 if they never do."""
+    found = [adapters for adapters in np.arange(1, clients + 0.05, 0.1) if turns_rate(seconds, clients, adapters) >= rate]
+    return float(max(found, default=0))
+
+
+def by_formula(rows: list[dict[str, Any]]) -> None:
+    """Print what the formula of docs/serving.md says of several adapters, beside what was measured; and where LoRA is ahead."""
+    made = Table("setup", "clients", "adapters", "tokens/s", "by the formula", "of the formula", title="turns by the formula")
+    lora = {row["clients"]: row["tokens_a_second"] for row in rows if row["setup"] == "LoRA, vLLM" and row["adapters"] == 1}
+    for row in rows:
+        if "share_of_switching" not in row or row["setup"].startswith("LoRA") or row["adapters"] < 2 or row["skew"]:
+            continue
+        rate = turns_rate(step_seconds(rows, row["setup"]), row["clients"], row["adapters"]) * (1 - row["share_of_switching"])
+        found = [f"{row['tokens_a_second']:.1f}", f"{rate:.1f}", f"{row['tokens_a_second'] / rate:.2f}"]
+        made.add_row(row["setup"], str(row["clients"]), str(row["adapters"]), *found)
+    Console(width=120).print(made)
+    for clients, rate in lora.items():
+        most = break_even(step_seconds(rows, "shira, vLLM"), clients, rate)
+        print(f"{clients} clients: by the formula turns write more tokens than vLLM's LoRA up to {most:.1f} adapters")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
