@@ -86,12 +86,15 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
 
 
 def by_mask(
-    repeats: int = 3, masks: Sequence[str] = ("rand", "wm", "struct", "block"), patience: float = Settings.patience
+    repeats: int = 3,
+    masks: Sequence[str] = ("rand", "wm", "struct", "block"),
+    name: str = "transformers",
+    patience: float = Settings.patience,
 ) -> None:
     """Print what eight adapters cost whose entries lie at random, at the largest weights, on lines or in blocks; and the base.
 
     64 clients of eight adapters are groups of eight, as 8 clients of the base are.
-    patience: `shira serve --patience`, seconds.
+    name: of the engine. patience: `shira serve --patience`, seconds.
 
     python -c "from benchmarks.serve import by_mask; by_mask()"
     """
@@ -102,8 +105,9 @@ def by_mask(
         (folder / "shira").mkdir()
         names = [name for mask in masks for name in make_adapters(model, folder / "shira", 8, mask=mask, named=mask)]
         del model
-        server = engine(folder, "transformers", ready=32, patience=patience)
-        table(measured("shira, Transformers", server, names, wanted, repeats))
+        python = os.environ[VLLM] if name == "vllm" else ""
+        server = engine(folder, name, python, ready=32, patience=patience)
+        table(measured(f"shira, {name}", server, names, wanted, repeats))
 
 
 def engine(folder: Path, name: str, python: str = "", *, ready: int = 16, patience: float = Settings.patience) -> Any:
@@ -265,6 +269,8 @@ def by_formula(rows: list[dict[str, Any]]) -> None:
         made.add_row(row["setup"], str(row["clients"]), str(row["adapters"]), *found)
     Console(width=120).print(made)
     for clients, rate in lora.items():
+        if clients == 1:  # one request in each group, whatever it asks for
+            continue
         most = break_even(step_seconds(rows, "shira, vLLM"), clients, rate)
         print(f"{clients} clients: by the formula turns write more tokens than vLLM's LoRA up to {most:.1f} adapters")
 
