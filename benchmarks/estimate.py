@@ -23,7 +23,7 @@ from torch import nn
 import shira
 from shira.data.models import SMOLLM2
 from shira.integrations.transformers import checkpointing_of, load_config, untrained
-from shira.runs.estimate import METHODS, estimate
+from shira.runs.estimate import WAYS, estimate
 
 from .common import TARGETS, report
 
@@ -46,7 +46,7 @@ def config_of(model: str) -> Any:
 def setups() -> list[Setup]:
     chosen = []
     for model, (tokens, dtype, checkpointing) in itertools.product((SMOLLM2, "wide"), STEPS):
-        for method in METHODS:
+        for method in WAYS:
             chosen.append({"model": model, "dtype": dtype, "method": method, "tokens": tokens, "checkpointing": checkpointing})
     return chosen
 

@@ -17,6 +17,7 @@ from shira import DataError, MaskError
 from shira.integrations.transformers import checkpointing_of
 from shira.masks.calibration import _inputs_kept as inputs_kept
 from shira.masks.calibration import calibrate
+from shira.weights.random_numbers import seeded
 
 BOTH = ("gradient", "squared_gradient")
 
@@ -369,3 +370,12 @@ def test_dropout_is_the_same_in_every_pass(tiny_llama):
     torch.manual_seed(6)
     calibrate(tiny_llama, weights, batches, lambda name, got: found[1].update({name: got["gradient"]}))
     assert not any(torch.equal(found[0][name], found[1][name]) for name in weights)  # there was dropout
+
+
+def test_numbers_from_a_seed_leave_other_devices_alone(monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", None)  # it seeds every device there is
+    before = torch.random.get_rng_state()
+    with seeded(3, [torch.zeros(2)]):
+        drawn = torch.rand(4)
+    assert torch.equal(drawn, torch.rand(4, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(before, torch.random.get_rng_state())

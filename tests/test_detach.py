@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -68,6 +71,29 @@ def test_a_model_that_is_dropped_without_detach_is_freed():
     del model, tuner
     gc.collect()
     assert gone() is None and told() == before and len(_global_optimizer_post_hooks) == hooks
+
+
+def test_threads_that_attach_at_the_same_time_are_all_told_of_steps():
+    class Deaf:
+        def before(self, optimizer): ...
+
+        def after(self, optimizer): ...
+
+    def come_and_go(kept):
+        together.wait()
+        for _ in range(5000):
+            optimizers.subscribe(kept)
+            assert [known() for known in list(optimizers._listeners)].count(kept) == 1
+            optimizers.unsubscribe(kept)
+
+    objects, interval = [Deaf() for _ in range(8)], sys.getswitchinterval()
+    together = threading.Barrier(len(objects))
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(objects)) as threads:
+            list(threads.map(come_and_go, objects))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_models_that_are_collected_while_a_step_is_taken():

@@ -15,7 +15,7 @@ import shira
 from conftest import letter_tokenizer, random_adapter
 from pipelines import pipe_adapter
 from shira.integrations.diffusers_sampling import sample
-from shira.play.asking import Picture
+from shira.play.asking import Drawing
 from test_play_page import PHONE, browser, pytestmark, sync_api  # noqa: F401  a fixture and marks
 
 STEPS = 2
@@ -120,7 +120,7 @@ def test_a_person_at_the_pictures(shown, browser):  # noqa: F811
     moved(page, "a", 0.6)
     page.locator("#switched-1", has_text=" ms").wait_for()
     check_drawn(page, "Both sides differ", base, a)
-    assert list(place._kept) == [Picture("a dog", STEPS)]  # what was asked for
+    assert list(place._kept) == [Drawing("a dog", STEPS)]  # what was asked for
     page.locator("#light-1", has_text="exact").wait_for()
     assert page.locator("#light-1 .lamp.yes").count() == 1
 

@@ -11,10 +11,10 @@ import shira
 from conftest import same_bits
 from pipelines import pipe_adapter, pipe_bits
 from shira.integrations.diffusers_sampling import sample
-from shira.play.asking import Picture, Setting
+from shira.play.asking import Drawing, Setting
 from shira.play.pictures import Pictures
 
-ASKED = Picture("a dog", steps=2)
+ASKED = Drawing("a dog", steps=2)
 
 
 @pytest.fixture

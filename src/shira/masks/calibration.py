@@ -9,7 +9,6 @@ optimizer's state, and the inputs of all linear layers outside of the group. (Au
 pass only if the layer's weight trains.) With one batch nothing is summed, and one pass is enough.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,10 +21,11 @@ from ..errors import DataError, MaskError
 from ..weights.buffers import Buffers, same_form
 from ..weights.distributed import full, is_sharded
 from ..weights.quantized import shape_of
+from ..weights.random_numbers import same_random_numbers
 from ..weights.targets import is_conv1d
 from ..weights.undo import Undo, hooks_of, set_hook
 
-__all__ = ["NAN_ON_A_GPU", "LossFn", "Progress", "calibrate", "same_random_numbers"]
+__all__ = ["NAN_ON_A_GPU", "LossFn", "Progress", "calibrate"]
 
 # advice for what is NaN though it need not be
 NAN_ON_A_GPU = "cuDNN's attention fails on some GPUs: before, call torch.backends.cuda.enable_cudnn_sdp(False) (docs/gpu.md)"
@@ -43,13 +43,6 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise DataError("the model returned no loss; put 'labels' into the batch, or pass loss_fn=")
     return loss
-
-
-def same_random_numbers(weights: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
-    """A context that restores the state of torch's random numbers at its end, on the CPU and on the GPUs of these weights."""
-    devices = {weight.device.index for weight in weights if weight.device.type == "cuda"}
-    fork: contextlib.AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
-    return fork
 
 
 def calibrate(

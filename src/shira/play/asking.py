@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ..errors import AdapterError, DataError
 from ..texts import shown
 
-__all__ = ["MOST", "Chosen", "Picture", "Place", "Seen", "Setting", "Words", "chosen_from"]
+__all__ = ["MOST", "Chosen", "Drawing", "Place", "Setting", "Shown", "Words", "chosen_from"]
 
 MOST = 1.5  # the end of a slider
 
@@ -80,7 +80,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Drawing:
     """A picture that is asked for. guidance 0: the pipeline's own. Raises DataError."""
 
     prompt: str
@@ -96,7 +96,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Shown:
     """What is known of both sides so far: texts, or pictures. milliseconds: of the switch to the adapters."""
 
     base: Any = None
@@ -121,6 +121,6 @@ class Place(Protocol):
         """The names of the adapters that can be chosen now."""
         ...
 
-    def run(self, asked: Any, chosen: Chosen, stop: threading.Event) -> Iterator[Seen]:
+    def run(self, asked: Any, chosen: Chosen, stop: threading.Event) -> Iterator[Shown]:
         """What base and adapted model make, as it comes. Set stop to end it."""
         ...

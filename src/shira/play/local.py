@@ -19,7 +19,7 @@ from ..analysis.comparison import Comparison, compare
 from ..errors import AdapterError, DataError, ShiraError, SwitchError
 from ..fusion.fusing import fuse
 from ..fusion.strengths import Strength
-from .asking import Chosen, Seen, Setting
+from .asking import Chosen, Setting, Shown
 from .streams import Stopped, Turn, streamed
 from .watching import Light, Watch
 
@@ -87,20 +87,20 @@ class Local(ABC):
     def _strength(self, name: str, setting: Setting) -> Strength:
         """A setting as `fuse` takes it."""
 
-    def run(self, asked: Any, chosen: Chosen, stop: threading.Event) -> Iterator[Seen]:
+    def run(self, asked: Any, chosen: Chosen, stop: threading.Event) -> Iterator[Shown]:
         """What the base and the adapted model make, as it comes, one after the other. The base stays for the next time.
 
         Raises what the library raises. However it ends, the base is in the weights again.
         """
 
-        def work(show: Callable[[Seen], None]) -> None:
-            with self._turn.taken(stop, lambda: show(Seen(note="Waiting: the model works for somebody else …"))):
+        def work(show: Callable[[Shown], None]) -> None:
+            with self._turn.taken(stop, lambda: show(Shown(note="Waiting: the model works for somebody else …"))):
                 self._both(asked, chosen, stop, show)
 
         return streamed(work, stop)
 
-    def _both(self, asked: Any, chosen: Chosen, stop: threading.Event, show: Callable[[Seen], None]) -> None:
-        def side(which: str, seen: Seen, note: str) -> Callable[[Any, str], None]:
+    def _both(self, asked: Any, chosen: Chosen, stop: threading.Event, show: Callable[[Shown], None]) -> None:
+        def side(which: str, seen: Shown, note: str) -> Callable[[Any, str], None]:
             def on_part(part: Any, said: str) -> None:
                 if stop.is_set():
                     raise Stopped
@@ -108,7 +108,7 @@ class Local(ABC):
 
             return on_part
 
-        seen = Seen(note="Switching …")
+        seen = Shown(note="Switching …")
         show(seen)
         with self._base_afterwards(look=True):
             given = self._all_given(chosen)

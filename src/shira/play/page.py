@@ -11,7 +11,7 @@ import gradio as gr
 from gradio import processing_utils
 
 from ..errors import ShiraError
-from .asking import MOST, Chosen, Picture, Place, Words, chosen_from
+from .asking import MOST, Chosen, Drawing, Place, Words, chosen_from
 from .local import Local
 from .shown import comparison_html, error_html, head_html, light_html, note_html, switch_html
 from .streams import streamed
@@ -232,7 +232,7 @@ class _Panel:
         stop = self.stops[person] = threading.Event()
 
         def started() -> Iterator[Any]:
-            return self.place.run((Words if self.place.makes == "text" else Picture)(*settings), chosen(), stop)
+            return self.place.run((Words if self.place.makes == "text" else Drawing)(*settings), chosen(), stop)
 
         def failed(text: str) -> tuple[Any, ...]:
             return skip, skip, error_html(text), skip, self.lit()

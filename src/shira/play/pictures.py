@@ -12,7 +12,7 @@ from ..integrations.block_strengths import UNET_BLOCKS, by_block
 from ..integrations.diffusers import COMPONENTS, PipelineAdapters
 from ..integrations.diffusers_sampling import modules_of, sample
 from ..weights.model_tensors import named_tensors
-from .asking import Picture, Setting
+from .asking import Drawing, Setting
 from .local import Local
 
 __all__ = ["Pictures"]
@@ -67,7 +67,7 @@ class Pictures(Local):
     def _strength(self, name: str, setting: Setting) -> Strength:
         return by_block(name, self._given(name, setting), self._parts, list(self._adapter(name).tensors))
 
-    def _make(self, asked: Picture, show: Callable[[Any, str], None]) -> Any:
+    def _make(self, asked: Drawing, show: Callable[[Any, str], None]) -> Any:
         return sample(
             self._pipe,
             asked.prompt,

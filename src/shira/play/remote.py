@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError, MissingExtra, ShiraError
-from .asking import Chosen, Seen, Words
+from .asking import Chosen, Shown, Words
 from .streams import Stopped, streamed
 
 __all__ = ["Remote", "selection"]
@@ -68,17 +68,17 @@ class Remote:
         except (self._errors.OpenAIError, ValueError) as error:
             raise DataError(f"{self._url} does not answer as shira serve does: {error}") from error
 
-    def run(self, asked: Words, chosen: Chosen, stop: threading.Event) -> Iterator[Seen]:
+    def run(self, asked: Words, chosen: Chosen, stop: threading.Event) -> Iterator[Shown]:
         """What the base and the selection write, both at the same time. Raises DataError with the server's words."""
         if any(not setting.is_even for setting in chosen.values()):
             raise DataError("a server takes one strength for each adapter; set all blocks to 1")
 
-        def work(show: Callable[[Seen], None]) -> None:
+        def work(show: Callable[[Shown], None]) -> None:
             parts: queue.SimpleQueue[tuple[str, str | ShiraError | None]] = queue.SimpleQueue()
             sides = {"base": self._base, "adapted": selection(chosen, self._base)} if chosen else {"base": self._base}
             for side, model in sides.items():
                 threading.Thread(target=self._write, args=(asked, model, side, parts, stop), daemon=True).start()
-            seen, open_sides = Seen(base="", adapted="", note="Both sides at the same time …"), len(sides)
+            seen, open_sides = Shown(base="", adapted="", note="Both sides at the same time …"), len(sides)
             while open_sides:
                 side, part = parts.get()
                 if isinstance(part, ShiraError):

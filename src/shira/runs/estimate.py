@@ -28,9 +28,9 @@ from ..sparse.positions import index_dtype
 from ..training.layers import SparseLinear
 from ..weights import targets as target_names
 
-__all__ = ["METHODS", "Estimate", "estimate"]
+__all__ = ["WAYS", "Estimate", "estimate"]
 
-METHODS = ("shira", "lora", "full")
+WAYS = ("shira", "lora", "full")
 Category = Literal["activations", "logits", "gradients", "temporaries"]
 
 
@@ -72,8 +72,8 @@ def estimate(
     return. Selecting a mask is not part of the step; masks that need gradients run a backward pass of their own before it.
     Raises DataError or TuningError for values that are not possible, and what `attach` raises for targets and budgets.
     """
-    if method not in METHODS:
-        raise TuningError(f"method must be one of {', '.join(METHODS)}, found {method!r}")
+    if method not in WAYS:
+        raise TuningError(f"method must be one of {', '.join(WAYS)}, found {method!r}")
     if batch_size < 1 or length < 2:
         raise DataError(f"a step needs a row of at least 2 tokens, found batch_size={batch_size}, length={length}")
     if density is None and rank is None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from .sampling import TokenLogprob
 from .transformers_engine import Job
 
-__all__ = ["Choice", "Piece", "Text", "joined", "pieces"]
+__all__ = ["AnswerPiece", "Choice", "Text", "joined", "pieces"]
 
 CONTEXT = 6  # last tokens of a prompt that decide how the first token of an answer is written
 INCOMPLETE = "\ufffd"  # what a decoder writes for a character of which not all bytes are there
@@ -65,7 +65,7 @@ def _beginning(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class Piece(NamedTuple):
+class AnswerPiece(NamedTuple):
     """A part of an answer. finish: "stop" or "length" in the last one."""
 
     text: str
@@ -74,10 +74,10 @@ class Piece(NamedTuple):
     finish: str | None
 
 
-def joined(parts: Sequence[Piece]) -> Piece:
+def joined(parts: Sequence[AnswerPiece]) -> AnswerPiece:
     """All pieces of an answer as one."""
     logprobs = [entry for piece in parts for entry in piece.logprobs]
-    return Piece("".join(piece.text for piece in parts), sum(piece.tokens for piece in parts), logprobs, parts[-1].finish)
+    return AnswerPiece("".join(piece.text for piece in parts), sum(piece.tokens for piece in parts), logprobs, parts[-1].finish)
 
 
 class Choice:
@@ -86,7 +86,7 @@ class Choice:
     def __init__(self, index: int, job: Job, text: Text) -> None:
         self.index, self._job, self._text = index, job, text
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[AnswerPiece]:
         """The pieces as they come. Raises what the job raises."""
         async for update in self._job:
             count, shown = 0, ""
@@ -102,15 +102,15 @@ class Choice:
                 shown += self._text.end()
                 finish = "stop" if self._text.stopped else finish
             logprobs = update.logprobs[: count - (update.finish == "stop" and count == len(update.tokens))]
-            yield Piece(shown, count, logprobs, finish)
+            yield AnswerPiece(shown, count, logprobs, finish)
             if finish:
                 return
 
 
-async def pieces(choices: Iterable[Choice]) -> AsyncIterator[tuple[Choice, Piece]]:
+async def pieces(choices: Iterable[Choice]) -> AsyncIterator[tuple[Choice, AnswerPiece]]:
     """The pieces of several answers as they come. Raises what a job raises."""
     choices = list(choices)
-    queue: asyncio.Queue[tuple[Choice, Piece | Exception]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[Choice, AnswerPiece | Exception]] = asyncio.Queue()
 
     async def follow(choice: Choice) -> None:
         try:

@@ -13,14 +13,14 @@ from openai.types.chat.chat_completion import Choice as ChatChoice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 
-from .answers import Piece
+from .answers import AnswerPiece
 from .logprobs import ChatLogprobs, CompletionLogprobs
 from .openai_requests import OpenAIRequest
 
-__all__ = ["ChatForm", "CompletionForm", "Form"]
+__all__ = ["AnswerForm", "ChatForm", "CompletionForm"]
 
 
-class Form:
+class AnswerForm:
     """How the answers of one request are written. Whatever belongs to one answer has the same id and time."""
 
     prefix = ""  # of the ids
@@ -29,7 +29,7 @@ class Form:
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         self.wants_logprobs = asked.reported is not None
 
-    def whole(self, answers: list[Piece], usage: CompletionUsage) -> str:
+    def whole(self, answers: list[AnswerPiece], usage: CompletionUsage) -> str:
         """The body with all answers, as JSON."""
         raise NotImplementedError
 
@@ -41,12 +41,12 @@ class Form:
         """An event of a stream."""
         raise NotImplementedError
 
-    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def chunks(self, index: int, piece: AnswerPiece) -> list[dict[str, Any]]:
         """The events of a piece of an answer."""
         raise NotImplementedError
 
 
-class ChatForm(Form):
+class ChatForm(AnswerForm):
     """Of /v1/chat/completions."""
 
     prefix = "chatcmpl"
@@ -55,7 +55,7 @@ class ChatForm(Form):
         super().__init__(asked)
         self._logprobs = ChatLogprobs(tokenizer)
 
-    def whole(self, answers: list[Piece], usage: CompletionUsage) -> str:
+    def whole(self, answers: list[AnswerPiece], usage: CompletionUsage) -> str:
         choices = [
             ChatChoice(
                 index=index,
@@ -71,7 +71,7 @@ class ChatForm(Form):
     def opening(self, index: int) -> list[dict[str, Any]]:
         return [self._chunk(index, ChoiceDelta(role="assistant", content=""), None, None)]
 
-    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def chunks(self, index: int, piece: AnswerPiece) -> list[dict[str, Any]]:
         logprobs = self._logprobs.chunk(piece.logprobs) if self.wants_logprobs else None
         made = [self._chunk(index, ChoiceDelta(content=piece.text), logprobs, None)] if piece.text or piece.logprobs else []
         return made + ([self._chunk(index, ChoiceDelta(), None, piece.finish)] if piece.finish else [])
@@ -84,7 +84,7 @@ class ChatForm(Form):
         return made.model_dump(exclude_unset=True)
 
 
-class CompletionForm(Form):
+class CompletionForm(AnswerForm):
     """Of /v1/completions."""
 
     prefix = "cmpl"
@@ -94,12 +94,12 @@ class CompletionForm(Form):
         self._tokenizer = tokenizer
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
-    def _reported(self, index: int, piece: Piece) -> Any:
+    def _reported(self, index: int, piece: AnswerPiece) -> Any:
         if not self.wants_logprobs:
             return None
         return self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer)).add(piece.logprobs)
 
-    def whole(self, answers: list[Piece], usage: CompletionUsage) -> str:
+    def whole(self, answers: list[AnswerPiece], usage: CompletionUsage) -> str:
         choices = [
             CompletionChoice(index=index, text=answer.text, logprobs=self._reported(index, answer), finish_reason=answer.finish)  # type: ignore[arg-type]
             for index, answer in enumerate(answers)
@@ -107,7 +107,7 @@ class CompletionForm(Form):
         made = Completion(**self.head, object="text_completion", choices=choices, usage=usage)  # type: ignore[arg-type]
         return made.model_dump_json(exclude_unset=True)
 
-    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def chunks(self, index: int, piece: AnswerPiece) -> list[dict[str, Any]]:
         if not (piece.text or piece.logprobs or piece.finish):
             return []
         logprobs = self._reported(index, piece)

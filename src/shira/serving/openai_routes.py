@@ -16,10 +16,10 @@ from starlette.requests import ClientDisconnect
 
 from ..errors import ShiraError
 from ..texts import strict_json
-from .answers import Choice, Piece, Text, joined, pieces
+from .answers import AnswerPiece, Choice, Text, joined, pieces
 from .catalogue import Catalogue
 from .metrics import Metrics
-from .openai_forms import ChatForm, CompletionForm, Form
+from .openai_forms import AnswerForm, ChatForm, CompletionForm
 from .openai_requests import ChatRequest, CompletionRequest, OpenAIRequest, RequestError, parsed
 from .problems import CLIENT_LEFT, Refused, error_body, status_of
 from .transformers_engine import RequestTooLong, TransformersEngine
@@ -169,10 +169,10 @@ class OpenAIRoutes:
             raise RequestTooLong(f"{wanted} tokens were asked for; this server writes at most {self._most_tokens}")
         return min(self._most_tokens, self._engine.room(prompt, wanted))
 
-    async def _respond(self, answers: _Answers, form: Form) -> Response:
+    async def _respond(self, answers: _Answers, form: AnswerForm) -> Response:
         if answers.asked.stream:
             return _Stream(answers.open, self._events(answers, form))
-        gathered: list[list[Piece]] = [[] for _ in answers.choices]
+        gathered: list[list[AnswerPiece]] = [[] for _ in answers.choices]
         with answers.open:
             async for choice, piece in pieces(answers.choices):
                 self._metrics.tokens.labels("answer").inc(piece.tokens)
@@ -181,7 +181,7 @@ class OpenAIRoutes:
         usage = _usage(answers.prompt_tokens, sum(piece.tokens for piece in whole))
         return Response(form.whole(whole, usage), media_type="application/json")
 
-    async def _events(self, answers: _Answers, form: Form) -> AsyncIterator[str]:
+    async def _events(self, answers: _Answers, form: AnswerForm) -> AsyncIterator[str]:
         """Answers as server-sent events, in OpenAI's form."""
         options = answers.asked.stream_options
         wants_usage = options is not None and options.include_usage

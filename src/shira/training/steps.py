@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import TuningError
-from ..masks.calibration import same_random_numbers
 from ..weights import optimizers
 from ..weights.distributed import groups_of, reshard
 from ..weights.model_tensors import OWN, ModuleTree
+from ..weights.random_numbers import same_random_numbers
 from ..weights.targets import Target
 from ..weights.undo import Undo, hooks_of, set_hook
 from .checkpoint_watch import CheckpointWatch

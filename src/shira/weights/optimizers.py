@@ -4,6 +4,7 @@ One pair of hooks serves the whole process. It is registered once and never remo
 while hooks run.
 """
 
+import contextlib
 import weakref
 from typing import Any, Protocol
 
@@ -28,20 +29,31 @@ _registered: list[Any] = []
 
 def watch() -> None:
     """Observe steps from now on. For fused optimizers, which do not increment version counters, this increments them."""
-    if not _registered:
-        _registered.append(torch_optimizer.register_optimizer_step_post_hook(_after))
-        torch_optimizer.register_optimizer_step_pre_hook(_before)
+    hooks = [
+        (torch_optimizer.register_optimizer_step_post_hook, _after),
+        (torch_optimizer.register_optimizer_step_pre_hook, _before),
+    ]
+    for register, hook in hooks[len(_registered) :]:  # the second alone, if an interrupt came between them
+        _registered.append(register(hook))
 
 
 def subscribe(listener: Listener) -> None:
     """Notify an object of every step, until `unsubscribe`, or until the object is gone."""
     watch()
-    _listeners[:] = [known for known in _listeners if known() is not None] + [weakref.ref(listener)]
+    _listeners.append(weakref.ref(listener))
+    _drop([known for known in list(_listeners) if known() is None])
 
 
 def unsubscribe(listener: Listener) -> None:
     """Stop notifying an object."""
-    _listeners[:] = [known for known in _listeners if known() is not listener]
+    _drop([known for known in list(_listeners) if known() is listener])
+
+
+def _drop(gone: "list[weakref.ref[Listener]]") -> None:
+    """One at a time: meanwhile another thread may add a listener, or remove the same."""
+    for known in gone:
+        with contextlib.suppress(ValueError):
+            _listeners.remove(known)
 
 
 def _before(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
