@@ -17,7 +17,7 @@ from shira import ShiraError, Switcher, SwitchError
 from shira.serving import catalogue as module
 from shira.serving.catalogue import Catalogue
 from shira.serving.resident import Resident
-from shira.serving.selections import AdapterReplaced, Part, Selection, SelectionError, UnknownAdapter, of_key, parse
+from shira.serving.selections import AdapterReplaced, Part, SelectionError, ServedSelection, UnknownAdapter, of_key, parse
 
 pytestmark = pytest.mark.usefixtures("settled")
 
@@ -46,15 +46,15 @@ def expected_bits(folder, strengths):
 
 
 def test_a_selection_is_parsed_into_the_order_of_names():
-    both = Selection((Part("coder", "2b", 0.5), Part("poet", "1a", 1.0)))
+    both = ServedSelection((Part("coder", "2b", 0.5), Part("poet", "1a", 1.0)))
     assert parse("poet:1.0+coder:0.5", VERSIONS) == parse("coder:.5 + poet", VERSIONS) == both
     assert str(both) == "coder:0.5+poet"
     assert str(parse("poet:0.123456789", VERSIONS)) == "poet:0.123456789" and str(parse("poet:3.0", VERSIONS)) == "poet:3"
     assert both.key == '[["coder","2b",0.5],["poet","1a",1.0]]'
     assert of_key(both.key) == both
-    assert of_key("") == Selection() and Selection().key == "" and str(Selection()) == "base"
-    assert parse("poet:0+coder", VERSIONS) == Selection((Part("coder", "2b"),))
-    assert parse("poet:0", VERSIONS) == Selection()
+    assert of_key("") == ServedSelection() and ServedSelection().key == "" and str(ServedSelection()) == "base"
+    assert parse("poet:0+coder", VERSIONS) == ServedSelection((Part("coder", "2b"),))
+    assert parse("poet:0", VERSIONS) == ServedSelection()
     assert parse("x.y-z:-1e-3", VERSIONS).parts[0].strength == -1e-3
 
 
@@ -85,7 +85,7 @@ def test_any_text_is_a_selection_or_an_error(text):
 @given(st.text(max_size=40) | st.sampled_from(['[["a","b"]]', '[["a",1,1]]', '[["../a","b",1]]', '[["","b",1]]', "[1]", "{}"]))
 def test_a_text_that_is_no_key_is_refused(text):
     try:
-        assert isinstance(of_key(text), Selection)
+        assert isinstance(of_key(text), ServedSelection)
     except SelectionError as error:
         assert "is no key of a selection" in str(error)
 
@@ -102,7 +102,7 @@ def test_the_folder_is_listed_and_followed(served):
     catalogue.scan()
     assert list(catalogue.versions) == ["new", "poet"]
     assert catalogue.resolve("poet") != before
-    assert catalogue.resolve("base") == Selection()
+    assert catalogue.resolve("base") == ServedSelection()
     assert [row["status"] for row in catalogue.listed()] == ["served", "served"]
     with pytest.raises(UnknownAdapter):
         catalogue.resolve("coder")

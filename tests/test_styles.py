@@ -157,7 +157,7 @@ def test_a_style_is_trained_and_the_base_is_back(tmp_path, method):
     plain = style_runs.drawn(pipe, **draw)["dog"][0]
     with style_adapters.adapted(pipe, folders[:1], [1.0]):
         alone = style_runs.drawn(pipe, **draw)["dog"][0]
-        parts = style_adapters.Parts(pipe)
+        parts = style_adapters.TrainedComponents(pipe)
         examples = style_adapters.Examples(parts, [colour(100)], resolution=SIDE)
         first = style_adapters.loss_of(parts, examples)
     with style_adapters.adapted(pipe, folders, [1.0, 0.5]):

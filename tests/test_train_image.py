@@ -16,7 +16,7 @@ from shira import DataError
 from shira.data.pictures import Picture, pictures_in, square
 from shira.integrations.diffusers_sampling import modules_of, sample
 from shira.integrations.diffusers_training import Examples, accelerator_for, train
-from shira.integrations.diffusion_losses import Parts
+from shira.integrations.diffusion_losses import TrainedComponents
 from shira.runs.image_recipes import ImageRecipe, train_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers' Euler with NumPy 2.4
@@ -29,7 +29,7 @@ def overfit(**more):
 
 def loss_of(pipe, recipe, resolution=SIDE):
     """The mean loss over fixed noise."""
-    parts = Parts(pipe)
+    parts = TrainedComponents(pipe)
     with torch.no_grad():
         batches = Examples(parts, pictures_in(recipe.data), resolution=resolution).batches(16, seed=99)
         return sum(float(parts(next(batches))) for _ in range(4)) / 4
@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_a_perfect_prediction(folder, name):
     """A denoiser that knows the noise has no loss; min-SNR weighs an error of 1 as the paper says."""
     pipe = PIPELINES[name]()
     for cut in (None, 5.0):
-        parts = Parts(pipe, min_snr=cut)
+        parts = TrainedComponents(pipe, min_snr=cut)
         batch = next(Examples(parts, pictures_in("dog"), resolution=SIDE).batches(3, seed=1))
         wrong = torch.zeros(())
 
@@ -100,12 +100,12 @@ def test_the_loss_is_that_of_a_perfect_prediction(folder, name):
 
 
 def test_flow_goes_from_picture_to_noise():
-    parts = Parts(sd3())
+    parts = TrainedComponents(sd3())
     assert parts.levels[0] == 1 and parts.times[0] == 1000 and parts.levels[-1] < 0.01
     level = parts.draw(1000, torch.Generator().manual_seed(0))
     assert level.min() >= 0 and level.max() < 1000 and 400 < level.float().mean() < 600
     with pytest.raises(DataError, match="min_snr is for pipelines that predict noise"):
-        Parts(sd3(), min_snr=5.0)
+        TrainedComponents(sd3(), min_snr=5.0)
 
 
 def test_text_encoders_train_when_asked(folder):
@@ -131,7 +131,7 @@ def test_checkpointing_changes_nothing(folder):
 def test_two_batches_a_step(folder):
     """The gradient of a step is the mean over its batches."""
     pipe = stable_diffusion()
-    parts = Parts(pipe)
+    parts = TrainedComponents(pipe)
     examples = Examples(parts, pictures_in("dog"), resolution=SIDE)
     found = {}
     for size, accumulate in ((4, 1), (2, 2)):
@@ -155,7 +155,7 @@ def _part(value, half):
 @pytest.mark.parametrize("name", ["epsilon", "sdxl", "sd3", "flux"])
 def test_the_denoiser_is_called_as_the_pipeline_calls_it(name):
     pipe, calls = PIPELINES[name](), []
-    parts = Parts(pipe)
+    parts = TrainedComponents(pipe)
     model = getattr(pipe, parts.part)
     hook = model.register_forward_hook(lambda _, args, options, out: calls.append((args, options, out[0])), with_kwargs=True)
     sample(pipe, "a dog", 0, steps=2, guidance=3.5 if name == "flux" else 1.0, resolution=SIDE)
@@ -206,7 +206,7 @@ def test_prior_preservation_takes_pictures_of_the_class(folder):
         steps=3, prompt="a photo of sks dog", class_prompt="a dog", class_data="class", class_count=3, prior_weight=0.5
     )
     priors = [Picture("class/green.png", "a dog")]
-    parts = Parts(pipe)
+    parts = TrainedComponents(pipe)
     parts.trains_text = True  # a batch then has the captions themselves
     examples = Examples(parts, pictures_in("one", recipe.prompt), priors, resolution=SIDE, prior_weight=0.5)
     batch = next(examples.batches(2, seed=0))
@@ -249,7 +249,7 @@ def test_pictures_are_made_square():
 
 
 def test_random_crops_flips_and_dropped_captions(folder):
-    parts = Parts(stable_diffusion())
+    parts = TrainedComponents(stable_diffusion())
     examples = Examples(parts, pictures_in("dog"), resolution=SIDE, crop="random", flip=True, drop_captions=0.5)
     batches = examples.batches(8, seed=0)
     batch = next(batches)

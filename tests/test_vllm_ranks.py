@@ -7,7 +7,7 @@ import pytest
 import shira
 from conftest import all_bits, same_bits
 from shira.errors import BaseMismatch
-from shira.serving.selections import AdapterReplaced, Part, Selection
+from shira.serving.selections import AdapterReplaced, Part, ServedSelection
 from shira.serving.vllm.mapping import Surface
 from shira.serving.vllm.ranks import Alone, Ranks
 from test_vllm_mapping import SHAPES, Packed, adapter_of, checkpoint, loaded, mapped
@@ -89,7 +89,7 @@ def test_all_processes_switch_together_and_return_to_the_base(tmp_path, size):
     for selection in ("a", "b", {"a": 0.5, "b": 1.0}, "a", None):
         switcher.use(selection)
         strengths = {selection: 1.0} if isinstance(selection, str) else selection or {}
-        key = Selection(tuple(parts[name]._replace(strength=strength) for name, strength in strengths.items())).key
+        key = ServedSelection(tuple(parts[name]._replace(strength=strength) for name, strength in strengths.items())).key
         assert on_all(size, lambda rank, key=key: ranks[rank].use(key)) == [True] * size
         for rank, model in enumerate(models):
             expected = Packed(rank, size)
@@ -104,7 +104,7 @@ def test_an_adapter_of_another_base_is_refused_in_all_processes(tmp_path, size):
     ranks, models, parts = served(tmp_path, size, seed=5)
     before = [all_bits(model) for model in models]
     for _ in range(2):
-        errors = on_all(size, lambda rank: ranks[rank].use(Selection((parts["a"],)).key))
+        errors = on_all(size, lambda rank: ranks[rank].use(ServedSelection((parts["a"],)).key))
         assert all(isinstance(error, BaseMismatch) and "fingerprint" in str(error) for error in errors)
         assert all(same_bits(one, all_bits(model)) for one, model in zip(before, models, strict=True))
 
@@ -112,7 +112,7 @@ def test_an_adapter_of_another_base_is_refused_in_all_processes(tmp_path, size):
 def test_a_failure_in_one_process_is_one_in_all(tmp_path, monkeypatch):
     ranks, models, parts = served(tmp_path, 2)
     before = [all_bits(model) for model in models]
-    key = Selection((parts["a"],)).key
+    key = ServedSelection((parts["a"],)).key
 
     def broken(*arguments):
         raise MemoryError("no memory")
@@ -131,15 +131,15 @@ def test_a_failure_in_one_process_is_one_in_all(tmp_path, monkeypatch):
 def test_a_file_that_was_replaced_is_an_error_in_all_processes(tmp_path):
     ranks, _, parts = served(tmp_path, 2)
     adapter_of(checkpoint(), 9).save(tmp_path / "a.safetensors")
-    errors = on_all(2, lambda rank: ranks[rank].use(Selection((parts["a"],)).key))
+    errors = on_all(2, lambda rank: ranks[rank].use(ServedSelection((parts["a"],)).key))
     assert all(isinstance(error, AdapterReplaced) for error in errors)
-    assert on_all(2, lambda rank: ranks[rank].use(Selection((parts["b"],)).key)) == [True, True]
+    assert on_all(2, lambda rank: ranks[rank].use(ServedSelection((parts["b"],)).key)) == [True, True]
 
 
 def test_after_a_way_back_that_failed_in_one_process_none_answers(tmp_path, monkeypatch):
     ranks, models, parts = served(tmp_path, 2)
     before = [all_bits(model) for model in models]
-    a, b = (Selection((parts[name],)).key for name in "ab")
+    a, b = (ServedSelection((parts[name],)).key for name in "ab")
     assert on_all(2, lambda rank: ranks[rank].use(a)) == [True, True]
 
     def broken(*arguments):

@@ -17,7 +17,7 @@ import shira
 from shira.data.pictures import Picture
 from shira.integrations.diffusers import PipelineAdapters
 from shira.integrations.diffusers_training import Examples, accelerator_for, train, training_mode
-from shira.integrations.diffusion_losses import Parts
+from shira.integrations.diffusion_losses import TrainedComponents
 
 TARGETS = "(?i).*(attn|attention[.]|conv).*"  # attention and all convolutions, those from and to the latents included
 
@@ -47,7 +47,7 @@ def trained(
     method: {"lora": rank}, or options of `shira.attach`. "near": the reach of `Tuner.stay_near`, with the pictures of general.
     priors: pictures of the whole class, for prior preservation (DreamBooth).
     """
-    parts = Parts(pipe)
+    parts = TrainedComponents(pipe)
     examples = Examples(parts, pictures, priors, resolution=side)
     checks = Examples(parts, validation, resolution=side)
     options = {"steps": steps, "learning_rate": rate, "batch_size": batch, "seed": seed}
@@ -105,7 +105,7 @@ def lora_targets(unet: Any) -> list[str]:
 
 
 @torch.no_grad()
-def loss_of(parts: Parts, examples: Examples) -> float:
+def loss_of(parts: TrainedComponents, examples: Examples) -> float:
     """The loss on all pictures, each at fixed noise levels: the lower the better."""
     batches = examples.batches(len(examples.pictures), 1)
     return sum(float(parts(next(batches))) for _ in range(LEVELS)) / LEVELS

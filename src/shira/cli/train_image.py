@@ -37,13 +37,13 @@ def train_image(
     from ..data.grids import grid
     from ..integrations.card import base_of
     from ..integrations.diffusers_sampling import load_pipeline
-    from ..integrations.diffusion_losses import Parts
+    from ..integrations.diffusion_losses import TrainedComponents
     from ..runs.announcing import what_trains
 
     avoid_cudnn_attention()
     with waiting("loading the pipeline"):
         pipe = load_pipeline(recipe.pipeline, recipe.dtype)
-    parts = Parts(pipe, text_encoders=recipe.train_text_encoder)
+    parts = TrainedComponents(pipe, text_encoders=recipe.train_text_encoder)
     console.print(f"trains {what_trains(recipe, parts, DENSITY)}", highlight=False, soft_wrap=True)
     samples: dict[str, list[Any]] = {}
 

@@ -18,7 +18,7 @@ from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
 from ..weights.random_numbers import seeded
 from .diffusers_sampling import sample
-from .diffusion_losses import Parts
+from .diffusion_losses import TrainedComponents
 from .transformers import checkpointing_of
 
 __all__ = ["Examples", "accelerator_for", "check_schedule", "class_pictures", "train", "training_mode"]
@@ -82,7 +82,7 @@ def class_pictures(
 
 
 @contextlib.contextmanager
-def training_mode(parts: Parts, checkpointing: bool) -> Iterator[None]:
+def training_mode(parts: TrainedComponents, checkpointing: bool) -> Iterator[None]:
     """Inside, the parts are in training mode, with gradient checkpointing if wanted. Afterwards they are as before."""
     with contextlib.ExitStack() as afterwards:
         afterwards.enter_context(modes_kept(parts))
@@ -103,7 +103,7 @@ class Examples:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: TrainedComponents,
         pictures: Sequence[Picture],
         priors: Sequence[Picture] = (),
         *,
@@ -198,7 +198,7 @@ def _order(count: int, seed: int, process: int, processes: int) -> Iterator[int]
 
 def train(
     tuner: Tuner,
-    parts: Parts,
+    parts: TrainedComponents,
     batches: Iterator[dict[str, Any]],
     accelerator: Any,
     *,

@@ -11,7 +11,7 @@ A batch holds everything that is drawn at random, so a loss is a function of the
     latents, noise  [n, channels, high, wide]
     level           the number of the noise level: of ᾱ, or of σ; int64 [n]
     weight          of each picture in the loss, [n]
-    text            what `Parts.encode` returns, or the captions
+    text            what `TrainedComponents.encode` returns, or the captions
     sizes           (height, width, top, left) of each picture (`data.pictures.square`)
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 
-__all__ = ["DENOISER_CLASSES", "Parts"]
+__all__ = ["DENOISER_CLASSES", "TrainedComponents"]
 
 DENOISER_CLASSES = {
     "UNet2DConditionModel": "unet",
@@ -36,7 +36,7 @@ MOST = 20.0  # the largest weight of a noise level if the picture is predicted
 FLUX_GUIDANCE = 3.5  # what Flux's own scripts train with, where a transformer takes guidance as an input
 
 
-class Parts(nn.Module):
+class TrainedComponents(nn.Module):
     """The parts of a pipeline that train, under the names that the pipeline has for them. Called, it computes the loss.
 
     Raises DataError if it is not known how such a pipeline is trained.

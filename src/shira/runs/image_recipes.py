@@ -13,7 +13,7 @@ from .shared_options import Dtype, Masked, Run, check_mask
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
-    from ..integrations.diffusion_losses import Parts
+    from ..integrations.diffusion_losses import TrainedComponents
 
 __all__ = ["DENSITY", "ImageRecipe", "check_image_run", "load_image_recipe", "name_of", "save_image_recipe", "train_image"]
 
@@ -135,10 +135,10 @@ def train_image(
     from ..data.pictures import pictures_in
     from ..integrations import diffusers_sampling as sampling
     from ..integrations import diffusers_training as training
-    from ..integrations.diffusion_losses import Parts
+    from ..integrations.diffusion_losses import TrainedComponents
     from ..training.tuning import attach
 
-    parts = Parts(pipe, text_encoders=recipe.train_text_encoder, min_snr=recipe.min_snr)
+    parts = TrainedComponents(pipe, text_encoders=recipe.train_text_encoder, min_snr=recipe.min_snr)
     pictures = pictures_in(recipe.data, recipe.prompt)
     accelerator = training.accelerator_for(recipe.mixed_precision, recipe.accumulate, unused=recipe.train_text_encoder)
     pipe.to(accelerator.device)
@@ -207,7 +207,7 @@ def name_of(recipe: ImageRecipe) -> str:
     return recipe.name or Path(recipe.data).resolve().name
 
 
-def _own_resolution(pipe: Any, parts: "Parts") -> int:
+def _own_resolution(pipe: Any, parts: "TrainedComponents") -> int:
     """The side that the pipeline makes by itself."""
     own = getattr(pipe, "default_sample_size", None) or getattr(pipe, parts.part).config.sample_size
     return int(own if isinstance(own, int) else min(own)) * int(pipe.vae_scale_factor)

@@ -19,7 +19,7 @@ from ..errors import ShiraError
 from ..files.bases import named_base
 from ..files.paths import State
 from ..texts import visible
-from .selections import AdapterReplaced, Selection, SelectionError, UnknownAdapter, parse, parse_name
+from .selections import AdapterReplaced, SelectionError, ServedSelection, UnknownAdapter, parse, parse_name
 
 __all__ = ["Catalogue", "Found", "path_in", "shapes_of", "version_of"]
 
@@ -94,9 +94,9 @@ class Catalogue:
         self.versions: Mapping[str, str] = {}
         self.refused: Mapping[str, str] = {}
 
-    def resolve(self, text: str) -> Selection:
+    def resolve(self, text: str) -> ServedSelection:
         """The selection that a request names. Raises what `selections.parse` raises."""
-        return Selection() if text in self.base else parse(text, self.versions, self.refused)
+        return ServedSelection() if text in self.base else parse(text, self.versions, self.refused)
 
     def scan(self) -> None:
         """Look at the folder again: new files appear, replaced ones get a new version, removed ones go. Raises OSError."""

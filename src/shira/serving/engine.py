@@ -6,7 +6,7 @@ __all__ = ["Engine"]
 
 
 class Engine(Protocol):
-    """A model that answers requests, each with its own selection (`selections.Selection.key`)."""
+    """A model that answers requests, each with its own selection (`selections.ServedSelection.key`)."""
 
     async def prefetch(self, key: str) -> None:
         """Read, check and compute a selection. Raises ShiraError if it cannot be used."""

@@ -9,14 +9,14 @@ from typing import Any
 
 import prometheus_client as prometheus
 
-from .selections import Selection, of_key
+from .selections import ServedSelection, of_key
 
 __all__ = ["Metrics", "label_of"]
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 
 
-def label_of(selection: Selection) -> str:
+def label_of(selection: ServedSelection) -> str:
     """The adapters of a selection without their strengths, "base" for none: so there are not as many labels as strengths."""
     return "+".join(part.name for part in selection.parts) or "base"
 

@@ -16,7 +16,7 @@ from ..switching.sources import AdapterSource
 from ..switching.switcher import Switcher
 from ..weights.model_tensors import named_tensors
 from .catalogue import path_in, version_of
-from .selections import AdapterReplaced, Part, Selection, of_key
+from .selections import AdapterReplaced, Part, ServedSelection, of_key
 
 __all__ = ["Resident"]
 
@@ -182,4 +182,4 @@ def _name_of(part: Part) -> str:
 def _key_of(names: Mapping[str, Any]) -> str:
     """The key of a selection by the names in the switcher."""
     parts = [(name.split("@"), strength) for name, strength in sorted(names.items())]
-    return Selection(tuple(Part(name, version, strength) for (name, version), strength in parts)).key
+    return ServedSelection(tuple(Part(name, version, strength) for (name, version), strength in parts)).key

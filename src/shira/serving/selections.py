@@ -14,7 +14,7 @@ from ..errors import did_you_mean
 from ..texts import shown, strict_json
 from .problems import Problem
 
-__all__ = ["AdapterReplaced", "Part", "Selection", "SelectionError", "UnknownAdapter", "of_key", "parse", "parse_name"]
+__all__ = ["AdapterReplaced", "Part", "SelectionError", "ServedSelection", "UnknownAdapter", "of_key", "parse", "parse_name"]
 
 MOST_PARTS = 16
 MOST_LETTERS = 4096
@@ -52,7 +52,7 @@ class Part(NamedTuple):
     strength: float = 1.0
 
 
-class Selection(NamedTuple):
+class ServedSelection(NamedTuple):
     """Adapters in the order of their names; none for the base."""
 
     parts: tuple[Part, ...] = ()
@@ -83,7 +83,7 @@ def parse_name(name: str) -> str:
     return name
 
 
-def parse(text: str, versions: Mapping[str, str], refused: Container[str] = ()) -> Selection:
+def parse(text: str, versions: Mapping[str, str], refused: Container[str] = ()) -> ServedSelection:
     """The selection that a text names: "poet", "poet:0.5", "poet:1.0+coder:0.5".
 
     versions: name -> version of each adapter that is served. refused: names of files that cannot be served.
@@ -105,7 +105,7 @@ def parse(text: str, versions: Mapping[str, str], refused: Container[str] = ()) 
         if name in parts:
             raise SelectionError(f"{shown(name)} is named twice in {shown(text)}; give it one strength")
         parts[name] = Part(name, versions[name], _strength(written, name) if colon else 1.0)
-    return Selection(tuple(sorted(part for part in parts.values() if part.strength)))
+    return ServedSelection(tuple(sorted(part for part in parts.values() if part.strength)))
 
 
 def _strength(written: str, name: str) -> float:
@@ -118,11 +118,11 @@ def _strength(written: str, name: str) -> float:
     return strength
 
 
-def of_key(key: str) -> Selection:
+def of_key(key: str) -> ServedSelection:
     """The selection of a key. Raises SelectionError for a text that is no key."""
     try:
         parts = tuple(Part(name, version, float(strength)) for name, version, strength in strict_json(key)) if key else ()
-        selection = Selection(parts)
+        selection = ServedSelection(parts)
         for name, version, _ in parts:
             if not isinstance(version, str):
                 raise ValueError

@@ -22,7 +22,7 @@ __all__ = ["recover_base"]
 BETWEEN = (torch.float16, torch.bfloat16, torch.float64)  # dtypes through which a weight may have been cast
 
 
-class _Entries(NamedTuple):
+class _ChangedPlaces(NamedTuple):
     """Some entries of a weight as it is now, [k] each: positions, present values, written values, and the old base values."""
 
     name: str
@@ -47,7 +47,7 @@ def recover_base(plans: Sequence[WritePlan], names: Mapping[int, list[str]], ten
     names: id of a plan's weight -> its names. tensors: the model's tensors as they are now. active: the active adapters, for
     messages. Raises SwitchError, before anything is written, if the base values under the adapter are not known any more.
     """
-    found: list[tuple[_Entries, Bases]] = []
+    found: list[tuple[_ChangedPlaces, Bases]] = []
     present = tensors.first_of.keys()
     for plan in plans:
         for number in range(int(plan.begun[0])):
@@ -88,7 +88,9 @@ def _unknown(name: str, weight: Tensor | None, active: str) -> SwitchError:
     )
 
 
-def _entries(name: str, weight: Tensor, shape: torch.Size, indices: Tensor, written: Tensor, stash: Tensor) -> _Entries | None:
+def _entries(
+    name: str, weight: Tensor, shape: torch.Size, indices: Tensor, written: Tensor, stash: Tensor
+) -> _ChangedPlaces | None:
     """The entries as they are now; None if they cannot be read or written. shape: the weight's when they were written."""
     if weight.ndim != len(shape) or weight.shape[1:] != shape[1:] or weight.is_meta or not weight.is_floating_point():
         return None
@@ -98,7 +100,7 @@ def _entries(name: str, weight: Tensor, shape: torch.Size, indices: Tensor, writ
     indices = indices.long().to(weight.device)
     there = indices < weight.numel()  # rows may be missing, for example if an embedding was made smaller
     indices, written, stash = indices[there], written.to(weight.device)[there], stash.to(weight.device)[there]
-    return _Entries(name, weight, indices, _with_dimensions(weight)[_places(weight, indices)], written, stash)
+    return _ChangedPlaces(name, weight, indices, _with_dimensions(weight)[_places(weight, indices)], written, stash)
 
 
 def _with_dimensions(weight: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def _places(weight: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
     return torch.unravel_index(indices, weight.shape or (1,))
 
 
-def _bases(entries: _Entries) -> Bases:
+def _bases(entries: _ChangedPlaces) -> Bases:
     """The base's entries for each sequence of casts that explains the weight as it is now; empty if none does."""
     if is_buffer(entries.weight):  # forward passes change it, so its entries show nothing; the stash is the base
         return {None: entries.stash.to(entries.live.dtype)}
@@ -142,6 +144,6 @@ def _same(one: Tensor, other: Tensor) -> Tensor:
     return ((one == other) & (one.signbit() == other.signbit())) | (one.isnan() & other.isnan())
 
 
-def _write(entries: _Entries, base: Tensor) -> None:
+def _write(entries: _ChangedPlaces, base: Tensor) -> None:
     with torch.inference_mode(entries.weight.is_inference()):
         _with_dimensions(entries.weight)[_places(entries.weight, entries.indices)] = base

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from ..catalogue import SETTLED, Catalogue, shapes_of
-from ..selections import Selection, UnknownAdapter
+from ..selections import ServedSelection, UnknownAdapter
 from ..settings import Settings
 from .environment import FIELD, check_version, classes, installed_version, variables
 
@@ -54,7 +54,7 @@ def sampling(catalogue: Catalogue, selection: str | None = None, **kwargs: Any) 
     return SamplingParams(extra_args=extra, **kwargs)
 
 
-def _resolved(catalogue: Catalogue, selection: str) -> Selection:
+def _resolved(catalogue: Catalogue, selection: str) -> ServedSelection:
     """The selection of a text. For a name that is not known the folder is looked at again."""
     try:
         return catalogue.resolve(selection)
