@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -379,3 +380,13 @@ def test_numbers_from_a_seed_leave_other_devices_alone(monkeypatch):
         drawn = torch.rand(4)
     assert torch.equal(drawn, torch.rand(4, generator=torch.Generator().manual_seed(3)))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_an_accelerator_that_is_not_cuda_is_seeded_and_given_back(monkeypatch):
+    calls, real = [], torch.get_device_module
+    module = SimpleNamespace(get_rng_state=lambda: "before", manual_seed=calls.append, set_rng_state=calls.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module if kind == "mps" else real(kind))
+    with pytest.raises(KeyboardInterrupt), seeded(3, [SimpleNamespace(device=torch.device("mps")), torch.zeros(2)]):
+        assert calls == [3]
+        raise KeyboardInterrupt
+    assert calls == [3, "before"]
