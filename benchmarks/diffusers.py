@@ -42,8 +42,8 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
         table.add_row(what, *(works[name][what] for name in NAMES))
     Console(width=150).print(table)
     rows = []
-    for count in (3, 20):
-        for what, ms in times(widths, count, 2 if quick else 9).items():
+    for count in (2, 3) if quick else (3, 20):
+        for what, ms in times(widths, count, 1 if quick else 9).items():
             rows.append(report("diffusers", setup=f"{what}, {count} loaded", ms=ms))
     show("diffusers", rows, lambda row: str(row["setup"]), plot)
     return rows

@@ -39,7 +39,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     with torch.no_grad():
         rows = table5("SD-1.5", SMALL if quick else SD15, torch.float32, rank, repeats)
         rows += table5("SDXL", SMALL_XL if quick else SDXL, torch.bfloat16, rank, repeats)
-        served: tuple[Any, ...] = (SMALL, (3, 8), 4) if quick else (SD15, (3, 10, 30, 57), SERVED_RANK)
+        served: tuple[Any, ...] = (SMALL, (2, 6), 4) if quick else (SD15, (3, 10, 30, 57), SERVED_RANK)
         rows += many_registered(*served, repeats)
     show("pipelines", rows, lambda row: str(row["setup"]), plot)
     return rows
