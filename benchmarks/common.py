@@ -14,7 +14,7 @@ from rich.table import Table
 
 import shira
 
-__all__ = ["TARGETS", "alternate", "busy_clock", "machine", "report", "show"]
+__all__ = ["TARGETS", "alternate", "busy_clock", "machine", "print_row", "show"]
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's, Table 9
 
@@ -71,7 +71,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(bench: str, **figures: Any) -> dict[str, Any]:
+def print_row(bench: str, **figures: Any) -> dict[str, Any]:
     """Print the figures of one setup as one JSON line, and return them."""
     row = {"bench": bench, **figures}
     print(json.dumps(row | {"machine": machine()}), flush=True)

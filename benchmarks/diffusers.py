@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import shira
 from shira.integrations.diffusers import PipelineAdapters
 
-from .common import alternate, report, show
+from .common import alternate, print_row, show
 
 RANK = 16  # each adapter has as many numbers as a LoRA of this rank
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -34,9 +34,9 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     diffusers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # PEFT's notes on adapters that are merged
     widths = (32, 64) if quick else (128, 256, 512)
-    report("diffusers", setup="the UNet", parameters=sum(map(Tensor.numel, Lora(widths).base.values())))
+    print_row("diffusers", setup="the UNet", parameters=sum(map(Tensor.numel, Lora(widths).base.values())))
     works = {name: abilities(kind(widths)) for name, kind in zip(NAMES, (Lora, PeftShira, Shira), strict=True)}
-    report("diffusers", setup="what works", **works)
+    print_row("diffusers", setup="what works", **works)
     table = Table("", *NAMES, title="what works")
     for what in works[NAMES[0]]:
         table.add_row(what, *(works[name][what] for name in NAMES))
@@ -44,7 +44,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     rows = []
     for count in (2, 3) if quick else (3, 20):
         for what, ms in times(widths, count, 1 if quick else 9).items():
-            rows.append(report("diffusers", setup=f"{what}, {count} loaded", ms=ms))
+            rows.append(print_row("diffusers", setup=f"{what}, {count} loaded", ms=ms))
     show("diffusers", rows, lambda row: str(row["setup"]), plot)
     return rows
 

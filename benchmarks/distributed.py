@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .common import TARGETS, report
+from .common import TARGETS, print_row
 
 METHODS = ["shira wm", "PEFT LoRA", "all weights"]
 STEPS = 4
@@ -32,7 +32,7 @@ def main(plot: Path | None = None, quick: bool = False) -> None:
         done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
         done.check_returncode()
         figures = json.loads(next(row for row in done.stdout.splitlines() if row.startswith("{")))
-        report("distributed", method=method, processes=2, **figures)
+        print_row("distributed", method=method, processes=2, **figures)
     print(arithmetic())
 
 

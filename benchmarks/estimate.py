@@ -25,7 +25,7 @@ from shira.data.models import SMOLLM2
 from shira.integrations.transformers import checkpointing_of, load_config, untrained
 from shira.runs.estimate import WAYS, estimate
 
-from .common import TARGETS, report
+from .common import TARGETS, print_row
 
 RANK, DROPOUT = 16, 0.05
 FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "65536"}
@@ -132,7 +132,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
         name += ", checkpointing" * setup["checkpointing"]
         error = mib["predicted"] / mib["measured"] - 1
         mib = {key: value / 2**20 for key, value in mib.items()}
-        rows.append(report("estimate", setup=name, dtype=setup["dtype"], mib=mib, error=round(error, 4)))
+        rows.append(print_row("estimate", setup=name, dtype=setup["dtype"], mib=mib, error=round(error, 4)))
     return rows
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import shira
 from shira.files import encoding
 
-from .common import alternate, report, show
+from .common import alternate, print_row, show
 from .switch import LLAMA2_7B, adapter_for, model_of, random_positions
 
 
@@ -37,7 +37,7 @@ def sizes(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
             stored = encoding.encode(where, (side, side), [])
             seconds = alternate({"decode": functools.partial(encoding.decode, stored, (side, side), where.numel())}, 9)
             rate = where.numel() / seconds["decode"] / 1e6
-            rows.append(report("files", density=density, bytes_an_entry=figures, decode_million_a_second=rate))
+            rows.append(print_row("files", density=density, bytes_an_entry=figures, decode_million_a_second=rate))
     return rows
 
 
@@ -70,7 +70,7 @@ def loading(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
         runs = {"shira file to active": functools.partial(switcher.use, "a")}
         seconds = alternate(runs, 1 if quick else 5, between=only_b_ready)
         ms = {name: 1e3 * value for name, value in seconds.items()}
-        rows.append(report("load", setup=f"{len(shapes)} tensors of LLaMA2-7B", ms=ms))
+        rows.append(print_row("load", setup=f"{len(shapes)} tensors of LLaMA2-7B", ms=ms))
         switcher.use(None)
     rows.append(many_registered(10 if quick else 1000, quick))
     show("from file to active; many registered", rows, lambda row: str(row["setup"]), plot)
@@ -97,4 +97,4 @@ def many_registered(count: int, quick: bool) -> dict[str, Any]:
 
         runs = {name: functools.partial(there_and_back, switcher) for name, switcher in switchers.items()}
         seconds = alternate(runs, 3 if quick else 100)
-    return report("load", setup=f"{count} registered", ms={name: 1e3 * value for name, value in seconds.items()})
+    return print_row("load", setup=f"{count} registered", ms={name: 1e3 * value for name, value in seconds.items()})

@@ -11,7 +11,7 @@ import shira
 from shira.fusion.fusing import Base
 from shira.fusion.methods import METHODS
 
-from .common import alternate, report, show
+from .common import alternate, print_row, show
 from .switch import LLAMA2_7B, adapter_for, model_of
 
 ADAPTERS = 10
@@ -31,7 +31,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
                 entries += save(model, number, kind, path)
             figures = measure(paths, model if kind == "overwrite" else None, 1 if quick else 5)
             setup = f"{len(paths)} {kind} adapters, {len(shapes)} tensors"
-            rows.append(report("fusion", setup=setup, million_entries=round(entries / 1e6, 1), ms=figures))
+            rows.append(print_row("fusion", setup=setup, million_entries=round(entries / 1e6, 1), ms=figures))
     show("fusion", rows, lambda row: str(row["setup"]), plot)
     return rows
 

@@ -27,7 +27,7 @@ from shira import kernels
 from shira.kernels.gpu import ops as triton_ops
 from shira.kernels.gpu import products
 
-from .common import TARGETS, alternate, report, show
+from .common import TARGETS, alternate, print_row, show
 from .switch import DENSITY, LLAMA2_7B, RANK, adapter_for, lora_fuses, model_of, random_positions, sparse_delta
 from .train import NO_DROPOUT, prepare
 
@@ -128,11 +128,11 @@ def switch(plot: Path | None, quick: bool, device: str, *, scale: bool = False) 
     if scale:
         shapes = LLAMA2_7B if not quick else [(96, 70), (70, 96)]
         figures = measure_switches(shapes, torch.bfloat16, 1 if quick else 20, device, all_peers=False)
-        rows.append(report("scale", side=f"{len(shapes)} tensors of LLaMA2-7B", dtype="bfloat16", **figures))
+        rows.append(print_row("scale", side=f"{len(shapes)} tensors of LLaMA2-7B", dtype="bfloat16", **figures))
     else:
         for dtype, side in itertools.product((torch.float32, torch.bfloat16), (96,) if quick else (1024, 4096, 8192)):
             figures = measure_switches([(side, side)], dtype, 1 if quick else 50, device, all_peers=True)
-            rows.append(report("switch", side=side, dtype=str(dtype)[6:], **figures))
+            rows.append(print_row("switch", side=side, dtype=str(dtype)[6:], **figures))
     show(f"switching, {DENSITY:.0%} of the entries, {device}", rows, lambda row: f"{row['side']} {row['dtype']}", plot)
     return rows
 
@@ -210,7 +210,7 @@ def train(plot: Path | None, quick: bool, device: str) -> list[dict[str, Any]]:
             for key in ("ms", "peak_gib", "parameters")
         }
         setup = f"LLaMA2-7B 1 x {tokens}" + ", checkpointed" * checkpoint
-        rows.append(report("train", setup=setup, dtype="bfloat16", **card(device, quick=quick), **by_figure))
+        rows.append(print_row("train", setup=setup, dtype="bfloat16", **card(device, quick=quick), **by_figure))
     show(f"a training step, {device}", rows, lambda row: str(row["setup"]), plot)
     return rows
 
@@ -243,7 +243,7 @@ def products_(plot: Path | None, quick: bool, device: str) -> list[dict[str, Any
         for dtype, tokens, (rows, columns), density in sizes:
             figures = measure_products(dtype, tokens, rows, columns, density, 1 if quick else 20, device)
             about = {"setup": f"{rows} x {columns} x {tokens}, {density:.1%}", "dtype": str(dtype)[6:], "density": density}
-            found.append(report("products", **about, sizes=(tokens, rows, columns), **figures))
+            found.append(print_row("products", **about, sizes=(tokens, rows, columns), **figures))
     here = card(device, quick=quick)
     print("from this run:", speed_of(found, here["copied_bytes_a_second"]))
     show(f"ways to a gradient, {device}", found, lambda row: f"{row['setup']} {row['dtype']}", plot)

@@ -12,7 +12,7 @@ from torch import Tensor
 from shira import masks
 from shira.analysis import spectra as linalg
 
-from .common import report
+from .common import print_row
 
 DENSITY = 0.01
 FACTOR_RANK = 64  # rank of sparse LoRA's factors, which together have 1 % as many entries as the weight
@@ -128,7 +128,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
             )
             figures = dict(zip(("awor", "awom", "awom_relative"), found.mean(0).tolist(), strict=True))
             spread = dict(zip(("awor_sd", "awom_sd", "awom_relative_sd"), found.std(0).tolist(), strict=True))
-            rows.append(report("orthogonality", side=side, kind=kind, **figures, **spread))
+            rows.append(print_row("orthogonality", side=side, kind=kind, **figures, **spread))
     for title, field, digits in (("AWOR", "awor", 4), ("AWOM", "awom", 1), ("AWOM over both norms", "awom_relative", 4)):
         table = Table("side", *KINDS, title=title)
         for side in dict.fromkeys(row["side"] for row in rows):

@@ -19,7 +19,7 @@ from torch import Tensor
 import shira
 from shira.integrations.diffusers import PipelineAdapters
 
-from .common import alternate, busy_clock, report, show
+from .common import alternate, busy_clock, print_row, show
 from .unets import ATTENTION, SD15, SDXL, SMALL, SMALL_XL, inputs, lora_file, pipeline, shira_file, weights
 
 LORA = "Diffusers LoRA"
@@ -78,14 +78,14 @@ def table5(title: str, config: dict[str, Any], dtype: torch.dtype, rank: int, re
                         took.setdefault(stage, {}).setdefault(kind, []).append(1e3 * times[stage])
     title = f"{title} {str(dtype)[6:]}"
     sizes = {"weights": sum(map(Tensor.numel, pipe.unet.parameters())), "targeted": sum(map(Tensor.numel, base.values()))}
-    report("pipelines", setup=title, rank=rank, **sizes, numbers=numbers, mib=mib, base_values_changed=changed, **about())
+    print_row("pipelines", setup=title, rank=rank, **sizes, numbers=numbers, mib=mib, base_values_changed=changed, **about())
     table = Table(title, *kinds)
     table.add_row("numbers in the adapter", *(f"{numbers[kind]:,}" for kind in kinds))
     table.add_row("MiB of the file", *(f"{mib[kind]:.2f}" for kind in kinds))
     table.add_row(f"values changed, of {sizes['targeted']:,} targeted", *(f"{changed[kind]:,}" for kind in kinds))
     Console(width=120).print(table)
     medians = {stage: {kind: statistics.median(times) for kind, times in kept.items()} for stage, kept in took.items()}
-    return [report("pipelines", setup=f"{title}: {stage}", ms=ms, **about()) for stage, ms in medians.items()]
+    return [print_row("pipelines", setup=f"{title}: {stage}", ms=ms, **about()) for stage, ms in medians.items()]
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -165,16 +165,16 @@ def many_registered(config: dict[str, Any], counts: tuple[int, ...], rank: int, 
                 for kind, load in register(lora, on_disk.unet, ours, Path(folder), number, rank).items():
                     loads[kind].append(1e3 * seconds(load))
             ms = {kind: statistics.median(times[-3:]) for kind, times in loads.items()}
-            rows.append(report("pipelines", setup=f"register one, {count} registered", ms=ms, **about()))
+            rows.append(print_row("pipelines", setup=f"register one, {count} registered", ms=ms, **about()))
             rows.append(requests(lora, ours, names, draw, 2 * repeats))
         given = inputs(on_disk.unet, 8 if repeats == 1 else 16)
         runs = {LORA: lambda: lora.unet(**given), "shira, files": lambda: on_disk.unet(**given)}
         ms = {kind: 1e3 * value for kind, value in alternate(runs, repeats, clock=busy_clock()).items()}
-        rows.append(report("pipelines", setup=f"a call of the UNet, {ACTIVE} active", ms=ms, **about()))
+        rows.append(print_row("pipelines", setup=f"a call of the UNet, {ACTIVE} active", ms=ms, **about()))
         for adapters in ours.values():
             adapters.disable()
     changed = {kind: restored(pipe, base) for kind, pipe in zip(ours, (on_disk, in_memory), strict=True)}
-    report("pipelines", setup="many registered", rank=rank, base_values_changed=changed, **about())
+    print_row("pipelines", setup="many registered", rank=rank, base_values_changed=changed, **about())
     return rows
 
 
@@ -217,4 +217,4 @@ def requests(
     }
     found = alternate(runs, repeats, between=between, warmup=2, clock=busy_clock())
     ms = {kind: 1e3 * value for kind, value in found.items()}
-    return report("pipelines", setup=f"a request, {len(names)} registered", ms=ms, **about())
+    return print_row("pipelines", setup=f"a request, {len(names)} registered", ms=ms, **about())

@@ -25,7 +25,7 @@ from shira.data.models import SMOLLM2, model_path
 from shira.integrations.transformers import load_model, load_tokenizer
 from shira.serving.settings import Settings
 
-from .common import report
+from .common import print_row
 from .serving_load import Answer, Asked, asked_of, load, make_adapters, serving
 
 VLLM = "SHIRA_VLLM_PYTHON"  # environment variable: an interpreter with vLLM (`make serve-vllm` makes one)
@@ -152,7 +152,7 @@ def measured(setup: str, started: Any, names: list[str], wanted: list[Cell], rep
         rows.append(
             {"setup": setup, **cell._asdict(), **medians, "tokens_a_second_runs": [run["tokens_a_second"] for run in runs]}
         )
-        report("serve", **rows[-1])
+        print_row("serve", **rows[-1])
     return rows
 
 
@@ -217,7 +217,7 @@ def peft_rows(folder: Path, loras: list[str], quick: bool) -> list[dict[str, Any
             seconds = time.perf_counter() - began
             row = {"setup": setup, **cell._asdict(), "tokens_a_second": len(some) * TOKENS / seconds}
             rows.append(row)
-            report("serve", **row)
+            print_row("serve", **row)
     return rows
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import shira
 
-from .common import alternate, report, show
+from .common import alternate, print_row, show
 
 RANK = 32
 DENSITY = 0.01
@@ -124,11 +124,11 @@ def main(plot: Path | None, quick: bool, scale: bool = False) -> list[dict[str, 
     if scale:
         shapes = LLAMA2_7B[: 5 if quick else len(LLAMA2_7B)]
         figures = measure(shapes, torch.bfloat16, 1 if quick else 5, all_peers=False)
-        rows.append(report("scale", side=f"{len(shapes)} tensors of LLaMA2-7B", dtype="bfloat16", ms=figures))
+        rows.append(print_row("scale", side=f"{len(shapes)} tensors of LLaMA2-7B", dtype="bfloat16", ms=figures))
     else:
         for dtype in (torch.float32, torch.bfloat16):
             for side in (256, 512) if quick else (1024, 4096, 8192):
                 figures = measure([(side, side)], dtype, 3 if quick else 15, all_peers=True)
-                rows.append(report("switch", side=side, dtype=str(dtype)[6:], ms=figures))
+                rows.append(print_row("switch", side=side, dtype=str(dtype)[6:], ms=figures))
     show(f"switching, {DENSITY:.0%} of the entries", rows, lambda row: f"{row['side']} {row['dtype']}", plot)
     return rows

@@ -18,7 +18,7 @@ import shira
 from shira.data.models import SMOLLM2
 from shira.integrations.transformers import checkpointing_of, load_model
 
-from .common import TARGETS, alternate, report, show
+from .common import TARGETS, alternate, print_row, show
 
 RANK = 16
 Targets = Sequence[str] | str
@@ -167,7 +167,7 @@ def model_rows(
     """Steps of SmolLM2 by every method in turn."""
     figures = steps_in_turn(model_step, methods, rounds, tokens, batch=batch, targets=targets, checkpoint=checkpoint)
     notes = [targets] * isinstance(targets, str) + ["checkpointed"] * checkpoint
-    return report("train", setup=", ".join([f"SmolLM2 {batch} x {tokens}", *notes]), dtype="float32", **figures)
+    return print_row("train", setup=", ".join([f"SmolLM2 {batch} x {tokens}", *notes]), dtype="float32", **figures)
 
 
 def steps_in_turn(
@@ -203,6 +203,6 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
             steps = {method: layer_step(method, side, tokens, dtype)[0] for method in METHODS}
             seconds = alternate(steps, 1 if quick else 9)
             ms = {method: 1e3 * value for method, value in seconds.items()}
-            rows.append(report("train", setup=f"{side}² x {tokens}", dtype=str(dtype)[6:], ms=ms))
+            rows.append(print_row("train", setup=f"{side}² x {tokens}", dtype=str(dtype)[6:], ms=ms))
     show("a training step", rows, lambda row: f"{row['setup']} {row['dtype']}", plot)
     return rows

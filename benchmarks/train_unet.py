@@ -15,7 +15,7 @@ from torch import nn
 from shira import kernels
 from shira.training import convolutions
 
-from .common import alternate, busy_clock, report, show
+from .common import alternate, busy_clock, print_row, show
 from .train import NO_DROPOUT, prepare, steps_in_turn
 from .unets import ATTENTION, CONVOLUTIONS, SD15, SMALL, inputs
 
@@ -70,7 +70,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
         figures = steps_in_turn(unet_step, methods, rounds, size, targets, autocast=autocast)
         what = "attention and convolutions" if targets == BOTH else "attention"
         dtype = "bfloat16 autocast" if autocast else "float32"
-        rows.append(report("unet", setup=f"{size}, {what}, {dtype}", **figures))
+        rows.append(print_row("unet", setup=f"{size}, {what}, {dtype}", **figures))
     title = "a training step"
     if torch.get_num_threads() == 1:  # as in `common.busy_clock`
         rows, title = [row | {"ms": row["cpu_ms"]} for row in rows], f"{title}, processor time"
@@ -111,7 +111,7 @@ def weight_gradients(repeats: int = 3) -> None:
         }
         ms = {name: 1e3 * value for name, value in alternate(runs, repeats, clock=busy_clock()).items()}
         density = positions.numel() / layer.weight.numel()
-        report("weight gradients", setup=f"{images} x {side} x {width}²", density=density, ms=ms)
+        print_row("weight gradients", setup=f"{images} x {side} x {width}²", density=density, ms=ms)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shira import masks
-from shira.checkpoints.checkpoint import Checkpoint
+from shira.checkpoints.sources import Checkpoint
 from shira.data.models import SMOLLM2, model_path
 
 from .language.tables import markdown

@@ -145,7 +145,7 @@ def test_levels_and_ties_are_counted():
 
 @pytest.mark.real
 def test_the_real_model_has_the_levels_that_the_docs_say():
-    from shira.checkpoints.checkpoint import Checkpoint
+    from shira.checkpoints.sources import Checkpoint
 
     tensors = Checkpoint(model_path(SMOLLM2))
     for name in (f"model.layers.{layer}.{part}.weight" for layer in (0, 29) for part in ("self_attn.q_proj", "mlp.down_proj")):

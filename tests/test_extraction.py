@@ -10,8 +10,8 @@ import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
 from shira import AdapterError, CheckpointError, MaskError, Switcher, TargetError
 from shira.checkpoints import differences
-from shira.checkpoints.checkpoint import Checkpoint
 from shira.checkpoints.extraction import extract_to, summary
+from shira.checkpoints.sources import Checkpoint
 from shira.sparse.tensor import fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -323,7 +323,7 @@ def test_a_checkpoint_whose_names_cannot_be_mapped_says_so(tmp_path):
 def test_a_checkpoint_that_changes_meanwhile_is_refused(tmp_path):
     path = tmp_path / "base.safetensors"
     safetensors.torch.save_file({"w": torch.zeros(4)}, path)
-    checkpoint = shira.checkpoints.checkpoint.Checkpoint(path)
+    checkpoint = shira.checkpoints.sources.Checkpoint(path)
     assert checkpoint["w"].tolist() == [0.0] * 4
     safetensors.torch.save_file({"w": torch.ones(4)}, tmp_path / "other")
     os.replace(tmp_path / "other", path)

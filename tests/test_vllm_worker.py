@@ -8,7 +8,7 @@ import time
 import pytest
 
 from conftest import all_bits, same_bits
-from shira.checkpoints.checkpoint import Checkpoint
+from shira.checkpoints.sources import Checkpoint
 from shira.errors import BaseMismatch, CheckpointError, ShiraError
 from shira.serving.catalogue import Catalogue
 from shira.serving.selections import AdapterReplaced

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..adapter import Adapter, load
-from ..checkpoints.checkpoint import CheckpointSource, tensors_of
+from ..checkpoints.sources import CheckpointSource, tensors_of
 from ..errors import AdapterError, BaseMismatch
 from ..files.paths import AnyPath
 from ..sparse.tensor import SparseTensor, all_finite

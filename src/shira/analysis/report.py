@@ -6,7 +6,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from ..adapter import Adapter
-from ..checkpoints.checkpoint import CheckpointSource
+from ..checkpoints.sources import CheckpointSource
 from ..errors import AdapterError, MissingExtra, did_you_mean
 from ..texts import visible
 from ..version import __version__

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files.tensorfiles import Form
 from ..sparse.tensor import FLOAT_DTYPES, dtype_name
-from .checkpoint import form_of, pieces_of
+from .sources import form_of, pieces_of
 
 __all__ = [
     "Cut",

@@ -18,8 +18,8 @@ from ..sparse.positions import index_dtype
 from ..sparse.tensor import Kind, SparseTensor, bytes_of, dtype_name, fingerprint
 from ..texts import described, shown
 from ..weights.targets import KEYWORDS
-from .checkpoint import Checkpoint, CheckpointSource, identity, tensors_of
 from .differences import Cut, ProgressCount, Survey, TensorPair, chunks, cut, enough, largest, paired, square_of, survey
+from .sources import Checkpoint, CheckpointSource, identity, tensors_of
 
 __all__ = ["Scope", "check_options", "extract", "extract_to", "summary"]
 

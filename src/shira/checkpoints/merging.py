@@ -19,8 +19,8 @@ from ..fusion.strengths import CheckedStrength, File, Strength, as_given, check_
 from ..sparse.tensor import FLOAT_DTYPES, SparseTensor, all_finite
 from ..texts import markdown
 from ..weights.belonging import check_base
-from .checkpoint import Checkpoint, identity, rewrite
 from .renaming import names_in, renamed
+from .sources import Checkpoint, identity, rewrite
 
 __all__ = ["merge"]
 Weighted = tuple[Adapter, float]

@@ -12,8 +12,8 @@ from ..errors import BaseMismatch
 from ..files.checkpoint import prefix_swaps
 from ..sparse.tensor import SparseTensor
 from ..texts import shown
-from .checkpoint import Checkpoint
 from .loading import ways_to_load
+from .sources import Checkpoint
 
 __all__ = ["names_in", "renamed"]
 

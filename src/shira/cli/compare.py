@@ -11,7 +11,7 @@ from ..data.models import built_in, model_path
 from .output import bytes_text, cell, console, print_json, progress, waiting
 
 if TYPE_CHECKING:
-    from ..checkpoints.checkpoint import CheckpointSource
+    from ..checkpoints.sources import CheckpointSource
 
 __all__ = ["compare"]
 

@@ -83,7 +83,7 @@ def convert(
         from ..integrations import peft
 
         with waiting("converting"):
-            adapter, report = peft.load(source, base), "exactly as in PEFT"
+            adapter, how = peft.load(source, base), "exactly as in PEFT"
     else:
         from ..integrations import peft_merging
 
@@ -99,11 +99,11 @@ def convert(
             )
         facts = summary(adapter)
         whole = f", and {len(facts['whole'])} tensors that PEFT trained whole" if facts["whole"] else ""
-        report = f"{facts['kept']:.1%} of ‖ΔW‖{whole}"
+        how = f"{facts['kept']:.1%} of ‖ΔW‖{whole}"
     if name:
         adapter.metadata["name"] = name
     adapter.save(output)
-    _report(output, adapter, f", {report}")
+    _print_saved(output, adapter, f", {how}")
 
 
 def _from_patch(source: Path, output: Path, base: str | None, name: str | None) -> None:
@@ -115,7 +115,7 @@ def _from_patch(source: Path, output: Path, base: str | None, name: str | None) 
         adapter.metadata["name"] = name
     adapter.save(output)
     checked = "" if adapter.fingerprints else "; without fingerprints, so nothing will tell its base from another (--base)"
-    _report(output, adapter, f", exactly as in the patch{checked}")
+    _print_saved(output, adapter, f", exactly as in the patch{checked}")
 
 
 def _to_patch(source: Path, output: Path, to: str, positions: str | None, base: str | None) -> None:
@@ -125,10 +125,10 @@ def _to_patch(source: Path, output: Path, to: str, positions: str | None, base: 
     adapter = load(source)
     with waiting("converting"):
         rl_patches.save(adapter, output, to, positions=positions, base=base)  # type: ignore[arg-type]  # `save` checks them
-    _report(output, adapter)
+    _print_saved(output, adapter)
 
 
-def _report(output: Path, adapter: "Adapter", more: str = "") -> None:
+def _print_saved(output: Path, adapter: "Adapter", more: str = "") -> None:
     files = output.iterdir() if output.is_dir() else [output]
     size = bytes_text(sum(file.stat().st_size for file in files))
     console.print(
@@ -153,7 +153,7 @@ def _to_peft(source: Path, output: Path, base: str | None, options: dict[str, ob
         raise FormatError(f"--to peft takes an adapter's file: {error}") from error
     with waiting("converting"):
         lost = peft.save(adapter, output, base)
-    _report(output, adapter)
+    _print_saved(output, adapter)
     if lost:
         console.print(
             f"{lost:,} of them differ in the last bits: PEFT adds differences in float32, which cannot give every value"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..checkpoints import extraction
-from ..checkpoints.checkpoint import LazyTensors, identity
+from ..checkpoints.sources import LazyTensors, identity
 from ..errors import CheckpointError, DataError, FormatError, MaskError, MissingExtra
 from ..files.metadata import base_facts
 from ..files.paths import AnyPath, path_of

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..checkpoints.checkpoint import Checkpoint, LazyTensors, form_of, identity
 from ..checkpoints.loading import Loaded, loaded_as, ways_to_load
 from ..checkpoints.renaming import names_in, renamed
+from ..checkpoints.sources import Checkpoint, LazyTensors, form_of, identity
 from ..errors import AdapterError, BaseMismatch, FormatError, did_you_mean
 from ..files.checkpoint import prefix_swaps
 from ..files.metadata import base_facts

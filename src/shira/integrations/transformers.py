@@ -271,7 +271,7 @@ def train(
     Raises TuningError if the loss becomes infinite or NaN, or for a refresh that is not possible; and what `reporters` raises.
     """
     library = _library()
-    report = reporters(report_to)
+    chosen_reporters = reporters(report_to)
     moved: list[int] = []
     losses: list[float] = []  # of the held-out rows
     tokens = [0]  # trained on so far
@@ -324,7 +324,7 @@ def train(
             logging_nan_inf_filter=False,
             disable_tqdm=on_step is not None,
             save_strategy="no",
-            report_to=[name for name in report if name != "tensorboard"] or "none",
+            report_to=[name for name in chosen_reporters if name != "tensorboard"] or "none",
             remove_unused_columns=False,
             train_sampling_strategy="group_by_length",
             dataloader_pin_memory=False,
@@ -339,7 +339,7 @@ def train(
             data_collator=next_batch,
             callbacks=[Watch()],
         )
-        if "tensorboard" in report:  # the Trainer's own callback would write into the scratch folder
+        if "tensorboard" in chosen_reporters:  # the Trainer's own callback would write into the scratch folder
             board = library.integrations.TensorBoardCallback()
             board.logging_dir = str(log_folder)
             trainer.add_callback(board)

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.sources import Checkpoint
 from ..errors import ShiraError
 from ..texts import shown
 from .vllm.ranks import Alone, Group, Ranks, Together

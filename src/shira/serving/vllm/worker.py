@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.sources import Checkpoint
 from ...errors import CheckpointError, ShiraError
 from ...sparse.tensor import bytes_of
 from ..selections import of_key
