@@ -113,7 +113,7 @@ test-play: .venv-play/ready ## the page of shira play in headless Chromium, whic
 # Triton is not in constraints.txt: torch's own builds for CUDA bring the one they need, its builds for the CPU bring none
 test-gpu: .venv/ready ## the kernels for GPUs, on one or in Triton's interpreter (installs Triton, about 300 MB)
 	$(PIP) --editable '.[gpu]' --no-build-isolation
-	$(BIN)/python -m pytest tests/test_triton.py tests/test_gpu_switching.py tests/test_gpu_bench.py
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_gpu_switching.py tests/test_gpu_bench.py tests/test_model_changes.py tests/test_tuner_changes.py
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 build-sanitized: .venv/ready

@@ -105,7 +105,8 @@ def mlp_batches(count: int = 3, size: int = 7, seed: int = 0) -> list[tuple[Tens
 
 def mlp_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     inputs, labels = batch
-    return nn.functional.cross_entropy(model(inputs.to(next(model.parameters()).dtype)).float(), labels)
+    weight = next(model.parameters())
+    return nn.functional.cross_entropy(model(inputs.to(weight)).float(), labels.to(weight.device))
 
 
 def attach_is_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -168,6 +168,49 @@ def test_importing_shira_finds_triton_only_when_it_is_asked():
     assert kernels.gpu.available(torch.zeros(1, device="cuda")) if DEVICE == "cuda" else True
 
 
+MOVES = {
+    "half": lambda model: model.half(),
+    "to the CPU": lambda model: model.cpu(),
+    "to the CPU in float16": lambda model: model.to("cpu", torch.float16),
+    "to the CPU and back": lambda model: model.cpu().to(DEVICE),
+    "half on the CPU, and back": lambda model: model.cpu().half().to(DEVICE),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("active", [None, "one", {"one": 0.3, "other": -1.5}], ids=str)
+def test_a_model_that_leaves_the_device_keeps_its_base(move, active):
+    """With what is active, and with what was only made ready."""
+    model, adapters = model_and_adapters()
+    switcher = switcher_of(model, {name: shira.Adapter(each.tensors) for name, each in adapters.items()}, ready=3, host=2)
+    expected = all_bits(MOVES[move](copy.deepcopy(model)))
+    for selection in ("one", "other", {"one": 0.3, "other": -1.5}, active):
+        switcher.use(selection)
+    MOVES[move](model)
+    for selection in (None, "other", {"one": 0.3, "other": -1.5}, "one", None):
+        switcher.use(selection)
+        assert same_bits(expected, all_bits(model)) == (selection is None)
+
+
+@on_a_gpu
+def test_a_switch_on_another_stream():
+    """Work on the stream of the switch comes after it. Another stream waits for that one, as torch's rules are."""
+    model, adapters = model_and_adapters()
+    oracle, base = copy.deepcopy(model), all_bits(model)
+    with kernels.backend("reference"):
+        expected = switcher_of(oracle, adapters)
+    switcher, side = switcher_of(model, adapters), torch.cuda.Stream()
+    for selection in SELECTIONS * 3:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            switcher.use(selection)
+        torch.cuda.current_stream().wait_stream(side)
+        with kernels.backend("reference"):
+            expected.use(selection)
+        assert same_bits(all_bits(oracle), all_bits(model))
+    assert same_bits(base, all_bits(model))
+
+
 @on_a_gpu
 def test_a_captured_graph_computes_with_what_is_active():
     model, adapters = model_and_adapters()

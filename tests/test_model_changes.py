@@ -27,6 +27,13 @@ CASTS = {
     "swapped tensors": lambda model: torch.utils.swap_tensors(model[0].weight, nn.Parameter(model[0].weight.detach().clone())),
     "deep copies of layers": lambda model: [model.__setitem__(at, copy.deepcopy(model[at])) for at in (0, 2)],
 }
+if torch.cuda.is_available():
+    CASTS |= {
+        "to a GPU": lambda model: model.cuda(),
+        "to a GPU in float16": lambda model: model.to("cuda", torch.float16),
+        "to a GPU and back": lambda model: model.cuda().cpu(),
+        "one layer to a GPU": lambda model: model[2].cuda(),
+    }
 
 
 def _set_data(model, cast):

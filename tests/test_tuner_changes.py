@@ -25,15 +25,22 @@ def own_names(model):
     return [name for name in [*state, *vars(model)] if "shira" in name]
 
 
+CASTS = {
+    "wider": lambda model: model.double(),
+    "rounded twice": lambda model: model.half().bfloat16(),
+    "there and back": lambda model: model.bfloat16().float(),
+}
+if torch.cuda.is_available():
+    CASTS |= {
+        "to a GPU": lambda model: model.cuda(),
+        "to a GPU in bfloat16": lambda model: model.to("cuda", torch.bfloat16),
+        "to a GPU and back": lambda model: model.cuda().cpu(),
+    }
 VARIANTS = [{}, {"method": "hook"}, {"decompose": 2}, {"decompose": True}, {"low_rank": 2}, {"mask": "struct"}]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-@pytest.mark.parametrize(
-    "cast",
-    [lambda m: m.double(), lambda m: m.half().bfloat16(), lambda m: m.bfloat16().float()],
-    ids=["wider", "rounded twice", "there and back"],
-)
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 def test_a_cast_makes_of_the_base_what_it_makes_of_a_base(cast, options):
     model = mlp()
     expected = all_bits(cast(mlp()))
