@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import shira
-from conftest import bits
+from conftest import bits, random_adapter
 from shira import kernels
 from shira.kernels import Sum, Write, WritePlan
 from shira.kernels.gpu import products
@@ -52,6 +53,39 @@ def test_the_product_benchmark_runs_in_small(gpu, capsys):
     assert {row["chosen"] for row in rows} <= {"dense", "blocks", "sampled"}
     out = capsys.readouterr().out
     assert "from this run: Speed(half=" in out and "nan" not in out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by", ["torch", "triton"])
+def test_the_sparse_products_of_a_mixed_batch(gpu, by, dtype):
+    """Each row gets what its own adapter changes; an adapter without entries in a row of the weight, and rows without any."""
+    mixed, rows = importlib.import_module("benchmarks.mixed"), 3
+    weight = torch.randn(70, 96, device=DEVICE).to(dtype)
+    adapters = [random_adapter(nn.ParameterDict({"w": weight}), seed, density) for seed, density in enumerate((0.3, 0.01))]
+    inputs = torch.randn(2 * rows, 96, device=DEVICE).to(dtype)
+    expected = []
+    for adapter, given in zip(adapters, inputs.split(rows), strict=True):
+        changed = weight.clone()
+        changed.view(-1)[adapter.tensors["w"].indices.long().to(DEVICE)] = adapter.tensors["w"].values.to(DEVICE)
+        expected.append(given.double() @ changed.double().T)
+    output = inputs @ weight.T
+    changes = [mixed.change_of(adapter.tensors["w"], weight) for adapter in adapters]
+    assert (changes[1][0].diff() == 0).any()
+    if by == "torch":
+        mixed.add_by_torch(output, inputs, [mixed.sparse(change, weight.shape) for change in changes], rows)
+    else:
+        pytest.importorskip("triton", reason="Triton is not installed: `make test-gpu` installs it and runs these tests")
+        kernel = importlib.import_module("benchmarks.mixed_kernel")
+        kernel.add(output, inputs, kernel.table_of(changes, rows, weight.device), rows)
+    wrong = (output - torch.cat(expected)).abs().max() / torch.cat(expected).abs().max()
+    assert wrong < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_the_benchmark_of_mixed_batches_runs_in_small(gpu):
+    if DEVICE == "cuda":
+        pytest.importorskip("triton")
+    (row,) = importlib.import_module("benchmarks.mixed").main(None, True, DEVICE)
+    assert row["ms"].keys() == {"turns", "mixed", "the base, one batch", "switches"} and min(row["ms"].values()) > 0
 
 
 def test_bench_says_what_it_cannot_measure(run):

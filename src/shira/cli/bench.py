@@ -29,9 +29,10 @@ class What(StrEnum):
     pipelines = "pipelines"
     unet = "unet"
     serve = "serve"
+    mixed = "mixed"
 
 
-ON_A_GPU = (What.switch, What.scale, What.train, What.products)
+ON_A_GPU = (What.switch, What.scale, What.train, What.products, What.mixed)
 
 
 def bench(
@@ -42,12 +43,14 @@ def bench(
             "fusion: ten adapters. orthogonality: AWOR and AWOM by kind and size. distributed: what two processes send. "
             "products: ways to a gradient, on a GPU. diffusers: adapters of an image pipeline. "
             "pipelines: SD-1.5 and SDXL, from file to weights and back; five of many adapters. unet: training UNets. "
-            "serve: a server of many adapters, its base and its peers."
+            "serve: a server of many adapters, its base and its peers. mixed: several adapters in one step, or in turns."
         ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Where to save a plot (PNG).", show_default=False)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it runs; ignore the figures.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda: switch, scale, train and products on a GPU (docs/gpu.md).")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda: switch, scale, train, products and mixed on a GPU (docs/gpu.md).")
+    ] = "cpu",
 ) -> None:
     """Measure shira, PEFT and plain torch in turn. Prints one JSON line for each setup, then a table of medians.
 
@@ -61,13 +64,15 @@ def bench(
         raise ShiraError("--device cuda needs a GPU that torch can use; here it sees none (torch.cuda.is_available())")
     avoid_cudnn_attention()
     module = {What.scale: "switch", What.load: "files", What.products: "gpu", What.unet: "train_unet"}.get(what, what.value)
-    module = "gpu" if device == "cuda" else module
+    module = "gpu" if device == "cuda" and what != What.mixed else module
     try:
         benchmark = checkout.module(f"benchmarks.{module}")
         if what == What.files:
             benchmark.sizes(plot, quick)
         elif what == What.load:
             benchmark.loading(plot, quick)
+        elif what == What.mixed:
+            benchmark.main(plot, quick, device)
         elif device == "cuda" or what == What.products:
             measure = {What.train: benchmark.train, What.products: benchmark.products_}.get(what, benchmark.switch)
             measure(plot, quick, device, **{"scale": True} if what == What.scale else {})

@@ -1,0 +1,121 @@
+"""A decoding step of a mixed batch, whose rows have different adapters, beside turns: a step for each adapter's rows.
+
+A mixed step computes the base's product of all rows, and adds to each row the sparse product with its own adapter's change:
+y = W x + ΔW x. Turns write one adapter after another in place, and each computes its own rows. The layers are those that the
+paper adapts, without what lies between them.
+
+An experiment: the engines of `shira serve` take turns, so that an answer has the bits of a single run. A mixed step rounds
+otherwise: to bfloat16 after W x, and once more after the sum.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import shira
+
+from .common import alternate, busy_clock, print_row, show
+from .switch import DENSITY, LLAMA2_7B, adapter_for, model_of
+
+SMOLLM2 = ([(576, 576)] + [(192, 576)] * 2 + [(1536, 576), (576, 1536)]) * 30
+Change = tuple[Tensor, Tensor, Tensor]  # ΔW by rows: where each begins, int32 [out + 1]; columns, int32 [k]; float32 [k]
+
+
+def change_of(tensor: shira.SparseTensor, weight: Tensor) -> Change:
+    """What an adapter changes in a weight, on the weight's device."""
+    where = tensor.indices.long().to(weight.device)
+    deltas = tensor.values.to(weight.device).float() - weight.detach().view(-1)[where].float()
+    starts = torch.searchsorted(where, torch.arange(0, weight.numel() + 1, weight.shape[1], device=weight.device))
+    return starts.int(), (where % weight.shape[1]).int(), deltas
+
+
+def sparse(change: Change, shape: torch.Size) -> Tensor:
+    """The same as a tensor of torch."""
+    with warnings.catch_warnings(action="ignore"):  # a note that CSR tensors are in beta state
+        return torch.sparse_csr_tensor(*change, shape, check_invariants=False)
+
+
+def add_by_torch(output: Tensor, inputs: Tensor, changes: list[Tensor], rows: int) -> None:
+    """Add each row's ΔW x to `output`, [batch, out]. changes: of each adapter, as a CSR tensor. rows: of each adapter."""
+    for change, own, given in zip(changes, output.split(rows), inputs.split(rows), strict=True):
+        own += (change @ given.T.float()).T
+
+
+def adders(weight: Tensor, adapters: list[shira.Adapter], name: str, rows: int) -> Callable[[Tensor, Tensor], None]:
+    """What adds the sparse products of one layer: by Triton on a GPU, else by torch."""
+    changes = [change_of(adapter.tensors[name], weight) for adapter in adapters]
+    if weight.is_cuda:
+        from . import mixed_kernel
+
+        table = mixed_kernel.table_of(changes, rows, weight.device)
+
+        def add(output: Tensor, inputs: Tensor, kept: Any = changes) -> None:  # kept: the table holds addresses only
+            mixed_kernel.add(output, inputs, table, rows)
+
+        return add
+    matrices = [sparse(change, weight.shape) for change in changes]
+    return lambda output, inputs: add_by_torch(output, inputs, matrices, rows)
+
+
+def measure(
+    shapes: list[tuple[int, int]], dtype: torch.dtype, count: int, rows: int, repeats: int, device: str
+) -> dict[str, float]:
+    """Milliseconds of one token for each of count · rows requests: mixed, and in turns; and of the switches of one round."""
+    model = model_of(shapes, dtype).to(device)
+    weights = dict(model.named_parameters())
+    adapters = [adapter_for({name: w.detach().cpu() for name, w in weights.items()}, seed) for seed in range(count)]
+    switcher = shira.Switcher(model, ready=count)
+    for number, adapter in enumerate(adapters):
+        switcher.add(str(number), adapter)
+    batch = {width: torch.randn(count * rows, width, dtype=dtype, device=device) for _, width in shapes}
+    added = {name: adders(weight, adapters, name, rows) for name, weight in weights.items()}
+
+    def step(first: int, last: int) -> None:
+        for weight in weights.values():
+            nn.functional.linear(batch[weight.shape[1]][first:last], weight)
+
+    def mixed() -> None:
+        for name, weight in weights.items():
+            inputs = batch[weight.shape[1]]
+            added[name](nn.functional.linear(inputs, weight), inputs)
+
+    def turns() -> None:
+        for number in range(count):
+            step(number * rows, (number + 1) * rows)
+
+    def switches() -> None:
+        for number in range(count):
+            switcher.use(str(number))
+
+    runs = {
+        "turns": turns,
+        "mixed": mixed,
+        "the base, one batch": functools.partial(step, 0, count * rows),
+        "switches": switches,
+    }
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    clock = {} if device == "cuda" else {"clock": busy_clock()}
+    with torch.no_grad():
+        for number in range(count):
+            switcher.use(str(number))  # so that all are ready
+        switcher.use(None)
+        seconds = alternate(runs, repeats, wait=wait, between=lambda _: switcher.use(None), **clock)
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def main(plot: Path | None, quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
+    """SmolLM2-135M's target layers on the CPU, a quarter of LLaMA2-7B's on a GPU, in bfloat16."""
+    shapes, what = (LLAMA2_7B[:40], "8 layers of LLaMA2-7B") if device == "cuda" else (SMOLLM2, "SmolLM2-135M")
+    if quick:
+        shapes, what = [(96, 70), (70, 96)], "two small layers"
+    rows = []
+    for count, own in ((2, 3),) if quick else ((2, 1), (2, 4), (2, 16), (8, 1), (8, 4), (8, 16), (16, 1), (16, 4)):
+        ms = measure(shapes, torch.bfloat16, count, own, 1 if quick else 9, device)
+        rows.append(print_row("mixed", setup=f"{what}: {count} adapters, {own} rows each", density=DENSITY, ms=ms))
+    show("one token for each row", rows, lambda row: str(row["setup"]), plot)
+    return rows
