@@ -58,6 +58,35 @@ def interrupted(line, later=0, error=KeyboardInterrupt):
         sys.settrace(before[0])
 
 
+@contextlib.contextmanager
+def moments():
+    """Yields a list of the numbers, as `interrupted` counts them, of the lines of shira that run inside: for each line and the
+    calls that led to it the first time and the last; with the environment variable SHIRA_LONG every time."""
+    seen, found = [], []
+
+    def trace(frame, event, _):
+        if event == "line":
+            seen.append(tuple(calls(frame)))
+        elif not is_ours(frame.f_code.co_filename):
+            return None
+        return trace
+
+    def calls(frame):
+        while frame:
+            yield frame.f_code, frame.f_lineno
+            frame = frame.f_back
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield found
+    finally:
+        sys.settrace(before)
+    last = {line: number for number, line in enumerate(seen, 1)}
+    first = {line: number for number, line in reversed([*enumerate(seen, 1)])}
+    found += range(1, len(seen) + 1) if os.environ.get("SHIRA_LONG") else sorted({*first.values(), *last.values()})
+
+
 def every_moment(attempt, *, every=17, most=24):
     """Call attempt(line, later) with each line, and with pairs of moments of which about one in `every` is tried, all with the
     environment variable SHIRA_LONG, until none strikes any more; returns how many lines there are.
