@@ -207,6 +207,10 @@ def test_serving_strengths_fusion_and_the_base(way, tmp_path):
         one, other = outputs()
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
         assert torch.equal(one, base) == (selection is None)
+        changes, expected = (switcher.changes(selection) for switcher in switchers)
+        assert changes.keys() == expected.keys()
+        for name, tensor in changes.items():
+            torch.testing.assert_close(tensor.values, expected[name].values, rtol=1e-3, atol=1e-4)
     for switcher in switchers:
         switcher.use({"a": 1.0, "b": 1.0}, "ties", density=0.5)
     torch.testing.assert_close(*outputs(), rtol=1e-3, atol=1e-4)

@@ -78,14 +78,30 @@ class SwitcherMachine(RuleBasedStateMachine):
     def use(self, data):
         names = st.sampled_from(sorted(self.adapters))
         strengths = data.draw(st.dictionaries(names, st.sampled_from([1.0, 0.5, -1.0, 2.0, 0.0, 1])))
+        changes = self.switcher.changes(strengths)
+        self.live_weights_are_what_was_promised()
         self.switcher.use(strengths)
+        self.check_changes(changes)
         assert self.switcher.active == {k: v for k, v in strengths.items() if v}
+
+    def check_changes(self, changes):
+        """They are exactly what is in the weights now, minus the base."""
+        for name, weight in self.model.named_parameters():
+            expected = weight.detach().float() - self.base[name].float()
+            if name in changes:
+                assert changes[name].kind == "delta"
+                where = changes[name].indices.long()
+                assert torch.equal(changes[name].values, expected.view(-1)[where])
+                expected.view(-1)[where] = 0
+            assert not expected.nan_to_num().any()
 
     @rule()
     def use_an_unknown(self):
         before, active = all_bits(self.model), self.switcher.active
         with pytest.raises(SwitchError, match="no adapter"):
             self.switcher.use({**dict.fromkeys(self.adapters, 0.5), "zzz": 1.0})
+        with pytest.raises(SwitchError, match="no adapter"):
+            self.switcher.changes("zzz")
         assert same_bits(before, all_bits(self.model))
         assert self.switcher.active == active
 

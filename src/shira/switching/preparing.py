@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..fusion.combining import combine, overflow
+from ..fusion.combining import combine, combine_deltas, overflow
 from ..fusion.methods import Method
 from ..fusion.strengths import strengths_of
 from ..kernels import Sum, Write, WritePlan
@@ -18,7 +18,7 @@ from .model_state import ModelState
 from .ready import CheckedSelection, Prepared, Ready
 from .sources import AdapterSource
 
-__all__ = ["checked", "prepare"]
+__all__ = ["changes", "checked", "prepare"]
 
 
 def prepare(
@@ -28,15 +28,8 @@ def prepare(
 
     active: the plans that are written over the base at the moment. Raises what `Switcher.use` raises for files and values.
     """
-    by_weight: dict[int, tuple[str, list[tuple[SparseTensor, float]]]] = {}
-    for adapter_name, given in key.strengths:
-        tensors = checked(adapter_name, sources[adapter_name], model, active)
-        for tensor_name, strength in strengths_of(repr(adapter_name), given, tensors).items():
-            if strength != 0:
-                terms = by_weight.setdefault(id(model.weights[tensor_name]), (tensor_name, []))[1]
-                terms.append((tensors[tensor_name], strength))
     made, products = [], []
-    for name, terms in by_weight.values():
+    for name, terms in _terms(key, sources, model, active):
         if is_quantized(model.weights[name]):
             products.append(quantized_layers.product(name, model.weights[name], terms, key.method))
         else:
@@ -45,6 +38,43 @@ def prepare(
     prepared = Prepared(plan, tuple(products))
     has_buffers = any(is_buffer(write.weight) for write in plan.writes)  # forward passes change them; then sums are wrong
     return prepared if has_buffers else ready.hold(key, prepared)
+
+
+def changes(
+    key: CheckedSelection, sources: Mapping[str, AdapterSource], model: ModelState, active: Sequence[WritePlan]
+) -> dict[str, SparseTensor]:
+    """What a selection changes in each tensor: its new values minus the base's, as deltas in float32 (float64 for float64).
+
+    Nothing is held ready. See `prepare`.
+    """
+    found = {}
+    for name, terms in _terms(key, sources, model, active):
+        weight = model.weights[name]
+        if is_quantized(weight):
+            indices, values = combine_deltas(name, terms, torch.float32, key.method)
+        else:
+            union = kernels.unite([term.indices for term, _ in terms])
+            indices, new, base = combine(name, terms, union, model.base_at(weight, union.indices, active), key.method)
+            wide = torch.promote_types(base.dtype, torch.float32)
+            values = new.to(wide) - base.to(wide)
+        if not all_finite(values):
+            raise overflow(name, weight.dtype)
+        found[name] = SparseTensor(terms[0][0].shape, indices, values, "delta")
+    return found
+
+
+def _terms(
+    key: CheckedSelection, sources: Mapping[str, AdapterSource], model: ModelState, active: Sequence[WritePlan]
+) -> list[tuple[str, list[tuple[SparseTensor, float]]]]:
+    """For each tensor that a selection changes its name, and what each adapter has for it, with its strength."""
+    by_weight: dict[int, tuple[str, list[tuple[SparseTensor, float]]]] = {}
+    for adapter_name, given in key.strengths:
+        tensors = checked(adapter_name, sources[adapter_name], model, active)
+        for tensor_name, strength in strengths_of(repr(adapter_name), given, tensors).items():
+            if strength != 0:
+                terms = by_weight.setdefault(id(model.weights[tensor_name]), (tensor_name, []))[1]
+                terms.append((tensors[tensor_name], strength))
+    return list(by_weight.values())
 
 
 def checked(name: str, source: AdapterSource, model: ModelState, active: Sequence[WritePlan]) -> dict[str, SparseTensor]:

@@ -1,4 +1,4 @@
-"""The selections that a switcher holds ready: a bounded number, all of their values computed and checked."""
+"""The selections of a switcher: the one in the weights, and a bounded number held ready, all values computed and checked."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from ..fusion.strengths import CheckedStrength, Strength, check_strengths, is_no
 from ..kernels import Waiting, WritePlan
 from .quantized_layers import AddedProduct
 
-__all__ = ["BASE", "CheckedSelection", "Prepared", "Ready", "Selection", "checked_selection"]
+__all__ = ["BASE", "CheckedSelection", "InWeights", "Prepared", "Ready", "Selection", "checked_selection"]
 
 
 class CheckedSelection(NamedTuple):
@@ -55,6 +55,17 @@ class Prepared(NamedTuple):
 
     plan: WritePlan
     products: tuple[AddedProduct, ...] = ()
+
+
+class InWeights(NamedTuple):
+    """What is in the weights."""
+
+    selection: CheckedSelection | None  # None: a switch is under way
+    plans: tuple[WritePlan, ...] = ()  # written over the base, each with its stash; the first is restored first
+
+    def label(self) -> str:
+        """The active adapters in messages."""
+        return " + ".join(repr(name) for name, _ in (self.selection or BASE).strengths) or "an adapter"
 
 
 class Ready:

@@ -1,9 +1,9 @@
 """One live model, many adapters: overwrite a few entries in place, and put the old bits back.
 
 No module is wrapped or added. While adapters are active, the switcher keeps the base values of their entries (the stash).
-Every action starts from the stash: base values are never computed, only kept. What is written and what is stashed is one value
-(`_State`), which is replaced at once. So after an interrupt at any point, the next call finds the base. Each call checks what
-others have done to the model since the last one.
+Every action starts from the stash: base values are never computed, only kept. What is written and what is stashed is one
+value (`InWeights`), which is replaced at once. So after an interrupt at any point, the next call finds the base. Each call
+checks what others have done to the model since the last one.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +23,21 @@ from ..errors import ShiraError, SwitchError, did_you_mean
 from ..fusion.combining import overflow
 from ..fusion.strengths import as_given
 from ..kernels import WeightChanged, WritePlan
-from ..sparse.tensor import all_finite
+from ..sparse.tensor import SparseTensor, all_finite
 from ..texts import shown
 from ..weights.distributed import reshard
 from ..weights.model_tensors import ModelTensors, named_tensors, plain_model
+from ..weights.modes import writable
 from ..weights.owners import check_free
 from .model_state import ModelState
-from .preparing import checked, prepare
-from .ready import BASE, CheckedSelection, Prepared, Ready, Selection, checked_selection
+from .preparing import changes, checked, prepare
+from .ready import BASE, CheckedSelection, InWeights, Prepared, Ready, Selection, checked_selection
 from .recovery import recover_base
 from .sources import AdapterSource
 
 __all__ = ["Switcher"]
 
-AS_IT_IS = contextlib.nullcontext()
 SHOWN = 8  # names in a repr
-
-
-class _State(NamedTuple):
-    """What is in the weights."""
-
-    selection: CheckedSelection | None  # None: a switch is under way
-    plans: tuple[WritePlan, ...] = ()  # written over the base, each with its stash; the first is restored first
-
-    def label(self) -> str:
-        """The active adapters in messages."""
-        return " + ".join(repr(name) for name, _ in (self.selection or BASE).strengths) or "an adapter"
 
 
 class Switcher:
@@ -82,7 +71,7 @@ class Switcher:
         self._ready = Ready(ready, host)
         self._empty_plan = WritePlan.of([])
         self._blocks: list[list[CheckedSelection]] = []  # the open blocks of `using`
-        self._state: _State = _State(BASE)
+        self._state: InWeights = InWeights(BASE)
         self._owner = functools.partial(_owner, weakref.ref(self))
         self._model_state = ModelState(self._model, self._owner)
 
@@ -115,7 +104,7 @@ class Switcher:
         return self._active_selection().method.described()
 
     def _active_selection(self) -> CheckedSelection:
-        with self._turn, _writable():
+        with self._turn, writable():
             self._undo_interrupted()
             return self._state.selection or BASE
 
@@ -131,7 +120,7 @@ class Switcher:
         if not isinstance(name, str) or not name:
             raise SwitchError(f'a name must be a string that is not empty, found {name!r}: add("poet", adapter)')
         source = adapter if isinstance(adapter, AdapterSource) else AdapterSource(adapter)
-        with self._turn, _writable():
+        with self._turn, writable():
             if name in self._sources:
                 raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
             self._follow()
@@ -142,7 +131,7 @@ class Switcher:
 
     def remove(self, name: str) -> None:
         """Remove an adapter. Raises SwitchError if it is unknown or active."""
-        with self._turn, _writable():
+        with self._turn, writable():
             self._check_name(name)
             if name in dict(self._active_selection().strengths):
                 raise SwitchError(f"adapter {name!r} is active; switch to another or to None first")
@@ -165,7 +154,7 @@ class Switcher:
         result that overflows; and what `add` raises if a file or the model has changed. Then what was active stays active.
         If it does not fit the changed model either, the base is active, as after any other exception during the switch.
         """
-        with self._turn, _writable():
+        with self._turn, writable():
             self._activate(checked_selection(selection, method, options, self._check_name))
 
     def prefetch(self, selection: Selection, method: str = "sum", **options: float) -> None:
@@ -179,7 +168,7 @@ class Switcher:
             model(**inputs)  # with what is active now
             switcher.use("coder")
         """
-        with self._turn, _writable():
+        with self._turn, writable():
             key = checked_selection(selection, method, options, self._check_name)
             self._follow()
             if key.strengths and not self._ready.fetch(key):
@@ -190,7 +179,7 @@ class Switcher:
 
         Raises what `use` raises, and SwitchError if fewer than `ready` would be left for others.
         """
-        with self._turn, _writable():
+        with self._turn, writable():
             key = checked_selection(selection, method, options, self._check_name)
             self._follow()
             if key.strengths:
@@ -210,18 +199,29 @@ class Switcher:
 
     def base_values(self, name: str, indices: Tensor) -> Tensor:
         """The base's values at sorted positions [k] of a tensor, whatever is active. Raises what `use` raises."""
-        with self._turn, _writable():
+        with self._turn, writable():
             self._follow()
             return self._model_state.base_at(self._model_state.weights[name], indices, self._state.plans)
+
+    def changes(self, selection: Selection, method: str = "sum", **options: float) -> dict[str, SparseTensor]:
+        """What `use` would change: for each tensor its new values minus the base's, as deltas in float32. Nothing is written.
+
+        For code that computes with several selections at once, y = W x + ΔW x, while the base is active.
+        Raises what `use` raises.
+        """
+        with self._turn, writable():
+            key = checked_selection(selection, method, options, self._check_name)
+            self._follow()
+            return changes(key, self._sources, self._model_state, self._state.plans)
 
     def release(self) -> None:
         """Give up the model as it is. Nothing is written, and what is in its weights now is the base from now on.
 
         Use it when the base is not known any more, after `use` has said so; or to keep an adapter in the weights for good.
         """
-        with self._turn, _writable():
+        with self._turn, writable():
             self._model_state.quantized.show(())
-            self._state = _State(BASE)
+            self._state = InWeights(BASE)
             self._reread_model()
 
     @contextlib.contextmanager
@@ -232,14 +232,14 @@ class Switcher:
         is active. When all blocks are left, what was active before the first is active again.
         """
         block = [BASE]  # what will be active after the block
-        with self._turn, _writable():
+        with self._turn, writable():
             block[0] = self._active_selection()
             self._activate(checked_selection(selection, method, options, self._check_name))
             self._blocks = [*self._blocks, block]
         try:
             yield
         finally:
-            with self._turn, _writable():
+            with self._turn, writable():
                 self._leave(block)
 
     def _leave(self, block: list[CheckedSelection]) -> None:
@@ -269,9 +269,9 @@ class Switcher:
         except WeightChanged:
             self._recover_base(state)
         self._model_state.note_writes()
-        self._state = _State(BASE)
+        self._state = InWeights(BASE)
 
-    def _recover_base(self, state: _State) -> None:
+    def _recover_base(self, state: InWeights) -> None:
         recover_base(state.plans, self._model_state.names(), ModelTensors(self._model), state.label())
         torch.clear_autocast_cache()
 
@@ -299,7 +299,7 @@ class Switcher:
         if self._state.plans:
             self._recover_base(self._state)
         self._model_state.quantized.show(())
-        self._state = _State(BASE)
+        self._state = InWeights(BASE)
         self._reread_model()
 
     def _reread_model(self) -> None:
@@ -336,7 +336,7 @@ class Switcher:
         over = prepared.plan.over(leaving)
         coming = prepared.plan if over is None else over
         finite = True
-        self._state = _State(None, (coming, leaving))
+        self._state = InWeights(None, (coming, leaving))
         try:
             if not state.plans:  # the model is taken now; `self._state` shows that to others before this check for others
                 check_free(self._model_state.claim, SwitchError)
@@ -349,7 +349,7 @@ class Switcher:
             self._model_state.quantized.show(prepared.products)
             self._model_state.note_writes()
             if finite:
-                self._state = _State(wanted, (coming,)) if wanted.strengths else _State(BASE)
+                self._state = InWeights(wanted, (coming,)) if wanted.strengths else InWeights(BASE)
         except (WeightChanged, SwitchError):  # it was raised before anything was written
             self._state = state
             raise
@@ -390,10 +390,5 @@ class Switcher:
 
 def _owner(switcher: "weakref.ref[Switcher]") -> str:
     """The message for others who want the switcher's model; "" if the switcher does not own it."""
-    state = _State(BASE) if (alive := switcher()) is None else alive._state
+    state = InWeights(BASE) if (alive := switcher()) is None else alive._state
     return f"a Switcher has {state.label()} active in it; call its use(None) first" if state.plans else ""
-
-
-def _writable() -> contextlib.AbstractContextManager[Any]:
-    """A context outside of inference mode, because tensors made in inference mode cannot be written to later."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else AS_IT_IS

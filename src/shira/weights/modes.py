@@ -1,13 +1,18 @@
-"""Training and evaluation mode, module by module: a user may keep a dropout or a BatchNorm in evaluation mode."""
+"""Modes that are set for a while: training or evaluation, module by module (a user may keep a dropout or a BatchNorm in
+evaluation mode); and no inference mode."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from .undo import Undo
 
-__all__ = ["evaluating", "modes_kept"]
+__all__ = ["evaluating", "modes_kept", "writable"]
+
+AS_IT_IS = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -30,3 +35,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
         module.training = training
+
+
+def writable() -> contextlib.AbstractContextManager[Any]:
+    """A context outside of inference mode, because tensors made in inference mode cannot be written to later."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else AS_IT_IS
