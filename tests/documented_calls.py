@@ -74,10 +74,11 @@ def switching(model: nn.Module, adapter: shira.Adapter, path: Path) -> Iterator[
     switcher.pin("coder")
     switcher.unpin("coder")
     values: torch.Tensor = switcher.base_values("model.embed_tokens.weight", torch.arange(3))
+    changes: dict[str, shira.SparseTensor] = switcher.changes({"poet": 0.5})
     with switcher.using({"coder": 1.0}):
         yield switcher.method
     names: list[str] = switcher.names
-    print(names, switcher.active, switcher, switcher.ready, values)
+    print(names, switcher.active, switcher, switcher.ready, values, changes)
     switcher.use(None)
     switcher.remove("poet")
     switcher.release()
