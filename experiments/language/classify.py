@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import shira
 from experiments.store import Key, Store, number
 from shira import masks
-from shira.data.batches import left_padded, to_device
+from shira.data.batches import left_padded, random_batches, to_device
 from shira.data.models import model_path
 
 from . import glue, methods, runs
@@ -252,13 +252,9 @@ def fit(
 
 def batches(lengths: Sequence[int], size: int, steps: int, seed: int) -> list[list[int]]:
     """The rows of each step. Every epoch has a new order; rows of similar length are in one batch."""
-    drawn, made = random.Random(seed), []
+    drawn, made = random.Random(seed), list[list[int]]()
     while len(made) < steps:
-        order = drawn.sample(range(len(lengths)), len(lengths))
-        pieces = [sorted(order[start : start + 8 * size], key=lengths.__getitem__) for start in range(0, len(order), 8 * size)]
-        epoch = [piece[start : start + size] for piece in pieces for start in range(0, len(piece), size)]
-        drawn.shuffle(epoch)
-        made += epoch
+        made += random_batches(lengths, size, drawn)
     return made[:steps]
 
 

@@ -1,24 +1,29 @@
 """Rows of tokens as batches for a language model: all rows end together, and logits are computed only where they count."""
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 from ..errors import DataError
 from ..weights.modes import evaluating
 from .tokens import IGNORED, Row
 
 __all__ = [
+    "BatchOrder",
     "answer_logprobs",
     "batches",
     "check_packing",
     "collate",
     "left_padded",
     "mean_loss",
+    "random_batches",
     "row_losses",
     "to_device",
 ]
@@ -121,6 +126,36 @@ def check_packing(model: nn.Module) -> None:
 def batches(rows: Sequence[Row], model: nn.Module, size: int, pad: int = 0) -> list[dict[str, Any]]:
     """All rows in their order, as batches of `size` for a model. Calibration takes such a list."""
     return [collate(rows[start : start + size], model, pad) for start in range(0, len(rows), size)]
+
+
+def random_batches(lengths: Sequence[int], size: int, drawn: random.Random) -> list[list[int]]:
+    """All rows once, as numbers in batches of `size`: of similar length, which needs less padding, and in a random order.
+
+    An order by length would be worse: in short trainings all long rows, often of one class, would come first.
+    """
+    order = drawn.sample(range(len(lengths)), len(lengths))
+    pieces = [sorted(order[start : start + 8 * size], key=lengths.__getitem__) for start in range(0, len(order), 8 * size)]
+    made = [piece[start : start + size] for piece in pieces for start in range(0, len(piece), size)]
+    drawn.shuffle(made)
+    return made
+
+
+class BatchOrder(Sampler[int]):
+    """The numbers of all rows, batch after batch as `random_batches` has them. Each pass over the data has a new order.
+
+    lengths: tokens of each row. seed: every process of a distributed training gives the same one.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
+        self._lengths, self._size, self._drawn = lengths, size, random.Random(seed)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        made = random_batches(self._lengths, self._size, self._drawn)
+        made.sort(key=len, reverse=True)  # an incomplete batch comes last
+        return itertools.chain.from_iterable(made)
 
 
 def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import batches, check_packing, collate, mean_loss
+from ..data.batches import BatchOrder, batches, check_packing, collate, mean_loss
 from ..data.models import BUILT_IN, model_path
 from ..data.quiet import quiet
 from ..data.tokens import Row, encode
@@ -310,6 +310,10 @@ def train(
             if refresh_every and state.global_step % refresh_every == 0 and state.global_step < state.max_steps:
                 moved.append(tuner.refresh(known["optimizer"], calibration=calibration, cap=refresh_cap))
 
+    class Trainer(library.Trainer):  # type: ignore[misc,name-defined]
+        def _get_train_sampler(self, *_: Any) -> BatchOrder:
+            return BatchOrder([len(row["input_ids"]) for row in rows], batch_size * accumulate, seed)
+
     with temporary_folder(Path(tempfile.gettempdir())) as scratch:  # the Trainer requires one; the caller saves the adapter
         arguments = library.TrainingArguments(
             output_dir=str(scratch),
@@ -326,13 +330,12 @@ def train(
             save_strategy="no",
             report_to=[name for name in chosen_reporters if name != "tensorboard"] or "none",
             remove_unused_columns=False,
-            train_sampling_strategy="group_by_length",
             dataloader_pin_memory=False,
             label_names=["labels"],
             use_cpu=not torch.accelerator.is_available(),
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # the copies of nn.DataParallel would not train the values
-        trainer = library.Trainer(
+        trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=rows,
