@@ -17,12 +17,15 @@ from .cpu import native
 from .gpu import ops as gpu
 from .gpu.host_memory import Waiting, arrived
 from .plan import Combined, Contribution, Sum, UnitedPositions, WeightChanged, WeightMemory, Write, WritePlan, same_bits
+from .rows import Group, RowChange, check_groups, row_change
 from .whole_lines import WholeLines, find_whole_lines
 
 __all__ = [
     "BACKENDS",
     "Combined",
     "Contribution",
+    "Group",
+    "RowChange",
     "Sum",
     "UnitedPositions",
     "Waiting",
@@ -31,6 +34,7 @@ __all__ = [
     "WholeLines",
     "Write",
     "WritePlan",
+    "add_products_",
     "arrived",
     "backend",
     "change_",
@@ -41,6 +45,7 @@ __all__ = [
     "overwrite_",
     "prepare",
     "restore_",
+    "row_change",
     "same_bits",
     "sampled_gradient",
     "swap_",
@@ -188,3 +193,22 @@ def gradient_of_rows(rows: Tensor, gradients: Tensor, indices: Tensor) -> Tensor
     place = custom_ops if torch.compiler.is_compiling() else torch_ops
     gradient: Tensor = place.gradient_of_rows(rows, gradients, indices)
     return gradient
+
+
+def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> None:
+    """Add the products of several adapters to a linear layer's output, each for its own rows, in place.
+
+    output: [..., out], contiguous; input: [..., in], of the same leading dimensions and device; both floating point. Rows are
+    counted over all leading dimensions.
+    groups: (first, end, change) for the rows first to end - 1, in order and without overlap; changes from `row_change`.
+    To these rows `input · changeᵀ` is added: the products are summed in float32 (float64 for a float64 output), in any order,
+    added to the output, and rounded once to its dtype. Other rows are not touched. No gradient passes through.
+    Raises IndexError for arguments that do not fit each other, and AdapterError for a change that was written to, before
+    anything is written.
+    """
+    check_groups(output, input, groups)
+    if output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
+        input = input.clone()  # the products are those of the input as it was
+    rows = output.shape[:-1].numel()
+    flat = output.detach().view(rows, output.shape[-1])
+    backend_for(flat, input).add_products_(flat, input.detach().reshape(rows, input.shape[-1]), groups)

@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 from .plan import Sum, UnitedPositions, WeightChanged, WritePlan, same_bits
+from .rows import Group
 
-__all__ = ["check_values", "gather", "overwrite_", "restore_", "sampled_gradient", "swap_", "unite", "write_", "write_sums_"]
+__all__ = [
+    "add_products_",
+    "check_values",
+    "gather",
+    "overwrite_",
+    "restore_",
+    "sampled_gradient",
+    "swap_",
+    "unite",
+    "write_",
+    "write_sums_",
+]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -109,3 +121,18 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     Returns float32 [k].
     """
     return (grad_output.T.float() @ input.float()).reshape(-1)[indices.long()]
+
+
+def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> None:
+    """Add `input · changeᵀ` to the rows of each group, in place: summed and added in float32, then rounded once.
+
+    output: [rows, out]; input: [rows, in]. In float64 for a float64 output.
+    Only the entries of a change are multiplied. So an infinite input counts where the change has an entry, and nowhere else.
+    """
+    wide = torch.promote_types(output.dtype, torch.float32)
+    with torch.inference_mode(output.is_inference()), torch.no_grad():
+        for first, end, change in groups:
+            of_entry = torch.repeat_interleave(torch.arange(change.shape[0], device=output.device), change.starts.diff())
+            terms = input[first:end].to(wide)[:, change.columns.long()] * change.changes.to(wide)  # [rows, k]
+            sums = torch.zeros_like(output[first:end], dtype=wide).index_add_(1, of_entry, terms)
+            output[first:end] = output[first:end] + sums

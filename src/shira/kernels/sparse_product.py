@@ -1,7 +1,6 @@
 """The product of an input with a sparse matrix, and its gradients: for weights that cannot be overwritten."""
 
 import functools
-import warnings
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from .compressed_rows import accept_sparse, times
 
 __all__ = ["SparseLayout"]
 
@@ -18,7 +18,7 @@ class SparseLayout:
 
     def __init__(self, indices: Tensor, shape: tuple[int, int]) -> None:
         """indices: sorted flat positions [k]. shape: (out, in)."""
-        _accept_sparse()
+        accept_sparse()
         self.indices, self.shape = indices, shape
         rows, columns = indices.long() // shape[1], indices.long() % shape[1]
         self.by_rows = _starts(rows, shape[0]), columns.int()  # where each row begins, and the columns
@@ -46,12 +46,12 @@ class SparseLayout:
 
     def times(self, values: Tensor, input: Tensor) -> Tensor:
         """input [tokens, in] · Sᵀ, float32."""
-        return _times(*self.by_rows, values, self.shape, input)
+        return times(*self.by_rows, values, self.shape, input)
 
     def times_transposed(self, values: Tensor, input: Tensor) -> Tensor:
         """input [tokens, out] · S, float32."""
         starts, rows, order = self.by_columns
-        return _times(starts, rows, values.index_select(0, order), (self.shape[1], self.shape[0]), input)
+        return times(starts, rows, values.index_select(0, order), (self.shape[1], self.shape[0]), input)
 
     def gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """The gradient of the values: (grad_outputᵀ · input) at the positions, float32 [k]."""
@@ -84,26 +84,8 @@ class _SparseProduct(torch.autograd.Function):
         return grad_input, grad_values, None
 
 
-def _times(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], input: Tensor) -> Tensor:
-    """input · Sᵀ. S is in compressed rows, or in coordinates if torch was built without MKL."""
-    if starts.device.type == "cpu" and not torch.backends.mkl.is_available():
-        rows = torch.repeat_interleave(torch.arange(shape[0], device="cpu"), starts.diff())
-        sparse = torch.sparse_coo_tensor(torch.stack([rows, columns.long()]), values, shape, check_invariants=False)
-    else:
-        sparse = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-    return (sparse @ input.float().T).T.contiguous()  # to add a transposed result to an output is slow
-
-
 def _starts(lines: Tensor, count: int) -> Tensor:
     """Where the entries of each line begin, int32 [count + 1]."""
     starts = torch.zeros(count + 1, dtype=torch.int32, device=lines.device)
     starts[1:] = torch.bincount(lines, minlength=count).cumsum(0)
     return starts
-
-
-@functools.cache
-def _accept_sparse() -> None:
-    """Trigger torch's warning that compressed rows are in beta here, where it is ignored: torch gives it once a process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))

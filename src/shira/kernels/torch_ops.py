@@ -4,13 +4,27 @@ They use `index_copy_` and `index_select`, not `scatter_` (the paper's operator,
 a scalar loop and takes about 100 times as long for the same bits.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .compressed_rows import accept_sparse, times
 from .plan import WritePlan
 from .reference import check_values, unite
+from .rows import Group
 
-__all__ = ["gather", "gradient_of_rows", "overwrite_", "restore_", "sampled_gradient", "swap_", "unite", "write_"]
+__all__ = [
+    "add_products_",
+    "gather",
+    "gradient_of_rows",
+    "overwrite_",
+    "restore_",
+    "sampled_gradient",
+    "swap_",
+    "unite",
+    "write_",
+]
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -59,3 +73,18 @@ def gradient_of_rows(rows: Tensor, gradients: Tensor, indices: Tensor) -> Tensor
     row = indices.long() // gradients.shape[1]
     where = torch.searchsorted(found, row).clamp_(max=found.numel() - 1)
     return sums[where, indices.long() % gradients.shape[1]].where(found[where] == row, 0)
+
+
+def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> None:
+    """See `reference.add_products_`: a product in compressed rows for each group."""
+    accept_sparse()
+    wide = torch.promote_types(output.dtype, torch.float32)
+    with (
+        torch.inference_mode(output.is_inference()),
+        torch.no_grad(),
+        torch.autocast(output.device.type, enabled=False),
+    ):
+        for first, end, change in groups:
+            if first < end and change.columns.numel():
+                sums = times(change.starts, change.columns, change.changes.to(wide), change.shape, input[first:end])
+                output[first:end] = output[first:end] + sums

@@ -67,12 +67,6 @@ INLINE void fetch(const void *base, int64_t bytes, Py_ssize_t number, Py_ssize_t
         FETCH((const char *)base + LINE * at);
 }
 
-static inline uint16_t rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return value == value ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0; /* ties to even; NaN stays NaN */
-}
-
 /* Decode a change's positions in a window from its gaps. Returns how many. Stops at the end of the window, or at `count` in
  * all. */
 #define DECODE(NAME, UNIT, LARGEST_UNIT)                                                                              \

@@ -29,7 +29,6 @@ static void choose_fetching(void) {
 #endif
 }
 
-enum { MAX_THREADS = 64 };
 enum { KEEP_AND_WRITE, WRITE, RESTORE }; /* modes: fill the stash and write values; write values; write the stash */
 
 /* One tensor's part of a plan; native.py fills an array of these. */
@@ -109,12 +108,6 @@ static int inside(const Part *part) {
     return !outside;
 }
 
-/* One thread's share of a job: items begin to end - 1. */
-typedef struct {
-    const void *job;
-    int64_t begin, end;
-} Share;
-
 /* A job of `total` items, and the function that does a share of it. */
 typedef struct {
     void *(*work)(void *);
@@ -130,15 +123,14 @@ static int (*gomp_thread)(void), (*gomp_threads)(void);
 static void team_share(void *argument) {
     const Team *team = (const Team *)argument;
     const int64_t thread = gomp_thread(), threads = gomp_threads(); /* may be fewer than requested */
-    Share share = {team->job, team->total * thread / threads, team->total * (thread + 1) / threads};
+    Share share = {team->job, team->total * thread / threads, team->total * (thread + 1) / threads, thread};
     team->work(&share);
 }
 
-/* Run `work` on equal shares of `total` items, one share a thread. Each share has at least `enough` items. */
-static void in_parallel(void *(*work)(void *), const void *job, int64_t total, long threads, int64_t enough) {
+void in_parallel(void *(*work)(void *), const void *job, int64_t total, long threads, int64_t enough) {
     if (threads > total / enough) threads = (long)(total / enough);
     if (threads > MAX_THREADS) threads = MAX_THREADS;
-    Share all = {job, 0, total};
+    Share all = {job, 0, total, 0};
     if (threads <= 1) {
         work(&all);
         return;
@@ -155,7 +147,7 @@ static void in_parallel(void *(*work)(void *), const void *job, int64_t total, l
     pthread_t workers[MAX_THREADS];
     int started[MAX_THREADS] = {0};
     for (long t = 0; t < threads; t++) {
-        const Share share = {job, total * t / threads, total * (t + 1) / threads};
+        const Share share = {job, total * t / threads, total * (t + 1) / threads, t};
         shares[t] = share;
         started[t] = t > 0 && pthread_create(&workers[t], NULL, work, &shares[t]) == 0;
     }
@@ -367,6 +359,7 @@ static PyMethodDef methods[] = {
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
     {"unite", unite, METH_VARARGS, "unite(address of an array of runs, how many, past the last position, merged, counts, index bytes)"},
     {"combine", combine, METH_VARARGS, "combine(address of an array of changes, how many, value bytes, weight, its entry bytes, past the last position, positions, values, base, mode, whether plain)"},
+    {"add_products", add_products, METH_VARARGS, "add_products(address of an array of groups, how many, input, its entry bytes, output, its entry bytes, in, out, scratch, threads)"},
     {NULL, NULL, 0, NULL},
 };
 

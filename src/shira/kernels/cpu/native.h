@@ -45,7 +45,26 @@ static inline float widened(uint16_t half) {
     return value;
 }
 
+/* float to bfloat16: ties to even; NaN stays NaN */
+static inline uint16_t rounded(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return value == value ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+}
+
+enum { MAX_THREADS = 64 };
+
+/* One thread's share of a job: items begin to end - 1. thread: its number, below MAX_THREADS and the number of threads. */
+typedef struct {
+    const void *job;
+    int64_t begin, end, thread;
+} Share;
+
+/* Run `work` on equal shares of `total` items, one share a thread. Each share has at least `enough` items. */
+void in_parallel(void *(*work)(void *), const void *job, int64_t total, long threads, int64_t enough); /* native.c */
+
 PyObject *unite(PyObject *self, PyObject *args); /* unite.c */
 PyObject *combine(PyObject *self, PyObject *args); /* combine.c */
+PyObject *add_products(PyObject *self, PyObject *args); /* rows.c */
 
 #endif

@@ -7,6 +7,7 @@ operators run.
 
 import importlib
 import threading
+from array import array
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from .. import torch_ops
 from ..plan import Combined, Contribution, UnitedPositions, WeightChanged, Write, WritePlan
+from ..rows import Group
 
 __all__ = [
+    "add_products_",
     "available",
     "built",
     "combine",
@@ -66,6 +69,7 @@ DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}  # nanoseconds a token
 SAMPLED_NS = 0.03
 PACK_NS = 0.4
 _kept_scratch = threading.local()
+LANES, MOST_THREADS = 16, 64  # as in rows.c and in native.h
 
 
 def built() -> bool:
@@ -237,6 +241,34 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
         torch.get_num_threads(),
     )
     return out
+
+
+def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> None:
+    """See `reference.add_products_`: all groups in one call, for float32 and bfloat16; other dtypes as in `torch_ops`.
+
+    `kernels` has checked the groups, and their changes cannot move: a `RowChange` owns the memory at its addresses.
+    """
+    if output.dtype not in (torch.float32, torch.bfloat16) or input.dtype not in (torch.float32, torch.bfloat16):
+        return torch_ops.add_products_(output, input, groups)
+    input = input.contiguous()
+    table = array("q")
+    for first, end, change in groups:
+        table.extend((first, end, *change.addresses))
+    outs, ins = output.shape[1], input.shape[1]
+    threads = min(torch.get_num_threads(), MOST_THREADS)
+    _native.add_products(
+        table.buffer_info()[0],
+        len(groups),
+        input.data_ptr(),
+        input.itemsize,
+        output.data_ptr(),
+        output.itemsize,
+        ins,
+        outs,
+        _scratch(threads * LANES * (ins + 1)).data_ptr(),
+        threads,
+    )
+    torch.autograd.graph.increment_version(output)
 
 
 def _scratch(size: int) -> Tensor:

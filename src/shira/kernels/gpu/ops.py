@@ -17,10 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import torch_ops
 from ..plan import Sum, Write, WritePlan
-from ..torch_ops import gather, unite
+from ..torch_ops import add_products_, gather, unite
 from . import products
 
 __all__ = [
+    "add_products_",
     "available",
     "change_",
     "gather",
