@@ -1,9 +1,9 @@
 /* Sparse products of several adapters, each for its own rows of a layer's output. native.py calls it; ../reference.py
  * specifies it.
  *
- * A task is up to sixteen rows of one group. Its inputs are widened to float and transposed, so that the inputs of one column lie
- * side by side, one lane for each row: an entry of a change is then one vector multiply-add for all rows of the task. The sums of
- * a block of output features are kept, and are then added to the output, row by row.
+ * A task is up to sixteen rows of one group. Its inputs are widened to float and transposed: those of one column lie side by
+ * side, one lane for each row. So an entry of a change is one vector multiply-add for all rows of the task. The sums of a block
+ * of output features are kept, and are then added to the output, row by row.
  *
  * The sum of a row and a feature is taken in the same order with any number of lanes, so a row's result does not depend on the
  * other rows of a group.
@@ -45,8 +45,12 @@ static int lanes_for(int64_t rows) { return LANES == 1 || rows == 1 ? 1 : rows <
 
 #ifdef VECTORS
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
+#ifdef __x86_64__
+enum { WIDE = 8 }; /* floats of the widest vector: where there are wider ones, they are hardly faster; GCC splits them badly */
+#else
+enum { WIDE = 4 };
+#endif
+typedef float Wide __attribute__((vector_size(WIDE * 4), aligned(4), may_alias));
 typedef uint16_t FourHalves __attribute__((vector_size(8), aligned(2), may_alias));
 typedef uint32_t FourBits __attribute__((vector_size(16)));
 
@@ -72,70 +76,75 @@ INLINE void transpose(Four a, Four b, Four c, Four d, float *to, int64_t stride)
     *(Four *)(to + 3 * stride) = PICK(high, high2, 2, 3, 6, 7);
 }
 
-/* packed[j * lanes + r] = from[r * in + j] as float. Lanes from `rows` on get what the last row has; nobody reads their sums. */
-#define PACK_LANES(NAME, ENTRY, WIDEN, FOUR_OF)                                                                     \
-    INLINE void NAME##_lanes(const ENTRY *from, float *packed, int64_t rows, int64_t in, const int lanes) {         \
-        const ENTRY *lines[LANES];                                                                                  \
-        for (int r = 0; r < lanes; r++) lines[r] = from + (r < rows ? r : rows - 1) * in;                           \
-        int64_t j = 0;                                                                                              \
-        for (; j + 3 < in; j += 4)                                                                                  \
-            for (int r = 0; r < lanes; r += 4)                                                                      \
-                transpose(FOUR_OF(lines[r] + j), FOUR_OF(lines[r + 1] + j), FOUR_OF(lines[r + 2] + j),              \
-                          FOUR_OF(lines[r + 3] + j), packed + j * lanes + r, lanes);                                \
-        for (; j < in; j++)                                                                                         \
-            for (int r = 0; r < lanes; r++) packed[j * lanes + r] = WIDEN(lines[r][j]);                             \
+/* packed[j * lanes + r] = from[r * in + j] as float. Lanes from `rows` on get what the last row has; their sums are not used. */
+#define PACK_LANES(NAME, ENTRY, WIDEN, FOUR_OF)                                                             \
+    INLINE void NAME##_lanes(const ENTRY *from, float *packed, int64_t rows, int64_t in, const int lanes) { \
+        const ENTRY *lines[LANES];                                                                          \
+        for (int r = 0; r < lanes; r++) lines[r] = from + (r < rows ? r : rows - 1) * in;                   \
+        int64_t j = 0;                                                                                      \
+        for (; j + 3 < in; j += 4)                                                                          \
+            for (int r = 0; r < lanes; r += 4)                                                              \
+                transpose(FOUR_OF(lines[r] + j), FOUR_OF(lines[r + 1] + j), FOUR_OF(lines[r + 2] + j),      \
+                          FOUR_OF(lines[r + 3] + j), packed + j * lanes + r, lanes);                        \
+        for (; j < in; j++)                                                                                 \
+            for (int r = 0; r < lanes; r++) packed[j * lanes + r] = WIDEN(lines[r][j]);                     \
     }
 #else
-#define PACK_LANES(NAME, ENTRY, WIDEN, FOUR_OF) \
-    static void NAME##_lanes(const ENTRY *from, float *packed, int64_t rows, int64_t in, int lanes) {}
+#define PACK_LANES(NAME, ENTRY, WIDEN, FOUR_OF)                                                       \
+    static void NAME##_lanes(const ENTRY *from, float *packed, int64_t rows, int64_t in, int lanes) { \
+        (void)from, (void)packed, (void)rows, (void)in, (void)lanes;                                  \
+    }
 #endif
 
 /* Widen and transpose the inputs of a task, and set those of the column `in` to 0. */
-#define PACK(NAME, ENTRY, WIDEN, FOUR_OF)                                                               \
-    PACK_LANES(NAME, ENTRY, WIDEN, FOUR_OF)                                                             \
-    FAST_VERSIONS                                                                                       \
-    static void NAME(const void *input, float *packed, int64_t rows, int64_t in, int lanes) {           \
-        const ENTRY *from = (const ENTRY *)input;                                                       \
-        memset(packed + in * lanes, 0, lanes * sizeof(float));                                          \
-        if (lanes == 1)                                                                                 \
-            for (int64_t j = 0; j < in; j++) packed[j] = WIDEN(from[j]);                                \
-        else if (lanes == 4) NAME##_lanes(from, packed, rows, in, 4);                                   \
-        else if (lanes == 8) NAME##_lanes(from, packed, rows, in, 8);                                   \
-        else NAME##_lanes(from, packed, rows, in, LANES);                                               \
+#define PACK(NAME, ENTRY, WIDEN, FOUR_OF)                                                     \
+    PACK_LANES(NAME, ENTRY, WIDEN, FOUR_OF)                                                   \
+    FAST_VERSIONS                                                                             \
+    static void NAME(const void *input, float *packed, int64_t rows, int64_t in, int lanes) { \
+        const ENTRY *from = (const ENTRY *)input;                                             \
+        memset(packed + in * lanes, 0, lanes * sizeof(float));                                \
+        if (lanes == 1)                                                                       \
+            for (int64_t j = 0; j < in; j++) packed[j] = WIDEN(from[j]);                      \
+        else if (lanes == 4) NAME##_lanes(from, packed, rows, in, 4);                         \
+        else if (lanes == 8) NAME##_lanes(from, packed, rows, in, 8);                         \
+        else NAME##_lanes(from, packed, rows, in, LANES);                                     \
     }
 PACK(pack_floats, float, , four_floats)
 PACK(pack_halves, uint16_t, widened, four_halves)
 
-/* NAME: sums[i] = row `first + i` of the change times the inputs, for `count` rows.
+/* NAME: sums[i * lanes + r] = row `first + i` of the change times the inputs of lane r, for `count` rows. The lanes are PIECES
+ * vectors.
  *
  * Entries are taken four at a time, and the four sums do not wait for each other. What is missing in the last four of a row is
- * the entry `none`, after all others, whose column has inputs of 0. So the only branch is on the number of fours: the processor
- * guesses it more often than the number of entries, and a wrong guess takes as long as twenty entries. */
-#define SUM(NAME, VECTOR)                                                                                        \
+ * the entry `none`, after all others, whose column has inputs of 0. So the only branch is on the number of fours. The processor
+ * guesses it right more often than the number of entries, and a wrong guess takes as long as twenty entries. */
+#define SUM(NAME, VECTOR, PIECES)                                                                                        \
     INLINE void NAME(const Group *group, const float *packed, float *sums, int64_t first, int64_t count, int64_t none) { \
-        const int32_t *columns = group->columns, *starts = group->starts + first;                                \
-        const float *changes = group->changes;                                                                   \
-        const VECTOR *inputs = (const VECTOR *)packed;                                                           \
-        for (int64_t i = 0; i < count; i++) {                                                                    \
-            const int64_t end = starts[i + 1];                                                                   \
-            VECTOR a = {0}, b = {0}, c = {0}, d = {0};                                                           \
-            for (int64_t k = starts[i]; k < end; k += 4) {                                                       \
-                const int64_t k1 = k + 1 < end ? k + 1 : none, k2 = k + 2 < end ? k + 2 : none;                  \
-                const int64_t k3 = k + 3 < end ? k + 3 : none;                                                   \
-                a += changes[k] * inputs[columns[k]];                                                            \
-                b += changes[k1] * inputs[columns[k1]];                                                          \
-                c += changes[k2] * inputs[columns[k2]];                                                          \
-                d += changes[k3] * inputs[columns[k3]];                                                          \
-            }                                                                                                    \
-            ((VECTOR *)sums)[i] = (a + b) + (c + d);                                                             \
-        }                                                                                                        \
+        const int32_t *columns = group->columns, *starts = group->starts + first;                                        \
+        const float *changes = group->changes;                                                                           \
+        const VECTOR(*inputs)[PIECES] = (const VECTOR(*)[PIECES])packed;                                                 \
+        for (int64_t i = 0; i < count; i++) {                                                                            \
+            const int64_t end = starts[i + 1];                                                                           \
+            VECTOR a[PIECES] = {0}, b[PIECES] = {0}, c[PIECES] = {0}, d[PIECES] = {0};                                   \
+            for (int64_t k = starts[i]; k < end; k += 4) {                                                               \
+                const int64_t k1 = k + 1 < end ? k + 1 : none, k2 = k + 2 < end ? k + 2 : none;                          \
+                const int64_t k3 = k + 3 < end ? k + 3 : none;                                                           \
+                for (int p = 0; p < PIECES; p++) {                                                                       \
+                    a[p] += changes[k] * inputs[columns[k]][p];                                                          \
+                    b[p] += changes[k1] * inputs[columns[k1]][p];                                                        \
+                    c[p] += changes[k2] * inputs[columns[k2]][p];                                                        \
+                    d[p] += changes[k3] * inputs[columns[k3]][p];                                                        \
+                }                                                                                                        \
+            }                                                                                                            \
+            for (int p = 0; p < PIECES; p++) ((VECTOR *)sums)[i * PIECES + p] = (a[p] + b[p]) + (c[p] + d[p]);           \
+        }                                                                                                                \
     }
-SUM(sum_1, float)
+SUM(sum_1, float, 1)
 
 #ifdef VECTORS
-SUM(sum_4, Four)
-SUM(sum_8, Eight)
-SUM(sum_16, Sixteen)
+SUM(sum_4, Four, 1)
+SUM(sum_8, Wide, 8 / WIDE)
+SUM(sum_16, Wide, 16 / WIDE)
 
 /* by_row[r * FEATURES + i]: the sum of lane r and feature first + i, for `count` features. */
 INLINE void sum_lanes(const Group *group, const float *packed, float *by_row, int64_t first, int64_t count, int64_t none,
@@ -149,8 +158,8 @@ INLINE void sum_lanes(const Group *group, const float *packed, float *by_row, in
     for (int64_t i = 0; i < count; i += 4)
         for (int r = 0; r < lanes; r += 4) {
             const float *from = sums + i * lanes + r;
-            transpose(four_floats(from), four_floats(from + lanes), four_floats(from + 2 * lanes), four_floats(from + 3 * lanes),
-                      by_row + r * FEATURES + i, FEATURES);
+            transpose(four_floats(from), four_floats(from + lanes), four_floats(from + 2 * lanes),
+                      four_floats(from + 3 * lanes), by_row + r * FEATURES + i, FEATURES);
         }
 }
 #else
@@ -158,28 +167,28 @@ INLINE void sum_lanes(const Group *group, const float *packed, float *by_row, in
 #endif
 
 /* Add the products of a task to the output features first to last - 1. */
-#define ADD(NAME, ENTRY, WIDEN, NARROW)                                                                            \
-    INLINE void NAME##_lanes(const Group *group, const float *packed, ENTRY *to, int64_t rows, int64_t out,        \
-                             int64_t first, int64_t last, const int lanes) {                                       \
-        float by_row[LANES * FEATURES];                                                                            \
-        for (int64_t i = first; i < last; i += FEATURES) {                                                         \
-            const int64_t count = last - i < FEATURES ? last - i : FEATURES;                                       \
-            if (lanes == 1) sum_1(group, packed, by_row, i, count, group->starts[out]);                            \
-            else sum_lanes(group, packed, by_row, i, count, group->starts[out], lanes);                            \
-            for (int64_t r = 0; r < rows; r++) {                                                                   \
-                ENTRY *line = to + r * out + i;                                                                    \
-                for (int64_t f = 0; f < count; f++) line[f] = NARROW(WIDEN(line[f]) + by_row[r * FEATURES + f]);   \
-            }                                                                                                      \
-        }                                                                                                          \
-    }                                                                                                              \
-    FAST_VERSIONS                                                                                                  \
+#define ADD(NAME, ENTRY, WIDEN, NARROW)                                                                               \
+    INLINE void NAME##_lanes(const Group *group, const float *packed, ENTRY *to, int64_t rows, int64_t out,           \
+                             int64_t first, int64_t last, const int lanes) {                                          \
+        float by_row[LANES * FEATURES];                                                                               \
+        for (int64_t i = first; i < last; i += FEATURES) {                                                            \
+            const int64_t count = last - i < FEATURES ? last - i : FEATURES;                                          \
+            if (lanes == 1) sum_1(group, packed, by_row, i, count, group->starts[out]);                               \
+            else sum_lanes(group, packed, by_row, i, count, group->starts[out], lanes);                               \
+            for (int64_t r = 0; r < rows; r++) {                                                                      \
+                ENTRY *line = to + r * out + i;                                                                       \
+                for (int64_t f = 0; f < count; f++) line[f] = NARROW(WIDEN(line[f]) + by_row[r * FEATURES + f]);      \
+            }                                                                                                         \
+        }                                                                                                             \
+    }                                                                                                                 \
+    FAST_VERSIONS                                                                                                     \
     static void NAME(const Group *group, const float *packed, void *output, int64_t rows, int64_t out, int64_t first, \
-                     int64_t last, int lanes) {                                                                    \
-        ENTRY *to = (ENTRY *)output;                                                                               \
-        if (lanes == 1) NAME##_lanes(group, packed, to, 1, out, first, last, 1);                                   \
-        else if (lanes == 4) NAME##_lanes(group, packed, to, rows, out, first, last, 4);                           \
-        else if (lanes == 8) NAME##_lanes(group, packed, to, rows, out, first, last, 8);                           \
-        else NAME##_lanes(group, packed, to, rows, out, first, last, LANES);                                       \
+                     int64_t last, int lanes) {                                                                       \
+        ENTRY *to = (ENTRY *)output;                                                                                  \
+        if (lanes == 1) NAME##_lanes(group, packed, to, 1, out, first, last, 1);                                      \
+        else if (lanes == 4) NAME##_lanes(group, packed, to, rows, out, first, last, 4);                              \
+        else if (lanes == 8) NAME##_lanes(group, packed, to, rows, out, first, last, 8);                              \
+        else NAME##_lanes(group, packed, to, rows, out, first, last, LANES);                                          \
     }
 ADD(add_floats, float, , )
 ADD(add_halves, uint16_t, widened, rounded)
