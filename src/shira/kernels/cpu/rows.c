@@ -76,7 +76,7 @@ INLINE void transpose(Four a, Four b, Four c, Four d, float *to, int64_t stride)
     *(Four *)(to + 3 * stride) = PICK(high, high2, 2, 3, 6, 7);
 }
 
-/* packed[j * lanes + r] = from[r * in + j] as float. Lanes from `rows` on get what the last row has; their sums are not used. */
+/* packed[j * lanes + r] = from[r * in + j] as float. Lanes from `rows` on get the last row; their sums are not used. */
 #define PACK_LANES(NAME, ENTRY, WIDEN, FOUR_OF)                                                             \
     INLINE void NAME##_lanes(const ENTRY *from, float *packed, int64_t rows, int64_t in, const int lanes) { \
         const ENTRY *lines[LANES];                                                                          \
