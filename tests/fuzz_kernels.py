@@ -1,15 +1,18 @@
-"""Plans, merges, fusions and gradients at random: the kernels in C give the bits of plain torch, or refuse and write nothing.
+"""Plans, merges, fusions, gradients and products of rows at random.
+
+The kernels in C give the bits of plain torch, or refuse and write nothing.
 
 A case is JSON: how tensors are made, and what is done with them. Weights lie in a larger buffer, all of which is compared. Run
 under AddressSanitizer, reads and writes outside of any memory end the process.
 """
 
+import dataclasses
 import json
 
 import torch
 
 from conftest import bits, plain_c
-from shira import SparseTensor, kernels
+from shira import AdapterError, SparseTensor, kernels
 from shira.fusion.combining import combine
 from shira.fusion.methods import Method
 from shira.kernels import Contribution, Write, WritePlan, reference
@@ -28,7 +31,7 @@ MARGIN = 8  # entries of the buffer before and after a weight
 
 def case(draw, pool):
     """What is done with which tensors."""
-    kind = draw.choice(["plan", "plan", "plan", "unite", "fuse", "gradient"])
+    kind = draw.choice(["plan", "plan", "plan", "unite", "fuse", "gradient", "rows"])
     common = {"kind": kind, "seed": draw.randrange(2**32), "threads": draw.choice([1, 1, 2, 3]), "plain": draw.random() < 0.3}
     if kind == "plan":
         writes = [a_write(draw) for _ in range(draw.choice([1, 1, 2, 3]))]
@@ -40,6 +43,15 @@ def case(draw, pool):
         return (
             common | sides | {"dtype": draw.choice(list(DTYPES)[:2]), "index": draw.choice(list(INDICES)), "density": density}
         )
+    if kind == "rows":
+        sides = {
+            "out": draw.choice([0, 1, 63, 130, 300]),
+            "in": draw.choice([1, 2, 7, 64, 301]),
+            "tail": draw.choice([0, 1, 3, 3, -1]),
+        }
+        dtypes = {"dtype": draw.choice(list(DTYPES)[:2]), "inputs": draw.choice(list(DTYPES)[:2])}
+        layouts = {"layout": draw.choice(LAYOUTS), "input_layout": draw.choice(LAYOUTS)}
+        return common | sides | dtypes | layouts | {"groups": [a_group(draw) for _ in range(draw.choice([0, 1, 2, 8]))]}
     runs = [a_run(draw) for _ in range(draw.choice([1, 2, 3, 5]))]
     common |= {"numel": draw.choice([1, 63, 64, 5000, 200_000]), "runs": runs}
     if kind == "fuse":
@@ -64,6 +76,16 @@ def a_write(draw):
     other = draw.choice(list(DTYPES)) if draw.random() < 0.05 else dtype
     places = {"stepped": draw.random() < 0.05, "shuffled": draw.random() < 0.1}
     return a_run(draw) | places | {"shape": shape, "dtype": dtype, "values": other, "layout": draw.choice(LAYOUTS)}
+
+
+def a_group(draw):
+    """Rows of one adapter, how many before them belong to none, and what is wrong with them."""
+    rows = {
+        "gap": draw.choice([0, 0, 1, 5, *[-1] * (draw.random() < 0.05)]),
+        "rows": draw.choice([0, 1, 2, 3, 4, 7, 16, 17, 40]),
+    }
+    wrong = draw.choice([None] * 30 + ["written", "wider", "starts", "columns"])
+    return a_run(draw) | rows | {"wrong": wrong}
 
 
 def dump(case):
@@ -295,4 +317,75 @@ def gradient(case):
     return f"{dtype} {'some' if where.numel() else 'none'}"
 
 
-KINDS = {"plan": plan, "unite": unite, "fuse": fuse, "gradient": gradient}
+def rows(case):
+    """Products for the rows of several adapters, in whole numbers, whose sums are exact: the output lies in a larger buffer."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    outs, ins = case["out"], case["in"]
+    groups, row, fits = [], 0, True
+    for group in case["groups"]:
+        where = positions(group, outs * ins, generator)
+        values = torch.randint(-4, 5, (max(0, where.numel() + group["surplus"]),), generator=generator).float()
+        try:
+            change = kernels.row_change(where, values, (outs, ins))
+        except AdapterError as error:
+            assert group["odd"] or values.shape != where.shape, f"fits, and was refused: {error}"
+            return "no change"
+        assert values.shape == where.shape, "does not fit, and was not refused"
+        try:
+            change = spoiled(change, group["wrong"])
+        except AdapterError:
+            return "no change"
+        fits &= group["gap"] >= 0 and group["wrong"] != "written" and change.shape == (outs, ins)
+        groups.append((row + group["gap"], row + group["gap"] + group["rows"], change))
+        row += group["gap"] + group["rows"]
+    count = max(0, row + case["tail"])
+    buffer, output = a_matrix(case["layout"], count, outs, DTYPES[case["dtype"]], generator)
+    _, input = a_matrix(case["input_layout"], count, ins, DTYPES[case["inputs"]], generator)
+    fits &= output.is_contiguous() and output.shape == (count, outs) and input.shape == (count, ins) and row <= count
+    before = bits(buffer)
+    try:
+        with kernels.backend("native"):
+            kernels.add_products_(output, input, groups)
+    except (IndexError, AdapterError) as error:
+        assert not fits, f"fits, and was refused: {error}"
+        assert torch.equal(before, bits(buffer)), "refused, and yet written to"
+        return "refused"
+    assert fits or not groups, "does not fit, and was not refused"
+    found = buffer.clone()
+    buffer.copy_(before.view(buffer.dtype))
+    with kernels.backend("reference"):
+        kernels.add_products_(output, input, groups)
+    assert torch.equal(bits(found + 0), bits(buffer + 0)), "other bits than the reference"  # + 0: no -0.0
+    return "the same"
+
+
+def spoiled(change, wrong):
+    """A change with one thing wrong. Raises AdapterError if it is found when the change is made."""
+    if wrong == "written":
+        change.columns.fill_(2**31 - 1)
+        return change
+    other = {
+        "wider": {"shape": (change.shape[0], change.shape[1] + 1)},
+        "starts": {"starts": change.starts.flip(0)},
+        "columns": {"columns": change.columns + change.shape[1]},
+    }
+    return dataclasses.replace(change, **other[wrong]) if wrong else change
+
+
+def a_matrix(layout, rows, columns, dtype, generator):
+    """(buffer, matrix): whole numbers; a view of the buffer, which is a matrix [rows, columns] only in plain layouts."""
+    buffer = torch.randint(-4, 5, (2 * rows * columns + 2 * MARGIN,), generator=generator).to(dtype)
+    inner = buffer[MARGIN : MARGIN + rows * columns].view(rows, columns)
+    match layout:
+        case "offset":
+            return buffer, buffer[1 : 1 + rows * columns].view(rows, columns)
+        case "transposed":
+            return buffer, inner.view(columns, rows).T
+        case "expanded":
+            return buffer, inner[:1].expand(rows, columns) if rows else inner
+        case "stepped":
+            return buffer, buffer[: 2 * rows * columns].view(rows, 2 * columns)[:, ::2]
+    return buffer, inner
+
+
+KINDS = {"plan": plan, "unite": unite, "fuse": fuse, "gradient": gradient, "rows": rows}

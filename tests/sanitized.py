@@ -1,7 +1,7 @@
 """Mutants of files and of plans, for the kernels in C built with AddressSanitizer and UBSan: `make test-sanitized`.
 
-A file that is damaged is read, added, fused and compared, or refused; a plan, a merge and a fusion of any positions, dtypes,
-layouts and sizes gives what the reference gives, or an error. A write outside of anything ends the process.
+A file that is damaged is read, added, fused and compared, or refused; a plan, a merge, a fusion and products of rows of any
+positions, dtypes, layouts and sizes give what the reference gives, or an error. A write outside of anything ends the process.
 """
 
 import argparse

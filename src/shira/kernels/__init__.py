@@ -206,9 +206,11 @@ def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> Non
     Raises IndexError for arguments that do not fit each other, and AdapterError for a change that was written to, before
     anything is written.
     """
+    groups = tuple(groups)  # the same ones until C is done with their memory, whatever another thread does to a list
     check_groups(output, input, groups)
     if output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
         input = input.clone()  # the products are those of the input as it was
-    rows = output.shape[:-1].numel()
-    flat = output.detach().view(rows, output.shape[-1])
-    backend_for(flat, input).add_products_(flat, input.detach().reshape(rows, input.shape[-1]), groups)
+    if output.ndim != 2:
+        rows = output.shape[:-1].numel()
+        output, input = output.detach().view(rows, output.shape[-1]), input.detach().reshape(rows, input.shape[-1])
+    backend_for(output).add_products_(output, input, groups)

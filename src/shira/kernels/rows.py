@@ -23,11 +23,11 @@ class RowChange:
 
     shape: (out, in).
     starts: int32 [out + 1], where the entries of each row of the weight begin.
-    columns: int32 [k], increasing in each row.
+    columns: int32 [k], each from 0 to in - 1.
     changes: float32 [k].
 
     It holds copies of these tensors, and is checked once, when it is made. The copies must not be written to:
-    `kernels.add_products_` refuses a change whose tensors have another version counter than then.
+    `kernels.add_products_` refuses a change whose positions have another version counter than then.
     Raises AdapterError if any of this is not so.
     """
 
@@ -36,30 +36,34 @@ class RowChange:
     columns: Tensor
     changes: Tensor
     device: torch.device = field(init=False)
-    addresses: tuple[int, ...] = field(init=False)  # of starts, columns and changes, on the CPU; else empty
-    versions: tuple[int, ...] = field(init=False)  # the version counters of starts and columns
-    memory: tuple[Any, ...] = field(init=False, repr=False)  # what the addresses are of: nothing can resize it
+    version: int = field(init=False)  # the version counter that starts and columns share
+    addresses: tuple[int, ...] = field(init=False)  # of starts, columns and changes, for C; empty on other devices than the CPU
+    memory: tuple[Any, ...] = field(init=False, repr=False)  # holds what is at the addresses: nothing can resize it
 
     def __post_init__(self) -> None:
         _check_shape(self.shape)
         for name, dtype in (("starts", torch.int32), ("columns", torch.int32), ("changes", torch.float32)):
             _check_plain(name, getattr(self, name), (dtype,))
         _check_compressed_rows(*self.shape, self.starts, self.columns, self.changes)
-        given = {"starts": self.starts, "columns": self.columns, "changes": self.changes}
-        memory: tuple[Any, ...] = ()
-        with torch.inference_mode(False):  # tensors of inference mode have no version counters
-            if self.starts.device.type == "cpu":
-                starts, columns, changes = (tensor.detach().numpy() for tensor in given.values())
-                memory = (np.array(starts), np.append(columns, np.int32(self.shape[1])), np.append(changes, np.float32(0)))
-                own = [torch.from_numpy(array) for array in memory]
-                own[1:] = [tensor[:-1] for tensor in own[1:]]
-            else:
-                own = [torch.empty_like(tensor, requires_grad=False).copy_(tensor.detach()) for tensor in given.values()]
-        made = dict(zip(given, own, strict=True)) | {
-            "shape": tuple(self.shape),
-            "device": self.starts.device,
-            "addresses": tuple(array.ctypes.data for array in memory),
-            "versions": (own[0]._version, own[1]._version),
+        (outs, ins), device = self.shape, self.starts.device
+        memory: tuple[np.ndarray[Any, Any], ...] = ()
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no version counters
+            none = torch.tensor([ins], dtype=torch.int32, device=device)  # the column of an entry of 0 after all others, for C
+            positions = torch.cat([self.starts, self.columns, none])
+            values = torch.cat([self.changes, torch.zeros(1, dtype=torch.float32, device=device)])
+            if device.type == "cpu":
+                memory = (np.array(positions.numpy()), np.array(values.numpy()))
+                positions, values = map(torch.from_numpy, memory)
+            starts, columns = positions[: outs + 1], positions[outs + 1 : -1]
+        addresses = [array.ctypes.data for array in memory]
+        made = {
+            "shape": (outs, ins),
+            "starts": starts,
+            "columns": columns,
+            "changes": values[:-1],
+            "device": device,
+            "version": columns._version,
+            "addresses": (addresses[0], addresses[0] + starts.nbytes, addresses[1]) if memory else (),
             "memory": memory,
         }
         for name, value in made.items():
@@ -151,7 +155,7 @@ def check_groups(output: Tensor, input: Tensor, groups: Sequence[Group]) -> None
             raise IndexError(f"rows of groups must be in order and must not overlap, found {first} to {end} after {before}")
         if change.shape != shape or change.device != device:
             raise IndexError(f"a change {list(change.shape)} on {change.device} for a product {list(shape or ())} on {device}")
-        if (change.starts._version, change.columns._version) != change.versions:
+        if change.columns._version != change.version:
             raise AdapterError("the positions of a change were written to after it was made")
         before = end
     rows = output.shape[:-1].numel()

@@ -251,9 +251,7 @@ def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> Non
     if output.dtype not in (torch.float32, torch.bfloat16) or input.dtype not in (torch.float32, torch.bfloat16):
         return torch_ops.add_products_(output, input, groups)
     input = input.contiguous()
-    table = array("q")
-    for first, end, change in groups:
-        table.extend((first, end, *change.addresses))
+    table = array("q", [field for first, end, change in groups for field in (first, end, *change.addresses)])
     outs, ins = output.shape[1], input.shape[1]
     threads = min(torch.get_num_threads(), MOST_THREADS)
     _native.add_products(
