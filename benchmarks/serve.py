@@ -5,6 +5,7 @@ over, so that the machine's moods meet all of them. The peers in this process an
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import statistics
@@ -110,7 +111,33 @@ def by_mask(
         table(measured(f"shira, {name}", server, names, wanted, repeats))
 
 
-def engine(folder: Path, name: str, python: str = "", *, ready: int = 16, patience: float = Settings.patience) -> Any:
+def by_mix(mix: int = 8, repeats: int = 3, quick: bool = False) -> list[dict[str, Any]]:
+    """Print what turns write, and steps that selections share, on two servers that are measured in turn; and the base.
+
+    mix: of `shira serve --mix`.
+
+    python -c "from benchmarks.serve import by_mix; by_mix()"
+    """
+    wanted = [Cell(2, 2)] if quick else [Cell(clients, adapters) for clients in (8, 64) for adapters in (0, 2, 8, 100)]
+    wanted += [] if quick else [Cell(8, 100, SKEW), Cell(64, 100, SKEW)]
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folder = Path(temporary)
+        model = load_model(SMOLLM2, DTYPE)
+        (folder / "shira").mkdir()
+        names = make_adapters(model, folder / "shira", 4 if quick else 100)
+        del model
+        setups = {"turns": 0, f"--mix {mix}": mix}
+        servers = {
+            setup: stack.enter_context(engine(folder, "transformers", ready=64, mix=most)) for setup, most in setups.items()
+        }
+        rows = measured_in_turn(servers, names, wanted, repeats)
+        table(rows)
+        return rows
+
+
+def engine(
+    folder: Path, name: str, python: str = "", *, ready: int = 16, patience: float = Settings.patience, mix: int = 0
+) -> Any:
     """A server of shira."""
     command = (
         [python, "-c", "from shira.cli import main; main()", "serve", SMOLLM2, "--adapters", str(folder / "shira")]
@@ -118,8 +145,8 @@ def engine(folder: Path, name: str, python: str = "", *, ready: int = 16, patien
         else []
     )
     given = ["--engine", name, "--dtype", DTYPE, "--served-model-name", "base"]
-    given += ["--ready", str(ready), "--patience", str(patience)]
-    return serving(SMOLLM2, folder / "shira", folder / f"{name}.log", *given, command=command, environment=ON_CPU)
+    given += ["--ready", str(ready), "--patience", str(patience), "--mix", str(mix)]
+    return serving(SMOLLM2, folder / "shira", folder / f"{name}-{mix}.log", *given, command=command, environment=ON_CPU)
 
 
 def vllm_lora(folder: Path, python: str, loras: list[str]) -> Any:
@@ -132,22 +159,28 @@ def vllm_lora(folder: Path, python: str, loras: list[str]) -> Any:
 
 
 def measured(setup: str, started: Any, names: list[str], wanted: list[Cell], repeats: int) -> list[dict[str, Any]]:
-    """Medians of each cell on one server. The first turn warms up, and is not counted."""
-    found: dict[Cell, list[dict[str, float]]] = {cell: [] for cell in wanted}
+    """Medians of each cell on one server."""
     with started as server:
-        for turn in range(-1, repeats):
-            for cell in wanted:
-                requests = cell.requests(names, seed=turn)
-                if turn < 0:
-                    requests = requests[: 2 * max(1, min(cell.clients, 8))]
+        return measured_in_turn({setup: server}, names, wanted, repeats)
+
+
+def measured_in_turn(servers: dict[str, Any], names: list[str], wanted: list[Cell], repeats: int) -> list[dict[str, Any]]:
+    """Medians of each cell on each server, by setup. The first turn warms up, and is not counted."""
+    found: dict[tuple[str, Cell], list[dict[str, float]]] = {(setup, cell): [] for setup in servers for cell in wanted}
+    for turn in range(-1, repeats):
+        for cell in wanted:
+            requests = cell.requests(names, seed=turn)
+            if turn < 0:
+                requests = requests[: 2 * max(1, min(cell.clients, 8))]
+            for setup, server in servers.items():
                 before = counted(server.url)
                 answers, seconds = asyncio.run(load(server.url, requests, cell.clients))
                 if turn >= 0:
                     after = counted(server.url)
                     spent = {name: after[name] - before[name] for name in after}
-                    found[cell].append(figures(answers, seconds) | rates(spent, seconds))
+                    found[setup, cell].append(figures(answers, seconds) | rates(spent, seconds))
     rows = []
-    for cell, runs in found.items():
+    for (setup, cell), runs in found.items():
         medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         rows.append(
             {"setup": setup, **cell._asdict(), **medians, "tokens_a_second_runs": [run["tokens_a_second"] for run in runs]}

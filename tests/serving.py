@@ -22,17 +22,23 @@ def tiny_llama(seed=0):
 
 
 class Served:
-    """An engine over a tiny model with two adapters, its application, and an oracle."""
+    """An engine over a tiny model with two adapters, its application, and an oracle.
 
-    def __init__(self, folder, tokenizer=None, model=None, ends=(), app_options=None, **options):
+    made: (model, seed) -> an adapter. mix: see `Settings`; held: of `Mixing`.
+    """
+
+    def __init__(
+        self, folder, tokenizer=None, model=None, ends=(), app_options=None, made=random_adapter, mix=0, held=8, **options
+    ):
         from shira.serving.catalogue import Catalogue
+        from shira.serving.mixing import Mixing
         from shira.serving.resident import Resident
         from shira.serving.transformers_engine import TransformersEngine
 
         self.folder, self.model = folder, tiny_llama() if model is None else model
         self.before = all_bits(self.model)
         for seed, name in enumerate("ab"):
-            random_adapter(self.model, seed).save(folder / f"{name}.safetensors")
+            made(self.model, seed).save(folder / f"{name}.safetensors")
         self.catalogue = Catalogue(folder, ["base"])
         for name in "ab":
             self.catalogue.load(name)  # it waits until the file has settled; `scan` leaves it for the next time
@@ -41,7 +47,8 @@ class Served:
             self.oracle.add(name, folder / f"{name}.safetensors")
         self.tokenizer = letter_tokenizer() if tokenizer is None else tokenizer
         self.resident = Resident(self.model, folder)
-        self.engine = TransformersEngine(self.model, self.resident, ends=ends, **options)
+        self.mixing = Mixing(self.model, self.resident, mix, held) if mix else None
+        self.engine = TransformersEngine(self.model, self.resident, ends=ends, mixing=self.mixing, **options)
         self._app_options = app_options or {}
 
     def single(self, text, prompt, tokens, **options):

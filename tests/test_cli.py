@@ -272,7 +272,7 @@ def test_eval_fuses_by_any_method(run, folder):
     """Two opposite changes add up to nothing; of the largest ones one is left, as in a file that `fuse` made."""
     assert run(f"{TRAIN} --data sums.jsonl -o a.safetensors")[0] == 0
     shutil.copy("a.safetensors", "b.safetensors")
-    both = "a.safetensors=100 b.safetensors=-100"
+    both = "a.safetensors=-100 b.safetensors=100"
     assert run(f"fuse {both} --base model --method max -o fused.safetensors")[0] == 0
 
     def accuracies(options):

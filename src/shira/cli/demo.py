@@ -27,7 +27,7 @@ __all__ = ["demo"]
 
 PAIR = ("spam", "questions")
 # the examples, 960, have balanced labels
-RECIPE = Recipe(model=SMOLLM2, density=0.02, batch_size=4, steps=40, limit=960, license="Apache-2.0")
+RECIPE = Recipe(model=SMOLLM2, density=0.02, batch_size=4, steps=40, warmup=0.15, limit=960, license="Apache-2.0")
 SWITCHES = 9  # timings of each switch; their median is shown
 
 

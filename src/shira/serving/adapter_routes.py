@@ -187,7 +187,8 @@ class AdapterRoutes:
 
 def _places(tiers: dict[str, Any]) -> dict[tuple[str, str], str]:
     """(name, version) -> where an adapter is: "weights" or "ready"."""
-    places = {(part.name, part.version): "ready" for key in tiers["ready"] for part in of_key(key).parts}
+    ready = (*tiers["ready"], *tiers.get("sharing", ()))
+    places = {(part.name, part.version): "ready" for key in ready for part in of_key(key).parts}
     return places | {(part.name, part.version): "weights" for part in of_key(tiers["weights"]).parts}
 
 

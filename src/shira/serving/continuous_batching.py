@@ -1,6 +1,6 @@
-"""Transformers' continuous batching, with one selection of adapters in each step.
+"""Transformers' continuous batching, with one selection of adapters in each step, or with several that share it (`mixing`).
 
-A step is a forward pass over the requests of one selection. The requests of others keep their places in the KV cache meanwhile.
+A step is a forward pass over their requests. The requests of others keep their places in the KV cache meanwhile.
 This file extends classes of Transformers that are not part of its public interface. Nothing imports it before an engine is
 built.
 """
@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 from transformers.generation.logits_process import LogitsProcessorList
 
+from .mixing import MIXED, Mixing
 from .sampling import RowSampler, Ticket
 from .turns import Turns
 
@@ -44,7 +45,10 @@ class TurnScheduler(Scheduler):  # type: ignore[misc]  # mypy does not follow Tr
 
     def __init__(self, cache: Any, safety_margin: float | None, max_requests_per_batch: int) -> None:
         self.turns = Turns()
+        self.mixing: Mixing | None = None
         self.key = ""
+        self.rows: list[tuple[str, int]] = []  # (key, number of tokens) of each request in a step that selections share
+        self.mixed_steps = 0
         self.on_turn: Callable[[Sequence[str]], None] = lambda upcoming: None
         self.interrupted = 0  # times that a request has lost its place
         super().__init__(cache, safety_margin or 0.0, max_requests_per_batch)
@@ -53,17 +57,34 @@ class TurnScheduler(Scheduler):  # type: ignore[misc]  # mypy does not follow Tr
         present: dict[str, list[Any]] = {}
         for state in (*self.active_requests.values(), *self.waiting_requests.values()):
             present.setdefault(ticket_of(state).key, []).append(state)
+        if self.mixing is not None and len(present) > 1:
+            present = self._shared(self.mixing, present)
         while present:  # more than once only if the cache has no room for any request of a selection
             since = {key: min(ticket_of(state).arrived for state in states) for key, states in present.items()}
             sizes = {key: len(states) for key, states in present.items()}
             key = self.turns.choose(since, time.monotonic(), sizes)
             batch, fast, tokens, cached = self._batch_of(present.pop(key), token_budget, cache_budget)
             if batch:
+                self.rows = []
+                if key == MIXED:
+                    batch.sort(key=lambda each: ticket_of(each.state).key)
+                    self.rows = [(ticket_of(each.state).key, each.query_length) for each in batch]
+                    self.mixed_steps += 1
                 if key != self.key:
                     self.key = key
                     self.on_turn(self.turns.upcoming())
                 return batch, fast, tokens, cached
         return [], False, 0, 0
+
+    @staticmethod
+    def _shared(mixing: Mixing, present: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Those that share a step under one key. Those whose changes are being read wait, unless nothing else can run."""
+        oldest = sorted(present, key=lambda key: min(map(_arrival, present[key])))
+        shared, waiting = mixing.share({key: len(present[key]) for key in oldest})
+        found = {key: states for key, states in present.items() if key not in shared and key not in waiting}
+        if shared:
+            found[MIXED] = [state for key in shared for state in present[key]]
+        return found or present
 
     def _batch_of(self, states: list[Any], token_budget: int, cache_budget: int) -> tuple[list[Any], bool, int, int]:
         """What Transformers' own code makes of the requests of one selection: those that write first, then those that read."""
@@ -138,6 +159,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]  # mypy does not
         model: nn.Module,
         *,
         turns: Turns,
+        mixing: Mixing | None,
         router: Router,
         use: Callable[[str], None],
         failed: Callable[[Exception], None],
@@ -162,7 +184,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]  # mypy does not
         self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RowSampler()]))
         self.logit_processor.tensors_required = 1
         self.output_router = router
-        self._turns, self._use, self._failed, self._ended = turns, use, failed, ended
+        self._turns, self._mixing, self._use, self._failed, self._ended = turns, mixing, use, failed, ended
         self.last_error: Exception | None = None  # of a step
 
     @property
@@ -183,7 +205,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]  # mypy does not
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
-        processor.scheduler.turns = self._turns
+        processor.scheduler.turns, processor.scheduler.mixing = self._turns, self._mixing
         return processor
 
     def _run_generation_loop(self, **options: bool) -> None:

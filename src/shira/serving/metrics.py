@@ -40,6 +40,7 @@ class Metrics:
         self.open = gauge("open_requests", "Requests that wait or run, by their adapters.", ["selection"])
         self.switches = counter("switches", "Switches from one selection to another.")
         self.switching = counter("switch_seconds", "Seconds spent switching.")
+        self.mixed = counter("mixed_steps", "Steps that selections have shared.")
         self.lookups = counter("ready_lookups", "Selections that were wanted: those that were ready, and others.", ["found"])
         self.ready = gauge("ready_selections", "Selections that are held ready.")
         self.longest = gauge("longest_wait_seconds", "The longest time that a selection has waited for its turn.")
@@ -77,11 +78,13 @@ class Metrics:
         for counter, name in (
             (self.switches, "switches"),
             (self.switching, "switch_seconds"),
+            (self.mixed, "mixed_steps"),
             (self.lookups.labels("ready"), "hits"),
             (self.lookups.labels("not ready"), "misses"),
         ):
-            counter.inc(max(0, tiers[name] - self._before.get(name, 0)))
-            self._before[name] = tiers[name]
+            value = tiers.get(name, 0)
+            counter.inc(max(0, value - self._before.get(name, 0)))
+            self._before[name] = value
         self.ready.set(len(tiers["ready"]))
         self.longest.set(tiers.get("longest_wait", 0.0))
         self.adapters.set(served)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..files.paths import State
+from ..sparse.tensor import SparseTensor
 from ..switching.sources import AdapterSource
 from ..switching.switcher import Switcher
 from ..weights.model_tensors import named_tensors
@@ -119,6 +120,11 @@ class Resident:
         """The base's values at sorted positions [k] of one of the model's tensors, whatever is in the weights now."""
         return self._switcher.base_values(name, indices)
 
+    def changes(self, key: str) -> dict[str, SparseTensor]:
+        """What `use` would change in the base (`Switcher.changes`). Raises what `use` raises."""
+        found: dict[str, SparseTensor] = self._make_ready(key, self._switcher.changes)
+        return found
+
     def tiers(self) -> dict[str, Any]:
         """Where the selections are, by key; and how often it was switched, in how many seconds, to how many that were ready."""
         return {
@@ -137,13 +143,13 @@ class Resident:
             self._hits, self._misses = self._hits + is_ready, self._misses + (not is_ready)
         self._switcher.use(names)
 
-    def _make_ready(self, key: str, call: Callable[[Any], None]) -> None:
+    def _make_ready(self, key: str, call: Callable[[Any], Any]) -> Any:
         """Call with name -> strength of a selection whose adapters the switcher knows; with None for the base."""
         parts = of_key(key).parts
         sources = []
         try:
             sources = [self._register(part) for part in parts]
-            call({_name_of(part): part.strength for part in parts} or None)
+            return call({_name_of(part): part.strength for part in parts} or None)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise AdapterReplaced(f"the file of '{of_key(key)}' was removed after the request came") from error
         finally:

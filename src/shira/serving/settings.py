@@ -36,6 +36,11 @@ class Settings:
         "Seconds that a selection waits at most, plus a step and a switch for each ahead of it, while all can be ready.",
         ge=0,
     )
+    mix: int = option(
+        0,
+        "Selections with at most so many requests share steps (0: none do), which rounds otherwise. Transformers engine only.",
+        ge=0,
+    )
     ready: int = option(16, "Selections held ready in memory.", ge=2)
     host_ready: int = option(0, "And more of them in host memory, for a model on a GPU.", ge=0)
     max_running: int = option(64, "Requests in a batch.", ge=1)

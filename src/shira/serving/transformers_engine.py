@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import ShiraError
 from ..integrations import transformers as hf
 from .cpu_linear import take_onednn
+from .mixing import MIXED, Mixing
 from .problems import Problem
 from .resident import Resident
 from .sampling import Sampling, Ticket, TokenLogprob
@@ -107,7 +108,8 @@ class TransformersEngine:
     """A causal language model of Transformers with the adapters of a served folder.
 
     resident: puts a selection into the model's weights. Nobody else may use it, or the model, after `start`.
-    turns: whose turn it is. max_running: requests in a step. step_tokens: tokens in a step; a longer prompt takes several.
+    turns: whose turn it is. mixing: lets selections share steps, over the same model and resident.
+    max_running: requests in a step. step_tokens: tokens in a step; a longer prompt takes several.
     cache_tokens: size of the KV cache; by default 1 GiB on a CPU and half of the free memory of a GPU, or less if the requests
     cannot use it.
     longest: tokens of a request, with its answer; by default what the model's configuration says.
@@ -122,6 +124,7 @@ class TransformersEngine:
         *,
         ends: Sequence[int] = (),
         turns: Turns | None = None,
+        mixing: Mixing | None = None,
         max_running: int = 64,
         step_tokens: int = 512,
         cache_tokens: int | None = None,
@@ -129,6 +132,7 @@ class TransformersEngine:
     ) -> None:
         take_onednn(model)
         self._resident = resident
+        self._mixing = mixing
         self.ends = frozenset(ends)
         config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
         self.vocabulary = int(config.vocab_size)
@@ -140,8 +144,11 @@ class TransformersEngine:
         self._coming: set[str] = set()
         self.tokens = Counter[str]()  # "prompt": read, "generated": written, "failed": requests that an error ended
         self._manager: Any = _manager(
-            self, model, turns or Turns(), max_running, step_tokens, cache_tokens, longest or _context(config)
+            self, model, turns or Turns(), mixing, max_running, step_tokens, cache_tokens, longest or _context(config)
         )
+        if mixing is not None:
+            mixing.keep_called()
+            mixing.wanted = self._want_changes
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         self._scheduler = self._manager.scheduler
@@ -207,10 +214,14 @@ class TransformersEngine:
     async def prefetch(self, key: str) -> None:
         """Read and check the adapters of a selection that no request has used before. Raises ShiraError."""
         if key and key not in self._known_good:
-            await asyncio.get_running_loop().run_in_executor(self._reader, self._resident.prefetch, key)
+            await asyncio.get_running_loop().run_in_executor(self._reader, self._first_read, key)
             self._known_good[key] = None
             while len(self._known_good) > KNOWN_GOOD:
                 self._known_good.popitem(last=False)
+
+    def _first_read(self, key: str) -> None:
+        if self._mixing is None or not self._mixing.read(key):
+            self._resident.prefetch(key)
 
     async def pin(self, key: str, pinned: bool) -> None:
         """Hold a selection ready in memory, or no longer. Raises ShiraError."""
@@ -222,6 +233,8 @@ class TransformersEngine:
         more = {
             "requests": dict(waiting),
             "interrupted": self._scheduler.interrupted,
+            "mixed_steps": self._scheduler.mixed_steps,
+            "sharing": self._mixing.held if self._mixing is not None else [],
             "longest_wait": self._scheduler.turns.longest_wait,
             **self.tokens,
         }
@@ -254,7 +267,9 @@ class TransformersEngine:
 
     def use(self, key: str) -> None:
         """Before each step."""
-        self._resident.use(key)
+        if self._mixing is not None:
+            self._mixing.begin(self._scheduler.rows if key == MIXED else ())
+        self._resident.use("" if key == MIXED else key)
 
     def step_failed(self, error: Exception) -> None:
         """After a step that failed. Raises what prevents the base from being restored; then the engine ends."""
@@ -288,15 +303,22 @@ class TransformersEngine:
 
     def _read_ahead(self, upcoming: Sequence[str]) -> None:
         for key in upcoming[:AHEAD]:
-            if key and key not in self._coming and not self._stopping:
+            if key not in ("", MIXED, *self._coming) and not self._stopping:
                 self._coming.add(key)
-                with contextlib.suppress(RuntimeError):  # the engine is being closed
-                    self._reader.submit(self._read, key)
+                self._read_later(self._resident.prefetch, key)
 
-    def _read(self, key: str) -> None:
+    def _want_changes(self, key: str) -> None:
+        assert self._mixing is not None
+        self._read_later(self._mixing.read, key)
+
+    def _read_later(self, read: Callable[[str], object], key: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the engine is being closed
+            self._reader.submit(self._read, read, key)
+
+    def _read(self, read: Callable[[str], object], key: str) -> None:
         try:
             with contextlib.suppress(ShiraError, OSError):  # its own turn will raise it
-                self._resident.prefetch(key)
+                read(key)
         finally:
             self._coming.discard(key)
 
@@ -333,6 +355,7 @@ def _manager(
     engine: TransformersEngine,
     model: nn.Module,
     turns: Turns,
+    mixing: Mixing | None,
     max_running: int,
     step_tokens: int,
     cache_tokens: int | None,
@@ -352,6 +375,7 @@ def _manager(
         manager = Manager(
             model,
             turns=turns,
+            mixing=mixing,
             router=Router(engine.deliver, engine.request_failed),
             use=engine.use,
             failed=engine.step_failed,

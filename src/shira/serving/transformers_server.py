@@ -22,6 +22,7 @@ from .adapter_routes import AdapterRoutes, watching
 from .catalogue import Catalogue, shapes_of
 from .gate import Gate, Keys
 from .metrics import Metrics
+from .mixing import Mixing
 from .openai_routes import OpenAIRoutes
 from .problems import Refused, error_body
 from .resident import Resident
@@ -87,11 +88,13 @@ async def _as_openai(request: Request, error: Exception) -> Response:
 def built(model: nn.Module, tokenizer: Any, settings: Settings) -> tuple[TransformersEngine, Catalogue]:
     """An engine over a loaded model, and the catalogue of the served folder. Raises EngineError and SelectionError."""
     catalogue = Catalogue(settings.adapters, settings.base_names, shapes_of(settings.model))
+    resident = Resident(model, settings.adapters, ready=settings.ready, host=settings.host_ready)
     engine = TransformersEngine(
         model,
-        Resident(model, settings.adapters, ready=settings.ready, host=settings.host_ready),
+        resident,
         ends=ends_of(model, tokenizer),
         turns=Turns(quantum=settings.quantum, patience=settings.patience, ready=settings.ready + settings.host_ready),
+        mixing=Mixing(model, resident, settings.mix, settings.ready) if settings.mix else None,
         max_running=settings.max_running,
         step_tokens=settings.step_tokens,
         cache_tokens=settings.kv_tokens,

@@ -53,7 +53,14 @@ def settings() -> Settings:
         raise ShiraError(
             f"{ADAPTERS} must be the folder that adapters are served from, found {shown(os.environ.get(ADAPTERS))}"
         )
-    return Settings(**values)
+    return _possible(Settings(**values))
+
+
+def _possible(chosen: Settings) -> Settings:
+    """The settings. Raises ShiraError for one that only the Transformers engine has."""
+    if chosen.mix:
+        raise ShiraError("selections share steps (--mix, SHIRA_MIX) in the Transformers engine only; add --engine transformers")
+    return chosen
 
 
 def _variable(name: str) -> str:
@@ -74,9 +81,12 @@ def _value(text: str, parse: Any, allowed: tuple[Any, ...]) -> Any:
 
 
 def variables(chosen: Settings) -> dict[str, str]:
-    """The environment variables that say these settings, and those that let vLLM run with this engine."""
+    """The environment variables that say these settings, and those that let vLLM run with this engine.
+
+    Raises ShiraError for a setting that this engine does not have.
+    """
     said = {}
-    for field in dataclasses.fields(chosen):
+    for field in dataclasses.fields(_possible(chosen)):
         value = getattr(chosen, field.name)
         if value is not None and value != field.default:
             said[_variable(field.name)] = ",".join(value) if isinstance(value, list) else str(value)
