@@ -4,12 +4,10 @@ A mixed step computes the base's product of all rows, and adds to each row the s
 y = W x + ΔW x. Turns write one adapter after another in place, and each computes its own rows. The layers are those that the
 paper adapts, without what lies between them.
 
-An experiment: the engines of `shira serve` take turns, so that an answer has the bits of a single run. A mixed step rounds
-otherwise: to bfloat16 after W x, and once more after the sum.
+`shira serve --mix` does so. A mixed step rounds otherwise: to bfloat16 after W x, and once more after the sum.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,48 +16,31 @@ import torch
 from torch import Tensor, nn
 
 import shira
+from shira import kernels
+from shira.kernels import RowChange
 
 from .common import alternate, busy_clock, print_row, show
 from .switch import DENSITY, LLAMA2_7B, adapter_for, model_of
 
 SMOLLM2 = ([(576, 576)] + [(192, 576)] * 2 + [(1536, 576), (576, 1536)]) * 30
-Change = tuple[Tensor, Tensor, Tensor]  # ΔW by rows: where each begins, int32 [out + 1]; columns, int32 [k]; float32 [k]
 
 
-def change_of(tensor: shira.SparseTensor, weight: Tensor) -> Change:
-    """What an adapter changes in a weight, on the weight's device."""
-    where = tensor.indices.long().to(weight.device)
-    deltas = tensor.values.to(weight.device).float() - weight.detach().view(-1)[where].float()
-    starts = torch.searchsorted(where, torch.arange(0, weight.numel() + 1, weight.shape[1], device=weight.device))
-    return starts.int(), (where % weight.shape[1]).int(), deltas
+def adder(changes: list[RowChange], rows: int, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+    """What adds the sparse products of one layer to its output: by one launch of Triton on a GPU, else by the library.
 
-
-def sparse(change: Change, shape: torch.Size) -> Tensor:
-    """The same as a tensor of torch."""
-    with warnings.catch_warnings(action="ignore"):  # a note that CSR tensors are in beta state
-        return torch.sparse_csr_tensor(*change, shape, check_invariants=False)
-
-
-def add_by_torch(output: Tensor, inputs: Tensor, changes: list[Tensor], rows: int) -> None:
-    """Add each row's ΔW x to `output`, [batch, out]. changes: of each adapter, as a CSR tensor. rows: of each adapter."""
-    for change, own, given in zip(changes, output.split(rows), inputs.split(rows), strict=True):
-        own += (change @ given.T.float()).T
-
-
-def adders(weight: Tensor, adapters: list[shira.Adapter], name: str, rows: int) -> Callable[[Tensor, Tensor], None]:
-    """What adds the sparse products of one layer: by Triton on a GPU, else by torch."""
-    changes = [change_of(adapter.tensors[name], weight) for adapter in adapters]
-    if weight.is_cuda:
+    changes: of each adapter. rows: of each adapter.
+    """
+    if device.type == "cuda":
         from . import mixed_kernel
 
-        table = mixed_kernel.table_of(changes, rows, weight.device)
+        table = mixed_kernel.table_of([(each.starts, each.columns, each.changes) for each in changes], rows, device)
 
         def add(output: Tensor, inputs: Tensor, kept: Any = changes) -> None:  # kept: the table holds addresses only
             mixed_kernel.add(output, inputs, table, rows)
 
         return add
-    matrices = [sparse(change, weight.shape) for change in changes]
-    return lambda output, inputs: add_by_torch(output, inputs, matrices, rows)
+    groups = [(number * rows, (number + 1) * rows, change) for number, change in enumerate(changes)]
+    return lambda output, inputs: kernels.add_products_(output, inputs, groups)
 
 
 def measure(
@@ -73,7 +54,11 @@ def measure(
     for number, adapter in enumerate(adapters):
         switcher.add(str(number), adapter)
     batch = {width: torch.randn(count * rows, width, dtype=dtype, device=device) for _, width in shapes}
-    added = {name: adders(weight, adapters, name, rows) for name, weight in weights.items()}
+    changes = [switcher.changes(str(number)) for number in range(count)]
+    added = {}
+    for name, weight in weights.items():
+        made = [kernels.row_change(each[name].indices, each[name].values, tuple(weight.shape)) for each in changes]
+        added[name] = adder(made, rows, weight.device)
 
     def step(first: int, last: int) -> None:
         for weight in weights.values():

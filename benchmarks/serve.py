@@ -111,25 +111,32 @@ def by_mask(
         table(measured(f"shira, {name}", server, names, wanted, repeats))
 
 
-def by_mix(mix: int = 8, repeats: int = 3, quick: bool = False) -> list[dict[str, Any]]:
+def by_mix(mix: int = 8, repeats: int = 3, adapters: int = 100, quick: bool = False) -> list[dict[str, Any]]:
     """Print what turns write, and steps that selections share, on two servers that are measured in turn; and the base.
 
-    mix: of `shira serve --mix`.
+    mix: of `shira serve --mix`. adapters: how many there are. With at most eight, vLLM's LoRA is a third server, if
+    SHIRA_VLLM_PYTHON names an interpreter with vLLM.
 
     python -c "from benchmarks.serve import by_mix; by_mix()"
     """
-    wanted = [Cell(2, 2)] if quick else [Cell(clients, adapters) for clients in (8, 64) for adapters in (0, 2, 8, 100)]
-    wanted += [] if quick else [Cell(8, 100, SKEW), Cell(64, 100, SKEW)]
+    wanted = [Cell(clients, count) for clients in (8, 64) for count in (0, 2, 8, 100)] + [
+        Cell(8, 100, SKEW),
+        Cell(64, 100, SKEW),
+    ]
+    wanted = [Cell(2, 2)] if quick else [cell for cell in wanted if cell.adapters <= adapters]
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = Path(temporary)
         model = load_model(SMOLLM2, DTYPE)
         (folder / "shira").mkdir()
-        names = make_adapters(model, folder / "shira", 4 if quick else 100)
-        del model
-        setups = {"turns": 0, f"--mix {mix}": mix}
-        servers = {
-            setup: stack.enter_context(engine(folder, "transformers", ready=64, mix=most)) for setup, most in setups.items()
+        names = make_adapters(model, folder / "shira", 4 if quick else adapters)
+        started = {
+            "turns": engine(folder, "transformers", ready=64),
+            f"--mix {mix}": engine(folder, "transformers", ready=64, mix=mix),
         }
+        if (python := os.environ.get(VLLM)) and len(names) <= 8:
+            started["LoRA, vLLM"] = vllm_lora(folder, python, save_loras(model, folder / "lora", names))
+        del model
+        servers = {setup: stack.enter_context(server) for setup, server in started.items()}
         rows = measured_in_turn(servers, names, wanted, repeats)
         table(rows)
         return rows

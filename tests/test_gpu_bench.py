@@ -56,12 +56,18 @@ def test_the_product_benchmark_runs_in_small(gpu, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("by", ["torch", "triton"])
+@pytest.mark.parametrize("by", ["the library", "triton"])
 def test_the_sparse_products_of_a_mixed_batch(gpu, by, dtype):
     """Each row gets what its own adapter changes; an adapter without entries in a row of the weight, and rows without any."""
-    mixed, rows = importlib.import_module("benchmarks.mixed"), 3
-    weight = torch.randn(70, 96, device=DEVICE).to(dtype)
-    adapters = [random_adapter(nn.ParameterDict({"w": weight}), seed, density) for seed, density in enumerate((0.3, 0.01))]
+    rows, weight = 3, torch.randn(70, 96, device=DEVICE).to(dtype)
+    model = nn.ParameterDict({"w": weight})
+    adapters = [random_adapter(model, seed, density) for seed, density in enumerate((0.3, 0.01))]
+    switcher = shira.Switcher(model)
+    for number, adapter in enumerate(adapters):
+        switcher.add(str(number), adapter)
+    deltas = [switcher.changes(str(number))["w"] for number in range(2)]
+    changes = [kernels.row_change(delta.indices, delta.values, (70, 96)) for delta in deltas]
+    assert (changes[1].starts.diff() == 0).any()
     inputs = torch.randn(2 * rows, 96, device=DEVICE).to(dtype)
     expected = []
     for adapter, given in zip(adapters, inputs.split(rows), strict=True):
@@ -69,14 +75,13 @@ def test_the_sparse_products_of_a_mixed_batch(gpu, by, dtype):
         changed.view(-1)[adapter.tensors["w"].indices.long().to(DEVICE)] = adapter.tensors["w"].values.to(DEVICE)
         expected.append(given.double() @ changed.double().T)
     output = inputs @ weight.T
-    changes = [mixed.change_of(adapter.tensors["w"], weight) for adapter in adapters]
-    assert (changes[1][0].diff() == 0).any()
-    if by == "torch":
-        mixed.add_by_torch(output, inputs, [mixed.sparse(change, weight.shape) for change in changes], rows)
-    else:
+    if by == "triton":
         pytest.importorskip("triton", reason="Triton is not installed: `make test-gpu` installs it and runs these tests")
         kernel = importlib.import_module("benchmarks.mixed_kernel")
-        kernel.add(output, inputs, kernel.table_of(changes, rows, weight.device), rows)
+        triples = [(change.starts, change.columns, change.changes) for change in changes]
+        kernel.add(output, inputs, kernel.table_of(triples, rows, weight.device), rows)
+    else:
+        kernels.add_products_(output, inputs, [(0, rows, changes[0]), (rows, 2 * rows, changes[1])])
     wrong = (output - torch.cat(expected)).abs().max() / torch.cat(expected).abs().max()
     assert wrong < (1e-5 if dtype == torch.float32 else 1e-2)
 
