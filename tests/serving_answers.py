@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import aiohttp
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a command it is in tests/
 from benchmarks.serving_load import SERVE, Asked, ask, asked_of, load, make_adapters, save_adapter, serving
 
 NONSENSE = (b"", b"{", b"[1]", b'{"model": 3}', b'{"model": "adapter000", "prompt": {"a": 1}}', b"\xff\xfe")
