@@ -50,6 +50,7 @@ class Served:
         self.mixing = Mixing(self.model, self.resident, mix, held) if mix else None
         self.engine = TransformersEngine(self.model, self.resident, ends=ends, mixing=self.mixing, **options)
         self._app_options = app_options or {}
+        self._computed = self._computes()
 
     def single(self, text, prompt, tokens, **options):
         """What Transformers' `generate` writes with this selection alone."""
@@ -83,8 +84,13 @@ class Served:
                 await self.engine.stop(0)
 
         result = asyncio.run(whole())
-        assert self.intact()
+        assert self.intact() and torch.equal(self._computes(), self._computed)
         return result
+
+    def _computes(self):
+        """What the model computes, as it is now."""
+        with torch.no_grad():
+            return self.model(torch.tensor([[3, 4, 5]])).logits
 
     def app(self):
         from shira.serving.settings import Settings

@@ -57,18 +57,22 @@ class TurnScheduler(Scheduler):  # type: ignore[misc]  # mypy does not follow Tr
         present: dict[str, list[Any]] = {}
         for state in (*self.active_requests.values(), *self.waiting_requests.values()):
             present.setdefault(ticket_of(state).key, []).append(state)
-        if self.mixing is not None and len(present) > 1:
+        if self.mixing is not None:
             present = self._shared(self.mixing, present)
         while present:  # more than once only if the cache has no room for any request of a selection
             since = {key: min(ticket_of(state).arrived for state in states) for key, states in present.items()}
+            if MIXED in present:
+                since[MIXED] = min(self.turns.since(ticket_of(each).key, ticket_of(each).arrived) for each in present[MIXED])
             sizes = {key: len(states) for key, states in present.items()}
-            key = self.turns.choose(since, time.monotonic(), sizes)
+            now = time.monotonic()
+            key = self.turns.choose(since, now, sizes)
             batch, fast, tokens, cached = self._batch_of(present.pop(key), token_budget, cache_budget)
             if batch:
                 self.rows = []
                 if key == MIXED:
                     batch.sort(key=lambda each: ticket_of(each.state).key)
                     self.rows = [(ticket_of(each.state).key, each.query_length) for each in batch]
+                    self.turns.served_in(MIXED, {key for key, _ in self.rows}, now)
                     self.mixed_steps += 1
                 if key != self.key:
                     self.key = key
@@ -113,6 +117,13 @@ class TurnScheduler(Scheduler):  # type: ignore[misc]  # mypy does not follow Tr
                 return
             self._interrupt(max(later, key=_arrival))
             self.cache.pool.try_to_free_sectors()
+
+    def again(self, states: Sequence[Any]) -> None:
+        """Let requests of a step that failed begin again, from their prompts and what they have written before it."""
+        for state in states:
+            start = state._true_initial_tokens or len(state.initial_tokens)
+            del ticket_of(state).logprobs[len(state.initial_tokens) - start + len(state.generated_tokens) :]
+            self._interrupt(state)
 
     def _interrupt(self, state: Any) -> None:
         again = state.create_equivalent_initial_request()
@@ -215,15 +226,23 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]  # mypy does not
             self._ended()
 
     def _generation_step(self) -> None:
-        """A forward pass. After an error the requests of this step have failed, and the others go on."""
+        """A forward pass. After an error the requests of this step have failed, and the others go on.
+
+        If selections shared the step, the error may be that of one of them: all begin again, in turns of their own.
+        """
         processor = self.batch_processor
         try:
             self._use(processor.scheduler.key)
             super()._generation_step()
+            if self._mixing is not None:
+                self._mixing.step_succeeded(processor.scheduler.key)
         except Exception as error:
             self.last_error = error
             self._failed(error)
-            processor.handle_batch_error(error)
+            if processor.scheduler.rows:
+                processor.scheduler.again([each.state for each in processor.inputs_and_outputs.prepare_batch_update()[0]])
+            else:
+                processor.handle_batch_error(error)
             processor.inputs_and_outputs.requests_in_batch = []  # nothing to update
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..errors import ShiraError
 
-__all__ = ["CLIENT_LEFT", "Problem", "Refused", "error_body", "status_of"]
+__all__ = ["CLIENT_LEFT", "EngineError", "EngineStopped", "Problem", "Refused", "RequestTooLong", "error_body", "status_of"]
 
 CLIENT_LEFT = 499  # the status of an answer that nobody reads
 VERSION = re.compile(r"@[0-9a-f]{16}\b")  # of an adapter, behind its name in the messages of a switcher
@@ -26,6 +26,26 @@ class Refused(Problem):
     def __init__(self, message: str, status: int, code: str) -> None:
         super().__init__(message)
         self.status, self.code = status, code  # type: ignore[misc]  # each refusal has its own
+
+
+class EngineError(Problem):
+    """A model that this engine cannot serve, or a step that failed."""
+
+    status = 500
+    code = "engine_error"
+
+
+class EngineStopped(Problem):
+    """A request that came too late, or that was not finished when the engine ended."""
+
+    status = 503
+    code = "engine_stopped"
+
+
+class RequestTooLong(Problem):
+    """A request for more tokens than there is room for."""
+
+    code = "context_length_exceeded"
 
 
 def status_of(error: Exception) -> int:

@@ -6,6 +6,7 @@ reads the adapters that are wanted next.
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import threading
@@ -22,7 +23,7 @@ from ..errors import ShiraError
 from ..integrations import transformers as hf
 from .cpu_linear import take_onednn
 from .mixing import MIXED, Mixing
-from .problems import Problem
+from .problems import EngineError, EngineStopped, RequestTooLong
 from .resident import Resident
 from .sampling import Sampling, Ticket, TokenLogprob
 from .turns import Turns
@@ -36,26 +37,6 @@ KNOWN_GOOD = 4096  # selections of which it is remembered that they could be rea
 FAILED = "a step of the engine failed ({}); its log has the details"
 WAITING = 8  # times as many requests as in a step may keep their places in the KV cache
 AHEAD = 2  # selections that are made ready before their turn
-
-
-class EngineError(Problem):
-    """A model that this engine cannot serve, or a step that failed."""
-
-    status = 500
-    code = "engine_error"
-
-
-class EngineStopped(Problem):
-    """A request that came too late, or that was not finished when the engine ended."""
-
-    status = 503
-    code = "engine_stopped"
-
-
-class RequestTooLong(Problem):
-    """A request for more tokens than there is room for."""
-
-    code = "context_length_exceeded"
 
 
 class Update(NamedTuple):
@@ -147,8 +128,7 @@ class TransformersEngine:
             self, model, turns or Turns(), mixing, max_running, step_tokens, cache_tokens, longest or _context(config)
         )
         if mixing is not None:
-            mixing.keep_called()
-            mixing.wanted = self._want_changes
+            mixing.wanted = functools.partial(self._read_later, mixing.read)
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         self._scheduler = self._manager.scheduler
@@ -261,6 +241,8 @@ class TransformersEngine:
         thread: threading.Thread | None = self._manager._generation_thread
         self._manager.stop(hard_stop=True, timeout=60) if thread is not None else None
         if thread is None or not thread.is_alive():
+            if self._mixing is not None:
+                self._mixing.close()
             self._resident.use("")
 
     # In the thread that runs the model
@@ -275,6 +257,8 @@ class TransformersEngine:
         """After a step that failed. Raises what prevents the base from being restored; then the engine ends."""
         if not isinstance(error, ShiraError):
             log.error("a step failed", exc_info=error)
+        if self._mixing is not None:
+            self._mixing.step_failed()
         self._resident.use("")
 
     def deliver(self, outputs: list[Any]) -> None:
@@ -306,10 +290,6 @@ class TransformersEngine:
             if key not in ("", MIXED, *self._coming) and not self._stopping:
                 self._coming.add(key)
                 self._read_later(self._resident.prefetch, key)
-
-    def _want_changes(self, key: str) -> None:
-        assert self._mixing is not None
-        self._read_later(self._mixing.read, key)
 
     def _read_later(self, read: Callable[[str], object], key: str) -> None:
         with contextlib.suppress(RuntimeError):  # the engine is being closed
@@ -386,7 +366,13 @@ def _manager(
         )
         manager.warmup()  # allocates the KV cache
         check(manager, expected)
+        if mixing is not None and not mixing.keep_fitting():
+            raise EngineError(f"{type(model).__name__} has no layer that selections can share; leave out --mix")
     except Exception as error:  # whatever Transformers raises for a model that it cannot serve
+        if mixing is not None:
+            mixing.close()
+        if isinstance(error, EngineError):
+            raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise EngineError(
             f"Transformers' continuous batching cannot serve {type(model).__name__}: {said} (transformers {hf.version()}; this "

@@ -11,7 +11,7 @@ single steps nearly all the time would go into reading, and all would wait longe
 There is no clock and no engine in here, so a simulation can use the same code (tests/test_turns.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import inf
 
 from ..errors import ShiraError
@@ -70,9 +70,17 @@ class Turns:
         """The selections that wait for their turn, the next one first."""
         return tuple(key for key in self._waiting if key != self._turn)
 
+    def since(self, key: str, arrived: float) -> float:
+        """Since when a selection waits for a step. arrived: when the oldest of its requests came."""
+        return max(self._served.get(key, arrived), arrived)
+
+    def served_in(self, group: str, keys: Iterable[str], now: float) -> None:
+        """The step that was chosen for a group was that of these selections. A group itself has no waiting time."""
+        self._served.pop(group, None)
+        self._served.update(dict.fromkeys(keys, now))
+
     def _since(self, key: str, present: Mapping[str, float]) -> float:
-        """Since when a selection waits for a step."""
-        return max(self._served.get(key, present[key]), present[key])
+        return self.since(key, present[key])
 
     def _is_over(self, present: Mapping[str, float], now: float, sizes: Mapping[str, int]) -> bool:
         if self._seen != present.keys():

@@ -59,7 +59,10 @@ def settings() -> Settings:
 def _possible(chosen: Settings) -> Settings:
     """The settings. Raises ShiraError for one that only the Transformers engine has."""
     if chosen.mix:
-        raise ShiraError("selections share steps (--mix, SHIRA_MIX) in the Transformers engine only; add --engine transformers")
+        raise ShiraError(
+            "selections share steps (--mix, SHIRA_MIX) in the Transformers engine only: shira serve --engine transformers; or "
+            "unset SHIRA_MIX"
+        )
     return chosen
 
 
@@ -90,6 +93,7 @@ def variables(chosen: Settings) -> dict[str, str]:
         value = getattr(chosen, field.name)
         if value is not None and value != field.default:
             said[_variable(field.name)] = ",".join(value) if isinstance(value, list) else str(value)
+    said[_variable("mix")] = "0"  # whatever the environment says
     said[ADAPTERS] = str(Path(chosen.adapters).absolute())
     others = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name and name != PLUGIN]
     return {**said, "VLLM_PLUGINS": ",".join([*others, PLUGIN]), "VLLM_USE_V2_MODEL_RUNNER": "0"}

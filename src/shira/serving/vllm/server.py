@@ -20,10 +20,10 @@ def serve(settings: Settings) -> None:
 
     Raises MissingExtra without vLLM; ShiraError for a version that was not tested; SelectionError for the folder.
     """
+    environment = {**os.environ, **variables(settings)}
     check_version(installed_version())
     check_entry_points()
     Catalogue(settings.adapters, settings.base_names)  # raises if there is no such folder
-    environment = {**os.environ, **variables(settings)}
     os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments(settings)], environment)
 
 
