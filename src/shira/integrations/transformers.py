@@ -312,7 +312,8 @@ def train(
 
     class Trainer(library.Trainer):  # type: ignore[misc,name-defined]
         def _get_train_sampler(self, *_: Any) -> BatchOrder:
-            return BatchOrder([len(row["input_ids"]) for row in rows], batch_size * accumulate, seed)
+            together = batch_size * accumulate * self.args.world_size  # so any number of processes has the same batches
+            return BatchOrder([len(row["input_ids"]) for row in rows], together, seed)
 
     with temporary_folder(Path(tempfile.gettempdir())) as scratch:  # the Trainer requires one; the caller saves the adapter
         arguments = library.TrainingArguments(
