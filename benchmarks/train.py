@@ -192,7 +192,7 @@ def steps_in_turn(
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     """SmolLM2-135M in float32, with 4 sequences of 128 or 256 tokens; and one 4096² layer, in float32 and bfloat16."""
     if quick:
-        rows = [model_rows(16, 1, 1, methods=["frozen", "shira wm", "PEFT LoRA"])]
+        rows = [model_rows(16, 1, 1, methods=["shira wm", "PEFT LoRA"])]
     else:
         rows = [model_rows(tokens, 4, 9) for tokens in (128, 256)]
         rows += [model_rows(tokens, 4, 2, checkpoint=True) for tokens in (128, 256)]
