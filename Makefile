@@ -28,7 +28,7 @@ help: ## show this
 	$(PYTHON) -m venv .venv
 	@echo "installing pinned dependencies into .venv (about two minutes the first time) ..."
 	$(PIP) --upgrade pip setuptools
-	@awk '/^# The rest/ { exit } /==/ { print > ".venv/half." n++ % 2 }' constraints.txt
+	@awk '/^# The rest/ { exit } /==/ { print > (".venv/half." n++ % 2) }' constraints.txt
 	-printf '.venv/half.%d\n' 0 1 | xargs -P 2 -n 1 $(PIP) --no-deps --requirement
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@

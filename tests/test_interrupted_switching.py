@@ -29,6 +29,7 @@ CALLS = {
     "add": lambda s: s.add("more", adapter(slice(20, 32), 4)),
     "remove": lambda s: s.remove("b"),
     "prefetch": lambda s: s.prefetch("b"),
+    "changes": lambda s: s.changes({"a": 0.5, "b": 2.0}),
     "release": lambda s: s.release(),
 }
 

@@ -359,6 +359,16 @@ def test_settings_travel_in_the_environment(tmp_path, monkeypatch):
     assert environment.settings() == chosen
 
 
+def test_steps_are_not_shared_in_this_engine(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHIRA_ADAPTERS", str(tmp_path))
+    monkeypatch.setenv("SHIRA_MIX", "4")
+    with pytest.raises(ShiraError, match="in the Transformers engine only"):
+        environment.settings()
+    with pytest.raises(ShiraError, match="in the Transformers engine only"):  # before vLLM is looked for
+        server.serve(Settings(model="m", adapters=str(tmp_path), mix=4))
+    assert environment.variables(Settings(model="m", adapters=str(tmp_path)))["SHIRA_MIX"] == "0"
+
+
 def test_the_arguments_of_the_server(tmp_path):
     chosen = Settings(model=str(tmp_path), adapters=str(tmp_path), kv_tokens=100, max_tokens=7, port=1)
     given = server.arguments(chosen)

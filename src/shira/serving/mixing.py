@@ -39,14 +39,15 @@ class Mixing:
     def __init__(self, model: nn.Module, resident: Resident, most: int, held: int) -> None:
         self._model, self._resident, self._most, self._capacity = model, resident, most, held
         self.wanted: Callable[[str], None] = lambda key: None
-        self._lock = threading.Lock()  # of the next five
+        self._lock = threading.Lock()  # of the next six
         self._held: OrderedDict[str, Changes] = OrderedDict()
         self._alone: OrderedDict[str, None] = OrderedDict()  # selections that take turns, whatever the reason
-        self._suspended: set[str] = set()  # those that take turns until one has succeeded
+        self._suspended: OrderedDict[str, None] = OrderedDict()  # those that take turns until one has succeeded
         self._reading: set[str] = set()
         self._present: set[str] = set()
         self._queued: set[str] = set()
         self._layers = _linear_layers(model)
+        self._chosen = False
         self._fits: dict[int, bool] = {}  # id of a weight -> whether its layer got every token so far
         self._sharing: dict[str, Changes] = {}
         self._rows: Sequence[tuple[str, int]] = ()
@@ -77,7 +78,7 @@ class Mixing:
         """
         with self._lock:
             self._queued.discard(key)
-            if key in self._held or key in self._alone or not self._make_room(key):
+            if key in self._held or key in self._alone or not self._make_room():
                 return key in self._held
             self._reading.add(key)
         found = None
@@ -89,18 +90,16 @@ class Mixing:
                 if found is not None:
                     self._held[key] = found
                 else:  # after an error, too: a turn of its own will raise it
-                    self._alone[key] = None
-                    while len(self._alone) > REMEMBERED:
-                        self._alone.popitem(last=False)
+                    _remember(self._alone, key)
         return found is not None
 
-    def _make_room(self, key: str) -> bool:
+    def _make_room(self) -> bool:
         """Whether there is room for one more, after the selections that are not present have made room."""
         for old in [other for other in self._held if other not in self._present and other not in self._sharing]:
-            if len(self._held) + len(self._reading - {key}) < self._capacity:
+            if len(self._held) + len(self._reading) < self._capacity:
                 break
             del self._held[old]
-        return len(self._held) + len(self._reading - {key}) < self._capacity
+        return len(self._held) + len(self._reading) < self._capacity
 
     # In the thread that runs the model
 
@@ -109,7 +108,7 @@ class Mixing:
         kept = []
         for module, hook in zip(self._layers, self._hooks[1:], strict=True):
             kept.append(module) if self._fits.get(id(module.weight)) else hook.remove()
-        self._layers = kept
+        self._layers, self._chosen = kept, True
         return len(kept)
 
     def share(self, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
@@ -150,13 +149,14 @@ class Mixing:
     def step_failed(self) -> None:
         """After a step that failed. The selections that shared it take turns, each until one has succeeded."""
         with self._lock:
-            self._suspended.update(key for key, _ in self._rows)
+            for key, _ in self._rows:
+                _remember(self._suspended, key)
         self.begin(())
 
     def step_succeeded(self, key: str) -> None:
         """After a step of one selection."""
         with self._lock:
-            self._suspended.discard(key)
+            self._suspended.pop(key, None)
 
     def _count(self, _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         first = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
@@ -165,10 +165,13 @@ class Mixing:
 
     def _add(self, module: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight = id(module.weight)
+        groups = self._groups.get(weight)
+        if groups is None and self._chosen:
+            return
         fits = len(inputs) == 1 and output.shape[:-1].numel() == self._tokens
-        if not self._rows:
+        if groups is None:
             self._fits[weight] = fits and self._fits.get(weight, True)
-        elif groups := self._groups.get(weight):
+        else:
             if not fits:
                 raise RuntimeError(
                     f"a layer {list(module.weight.shape)} got {list(output.shape[:-1])} of {self._tokens} tokens"
@@ -184,6 +187,12 @@ class Mixing:
             id(weights[name]): kernels.row_change(tensor.indices, tensor.values.float(), tuple(tensor.shape))
             for name, tensor in tensors.items()
         }
+
+
+def _remember(keys: OrderedDict[str, None], key: str) -> None:
+    keys[key] = None
+    while len(keys) > REMEMBERED:
+        keys.popitem(last=False)
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
