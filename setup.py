@@ -21,7 +21,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")  # where the processor has it: native.h has it chosen when it is loaded
 
 SOURCES = {
-    "shira.kernels.cpu._native": [f"kernels/cpu/{name}.c" for name in ("native", "unite", "combine", "rows")],
+    "shira.kernels.cpu._native": [f"kernels/cpu/{name}.c" for name in ("native", "sampled", "unite", "combine", "rows")],
     "shira.sparse._drawing": ["sparse/draw.c"],
 }
 

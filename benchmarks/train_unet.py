@@ -13,7 +13,6 @@ from experiments.image.parts import unet as emoji_unet
 from torch import nn
 
 from shira import kernels
-from shira.training import convolutions
 
 from .common import alternate, busy_clock, print_row, show
 from .train import NO_DROPOUT, prepare, steps_in_turn
@@ -100,14 +99,11 @@ def weight_gradients(repeats: int = 3) -> None:
         positions = torch.randperm(layer.weight.numel())[: rank * 10 * side].sort().values.int()
         operator = functools.partial(torch.ops.aten.convolution_backward, gradient, input, layer.weight, None)
         settings = (layer.stride, layer.padding, layer.dilation, False, (0, 0), 1)
-
-        def sampled(layer: Any = layer, gradient: Any = gradient, input: Any = input, positions: Any = positions) -> Any:
-            return sum(kernels.sampled_gradient(*part, positions) for part in convolutions._parts(layer, gradient, input))
-
+        sliding = kernels.Sliding(layer.kernel_size, layer.stride, layer.padding, layer.dilation)  # type: ignore[arg-type]
         runs = {
             "input's gradient": functools.partial(operator, *settings, (True, False, False)),
             "whole": functools.partial(operator, *settings, (False, True, False)),
-            "sampled": sampled,
+            "sampled": functools.partial(kernels.sampled_images, gradient, input, positions, sliding),
         }
         ms = {name: 1e3 * value for name, value in alternate(runs, repeats, clock=busy_clock()).items()}
         density = positions.numel() / layer.weight.numel()

@@ -1,4 +1,4 @@
-"""Plans, merges, fusions, gradients and products of rows at random.
+"""Plans, merges, fusions, gradients (of convolutions: fuzz_images.py) and products of rows at random.
 
 The kernels in C give the bits of plain torch, or refuse and write nothing.
 
@@ -12,6 +12,7 @@ import json
 import torch
 
 from conftest import bits, plain_c
+from fuzz_images import an_image, image_gradient
 from shira import AdapterError, SparseTensor, kernels
 from shira.fusion.combining import combine
 from shira.fusion.methods import Method
@@ -31,7 +32,7 @@ MARGIN = 8  # entries of the buffer before and after a weight
 
 def case(draw, pool):
     """What is done with which tensors."""
-    kind = draw.choice(["plan", "plan", "plan", "unite", "fuse", "gradient", "rows"])
+    kind = draw.choice(["plan", "plan", "plan", "unite", "fuse", "gradient", "images", "rows"])
     common = {"kind": kind, "seed": draw.randrange(2**32), "threads": draw.choice([1, 1, 2, 3]), "plain": draw.random() < 0.3}
     if kind == "plan":
         writes = [a_write(draw) for _ in range(draw.choice([1, 1, 2, 3]))]
@@ -43,6 +44,8 @@ def case(draw, pool):
         return (
             common | sides | {"dtype": draw.choice(list(DTYPES)[:2]), "index": draw.choice(list(INDICES)), "density": density}
         )
+    if kind == "images":
+        return common | an_image(draw)
     if kind == "rows":
         sides = {
             "out": draw.choice([0, 1, 63, 130, 300]),
@@ -388,4 +391,4 @@ def a_matrix(layout, rows, columns, dtype, generator):
     return buffer, inner
 
 
-KINDS = {"plan": plan, "unite": unite, "fuse": fuse, "gradient": gradient, "rows": rows}
+KINDS = {"plan": plan, "unite": unite, "fuse": fuse, "gradient": gradient, "images": image_gradient, "rows": rows}

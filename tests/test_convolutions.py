@@ -4,12 +4,14 @@ import contextlib
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 
 import shira
 from conftest import bits
 from shira import kernels
-from shira.training import convolutions
+from shira.training import masters
 
 KINDS = {
     "plain": lambda: nn.Conv2d(5, 7, 3, padding=1),
@@ -47,39 +49,85 @@ def trained(layer: nn.Conv2d, input: torch.Tensor, autocast: bool = False, mask:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("images", INPUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_gradient_has_the_bits_of_torchs_own(kind, images, autocast):
+def test_a_whole_gradient_has_the_bits_of_torchs_own(kind, images, autocast, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(kernels.images, "sampling_wins", lambda *_: False)
     plain, found = trained(KINDS[kind](), INPUTS[images](), autocast)
     assert all(torch.equal(bits(one), bits(other)) for one, other in zip(plain, found, strict=True))
 
 
-@pytest.mark.parametrize("part_bytes", [1, 9_000, 2**24])  # a line, a few images, all images at a time
+@pytest.mark.skipif(not kernels.native.available(), reason="sampling needs the kernels in C")
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("images", INPUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sampled_gradient_is_the_dense_one_at_the_positions(kind, images, part_bytes, monkeypatch):
+def test_a_sampled_gradient_is_the_dense_one_at_the_positions(kind, images, autocast, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(convolutions, "_sampling_wins", lambda *_: True)
-    monkeypatch.setattr(convolutions, "PART_BYTES", part_bytes)
-    monkeypatch.setattr(convolutions.Masters, "sample", None)  # of a whole gradient: not to be called
-    plain, found = trained(KINDS[kind](), INPUTS[images]())
+    monkeypatch.setattr(kernels.images, "sampling_wins", lambda *_: True)
+    monkeypatch.setattr(masters.Masters, "sample", None)  # of a whole gradient: not to be called
+    plain, found = trained(KINDS[kind](), INPUTS[images](), autocast)
     assert all(torch.equal(bits(one), bits(other)) for one, other in zip(plain[:2], found[:2], strict=True))
-    torch.testing.assert_close(found[2], plain[2])
+    torch.testing.assert_close(found[2], plain[2], **({"rtol": 2e-2, "atol": 0.2} if autocast else {}))
+
+
+PAIRS = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@given(
+    sizes=st.tuples(st.integers(0, 6), *[st.integers(1, 6)] * 2, *[st.integers(1, 14)] * 2),
+    sliding=st.builds(kernels.Sliding, PAIRS, PAIRS, st.tuples(st.integers(0, 3), st.integers(0, 3)), PAIRS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    index=st.sampled_from([torch.int32, torch.int64]),
+    density=st.sampled_from([0.0, 0.03, 0.4, 1.0]),
+    length=st.sampled_from([1, 30, 200, 2**11]),  # floats of a row: a line, some lines, some images, all images at a time
+    columns=st.sampled_from([1, 500, 2**17]),  # floats of all rows of the input: a channel, some, all at a time
+    seed=st.integers(0, 99),
+)
+def test_gradients_from_images_are_those_of_float64(sizes, sliding, dtype, index, density, length, columns, seed):
+    images, outs, ins, *sides = sizes
+    places = sliding.places(sides)
+    assume(min(places) > 0)
+    torch.manual_seed(seed)
+    input, grad_output = torch.randn(images, ins, *sides).to(dtype), torch.randn(images, outs, *places).to(dtype)
+    (_, *steps), shape = sliding, (outs, ins, *sliding.kernel)
+    exact = torch.nn.grad.conv2d_weight(input.double(), shape, grad_output.double(), *steps).reshape(-1)
+    indices = (torch.rand(exact.numel()) < density).nonzero().view(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.images, "LENGTH", length)
+        patch.setattr(kernels.images, "COLUMNS", columns)
+        for name in kernels.BACKENDS:
+            with kernels.backend(name):
+                found = kernels.sampled_images(grad_output, input, indices.to(index), sliding)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), exact[indices], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not kernels.native.available(), reason="sampling needs the kernels in C")
-@pytest.mark.parametrize(("side", "mask", "dtype", "sampled"), [
-    (320, "rand", torch.float32, True),
-    (32, "rand", torch.float32, False),
-    (320, "struct", torch.float32, False),
-    (320, "rand", torch.bfloat16, False),
+def test_images_and_positions_that_do_not_fit_are_refused():
+    sliding = kernels.Sliding((3, 3), (1, 1), (1, 1), (1, 1))
+    input, grad_output = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5)
+    for other in (grad_output[:1], torch.randn(2, 4, 5, 4)):
+        with pytest.raises(ValueError, match="is not that of images"):
+            kernels.sampled_images(other, input, torch.tensor([0]), sliding)
+    for wrong in ([-1, 3], [0, 4 * 3 * 9]):
+        with pytest.raises(IndexError, match=r"in a weight \[4, 3, 3, 3\]"):
+            kernels.sampled_images(grad_output, input, torch.tensor(wrong), sliding)
+
+
+@pytest.mark.skipif(not kernels.native.available(), reason="sampling needs the kernels in C")
+@pytest.mark.parametrize(("density", "mask", "dtype", "sampled"), [
+    (0.02, "rand", torch.float32, True),
+    (0.02, "rand", torch.bfloat16, True),
+    (0.04, "struct", torch.float32, True),
+    (0.02, "rand", torch.float64, False),
+    (0.7, "rand", torch.float32, False),
 ])  # fmt: skip
-def test_sampling_is_for_large_weights_with_few_trained_entries(side, mask, dtype, sampled, monkeypatch):
+def test_sampling_is_for_few_trained_entries(density, mask, dtype, sampled, monkeypatch):
     calls = []
-    parts = convolutions._parts
-    monkeypatch.setattr(convolutions, "_parts", lambda *given: calls.append(1) or parts(*given))
-    layer = nn.Conv2d(side, side, 3, padding=1, dtype=dtype)
-    with shira.attach(nn.Sequential(layer), mask=mask, density=0.01, targets=["0"]) as tuner:
-        layer(torch.randn(1, side, 4, 4, dtype=dtype)).sum().backward()
+    real = kernels.images.sampled_images
+    monkeypatch.setattr(kernels.images, "sampled_images", lambda *given: calls.append(1) or real(*given))
+    layer = nn.Conv2d(32, 32, 3, padding=1, dtype=dtype)
+    with shira.attach(nn.Sequential(layer), mask=mask, density=density, targets=["0"]) as tuner:
+        layer(torch.randn(2, 32, 8, 8, dtype=dtype)).sum().backward()
         assert tuner.parameters()[0].grad.abs().sum() > 0
     assert bool(calls) == sampled
 

@@ -4,13 +4,14 @@ import importlib
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 import shira
-from shira import DataError, TargetError, TuningError
+from shira import DataError, TargetError, TuningError, kernels
 from shira.cli.demo import peak_memory_gb
 from shira.integrations.transformers import checkpointing_of, untrained
 from shira.runs.estimate import _Log, estimate
@@ -67,8 +68,9 @@ def real(dtype, method, options):
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
-def test_the_step_without_data_is_the_step_with_data(dtype, method, options, checkpointing):
+def test_the_step_without_data_is_the_step_with_data(dtype, method, options, checkpointing, monkeypatch):
     """Every storage of a real step, counted in the same way: shows what stands in for tuner and PEFT."""
+    monkeypatch.setattr(kernels.native, "_kept_scratch", threading.local())  # that of other tests may be large enough
     found = predicted(dtype, method=method, checkpointing=checkpointing, **options)
     model, trained, held = real(dtype, method, options)
     assert found.parameters == sum(p.numel() for p in trained)

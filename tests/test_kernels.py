@@ -242,7 +242,7 @@ def test_the_sampled_product_where_it_is_chosen_and_where_not(monkeypatch, dtype
 def test_large_sparse_matrices_are_sampled_and_small_ones_are_not():
     wins = kernels.native.sampling_wins
     assert wins(torch.float32, 4096, 4096, 167_772) and wins(torch.bfloat16, 4096, 4096, 167_772)
-    assert not wins(torch.float32, 64, 576, 4_000)
+    assert not wins(torch.float32, 64, 64, 400)
     assert not wins(torch.float32, 4096, 4096, 4096 * 4096)
     assert not wins(torch.float16, 4096, 4096, 167_772)  # the kernel has no such type
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from . import custom_ops, reference, torch_ops
 from .backends import BACKENDS, backend, backend_for, backend_of
-from .cpu import native
+from .cpu import images, native
 from .gpu import ops as gpu
 from .gpu.host_memory import Waiting, arrived
 from .plan import Combined, Contribution, Sum, UnitedPositions, WeightChanged, WeightMemory, Write, WritePlan, same_bits
 from .rows import Group, RowChange, check_groups, row_change
+from .sliding import Sliding
 from .whole_lines import WholeLines, find_whole_lines
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Contribution",
     "Group",
     "RowChange",
+    "Sliding",
     "Sum",
     "UnitedPositions",
     "Waiting",
@@ -48,6 +50,8 @@ __all__ = [
     "row_change",
     "same_bits",
     "sampled_gradient",
+    "sampled_images",
+    "samples_images",
     "swap_",
     "takes_gaps",
     "unite",
@@ -180,6 +184,24 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     """
     place = custom_ops if torch.compiler.is_compiling() else backend_for(grad_output, input, indices)
     gradient: Tensor = place.sampled_gradient(grad_output, input, indices)
+    return gradient
+
+
+def samples_images(grad_output: Tensor, input: Tensor, positions: int, sliding: Sliding) -> bool:
+    """Whether `sampled_images` is faster than the whole gradient of a convolution's weight with so many positions."""
+    if torch.compiler.is_compiling() or backend_for(grad_output, input) is not native:
+        return False
+    return images.sampling_wins(grad_output, input, positions, sliding)
+
+
+def sampled_images(grad_output: Tensor, input: Tensor, indices: Tensor, sliding: Sliding) -> Tensor:
+    """The weight gradient of a two-dimensional convolution at some positions, float32 [k].
+
+    grad_output: [images, out, lines, columns]; input: [images, in, lines, columns]; indices: [k], sorted, flat in
+    [out, in, *sliding.kernel].
+    """
+    in_c = backend_for(grad_output, input, indices) is native and images.takes(grad_output, input)
+    gradient: Tensor = (images if in_c else reference).sampled_images(grad_output, input, indices, sliding)
     return gradient
 
 

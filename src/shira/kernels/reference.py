@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from .plan import Sum, UnitedPositions, WeightChanged, WritePlan, same_bits
 from .rows import Group
+from .sliding import Sliding
 
 __all__ = [
     "add_products_",
@@ -18,6 +20,7 @@ __all__ = [
     "overwrite_",
     "restore_",
     "sampled_gradient",
+    "sampled_images",
     "swap_",
     "unite",
     "write_",
@@ -121,6 +124,17 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     Returns float32 [k].
     """
     return (grad_output.T.float() @ input.float()).reshape(-1)[indices.long()]
+
+
+def sampled_images(grad_output: Tensor, input: Tensor, indices: Tensor, sliding: Sliding) -> Tensor:
+    """The weight gradient of a two-dimensional convolution at `indices`, computed in float32.
+
+    grad_output: [images, out, lines, columns]; input: [images, in, lines, columns]; indices: [k], sorted, flat in
+    [out, in, *sliding.kernel]. Returns float32 [k].
+    """
+    shape, (_, *steps) = (grad_output.shape[1], input.shape[1], *sliding.kernel), sliding
+    whole: Tensor = conv2d_weight(input.float(), shape, grad_output.float(), *steps)
+    return whole.reshape(-1)[indices.long()]
 
 
 def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> None:

@@ -229,7 +229,7 @@ class _StandIn:
         if not (native.available() and native.sampling_wins(grad_output.dtype, rows, columns, self.values.numel())):
             return torch_ops.sampled_gradient(grad_output, kept, self.indices)
         grad_output, kept = grad_output.contiguous(), kept.contiguous()
-        size = native.BLOCK * (rows + columns)
+        size = native.BLOCK * (rows + columns) + 2 * columns
         if self.log.scratch is None or self.log.scratch.numel() < size:
             self.log.scratch = torch.empty(size)
         return torch.zeros(self.values.numel())

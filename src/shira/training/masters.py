@@ -99,6 +99,11 @@ class Masters(Followed):
             return self.whole_lines.gradient(grad_output, kept)
         return kernels.sampled_gradient(grad_output, kept, self.indices)
 
+    def gradient_of_images(self, grad_output: Tensor, input: Tensor, sliding: kernels.Sliding) -> Tensor:
+        """The masters' gradient [k] of a convolution's weight (`kernels.sampled_images`)."""
+        self._note_backward()
+        return kernels.sampled_images(grad_output, input, self.indices, sliding)
+
     def gradient_of_rows(self, rows: Tensor, gradients: Tensor) -> Tensor:
         """The masters' gradient [k] if row rows[i] of the weight has the gradient gradients[i] (`kernels.gradient_of_rows`)."""
         self._note_backward()

@@ -1,9 +1,7 @@
-/* Switching and sampling on the CPU. ../reference.py specifies both; native.py calls them.
+/* Switching on the CPU. ../reference.py specifies it; native.py calls it.
  *
  * swap: copies old entries of weights to a stash, and writes new ones, in one pass over the touched cache lines. Each line is
  * prefetched, because sparse positions are too far apart for the hardware prefetcher.
- *
- * sampled: the weight gradient at a mask's positions, one dot product of two rows for each position.
  */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
 #include "native.h"
@@ -237,126 +235,11 @@ static PyObject *swap(PyObject *self, PyObject *args) {
     return PyLong_FromSsize_t(found);
 }
 
-/* out[i] += rows[r] · columns[c] where positions[i] = r * width + c. Each row and each column is `length` floats long. Four
- * positions of a row at a time, because their sums do not wait for each other. */
-typedef struct {
-    const float *rows, *columns;
-    const void *positions; /* sorted; int32 or int64 */
-    float *out;
-    int64_t width, length;
-    int index_bytes;
-} Sampled;
-
-#define SAMPLED(NAME, INDEX)                                                                                  \
-    FAST_VERSIONS                                                                                             \
-    static void NAME(const Sampled *job, int64_t first, int64_t last) {                                       \
-        const INDEX *positions = (const INDEX *)job->positions;                                               \
-        const int64_t width = job->width, length = job->length;                                               \
-        float *out = job->out;                                                                                \
-        int64_t i = first;                                                                                    \
-        while (i < last) {                                                                                    \
-            const int64_t row = positions[i] / width, begin = row * width, end = begin + width;               \
-            const float *r = job->rows + row * length, *columns = job->columns - begin * length;              \
-            for (; i + 3 < last && positions[i + 3] < end; i += 4) {                                          \
-                const float *a = columns + positions[i] * length, *b = columns + positions[i + 1] * length;   \
-                const float *c = columns + positions[i + 2] * length, *d = columns + positions[i + 3] * length; \
-                float sa = 0.0f, sb = 0.0f, sc = 0.0f, sd = 0.0f;                                             \
-                _Pragma("omp simd reduction(+ : sa, sb, sc, sd)")                                             \
-                for (int64_t t = 0; t < length; t++) {                                                        \
-                    sa += r[t] * a[t];                                                                        \
-                    sb += r[t] * b[t];                                                                        \
-                    sc += r[t] * c[t];                                                                        \
-                    sd += r[t] * d[t];                                                                        \
-                }                                                                                             \
-                out[i] += sa, out[i + 1] += sb, out[i + 2] += sc, out[i + 3] += sd;                           \
-            }                                                                                                 \
-            for (; i < last && positions[i] < end; i++) {                                                     \
-                const float *a = columns + positions[i] * length;                                             \
-                float sa = 0.0f;                                                                              \
-                _Pragma("omp simd reduction(+ : sa)")                                                         \
-                for (int64_t t = 0; t < length; t++) sa += r[t] * a[t];                                       \
-                out[i] += sa;                                                                                 \
-            }                                                                                                 \
-        }                                                                                                     \
-    }
-SAMPLED(sampled_4, int32_t)
-SAMPLED(sampled_8, int64_t)
-
-static void *sampled_share(void *argument) {
-    const Share *share = (const Share *)argument;
-    const Sampled *job = (const Sampled *)share->job;
-    (job->index_bytes == 8 ? sampled_8 : sampled_4)(job, share->begin, share->end);
-    return NULL;
-}
-
-/* Transpose: packed[j * length + t] = from[t * width + j] as float, for `length` tokens, from float32 or bfloat16. */
-typedef struct {
-    const void *from;
-    float *packed;
-    int64_t width, length;
-    int entry_bytes;
-} Pack;
-
-enum { TILE = 16 };
-
-#define PACK(NAME, ENTRY, WIDEN)                                                                       \
-    FAST_VERSIONS                                                                                      \
-    static void NAME(const Pack *job, int64_t first, int64_t last) {                                   \
-        const ENTRY *from = (const ENTRY *)job->from;                                                  \
-        const int64_t width = job->width, length = job->length;                                        \
-        for (int64_t t = 0; t < length; t += TILE) {                                                   \
-            const int64_t tokens = length - t < TILE ? length - t : TILE;                              \
-            for (int64_t j = first; j < last; j++) {                                                   \
-                float *to = job->packed + j * length + t;                                              \
-                if (tokens == TILE)                                                                    \
-                    for (int64_t k = 0; k < TILE; k++) to[k] = WIDEN(from[(t + k) * width + j]);       \
-                else                                                                                   \
-                    for (int64_t k = 0; k < tokens; k++) to[k] = WIDEN(from[(t + k) * width + j]);     \
-            }                                                                                          \
-        }                                                                                              \
-    }
-PACK(pack_float, float, )
-PACK(pack_half, uint16_t, widened)
-
-static void *pack_share(void *argument) {
-    const Share *share = (const Share *)argument;
-    const Pack *job = (const Pack *)share->job;
-    (job->entry_bytes == 2 ? pack_half : pack_float)(job, share->begin, share->end);
-    return NULL;
-}
-
-/* The weight gradient at some positions; see reference.sampled_gradient. It takes tokens in blocks that stay in cache.
- * `scratch` has room for block * (rows + width) floats. `out` must hold zeros at the start. */
-static PyObject *sampled(PyObject *self, PyObject *args) {
-    unsigned long long grad_output, input, positions, out, scratch;
-    long long tokens, rows, width, count, block;
-    int entry_bytes, index_bytes;
-    long threads;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "KKiLLLKiLKKLl", &grad_output, &input, &entry_bytes, &tokens, &rows, &width, &positions,
-                          &index_bytes, &count, &out, &scratch, &block, &threads))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    for (int64_t t = 0; t < tokens; t += block) {
-        const int64_t length = tokens - t < block ? tokens - t : block;
-        float *packed = (float *)(uintptr_t)scratch;
-        const Pack a = {(const char *)(uintptr_t)grad_output + t * rows * entry_bytes, packed, rows, length, entry_bytes};
-        const Pack b = {(const char *)(uintptr_t)input + t * width * entry_bytes, packed + rows * length, width, length,
-                        entry_bytes};
-        const Sampled job = {a.packed, b.packed, (const void *)(uintptr_t)positions, (float *)(uintptr_t)out, width, length,
-                             index_bytes};
-        in_parallel(pack_share, &a, rows, threads, 256);
-        in_parallel(pack_share, &b, width, threads, 256);
-        in_parallel(sampled_share, &job, count, threads, 1024);
-    }
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
 static PyMethodDef methods[] = {
     {"swap", swap, METH_VARARGS, "swap(address of an array of parts, how many, mode, whether to check first, address of begun, threads)"},
     {"outside", outside, METH_VARARGS, "outside(address of an array of parts, how many)"},
-    {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, scratch, block, threads)"},
+    {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, starts, packed, block, threads)"},
+    {"sampled_images", sampled_images, METH_VARARGS, "sampled_images(grad_output, input, entry bytes, images, out, in, address of two sides, positions, index bytes, count, out, starts, packed, some images, some lines, threads)"},
     {"unite", unite, METH_VARARGS, "unite(address of an array of runs, how many, past the last position, merged, counts, index bytes)"},
     {"combine", combine, METH_VARARGS, "combine(address of an array of changes, how many, value bytes, weight, its entry bytes, past the last position, positions, values, base, mode, whether plain)"},
     {"add_products", add_products, METH_VARARGS, "add_products(address of an array of groups, how many, input, its entry bytes, output, its entry bytes, in, out, scratch, threads)"},

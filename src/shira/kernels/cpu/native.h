@@ -63,6 +63,8 @@ typedef struct {
 /* Run `work` on equal shares of `total` items, one share a thread. Each share has at least `enough` items. */
 void in_parallel(void *(*work)(void *), const void *job, int64_t total, long threads, int64_t enough); /* native.c */
 
+PyObject *sampled(PyObject *self, PyObject *args); /* sampled.c */
+PyObject *sampled_images(PyObject *self, PyObject *args);
 PyObject *unite(PyObject *self, PyObject *args); /* unite.c */
 PyObject *combine(PyObject *self, PyObject *args); /* combine.c */
 PyObject *add_products(PyObject *self, PyObject *args); /* rows.c */

@@ -65,9 +65,9 @@ CPU = torch.device("cpu")  # named in every allocation, because torch.set_defaul
 plain_c: ContextVar[bool] = ContextVar("shira_plain_c", default=False)  # True: no instructions that some processors lack
 
 BLOCK = 256  # tokens at a time, so that data that is read many times stays in the second-level cache
-DENSE_NS = {torch.float32: 0.0066, torch.bfloat16: 0.002}  # nanoseconds a token, see `sampling_wins`
-SAMPLED_NS = 0.03
-PACK_NS = 0.4
+DENSE_NS = {torch.float32: 0.010, torch.bfloat16: 0.003}  # nanoseconds a token, see `sampling_wins`
+SAMPLED_NS = 0.025
+PACK_NS = 0.35
 _kept_scratch = threading.local()
 LANES, MOST_THREADS = 16, 64  # as in rows.c and in native.h
 
@@ -224,7 +224,7 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
         return torch_ops.sampled_gradient(grad_output, input, indices)
     grad_output, input, indices = grad_output.contiguous(), input.contiguous(), indices.contiguous()
     out = torch.zeros(indices.numel(), dtype=torch.float32, device=CPU)
-    scratch = _scratch(BLOCK * (rows + columns))
+    starts, packed = scratch(columns, BLOCK * (rows + columns))
     _native.sampled(
         grad_output.data_ptr(),
         input.data_ptr(),
@@ -236,7 +236,8 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
         indices.itemsize,
         indices.numel(),
         out.data_ptr(),
-        scratch.data_ptr(),
+        starts.data_ptr(),
+        packed.data_ptr(),
         BLOCK,
         torch.get_num_threads(),
     )
@@ -263,18 +264,20 @@ def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> Non
         output.itemsize,
         ins,
         outs,
-        _scratch(threads * LANES * (ins + 1)).data_ptr(),
+        scratch(0, threads * LANES * (ins + 1))[1].data_ptr(),
         threads,
     )
     torch.autograd.graph.increment_version(output)
 
 
-def _scratch(size: int) -> Tensor:
-    """Memory for `size` floats, kept for the next call of this thread: new memory would cause page faults in every call."""
+def scratch(integers: int, floats: int) -> tuple[Tensor, Tensor]:
+    """Memory for so many integers and floats, kept for the next call of this thread: new memory would cause page faults in
+    every call."""
+    size = 2 * integers + floats
     kept: Tensor | None = getattr(_kept_scratch, "tensor", None)
     if kept is None or kept.numel() < size:
         kept = _kept_scratch.tensor = torch.empty(size, dtype=torch.float32, device=CPU)
-    return kept
+    return kept[: 2 * integers].view(torch.int64), kept[2 * integers : size]
 
 
 def sampling_wins(dtype: torch.dtype, rows: int, columns: int, positions: int) -> bool:
