@@ -22,7 +22,8 @@ help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 # Most of the time is unpacking, on one processor: so two pip unpack half of the list each. The last pip checks that nothing is
-# missing, or finds what is, and builds shira.
+# missing, or finds what is, and builds shira. Beside it the libraries are compiled that the tests import, once and not by every
+# process of the tests; if that fails, they do it.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shira needs Python 3.11 or newer, found " + sys.version)'
 	$(PYTHON) -m venv .venv
@@ -30,7 +31,8 @@ help: ## show this
 	$(PIP) --upgrade pip setuptools
 	@awk '/^# The rest/ { exit } /==/ { print > (".venv/half." n++ % 2) }' constraints.txt
 	-printf '.venv/half.%d\n' 0 1 | xargs -P 2 -n 1 $(PIP) --no-deps --requirement
-	$(PIP) --no-build-isolation --editable '.[dev]'
+	@PYTHONPATH=src $(BIN)/python -m pytest --collect-only -qq > /dev/null 2>&1 & \
+		$(PIP) --no-build-isolation --editable '.[dev]' && { wait || true; }
 	@touch $@
 
 demo: .venv/ready ## train, save, switch and fuse two adapters on a real model (a few minutes)

@@ -45,7 +45,7 @@ def cast(switcher):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # python swallows what strikes in a destructor
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("torch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", [*CALLS, "using", "after a cast"])
 def test_a_switcher_that_is_interrupted(call, backend):
     act = CALLS.get(call) or {"using": using, "after a cast": cast}[call]
