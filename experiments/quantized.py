@@ -69,7 +69,9 @@ def layers() -> None:
             with shira.attach(model, mask="wm", density=0.01, targets=["0"]) as tuner:
                 values = tuner.parameters()[0]
                 layout = tuner._tuned[0].layout  # type: ignore[attr-defined]
-                own = [layout.indices, *layout.by_rows, *layout.by_columns, values]
+                transposed, order = layout.by_columns
+                rows = [each for positions in (layout.by_rows, transposed) for each in (positions.starts, positions.columns)]
+                own = [layout.indices, *rows, order, values]
                 print(json.dumps(head | {"entries": tuner.nnz, "bytes": sum(t.nbytes for t in own)}))
                 for tokens in TOKENS:
                     print(json.dumps(head | {"tokens": tokens} | timed(model, torch.randn(tokens, inner))), flush=True)

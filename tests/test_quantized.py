@@ -238,7 +238,8 @@ def test_an_adapter_file_only_of_deltas_switches_among_others(way):
             with torch.no_grad():
                 for parameter in tuner.parameters():
                     parameter.fill_(0.1 * (number + 1))
-            switcher.add(title, tuner.adapter())
+            adapter = tuner.adapter()
+        switcher.add(title, adapter)
     for title in "abcacb":
         switcher.use(title)
         seen.setdefault(title, model(**batches[0]).logits.detach())

@@ -354,3 +354,33 @@ def test_a_change_holds_its_own_copies(index):
     with torch.inference_mode():
         inside = kernels.row_change(torch.tensor([1, 5, 11]), torch.tensor([1.0, 2.0, 3.0]), (4, 3))
     assert torch.equal(added("native", torch.zeros(2, 4), torch.ones(2, 3), [(0, 2, inside)]), expected)
+
+
+@given(
+    shape=st.tuples(st.integers(0, 40), st.integers(1, 40)),
+    tokens=st.sampled_from([0, 1, 3, 17, 40]),
+    density=st.sampled_from([0.0, 0.1, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    values=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_products_of_an_input_with_positions_are_those_of_the_dense_matrix(shape, tokens, density, dtype, values, seed):
+    torch.manual_seed(seed)
+    dense = torch.where(torch.rand(shape) < density, torch.randn(shape), 0.0).to(values)
+    input, indices = torch.randn(tokens, shape[1]).to(dtype), dense.view(-1).nonzero().view(-1)
+    positions = kernels.row_positions(indices, shape)
+    for backend in ("native", "torch") if kernels.native.available() else ("torch",):
+        with kernels.backend(backend):
+            found = kernels.row_products(input, positions, dense.view(-1)[indices])
+        assert found.dtype == values
+        torch.testing.assert_close(found, input.to(values) @ dense.T, rtol=1e-4, atol=1e-4)
+
+
+def test_arguments_of_a_product_that_do_not_fit_are_refused():
+    positions = kernels.row_positions(torch.tensor([1, 5]), (4, 3))
+    for input, values in ((torch.ones(2, 4), torch.ones(2)), (torch.ones(3), torch.ones(2)), (torch.ones(2, 3), torch.ones(3))):
+        with pytest.raises(IndexError, match=r"2 positions in \[4, 3\]"):
+            kernels.row_products(input, positions, values)
+    positions.columns.add_(1)
+    with pytest.raises(AdapterError, match="were written to"):
+        kernels.row_products(torch.ones(2, 3), positions, torch.ones(2))

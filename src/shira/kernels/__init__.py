@@ -13,11 +13,12 @@ from torch import Tensor
 
 from . import custom_ops, reference, torch_ops
 from .backends import BACKENDS, backend, backend_for, backend_of
+from .compressed_rows import times
 from .cpu import images, native
 from .gpu import ops as gpu
 from .gpu.host_memory import Waiting, arrived
 from .plan import Combined, Contribution, Sum, UnitedPositions, WeightChanged, WeightMemory, Write, WritePlan, same_bits
-from .rows import Group, RowChange, check_groups, row_change
+from .rows import Group, RowChange, RowPositions, check_groups, row_change, row_positions
 from .sliding import Sliding
 from .whole_lines import WholeLines, find_whole_lines
 
@@ -27,6 +28,7 @@ __all__ = [
     "Contribution",
     "Group",
     "RowChange",
+    "RowPositions",
     "Sliding",
     "Sum",
     "UnitedPositions",
@@ -48,6 +50,8 @@ __all__ = [
     "prepare",
     "restore_",
     "row_change",
+    "row_positions",
+    "row_products",
     "same_bits",
     "sampled_gradient",
     "sampled_images",
@@ -236,3 +240,22 @@ def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> Non
         rows = output.shape[:-1].numel()
         output, input = output.detach().view(rows, output.shape[-1]), input.detach().reshape(rows, input.shape[-1])
     backend_for(output).add_products_(output, input, groups)
+
+
+def row_products(input: Tensor, positions: RowPositions, values: Tensor) -> Tensor:
+    """input · Sᵀ, [tokens, out] in the dtype of the values. No gradient passes through.
+
+    input: [tokens, in]. positions: those of S [out, in]; values: [k], float32 or float64, S's entries there.
+    Raises IndexError for arguments that do not fit each other, and AdapterError for positions that were written to.
+    """
+    positions.check()
+    fits = input.ndim == 2 and input.shape[1] == positions.shape[1] and values.shape == positions.columns.shape
+    if not fits or not input.device == values.device == positions.device:
+        raise IndexError(
+            f"an input {list(input.shape)} on {input.device} and {list(values.shape)} values on {values.device}, for "
+            f"{positions.columns.numel()} positions in {list(positions.shape)} on {positions.device}"
+        )
+    in_c = values.dtype == torch.float32 and input.dtype in (torch.float32, torch.bfloat16)
+    if in_c and backend_for(input, values) is native:
+        return native.row_products(input, positions, values)
+    return times(positions.starts, positions.columns, values, positions.shape, input)

@@ -1,4 +1,4 @@
-"""The change of a weight for some rows of a batch: the data of `kernels.add_products_`, and the checks of it."""
+"""Sparse matrices in compressed rows: the data of `kernels.add_products_` and `kernels.row_products`, and their checks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,65 +12,100 @@ from ..errors import AdapterError
 from ..sparse.tensor import FLOAT_DTYPES, dtype_name
 from ..texts import described
 
-__all__ = ["Group", "RowChange", "check_groups", "row_change"]
+__all__ = ["Group", "RowChange", "RowPositions", "check_groups", "row_change", "row_positions"]
 
 MOST = 2**31 - 1  # entries, and features on each side: starts and columns are int32
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class RowChange:
-    """The change of one weight [out, in], in compressed rows. `row_change` makes it from flat positions.
+class RowPositions:
+    """Positions in a matrix [out, in], in compressed rows.
 
     shape: (out, in).
-    starts: int32 [out + 1], where the entries of each row of the weight begin.
+    starts: int32 [out + 1], where the positions of each row begin.
     columns: int32 [k], each from 0 to in - 1.
-    changes: float32 [k].
 
-    It holds copies of these tensors, and is checked once, when it is made. The copies must not be written to:
-    `kernels.add_products_` refuses a change whose positions have another version counter than then.
+    It holds copies of these tensors, and is checked once, when it is made. The copies must not be written to: `check` finds
+    another version counter than then.
     Raises AdapterError if any of this is not so.
     """
 
     shape: tuple[int, int]
     starts: Tensor
     columns: Tensor
-    changes: Tensor
     device: torch.device = field(init=False)
     version: int = field(init=False)  # the version counter that starts and columns share
-    addresses: tuple[int, ...] = field(init=False)  # of starts, columns and changes, for C; empty on other devices than the CPU
+    addresses: tuple[int, ...] = field(init=False)  # of starts and columns, for C; empty on other devices than the CPU
     memory: tuple[Any, ...] = field(init=False, repr=False)  # holds what is at the addresses: nothing can resize it
 
     def __post_init__(self) -> None:
         _check_shape(self.shape)
-        for name, dtype in (("starts", torch.int32), ("columns", torch.int32), ("changes", torch.float32)):
-            _check_plain(name, getattr(self, name), (dtype,))
-        _check_compressed_rows(*self.shape, self.starts, self.columns, self.changes)
-        (outs, ins), device = self.shape, self.starts.device
-        memory: tuple[np.ndarray[Any, Any], ...] = ()
-        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no version counters
-            none = torch.tensor([ins], dtype=torch.int32, device=device)  # the column of an entry of 0 after all others, for C
-            positions = torch.cat([self.starts, self.columns, none])
-            values = torch.cat([self.changes, torch.zeros(1, dtype=torch.float32, device=device)])
-            if device.type == "cpu":
-                memory = (np.array(positions.numpy()), np.array(values.numpy()))
-                positions, values = map(torch.from_numpy, memory)
-            starts, columns = positions[: outs + 1], positions[outs + 1 : -1]
-        addresses = [array.ctypes.data for array in memory]
+        for name in ("starts", "columns"):
+            _check_plain(name, getattr(self, name), (torch.int32,))
+        _check_compressed_rows(*self.shape, self.starts, self.columns)
+        outs, ins = self.shape
+        none = torch.tensor([ins], dtype=torch.int32, device=self.starts.device)  # the column of an entry of 0 after all others
+        positions, addresses, memory = _owned(self.starts, self.columns, none)
+        starts, columns = positions[: outs + 1], positions[outs + 1 : -1]
         made = {
             "shape": (outs, ins),
             "starts": starts,
             "columns": columns,
-            "changes": values[:-1],
-            "device": device,
+            "device": starts.device,
             "version": columns._version,
-            "addresses": (addresses[0], addresses[0] + starts.nbytes, addresses[1]) if memory else (),
+            "addresses": tuple(address + at for address in addresses for at in (0, starts.nbytes)),
             "memory": memory,
         }
         for name, value in made.items():
             object.__setattr__(self, name, value)
 
     def __reduce__(self) -> Any:
-        return RowChange, (self.shape, self.starts, self.columns, self.changes)  # a copy has addresses of its own
+        return RowPositions, (self.shape, self.starts, self.columns)  # a copy has addresses of its own
+
+    def check(self) -> None:
+        """Raises AdapterError if the positions were written to."""
+        if self.columns._version != self.version:
+            raise AdapterError("the positions of a change were written to after it was made")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RowChange(RowPositions):
+    """The change of one weight [out, in], in compressed rows. `row_change` makes it from flat positions.
+
+    changes: float32 [k], at the positions. The rest is as in `RowPositions`, with one more address.
+    """
+
+    changes: Tensor
+
+    def __post_init__(self) -> None:
+        _check_plain("changes", self.changes, (torch.float32,))
+        RowPositions.__post_init__(self)
+        if self.changes.device != self.device or self.changes.numel() != self.columns.numel():
+            raise AdapterError(
+                f"there must be as many changes as columns, on one device, found {self.columns.numel()} columns and "
+                f"{self.changes.numel()} changes, on {self.device} and {self.changes.device}"
+            )
+        none = torch.zeros(1, dtype=torch.float32, device=self.device)
+        values, address, memory = _owned(self.changes, none)
+        for name, value in (
+            ("changes", values[:-1]),
+            ("addresses", self.addresses + address),
+            ("memory", self.memory + memory),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __reduce__(self) -> Any:
+        return RowChange, (self.shape, self.starts, self.columns, self.changes)
+
+
+def _owned(*tensors: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[Any, ...]]:
+    """(copy, addresses, memory): the tensors one after the other; on the CPU in memory of numpy, which nothing can resize."""
+    with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no version counters
+        copy = torch.cat(tensors)
+        if copy.device.type != "cpu":
+            return copy, (), ()
+        memory = np.array(copy.numpy())
+        return torch.from_numpy(memory), (memory.ctypes.data,), (memory,)
 
 
 Group = tuple[int, int, RowChange]  # the change for the rows first to end - 1
@@ -83,9 +118,18 @@ def row_change(indices: Tensor, changes: Tensor, shape: tuple[int, int]) -> RowC
     weight there, on the same device. shape: (out, in) of the weight, each below 2³¹; k is below 2³¹, too.
     Raises AdapterError if any of this is not so.
     """
+    return RowChange(shape, *_compressed(indices, shape), changes)
+
+
+def row_positions(indices: Tensor, shape: tuple[int, int]) -> RowPositions:
+    """Positions for `kernels.row_products`. The arguments are those of `row_change`; raises what it raises."""
+    return RowPositions(shape, *_compressed(indices, shape))
+
+
+def _compressed(indices: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(starts, columns) of flat positions."""
     _check_shape(shape)
     _check_plain("indices", indices, (torch.int32, torch.int64))
-    _check_plain("changes", changes, (torch.float32,))
     outs, ins = shape
     if indices.numel() > MOST:
         raise AdapterError(f"a change must have fewer than 2^31 entries, found {indices.numel()}")
@@ -99,7 +143,7 @@ def row_change(indices: Tensor, changes: Tensor, shape: tuple[int, int]) -> RowC
         )
     begins = torch.arange(outs + 1, device=flat.device) * ins
     starts = torch.searchsorted(flat, begins, out_int32=True)
-    return RowChange((outs, ins), starts, (flat % max(1, ins)).int(), changes)
+    return starts, (flat % max(1, ins)).int()
 
 
 def _check_shape(shape: Any) -> None:
@@ -119,14 +163,11 @@ def _check_plain(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> Non
         )
 
 
-def _check_compressed_rows(outs: int, ins: int, starts: Tensor, columns: Tensor, changes: Tensor) -> None:
-    if not starts.device == columns.device == changes.device:
-        raise AdapterError(f"starts, columns and changes are on {starts.device}, {columns.device} and {changes.device}")
-    if starts.numel() != outs + 1 or columns.numel() != changes.numel():
-        raise AdapterError(
-            f"there must be {outs + 1} starts and as many changes as columns, found {starts.numel()} starts, "
-            f"{columns.numel()} columns and {changes.numel()} changes"
-        )
+def _check_compressed_rows(outs: int, ins: int, starts: Tensor, columns: Tensor) -> None:
+    if starts.device != columns.device:
+        raise AdapterError(f"starts and columns are on {starts.device} and {columns.device}")
+    if starts.numel() != outs + 1:
+        raise AdapterError(f"there must be {outs + 1} starts, found {starts.numel()}")
     ordered = bool((starts[1:] >= starts[:-1]).all())
     if not ordered or int(starts[0]) != 0 or int(starts[-1]) != columns.numel():
         raise AdapterError(
@@ -155,8 +196,7 @@ def check_groups(output: Tensor, input: Tensor, groups: Sequence[Group]) -> None
             raise IndexError(f"rows of groups must be in order and must not overlap, found {first} to {end} after {before}")
         if change.shape != shape or change.device != device:
             raise IndexError(f"a change {list(change.shape)} on {change.device} for a product {list(shape or ())} on {device}")
-        if change.columns._version != change.version:
-            raise AdapterError("the positions of a change were written to after it was made")
+        change.check()
         before = end
     rows = output.shape[:-1].numel()
     if before > rows:

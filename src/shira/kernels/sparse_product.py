@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
-from .compressed_rows import accept_sparse, times
+from .compressed_rows import accept_sparse
 
 __all__ = ["SparseLayout"]
 
@@ -20,8 +20,7 @@ class SparseLayout:
         """indices: sorted flat positions [k]. shape: (out, in)."""
         accept_sparse()
         self.indices, self.shape = indices, shape
-        rows, columns = indices.long() // shape[1], indices.long() % shape[1]
-        self.by_rows = _starts(rows, shape[0]), columns.int()  # where each row begins, and the columns
+        self.by_rows = kernels.row_positions(indices, shape)
         self.whole_lines = kernels.find_whole_lines(indices, *shape)
         # Sparse tensors are not traced. To say so imports torch's compiler, so it is said here and not on import.
         self.product = torch.compiler.disable(self._product)
@@ -30,14 +29,15 @@ class SparseLayout:
         return SparseLayout, (self.indices, self.shape)
 
     @functools.cached_property
-    def by_columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries in the order of columns, int32: where each column begins, the rows, and each entry's place in `indices`.
+    def by_columns(self) -> tuple[kernels.RowPositions, Tensor]:
+        """The transpose's positions in compressed rows, and each one's place in `indices`, int32 [k].
 
         Computed when the first backward pass needs it.
         """
         rows, columns = self.indices.long() // self.shape[1], self.indices.long() % self.shape[1]
-        order = (columns * self.shape[0] + rows).argsort()
-        return _starts(columns, self.shape[1]), rows[order].int(), order.int()
+        transposed = columns * self.shape[0] + rows
+        order = transposed.argsort()
+        return kernels.row_positions(transposed[order], (self.shape[1], self.shape[0])), order.int()
 
     def _product(self, input: Tensor, values: Tensor) -> Tensor:
         """input [..., in] · Sᵀ: [..., out] in the input's dtype, computed in float32. values: S's entries, float32 [k]."""
@@ -46,12 +46,12 @@ class SparseLayout:
 
     def times(self, values: Tensor, input: Tensor) -> Tensor:
         """input [tokens, in] · Sᵀ, float32."""
-        return times(*self.by_rows, values, self.shape, input)
+        return kernels.row_products(input, self.by_rows, values)
 
     def times_transposed(self, values: Tensor, input: Tensor) -> Tensor:
         """input [tokens, out] · S, float32."""
-        starts, rows, order = self.by_columns
-        return times(starts, rows, values.index_select(0, order), (self.shape[1], self.shape[0]), input)
+        positions, order = self.by_columns
+        return kernels.row_products(input, positions, values.index_select(0, order))
 
     def gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """The gradient of the values: (grad_outputᵀ · input) at the positions, float32 [k]."""
@@ -82,10 +82,3 @@ class _SparseProduct(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_values = ctx.layout.gradient(flat, input.reshape(-1, input.shape[-1]).to(flat.dtype))
         return grad_input, grad_values, None
-
-
-def _starts(lines: Tensor, count: int) -> Tensor:
-    """Where the entries of each line begin, int32 [count + 1]."""
-    starts = torch.zeros(count + 1, dtype=torch.int32, device=lines.device)
-    starts[1:] = torch.bincount(lines, minlength=count).cumsum(0)
-    return starts

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import torch_ops
 from ..plan import Combined, Contribution, UnitedPositions, WeightChanged, Write, WritePlan
-from ..rows import Group
+from ..rows import Group, RowPositions
 
 __all__ = [
     "add_products_",
@@ -28,6 +28,7 @@ __all__ = [
     "gather",
     "overwrite_",
     "restore_",
+    "row_products",
     "sampled_gradient",
     "swap_",
     "takes_gaps",
@@ -69,7 +70,7 @@ DENSE_NS = {torch.float32: 0.010, torch.bfloat16: 0.003}  # nanoseconds a token,
 SAMPLED_NS = 0.025
 PACK_NS = 0.35
 _kept_scratch = threading.local()
-LANES, MOST_THREADS = 16, 64  # as in rows.c and in native.h
+LANES, GROUP_FIELDS, MOST_THREADS = 16, 5, 64  # as in rows.c and in native.h
 
 
 def built() -> bool:
@@ -251,13 +252,27 @@ def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> Non
     """
     if output.dtype not in (torch.float32, torch.bfloat16) or input.dtype not in (torch.float32, torch.bfloat16):
         return torch_ops.add_products_(output, input, groups)
-    input = input.contiguous()
     table = array("q", [field for first, end, change in groups for field in (first, end, *change.addresses)])
+    _add_products(output, input.contiguous(), table)
+    torch.autograd.graph.increment_version(output)
+
+
+def row_products(input: Tensor, positions: RowPositions, values: Tensor) -> Tensor:
+    """See `kernels.row_products`: for float32 values, and an input in float32 or bfloat16. `kernels` has checked all three."""
+    with torch.inference_mode(False), torch.no_grad():
+        output = torch.zeros((input.shape[0], positions.shape[0]), dtype=torch.float32, device=CPU)
+        with_none = torch.cat([values.detach(), torch.zeros(1, dtype=torch.float32, device=CPU)])
+    _add_products(output, input.contiguous(), array("q", [0, input.shape[0], *positions.addresses, with_none.data_ptr()]))
+    return output
+
+
+def _add_products(output: Tensor, input: Tensor, table: "array[int]") -> None:
+    """table: the fields of the groups, as in rows.c."""
     outs, ins = output.shape[1], input.shape[1]
     threads = min(torch.get_num_threads(), MOST_THREADS)
     _native.add_products(
         table.buffer_info()[0],
-        len(groups),
+        len(table) // GROUP_FIELDS,
         input.data_ptr(),
         input.itemsize,
         output.data_ptr(),
@@ -267,7 +282,6 @@ def add_products_(output: Tensor, input: Tensor, groups: Sequence[Group]) -> Non
         scratch(0, threads * LANES * (ins + 1))[1].data_ptr(),
         threads,
     )
-    torch.autograd.graph.increment_version(output)
 
 
 def scratch(integers: int, floats: int) -> tuple[Tensor, Tensor]:
