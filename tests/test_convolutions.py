@@ -102,12 +102,34 @@ def test_gradients_from_images_are_those_of_float64(sizes, sliding, dtype, index
 
 
 @pytest.mark.skipif(not kernels.native.available(), reason="sampling needs the kernels in C")
+def test_a_gradient_is_infinite_where_the_dense_one_is():
+    input, grad_output = torch.ones(17, 3), torch.ones(17, 4)
+    input[12, 1] = float("inf")
+    with kernels.backend("native"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.native, "sampling_wins", lambda *_: True)
+        assert torch.equal(kernels.sampled_gradient(grad_output, input, torch.arange(12)), (grad_output.T @ input).view(-1))
+
+
+@pytest.mark.skipif(not kernels.native.available(), reason="sampling needs the kernels in C")
+def test_one_number_for_both_sides_is_taken_as_torch_takes_it():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3, stride=2)
+    layer.stride = (2,)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.images, "sampling_wins", lambda *_: True)
+        plain, found = trained(layer, torch.randn(2, 3, 9, 9))
+    torch.testing.assert_close(found[2], plain[2])
+
+
+@pytest.mark.skipif(not kernels.native.available(), reason="sampling needs the kernels in C")
 def test_images_and_positions_that_do_not_fit_are_refused():
     sliding = kernels.Sliding((3, 3), (1, 1), (1, 1), (1, 1))
     input, grad_output = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5)
     for other in (grad_output[:1], torch.randn(2, 4, 5, 4)):
         with pytest.raises(ValueError, match="is not that of images"):
             kernels.sampled_images(other, input, torch.tensor([0]), sliding)
+    with pytest.raises(IndexError, match="int32 or int64"):
+        kernels.sampled_images(grad_output, input, torch.tensor([1]).short(), sliding)
     for wrong in ([-1, 3], [0, 4 * 3 * 9]):
         with pytest.raises(IndexError, match=r"in a weight \[4, 3, 3, 3\]"):
             kernels.sampled_images(grad_output, input, torch.tensor(wrong), sliding)

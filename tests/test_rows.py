@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import bits
 from shira import AdapterError, kernels
+from shira.kernels.sparse_product import SparseLayout
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -369,18 +370,27 @@ def test_products_of_an_input_with_positions_are_those_of_the_dense_matrix(shape
     dense = torch.where(torch.rand(shape) < density, torch.randn(shape), 0.0).to(values)
     input, indices = torch.randn(tokens, shape[1]).to(dtype), dense.view(-1).nonzero().view(-1)
     positions = kernels.row_positions(indices, shape)
+    change = kernels.row_change(indices, torch.zeros(len(indices)), shape)  # is positions, too; its values are not these
     for backend in ("native", "torch") if kernels.native.available() else ("torch",):
-        with kernels.backend(backend):
-            found = kernels.row_products(input, positions, dense.view(-1)[indices])
-        assert found.dtype == values
-        torch.testing.assert_close(found, input.to(values) @ dense.T, rtol=1e-4, atol=1e-4)
+        for each in (positions, change):
+            with kernels.backend(backend):
+                found = kernels.row_products(input, each, dense.view(-1)[indices])
+            assert found.dtype == values
+            torch.testing.assert_close(found, input.to(values) @ dense.T, rtol=1e-4, atol=1e-4)
 
 
 def test_arguments_of_a_product_that_do_not_fit_are_refused():
     positions = kernels.row_positions(torch.tensor([1, 5]), (4, 3))
-    for input, values in ((torch.ones(2, 4), torch.ones(2)), (torch.ones(3), torch.ones(2)), (torch.ones(2, 3), torch.ones(3))):
+    wrong = [(torch.ones(2, 4), torch.ones(2)), (torch.ones(3), torch.ones(2)), (torch.ones(2, 3), torch.ones(3))]
+    for input, values in (*wrong, (torch.ones(2, 3), torch.ones(2).half()), (torch.ones(2, 3).int(), torch.ones(2))):
         with pytest.raises(IndexError, match=r"2 positions in \[4, 3\]"):
             kernels.row_products(input, positions, values)
     positions.columns.add_(1)
     with pytest.raises(AdapterError, match="were written to"):
         kernels.row_products(torch.ones(2, 3), positions, torch.ones(2))
+
+
+def test_no_tokens_have_a_gradient_of_none():
+    values, input = torch.ones(2, requires_grad=True), torch.ones(0, 3, requires_grad=True)
+    SparseLayout(torch.tensor([1, 5]), (4, 3)).product(input, values).sum().backward()
+    assert input.grad.shape == (0, 3) and values.grad.tolist() == [0, 0]

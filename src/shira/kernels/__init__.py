@@ -250,12 +250,14 @@ def row_products(input: Tensor, positions: RowPositions, values: Tensor) -> Tens
     """
     positions.check()
     fits = input.ndim == 2 and input.shape[1] == positions.shape[1] and values.shape == positions.columns.shape
-    if not fits or not input.device == values.device == positions.device:
+    fits = fits and input.device == values.device == positions.device and values.dtype in (torch.float32, torch.float64)
+    if not fits or not input.is_floating_point():
         raise IndexError(
-            f"an input {list(input.shape)} on {input.device} and {list(values.shape)} values on {values.device}, for "
-            f"{positions.columns.numel()} positions in {list(positions.shape)} on {positions.device}"
+            f"an input {list(input.shape)}, {input.dtype} on {input.device} and {list(values.shape)} values, {values.dtype} on "
+            f"{values.device}, for {positions.columns.numel()} positions in {list(positions.shape)} on {positions.device}"
         )
-    in_c = values.dtype == torch.float32 and input.dtype in (torch.float32, torch.bfloat16)
-    if in_c and backend_for(input, values) is native:
+    plain = type(input) is Tensor and values.dtype == torch.float32 and input.dtype in (torch.float32, torch.bfloat16)
+    if plain and backend_for(input, values) is native:
         return native.row_products(input, positions, values)
-    return times(positions.starts, positions.columns, values, positions.shape, input)
+    with torch.no_grad():
+        return times(positions.starts, positions.columns, values, positions.shape, input)

@@ -78,7 +78,9 @@ class _SparseProduct(torch.autograd.Function):
         grad_input = grad_values = None
         with torch.autocast(flat.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_input = ctx.layout.times_transposed(values, flat).to(ctx.dtype).view(*grad_output.shape[:-1], -1)
+                grad_input = (
+                    ctx.layout.times_transposed(values, flat).to(ctx.dtype).view(*grad_output.shape[:-1], ctx.layout.shape[1])
+                )
             if ctx.needs_input_grad[1]:
                 grad_values = ctx.layout.gradient(flat, input.reshape(-1, input.shape[-1]).to(flat.dtype))
         return grad_input, grad_values, None

@@ -38,7 +38,7 @@ class SparseConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (input, weight), module = ctx.saved_tensors, ctx.module
         needs_input, _, needs_bias, needs_values = ctx.needs_input_grad[:4]
-        sliding = kernels.Sliding(module.kernel_size, module.stride, module.padding, module.dilation)
+        sliding = kernels.Sliding(*map(_both, (module.kernel_size, module.stride, module.padding, module.dilation)))
         positions = ctx.masters.indices.numel()
         samples = needs_values and kernels.samples_images(grad_output, input, positions, sliding)
         grad_input, whole, grad_bias = torch.ops.aten.convolution_backward(
@@ -60,3 +60,8 @@ class SparseConv2d(torch.autograd.Function):
         elif needs_values:
             grad_values = ctx.masters.sample(whole)
         return None if grad_input is None else grad_input.to(ctx.input_dtype), None, grad_bias, grad_values, None, None
+
+
+def _both(setting: Any) -> tuple[int, int]:
+    """A setting of both sides; one number is for both, as in torch's operator."""
+    return setting[0], setting[-1]

@@ -22,8 +22,8 @@ SAMPLED_NS, POSITION_NS, PACK_NS = 0.06, 8.0, 0.6
 
 
 def takes(grad_output: Tensor, input: Tensor) -> bool:
-    """Whether `sampled_images` exists for the dtypes: both float32, or both bfloat16."""
-    return grad_output.dtype in WHOLE_NS and input.dtype == grad_output.dtype
+    """Whether `sampled_images` takes the tensors: plain ones, both float32 or both bfloat16."""
+    return type(grad_output) is type(input) is Tensor and grad_output.dtype in WHOLE_NS and input.dtype == grad_output.dtype
 
 
 def sampling_wins(grad_output: Tensor, input: Tensor, positions: int, sliding: Sliding) -> bool:
@@ -44,13 +44,15 @@ def sampling_wins(grad_output: Tensor, input: Tensor, positions: int, sliding: S
 
 
 def sampled_images(grad_output: Tensor, input: Tensor, indices: Tensor, sliding: Sliding) -> Tensor:
-    """See `reference.sampled_images`. `takes` says for which dtypes.
+    """See `reference.sampled_images`. `takes` says for which tensors.
 
     Where an input is infinite, gradients may be NaN that are infinite, or finite, there.
     """
     (images, outs, *places), (_, ins, *sides) = grad_output.shape, input.shape
     if sliding.places(sides) != places or len(input) != images:
         raise ValueError(f"a gradient {list(grad_output.shape)} is not that of images {list(input.shape)} and {sliding}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise IndexError(f"positions must be int32 or int64, found {indices.dtype}")
     if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < outs * ins * math.prod(sliding.kernel):
         raise IndexError(f"positions {int(indices[0])} to {int(indices[-1])} in a weight {[outs, ins, *sliding.kernel]}")
     grad_output, input, indices = grad_output.contiguous(), input.contiguous(), indices.contiguous()

@@ -262,7 +262,7 @@ def row_products(input: Tensor, positions: RowPositions, values: Tensor) -> Tens
     with torch.inference_mode(False), torch.no_grad():
         output = torch.zeros((input.shape[0], positions.shape[0]), dtype=torch.float32, device=CPU)
         with_none = torch.cat([values.detach(), torch.zeros(1, dtype=torch.float32, device=CPU)])
-    _add_products(output, input.contiguous(), array("q", [0, input.shape[0], *positions.addresses, with_none.data_ptr()]))
+    _add_products(output, input.contiguous(), array("q", [0, input.shape[0], *positions.addresses[:2], with_none.data_ptr()]))
     return output
 
 

@@ -25,23 +25,31 @@ typedef struct {
 #if defined(__GNUC__) || defined(__clang__)
 enum { WIDE = 8 }; /* floats that are multiplied at once: where wider vectors exist, they are not faster (docs/notebook.md) */
 typedef float Wide __attribute__((vector_size(WIDE * sizeof(float)), aligned(4), may_alias));
+typedef int32_t WideBits __attribute__((vector_size(WIDE * sizeof(float)), aligned(4), may_alias));
+#define ONLY(floats, bits) ((Wide)((WideBits)(floats) & (bits)))
 #else
 enum { WIDE = 1 };
 typedef float Wide;
+typedef int32_t WideBits;
+#define ONLY(floats, bits) (floats)
 #endif
 enum { TOGETHER = 8 }; /* sums that are computed at once, because one does not wait for another */
 
 #define WIDE_AT(address) (*(const Wide *)(address))
 
-/* out[k] += r · columns[k], for k below `count`. rest: the last floats of r, 0 where the vectors before have them. */
-INLINE void add_dots(const float *r, const float *rest, const float *const *columns, int64_t length, float *out,
+/* out[k] += r · columns[k], for k below `count`. rest: a mask of bits for each of the last WIDE floats, those that no vector
+ * before has. The others are taken as 0, whatever they hold. */
+INLINE void add_dots(const float *r, const int32_t *rest, const float *const *columns, int64_t length, float *out,
                      const int count) {
     Wide sums[TOGETHER] = {0};
+    const WideBits bits = *(const WideBits *)rest;
+    (void)bits; /* vectors of one float leave no rest */
     for (int64_t t = 0; t + WIDE <= length; t += WIDE)
         for (int k = 0; k < count; k++) sums[k] += WIDE_AT(r + t) * WIDE_AT(columns[k] + t);
     for (int k = 0; k < count; k++) {
         float lanes[WIDE];
-        if (length % WIDE) sums[k] += WIDE_AT(rest) * WIDE_AT(columns[k] + length - WIDE);
+        if (length % WIDE)
+            sums[k] += ONLY(WIDE_AT(r + length - WIDE), bits) * ONLY(WIDE_AT(columns[k] + length - WIDE), bits);
         memcpy(lanes, &sums[k], sizeof lanes);
         for (int half = WIDE / 2; half; half /= 2)
             for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
@@ -57,13 +65,13 @@ INLINE void add_dots(const float *r, const float *rest, const float *const *colu
         const INDEX *positions = (const INDEX *)job->positions;                                                        \
         const int64_t length = job->length, *starts = job->starts - row * job->width;                                  \
         const float *r = job->rows + row * job->pitch, *columns[TOGETHER];                                             \
-        float rest[WIDE] = {0};                                                                                        \
+        int32_t rest[WIDE] = {0};                                                                                      \
         if (length < WIDE) {                                                                                           \
             for (; i < last && positions[i] < end; i++)                                                                \
                 for (int64_t t = 0; t < length; t++) job->out[i] += r[t] * job->columns[starts[positions[i]] + t];     \
             return i;                                                                                                  \
         }                                                                                                              \
-        for (int64_t t = length - length % WIDE; t < length; t++) rest[t - length + WIDE] = r[t];                      \
+        for (int64_t t = WIDE - length % WIDE; t < WIDE; t++) rest[t] = -1;                                            \
         for (; i + TOGETHER <= last && positions[i + TOGETHER - 1] < end; i += TOGETHER) {                             \
             for (int k = 0; k < TOGETHER; k++) columns[k] = job->columns + starts[positions[i + k]];                   \
             add_dots(r, rest, columns, length, job->out + i, TOGETHER);                                                \
