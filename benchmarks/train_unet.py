@@ -34,9 +34,12 @@ def build(size: str) -> tuple[nn.Module, dict[str, Any], int]:
     return model, inputs(model, 32 if size != "tiny" else 8), 16 if size != "tiny" else 2
 
 
-def unet_step(method: str, size: str, targets: list[str], *, autocast: bool = False) -> tuple[Callable[[], None], int]:
-    """A function that takes one optimizer step of a UNet, and the number of parameters that train."""
-    model, given, rank = build(size)
+def unet_step(
+    method: str, size: str, targets: list[str], *, autocast: bool = False, rank: int = 0
+) -> tuple[Callable[[], None], int]:
+    """A function that takes one optimizer step of a UNet, and the number of parameters that train. rank: of another LoRA."""
+    model, given, usual = build(size)
+    rank = rank or usual
     sparser = {"density": 0.01} if method == SPARSER else {}  # the paper's; else as many as a LoRA of this rank has
     _, trained = prepare("shira wm" if sparser else method, model, targets, rank=rank, **sparser)
     model.train()
@@ -56,20 +59,21 @@ def unet_step(method: str, size: str, targets: list[str], *, autocast: bool = Fa
 
 def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     """The emoji model, under autocast, too; and SD-1.5's layout at half its widths. Attention, then convolutions as well."""
-    setups: list[tuple[str, list[str], bool]] = [
-        ("emoji", ATTENTION, False),
-        ("emoji", BOTH, False),
-        ("emoji", BOTH, True),
-        ("half of SD-1.5", ATTENTION, False),
-        ("half of SD-1.5", BOTH, False),
+    setups: list[tuple[str, list[str], bool, int]] = [
+        ("emoji", ATTENTION, False, 4),
+        ("emoji", BOTH, False, 4),
+        ("emoji", BOTH, True, 4),
+        ("half of SD-1.5", ATTENTION, False, 16),
+        ("half of SD-1.5", BOTH, False, 4),  # the rank of Diffusers' scripts, if none is given
+        ("half of SD-1.5", BOTH, False, 16),
     ]
     rows = []
-    for size, targets, autocast in [("tiny", BOTH, False)] if quick else setups:
+    for size, targets, autocast, rank in [("tiny", BOTH, False, 2)] if quick else setups:
         methods, rounds = (METHODS[2:], 1) if quick else (METHODS, 5)
-        figures = steps_in_turn(unet_step, methods, rounds, size, targets, autocast=autocast)
+        figures = steps_in_turn(unet_step, methods, rounds, size, targets, autocast=autocast, rank=rank)
         what = "attention and convolutions" if targets == BOTH else "attention"
         dtype = "bfloat16 autocast" if autocast else "float32"
-        rows.append(print_row("unet", setup=f"{size}, {what}, {dtype}", **figures))
+        rows.append(print_row("unet", setup=f"{size}, {what}, {dtype}, rank {rank}", **figures))
     title = "a training step"
     if torch.get_num_threads() == 1:  # as in `common.busy_clock`
         rows, title = [row | {"ms": row["cpu_ms"]} for row in rows], f"{title}, processor time"
