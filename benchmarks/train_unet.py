@@ -23,23 +23,22 @@ METHODS = ["frozen", SPARSER, "shira wm", "PEFT LoRA", NO_DROPOUT]
 BOTH = [*ATTENTION, *CONVOLUTIONS]
 
 
-def build(size: str) -> tuple[nn.Module, dict[str, Any], int]:
-    """A UNet in random values and float32, a batch of its inputs, and the rank of a LoRA that suits its widths."""
+def build(size: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A UNet in random values and float32, and a batch of its inputs."""
     torch.manual_seed(0)
     if size == "emoji":  # docs/images.md: latents of 8 x 8, 12 tokens, 24 pictures in a batch
         model = emoji_unet()
-        return model, inputs(model, 8, batch=24, tokens=12), 4
+        return model, inputs(model, 8, batch=24, tokens=12)
     widths = {"half of SD-1.5": (160, 320, 640, 640), "tiny": SMALL["block_out_channels"]}[size]
     model = diffusers.UNet2DConditionModel(**SD15 | {"block_out_channels": widths})
-    return model, inputs(model, 32 if size != "tiny" else 8), 16 if size != "tiny" else 2
+    return model, inputs(model, 32 if size != "tiny" else 8)
 
 
 def unet_step(
-    method: str, size: str, targets: list[str], *, autocast: bool = False, rank: int = 0
+    method: str, size: str, rank: int, targets: list[str], *, autocast: bool = False
 ) -> tuple[Callable[[], None], int]:
-    """A function that takes one optimizer step of a UNet, and the number of parameters that train. rank: of another LoRA."""
-    model, given, usual = build(size)
-    rank = rank or usual
+    """A function that takes one optimizer step of a UNet, and the number of parameters that train. rank: of the LoRA."""
+    model, given = build(size)
     sparser = {"density": 0.01} if method == SPARSER else {}  # the paper's; else as many as a LoRA of this rank has
     _, trained = prepare("shira wm" if sparser else method, model, targets, rank=rank, **sparser)
     model.train()
@@ -70,7 +69,7 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     rows = []
     for size, targets, autocast, rank in [("tiny", BOTH, False, 2)] if quick else setups:
         methods, rounds = (METHODS[2:], 1) if quick else (METHODS, 5)
-        figures = steps_in_turn(unet_step, methods, rounds, size, targets, autocast=autocast, rank=rank)
+        figures = steps_in_turn(unet_step, methods, rounds, size, rank, targets, autocast=autocast)
         what = "attention and convolutions" if targets == BOTH else "attention"
         dtype = "bfloat16 autocast" if autocast else "float32"
         rows.append(print_row("unet", setup=f"{size}, {what}, {dtype}, rank {rank}", **figures))
@@ -81,9 +80,9 @@ def main(plot: Path | None, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def profile(method: str, size: str, *targets: str) -> None:
-    """Print where the time of a step goes: python -m benchmarks.train_unet "shira wm" emoji conv1 conv2"""
-    step, _ = unet_step(method, size, list(targets))
+def profile(method: str, size: str, rank: str, *targets: str) -> None:
+    """Print where the time of a step goes: python -m benchmarks.train_unet "shira wm" emoji 4 conv1 conv2"""
+    step, _ = unet_step(method, size, int(rank), list(targets))
     for _ in range(3):
         step()
     with torch.profiler.profile() as profiler:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shira
 from conftest import bits
@@ -108,6 +109,15 @@ def test_a_gradient_is_infinite_where_the_dense_one_is():
     with kernels.backend("native"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.native, "sampling_wins", lambda *_: True)
         assert torch.equal(kernels.sampled_gradient(grad_output, input, torch.arange(12)), (grad_output.T @ input).view(-1))
+
+
+@pytest.mark.skipif(not kernels.native.available(), reason="sampling needs the kernels in C")
+def test_tensors_without_memory_do_not_reach_c():
+    with FakeTensorMode():
+        grad_output, input, positions = torch.ones(17, 400), torch.ones(17, 300), torch.arange(12)
+        assert kernels.native.sampling_wins(input.dtype, 400, 300, 12)
+        with kernels.backend("native"):
+            assert kernels.sampled_gradient(grad_output, input, positions).shape == (12,)
 
 
 @pytest.mark.skipif(not kernels.native.available(), reason="sampling needs the kernels in C")

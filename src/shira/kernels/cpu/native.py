@@ -221,6 +221,7 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
     where that is faster. The choice depends on sizes and dtypes only, so that a run repeats to the bit."""
     (tokens, rows), columns = grad_output.shape, input.shape[1]
     fits = grad_output.dtype == input.dtype and input.shape[0] == tokens and indices.dtype in (torch.int32, torch.int64)
+    fits = fits and type(grad_output) is type(input) is Tensor  # other kinds may have no memory that C can read
     if not fits or not sampling_wins(grad_output.dtype, rows, columns, indices.numel()):
         return torch_ops.sampled_gradient(grad_output, input, indices)
     grad_output, input, indices = grad_output.contiguous(), input.contiguous(), indices.contiguous()
