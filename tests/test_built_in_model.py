@@ -10,9 +10,11 @@ import shira
 from conftest import all_bits, letter_tokenizer, same_bits
 from shira import BaseMismatch
 from shira.data.models import ALIASES, BUILT_IN, SMOLLM2, built_in, model_path
+from shira.integrations import transformers as hf
 from shira.integrations.card import base_of
 from shira.integrations.transformers import load_model
 from shira.masks import wm
+from shira.runs.live import InSoftware, load_live
 from shira.runs.recipes import load_recipe
 
 (EARLIER,) = ALIASES
@@ -25,7 +27,7 @@ def converted(tiny_llama, tmp_path, monkeypatch):
     """A tiny model in the place of the converted one, and an empty working directory."""
     monkeypatch.setenv("SHIRA_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "cache" / "models" / SMOLLM2
-    tiny_llama.save_pretrained(folder)
+    tiny_llama.bfloat16().save_pretrained(folder)
     letter_tokenizer().save_pretrained(folder)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -151,3 +153,28 @@ def test_the_real_model_has_the_levels_that_the_docs_say():
     for name in (f"model.layers.{layer}.{part}.weight" for layer in (0, 29) for part in ("self_attn.q_proj", "mlp.down_proj")):
         assert levels.distinct(tensors[name]).max() == 16
     assert levels.distinct(tensors["model.embed_tokens.weight"]).float().mean() > 28
+
+
+def test_the_built_in_model_is_float32_where_bfloat16_is_in_software(converted, monkeypatch):
+    found = []
+    for lacking in (True, False):
+        monkeypatch.setattr(hf, "in_software", lambda dtype, lacking=lacking: lacking)
+        found.append([hf.load_model(SMOLLM2, dtype).dtype for dtype in ("auto", "bfloat16")])
+    assert found == [[torch.float32, torch.bfloat16], [torch.bfloat16, torch.bfloat16]]
+
+
+def test_what_is_in_software_is_what_torch_says():
+    assert not hf.in_software(torch.float32)
+    if torch.backends.mkldnn.is_available() and not torch.accelerator.is_available():
+        assert hf.in_software(torch.bfloat16) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def test_a_checkpoint_in_a_dtype_of_software_gives_a_warning(converted, tmp_path, monkeypatch):
+    hf.load_model(SMOLLM2, "bfloat16").save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(hf, "in_software", lambda dtype: dtype is torch.bfloat16)
+    with pytest.warns(InSoftware, match="checkpoint is bfloat16.*--dtype float32 is several times as fast"):
+        load_live(str(tmp_path / "other"), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model, dtype in ((str(tmp_path / "other"), "bfloat16"), (str(tmp_path / "other"), "float32"), (SMOLLM2, "auto")):
+            load_live(model, {}, dtype)

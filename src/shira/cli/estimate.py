@@ -45,14 +45,14 @@ def estimate(
         raise DataError("--dropout is for --method lora: leave it out")
     import torch
 
-    from ..integrations.transformers import load_config, untrained
+    from ..integrations.transformers import dtype_of, load_config, untrained
     from ..runs import estimate as library
     from ..sparse.tensor import dtype_name
 
     recipe = Recipe(**given(options))
     check_mask(recipe)
     config = load_config(model)
-    chosen = getattr(torch, recipe.dtype, None) or getattr(config, "dtype", None) or torch.float32  # torch has no "auto"
+    chosen = getattr(torch, dtype_of(model, recipe.dtype), None) or getattr(config, "dtype", None) or torch.float32
     with waiting("running a step without data"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model may warn when it is built
         found = library.estimate(

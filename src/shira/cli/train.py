@@ -56,11 +56,13 @@ def train(
     from ..integrations.card import base_of
     from ..integrations.transformers import causal_skeleton, load_model, load_tokenizer
     from ..runs.announcing import what_trains
+    from ..runs.live import warn_if_slow
 
     avoid_cudnn_attention()
     console.print(f"trains {what_trains(recipe, causal_skeleton(recipe.model))}", highlight=False, soft_wrap=True)
     with waiting("loading the model"):
         loaded, tokenizer = load_model(recipe.model, recipe.dtype), load_tokenizer(recipe.model)
+    warn_if_slow(loaded, recipe.dtype)
     with progress("reading the data", None) as update:
         adapter = train_adapter(
             recipe,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import BatchOrder, batches, check_packing, collate, mean_loss
-from ..data.models import BUILT_IN, model_path
+from ..data.models import BUILT_IN, built_in, model_path
 from ..data.quiet import quiet
 from ..data.tokens import Row, encode
 from ..errors import DataError, HubError, MissingExtra, TuningError, did_you_mean
@@ -31,7 +31,9 @@ __all__ = [
     "check_packing",
     "check_there",
     "checkpointing_of",
+    "dtype_of",
     "encode",
+    "in_software",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -43,6 +45,7 @@ __all__ = [
     "version",
 ]
 
+INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}  # torch's questions
 CHECKPOINTING = (  # methods that turn it on and off: in Diffusers, in Transformers, in Transformers before 5.23
     ("enable_gradient_checkpointing", "disable_gradient_checkpointing"),
     ("activation_checkpointing_enable", "activation_checkpointing_disable"),
@@ -59,11 +62,24 @@ def checkpointing_of(model: nn.Module) -> tuple[Callable[..., None], Callable[[]
 def load_model(model: str, dtype: str = "auto") -> nn.Module:
     """A causal language model in evaluation mode: a folder, a hub id, or a built-in name ("SmolLM2-135M-Instruct-Q4_1").
 
-    dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-    Raises DataError if there is no such model.
+    dtype: "auto" (the checkpoint's; float32 for a built-in model where bfloat16 is computed in software), "float32", "bfloat16"
+    or "float16". Raises DataError if there is no such model.
     """
-    loaded: nn.Module = _pretrained("AutoModelForCausalLM", model, dtype=dtype)
+    model = built_in(model) or model
+    loaded: nn.Module = _pretrained("AutoModelForCausalLM", model, dtype=dtype_of(model, dtype))
     return loaded.eval()
+
+
+def dtype_of(model: str, dtype: str) -> str:
+    """The dtype in which `load_model` loads a model; "auto" is the checkpoint's."""
+    return "float32" if dtype == "auto" and built_in(model) and in_software(torch.bfloat16) else dtype
+
+
+def in_software(dtype: torch.dtype) -> bool:
+    """Whether there is no accelerator, and this CPU has no instructions for products in this half precision."""
+    if torch.accelerator.is_available() or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype in INSTRUCTIONS and not getattr(torch.ops.mkldnn, INSTRUCTIONS[dtype])()
 
 
 def skeleton(model: str) -> nn.Module:

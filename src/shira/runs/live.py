@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -10,13 +11,30 @@ from torch import nn
 from ..adapter import opened
 from ..fusion.strengths import Strength, check_strengths, strengths_of
 from ..integrations import transformers as hf
+from ..sparse.tensor import dtype_name
 from ..switching.switcher import Switcher
 from ..weights.belonging import check_described, weight_of
 from ..weights.model_tensors import named_tensors
 
-__all__ = ["check_files", "check_fit", "load_live"]
+__all__ = ["InSoftware", "check_files", "check_fit", "load_live", "warn_if_slow"]
 
 Files = Mapping[str, str | os.PathLike[str]]  # name -> file or folder
+
+
+class InSoftware(UserWarning):
+    """A model's half precision is one that this CPU computes in software."""
+
+
+def warn_if_slow(model: nn.Module, asked: str) -> None:
+    """Warn (`InSoftware`) if a model has its checkpoint's dtype, as nobody asked for another, and this CPU lacks it."""
+    found = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if asked == "auto" and hf.in_software(found):
+        warnings.warn(
+            f"the checkpoint is {dtype_name(found)}, for which this processor has no instructions: --dtype float32 is several "
+            "times as fast here and takes twice the memory; an adapter fits the model in either dtype",
+            InSoftware,
+            stacklevel=3,
+        )
 
 
 def check_files(files: Files, strengths: Mapping[str, Strength]) -> None:
@@ -36,10 +54,11 @@ def load_live(model: str, files: Files, dtype: str = "auto") -> tuple[nn.Module,
     """A causal language model, and a switcher with these adapters; the base is active. An accelerator is used if there is one.
 
     Before the weights are read, each adapter's values are checked, and its names and shapes are compared with the model's.
-    Raises DataError if there is no such model; FormatError, OSError or BaseMismatch for an adapter.
+    Raises DataError if there is no such model; FormatError, OSError or BaseMismatch for an adapter. Warns as `warn_if_slow`.
     """
     check_fit(model, files)
     loaded = hf.load_model(model, dtype)
+    warn_if_slow(loaded, dtype)
     if torch.accelerator.is_available():
         loaded.to(torch.accelerator.current_accelerator())
     switcher = Switcher(loaded)
