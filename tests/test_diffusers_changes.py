@@ -149,7 +149,13 @@ def test_one_owner(pipe, adapters):
     adapters.set("a")
     with pytest.raises(shira.TuningError, match="already in use"):
         shira.attach(pipe.unet, mask="wm", density=0.1, targets=["to_q"])
-    second = PipelineAdapters(diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False))
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    for each in (pipe, other):  # the first is a notebook's cell that is run again
+        with pytest.raises(SwitchError, match=r"a PipelineAdapters has 'a' active in it; call its disable\(\) first"):
+            PipelineAdapters(each)
+    adapters.disable()
+    second = PipelineAdapters(other)
+    adapters.set("a")
     with pytest.raises(SwitchError, match="already in use"):
         second.load(pipe_adapter(stable_diffusion(), 2), "b")
     adapters.disable()
@@ -188,6 +194,74 @@ def test_offload_of_single_weights_is_refused():
     accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
     adapters.disable()
     assert same_bits(pipe_bits(pipe), base)
+
+
+def test_offload_of_one_block_and_offload_to_disk_are_refused(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    pipe, base, adapters = one_active()
+    accelerate.cpu_offload(pipe.unet.mid_block, "cpu")
+    with pytest.raises(SwitchError, match=r"weights of pipe.unet outside.*pipe.remove_all_hooks\(\)"):
+        adapters.disable()
+    accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), base)
+    cpu = torch.device("cpu")
+    hooks = diffusers.hooks.apply_group_offloading
+    hooks(pipe.unet, onload_device=cpu, offload_device=cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    plain = picture(pipe)
+    with pytest.raises(SwitchError, match="weights of pipe.unet from disk.*leave offload_to_disk_path out"):
+        adapters.set("a")
+    assert adapters.active == {} and torch.equal(picture(pipe), plain)
+
+
+def test_fused_projections_are_refused():
+    """They are copies of the weights: what is written would change no picture, and the base would not come back in them."""
+    pipe, base, adapters = one_active()
+    plain, adapters_own = picture(stable_diffusion()), picture(pipe)
+    pipe.fuse_qkv_projections()
+    for call in (adapters.disable, lambda: adapters.set("a", 0.5)):
+        with pytest.raises(SwitchError, match=r"pipe.unet computes with copies.*call pipe.unet.unfuse_qkv_projections\(\)"):
+            call()
+    pipe.unfuse_qkv_projections()
+    assert torch.equal(picture(pipe), adapters_own)
+    adapters.disable()
+    assert same_bits({name: base[name] for name in base}, {n: b for n, b in pipe_bits(pipe).items() if n in base})
+    assert torch.equal(picture(pipe), plain)
+
+
+def test_what_is_fused_keeps_its_method(pipe, adapters):
+    base = pipe_bits(pipe)
+    adapters.load(pipe_adapter(pipe, 7, ("text_encoder",)), "c")
+    adapters.set(["a", "b"], method="ties", density=0.5)
+    adapters.fuse()
+    fused = pipe_bits(pipe)
+    adapters.set([])
+    assert same_bits(pipe_bits(pipe), fused)
+    adapters.set("c", method="sum")
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), fused)
+    adapters.enable()
+    adapters.delete("c")
+    assert same_bits(pipe_bits(pipe), fused) and adapters.fused == {"a": 1.0, "b": 1.0}
+    adapters.unfuse()
+    assert same_bits(pipe_bits(pipe), base)
+
+
+def test_active_is_what_is_in_the_weights_after_an_interrupt(pipe, adapters):
+    states = {}
+    for strengths in ({}, {"a": 1.0}, {"a": 0.5}, {"b": 1.0}):
+        adapters.set(strengths)
+        states[str(strengths)] = pipe_bits(pipe)
+    for wanted in ({"b": 1.0}, {"a": 0.5}):
+        adapters.set("a")
+        with interrupted(10**9) as left:
+            adapters.set(wanted)
+        lines = 10**9 - left[0]
+        for line in range(lines - 25, lines):  # the last ones: in them the weights are written
+            adapters.set("a")
+            with interrupted(line):
+                adapters.set(wanted)
+            assert same_bits(states[str(adapters.active)], pipe_bits(pipe)), line
 
 
 BLOCKS = {"unet": {"up": {"block_0": [0.5, 1.0]}, "down": 0.25}}

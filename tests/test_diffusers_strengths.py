@@ -1,6 +1,8 @@
 """Strengths of adapters of pipelines: by component, by block, by step."""
 
+import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ import torch
 import shira
 from conftest import same_bits
 from pipelines import picture, pipe_adapter, pipe_bits, sd3
+from shira import SwitchError
 from shira.integrations.diffusers import PipelineAdapters
 
 
@@ -107,3 +110,61 @@ def test_a_constant_strength_by_step_is_that_strength(pipe, adapters):
     assert torch.equal(
         picture(pipe, 3), picture(pipe, 3, callback_on_step_end=adapters.by_step(lambda step, steps: {"a": 0.5}))
     )
+
+
+def test_by_step_with_a_method(pipe, adapters):
+    adapters.set(["a", "b"], method="ties", density=0.5)
+    wanted, both = picture(pipe, 3), {"a": 1.0, "b": 1.0}
+    by_step = adapters.by_step(lambda step, steps: both, method="ties", density=0.5)
+    assert torch.equal(picture(pipe, 3, callback_on_step_end=by_step), wanted)
+    assert not torch.equal(picture(pipe, 3, callback_on_step_end=adapters.by_step(lambda step, steps: both)), wanted)
+
+
+def test_a_block_around_a_call_by_step_sets_what_was_set_before(pipe, adapters):
+    base = pipe_bits(pipe)
+    with adapters.by_step(lambda step, steps: {"a": step / steps}) as at_step_end:
+        for step in range(3):  # SDXL's ControlNets with denoising_end say 5 steps and run 3
+            at_step_end(SimpleNamespace(num_timesteps=5), step, None, {})
+        assert adapters.active == {"a": 0.6}
+    assert adapters.active == {} and same_bits(pipe_bits(pipe), base)
+    with pytest.raises(KeyboardInterrupt), adapters.by_step(lambda step, steps: {"a": 1.0}) as at_step_end:
+        at_step_end(SimpleNamespace(num_timesteps=5), 0, None, {})
+        raise KeyboardInterrupt
+    assert adapters.active == {} and same_bits(pipe_bits(pipe), base)
+    with pytest.warns(UserWarning, match="has not called back"), adapters.by_step(lambda step, steps: {"a": 1.0}):
+        picture(pipe, 1)
+
+
+def test_strengths_are_the_users_and_those_of_zero_are_not_fused(pipe, adapters):
+    given = {"unet": {"mid": 0.5}}
+    adapters.set({"a": given, "b": 0})
+    given["unet"]["mid"] = 9.0
+    adapters.active["a"]["unet"]["mid"] = 9.0
+    assert adapters.active == {"a": {"unet": {"mid": 0.5}}}
+    adapters.fuse()
+    assert list(adapters.fused) == ["a"]
+    adapters.delete("b")
+    adapters.unfuse()
+
+
+@pytest.mark.parametrize("name, words", [("a", "delete it first"), ("", "a string that is not empty"), (3, "found 3")])
+def test_names_that_cannot_be_taken(pipe, adapters, name, words):
+    with pytest.raises(SwitchError, match=words):
+        adapters.load(pipe_adapter(pipe, 2), name)
+    assert adapters.names == ["a", "b"]
+
+
+def test_a_folder_of_pefts_shira(pipe, adapters, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(copy.deepcopy(pipe.unet), peft.ShiraConfig(r=2, target_modules=["to_q", "to_v"], random_seed=1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "shira" in name:
+                parameter.add_(0.5)
+    model.save_pretrained(tmp_path / "peft")
+    base = pipe_bits(pipe)
+    assert adapters.load(tmp_path / "peft", "peft") == "peft"
+    adapters.set("peft")
+    assert not same_bits(pipe_bits(pipe), base)
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), base)

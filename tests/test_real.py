@@ -127,7 +127,14 @@ def test_trainers_save_little_and_resume(tmp_path, kind, steps):
     examples = list(itertools.islice(examples_of("spam", "train"), 16))
     half = steps // 2
     usual = {"max_steps": steps, "save_steps": half, "per_device_train_batch_size": 2, "learning_rate": 2e-3}
-    usual |= {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+    usual |= {
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+    }
     found = []
     for checkpoint in (None, str(tmp_path / f"checkpoint-{half}")):
         model = load_model("SmolLM2-135M-Instruct-Q4_1")

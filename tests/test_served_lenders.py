@@ -46,6 +46,7 @@ def test_positions_in_another_file(served):  # noqa: F811
     assert catalogue.resolve("painter").key != key
     resident.use(catalogue.resolve("painter").key)
     assert same_bits(all_bits(model), expected_bits(folder, {"painter": 1.0}))
+    resident.use("")
     with pytest.raises(AdapterReplaced, match="'painter' was replaced"):
         Resident(model, folder, ready=2).use(key)
 

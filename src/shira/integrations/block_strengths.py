@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import AdapterError, did_you_mean
+from ..errors import AdapterError, SwitchError, did_you_mean
 from ..fusion.strengths import Strength, check_strengths
 from ..texts import described, shown
 from ..weights.model_tensors import plain_model
 
-__all__ = ["UNET_BLOCKS", "by_block"]
+__all__ = ["UNET_BLOCKS", "by_block", "paired"]
 
 UNET_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}  # short name -> Diffusers' own
 NUMBERED = ("attentions", "resnets")  # the layers of a block that a list of strengths counts
@@ -98,3 +98,24 @@ def _part(label: str, path: str, module: nn.Module, words: Any) -> tuple[str, nn
             raise AdapterError(f"{label}: {path!r} has no part {shown(word)}; {did_you_mean(word, known)}")
         path, module = f"{path}.{name}", children[name]
     return path, module
+
+
+def paired(names: Any, strengths: Any) -> dict[str, Any]:
+    """Name -> strength as given to `PipelineAdapters.set`: names, and one strength for all or a list of as many."""
+    if isinstance(names, Mapping) and strengths is None:
+        return dict(names)
+    several = [names] if isinstance(names, str) else names
+    if not isinstance(several, list | tuple) or not all(isinstance(name, str) for name in several):
+        raise SwitchError(
+            f'expected a name, set("bluefire"), several, set(["bluefire", "paintings"], [1.0, 0.5]); found {shown(names)}'
+        )
+    if isinstance(strengths, list | tuple):
+        if len(strengths) != len(several):
+            raise AdapterError(
+                f"expected a strength for each of {len(several)} adapters, found {len(strengths)}: {shown(strengths)}"
+            )
+    else:
+        strengths = [1.0 if strengths is None else strengths] * len(several)
+    if len(set(several)) < len(several):
+        raise SwitchError(f"one adapter is named twice: {shown(several)}")
+    return dict(zip(several, strengths, strict=True))

@@ -5,12 +5,15 @@ A `Switcher` sees the pipeline's denoiser and text encoders as one model, whose 
 The VAE is never written to.
 """
 
+import copy
+import functools
 import os
+import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import Adapter, load, opened, prefixed
 from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
@@ -22,7 +25,9 @@ from ..switching.switcher import Switcher
 from ..texts import described, shown
 from ..weights.belonging import weight_of
 from ..weights.model_tensors import named_tensors, plain_model
-from .block_strengths import by_block
+from .block_strengths import by_block, paired
+from .diffusers_copies import check_own_weights
+from .diffusers_steps import ByStep
 
 __all__ = ["COMPONENTS", "PipelineAdapters"]
 
@@ -30,6 +35,9 @@ DENOISERS = ("unet", "transformer")
 COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
 
 File = Adapter | str | os.PathLike[str]
+Method = tuple[str, Mapping[str, float]]  # that combines adapters, with its options
+Call = TypeVar("Call", bound=Callable[..., Any])
+SUM: Method = ("sum", MappingProxyType({}))
 
 
 class _Set(NamedTuple):
@@ -38,7 +46,25 @@ class _Set(NamedTuple):
     chosen: dict[str, tuple[Any, Strength]]
     fused: dict[str, tuple[Any, Strength]]  # stays in the weights until `unfuse`
     enabled: bool = True
-    method: tuple[str, Mapping[str, float]] = ("sum", MappingProxyType({}))  # that combines all of them, with its options
+    method: Method = SUM  # that combines all of them
+    fused_by: Method = SUM  # that combines what is fused, if nothing else is in the weights
+
+    def in_use(self) -> tuple[dict[str, Strength], Method]:
+        """Name -> strength of all that is meant to be in the weights, and the method."""
+        chosen = self.chosen if self.enabled else {}
+        meant = {name: strength for name, (_, strength) in (self.fused | chosen).items()}
+        return meant, self.method if self.enabled else self.fused_by
+
+
+def _in_turn(call: Call) -> Call:
+    """Calls from several threads take turns."""
+
+    @functools.wraps(call)
+    def waiting(self: "PipelineAdapters", *args: Any, **options: Any) -> Any:
+        with self._turn:
+            return call(self, *args, **options)
+
+    return cast(Call, waiting)
 
 
 class PipelineAdapters:
@@ -48,7 +74,8 @@ class PipelineAdapters:
     pipeline has them. Without an adapter the pipeline is the base, bit for bit. docs/diffusers.md compares the calls with
     Diffusers' own. ready, host: as for `shira.Switcher`.
 
-    Every call raises SwitchError if somebody else owns the weights, or if accelerate has moved them out of the pipeline.
+    Making one, and every call that writes to weights, raises SwitchError if somebody else owns them, or if a component computes
+    with copies of them: offloaded by accelerate or to disk, or `fuse_qkv_projections`. Calls from several threads take turns.
 
         adapters = PipelineAdapters(pipe)
         adapters.load("bluefire.safetensors")
@@ -64,7 +91,8 @@ class PipelineAdapters:
         self._model = nn.Module()
         self._tensors: dict[str, list[str]] = {}  # name of an adapter -> names of its tensors
         self._sources: dict[str, AdapterSource] = {}
-        self._set = _Set({}, {})
+        self._turn = threading.RLock()
+        self._set = self._tried = _Set({}, {})  # tried: what an interrupted call wanted
         if not self._present():
             raise SwitchError(
                 f"a pipeline must have one of the components {', '.join(COMPONENTS)} as a torch.nn.Module, found "
@@ -72,6 +100,7 @@ class PipelineAdapters:
             )
         self._hold(self._present())
         self._switcher = Switcher(self._model, ready=ready, host=host)
+        self._switcher.called = ("a PipelineAdapters", "disable()")
 
     @property
     def names(self) -> list[str]:
@@ -81,17 +110,29 @@ class PipelineAdapters:
     @property
     def active(self) -> dict[str, Any]:
         """Name -> strength of each active adapter, as it was given to `set`; without those that are fused."""
-        return self._in_the_weights(self._set.chosen)
+        return self._in_the_weights("chosen")
 
     @property
     def fused(self) -> dict[str, Any]:
         """Name -> strength of each adapter that stays in the weights until `unfuse`."""
-        return self._in_the_weights(self._set.fused)
+        return self._in_the_weights("fused")
 
-    def _in_the_weights(self, meant: Mapping[str, tuple[Any, Strength]]) -> dict[str, Any]:
-        now = self._switcher.active
-        return {name: given for name, (given, _) in meant.items() if name in now}
+    @_in_turn
+    def _in_the_weights(self, which: str) -> dict[str, Any]:
+        known, now = getattr(self._current(), which), self._switcher.active
+        return {name: copy.deepcopy(given) for name, (given, _) in known.items() if name in now}
 
+    def _current(self) -> _Set:
+        """What is set. It is what an interrupted call wanted, if the interrupt came after the weights were written."""
+        if self._tried is not self._set:
+            meant, (method, _) = self._tried.in_use()
+            written = {name: strength for name, strength in meant.items() if strength != 0}
+            if self._switcher.active == written and self._switcher.method["method"] == method:
+                self._set = self._tried
+            self._tried = self._set
+        return self._set
+
+    @_in_turn
     def load(self, adapter: File, name: str | None = None, *, component: str | None = None) -> str:
         """Load an adapter, or a file of one, after checking that it belongs to this pipeline. Nothing is activated.
 
@@ -107,18 +148,28 @@ class PipelineAdapters:
             tensors, own = list(adapter.tensors), adapter.name
         else:
             adapter = path_of(adapter, "adapters.load('bluefire.safetensors')", AdapterError)
-            with opened(adapter) as found:
+            with opened(adapter, model=lambda: self._tensors_of(component)) as found:
                 tensors, own = list(found.tensors), found.name or adapter.stem
         name = own if name is None else name
+        if not isinstance(name, str) or not name:
+            raise SwitchError(f'a name must be a string that is not empty, found {name!r}: load(adapter, "bluefire")')
+        if name in self.names:
+            raise SwitchError(f"there is an adapter {name!r} already; delete it first, or choose another name")
         self._follow()
         prefix = self._prefix(repr(name) if isinstance(adapter, Adapter) else str(adapter), tensors, component)
-        if isinstance(name, str) and name not in self.names:
-            self._tensors[name] = [prefix + tensor for tensor in tensors]
         source = AdapterSource(adapter, prefix)
         self._switcher.add(name, source)
+        self._tensors[name] = [prefix + tensor for tensor in tensors]
         self._sources[name] = source
         return name
 
+    def _tensors_of(self, component: str | None) -> dict[str, Tensor]:
+        """The tensors of a component, by default of the denoiser."""
+        present = self._present()
+        wanted = next((each for each in (component, *DENOISERS) if each in present), next(iter(present)))
+        return named_tensors(present[wanted])
+
+    @_in_turn
     def adapter(self, name: str) -> Adapter:
         """An adapter as it was loaded, from its file if it was one; each name of a tensor has its component in front.
 
@@ -152,8 +203,14 @@ class PipelineAdapters:
             )
         return ""
 
+    @_in_turn
     def set(
-        self, names: str | list[str] | Mapping[str, Any], strengths: Any = None, *, method: str = "sum", **options: float
+        self,
+        names: str | list[str] | Mapping[str, Any],
+        strengths: Any = None,
+        *,
+        method: str | None = None,
+        **options: float,
     ) -> None:
         """Activate these adapters, and no others but those that are fused. [] activates none.
 
@@ -161,60 +218,72 @@ class PipelineAdapters:
         A strength is a number, or says what each component gets: {"unet": 0.8, "text_encoder": 0.5}. A component is a number,
         or says what its modules get, by their names and as deep as you like; "*" is for all that is not named, 1.0 by default.
         In a UNet "down", "mid", "up" and "block_0" are names, too, and a list has a number for each layer of a block, its
-        convolutions included.
-        method, options: how changes that meet are combined, as in `Switcher.use`; those that are fused take part.
+        convolutions included; a list of one number is for all layers.
+        method, options: how changes that meet are combined, as in `Switcher.use`; those that are fused take part. The default
+        is the method by which they were fused, or "sum".
 
         Raises SwitchError for an unknown or a fused name; AdapterError for a strength that is not possible; and what `load`
         raises if a file or the pipeline has changed. Then what was active stays active.
         """
-        given = _paired(names, strengths)
+        given = copy.deepcopy(paired(names, strengths))
         for name in given:
             self._check(name)
-        present = self._present()
+        present, now = self._present(), self._current()
         chosen = {name: (strength, by_block(name, strength, present, self._tensors[name])) for name, strength in given.items()}
-        self._apply(_Set(chosen, self._set.fused, method=(method, options)))
+        how = now.fused_by if method is None and not options else ("sum" if method is None else method, options)
+        self._apply(_Set(chosen, now.fused, method=how, fused_by=now.fused_by))
 
+    @_in_turn
     def disable(self) -> None:
         """Take out what is active. `enable` brings it back. What is fused stays."""
-        self._apply(self._set._replace(enabled=False))
+        self._apply(self._current()._replace(enabled=False))
 
+    @_in_turn
     def enable(self) -> None:
         """Activate again what was set when `disable` was called."""
-        self._apply(self._set._replace(enabled=True))
+        self._apply(self._current()._replace(enabled=True))
 
+    @_in_turn
     def delete(self, name: str) -> None:
         """Take an adapter out of the weights if it is active, and forget it. Raises SwitchError if it is unknown or fused."""
         self._check(name)
-        if name in self._set.chosen:
-            chosen = {other: strength for other, strength in self._set.chosen.items() if other != name}
-            self._apply(self._set._replace(chosen=chosen))
+        now = self._current()
+        if name in now.chosen:
+            chosen = {other: given for other, given in now.chosen.items() if other != name}
+            self._apply(now._replace(chosen=chosen, method=now.method if chosen else now.fused_by))
         self._switcher.remove(name)
         self._tensors.pop(name, None)
         self._sources.pop(name, None)
 
+    @_in_turn
     def fuse(self) -> None:
         """Let what is active stay in the weights, under whatever is set later, until `unfuse`. Nothing is written.
 
         Raises SwitchError if nothing is active.
         """
-        if not self.active:
+        active, now = self.active, self._current()
+        if not active:
             raise SwitchError("nothing is active that could be fused; call set(…) first")
-        self._apply(self._set._replace(chosen={}, fused=self._set.fused | self._set.chosen))
+        fused = now.fused | {name: now.chosen[name] for name in active}
+        self._apply(now._replace(chosen={}, fused=fused, fused_by=now.method))
 
+    @_in_turn
     def unfuse(self) -> None:
         """Take out all that was fused. What was set since stays active; without that, the base is back, bit for bit."""
-        self._apply(self._set._replace(fused={}))
+        self._apply(self._current()._replace(fused={}, fused_by=SUM))
 
+    @_in_turn
     def release(self) -> None:
         """Keep what is in the weights for good: from now on it is the base. Nothing is written."""
         self._hold(self._present())
         self._switcher.release()
-        self._set = _Set({}, {})
+        self._set = self._tried = _Set({}, {})
 
     def save(self, path: str | os.PathLike[str], **adapters: File) -> None:
         """Write the adapters of several components to one file, each name with its component in front.
 
-        The file says of its training and licence what all of them say. Raises BaseMismatch for an adapter of something else.
+        The file says of its training and licence what all of them say. Names and shapes are compared with the pipeline's, and
+        BaseMismatch is raised; whether the base has other values, `load` finds out.
 
             adapters.save("bluefire.safetensors", unet=tuner.adapter("bluefire"), text_encoder="encoder.safetensors")
         """
@@ -237,45 +306,51 @@ class PipelineAdapters:
         same = {key: value for key, value in said[0].items() if all(other.get(key) == value for other in said)}
         Adapter(tensors, same | {"fingerprints": prints}).save(path)
 
-    def by_step(self, strengths: Callable[[int, int], Mapping[str, Any]]) -> Callable[[Any, int, Any, dict[str, Any]], Any]:
+    def by_step(
+        self, strengths: Callable[[int, int], Mapping[str, Any]], *, method: str | None = None, **options: float
+    ) -> ByStep[_Set]:
         """A function for `callback_on_step_end` of a pipeline's call: strengths that change from step to step.
 
         strengths(step, steps): what `set` takes, name -> strength, for step 1, 2, … steps − 1. The first step, and the text
-            encoders before it, run with what is set when the pipeline is called. After the last step that is set again. If the
-            call ends early, by an exception or an interrupt, what was set last stays: call `set` or `disable`.
+            encoders before it, run with what is set when the pipeline is called. After the last step that is set again.
+        method, options: as in `set`, for these steps.
+
+        As a `with` block it sets again what was set in any case: after an exception, an interrupt, and in pipelines that run
+        fewer steps than they say (SDXL's ControlNets with `denoising_end`). It warns if the pipeline has never called back.
 
             pipe(prompt, callback_on_step_end=adapters.by_step(lambda step, steps: {"bluefire": step / steps}))
+            with adapters.by_step(lambda step, steps: {"bluefire": step / steps}) as at_step_end:
+                pipe(prompt, callback_on_step_end=at_step_end)
         """
-        before = self._set
-
-        def at_step_end(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            nonlocal before
-            if step == 0:
-                before = self._set
-            known = getattr(pipe, "num_timesteps", None)
-            steps = len(pipe.scheduler.timesteps) if known is None else known
-            if step + 1 < steps:
-                self.set(strengths(step + 1, steps))
-            else:
-                self._apply(before)
-            return tensors
-
-        return at_step_end
+        return ByStep(
+            lambda step, steps: self.set(strengths(step, steps), method=method, **options), self._current, self._apply
+        )
 
     def _check(self, name: str) -> None:
         if name not in self.names:
             raise SwitchError(f"no adapter {shown(name)}; {did_you_mean(str(name), self.names)}")
-        if name in self._set.fused:
+        if name in self._current().fused:
             raise SwitchError(
                 f"adapter {name!r} is fused; call unfuse() first, or release() to keep it in the weights for good"
             )
 
     def _apply(self, wanted: _Set) -> None:
         self._follow()
-        chosen = wanted.fused | (wanted.chosen if wanted.enabled else {})
-        method, options = wanted.method
-        self._switcher.use({name: strength for name, (_, strength) in chosen.items()}, method, **options)
+        meant, (method, options) = wanted.in_use()
+        for name in meant:
+            self._check_parts(name)
+        self._current()  # before it is forgotten what was tried the last time
+        self._tried = wanted
+        self._switcher.use(meant, method, **options)
         self._set = wanted
+        self._switcher.called = ("a PipelineAdapters", "disable() and unfuse()" if wanted.fused else "disable()")
+
+    def _check_parts(self, name: str) -> None:
+        """Raise BaseMismatch if an adapter changes a component that the pipeline does not have any more."""
+        present = self._present()
+        gone = next((part for tensor in self._tensors[name] if (part := tensor.partition(".")[0]) not in present), None)
+        if gone is not None:
+            raise BaseMismatch(f"{name!r} changes {gone!r}, which the pipeline does not have now; found {_listed(present)}")
 
     def _present(self) -> dict[str, nn.Module]:
         """The components that the pipeline has now, without wrappers of torch.compile."""
@@ -297,12 +372,7 @@ class PipelineAdapters:
     def _follow(self) -> None:
         """Find components that were replaced since the last call. What is active becomes active in the new ones, if it fits."""
         present = self._present()
-        for name, module in present.items():
-            if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters()):
-                raise SwitchError(
-                    f"accelerate keeps the weights of pipe.{name} outside of it (enable_sequential_cpu_offload); call "
-                    "pipe.remove_all_hooks() first, or use enable_model_cpu_offload, which moves it as a whole"
-                )
+        check_own_weights(present)
         before: dict[str, Any] = dict(self._model._modules)
         if all(before[name] is present.get(name, self._absent) for name in COMPONENTS):
             return
@@ -315,27 +385,6 @@ class PipelineAdapters:
                 self._hold(before)
                 self._switcher.use(None)
                 self._hold(present)
-
-
-def _paired(names: Any, strengths: Any) -> dict[str, Any]:
-    """Name -> strength as given."""
-    if isinstance(names, Mapping) and strengths is None:
-        return dict(names)
-    several = [names] if isinstance(names, str) else names
-    if not isinstance(several, list | tuple) or not all(isinstance(name, str) for name in several):
-        raise SwitchError(
-            f'expected a name, set("bluefire"), several, set(["bluefire", "paintings"], [1.0, 0.5]); found {shown(names)}'
-        )
-    if isinstance(strengths, list | tuple):
-        if len(strengths) != len(several):
-            raise AdapterError(
-                f"expected a strength for each of {len(several)} adapters, found {len(strengths)}: {shown(strengths)}"
-            )
-    else:
-        strengths = [1.0 if strengths is None else strengths] * len(several)
-    if len(set(several)) < len(several):
-        raise SwitchError(f"one adapter is named twice: {shown(several)}")
-    return dict(zip(several, strengths, strict=True))
 
 
 def _listed(names: Mapping[str, Any]) -> str:

@@ -53,6 +53,8 @@ class Switcher:
     host: how many selections are kept in host memory after they have made room, all values computed and checked. The memory is
         pinned if the model is on a GPU, so that `prefetch` can copy them back while a forward pass runs.
 
+    Raises SwitchError for a model that somebody else owns now, and for options that are not possible.
+
         switcher = shira.Switcher(model)
         switcher.add("poet", "poet.safetensors")
         switcher.use("poet")
@@ -72,8 +74,10 @@ class Switcher:
         self._empty_plan = WritePlan.of([])
         self._blocks: list[list[CheckedSelection]] = []  # the open blocks of `using`
         self._state: InWeights = InWeights(BASE)
+        self.called = ("a Switcher", "use(None)")  # in messages for others: its name, and the call that gives the model back
         self._owner = functools.partial(_owner, weakref.ref(self))
         self._model_state = ModelState(self._model, self._owner)
+        check_free(self._model_state.claim, SwitchError)  # what another one has active would be taken for the base
 
     def __repr__(self) -> str:
         """Two lines: what is active, and what is registered. It changes nothing, also after an interrupted switch."""
@@ -390,5 +394,7 @@ class Switcher:
 
 def _owner(switcher: "weakref.ref[Switcher]") -> str:
     """The message for others who want the switcher's model; "" if the switcher does not own it."""
-    state = InWeights(BASE) if (alive := switcher()) is None else alive._state
-    return f"a Switcher has {state.label()} active in it; call its use(None) first" if state.plans else ""
+    if (alive := switcher()) is None or not alive._state.plans:
+        return ""
+    who, call = alive.called
+    return f"{who} has {alive._state.label()} active in it; call its {call} first"

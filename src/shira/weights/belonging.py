@@ -94,7 +94,7 @@ def weight_of(
     """
     weight = tensors.get(name)  # read once: it may be in a file
     if weight is None:
-        raise BaseMismatch(f"{label} does not belong to this model: it has no tensor '{name}'; {did_you_mean(name, tensors)}")
+        raise BaseMismatch(f"{label} does not belong to this model: it has no tensor '{name}'; {_instead(name, tensors)}")
     if not isinstance(weight, Tensor):
         raise BaseMismatch(f"{label}: '{name}' must be a tensor of the base, found {described(weight)}")
     if to_overwrite and is_quantized(weight):
@@ -104,9 +104,22 @@ def weight_of(
             f"{label} does not belong to this model: '{name}' has shape {list(shape_of(weight))}, the adapter expects "
             f"{list(sparse.shape)}"
         )
-    if to_overwrite and (not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous()):
-        raise BaseMismatch(f"{label}: '{name}' must be a contiguous floating-point tensor with data, found {weight.dtype}")
+    if to_overwrite and (not weight.is_floating_point() or weight.is_meta):
+        found = "one without data, on the meta device" if weight.is_meta else dtype_name(weight.dtype)
+        raise BaseMismatch(f"{label}: '{name}' must be a floating-point tensor with data, found {found}")
+    if to_overwrite and not weight.is_contiguous():
+        raise BaseMismatch(
+            f"{label}: '{name}' must be contiguous, found strides {list(weight.stride())}; after to(memory_format="
+            "torch.channels_last) call to(memory_format=torch.contiguous_format), or make the tensor contiguous"
+        )
     return weight
+
+
+def _instead(name: str, tensors: Mapping[str, Tensor]) -> str:
+    layer, _, own = name.rpartition(".")
+    if f"{layer}.base_layer.{own}" in tensors:
+        return "PEFT has wrapped this layer; unload its adapters first (unload(), or a pipeline's unload_lora_weights())"
+    return did_you_mean(name, tensors)
 
 
 def check_fingerprint(label: str, name: str, adapter: Adapter, values: Tensor, dtype: torch.dtype) -> None:

@@ -1,0 +1,44 @@
+"""Whether the parts of a pipeline compute with the weights that they hold, or with copies of them somewhere else."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..errors import SwitchError
+
+__all__ = ["check_own_weights"]
+
+
+def check_own_weights(parts: Mapping[str, nn.Module]) -> None:
+    """Raise SwitchError if a part of a pipeline computes with copies of its weights, where what is written has no effect.
+
+    parts: name of a component -> the component.
+    """
+    for part, component in parts.items():
+        for module in component.modules():
+            known = vars(module)
+            if "_hf_hook" in known and any(parameter.is_meta for parameter in module.parameters()):
+                raise SwitchError(
+                    f"accelerate keeps weights of pipe.{part} outside of it (enable_sequential_cpu_offload, cpu_offload); call "
+                    "pipe.remove_all_hooks() first, or use enable_model_cpu_offload, which moves it as a whole"
+                )
+            if known.get("fused_projections") and _has_fused_projections(module):
+                raise SwitchError(
+                    f"pipe.{part} computes with copies of its projections (fuse_qkv_projections); call "
+                    f"pipe.{part}.unfuse_qkv_projections() first"
+                )
+            if "_diffusers_hook" in known and _is_on_disk(module):
+                raise SwitchError(
+                    f"Diffusers reads weights of pipe.{part} from disk at each call (offload_to_disk_path); offload to memory "
+                    "instead: leave offload_to_disk_path out"
+                )
+
+
+def _has_fused_projections(attention: nn.Module) -> bool:
+    """Diffusers' older attention keeps its mark for good: there the processor says whether the copies are used."""
+    return hasattr(attention, "unfuse_projections") or type(getattr(attention, "processor", None)).__name__.startswith("Fused")
+
+
+def _is_on_disk(module: nn.Module) -> bool:
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
+    return any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None for hook in hooks)
