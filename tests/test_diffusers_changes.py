@@ -1,6 +1,7 @@
 """What is done to a pipeline, and what interrupts, between two calls of its adapters: the base is never lost."""
 
 import copy
+import gc
 import os
 from types import SimpleNamespace
 
@@ -162,6 +163,17 @@ def test_one_owner(pipe, adapters):
     second.load(pipe_adapter(pipe, 2), "b")
     second.set("b")
     second.disable()
+
+
+def test_the_next_one_gets_the_base_if_the_first_is_dropped_while_active():
+    pipe, base, adapters = one_active()
+    adapters.fuse()
+    active = pipe_bits(pipe)
+    del adapters
+    gc.collect()
+    assert same_bits(pipe_bits(pipe), active) and not same_bits(active, base)
+    PipelineAdapters(pipe)
+    assert same_bits(pipe_bits(pipe), base)
 
 
 def test_offload_of_whole_models_moves_the_adapter_with_them():

@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import shira
 from conftest import all_bits, mlp, random_adapter, same_bits
 from interrupting import interrupted
 from shira import BaseMismatch, ShiraError, SparseTensor, Switcher, SwitchError
+from shira.weights import owners
 from test_model_changes import adapters, switcher_of
 
 
@@ -58,8 +60,73 @@ def test_a_model_has_one_owner_at_a_time():
     second.use("a")
     second = None
     gc.collect()
-    first.use("plain")  # a switcher that is gone owns nothing: what it left is the base
+    assert not same_bits(base, all_bits(model))  # a switcher that is gone owns nothing, and what it left stays active
+    first.use("plain")
     first.use(None)
+    assert same_bits(base, all_bits(model))
+
+
+def left(model, name="a"):
+    """Leave an adapter active whose switcher is gone, as a function does that makes a switcher. Returns the bits of both."""
+    base = all_bits(model)
+    switcher_of(model).use(name)
+    gc.collect()
+    assert not same_bits(base, all_bits(model))
+    return base, all_bits(model)
+
+
+def test_who_comes_after_a_switcher_that_is_gone_gets_the_base():
+    model = mlp()
+    base, _ = left(model)
+    Switcher(model)
+    assert same_bits(base, all_bits(model))
+    left(model)
+    shira.attach(model, density=0.1).detach()
+    assert same_bits(base, all_bits(model))
+    left(model)
+    part = Switcher(model[0])
+    part.use(None)
+    assert same_bits(base, all_bits(model))
+    assert not owners._left
+
+
+def test_a_function_that_makes_a_switcher_can_be_called_again():
+    model = mlp()
+    base = all_bits(model)
+
+    def activate():
+        switcher = switcher_of(model)
+        switcher.use("a")
+        return all_bits(model)
+
+    assert same_bits(activate(), activate())
+    Switcher(model)
+    assert same_bits(base, all_bits(model))
+
+
+def test_casts_meanwhile_are_followed_and_other_changes_stay():
+    model, twin = mlp(), mlp()
+    left(model)
+    Switcher(model.half())
+    assert same_bits(all_bits(twin.half()), all_bits(model))
+    model = mlp()
+    left(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    theirs = all_bits(model)
+    Switcher(model)
+    assert same_bits(theirs, all_bits(model)) and not owners._left
+
+
+def test_what_is_left_does_not_keep_a_model_alive():
+    model = mlp()
+    left(model)
+    gone = [weakref.ref(model), weakref.ref(model[0].weight)]
+    assert owners._left
+    del model
+    gc.collect()
+    assert [each() for each in gone] == [None, None] and not owners._left
 
 
 def test_weights_that_are_one_memory_are_owned_together():

@@ -36,6 +36,10 @@ class QuantizedLayers:
             if isinstance(module, nn.Linear) and is_quantized(module.weight):
                 self._users.setdefault(id(module.weight), []).append(module)
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._users)
+
     def without_quantized(self, label: str, adapter: Adapter, weights: Mapping[str, Tensor]) -> Adapter:
         """An adapter's part for plain weights. The part for quantized ones is checked here.
 

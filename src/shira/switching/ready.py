@@ -1,7 +1,7 @@
 """The selections of a switcher: the one in the weights, and a bounded number held ready, all values computed and checked."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +10,14 @@ from torch import Tensor
 from .. import kernels
 from ..errors import SwitchError
 from ..fusion.methods import Method, resolve
-from ..fusion.strengths import CheckedStrength, Strength, check_strengths, is_nonzero
+from ..fusion.strengths import CheckedStrength, Strength, as_given, check_strengths, is_nonzero
 from ..kernels import Waiting, WritePlan
+from ..texts import shown
 from .quantized_layers import AddedProduct
 
-__all__ = ["BASE", "CheckedSelection", "InWeights", "Prepared", "Ready", "Selection", "checked_selection"]
+__all__ = ["BASE", "CheckedSelection", "InWeights", "Prepared", "Ready", "Selection", "checked_selection", "listed"]
+
+SHOWN = 8  # names in a text
 
 
 class CheckedSelection(NamedTuple):
@@ -66,6 +69,19 @@ class InWeights(NamedTuple):
     def label(self) -> str:
         """The active adapters in messages."""
         return " + ".join(repr(name) for name, _ in (self.selection or BASE).strengths) or "an adapter"
+
+    def described(self) -> str:
+        """What is active, in a line."""
+        if self.selection is None:
+            return "a switch was interrupted; the next call restores the base"
+        used = [shown(name) + f" × {as_given(strength)}" * (strength != 1.0) for name, strength in self.selection.strengths]
+        return f"{listed(used, ' + ')} active" if used else "the base is active"
+
+
+def listed(names: Sequence[str], between: str) -> str:
+    """The first names, and how many there are if these are not all."""
+    more = [f"… ({len(names):,})"] if len(names) > SHOWN else []
+    return between.join([*names[:SHOWN], *more])
 
 
 class Ready:

@@ -9,9 +9,10 @@ checks what others have done to the model since the last one.
 import contextlib
 import functools
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,15 +30,14 @@ from ..weights.distributed import reshard
 from ..weights.model_tensors import ModelTensors, named_tensors, plain_model
 from ..weights.modes import writable
 from ..weights.owners import check_free
+from .left_behind import leave_behind
 from .model_state import ModelState
 from .preparing import changes, checked, prepare
-from .ready import BASE, CheckedSelection, InWeights, Prepared, Ready, Selection, checked_selection
+from .ready import BASE, CheckedSelection, InWeights, Prepared, Ready, Selection, checked_selection, listed
 from .recovery import recover_base
 from .sources import AdapterSource
 
 __all__ = ["Switcher"]
-
-SHOWN = 8  # names in a repr
 
 
 class Switcher:
@@ -79,18 +79,15 @@ class Switcher:
         self._model_state = ModelState(self._model, self._owner)
         check_free(self._model_state.claim, SwitchError)  # what another one has active would be taken for the base
 
+    def __del__(self, ended: Callable[[], bool] = sys.is_finalizing) -> None:
+        """What is active stays active. The next owner of the model gets the base."""
+        if not ended() and hasattr(self, "_model_state"):
+            leave_behind(self._model, self._model_state, self._state)
+
     def __repr__(self) -> str:
         """Two lines: what is active, and what is registered. It changes nothing, also after an interrupted switch."""
-        names, selection = list(self._sources), self._state.selection
-        known = ", ".join(map(shown, names[:SHOWN])) + f", … ({len(names):,})" * (len(names) > SHOWN)
-        if selection is None:
-            active = "a switch was interrupted; the next call restores the base"
-        else:
-            used = selection.strengths[:SHOWN]
-            parts = [shown(name) + f" × {as_given(strength)}" * (strength != 1.0) for name, strength in used]
-            more = f" + … ({len(selection.strengths):,})" * (len(selection.strengths) > SHOWN)
-            active = f"{' + '.join(parts)}{more} active" if parts else "the base is active"
-        return f"<shira.Switcher of {type(self._model).__name__}: {active}\n  registered: {known or 'none'}>"
+        known = listed([shown(name) for name in self._sources], ", ") or "none"
+        return f"<shira.Switcher of {type(self._model).__name__}: {self._state.described()}\n  registered: {known}>"
 
     @property
     def names(self) -> list[str]:
@@ -210,8 +207,7 @@ class Switcher:
     def changes(self, selection: Selection, method: str = "sum", **options: float) -> dict[str, SparseTensor]:
         """What `use` would change: for each tensor its new values minus the base's, as deltas in float32. Nothing is written.
 
-        For code that computes with several selections at once, y = W x + ΔW x, while the base is active.
-        Raises what `use` raises.
+        For code that computes y = W x + ΔW x for several selections at once, on the base. Raises what `use` raises.
         """
         with self._turn, writable():
             key = checked_selection(selection, method, options, self._check_name)

@@ -7,7 +7,7 @@ owner is refused, and the message names the first.
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..errors import ShiraError
 from .distributed import is_sharded
 from .model_tensors import named_tensors
 
-__all__ = ["Claim", "Extent", "check_free", "claim"]
+__all__ = ["Claim", "Extent", "check_free", "claim", "leave"]
 
 
 class Extent:
@@ -25,11 +25,11 @@ class Extent:
     def __init__(self, model: nn.Module) -> None:
         self._modules = frozenset(id(module) for module in model.modules())
         self._storages = dict(map(_storage, named_tensors(model).values()))
-        self._model = weakref.ref(model)  # the ids of modules mean nothing after the model is gone
+        self.model = weakref.ref(model)  # the ids of modules mean nothing after the model is gone
 
     def meets(self, other: "Extent") -> bool:
         """Whether two models have a module or a weight in common."""
-        if self._model() is None or other._model() is None:
+        if self.model() is None or other.model() is None:
             return False
         return not self._modules.isdisjoint(other._modules) or any(
             (storage := self._storages[number]()) is not None and storage is other._storages[number]()
@@ -91,7 +91,10 @@ def _drop(known: "weakref.ref[Claim]") -> None:
 
 
 def check_free(mine: Claim, error: type[ShiraError]) -> None:
-    """Raise `error` if another owner has a claim on the same model, or on a part of it."""
+    """Raise `error` if another owner has a claim on the same model, or on a part of it.
+
+    If nobody has, what an owner that is gone has left in the weights is taken out of them.
+    """
     for reference in list(_claims):
         other = reference()
         if other is None or other.is_of(mine) or not other.extent.meets(mine.extent):
@@ -99,6 +102,22 @@ def check_free(mine: Claim, error: type[ShiraError]) -> None:
         owner = other.owner  # the call may complete what an interrupt stopped in the owner, which then has no claim
         if owner:
             raise error(f"this model's weights are already in use: {owner}")
+    model = mine.extent.model()
+    if _left and model is not None:
+        for put_back in dict.fromkeys(found for module in model.modules() if (found := _left.get(module)) is not None):
+            modules = [module for module, other in list(_left.items()) if other is put_back]
+            put_back(modules)
+            for module in modules:
+                _left.pop(module, None)
+
+
+_left: "weakref.WeakKeyDictionary[nn.Module, Callable[[Sequence[nn.Module]], None]]" = weakref.WeakKeyDictionary()
+
+
+def leave(modules: Sequence[nn.Module], put_back: Callable[[Sequence[nn.Module]], None]) -> None:
+    """Let the next owner of one of these modules begin with put_back(those that still live). It may hold no module itself."""
+    for module in modules:
+        _left[module] = put_back
 
 
 def _claim_on_nothing() -> Claim:
