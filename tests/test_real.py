@@ -158,4 +158,6 @@ def test_trainers_save_little_and_resume(tmp_path, kind, steps):
     assert sum(found[0][0][half:]) < sum(found[0][0][:half])
     assert same_bits(found[0][1], found[1][1])
     sizes = {path.name: path.stat().st_size for path in (tmp_path / f"checkpoint-{steps}").iterdir()}
-    assert sizes[ADAPTER] < 5e6 and sizes["model.safetensors"] < 6e6 and sum(sizes.values()) < 30e6
+    values = sum(map(len, found[0][1].values()))  # bytes; positions take less than 2.5 for each entry
+    assert sizes[ADAPTER] < values * (1 + 2.5 / model.dtype.itemsize)
+    assert sizes["model.safetensors"] < 6e6 and sum(sizes.values()) < 30e6

@@ -20,6 +20,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::shira.runs.live.InSoftware")
 def test_the_commands_run_and_print_what_stands_there(online, run, tiny_llama, monkeypatch, capsys):  # noqa: F811
     tiny_llama.bfloat16().save_pretrained("SmolLM2")
     letter_tokenizer().save_pretrained("SmolLM2")
