@@ -9,12 +9,13 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("PIL")
 
+import numpy as np
 import torch
 
 import shira
 from conftest import same_bits
 from pipelines import picture, pipe_adapter, pipe_bits, sd3
-from shira import SwitchError
+from shira import AdapterError, SwitchError
 from shira.integrations.diffusers import PipelineAdapters
 
 
@@ -58,6 +59,7 @@ def test_strengths_by_block_as_diffusers_reads_them(pipe, adapters):
         ({"unet": {"up.block_0": 0.5, "up": 0.25}}, {"unet.up_blocks.0.": 0.5, "unet.up_blocks.1.": 0.25}),
         ({"*": 0, "unet": {"mid": [0.5]}}, {"unet.mid_block.": 0.5, "text_encoder.": 0, "unet.conv_in": 0}),
         ({"text_encoder": {"encoder": 0.5, "*": 0}}, {"unet.": 1, "text_encoder.encoder": 0.5, "text_encoder.embeddings": 0}),
+        ({"unet": {"mid": np.float32(0.5), "up": [np.int64(0), torch.tensor(0.25)]}}, {"unet.mid_block.": 0.5}),
         ({}, {"unet.": 1}),
     ],
 )
@@ -66,6 +68,21 @@ def test_further_strengths_by_block(pipe, adapters, given, rules):
     for start, expected in rules.items():
         meant = {found[name] for name in found if re.match(start, name) and "samplers" not in name}
         assert meant == {expected}, start
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"up": 0.2, "up_blocks": 0.9}, "'up' and 'up_blocks' in 'unet' both set 'unet.up_blocks.*'; give one of them"),
+        ({"up": {"block_0": 0.1}, "up_blocks.0": 0.9}, "'up' and 'up_blocks.0' in 'unet' both set 'unet.up_blocks.0.*'"),
+        ({"up": {0: 0.1, "block_0": 0.9}}, "0 and 'block_0' in 'unet.up_blocks' both set 'unet.up_blocks.0.*'"),
+    ],
+)
+def test_two_names_of_one_part_are_refused(pipe, adapters, given, words):
+    before = pipe_bits(pipe)
+    with pytest.raises(AdapterError, match=re.escape(words)):
+        adapters.set("a", {"unet": given})
+    assert adapters.active == {} and same_bits(pipe_bits(pipe), before)
 
 
 def test_blocks_without_entries_are_no_error(pipe, adapters):

@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -233,6 +234,10 @@ def test_strengths_by_pattern():
         ({}, "must map patterns"),
         ({3: 1.0}, "must map patterns"),
         ([1.0], "finite number"),
+        (np.float32("nan"), r"finite number, found np.float32\(nan\)"),
+        (np.float64(1e300), "float32 does not hold"),
+        *((value, "finite number") for value in (np.True_, torch.tensor(True), np.ones(2), torch.ones(2), torch.tensor(1j))),
+        ({"*": torch.ones((), device="meta")}, "finite number"),
     ],
 )
 def test_strengths_that_cannot_be(strength, words):
@@ -244,6 +249,22 @@ def test_strengths_that_cannot_be(strength, words):
         with pytest.raises(AdapterError, match=words):
             ask()
     assert switcher.active == {} and same_bits(before, all_bits(model))
+
+
+@pytest.mark.parametrize("half", [np.float16(0.5), np.float32(0.5), np.array([0.5]), torch.tensor(0.5, dtype=torch.bfloat16)])
+def test_numbers_of_numpy_and_torch_are_strengths(half):
+    model = mlp()
+    switcher = Switcher(model)
+    switcher.add("a", random_adapter(model, 1))
+    switcher.use({"a": 0.5})
+    expected = all_bits(model)
+    for strength in (half, {"*": half}):
+        switcher.use(None)
+        switcher.use({"a": strength})
+        assert same_bits(expected, all_bits(model))
+    assert switcher.active == {"a": {"*": 0.5}} and type(switcher.active["a"]["*"]) is float
+    switcher.use({"a": np.int64(2)})
+    assert switcher.active == {"a": 2.0}
 
 
 @pytest.mark.parametrize("method", ["sum", "ties"])

@@ -12,11 +12,12 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("PIL")
 
+import diffusers
 import torch
 from PIL import Image
 
 import shira
-from pipelines import stable_diffusion
+from pipelines import pipe_adapter, stable_diffusion, vae
 from shira import DataError
 from shira.cli.options import fields_of
 from shira.data.grids import grid
@@ -112,10 +113,37 @@ def test_wrong_options_are_refused_before_a_pipeline_is_loaded(run, folder, monk
         assert code == 1 and words in " ".join(err.split()), err
     code, _, err = run("train-image --data dog")
     assert code == 1 and "no pipeline to train" in err
-    code, _, err = run("sample --pipe pipeline -p x --sweep 1")
-    assert code == 1 and "--sweep needs an adapter" in err
+    pipe_adapter(stable_diffusion(), 1).save("one.safetensors")
+    for options, words in {
+        "--sweep 1": "--sweep needs an adapter",
+        "-o x.txt": "x.txt: expected the ending of a picture that can be written, such as .png or .jpg; found the ending",
+        "-o grid": "grid: expected the ending of a picture that can be written, such as .png or .jpg; found no ending",
+        "-o grid.psd": "found the ending '.psd'",
+        "--first-seed 99999999999999999999999": "--first-seed must be at most 18446744073709551612, found 999999",
+        """-a one.safetensors='{"unet": true}'""": "'one.safetensors' in 'unet' must be a finite number, found True",
+        "-a one.safetensors=1e38 --sweep 1,10": "must be a finite number, found 1e+39, which float32 does not hold",
+        "-a one.safetensors -a ./one.safetensors=2": "twice, as 'one.safetensors' and './one.safetensors'; give it once",
+    }.items():
+        code, _, err = run(f"sample --pipe pipeline -p x {options}")
+        assert code == 1 and words in " ".join(err.split()), err
     code, _, err = run("sample --pipe pipeline -p x --sweep 1,a")
     assert code == 2 and "expected numbers with commas" in " ".join(re.sub("│", " ", err).split())
+
+
+def test_what_a_pipeline_refuses_is_one_line(run, folder):
+    stable_diffusion().save_pretrained("pipeline")
+    code, _, err = run("sample --pipe pipeline -p x --resolution 17")
+    assert code == 1 and "DataError: StableDiffusionPipeline makes no such picture: `height` and `width` have" in err
+    code, _, err = run(f"{LINE} --data dog --resolution 20")
+    assert code == 1 and "--resolution must be a multiple of 8 for this pipeline, found 20; take 16 or 24" in err
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, num_embeds_ada_norm=1000
+    )
+    diffusers.DiTPipeline(transformer, vae(), diffusers.DDIMScheduler()).save_pretrained("dit")
+    code, _, err = run("sample --pipe dit -p x")
+    assert code == 1 and "DataError: DiTPipeline makes no pictures of a prompt; take a text-to-image pipeline" in err
+    code, _, err = run("train-image dit --data dog")
+    assert code == 1 and "DataError: the transformer of this pipeline is a DiTTransformer2DModel" in err
 
 
 def test_what_is_no_pipeline(run, folder):

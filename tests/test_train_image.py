@@ -11,7 +11,7 @@ from PIL import Image
 
 import shira
 from conftest import all_bits, same_bits
-from pipelines import PIPELINES, SIDE, sd3, stable_diffusion
+from pipelines import PIPELINES, SIDE, sd3, sdxl, stable_diffusion
 from shira import DataError
 from shira.data.pictures import Picture, pictures_in, square
 from shira.integrations.diffusers_sampling import modules_of, sample
@@ -296,9 +296,26 @@ def test_data_that_cannot_be_used(folder, damage, words):
     assert same_bits(before, all_bits(modules_of(pipe)))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": "bad", "prompt": "a sks dog"}, "cut.png is not a picture that can be read"),
+        ({"class_data": "bad"}, "cut.png is not a picture that can be read"),
+        ({"resolution": 17}, "resolution must be a multiple of 8 for this pipeline, found 17; take 16 or 24"),
+    ],
+)
+def test_what_is_wrong_is_found_before_pictures_of_the_class_are_made(folder, options, words):
+    (folder / "bad").mkdir()
+    (folder / "bad/cut.png").write_bytes((folder / "dog/red.png").read_bytes()[:-40])  # its size can still be read
+    made = []
+    with pytest.raises(DataError, match=words):
+        train_image(overfit(class_prompt="a dog", **options), stable_diffusion(), on_class=lambda *done: made.append(done))
+    assert made == [] and [path.name for path in (folder / "bad").iterdir()] == ["cut.png"]
+
+
 def test_pipelines_that_cannot_be_trained(folder):
     pipe = stable_diffusion()
-    with pytest.raises(DataError, match="resolution must be a multiple of 4 for this pipeline, found 30; take 28 or 32"):
+    with pytest.raises(DataError, match="resolution must be a multiple of 8 for this pipeline, found 30; take 24 or 32"):
         train_image(overfit(resolution=30), pipe)
     pipe.scheduler.register_to_config(prediction_type="velocity")
     with pytest.raises(DataError, match="prediction type is 'velocity'; known: epsilon, v_prediction, sample"):
@@ -327,6 +344,21 @@ def test_pipelines_that_cannot_be_trained(folder):
 def test_a_loss_that_is_not_finite(folder):
     pipe = stable_diffusion()
     before = all_bits(modules_of(pipe))
-    with pytest.raises(shira.TuningError, match="the loss became nan at step"):
+    with pytest.raises(shira.TuningError, match="the loss became nan at step .; try a lower learning rate$"):
         train_image(overfit(lr=1e30, steps=5), pipe)
     assert same_bits(before, all_bits(modules_of(pipe)))
+
+
+def test_the_vae_is_in_float16_again_after_an_interrupt(folder, monkeypatch):
+    pipe = sdxl()
+    pipe.vae.half()
+    before = all_bits(pipe.vae)
+
+    def encode(pixels):
+        assert pipe.vae.dtype == pixels.dtype == torch.float32
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe.vae, "encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        train_image(overfit(), pipe)
+    assert pipe.vae.dtype == torch.float16 and same_bits(before, all_bits(pipe.vae))

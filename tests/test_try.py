@@ -170,6 +170,10 @@ def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
         ("generate model -p hi -a poet.safetensors=nan", "AdapterError: the strength of 'poet.safetensors' must be a finite"),
         ("""generate model -p hi -a 'coder={"*": 1, "nose": 2}'""", "AdapterError: coder: .*'nose' matches none"),
         ("generate model -p hi -a coder -a coder=2", "DataError: one adapter is given twice"),
+        (
+            "generate model -p hi -a coder -a coder/adapter.safetensors",
+            "DataError: one adapter .* as 'coder' and 'coder/adapter.saf",
+        ),
         ("generate model -p hi -a texts.jsonl", "FormatError: texts.jsonl is not a whole safetensors file"),
         (
             "generate model -p hi -a other.safetensors",

@@ -28,12 +28,24 @@ Adapters = Annotated[
 
 
 def given_adapters(texts: Sequence[str]) -> "dict[str, Strength]":
-    """File -> strength. A text that is a file is not split at its '='. Raises DataError, also if a file is given twice."""
+    """File -> strength. A text that is a file is not split at its '='.
+
+    Raises DataError for a strength that cannot be read, and if a file is given twice, also by another path.
+    """
+    from ..files.suggestions import adapter_in
     from ..fusion.strengths import parse_strength
 
-    strengths: dict[str, Strength] = dict((text, 1.0) if os.path.exists(text) else parse_strength(text) for text in texts)
-    if len(strengths) < len(texts):
-        raise DataError("one adapter is given twice; give it once, with the sum of its strengths")
+    strengths: dict[str, Strength] = {}
+    places: dict[str, str] = {}  # where a file is -> as it was given
+    for text in texts:
+        file, strength = (text, 1.0) if os.path.exists(text) else parse_strength(text)
+        place = os.path.realpath(adapter_in(Path(file))) if os.path.exists(file) else file
+        if place in places:
+            raise DataError(
+                f"one adapter is given twice, as {shown(places[place])} and {shown(file)}; give it once, with the sum of its "
+                "strengths"
+            )
+        strengths[file], places[place] = strength, file
     return strengths
 
 

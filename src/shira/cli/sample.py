@@ -7,11 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DataError
+from ..texts import shown
 from .adapters import given_adapters
 from .options import Density, Drop, Dtype, MethodName, Seed, method_options
 from .output import cell, console, progress, waiting
 
 __all__ = ["sample"]
+
+LARGEST_SEED = 2**64 - 1  # of a torch.Generator
 
 
 def sample(
@@ -47,13 +50,22 @@ def sample(
     Example: shira sample --pipe pipeline -a bluefire.safetensors -a paintings.safetensors=0.5 -p tiger -p dog --seeds 4
     """
     from ..adapter import load
-    from ..data.grids import grid
+    from ..data.grids import check_ending, grid
     from ..data.pictures import check_pillow
     from ..integrations.diffusers import PipelineAdapters
 
     options = method_options(method, density=density, drop=drop, seed=seed)
     strengths = given_adapters(adapter or [])
     factors = _factors(sweep)
+    selections = [
+        {path: _times(f"the strength of {shown(path)}", strength, factor) for path, strength in strengths.items()}
+        for factor in factors
+    ]
+    numbers = [first_seed + number for number in range(seeds or (1 if sweep is not None else 4))]
+    if numbers[-1] > LARGEST_SEED:
+        raise DataError(
+            f"--first-seed must be at most {LARGEST_SEED + 1 - len(numbers)}, found {first_seed}; take a smaller one"
+        )
     for path in strengths:
         load(path)  # what is wrong with it should be known before a pipeline is loaded
     if sweep is not None and not strengths:
@@ -61,9 +73,9 @@ def sample(
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} to save the grid in; make it first")
     check_pillow()
+    check_ending(output)
     from ..integrations import diffusers_sampling as sampling
 
-    numbers = [first_seed + number for number in range(seeds or (1 if sweep is not None else 4))]
     with waiting("loading the pipeline"):
         loaded = sampling.load_pipeline(pipe, dtype)
         sampling.to_the_accelerator(loaded)
@@ -73,8 +85,8 @@ def sample(
     columns: dict[str, list[Any]] = {}
     done = 0
     with progress("making pictures", len(factors) * len(numbers) * len(prompt)) as update:
-        for factor in factors:
-            adapters.set({path: _times(strength, factor) for path, strength in strengths.items()}, method=method, **options)
+        for factor, selection in zip(factors, selections, strict=True):
+            adapters.set(selection, method=method, **options)
             for number in numbers:
                 images = []
                 for text in prompt:
@@ -96,10 +108,15 @@ def _factors(sweep: str | None) -> list[float]:
         raise typer.BadParameter(f"found {sweep!r}; expected numbers with commas, 0,0.5,1", param_hint="--sweep") from None
 
 
-def _times(strength: Any, factor: float) -> Any:
-    """A strength as `PipelineAdapters.set` takes it, times a factor. What is not named has 1.0, so it is named."""
+def _times(what: str, strength: Any, factor: float) -> Any:
+    """A strength as `PipelineAdapters.set` takes it, times a factor. What is not named has 1.0, so it is named.
+
+    what: its name in messages. Raises AdapterError unless all in it are finite numbers.
+    """
+    from ..fusion.strengths import finite_number
+
     if isinstance(strength, Mapping):
-        return {"*": factor} | {part: _times(value, factor) for part, value in strength.items()}
+        return {"*": factor} | {part: _times(f"{what} in {shown(part)}", value, factor) for part, value in strength.items()}
     if isinstance(strength, list):
-        return [_times(value, factor) for value in strength]
-    return strength * factor if isinstance(strength, int | float) else strength
+        return [_times(what, value, factor) for value in strength]
+    return finite_number(what, finite_number(what, strength) * factor)

@@ -1,11 +1,13 @@
 """Grids of pictures with titles, drawn with PIL."""
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 
-__all__ = ["grid"]
+__all__ = ["check_ending", "grid"]
 
 GAP = 4  # pixels between pictures
 INK, PAPER = "#202020", "white"
@@ -53,6 +55,19 @@ def grid(pictures: Sequence[Sequence[Any]], rows: Sequence[str], columns: Sequen
             large = image.convert("RGB").resize([length * factor for length in image.size], Image.Resampling.NEAREST)
             sheet.paste(large, (side_width + GAP + place * (width + GAP), y))
     return sheet
+
+
+def check_ending(path: Path) -> None:
+    """Raise DataError unless Pillow can write a grid to a file with this ending. Nothing is written."""
+    from PIL import Image
+
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions().get(path.suffix.lower()))
+    except (KeyError, OSError, ValueError) as error:
+        found = f"the ending {path.suffix!r}" if path.suffix else "no ending"
+        raise DataError(
+            f"{path}: expected the ending of a picture that can be written, such as .png or .jpg; found {found}"
+        ) from error
 
 
 def _wrapped(title: str, font: Any, width: float, most: int) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DataError, MissingExtra
 from ..texts import shown
 
-__all__ = ["Picture", "pictures_in", "square"]
+__all__ = ["Picture", "check_pillow", "image_of", "pictures_in", "square"]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
@@ -89,13 +89,9 @@ def square(
     The shorter side is scaled to the resolution, the longer one is cropped: in the middle, or at a random place.
     Raises DataError, which names the file, if the picture cannot be read.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        image = picture.image if isinstance(picture.image, Image.Image) else Image.open(picture.image)
-        image = _opaque(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{picture.image} is not a picture that can be read: {error}") from error
+    image = image_of(picture)
     width, height = image.size
     scale = resolution / min(width, height)
     wide, high = (max(resolution, math.floor(side * scale + 0.5)) for side in (width, height))
@@ -108,6 +104,19 @@ def square(
     image = image.crop((left, top, left + resolution, top + resolution))
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(resolution, resolution, 3)
     return flat.permute(2, 0, 1).float() / 127.5 - 1, (height, width, top, left)
+
+
+def image_of(picture: Picture) -> Any:
+    """The picture as a PIL image in RGB, whole and upright. Raises DataError, which names the file, if it cannot be read."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        if isinstance(picture.image, Image.Image):
+            return _opaque(ImageOps.exif_transpose(picture.image))
+        with Image.open(picture.image) as image:
+            return _opaque(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{picture.image} is not a picture that can be read: {error}") from error
 
 
 def _opaque(image: Any) -> Any:

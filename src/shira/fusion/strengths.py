@@ -18,6 +18,7 @@ __all__ = [
     "Strength",
     "as_given",
     "check_strengths",
+    "finite_number",
     "given_strengths",
     "is_nonzero",
     "parse_strength",
@@ -83,17 +84,30 @@ def _checked(what: str, strength: Any) -> CheckedStrength:
     if isinstance(strength, Mapping):
         if not strength or not all(isinstance(pattern, str) for pattern in strength):
             raise AdapterError(f"{what} must map patterns of tensor names to numbers, found {shown(dict(strength))}")
-        return tuple((pattern, _finite(f"{what} for {shown(pattern)}", value)) for pattern, value in strength.items())
-    return _finite(what, strength)
+        return tuple((pattern, finite_number(f"{what} for {shown(pattern)}", value)) for pattern, value in strength.items())
+    return finite_number(what, strength)
 
 
-def _finite(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
-        too_large = isinstance(value, int | float) and LARGEST < abs(value) < math.inf
+def finite_number(what: str, value: Any) -> float:
+    """One strength as a float. Numbers of NumPy, and arrays and tensors of one number, are numbers, too. Bools are not.
+
+    what: its name in messages. Raises AdapterError unless it is a finite number that float32 holds.
+    """
+    number = value if isinstance(value, int | float) else _item(value)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LARGEST:
+        too_large = isinstance(number, int | float) and LARGEST < abs(number) < math.inf
         raise AdapterError(
             f"{what} must be a finite number, found {shown(value)}" + (", which float32 does not hold" if too_large else "")
         )
-    return float(value)
+    return float(number)
+
+
+def _item(value: Any) -> Any:
+    """The one element of an array, a tensor, or a number of NumPy, in Python's type. Anything else is returned as it is."""
+    try:
+        return value.item()
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # it has no such method, or not one element
+        return value
 
 
 def as_given(strength: CheckedStrength) -> float | dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterError, SwitchError, did_you_mean
-from ..fusion.strengths import Strength, check_strengths
+from ..fusion.strengths import Strength, check_strengths, finite_number
 from ..texts import described, shown
 from ..weights.model_tensors import plain_model
 
@@ -22,12 +22,11 @@ def by_block(name: str, given: Any, components: Mapping[str, nn.Module], tensors
     name: of the adapter. given: a number; or component -> number or, as deep as the modules go, name of a module -> number,
     or a list of numbers for the layers of a block. "*" is for all that is not named, 1.0 by default.
     tensors: the names of the adapter's tensors. Parts in which it changes nothing are left out.
-    Raises AdapterError for a part that is not there, and for a strength that is not a finite number.
+    Raises AdapterError for a part that is not there, for two names of one part, and for a strength that is not a finite number.
     """
     label = f"the strength of {shown(name)}"
     if not isinstance(given, Mapping):
-        check_strengths({name: given})
-        return float(given)
+        return finite_number(label, given)
     found: dict[str, Any] = {"*": given.get("*", 1.0)}
     for component, below in given.items():
         if component == "*":
@@ -40,8 +39,8 @@ def by_block(name: str, given: Any, components: Mapping[str, nn.Module], tensors
             changed = sorted({repr(tensor.partition(".")[0]) for tensor in tensors})
             raise AdapterError(f"{label}: the adapter changes nothing in {component!r}, only in {', '.join(changed)}")
         found |= _spread(label, component, components[component], below)
-    check_strengths({name: found})
-    patterns = sorted(found.items(), key=lambda item: item[0].count("."))  # so the deepest counts
+    checked: Any = check_strengths({name: found})[name]
+    patterns = sorted(checked, key=lambda item: item[0].count("."))  # so the deepest counts
     return {pattern: value for pattern, value in patterns if any(tensor.startswith(pattern[:-1]) for tensor in tensors)}
 
 
@@ -49,11 +48,18 @@ def _spread(label: str, path: str, module: nn.Module, given: Any) -> dict[str, A
     """Pattern -> number, for a part of a pipeline and the modules in it."""
     if isinstance(given, Mapping):
         found: dict[str, Any] = {}
+        said: dict[str, Any] = {}  # pattern -> the name that it comes from
         for word, below in given.items():
             inner, part = (path, module) if word == "*" else _part(label, path, module, word)
             if word == "*" and isinstance(below, Mapping | list | tuple):
                 raise AdapterError(f"{label}: '*' in {path!r} must be a number, found {described(below)}")
-            found |= _spread(label, inner, part, below)
+            more = _spread(label, inner, part, below)
+            if (twice := next((pattern for pattern in more if pattern in said), None)) is not None:
+                raise AdapterError(
+                    f"{label}: {shown(said[twice])} and {shown(word)} in {path!r} both set {twice!r}; give one of them"
+                )
+            found |= more
+            said |= dict.fromkeys(more, word)
         return found
     if not isinstance(given, list | tuple):
         return {f"{path}.*": given}

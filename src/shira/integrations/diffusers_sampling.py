@@ -1,5 +1,6 @@
 """Diffusers: load a pipeline, and let it make pictures."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,11 @@ def sample(
     """One PIL image of a prompt. guidance, resolution (the side in pixels): by default the pipeline's own.
 
     on_step(number of the step, from 1) is called after each step; what it raises ends the work.
+    Raises DataError if the pipeline takes no prompt, or refuses these options.
     """
+    taken = inspect.signature(pipe.__call__).parameters
+    if "prompt" not in taken and not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        raise DataError(f"{type(pipe).__name__} makes no pictures of a prompt; take a text-to-image pipeline")
     options: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     options |= {} if resolution is None else {"height": resolution, "width": resolution}
     if on_step is not None:
@@ -70,6 +75,8 @@ def sample(
     try:
         with evaluating(modules_of(pipe)):
             return pipe(prompt=prompt, num_inference_steps=steps, generator=start, **options).images[0]
+    except ValueError as error:  # a pipeline checks its inputs before the first step
+        raise DataError(f"{type(pipe).__name__} makes no such picture: {error}") from error
     finally:
         pipe.set_progress_bar_config(**(before or {}))
 

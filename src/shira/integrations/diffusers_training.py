@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..data.pictures import Picture, pictures_in, square
+from ..data.pictures import Picture, image_of, pictures_in, square
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
-from ..masks.calibration import NAN_ON_A_GPU
+from ..masks.calibration import nan_advice
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
 from ..weights.random_numbers import seeded
@@ -21,7 +21,7 @@ from .diffusers_sampling import sample
 from .diffusion_losses import TrainedComponents
 from .transformers import checkpointing_of
 
-__all__ = ["Examples", "accelerator_for", "check_schedule", "class_pictures", "train", "training_mode"]
+__all__ = ["Examples", "accelerator_for", "check_resolution", "check_schedule", "class_pictures", "train", "training_mode"]
 
 CLIP = 1.0  # the largest norm of a step's gradient
 Progress = Callable[[int, int], None]
@@ -55,16 +55,27 @@ def check_schedule(schedule: str) -> None:
         raise DataError(f"unknown schedule {schedule!r}; {did_you_mean(schedule, known)}")
 
 
+def check_resolution(parts: TrainedComponents, resolution: int) -> None:
+    """Raise DataError unless pictures of this side, in pixels, go through the parts of the pipeline."""
+    if resolution % parts.multiple:
+        below, above = (parts.multiple * (resolution // parts.multiple + more) for more in (0, 1))
+        near = f"{below} or {above}" if below else str(above)
+        raise DataError(f"resolution must be a multiple of {parts.multiple} for this pipeline, found {resolution}; take {near}")
+
+
 def class_pictures(
     pipe: Any, prompt: str, folder: str | Path | None, count: int, *, on_picture: Progress | None = None, **options: Any
 ) -> list[Picture]:
     """Pictures of a class for prior preservation: those in the folder, and what the pipeline makes to have `count` of them.
 
     A folder is filled with what was made, so that the next run finds it. options: for `sample`.
+    Raises DataError, before any is made, if one in the folder cannot be read.
     """
     place = Path(folder) if folder is not None else None
     there = place is not None and place.is_dir() and any(place.iterdir())
     found = pictures_in(place, prompt) if place is not None and there else []
+    for picture in found if len(found) < count else ():
+        image_of(picture)
     seeds = itertools.count()
     while len(found) < count:
         seed = next(seeds)
@@ -114,12 +125,7 @@ class Examples:
         prior_weight: float = 1.0,
         on_picture: Progress | None = None,
     ) -> None:
-        if resolution % parts.multiple:
-            below, above = (parts.multiple * (resolution // parts.multiple + more) for more in (0, 1))
-            near = f"{below} or {above}" if below else str(above)
-            raise DataError(
-                f"resolution must be a multiple of {parts.multiple} for this pipeline, found {resolution}; take {near}"
-            )
+        check_resolution(parts, resolution)
         self.parts, self.resolution, self.crop, self.flip = parts, resolution, crop, flip
         self.drop_captions, self.prior_weight = drop_captions, prior_weight
         self.pictures, self.priors = list(pictures), list(priors)
@@ -240,7 +246,8 @@ def train(
                         prepared.step()
                         prepared.zero_grad()
                 if not math.isfinite(total):
-                    raise TuningError(f"the loss became {total} at step {step}; try a lower learning rate. {NAN_ON_A_GPU}")
+                    advice = nan_advice(loss.device)
+                    raise TuningError(f"the loss became {total} at step {step}; try a lower learning rate{advice}")
                 rates.step()
                 losses.append(total)
                 if on_step is not None:

@@ -16,6 +16,7 @@ A batch holds everything that is drawn at random, so a loss is a function of the
 """
 
 import inspect
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,7 +71,7 @@ class TrainedComponents(nn.Module):
         """Sides of pictures must be multiples of this."""
         factor, config = int(self.pipe.vae_scale_factor), getattr(self.pipe, self.part).config
         if self.part == "unet":
-            return factor * int(2 ** (len(config.block_out_channels) - 1))
+            return math.lcm(8, factor * int(2 ** (len(config.block_out_channels) - 1)))  # samples need multiples of 8
         return factor * (2 if self.denoiser.startswith("Flux") else int(config.patch_size))
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -86,11 +87,13 @@ class TrainedComponents(nn.Module):
         vae = self.pipe.vae
         dtype = next(vae.parameters()).dtype
         whole = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)  # it overflows in float16
-        if whole:
-            vae.to(torch.float32)
-        found: Any = vae.encode(pixels.to(self.device, torch.float32 if whole else dtype))
-        if whole:
-            vae.to(dtype)
+        try:
+            if whole:
+                vae.to(torch.float32)
+            found: Any = vae.encode(pixels.to(self.device, torch.float32 if whole else dtype))
+        finally:
+            if whole:
+                vae.to(dtype)
         found = getattr(found, "latent_dist", getattr(found, "latents", found))
         mean: Tensor = found if isinstance(found, Tensor) else found.mode()
         shift = getattr(vae.config, "shift_factor", None) or 0.0

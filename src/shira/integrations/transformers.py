@@ -21,7 +21,7 @@ from ..errors import DataError, HubError, MissingExtra, TuningError, did_you_mea
 from ..files import hub
 from ..files.bases import skeleton_of
 from ..files.paths import temporary_folder
-from ..masks.calibration import NAN_ON_A_GPU
+from ..masks.calibration import nan_advice
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
 from ..weights.random_numbers import seeded
@@ -308,9 +308,8 @@ def train(
             if loss is None:
                 return
             if not math.isfinite(loss):
-                raise TuningError(
-                    f"the loss became {loss} at step {state.global_step}; try a lower learning rate. {NAN_ON_A_GPU}"
-                )
+                advice = nan_advice(next(model.parameters()).device)
+                raise TuningError(f"the loss became {loss} at step {state.global_step}; try a lower learning rate{advice}")
             clock.append((time.perf_counter(), tokens[0]))
             if on_step is not None:
                 (start, before), (now, after) = clock[0], clock[-1]

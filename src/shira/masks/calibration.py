@@ -25,13 +25,18 @@ from ..weights.random_numbers import same_random_numbers
 from ..weights.targets import is_conv1d
 from ..weights.undo import Undo, hooks_of, set_hook
 
-__all__ = ["NAN_ON_A_GPU", "LossFn", "Progress", "calibrate"]
+__all__ = ["LossFn", "Progress", "calibrate", "nan_advice"]
 
-# advice for what is NaN though it need not be
-NAN_ON_A_GPU = "cuDNN's attention fails on some GPUs: before, call torch.backends.cuda.enable_cudnn_sdp(False) (docs/gpu.md)"
 LossFn = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
 Receive = Callable[[str, dict[str, Tensor]], None]
+
+
+def nan_advice(device: torch.device) -> str:
+    """The end of a message about what is NaN though it need not be. Empty where cuDNN's attention does not compute."""
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        return ""
+    return ". cuDNN's attention fails on some GPUs: before, call torch.backends.cuda.enable_cudnn_sdp(False) (docs/gpu.md)"
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -137,7 +142,8 @@ def _gradients(
         waiting.remove(name)
         found = sums.pop(name)
         if any(bool(total.max().isnan()) for total in found.values()):
-            raise MaskError(f"tensor '{name}': its gradient is NaN; check the model and the calibration data. {NAN_ON_A_GPU}")
+            advice = nan_advice(weights[name].device)
+            raise MaskError(f"tensor '{name}': its gradient is NaN; check the model and the calibration data{advice}")
         if "squared_gradient" in found:
             found["squared_gradient"] /= len(batches)
         receive(name, found)

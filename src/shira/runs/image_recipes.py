@@ -132,7 +132,7 @@ def train_image(
     that is read; on_calibration(done, total) after each batch of a calibration; on_step(step, loss, pictures per second) after
     each step; on_sample(title, prompts, images) for the base, each time samples are made, and at the end.
     """
-    from ..data.pictures import pictures_in
+    from ..data.pictures import image_of, pictures_in
     from ..integrations import diffusers_sampling as sampling
     from ..integrations import diffusers_training as training
     from ..integrations.diffusion_losses import TrainedComponents
@@ -143,6 +143,7 @@ def train_image(
     accelerator = training.accelerator_for(recipe.mixed_precision, recipe.accumulate, unused=recipe.train_text_encoder)
     pipe.to(accelerator.device)
     resolution = recipe.resolution or _own_resolution(pipe, parts)
+    training.check_resolution(parts, resolution)
     shape: dict[str, Any] = {"steps": recipe.sample_steps, "guidance": recipe.guidance, "resolution": resolution}
     prompts = recipe.sample_prompt or list(dict.fromkeys(picture.caption for picture in pictures))[:SHOWN]
 
@@ -156,6 +157,8 @@ def train_image(
 
     priors = []
     if recipe.class_prompt is not None:
+        for picture in pictures:
+            image_of(picture)  # finds broken files before pictures of the class are made
         with accelerator.main_process_first():
             priors = training.class_pictures(
                 pipe, recipe.class_prompt, recipe.class_data, recipe.class_count, on_picture=on_class, **shape
