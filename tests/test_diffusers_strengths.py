@@ -154,7 +154,7 @@ def test_a_block_around_a_call_by_step_sets_what_was_set_before(pipe, adapters):
 
 def test_strengths_are_the_users_and_those_of_zero_are_not_fused(pipe, adapters):
     given = {"unet": {"mid": 0.5}}
-    adapters.set({"a": given, "b": 0})
+    adapters.set({"a": given, "b": torch.zeros(1, requires_grad=True).sum()})
     given["unet"]["mid"] = 9.0
     adapters.active["a"]["unet"]["mid"] = 9.0
     assert adapters.active == {"a": {"unet": {"mid": 0.5}}}

@@ -10,7 +10,7 @@ from ..fusion.strengths import Strength, check_strengths, finite_number
 from ..texts import described, shown
 from ..weights.model_tensors import plain_model
 
-__all__ = ["UNET_BLOCKS", "by_block", "paired"]
+__all__ = ["UNET_BLOCKS", "by_block", "copied", "paired"]
 
 UNET_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}  # short name -> Diffusers' own
 NUMBERED = ("attentions", "resnets")  # the layers of a block that a list of strengths counts
@@ -104,6 +104,13 @@ def _part(label: str, path: str, module: nn.Module, words: Any) -> tuple[str, nn
             raise AdapterError(f"{label}: {path!r} has no part {shown(word)}; {did_you_mean(word, known)}")
         path, module = f"{path}.{name}", children[name]
     return path, module
+
+
+def copied(given: Any) -> Any:
+    """A strength in mappings and lists of its own, so that it stays what it was when it was given."""
+    if isinstance(given, Mapping):
+        return {name: copied(below) for name, below in given.items()}
+    return [copied(below) for below in given] if isinstance(given, list | tuple) else given
 
 
 def paired(names: Any, strengths: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ A `Switcher` sees the pipeline's denoiser and text encoders as one model, whose 
 The VAE is never written to.
 """
 
-import copy
 import functools
 import os
 import threading
@@ -25,7 +24,7 @@ from ..switching.switcher import Switcher
 from ..texts import described, shown
 from ..weights.belonging import weight_of
 from ..weights.model_tensors import named_tensors, plain_model
-from .block_strengths import by_block, paired
+from .block_strengths import by_block, copied, paired
 from .diffusers_copies import check_own_weights
 from .diffusers_steps import ByStep
 
@@ -120,7 +119,7 @@ class PipelineAdapters:
     @_in_turn
     def _in_the_weights(self, which: str) -> dict[str, Any]:
         known, now = getattr(self._current(), which), self._switcher.active
-        return {name: copy.deepcopy(given) for name, (given, _) in known.items() if name in now}
+        return {name: copied(given) for name, (given, _) in known.items() if name in now}
 
     def _current(self) -> _Set:
         """What is set. It is what an interrupted call wanted, if the interrupt came after the weights were written."""
@@ -225,7 +224,7 @@ class PipelineAdapters:
         Raises SwitchError for an unknown or a fused name; AdapterError for a strength that is not possible; and what `load`
         raises if a file or the pipeline has changed. Then what was active stays active.
         """
-        given = copy.deepcopy(paired(names, strengths))
+        given = copied(paired(names, strengths))
         for name in given:
             self._check(name)
         present, now = self._present(), self._current()
