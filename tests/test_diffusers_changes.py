@@ -1,8 +1,10 @@
 """What is done to a pipeline, and what interrupts, between two calls of its adapters: the base is never lost."""
 
 import copy
+import functools
 import gc
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +259,34 @@ def test_what_is_fused_keeps_its_method(pipe, adapters):
     assert same_bits(pipe_bits(pipe), fused) and adapters.fused == {"a": 1.0, "b": 1.0}
     adapters.unfuse()
     assert same_bits(pipe_bits(pipe), base)
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_threads_take_turns(pipe, adapters, monkeypatch, by_step):
+    """Without turns a is written after b, and b is noted after a; then `active` would be wrong."""
+    adapters.set("a")
+    begun, written, noted = threading.Event(), threading.Event(), threading.Event()
+    last = functools.partial(adapters.by_step(dict), SimpleNamespace(num_timesteps=1), 0, None, {})  # sets a again
+    real = adapters._switcher.use
+
+    def use(selection, *method, **options):
+        if "a" in selection:
+            begun.set()
+            written.wait(0.3)
+        real(selection, *method, **options)
+        if "b" in selection:
+            written.set()
+            noted.wait(0.3)
+
+    monkeypatch.setattr(adapters._switcher, "use", use)
+    second = threading.Thread(target=lambda: (begun.wait(10), adapters.set("b")))
+    second.start()
+    last() if by_step else adapters.set("a")
+    noted.set()
+    second.join(10)
+    (name,), now = adapters.active, pipe_bits(pipe)
+    adapters.set(name)
+    assert same_bits(pipe_bits(pipe), now)
 
 
 def test_active_is_what_is_in_the_weights_after_an_interrupt(pipe, adapters):

@@ -13,6 +13,7 @@ import shira
 from conftest import all_bits, mlp, random_adapter, same_bits
 from interrupting import interrupted
 from shira import BaseMismatch, ShiraError, SparseTensor, Switcher, SwitchError
+from shira.switching.ready import InWeights
 from shira.weights import owners
 from test_model_changes import adapters, switcher_of
 
@@ -67,17 +68,17 @@ def test_a_model_has_one_owner_at_a_time():
 
 
 def left(model, name="a"):
-    """Leave an adapter active whose switcher is gone, as a function does that makes a switcher. Returns the bits of both."""
+    """Leave an adapter active whose switcher is gone, as a function does that makes a switcher."""
     base = all_bits(model)
     switcher_of(model).use(name)
     gc.collect()
     assert not same_bits(base, all_bits(model))
-    return base, all_bits(model)
 
 
 def test_who_comes_after_a_switcher_that_is_gone_gets_the_base():
     model = mlp()
-    base, _ = left(model)
+    base = all_bits(model)
+    left(model)
     Switcher(model)
     assert same_bits(base, all_bits(model))
     left(model)
@@ -117,6 +118,19 @@ def test_casts_meanwhile_are_followed_and_other_changes_stay():
     theirs = all_bits(model)
     Switcher(model)
     assert same_bits(theirs, all_bits(model)) and not owners._left
+
+
+def test_a_switcher_that_is_dropped_in_the_middle_of_a_switch_leaves_the_base():
+    model = mlp()
+    base = all_bits(model)
+    switcher = switcher_of(model)
+    switcher.use("a")
+    active = switcher._state.plans
+    switcher.use("b")
+    switcher._state = InWeights(None, (*switcher._state.plans, *active))  # as after two interrupts in one call
+    switcher = None
+    gc.collect()
+    assert same_bits(base, all_bits(model)) and not owners._left
 
 
 def test_what_is_left_does_not_keep_a_model_alive():

@@ -273,7 +273,9 @@ def test_a_base_on_another_device_than_the_adapter(kind, device, tmp_path):
     rl_patches.save(adapter, tmp_path / "patch", "trl", base=model.to(device))
     assert same(shira.load(tmp_path / "patch").tensors, shira.load(tmp_path / "expected").tensors)
     assert rl_patches.load(tmp_path / "patch", model).fingerprints
-    with pytest.raises(BaseMismatch, match="must be (contiguous|a floating-point tensor with data)"):
+    with pytest.raises(
+        BaseMismatch, match="must be a floating-point tensor with data, found one without data, on the meta device"
+    ):
         rl_patches.save(adapter, tmp_path / "none", "trl", base=model.to("meta"))
     assert not (tmp_path / "none").exists()
 

@@ -121,6 +121,7 @@ class PipelineAdapters:
         known, now = getattr(self._current(), which), self._switcher.active
         return {name: copied(given) for name, (given, _) in known.items() if name in now}
 
+    @_in_turn
     def _current(self) -> _Set:
         """What is set. It is what an interrupted call wanted, if the interrupt came after the weights were written."""
         if self._tried is not self._set:
@@ -333,6 +334,7 @@ class PipelineAdapters:
                 f"adapter {name!r} is fused; call unfuse() first, or release() to keep it in the weights for good"
             )
 
+    @_in_turn
     def _apply(self, wanted: _Set) -> None:
         self._follow()
         meant, (method, options) = wanted.in_use()

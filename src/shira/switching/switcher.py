@@ -82,6 +82,8 @@ class Switcher:
     def __del__(self, ended: Callable[[], bool] = sys.is_finalizing) -> None:
         """What is active stays active. The next owner of the model gets the base."""
         if not ended() and hasattr(self, "_model_state"):
+            with contextlib.suppress(SwitchError):  # an interrupted switch, of which the base is not known any more
+                self._undo_interrupted()
             leave_behind(self._model, self._model_state, self._state)
 
     def __repr__(self) -> str:
