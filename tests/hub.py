@@ -127,6 +127,15 @@ class _Handler(BaseHTTPRequestHandler):
             known = {"id": repo, "sha": oid, "private": self.hub.repos[repo]["private"], "siblings": files, "tags": []}
             self._send(200, known)
 
+    def tree(self, _, __, repo, revision):
+        if oid := self._commit_of(repo, revision):
+            files = self.hub.commits[oid].items()
+            about = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha256(content).hexdigest()}
+                for name, content in files
+            ]
+            self._send(200, about)
+
     def listed(self, _, query):
         self._send(200, [{"id": repo} for repo in self.hub.repos if repo.startswith(f"{query['author'][0]}/")])
 
@@ -193,6 +202,7 @@ ROUTES = [
     ("GET", "/api/models", _Handler.listed),
     ("GET", f"/api/models/{REPO}", _Handler.info),
     ("GET", f"/api/models/{REPO}/revision/(?P<revision>[^/]+)", _Handler.info),
+    ("GET", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)", _Handler.tree),
     ("GET", f"/api/models/{REPO}/refs", _Handler.refs),
     ("POST", f"/api/models/{REPO}/branch/(?P<revision>[^/]+)", _Handler.branch),
     ("POST", f"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -86,6 +87,27 @@ def test_push_load_switch_fuse_and_merge_by_name(online, monkeypatch, run):
     with pytest.raises(HubError, match="'me/poem' is no file or folder, and not in the cache of the hub; offline.*'me/poet'"):
         shira.load("me/poem")
     assert len(online.requests) == asked
+
+
+def test_a_pipeline_is_trained_by_name(online, tmp_path, run):
+    """`shira train-image me/pipe` makes the adapter that it makes of the same pipeline in a folder."""
+    pytest.importorskip("diffusers")
+    from pipelines import folder_with_pictures, stable_diffusion
+
+    folder_with_pictures(Path.cwd())
+    stable_diffusion().save_pretrained("folder")
+    files = {str(path.relative_to("folder")): path.read_bytes() for path in Path("folder").rglob("*") if path.is_file()}
+    online.make("me/pipe")
+    online.commit("me/pipe", "main", files)
+    line = "train-image {} --data one --steps 2 --density 0.1 --batch-size 2 --sample-steps 2 -o {}.safetensors"
+    environment = {"HF_ENDPOINT": online.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "shira.cli", *line.format("me/pipe", "one").split()]
+    # a process of its own: Diffusers reads the hub's address when it is imported
+    subprocess.run(command, check=True, env=os.environ | environment | {"HF_HUB_OFFLINE": "0"}, timeout=300)
+    assert run(line.format("folder", "other"))[0] == 0
+    one, other = shira.load("one.safetensors"), shira.load("other.safetensors")
+    assert all(torch.equal(each.values, other.tensors[name].values) for name, each in one.tensors.items())
+    assert Path("one.png").read_bytes() == Path("other.png").read_bytes()  # the samples
 
 
 def test_a_path_that_exists_wins(online):

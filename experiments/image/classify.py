@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor, nn
 
+from experiments.intervals import half_width
 from experiments.language import classify, methods
 from experiments.language.search import best_rate, losses, rates
 from experiments.language.settings import Recipe
@@ -143,8 +143,7 @@ def over_seeds(sets: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     each = [statistics.fmean(share(score) for score in seed) for seed in zip(*sets, strict=True)]
     if len(each) == 1:
         return f"{100 * each[0]:.1f}"
-    error = statistics.stdev(each) / len(each) ** 0.5
-    return f"{100 * statistics.fmean(each):.1f} ± {100 * float(student.ppf(0.975, len(each) - 1)) * error:.1f}"
+    return f"{100 * statistics.fmean(each):.1f} ± {100 * half_width(each):.1f}"
 
 
 def share(score: Mapping[str, Any]) -> float:

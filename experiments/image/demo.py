@@ -25,14 +25,14 @@ from shira.integrations.diffusers_sampling import modules_of
 from shira.runs.image_recipes import ImageRecipe, save_image_recipe, train_image
 
 from . import emoji
-from .parts import load
+from .parts import in_bfloat16, load, mixed_precision
 from .style_adapters import TARGETS
 from .styles import FILTERS, styled
 
 CONCEPTS = 24
 SHOWN = ("panda face", "pizza", "octopus", "tiger", "frog", "heart eyes")
 VARIANTS = 1  # pictures of each emoji in a style; they differ in the random numbers of the filters
-STEPS, RATE = 300, 0.03
+STEPS, RATE = 200, 0.03
 BOTH = 0.6  # strength of each when both are active; at 1 the shapes get lost (docs/styles.md)
 GUIDANCE, SAMPLING = 2.0, 20  # and denoising steps
 
@@ -79,7 +79,7 @@ def demo(place: Path, steps: int) -> None:
             batch_size=16,
             lr=RATE,
             targets=TARGETS,
-            mixed_precision="bf16",
+            mixed_precision=mixed_precision(),
             license=emoji.LICENCES,
         )
         with progress(f"training on {style}", steps) as update:
@@ -100,7 +100,7 @@ def demo(place: Path, steps: int) -> None:
         row = [title, f"{switch_milliseconds(adapters.set, wanted, {} if wanted else adapters.active):.2f}"]
         changed = sum(int((now != base[name]).sum()) for name, now in weights.state_dict().items())
         rows.append([*row, f"{changed:,}", bytes_text(files[title].stat().st_size) if title in files else ""])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16()):
             columns.append(emoji.generate(pipe, SHOWN, GUIDANCE, SAMPLING))
     same = digest(weights) == before
     cells = [[Image.fromarray(column[row]) for column in columns] for row in range(len(SHOWN))]

@@ -32,7 +32,7 @@ from shira.files.paths import temporary_folder
 from . import scoring
 from .classifier import kept, trained
 from .grids import Picture, grid
-from .parts import GUIDED, PixelShuffleVAE, encoded, guided_at_first, load, pipeline, text_parts
+from .parts import GUIDED, PixelShuffleVAE, encoded, guided_at_first, in_bfloat16, load, pipeline, text_parts
 from .training import Settings, Training, train
 
 RESULTS = Path(__file__).parent / "emoji.jsonl"
@@ -96,7 +96,9 @@ def facts_of(place: Path) -> dict[str, Any]:
 def train_command(options: argparse.Namespace) -> None:
     chosen = concepts(options.concepts)
     few = len(chosen) < 100
-    settings = Settings(len(chosen), options.passes or (600 if few else 400), options.batch or (24 if few else 48))
+    usual = {"batch": 24, "rate": 2e-3, "widths": (64, 128)} if few else {}
+    asked = {"batch": options.batch} if options.batch else {}
+    settings = Settings(len(chosen), options.passes, autocast=in_bfloat16(), **(usual | asked))
     names, parts = [e.name for e in chosen], text_parts()
     latents = PixelShuffleVAE().encode(real_pictures(chosen))
     training = Training(settings, latents, encoded(names, *parts), encoded([""], *parts))
@@ -203,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train, or go on, and save a pipeline in the cache")
     training.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command goes on")
-    training.add_argument("--passes", type=int, help="how often each concept is seen in all (600; from 100 concepts on 400)")
+    training.add_argument("--passes", type=int, default=400, help="how often each concept is seen in all (400)")
     training.add_argument("--batch", type=int, help="pictures a step (24 below 100 concepts, otherwise 48)")
     training.add_argument("--look", type=float, default=5, help="minutes between checkpoints and progress pictures (5)")
     training.add_argument("--again", action="store_true", help="start anew")

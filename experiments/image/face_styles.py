@@ -102,6 +102,7 @@ def trained(
     rate: float,
     avoid: Sequence[shira.Adapter] = (),
     reach: float | None = None,
+    seed: int = 0,
 ) -> tuple[shira.Adapter, dict[str, Any]]:
     """An adapter of a style, and its loss on the held-out faces. The model is its base again, bit for bit.
 
@@ -111,7 +112,7 @@ def trained(
     settings: dict[str, Any] = {"targets": names, "density": DENSITY, "overrides": {names[-1]: LAST}}
     if mask in ("snip", "grad", "fisher"):
         settings["calibration"] = data[:8]
-    with shira.attach(model, mask=mask, avoid=avoid, loss_fn=loss_of, **settings) as tuner:
+    with shira.attach(model, mask=mask, avoid=avoid, loss_fn=loss_of, seed=seed, **settings) as tuner:
         if reach is not None:
             tuner.stay_near(own_pictures(model, held_out.latents.shape[1]), reach=reach, loss_fn=loss_of)
         descend(model, tuner.parameters(), data, rate)
@@ -131,17 +132,19 @@ def own_pictures(model: nn.Module, latent: int, count: int = 8, size: int = 8) -
 class LowRank(nn.Module):
     """W + BA, on the weight as a matrix [inputs, outputs · kernel]: LoRA (arXiv 2106.09685) written for this test."""
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
+    def __init__(self, weight: Tensor, rank: int, seed: int) -> None:
         super().__init__()
         rows, columns = weight.flatten(1).shape
-        self.down = nn.Parameter(torch.randn(rank, columns, generator=torch.Generator().manual_seed(0)) * columns**-0.5)
+        self.down = nn.Parameter(torch.randn(rank, columns, generator=torch.Generator().manual_seed(seed)) * columns**-0.5)
         self.up = nn.Parameter(torch.zeros(rows, rank))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + (self.up @ self.down).view_as(weight)
 
 
-def low_rank(model: nn.Module, style: str, data: Sequence[Batch], held_out: Faces, rate: float) -> dict[str, Any]:
+def low_rank(
+    model: nn.Module, style: str, data: Sequence[Batch], held_out: Faces, rate: float, seed: int = 0
+) -> dict[str, Any]:
     """The loss of low-rank changes of the same weights, each of the largest rank that has no more parameters than entries."""
     model.requires_grad_(False)
     names, parameters = convolutions(model), []
@@ -149,7 +152,7 @@ def low_rank(model: nn.Module, style: str, data: Sequence[Batch], held_out: Face
         module = model.get_submodule(name)
         weight = module.weight
         budget = (LAST if name == names[-1] else DENSITY) * weight.numel()
-        change = LowRank(weight.detach(), max(1, int(budget // sum(weight.flatten(1).shape))))
+        change = LowRank(weight.detach(), max(1, int(budget // sum(weight.flatten(1).shape))), seed)
         parametrize.register_parametrization(module, "weight", change)
         parameters += list(change.parameters())
     descend(model, parameters, data, rate)

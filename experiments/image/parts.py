@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
@@ -13,6 +13,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import AutoModel, AutoTokenizer
 
 from shira.data.packages import Package, fetch
+from shira.integrations.transformers import in_software
 
 TOKENS = 12  # of a name; one emoji has so many, all others have fewer
 GUIDED = 0.3  # share of the steps
@@ -82,6 +83,16 @@ def scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         steps_offset=1,  # without effect on trailing steps; the pipeline wants it
     )
+
+
+def in_bfloat16() -> bool:
+    """Whether to compute in bfloat16. A processor without instructions for it takes ten times as long as in float32."""
+    return not in_software(torch.bfloat16)
+
+
+def mixed_precision() -> Literal["bf16", "no"]:
+    """`in_bfloat16`, as Accelerate names it."""
+    return "bf16" if in_bfloat16() else "no"
 
 
 def text_parts() -> tuple[Any, Any]:

@@ -19,6 +19,8 @@ from shira.integrations.diffusers import PipelineAdapters
 from shira.integrations.diffusers_training import Examples, accelerator_for, train, training_mode
 from shira.integrations.diffusion_losses import TrainedComponents
 
+from .parts import mixed_precision
+
 TARGETS = "(?i).*(attn|attention[.]|conv).*"  # attention and all convolutions, those from and to the latents included
 
 FILE = "adapter.safetensors"
@@ -54,7 +56,7 @@ def trained(
 
     def fit(tuner: Any) -> dict[str, Any]:
         with training_mode(parts, checkpointing=False):
-            done = train(tuner, parts, examples.batches(batch, seed), accelerator_for("bf16", 1), **options)
+            done = train(tuner, parts, examples.batches(batch, seed), accelerator_for(mixed_precision(), 1), **options)
         return done | {"validation_loss": loss_of(parts, checks)}
 
     if "lora" in method:

@@ -16,7 +16,7 @@ from shira.errors import DataError
 from . import style_adapters, style_scores
 from .emoji import facts_of, folder, generate, hide_library_output
 from .grids import Picture as Pixels
-from .parts import load
+from .parts import in_bfloat16, load
 from .styles import SEEN, UNSEEN, general_pictures, training_pictures, validation_pictures
 
 Recipe = Mapping[str, Any]
@@ -219,10 +219,10 @@ class Lab:
 
 
 def drawn(pipe: Any, names: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float) -> dict[str, list[Pixels]]:
-    """Pictures in bfloat16 arithmetic, as the adapters were trained: name -> one for each seed."""
+    """Pictures in the arithmetic that the adapters were trained in: name -> one for each seed."""
     found: dict[str, list[Pixels]] = {name: [] for name in names}
     for seed in seeds:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16()):
             made = generate(pipe, names, guidance, steps, seed)
         for name, picture in zip(names, made, strict=True):
             found[name].append(picture)

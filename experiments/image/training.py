@@ -24,13 +24,13 @@ class Settings:
     """All that decides the trained weights, beside the pictures and names."""
 
     concepts: int
-    passes: int = 600  # pictures seen of each concept
+    passes: int = 400  # pictures seen of each concept
     batch: int = 48
     rate: float = 1e-3
     seed: int = 0
     side: int = 32
     widths: tuple[int, int] = (96, 192)
-    autocast: bool = True  # bfloat16
+    autocast: bool = True  # computes in bfloat16
 
     @property
     def steps(self) -> int:

@@ -3,13 +3,11 @@
 That loss tells methods apart better than accuracy does. The learning rates are chosen by it, on the first seed.
 """
 
-import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from scipy.stats import t
-
+from experiments.intervals import half_width
 from experiments.store import Key, Store
 
 from .runs import train_key
@@ -71,5 +69,4 @@ def interval(apart: list[float]) -> str:
     """A mean and its 95 % interval: '+0.012 ± 0.004'."""
     if len(apart) < 2:
         return f"{apart[0]:+.3f}" if apart else ""
-    error = float(t.ppf(0.975, len(apart) - 1)) * statistics.stdev(apart) / math.sqrt(len(apart))
-    return f"{statistics.fmean(apart):+.3f} ± {error:.3f}"
+    return f"{statistics.fmean(apart):+.3f} ± {half_width(apart):.3f}"

@@ -137,7 +137,9 @@ def train_image(
     from ..integrations import diffusers_training as training
     from ..integrations.diffusion_losses import TrainedComponents
     from ..training.tuning import attach
+    from .live import warn_if_mixed_is_slow
 
+    warn_if_mixed_is_slow(recipe.mixed_precision)
     parts = TrainedComponents(pipe, text_encoders=recipe.train_text_encoder, min_snr=recipe.min_snr)
     pictures = pictures_in(recipe.data, recipe.prompt)
     accelerator = training.accelerator_for(recipe.mixed_precision, recipe.accumulate, unused=recipe.train_text_encoder)

@@ -16,13 +16,13 @@ from ..switching.switcher import Switcher
 from ..weights.belonging import check_described, weight_of
 from ..weights.model_tensors import named_tensors
 
-__all__ = ["InSoftware", "check_files", "check_fit", "load_live", "warn_if_slow"]
+__all__ = ["InSoftware", "check_files", "check_fit", "load_live", "warn_if_mixed_is_slow", "warn_if_slow"]
 
 Files = Mapping[str, str | os.PathLike[str]]  # name -> file or folder
 
 
 class InSoftware(UserWarning):
-    """A model's half precision is one that this CPU computes in software."""
+    """A half precision that was chosen is one that this CPU computes in software."""
 
 
 def warn_if_slow(model: nn.Module, asked: str) -> None:
@@ -32,6 +32,17 @@ def warn_if_slow(model: nn.Module, asked: str) -> None:
         warnings.warn(
             f"the checkpoint is {dtype_name(found)}, for which this processor has no instructions: --dtype float32 is several "
             "times as fast here and takes twice the memory; an adapter fits the model in either dtype",
+            InSoftware,
+            stacklevel=3,
+        )
+
+
+def warn_if_mixed_is_slow(mixed_precision: str) -> None:
+    """Warn (`InSoftware`) if computing in "bf16" or "fp16" takes longer here than "no"."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+    if hf.in_software(half):
+        warnings.warn(
+            f"this processor has no instructions for {dtype_name(half)}: --mixed-precision no is several times as fast here",
             InSoftware,
             stacklevel=3,
         )
