@@ -38,7 +38,7 @@ help: ## show this
 demo: .venv/ready ## train, save, switch and fuse two adapters on a real model (a few minutes)
 	$(BIN)/shira demo
 
-demo-image: .venv/ready ## train a small text-to-image model and two styles, and draw one grid of both (four minutes)
+demo-image: .venv/ready ## train a small text-to-image model and two styles, and draw one grid of both (under six minutes)
 	$(BIN)/python -m experiments.image.demo
 
 emoji-model: .venv/ready ## train a text-to-image model of 24 emoji from nothing (some minutes), and draw them at guidance 1 to 4

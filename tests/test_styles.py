@@ -237,9 +237,9 @@ def emoji_model(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.real
 def test_dreambooth_draws_a_grid_and_leaves_the_base(emoji_model, tmp_path, monkeypatch, capsys):
-    for name, value in {"OF_BASE": 2, "SEEDS": 1, "SAMPLING": 2, "OTHERS": ["cat", "pizza"]}.items():
+    for name, value in {"OF_BASE": 2, "SHOTS": 1, "SAMPLING": 2, "OTHERS": ["cat", "pizza"]}.items():
         monkeypatch.setattr(dreambooth, name, value)
-    dreambooth.main(["--out", str(tmp_path / "grid.png"), "--steps", "2"])
+    dreambooth.main(["--out", str(tmp_path / "grid.png"), "--steps", "2", "--seeds", "1"])
     said = capsys.readouterr().out
     assert "as it was: yes" in said and len(re.findall(r"(?:LoRA|WM|Rand) +│ (?:none|dog|all)", said)) == 9
     with Image.open(tmp_path / "grid.png") as grid:

@@ -3,11 +3,12 @@
 python -m experiments.image.dreambooth        trains, draws dreambooth.png, and prints a table
 
 LoRA and two masks, of equally many parameters: without prior preservation; with pictures that the base draws of "dog"; and with
-pictures that it draws of all 24 names.
+pictures that it draws of all 24 names. Each is trained with three seeds; the picture shows the first.
 """
 
 import argparse
 import itertools
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from shira.data.emoji import FEW, named, picture
 from shira.data.grids import grid
 from shira.integrations.diffusers_sampling import modules_of
 
+from ..intervals import half_width
 from . import emoji
 from .parts import load
 from .style_adapters import adapted, trained
@@ -38,7 +40,8 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {  # and learning rates
 PRIORS = {"none": (), "dog": (CLASS,), "all": FEW}  # what the base draws of
 SIDE, STEPS, BATCH = 32, 150, 4
 OF_BASE = 24  # pictures that the base draws of them
-SEEDS = 8  # pictures of each name that are measured
+SHOTS = 4  # pictures of each name that are measured
+SEEDS = 3  # of the training: its noise, its order, and the mask's or LoRA's random numbers
 GUIDANCE, SAMPLING = 2.0, 20
 SHOWN = (NAME, CLASS, "cat", "pizza")
 
@@ -53,9 +56,12 @@ def of_subject(side: int = SIDE) -> list[Image.Image]:
     return [each.resize((side, side), Image.Resampling.LANCZOS) for each in variants]
 
 
-def drawn(pipe: Any, name: str) -> np.ndarray:
-    """SEEDS pictures of a name, [n, side, side, 3] from 0 to 255."""
-    return np.stack(emoji.generate(pipe, [name] * SEEDS, GUIDANCE, SAMPLING)).astype(float)
+def drawn(pipe: Any) -> dict[str, np.ndarray]:
+    """SHOTS pictures of each name, the subject's first: [shots, side, side, 3] from 0 to 255."""
+    names = (NAME, CLASS, *OTHERS)
+    made = emoji.generate(pipe, [name for name in names for _ in range(SHOTS)], GUIDANCE, SAMPLING)
+    parts = np.stack(made).astype(float).reshape(len(names), SHOTS, *made[0].shape)
+    return dict(zip(names, parts, strict=True))
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> float:
@@ -63,16 +69,22 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).mean())
 
 
+def over_seeds(values: Sequence[float]) -> str:
+    """The mean, with its 95 % interval if there are several."""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {half_width(values):.1f}" if len(values) > 1 else "")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("dreambooth.png"))
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each adapter ({SEEDS})")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of each adapter ({STEPS})")
     options = parser.parse_args(arguments)
     emoji.hide_library_output()
     emoji.facts_of(emoji.folder(len(FEW)))
     pipe = load(emoji.folder(len(FEW)) / "pipeline")
     before = digest(modules_of(pipe))
-    base = {name: drawn(pipe, name) for name in (NAME, CLASS, *OTHERS)}
+    base = drawn(pipe)
     subject = np.stack([np.asarray(each, float) for each in of_subject()[:1]])
     images = [pictures.Picture(image, NAME) for image in of_subject()]
     priors = {}
@@ -83,20 +95,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = {"base": base}
     table = Table("adapter", "prior", f"{NAME} to the fox", f"{CLASS} to the base's", "others to the base's")
     table.add_row("base", "", f"{apart(base[NAME], subject):.1f}", "0", "0")
-    with progress("training and drawing", len(PRIORS) * len(METHODS)) as update:
-        for method, (chosen, rate) in METHODS.items():
-            for prior in PRIORS:
-                with tempfile.TemporaryDirectory() as folder:
-                    shape = {"side": SIDE, "steps": options.steps, "batch": BATCH, "rate": rate, "seed": 0}
-                    trained(chosen, pipe, images, images[:1], Path(folder), priors=priors[prior], **shape)
-                    with adapted(pipe, [Path(folder)], [1.0]):
-                        found = {name: drawn(pipe, name) for name in base}
-                title = f"{method}, {prior}"
-                columns[title] = found
-                others = sum(apart(found[name], base[name]) for name in OTHERS) / len(OTHERS)
-                own, same = apart(found[NAME], subject), apart(found[CLASS], base[CLASS])
-                table.add_row(method, prior, f"{own:.1f}", f"{same:.1f}", f"{others:.1f}")
-                update(len(columns) - 1, title)
+    runs = list(itertools.product(METHODS, PRIORS, range(options.seeds)))
+    measured: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    with progress("training and drawing", len(runs)) as update:
+        for number, (method, prior, seed) in enumerate(runs):
+            title = f"{method}, {prior}"
+            update(number, f"{title}, seed {seed}")
+            chosen, rate = METHODS[method]
+            with tempfile.TemporaryDirectory() as folder:
+                shape = {"side": SIDE, "steps": options.steps, "batch": BATCH, "rate": rate, "seed": seed}
+                trained(chosen, pipe, images, images[:1], Path(folder), priors=priors[prior], **shape)
+                with adapted(pipe, [Path(folder)], [1.0]):
+                    found = drawn(pipe)
+            columns.setdefault(title, found)
+            others = statistics.fmean(apart(found[name], base[name]) for name in OTHERS)
+            measured.setdefault((method, prior), []).append(
+                (apart(found[NAME], subject), apart(found[CLASS], base[CLASS]), others)
+            )
+        update(len(runs), "done")
+    for row, of_seeds in measured.items():
+        table.add_row(*row, *map(over_seeds, zip(*of_seeds, strict=True)))
     cells = [[Image.fromarray(column[name][0].astype(np.uint8)) for column in columns.values()] for name in SHOWN]
     cells.insert(0, [*of_subject(), *[Image.new("RGB", (SIDE, SIDE), "white")] * (len(columns) - 4)])
     grid(cells, ["learned from", *SHOWN], list(columns), smallest=96).save(options.out, optimize=True)

@@ -1,6 +1,6 @@
 """A text-to-image model of emoji, trained from nothing on a CPU: 32 by 32 pixels, a StableDiffusionPipeline.
 
-python -m experiments.image.emoji train --concepts 24              about three minutes on two cores
+python -m experiments.image.emoji train --concepts 24              under three minutes on two cores
 python -m experiments.image.emoji train --minutes 30               all 1,026; the same command again goes on
 python -m experiments.image.emoji sample "pizza" "heart eyes" --concepts 24 --guidance 2 --out pizza.png
 python -m experiments.image.emoji score --concepts 24              what a classifier recognises, at guidance 1 to 4
