@@ -137,6 +137,7 @@ WRONG = [
     (lambda a: a.load(pipe_adapter(a._pipe, 1), "c", component="vae"), AdapterError, "no component 'vae'"),
     (lambda a: a.load(pipe_adapter(a._pipe, 1), "c", component="unet"), BaseMismatch, "no tensor 'unet.unet"),
     (lambda a: a.save("x.safetensors"), AdapterError, "nothing to save"),
+    (lambda a: a.by_step({"a": 1.0}), AdapterError, "expected a function of a step and of their number, by_step.*found"),
     (lambda a: a.save("x.safetensors", vae=pipe_adapter(a._pipe, 1)), AdapterError, "no component 'vae'"),
     (lambda a: a.save("x.safetensors", unet=pipe_adapter(a._pipe, 1)), BaseMismatch, "the adapter for unet"),
 ]
@@ -237,6 +238,49 @@ def test_a_file_is_read_again_when_it_is_needed_again(tmp_path):
     with pytest.raises(FileNotFoundError):
         adapters.set("plain")
     assert adapters.active == {"other": 1.0}
+
+
+def test_a_relative_path_is_of_the_folder_where_it_was_given(tmp_path, monkeypatch):
+    pipe = stable_diffusion()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    pipe_adapter(pipe, 1).save("style.safetensors")
+    pipe_adapter(pipe, 2).save("other/style.safetensors")
+    adapters = PipelineAdapters(pipe)
+    adapters.load("style.safetensors", "one")
+    adapters.load(pipe_adapter(pipe, 1), "same")
+    adapters.set("same")
+    wanted = pipe_bits(pipe)
+    monkeypatch.chdir("other")
+    adapters.set("one")
+    assert same_bits(pipe_bits(pipe), wanted)
+
+
+def test_several_are_deleted_at_once_or_none(pipe, adapters):
+    before = pipe_bits(pipe)
+    adapters.set(["a", "b"])
+    for wrong in (["a", "c"], [["a"]], 5):
+        with pytest.raises(SwitchError, match="no adapter"):
+            adapters.delete(wrong)
+    assert adapters.names == ["a", "b"] and adapters.active == {"a": 1.0, "b": 1.0}
+    adapters.delete(["a", "b", "a"])
+    assert adapters.names == [] and adapters.active == {} and same_bits(pipe_bits(pipe), before)
+
+
+def test_layerwise_casting_while_an_adapter_is_active_leaves_the_base_in_float8():
+    pipe, plain = stable_diffusion(), stable_diffusion()
+    for each in (pipe, plain):
+        each.unet.to(torch.bfloat16)
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1, ("unet",)), "a")
+    adapters.set("a")
+    for each in (pipe, plain):
+        each.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), pipe_bits(plain))
+    with pytest.raises(BaseMismatch, match="float8"):
+        adapters.set("a")
+    assert same_bits(pipe_bits(pipe), pipe_bits(plain))
 
 
 def test_the_snippets_of_the_page_run(tmp_path, monkeypatch):

@@ -178,6 +178,48 @@ def test_a_recipe_of_another_kind(folder):
     assert json.dumps(vars(recipe))
 
 
+def test_samples_are_not_saved_among_the_pictures_and_do_not_stay_without_an_adapter(run, folder, monkeypatch):
+    stable_diffusion().save_pretrained("pipeline")
+    line = f"{LINE} --data dog --prompt dog"
+    for output in ("-o dog", "-o dog/style.safetensors", "-o ./dog --force"):
+        code, _, err = run(f"{line} {output}")
+        assert code == 1 and "the samples would be saved in dog" in " ".join(err.split()), err
+    monkeypatch.setattr("shira.integrations.diffusers_training.train", lambda *_, **__: 1 / 0)
+    for output in ("style", "style.safetensors"):
+        with pytest.raises(ZeroDivisionError):
+            run(f"{line} -o {output}")
+        assert not Path(output).exists() and not Path("style.png").exists()
+
+
+def test_adapters_of_a_pipeline_are_fused_and_compared_on_its_name(run, folder):
+    pipe = stable_diffusion()
+    pipe.save_pretrained("pipeline")
+    one, two = pipe_adapter(pipe, 1), pipe_adapter(pipe, 2)
+    one.save("one.safetensors")
+    two.save("two.safetensors")
+    assert run("fuse one.safetensors two.safetensors=0.5 --base pipeline -o both.safetensors")[0] == 0
+    wanted = shira.fuse({"one": (one, 1.0), "two": (two, 0.5)}, base=modules_of(pipe))
+    found = shira.load("both.safetensors")
+    assert all(torch.equal(tensor.values, wanted.tensors[name].values) for name, tensor in found.tensors.items())
+    code, out, err = run("compare one.safetensors two.safetensors --base pipeline --json --no-spectra")
+    assert code == 0, err
+    plain = {name.removeprefix("unet."): tensor for name, tensor in pipe_adapter(pipe, 3, ("unet",)).tensors.items()}
+    for name in ("a", "b"):
+        shira.Adapter(plain).save(f"{name}.safetensors")
+    assert run("fuse a.safetensors b.safetensors=0.5 --base pipeline -o plain.safetensors")[0] == 0  # of the denoiser
+    assert shira.load("plain.safetensors").tensors.keys() == plain.keys()
+
+
+def test_the_card_loads_a_pipeline_in_the_dtype_of_its_adapter(run, folder):
+    stable_diffusion().save_pretrained("pipeline")
+    assert run(f"{LINE} --data dog --prompt dog --dtype bfloat16 -o style.safetensors")[0] == 0
+    (snippet,) = re.findall(r"```python\n(.*?)```", Path("style.md").read_text(), re.DOTALL)
+    assert 'from_pretrained("pipeline", dtype=torch.bfloat16)' in snippet
+    names = {}
+    exec(snippet.split("pipe(")[0], names)
+    assert names["pipe"].unet.dtype == torch.bfloat16
+
+
 def test_grids():
     tile = Image.new("RGB", (32, 32), "red")
     found = grid([[tile, tile]], ["a tiger"], ["base", "a very long title that takes several lines of the grid"])
@@ -187,6 +229,9 @@ def test_grids():
     assert plain.width == 32 + 8
     with pytest.raises(DataError, match="a grid needs a title for each row and column"):
         grid([[tile]], ["a", "b"], ["x"])
+    pytest.importorskip("matplotlib")
+    drawn = [grid([[tile]], [title], ["x"]).tobytes() for title in ("ä", "ö", "я", "¬")]
+    assert len(set(drawn)) == 4  # characters, and not the same box for each
 
 
 def test_a_pipeline_is_loaded_in_a_dtype(folder):

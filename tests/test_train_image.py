@@ -15,7 +15,7 @@ import shira
 from conftest import all_bits, same_bits
 from pipelines import PIPELINES, SIDE, sd3, sdxl, stable_diffusion
 from shira import DataError
-from shira.data.pictures import Picture, pictures_in, square
+from shira.data.pictures import Picture, image_of, pictures_in, square
 from shira.integrations.diffusers_sampling import modules_of, sample
 from shira.integrations.diffusers_training import Examples, accelerator_for, train
 from shira.integrations.diffusion_losses import TrainedComponents
@@ -242,6 +242,21 @@ def test_captions(folder):
     (folder / "dog/metadata.jsonl").write_text('{"file_name": "red.png", "text": "rot"}\n\n')
     assert [(each.image.name, each.caption) for each in pictures_in("dog")] == [("red.png", "rot")]
     assert [each.caption for each in pictures_in("dog", "sks")] == ["sks", "sks"]
+
+
+def test_grey_pictures_of_16_bits_and_captions_of_windows(folder):
+    ramp = Image.new("I;16", (3, 2))
+    for x, value in enumerate((0, 32768, 65535)):
+        ramp.putpixel((x, 0), value)
+    ramp.save("grey.png")
+    found = image_of(Picture("grey.png", "grey"))
+    assert found.mode == "RGB" and [found.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (127,) * 3, (255,) * 3]
+    with pytest.raises(DataError, match="floating point"):
+        image_of(Picture(Image.new("F", (2, 2)), "x"))
+    (folder / "named").mkdir()
+    Image.new("RGB", (8, 8)).save("named/a.png")
+    (folder / "named" / "a.txt").write_text("a dog", encoding="utf-8-sig")
+    assert pictures_in("named")[0].caption == "a dog"
 
 
 def test_pictures_are_made_square():

@@ -19,7 +19,8 @@ __all__ = ["compare"]
 def compare(
     adapters: Annotated[list[Path], typer.Argument(help="Adapters, as files; two or more.")],
     base: Annotated[
-        str | None, typer.Option(help="The model they were trained on; needed unless all are deltas.", show_default=False)
+        str | None,
+        typer.Option(help="The model or pipeline they were trained on; needed unless all are deltas.", show_default=False),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for index.html and compare.json.", show_default=False)] = None,
     tensor: Annotated[
@@ -40,7 +41,7 @@ def compare(
         report.check_held(loaded, tensor)
     if out is not None:
         report.pyplot_and_template()
-    tensors = _tensors(base) if base is not None else None
+    tensors = _tensors(base, {name for adapter in loaded.values() for name in adapter.tensors}) if base is not None else None
     base = base and (built_in(base) or base)
     with progress("comparing", len({name for adapter in loaded.values() for name in adapter.tensors})) as update:
         found = comparison.compare(
@@ -69,12 +70,12 @@ def compare(
         console.print(f"{cell(out / 'index.html')}: {bytes_text(len(page.encode()))}")
 
 
-def _tensors(base: str) -> "CheckpointSource":
+def _tensors(base: str, names: set[str]) -> "CheckpointSource":
     """The base. A folder of safetensors files is read tensor by tensor, without Transformers; else a model is loaded."""
     folder = Path(model_path(base))
     if any(folder.glob("*.safetensors")):
         return folder
-    from ..integrations.transformers import load_model
+    from ..runs.bases import load_base
 
     with waiting("loading the base"):
-        return load_model(base)
+        return load_base(base, "auto", names)

@@ -2,12 +2,12 @@
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..data.models import model_path
-from ..errors import AdapterError, CheckpointError, FormatError, did_you_mean
+from ..errors import AdapterError, CheckpointError, DataError, FormatError, did_you_mean
 from .options import Force, check_new
 from .output import bytes_text, cell, console, progress, waiting
 
@@ -20,13 +20,16 @@ WAYS = ("shira", "peft", "trl", "slime", "verl")
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A folder that PEFT saved, or a weight patch; with another --to, an adapter.")],
+    source: Annotated[
+        Path, typer.Argument(help="What PEFT or Diffusers saved, or a weight patch; with another --to, an adapter.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter's file; with --to peft, a new folder.")],
     to: Annotated[str, typer.Option(help="shira, peft (its SHiRA), or the weight patch of trl, slime or verl.")] = "shira",
     base: Annotated[
         str | None,
         typer.Option(
-            help="The model it was trained on: a folder or a hub id; PEFT's configuration may name it.", show_default=False
+            help="The model or pipeline it was trained on: a folder or a hub id; PEFT's configuration may name it.",
+            show_default=False,
         ),
     ] = None,
     density: Annotated[
@@ -44,7 +47,7 @@ def convert(
 ) -> None:
     """Convert PEFT's checkpoints: its SHiRA and Super-Tuning exactly; of a LoRA and all that it merges, the largest entries.
 
-    And weight patches of RL trainers (TRL's, slime's, verl's), exactly.
+    Of a LoRA file for a Diffusers pipeline, too. And weight patches of RL trainers (TRL's, slime's, verl's), exactly.
 
     Example: shira convert my-lora --base my-model --keep 0.9 -o mine.safetensors
 
@@ -57,7 +60,7 @@ def convert(
         return
     from ..checkpoints.extraction import summary
     from ..files.patches import is_patch
-    from ..files.suggestions import is_ours
+    from ..files.suggestions import is_ours, lora_file
 
     if to != "shira" or is_patch(source):
         for option, value in {"--density": density, "--keep": keep}.items():
@@ -72,6 +75,9 @@ def convert(
         return
     if source.is_file() and is_ours(source):
         raise AdapterError(f"{source} is an adapter of shira already; --to peft makes a checkpoint of PEFT's SHiRA of it")
+    if lora_file(source):
+        _from_pipeline_lora(source, output, base, name, {"density": density, "keep": keep, "scope": scope})
+        return
     from ..files.peft_files import is_sparse, read_config
 
     _, config = read_config(source)
@@ -104,6 +110,24 @@ def convert(
         adapter.metadata["name"] = name
     adapter.save(output)
     _print_saved(output, adapter, f", {how}")
+
+
+def _from_pipeline_lora(source: Path, output: Path, base: str | None, name: str | None, options: dict[str, Any]) -> None:
+    if base is None:
+        raise DataError(f"{source} is a LoRA for a Diffusers pipeline: give the pipeline, --base, a folder or a hub id")
+    from ..checkpoints.extraction import summary
+    from ..integrations import diffusers_loras
+    from ..integrations.diffusers_sampling import load_pipeline
+
+    diffusers_loras.check(source, **options)
+    with waiting("loading the pipeline"):
+        pipe = load_pipeline(base, "float32")
+    with progress("converting", 100) as update:
+        adapter = diffusers_loras.convert(
+            source, pipe, name=name, on_progress=lambda share: update(int(100 * share), ""), **options
+        )
+    adapter.save(output)
+    _print_saved(output, adapter, f", {summary(adapter)['kept']:.1%} of ‖ΔW‖")
 
 
 def _from_patch(source: Path, output: Path, base: str | None, name: str | None) -> None:

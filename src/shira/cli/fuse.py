@@ -25,7 +25,8 @@ def fuse(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The fused adapter's file.")] = Path("fused.safetensors"),
     base: Annotated[
-        str | None, typer.Option(help="The model they were trained on; needed unless all are deltas.", show_default=False)
+        str | None,
+        typer.Option(help="The model or pipeline they were trained on; needed unless all are deltas.", show_default=False),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The fused adapter's name.", show_default="the names of all, with +")] = None,
     method: MethodName = "sum",
@@ -46,17 +47,18 @@ def fuse(
     options = method_options(method, density=density, drop=drop, seed=seed)  # errors come before the model is loaded
     check_new(output, force=force)
     check_strengths({str(file): strength for file, strength in strengths.items()})
-    recorded = set()
+    recorded, tensors = set(), set[str]()
     for file in strengths:
         with opened(file) as adapter:
+            tensors |= set(adapter.tensors)
             dtype = (adapter.metadata.get("base") or {}).get("dtype")
             recorded.add(dtype if isinstance(dtype, str) else "auto")
     model = None
     if base is not None:
-        from ..integrations.transformers import load_model
+        from ..runs.bases import load_base
 
         with waiting("loading the base"):
-            model = load_model(base, recorded.pop() if len(recorded) == 1 else "auto")
+            model = load_base(base, recorded.pop() if len(recorded) == 1 else "auto", tensors)
     with waiting("fusing"):
         fused = fusing.fuse(strengths, model, method, **options)
     if name:

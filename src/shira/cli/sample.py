@@ -93,7 +93,7 @@ def sample(
                     images.append(sampling.sample(loaded, text, number, steps=steps, guidance=guidance, resolution=resolution))
                     done += 1
                     update(done)
-                label = [f"× {factor:g}"] * (sweep is not None) + [f"seed {number}"] * (sweep is None or len(numbers) > 1)
+                label = [f"x {factor:g}"] * (sweep is not None) + [f"seed {number}"] * (sweep is None or len(numbers) > 1)
                 columns[", ".join(label)] = images
     adapters.disable()
     grid(list(zip(*columns.values(), strict=True)), prompt, list(columns)).save(output)

@@ -1,11 +1,14 @@
 """shira train-image: train one adapter from a Diffusers pipeline and pictures."""
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..errors import DataError
 from ..runs.image_recipes import DENSITY, ImageRecipe, check_image_run, load_image_recipe, name_of, save_image_recipe
 from ..runs.image_recipes import train_image as trained
 from .options import Force, avoid_cudnn_attention, given, recipe_options
@@ -34,6 +37,11 @@ def train_image(
     recipe = named(load_image_recipe(config, asked), output)
     place = output_for(output, stem_of(config) or name_of(recipe), force=force, config=config, repeats=not asked)
     check_image_run(recipe)
+    for data in (recipe.data, recipe.class_data):
+        if data is not None and place.samples.resolve().parent == Path(data).resolve():
+            raise DataError(
+                f"the samples would be saved in {data}, and the next run would train on them; give an --output elsewhere"
+            )
     from ..data.grids import grid
     from ..integrations.card import base_of
     from ..integrations.diffusers_sampling import load_pipeline
@@ -52,7 +60,7 @@ def train_image(
         place.samples.parent.mkdir(exist_ok=True)
         grid(list(zip(*samples.values(), strict=True)), prompts, list(samples)).save(place.samples)
 
-    with progress("reading the pictures", None) as update:
+    with _removed_if_stopped(place.samples), progress("reading the pictures", None) as update:
         adapter = trained(
             recipe,
             pipe,
@@ -70,3 +78,18 @@ def train_image(
     place = save_run(place, adapter, base, partial(save_image_recipe, recipe))
     tell(place, adapter)
     console.print(f"the samples are {cell(place.samples)}", highlight=False)
+
+
+@contextlib.contextmanager
+def _removed_if_stopped(samples: Path) -> Iterator[None]:
+    """If the run ends without an adapter, its samples do not stay, so that the same command can be given again."""
+    is_new, is_new_folder = not samples.exists(), not samples.parent.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            samples.unlink(missing_ok=True)
+        if is_new_folder:
+            with contextlib.suppress(OSError):
+                samples.parent.rmdir()
+        raise

@@ -1,5 +1,6 @@
 """Grids of pictures with titles, drawn with PIL."""
 
+import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ def grid(pictures: Sequence[Sequence[Any]], rows: Sequence[str], columns: Sequen
 
         grid([[tiger_base, tiger_blue]], rows=["tiger"], columns=["base", "bluefire"]).save("grid.png")
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     if not pictures or len(pictures) != len(rows) or any(len(row) != len(columns) for row in pictures) or not columns:
         counts = [len(row) for row in pictures]
@@ -33,7 +34,7 @@ def grid(pictures: Sequence[Sequence[Any]], rows: Sequence[str], columns: Sequen
     factor = -(-smallest // max(width, height))
     width, height = width * factor, height * factor
     size = max(13, min(28, width // 14))
-    font: Any = ImageFont.load_default(size)
+    font = _font(size, "".join([*rows, *columns]))
     line = size + size // 3
     top = [_wrapped(title, font, width - 8, 3) for title in columns]
     side_width = round(max(width * 0.75, 96))
@@ -55,6 +56,18 @@ def grid(pictures: Sequence[Sequence[Any]], rows: Sequence[str], columns: Sequen
             large = image.convert("RGB").resize([length * factor for length in image.size], Image.Resampling.NEAREST)
             sheet.paste(large, (side_width + GAP + place * (width + GAP), y))
     return sheet
+
+
+def _font(size: int, text: str) -> Any:
+    """Pillow's own font, which has little beyond ASCII; for other text that of matplotlib, if it is installed."""
+    from PIL import ImageFont
+
+    if not text.isascii():
+        with contextlib.suppress(ImportError, OSError):
+            from matplotlib import get_data_path
+
+            return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    return ImageFont.load_default(size)
 
 
 def check_ending(path: Path) -> None:

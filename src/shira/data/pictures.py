@@ -47,7 +47,7 @@ def pictures_in(folder: str | Path, prompt: str | None = None) -> list[Picture]:
 
 def _beside(file: Path) -> str:
     try:
-        caption = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        caption = file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
         raise DataError(
             f"{file} has no caption; write one into {file.with_suffix('.txt').name} beside it, or list all in {METADATA} "
@@ -120,9 +120,13 @@ def image_of(picture: Picture) -> Any:
 
 
 def _opaque(image: Any) -> Any:
-    """The image in RGB; what is transparent becomes white."""
+    """The image in RGB; what is transparent becomes white. Raises ValueError for grey values that are floating point."""
     from PIL import Image
 
+    if image.mode == "F":
+        raise ValueError("its grey values are floating point, which have no known range; save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..errors import CheckpointError, HubError
@@ -11,7 +11,7 @@ from .hub import downloaded, files_of, repository
 from .paths import open_regular
 from .tensorfiles import read_header
 
-__all__ = ["ADAPTER", "PEFT_PREFIX", "adapter_in", "instead", "is_ours"]
+__all__ = ["ADAPTER", "PEFT_PREFIX", "adapter_in", "instead", "is_ours", "lora_file"]
 
 ADAPTER = "adapter.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -23,9 +23,15 @@ SLIME = (
     "checkpoint, and extract that: `shira extract BASE APPLIED -o adapter.safetensors`"
 )
 INDEX = "model.safetensors.index.json"
+LORA = re.compile(r"[._]lora[._](A|B|up|down)[._]|[.]lora_linear_layer[.]|[.]hada_w1|^lora_(unet|te)")
+PIPELINE_FILE = "pytorch_lora_weights.safetensors"
+PIPELINE_LORA = (
+    "it is a LoRA for a Diffusers pipeline, which has to be converted: `shira convert {} --base PIPELINE --keep 0.9 -o "
+    "adapter.safetensors`"
+)
 
 
-def instead(path: Path, tensors: Iterable[str] = ()) -> str:
+def instead(path: Path, tensors: Collection[str] = ()) -> str:
     """What to pass instead of a folder, or of a safetensors file with these tensors that is not a shira adapter."""
     if _is_delta_of_bytes(path if path.is_dir() else path.parent):
         return SLIME
@@ -34,13 +40,32 @@ def instead(path: Path, tensors: Iterable[str] = ()) -> str:
             return _converting(str(path.parent))
         if any(name.startswith(PEFT_PREFIX) for name in tensors):
             return _converting("FOLDER")  # the one that it was taken from
+        if of_a_pipeline(tensors):
+            return PIPELINE_LORA.format(shlex.quote(str(path)))
         return "pass an adapter's .safetensors file"
     ours = _adapters_in(path)
+    if not ours and lora_file(path):
+        return PIPELINE_LORA.format(shlex.quote(str(path)))
     if ours:
         return f"pass {'the file' if len(ours) == 1 else 'one of the files'} in it, as {str(ours[0])!r}"
     if any((path / name).is_file() for name in PEFT_FILES):
         return _converting(str(path))
     return "pass an adapter's .safetensors file; there is none in it"
+
+
+def of_a_pipeline(tensors: Iterable[str]) -> bool:
+    """Whether tensors with these names are a LoRA for a Diffusers pipeline: Diffusers' own names, or kohya's."""
+    return any(LORA.search(name) for name in tensors) and not any(name.startswith(PEFT_PREFIX) for name in tensors)
+
+
+def lora_file(path: Path) -> Path | None:
+    """The file with a LoRA for a Diffusers pipeline that a path means, or None."""
+    file = path / PIPELINE_FILE if path.is_dir() else path
+    try:
+        with open_regular(file) as content:
+            return file if of_a_pipeline(read_header(content)[0]) else None
+    except (CheckpointError, OSError):
+        return None
 
 
 def _converting(folder: str) -> str:

@@ -40,6 +40,8 @@ def base_of(identity: str, dtype: Any, loader: str | None, library: str = "trans
     """
     name, shown = ("pipe" if library == "diffusers" else "model"), markdown(identity)
     asked = f", dtype={json.dumps(dtype)}" if isinstance(dtype, str) and library == "transformers" else ""
+    half = library == "diffusers" and dtype in ("bfloat16", "float16")  # in which Diffusers loads no pipeline by itself
+    asked = f", dtype=torch.{dtype}" if half else asked
     recorded_earlier = ALIASES.get(identity) if loader is None else None
     own = None if recorded_earlier else built_in(identity)
     if own is not None:
@@ -69,7 +71,8 @@ def base_of(identity: str, dtype: Any, loader: str | None, library: str = "trans
     if loader is None:
         return Base(words, (f"{name} = ...  # the base: {visible(identity)}",), identity if on_hub else None)
     code = f"{name} = {loader}.from_pretrained({json.dumps(identity if on_hub else Path(identity).name)}{asked})"
-    return Base(words, (f"from {library} import {loader}", "", code), identity if on_hub else None)
+    imports = ["import torch"] * half + [f"from {library} import {loader}"]
+    return Base(words, (*imports, "", code), identity if on_hub else None)
 
 
 def card(

@@ -223,7 +223,8 @@ class PipelineAdapters:
         is the method by which they were fused, or "sum".
 
         Raises SwitchError for an unknown or a fused name; AdapterError for a strength that is not possible; and what `load`
-        raises if a file or the pipeline has changed. Then what was active stays active.
+        raises if a file or the pipeline has changed. Then what was active stays active; if that does not fit the changed
+        pipeline either, the base is active.
         """
         given = copied(paired(names, strengths))
         for name in given:
@@ -244,16 +245,19 @@ class PipelineAdapters:
         self._apply(self._current()._replace(enabled=True))
 
     @_in_turn
-    def delete(self, name: str) -> None:
-        """Take an adapter out of the weights if it is active, and forget it. Raises SwitchError if it is unknown or fused."""
-        self._check(name)
+    def delete(self, names: str | list[str]) -> None:
+        """Take adapters out of the weights, and forget them. Raises SwitchError if one is unknown or fused; then all stay."""
+        several = names if isinstance(names, list | tuple) else [names]
+        for name in several or [names]:
+            self._check(name)
         now = self._current()
-        if name in now.chosen:
-            chosen = {other: given for other, given in now.chosen.items() if other != name}
+        chosen = {name: given for name, given in now.chosen.items() if name not in several}
+        if len(chosen) < len(now.chosen):
             self._apply(now._replace(chosen=chosen, method=now.method if chosen else now.fused_by))
-        self._switcher.remove(name)
-        self._tensors.pop(name, None)
-        self._sources.pop(name, None)
+        for name in dict.fromkeys(several):
+            self._switcher.remove(name)
+            self._tensors.pop(name, None)
+            self._sources.pop(name, None)
 
     @_in_turn
     def fuse(self) -> None:
@@ -322,6 +326,9 @@ class PipelineAdapters:
             with adapters.by_step(lambda step, steps: {"bluefire": step / steps}) as at_step_end:
                 pipe(prompt, callback_on_step_end=at_step_end)
         """
+        if not callable(strengths):
+            call = 'by_step(lambda step, steps: {"bluefire": step / steps})'
+            raise AdapterError(f"expected a function of a step and of their number, {call}; found {described(strengths)}")
         return ByStep(
             lambda step, steps: self.set(strengths(step, steps), method=method, **options), self._current, self._apply
         )

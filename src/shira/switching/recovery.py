@@ -141,6 +141,8 @@ def _cast(tensor: Tensor, between: torch.dtype | None, dtype: torch.dtype) -> Te
 
 def _same(one: Tensor, other: Tensor) -> Tensor:
     """Where two tensors of one dtype are equal, bit for bit; all NaNs count as equal."""
+    if one.element_size() == 1 and one.is_floating_point():  # torch cannot compare float8
+        one, other = one.float(), other.float()
     return ((one == other) & (one.signbit() == other.signbit())) | (one.isnan() & other.isnan())
 
 

@@ -35,6 +35,8 @@ class AdapterSource:
         self._label = str(self._content) if isinstance(self._content, Path) else ""
         if isinstance(self._content, Path) and repository(self._content.as_posix()):
             self._content = adapter_in(self._content)  # this commit, also if the hub gets another one
+        if isinstance(self._content, Path):
+            self._content = self._content.absolute()  # it is read again later, when the working folder may be another one
         self._prefix = prefix
         self._found: tuple[State, ...] | None = ()  # the files' state when they were last read; None if it proves nothing
         self._checked: tuple[State, ...] | None = None  # their state when they were last checked against the model

@@ -1,0 +1,120 @@
+"""Diffusers: a sparse adapter of a LoRA file, the largest entries of what it adds to the weights of a pipeline.
+
+Diffusers itself reads the file (its own keys, PEFT's, kohya's) and fuses it. Then the pipeline gets its weights back.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter
+from ..checkpoints import extraction
+from ..errors import DataError, FormatError, MaskError
+from ..files.metadata import base_facts
+from ..files.paths import path_of
+from ..sparse.tensor import dtype_name
+from ..weights.owners import claim
+from .diffusers import COMPONENTS
+from .diffusers_sampling import modules_of
+
+__all__ = ["check", "convert"]
+
+NAME = "converted"  # Diffusers' name for the LoRA, while it is in the pipeline
+
+
+@torch.no_grad()
+def convert(
+    file: str | os.PathLike[str],
+    pipe: Any,
+    *,
+    density: float | None = None,
+    keep: float | None = None,
+    scope: extraction.Scope = "tensor",
+    name: str | None = None,
+    license: str | None = None,
+    on_progress: Callable[[float], None] | None = None,
+) -> Adapter:
+    """The largest entries of what a LoRA adds to a pipeline's denoiser and text encoders, as an adapter of deltas in float32.
+
+    file: what `pipe.load_lora_weights` takes: a .safetensors file, or a folder with pytorch_lora_weights.safetensors.
+    pipe: the pipeline, best in float32, since Diffusers adds the LoRA in the dtype of the weights. A copy of its weights is
+        kept meanwhile. Afterwards it is the same, bit for bit.
+    density, keep, scope: as in `shira.extract`: the share of entries to take, or the share of ‖ΔW‖ to keep. One of the first
+        two is needed, since the change of a LoRA is dense.
+
+    Each name of a tensor begins with its component, as `PipelineAdapters.load` takes it.
+    Raises MaskError without density or keep; DataError for what Diffusers cannot load, or if a LoRA is in the pipeline already.
+
+        shira.integrations.diffusers_loras.convert("bluefire-lora.safetensors", pipe, keep=0.9).save("bluefire.safetensors")
+    """
+    path = path_of(file, "convert('lora.safetensors', pipe, keep=0.9)", FormatError)
+    check(path, density, keep, scope, name, license)
+    if not hasattr(pipe, "load_lora_weights") or not hasattr(pipe, "fuse_lora"):
+        raise DataError(f"{type(pipe).__name__} takes no LoRA; give the pipeline that it was trained on")
+    if any(pipe.get_list_adapters().values()):
+        raise DataError("the pipeline holds a LoRA already; call pipe.unload_lora_weights() first")
+    model = _components(pipe)
+    claim(model, "", DataError)  # with an adapter in it, it is not the base
+    before = {tensor: weight.clone() for tensor, weight in model.state_dict().items()}
+    try:
+        _fuse(path, pipe)
+        options: dict[str, Any] = {"density": density, "keep": keep, "scope": scope, "license": license}
+        extracted = extraction.extract(
+            before, model.state_dict(), kind="delta", name=name or path.stem, on_progress=on_progress, **options
+        )
+    finally:
+        pipe.unload_lora_weights()
+        for tensor, weight in model.state_dict().items():
+            weight.copy_(before[tensor])
+    facts = extracted.metadata
+    base = base_facts(pipe.config.get("_name_or_path") or None, {dtype_name(before[each].dtype) for each in extracted.tensors})
+    return Adapter(extracted.tensors, facts | {"base": base, "training": {"lora": path.name}})
+
+
+def check(
+    path: Path,
+    density: float | None,
+    keep: float | None,
+    scope: extraction.Scope = "tensor",
+    name: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Check what `convert` is given beside the pipeline, and raise what it raises."""
+    if density is None and keep is None:
+        raise MaskError(
+            f"{path} is a LoRA, which changes every entry of its weights: say how many to take, by density=0.01, or which "
+            "share of ‖ΔW‖ to keep, by keep=0.9"
+        )
+    extraction.check_options(density, keep, scope, "delta", name, license)
+    if not path.exists():
+        raise DataError(f"there is no file or folder {path}")
+
+
+def _fuse(path: Path, pipe: Any) -> None:
+    """Let Diffusers add the LoRA to the weights. Raises DataError if it cannot."""
+    from diffusers.utils import logging
+
+    folder, weight_name = (path, None) if path.is_dir() else (path.parent, path.name)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # otherwise it warns of each component that the LoRA does not change
+    try:
+        pipe.load_lora_weights(str(folder), weight_name=weight_name, adapter_name=NAME, local_files_only=True)
+        if not any(NAME in each for each in pipe.get_list_adapters().values()):
+            raise DataError(f"Diffusers found no LoRA for {type(pipe).__name__} in {path}")
+        pipe.fuse_lora(components=list(pipe.get_list_adapters()))
+        pipe.unload_lora_weights()
+    except (ValueError, KeyError, RuntimeError, OSError, AttributeError) as error:
+        raise DataError(
+            f"Diffusers cannot put {path} into {type(pipe).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _components(pipe: Any) -> nn.Module:
+    """A module with what `PipelineAdapters` changes."""
+    return nn.ModuleDict({name: part for name, part in modules_of(pipe).named_children() if name in COMPONENTS})

@@ -1,0 +1,122 @@
+"""LoRA files for Diffusers' pipelines become sparse adapters, on tiny random pipelines."""
+
+import json
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import shira
+from conftest import all_bits, same_bits
+from pipelines import pipe_adapter, sd3, stable_diffusion
+from shira import AdapterError, DataError, FormatError, MaskError
+from shira.integrations.diffusers import PipelineAdapters
+from shira.integrations.diffusers_loras import convert
+from shira.integrations.diffusers_sampling import modules_of, sample
+
+peft = pytest.importorskip("peft")
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def lora(folder, make=stable_diffusion, text=True):
+    """A random LoRA that Diffusers saves in a folder; and the picture of the pipeline with it fused."""
+    pipe = make()
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_v", "conv1", "q_proj"], init_lora_weights=False)
+    parts = (
+        {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+        if make is stable_diffusion
+        else {"transformer": pipe.transformer}
+    )
+    layers = {}
+    for name, part in parts.items() if text else [next(iter(parts.items()))]:
+        part.add_adapter(config, "made")
+        layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(part, adapter_name="made")
+        layers[f"{name}_lora_adapter_metadata"] = part.peft_config["made"].to_dict()
+    pipe.save_lora_weights(folder, **layers)
+    pipe = make()
+    pipe.load_lora_weights(folder)
+    pipe.fuse_lora(components=list(pipe.get_list_adapters()))
+    pipe.unload_lora_weights()
+    return drawn(pipe)
+
+
+def drawn(pipe):
+    return sample(pipe, "red", 0, steps=2).tobytes()
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, sd3])
+def test_all_entries_of_a_lora_draw_its_picture_and_the_pipeline_is_the_base(tmp_path, make):
+    fused, pipe = lora(tmp_path, make), make()
+    plain, before = drawn(pipe), all_bits(modules_of(pipe))
+    adapter = convert(tmp_path / FILE, pipe, density=1.0, name="style")
+    assert same_bits(before, all_bits(modules_of(pipe))) and drawn(pipe) == plain
+    assert {name.partition(".")[0] for name in adapter.tensors} == (
+        {"unet", "text_encoder"} if make is stable_diffusion else {"transformer"}
+    )
+    adapters = PipelineAdapters(pipe)
+    adapters.load(adapter)
+    adapters.set("style")
+    assert max(abs(one - other) for one, other in zip(drawn(pipe), fused, strict=True)) <= 1 and fused != plain
+    adapters.disable()
+    assert same_bits(before, all_bits(modules_of(pipe)))
+
+
+def test_the_command_keeps_the_largest_entries(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    lora("lora", text=False)
+    stable_diffusion().save_pretrained("pipeline")
+    code, out, err = run("convert lora --base pipeline --keep 0.9 -o style.safetensors")
+    assert code == 0 and "90." in out and "No LoRA keys" not in err, err
+    adapter = shira.load("style.safetensors")
+    assert adapter.name == "lora" and adapter.metadata["base"] == {"id": "pipeline", "dtype": "float32"}
+    held = {name: tensor for name, tensor in stable_diffusion().unet.state_dict().items() if f"unet.{name}" in adapter.tensors}
+    assert 0 < adapter.nnz < sum(tensor.numel() for tensor in held.values())
+    assert PipelineAdapters(stable_diffusion()).load("style.safetensors") == "lora"
+    for line, words in {
+        "convert lora -o other.safetensors": "lora is a LoRA for a Diffusers pipeline: give the pipeline, --base",
+        "convert lora --base pipeline -o other.safetensors": "say how many to take, by --density 0.01",
+        f"inspect lora/{FILE}": "it is a LoRA for a Diffusers pipeline, which has to be converted: `shira convert lora/pytorch",
+        "inspect lora": "which has to be converted: `shira convert lora --base PIPELINE --keep 0.9 -o adapter.safetensors`",
+    }.items():
+        code, _, err = run(line)
+        assert code == 1 and words in " ".join(err.split()) and "loading" not in err, err
+
+
+def test_what_cannot_be_converted_changes_nothing(tmp_path):
+    lora(tmp_path, text=False)
+    pipe = stable_diffusion()
+    before = all_bits(modules_of(pipe))
+    broken = load_file(tmp_path / FILE)
+    save_file({name: torch.cat([value, value]) for name, value in broken.items()}, tmp_path / "wide.safetensors")
+    save_file({"x.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text(json.dumps({"no": "LoRA"}))
+    for given, error in {
+        tmp_path / "none.safetensors": DataError,
+        tmp_path / "wide.safetensors": DataError,
+        tmp_path / "other.safetensors": DataError,
+        tmp_path / "text.safetensors": DataError,
+        5: FormatError,
+    }.items():
+        with pytest.raises(error):
+            convert(given, pipe, keep=0.5)
+        assert same_bits(before, all_bits(modules_of(pipe))) and not any(pipe.get_list_adapters().values())
+    with pytest.raises(MaskError, match="density"):
+        convert(tmp_path, pipe)
+    with pytest.raises(AdapterError, match="scope"):
+        convert(tmp_path, pipe, keep=0.5, scope="all")
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "one")
+    adapters.set("one")
+    with pytest.raises(DataError, match="PipelineAdapters has 'one' active"):
+        convert(tmp_path, pipe, keep=0.5)
+    adapters.disable()
+    pipe.load_lora_weights(tmp_path)
+    with pytest.raises(DataError, match="holds a LoRA already"):
+        convert(tmp_path, pipe, keep=0.5)
+    pipe.unload_lora_weights()
+    assert same_bits(before, all_bits(modules_of(pipe)))
