@@ -247,8 +247,10 @@ class PipelineAdapters:
     @_in_turn
     def delete(self, names: str | list[str]) -> None:
         """Take adapters out of the weights, and forget them. Raises SwitchError if one is unknown or fused; then all stay."""
-        several = names if isinstance(names, list | tuple) else [names]
-        for name in several or [names]:
+        several = [names] if isinstance(names, str) else names
+        if not isinstance(several, list | tuple) or not several:
+            raise SwitchError(f"no adapter {shown(names)}; {did_you_mean('', self.names)}")
+        for name in several:
             self._check(name)
         now = self._current()
         chosen = {name: given for name, given in now.chosen.items() if name not in several}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShiraError
-from ..sparse.tensor import bytes_of
+from ..sparse.tensor import bytes_of, has_memory
 
 __all__ = [
     "Combined",
@@ -40,6 +40,11 @@ class WeightMemory(NamedTuple):
     def of(cls, weight: Tensor) -> "WeightMemory":
         storage = weakref.ref(weight.untyped_storage())
         return cls(storage, (weight.data_ptr(), weight.dtype, weight.shape, weight.stride()))
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight still has this memory, in this layout."""
+        here = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+        return self.storage() is weight.untyped_storage() and here == self.layout
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -89,7 +94,7 @@ class Write(NamedTuple):
         weight, indices, values = self
         plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
         fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
-        if not (plain and fits and can_reach and weight.itemsize in (1, 2, 4, 8)):
+        if not (plain and fits and can_reach and has_memory(weight) and weight.itemsize in (1, 2, 4, 8)):
             raise IndexError(
                 f"cannot write {values.dtype} {list(values.shape)} on {values.device} into {weight.dtype} {list(weight.shape)} "
                 f"on {weight.device}"
@@ -164,9 +169,8 @@ class WritePlan:
 
     def check(self) -> None:
         """Raise WeightChanged if a weight was cast, moved or replaced since the plan was made. Takes 0.3 µs a weight."""
-        for (weight, _, _), (storage, layout) in zip(self.writes, self.memories, strict=True):
-            here = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
-            if storage() is not weight.untyped_storage() or here != layout:
+        for (weight, _, _), memory in zip(self.writes, self.memories, strict=True):
+            if not memory.is_of(weight):
                 raise WeightChanged("a weight was cast, moved or replaced since its entries were chosen")
 
     @property

@@ -23,6 +23,7 @@ __all__ = [
     "bytes_of",
     "dtype_name",
     "fingerprint",
+    "has_memory",
     "numel_of",
 ]
 
@@ -48,6 +49,12 @@ def numel_of(shape: tuple[int, ...]) -> int:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype's name in files and messages: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a contiguous tensor holds all its entries. Others may have freed or shortened it (`resize_`)."""
+    end = (int(tensor.storage_offset()) + tensor.numel()) * tensor.itemsize
+    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

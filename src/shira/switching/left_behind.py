@@ -1,8 +1,10 @@
-"""What a switcher that is gone has left in a model: it stays active, and whoever owns the model next gets the base."""
+"""What others find of a switcher in a model: that it owns it; and, if it is gone, what it has left active, over the base."""
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from .model_state import ModelState
 from .ready import InWeights
 from .recovery import recover_base
 
-__all__ = ["leave_behind"]
+__all__ = ["leave_behind", "owner_text"]
 
 
 def leave_behind(model: nn.Module, known: ModelState, state: InWeights) -> None:
@@ -52,3 +54,11 @@ def _put_back(plans: Sequence[WritePlan], active: str, modules: Sequence[nn.Modu
 def _own(modules: Iterable[nn.Module]) -> Iterator[Tensor | None]:
     for module in modules:
         yield from (*module._parameters.values(), *module._buffers.values())
+
+
+def owner_text(switcher: weakref.ref[Any]) -> str:
+    """The message for others who want the switcher's model; "" if the switcher does not own it."""
+    if (alive := switcher()) is None or not alive._state.plans:
+        return ""
+    who, call = alive.called
+    return f"{who} has {alive._state.label()} active in it; call its {call} first"

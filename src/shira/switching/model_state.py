@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from .. import kernels
 from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch
-from ..kernels import WritePlan
+from ..kernels import WeightChanged, WeightMemory, WritePlan
 from ..sparse.tensor import SparseTensor
 from ..weights.belonging import check_base
 from ..weights.distributed import gather_pieces, is_sharded, piece_of, reshard
 from ..weights.model_tensors import ModelTensors, is_buffer
 from ..weights.optimizers import watch
 from ..weights.owners import claim
+from ..weights.quantized import is_quantized
 from .quantized_layers import QuantizedLayers
 
 __all__ = ["ModelState"]
@@ -37,6 +38,8 @@ class ModelState:
         self.quantized = QuantizedLayers(model)
         self.claim = claim(model, owner, None)
         watch()
+        known = {id(weight): weight for weight in self.weights.values() if _has_memory(weight)}
+        self._memories = [(weight, WeightMemory.of(weight)) for weight in known.values()]
         self._watched: list[Tensor] = []  # the weights that any adapter has been checked against
         self._versions: list[int] = []  # their version counters after our own last write
 
@@ -45,6 +48,15 @@ class ModelState:
         if self.pieces:
             reshard(self._model)
         return not self.tensors.same() or self._versions != [weight._version for weight in self._watched]
+
+    def has_moved(self) -> bool:
+        """Whether a weight has other memory than when this was made: so it is after `weight.data = …`."""
+        return not all(memory.is_of(weight) for weight, memory in self._memories)
+
+    def check_memory(self) -> None:
+        """Raise WeightChanged if `has_moved`."""
+        if self.has_moved():
+            raise WeightChanged("a weight was moved since the model was read")
 
     def note_writes(self) -> None:
         """Record that all writes until now were our own."""
@@ -102,6 +114,10 @@ class ModelState:
         for name, weight in self.weights.items():
             names.setdefault(id(weight), []).append(name)
         return names | {id(piece.local): names[key] for key, piece in self.pieces.items()}
+
+
+def _has_memory(weight: Tensor) -> bool:
+    return not (is_sharded(weight) or is_quantized(weight)) and torch._C._has_storage(weight)
 
 
 def _base_here(weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,12 +29,13 @@ from ..weights.distributed import reshard
 from ..weights.model_tensors import ModelTensors, named_tensors, plain_model
 from ..weights.modes import writable
 from ..weights.owners import check_free
-from .left_behind import leave_behind
+from .left_behind import leave_behind, owner_text
 from .model_state import ModelState
 from .preparing import changes, checked, prepare
 from .ready import BASE, CheckedSelection, InWeights, Prepared, Ready, Selection, checked_selection, listed
 from .recovery import recover_base
 from .sources import AdapterSource
+from .turns import Block, Blocks, Turn
 
 __all__ = ["Switcher"]
 
@@ -68,14 +68,14 @@ class Switcher:
         for option, value, least in (("ready", ready, 1), ("host", host, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise SwitchError(f"{option} must be a whole number from {least} on, found {value!r}")
-        self._turn = threading.RLock()
+        self._turn = Turn()
         self._sources: dict[str, AdapterSource] = {}
         self._ready = Ready(ready, host)
         self._empty_plan = WritePlan.of([])
-        self._blocks: list[list[CheckedSelection]] = []  # the open blocks of `using`
+        self._blocks = Blocks()
         self._state: InWeights = InWeights(BASE)
         self.called = ("a Switcher", "use(None)")  # in messages for others: its name, and the call that gives the model back
-        self._owner = functools.partial(_owner, weakref.ref(self))
+        self._owner = functools.partial(owner_text, weakref.ref(self))
         self._model_state = ModelState(self._model, self._owner)
         check_free(self._model_state.claim, SwitchError)  # what another one has active would be taken for the base
 
@@ -107,9 +107,20 @@ class Switcher:
         return self._active_selection().method.described()
 
     def _active_selection(self) -> CheckedSelection:
-        with self._turn, writable():
-            self._undo_interrupted()
-            return self._state.selection or BASE
+        with self._turn(), self._working():
+            return self._now()
+
+    def _now(self) -> CheckedSelection:
+        self._undo_interrupted()
+        return self._state.selection or BASE
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Around each call. A block of `using` that is left in the middle of it, by a finalizer, is left at its end."""
+        with writable():
+            yield
+            while self._blocks.any_left():
+                self._leave()
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike[str] | AdapterSource) -> None:
         """Register an adapter, or a file of one, under a name, after checking that it belongs to this model.
@@ -123,7 +134,7 @@ class Switcher:
         if not isinstance(name, str) or not name:
             raise SwitchError(f'a name must be a string that is not empty, found {name!r}: add("poet", adapter)')
         source = adapter if isinstance(adapter, AdapterSource) else AdapterSource(adapter)
-        with self._turn, writable():
+        with self._turn(), self._working():
             if name in self._sources:
                 raise SwitchError(f"there is an adapter {name!r} already; remove it first, or choose another name")
             self._follow()
@@ -134,9 +145,9 @@ class Switcher:
 
     def remove(self, name: str) -> None:
         """Remove an adapter. Raises SwitchError if it is unknown or active."""
-        with self._turn, writable():
+        with self._turn(), self._working():
             self._check_name(name)
-            if name in dict(self._active_selection().strengths):
+            if name in dict(self._now().strengths):
                 raise SwitchError(f"adapter {name!r} is active; switch to another or to None first")
             self._ready.drop(name)
             del self._sources[name]
@@ -157,7 +168,7 @@ class Switcher:
         result that overflows; and what `add` raises if a file or the model has changed. Then what was active stays active.
         If it does not fit the changed model either, the base is active, as after any other exception during the switch.
         """
-        with self._turn, writable():
+        with self._turn(), self._working():
             self._activate(checked_selection(selection, method, options, self._check_name))
 
     def prefetch(self, selection: Selection, method: str = "sum", **options: float) -> None:
@@ -171,7 +182,7 @@ class Switcher:
             model(**inputs)  # with what is active now
             switcher.use("coder")
         """
-        with self._turn, writable():
+        with self._turn(), self._working():
             key = checked_selection(selection, method, options, self._check_name)
             self._follow()
             if key.strengths and not self._ready.fetch(key):
@@ -182,7 +193,7 @@ class Switcher:
 
         Raises what `use` raises, and SwitchError if fewer than `ready` would be left for others.
         """
-        with self._turn, writable():
+        with self._turn(), self._working():
             key = checked_selection(selection, method, options, self._check_name)
             self._follow()
             if key.strengths:
@@ -191,18 +202,18 @@ class Switcher:
 
     def unpin(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Let a selection make room for others again."""
-        with self._turn:
+        with self._turn():
             self._ready.pinned.discard(checked_selection(selection, method, options, self._check_name))
 
     @property
     def ready(self) -> list[dict[str, float | dict[str, float]]]:
         """Name -> strength of each selection that is held ready, as `active` shows it. The one used longest ago is first."""
-        with self._turn:
+        with self._turn():
             return [{name: as_given(strength) for name, strength in key.strengths} for key in self._ready.here]
 
     def base_values(self, name: str, indices: Tensor) -> Tensor:
         """The base's values at sorted positions [k] of a tensor, whatever is active. Raises what `use` raises."""
-        with self._turn, writable():
+        with self._turn(), self._working():
             self._follow()
             return self._model_state.base_at(self._model_state.weights[name], indices, self._state.plans)
 
@@ -211,7 +222,7 @@ class Switcher:
 
         For code that computes y = W x + ΔW x for several selections at once, on the base. Raises what `use` raises.
         """
-        with self._turn, writable():
+        with self._turn(), self._working():
             key = checked_selection(selection, method, options, self._check_name)
             self._follow()
             return changes(key, self._sources, self._model_state, self._state.plans)
@@ -221,7 +232,7 @@ class Switcher:
 
         Use it when the base is not known any more, after `use` has said so; or to keep an adapter in the weights for good.
         """
-        with self._turn, writable():
+        with self._turn(), self._working():
             self._model_state.quantized.show(())
             self._state = InWeights(BASE)
             self._reread_model()
@@ -233,29 +244,26 @@ class Switcher:
         There is only one model. If blocks overlap in time (in threads, asyncio, generators), the selection of the latest block
         is active. When all blocks are left, what was active before the first is active again.
         """
-        block = [BASE]  # what will be active after the block
-        with self._turn, writable():
-            block[0] = self._active_selection()
+        block = Block()
+        with self._turn(), self._working():
+            block.after = self._now()
             self._activate(checked_selection(selection, method, options, self._check_name))
-            self._blocks = [*self._blocks, block]
+            self._blocks.begin(block)
         try:
             yield
         finally:
-            with self._turn, writable():
-                self._leave(block)
+            block.is_left = True
+            if not self._turn.is_taken_here():
+                with self._turn(), writable():
+                    self._leave()
 
-    def _leave(self, block: list[CheckedSelection]) -> None:
-        """Activate what was active before a block. If a later block is still open, the next one does it at its end."""
-        later = [each for each in self._blocks if each is not block]
-        place = next(number for number, each in enumerate(self._blocks) if each is block)
-        if place < len(later):
-            later[place][0] = block[0]
-            self._blocks = later
-            return
-        self._blocks = later
-        for name, _ in block[0].strengths:
-            self._check_name(name)
-        self._activate(block[0])
+    def _leave(self) -> None:
+        """Activate what is to be active after the blocks that are left, unless a later one is still open."""
+        after = self._blocks.end()
+        if after is not None:
+            for name, _ in after.strengths:
+                self._check_name(name)
+            self._activate(after)
 
     def _undo_interrupted(self) -> None:
         """Restore the base if a call was interrupted. This may be interrupted, too: the next call begins with it again."""
@@ -284,7 +292,7 @@ class Switcher:
             check_free(self._model_state.claim, SwitchError)
             for plan in self._state.plans:
                 plan.check()
-            if not self._model_state.has_changed():
+            if not (self._model_state.has_changed() or self._model_state.has_moved()):
                 return
         except WeightChanged:
             pass
@@ -352,11 +360,12 @@ class Switcher:
             self._model_state.note_writes()
             if finite:
                 self._state = InWeights(wanted, (coming,)) if wanted.strengths else InWeights(BASE)
-        except (WeightChanged, SwitchError):  # it was raised before anything was written
-            self._state = state
-            raise
-        except BaseException:
-            self._undo_interrupted()
+        except BaseException as error:  # a SwitchError may also be that of a signal handler, which comes at any time
+            was_refused = isinstance(error, SwitchError) and not (state.plans or coming.begun[0])
+            if was_refused or isinstance(error, WeightChanged):  # nothing was written
+                self._state = state
+            else:
+                self._undo_interrupted()
             raise
         finally:
             if self._model_state.pieces:  # gathered weights are out of date
@@ -384,15 +393,8 @@ class Switcher:
             return Prepared(self._empty_plan)
         held = self._ready.take(key)
         if held is None:
+            self._model_state.check_memory()
             for plan in self._state.plans:  # sums are computed from the stash, which must still be that of the weights
                 plan.check()
             held = prepare(key, self._sources, self._ready, self._model_state, self._state.plans)
         return held
-
-
-def _owner(switcher: "weakref.ref[Switcher]") -> str:
-    """The message for others who want the switcher's model; "" if the switcher does not own it."""
-    if (alive := switcher()) is None or not alive._state.plans:
-        return ""
-    who, call = alive.called
-    return f"{who} has {alive._state.label()} active in it; call its {call} first"

@@ -41,6 +41,7 @@ class Masters(Followed):
     calls = 0  # forward passes so far, without those of compiled code
     calls_with_gradients = 0  # those of them in which gradients were enabled
     had_gradient = False  # whether the masters ever had a gradient
+    is_base = False  # whether the base has been written back to the weight for good
     scale = 1.0  # a trained number of the entries counts this much, a power of two, so that multiplication is exact
 
     def __init__(self, target: Target, indices: Tensor) -> None:
@@ -75,6 +76,8 @@ class Masters(Followed):
             self._note()
             self.written = self.version
             self.may_have_stepped = self.has_gradient()
+            if self.is_base:  # the tuner was detached in the middle of this, by a signal handler or another thread
+                self._put_base()
 
     def write_step(self) -> None:
         """Write the masters to the weight after a step of an optimizer that trains them."""
@@ -136,9 +139,13 @@ class Masters(Followed):
     def restore(self) -> None:
         """Write the base's values back to the weight. Raises what `look` raises."""
         self.look(to_leave=True)
+        self.is_base = True  # before it is written: a `write` that is under way sees it, and puts the base back
+        self._put_base()
+        self._note()
+
+    def _put_base(self) -> None:
         self._put(self.indices, self.base, self.weight)
         self._put(self.earlier.indices, self.earlier.base, self.weight)
-        self._note()
 
     def _put(self, indices: Tensor, values: Tensor, weight: Tensor) -> None:
         """Write entries of the weight, or those in this process's piece of it."""
@@ -231,6 +238,9 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo)
         if still():
             if all(each._is_as_seen() or not each.in_place for each in masters):
                 kernels.restore_(plan, check=False)
+                for each in masters:
+                    if each.is_base:  # as in `Masters.write`
+                        each._put_base()
                 for each, written, may_have_stepped in known:  # a step may have been taken inside; it is not written yet
                     each.written, each.may_have_stepped = written, each.may_have_stepped or may_have_stepped
             else:

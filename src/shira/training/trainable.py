@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import TargetError
+from ..sparse.tensor import has_memory
 from ..weights.distributed import check_pieces, is_sharded
 from ..weights.quantized import dtype_label, is_quantized
 from ..weights.targets import Target
@@ -37,6 +38,8 @@ def check_trainable(targets: Iterable[Target]) -> None:
                 f"'{target.name}' must be a contiguous floating-point tensor with data, found {weight.dtype} on "
                 f"{weight.device}{'' if weight.is_contiguous() else ', not contiguous'}"
             )
+        if not is_sharded(weight) and not has_memory(weight):
+            raise TargetError(f"the memory of '{target.name}' was freed; load the model again")
     plain = [target for target in targets if not is_quantized(target.weight)]
     frozen = [target.name for target in plain if not target.weight.requires_grad]
     if 0 < len(frozen) < len(plain):  # freezing all is usual for a base; freezing some is a choice that attach() would undo

@@ -278,7 +278,9 @@ class Tuner:
         tensors, prints = {}, {}
         for tensor, (shape, touched, kind) in (self._trained or self._so_far()).items():
             try:
-                tensors[tensor] = SparseTensor(shape, touched.indices.cpu(), touched.values.detach().cpu().clone(), kind)
+                tensors[tensor] = SparseTensor(
+                    shape, touched.indices.cpu().clone(), touched.values.detach().cpu().clone(), kind
+                )
             except AdapterError as error:
                 raise TuningError(f"training of '{tensor}' went wrong: {error}; try a lower learning rate") from error
             if tensor not in self._whole:  # a module that trains whole has new values at each load: no base to compare with

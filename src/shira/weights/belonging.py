@@ -9,7 +9,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch, did_you_mean
 from ..files.metadata import check_metadata
-from ..sparse.tensor import SparseTensor, dtype_name, fingerprint
+from ..sparse.tensor import SparseTensor, dtype_name, fingerprint, has_memory
 from ..texts import described
 from .quantized import is_quantized, shape_of
 
@@ -112,6 +112,8 @@ def weight_of(
             f"{label}: '{name}' must be contiguous, found strides {list(weight.stride())}; after to(memory_format="
             "torch.channels_last) call to(memory_format=torch.contiguous_format), or make the tensor contiguous"
         )
+    if to_overwrite and not has_memory(weight):
+        raise BaseMismatch(f"{label}: the memory of '{name}' was freed; load the model again")
     return weight
 
 

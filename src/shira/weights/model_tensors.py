@@ -103,9 +103,13 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, _Place]
 
 
 def _children(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The children of all modules; and the dictionaries that hold children and tensors, which `__setstate__` replaces."""
     for module in model.modules():
         for key, child in module._modules.items():
             yield module._modules, key, child
+        for key in ("_modules", "_parameters", "_buffers"):
+            if held := module.__dict__[key]:
+                yield module.__dict__, key, held
 
 
 def _by_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
