@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import shira
 from conftest import all_bits, attach_is_refused, llama_batches, mlp, mlp_batches, mlp_loss, random_adapter, same_bits
@@ -241,6 +242,14 @@ def test_a_pattern_means_a_whole_name_or_a_suffix_after_a_dot():
 )
 def test_a_budget_that_cannot_be_had_changes_nothing(options, error, words):
     attach_is_refused(options, error, words)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 1}, {"total": 5}, {"scope": "model"}, {"overrides": {"empty": 0.5}}])
+def test_a_target_without_entries_is_named(options):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.empty = nn.Parameter(torch.zeros(0, 4))
+    with pytest.raises(MaskError, match=r"tensor 'empty' has no entries, its shape is \[0, 4\]; leave it out of the targets"):
+        shira.attach(model, targets=["0", "empty"], **options)
 
 
 def test_the_adapter_says_how_its_budget_was_shared(tmp_path):

@@ -271,6 +271,28 @@ def test_what_follows_a_target_may_change_its_output_in_place(kind):
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("kind", "argument", "shape"),
+    [("linear", "input", (2, 6)), ("conv1d", "x", (2, 6)), ("conv2d", "input", (2, 6, 4, 4)), ("embedding", "input", (2, 3))],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_argument_may_be_given_by_the_name_that_it_has(kind, argument, shape, grad):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 6)
+    layer = {"linear": nn.Linear(6, 6), "conv1d": conv1d, "conv2d": nn.Conv2d(6, 6, 3), "embedding": nn.Embedding(9, 6)}[kind]
+    inputs = torch.ones(shape, dtype=torch.int64 if kind == "embedding" else torch.float32)
+    with shira.attach(nn.Sequential(layer), targets=["0"], density=0.5), torch.set_grad_enabled(grad):
+        assert torch.equal(layer(**{argument: inputs}), layer(inputs))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+@pytest.mark.parametrize("padding", [None, 1])
+def test_an_embedding_of_no_ids_has_a_gradient_of_zeros(shape, padding):
+    model = nn.Sequential(nn.Embedding(10, 8, padding_idx=padding))
+    with shira.attach(model, targets=["0"], density=0.5) as tuner:
+        model(torch.zeros(shape, dtype=torch.int64)).sum().backward()
+        assert torch.equal(tuner.parameters()[0].grad, torch.zeros(40))
+
+
 def test_transposed_convolutions_in_any_model(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(

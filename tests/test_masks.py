@@ -180,6 +180,21 @@ def test_two_layers_of_one_shape_differ():
     assert torch.equal(one, masks.select("rand", "a", weight, 90, seed=0))
 
 
+@pytest.mark.parametrize("wrap", ["mask", "of", "by"])
+def test_a_users_own_mask_may_compute_in_place(wrap):
+    def scores(weight, gradient):
+        return weight.mul_(gradient.neg_()).abs_()
+
+    def mine(weight, gradient, k):
+        return masks.top_k(scores(weight, gradient).view(-1), k)
+
+    mask = {"mask": mine, "of": functools.partial(masks.union, of=(mine, "snip")), "by": functools.partial(masks.nm, by=scores)}
+    weight, gradient = torch.randn(8, 8), torch.randn(8, 8)
+    copies = weight.clone(), gradient.clone()
+    masks.select(mask[wrap], "w", weight, 9, gradient=gradient)
+    assert torch.equal(weight, copies[0]) and torch.equal(gradient, copies[1])
+
+
 def test_a_users_own_mask_may_answer_in_any_order_or_as_booleans():
     weight = torch.arange(12.0).view(3, 4)
     assert masks.select(lambda weight, k: torch.tensor([7, 2]), "w", weight, 2).tolist() == [2, 7]

@@ -74,6 +74,9 @@ def test_weights_without_plain_data_are_refused():
     model[0].weight = nn.Parameter(torch.randn(3, 4).T)
     with pytest.raises(TargetError, match="not contiguous"):
         check_trainable(resolve(model, "all-linear"))
+    model[0].weight = nn.Parameter(torch.randn(4, 3).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(TargetError, match=r"'0.weight' must be .* float64; found torch.float8_e4m3fn on cpu"):
+        check_trainable(resolve(model, "all-linear"))
 
 
 def test_exclusion_by_any_part_of_a_name(tiny_llama):

@@ -68,6 +68,8 @@ def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Ten
 
 def gradient_of_rows(rows: Tensor, gradients: Tensor, indices: Tensor) -> Tensor:
     """See `kernels.gradient_of_rows`."""
+    if not rows.numel():
+        return gradients.new_zeros(indices.numel())
     found, place = rows.unique(return_inverse=True)
     sums = gradients.new_zeros(found.numel(), gradients.shape[1]).index_add_(0, place, gradients)
     row = indices.long() // gradients.shape[1]

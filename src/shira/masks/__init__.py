@@ -11,6 +11,7 @@ The names of its arguments say what it needs. It is called with these and no oth
     name               str, the tensor's name
     avoid              int64 [any], sorted flat positions that must not train because other adapters hold them; often empty
 
+A function of yours gets copies of the tensors, so it may compute in place.
 It returns integer positions [at most k] in the flattened weight (C order), sorted or not; or a boolean tensor of its shape.
 A mask with an argument `gradient`, `squared_gradient` or `activations` needs `calibration`. Any other argument needs a default.
 Set it with `functools.partial`, or in the mask's name as on the command line:

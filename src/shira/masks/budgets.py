@@ -100,6 +100,9 @@ def plan(
         raise MaskError(f"floor must be from 0 to 1, a share of what a tensor would get by itself, found {floor!r}")
     if floor and scope == "tensor":
         raise MaskError(f"floor={floor} has a meaning with scope='model' only; every tensor has its own budget now")
+    empty = next((name for name, shape in shapes.items() if not math.prod(shape)), None)
+    if empty is not None:
+        raise MaskError(f"tensor '{empty}' has no entries, its shape is {list(shapes[empty])}; leave it out of the targets")
     avoided, own = avoided or {}, {}
     free = {name: math.prod(shape) - avoided.get(name, 0) for name, shape in shapes.items()}
     for name, value in (overrides or {}).items():

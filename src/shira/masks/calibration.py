@@ -166,8 +166,9 @@ def _gradients(
         for number, batch in enumerate(batches, start=1):
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
-                if loss.numel() != 1 or not bool(torch.isfinite(loss)):
-                    raise MaskError(f"the loss of calibration batch {number} must be one finite number, found {loss.tolist()}")
+                if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
+                    found = loss.tolist() if isinstance(loss, Tensor) else f"{loss!r:.60}, which is no tensor"
+                    raise MaskError(f"the loss of calibration batch {number} must be one finite number, found {found}")
                 if loss.requires_grad:  # otherwise the batch reaches none of these weights
                     loss.backward()
             del loss

@@ -16,7 +16,7 @@ from .gradient import fisher, grad, snip
 from .lowrank import lift
 from .magnitude import wm
 from .patterns import block, nm
-from .scores import INPUTS, Score, find_score
+from .scores import INPUTS, Score, find_score, inputs_of
 from .sets import Chooser, from_adapter
 from .structured import struct
 from .uniform import rand
@@ -66,7 +66,7 @@ def needs(function: Mask | Score) -> tuple[str, ...]:
 
 def call(function: Mask | Score, inputs: Mapping[str, Any]) -> Any:
     """Call a mask or a score with the inputs it asks for."""
-    return function(**{name: inputs[name] for name in needs(function)})
+    return function(**inputs_of(function, needs(function), inputs))
 
 
 def union(weight: Tensor, k: int, of: Sequence[str | Mask] = ("wm", "snip"), **inputs: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Scores of entries, by name. A mask chooses the entries with the largest scores."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,7 @@ from .gradient import fisher_scores, grad_scores, snip_scores
 from .lowrank import lift_scores
 from .magnitude import wm_scores
 
-__all__ = ["CALIBRATED", "INPUTS", "SCORES", "Score", "call_score", "find_score"]
+__all__ = ["CALIBRATED", "INPUTS", "SCORES", "Score", "call_score", "find_score", "inputs_of"]
 
 Score = Callable[..., Tensor]  # takes a mask's inputs except k, returns float32 [the weight's shape]
 
@@ -43,4 +44,12 @@ def find_score(by: str | Score) -> Score:
 
 def call_score(score: Score, inputs: Mapping[str, Any]) -> Any:
     """Call a score with the inputs that it asks for."""
-    return score(**{name: inputs[name] for name in inspect.signature(score).parameters if name in INPUTS})
+    return score(**inputs_of(score, (name for name in inspect.signature(score).parameters if name in INPUTS), inputs))
+
+
+def inputs_of(function: Callable[..., Any], names: Iterable[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of these names for a mask or a score. One of a user gets copies of tensors: it may compute in place."""
+    inner = function.func if isinstance(function, partial) else function
+    ours = (getattr(inner, "__module__", None) or "").partition(".")[0] == __name__.partition(".")[0]
+    found = {name: inputs[name] for name in names}
+    return found if ours else {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}

@@ -1,6 +1,6 @@
 """The forward and backward passes of modules while entries of their parameters train.
 
-Every forward pass computes what it did before; gradients are kept for the trained positions only.
+Every forward pass computes what it did before and names its arguments so; gradients are kept for the trained positions only.
 Linear layers, convolutions and embeddings get a backward pass that samples the weight's gradient. At most one layer's whole
 gradient exists at a time, where a dense product is faster than sampling. Any other module keeps its own forward. While that
 runs, a tensor over the same storage replaces the parameter, and its gradient is sampled as soon as autograd has computed it.
@@ -248,10 +248,10 @@ def _unviewed(output: Tensor) -> Tensor:
     return plain
 
 
-def _conv1d(module: Any, masters: Masters, input: Tensor) -> Tensor:
+def _conv1d(module: Any, masters: Masters, x: Tensor) -> Tensor:
     if not _ready(masters, module):
-        return _product(input, module.weight, module.bias)
-    output: Tensor = _Conv1D.apply(input, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
+        return _product(x, module.weight, module.bias)
+    output: Tensor = _Conv1D.apply(x, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -295,10 +295,10 @@ def _conv2d(module: nn.Conv2d, masters: Masters, input: Tensor) -> Tensor:
     return output
 
 
-def _embedding(module: nn.Embedding, masters: Masters, ids: Tensor) -> Tensor:
+def _embedding(module: nn.Embedding, masters: Masters, input: Tensor) -> Tensor:
     if not _ready(masters, module):
-        return nn.functional.embedding(ids, module.weight, module.padding_idx)
-    output: Tensor = _Embedding.apply(ids, module.weight, masters.current(), masters, module.padding_idx)  # type: ignore[no-untyped-call]
+        return nn.functional.embedding(input, module.weight, module.padding_idx)
+    output: Tensor = _Embedding.apply(input, module.weight, masters.current(), masters, module.padding_idx)  # type: ignore[no-untyped-call]
     return output
 
 

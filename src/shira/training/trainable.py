@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import TargetError
-from ..sparse.tensor import has_memory
+from ..sparse.tensor import FLOAT_DTYPES, dtype_name, has_memory
 from ..weights.distributed import check_pieces, is_sharded
 from ..weights.quantized import dtype_label, is_quantized
 from ..weights.targets import Target
@@ -33,10 +33,10 @@ def check_trainable(targets: Iterable[Target]) -> None:
             check_pieces(target.name, weight)
         if weight.is_inference():
             raise TargetError(f"'{target.name}' was made under torch.inference_mode; load the model outside of it")
-        if not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
+        if weight.dtype not in FLOAT_DTYPES or weight.is_meta or not weight.is_contiguous():
             raise TargetError(
-                f"'{target.name}' must be a contiguous floating-point tensor with data, found {weight.dtype} on "
-                f"{weight.device}{'' if weight.is_contiguous() else ', not contiguous'}"
+                f"'{target.name}' must be contiguous, with data, and one of {', '.join(map(dtype_name, FLOAT_DTYPES))}; found "
+                f"{weight.dtype} on {weight.device}{'' if weight.is_contiguous() else ', not contiguous'}"
             )
         if not is_sharded(weight) and not has_memory(weight):
             raise TargetError(f"the memory of '{target.name}' was freed; load the model again")
