@@ -339,9 +339,7 @@ class PipelineAdapters:
         if name not in self.names:
             raise SwitchError(f"no adapter {shown(name)}; {did_you_mean(str(name), self.names)}")
         if name in self._current().fused:
-            raise SwitchError(
-                f"adapter {name!r} is fused; call unfuse() first, or release() to keep it in the weights for good"
-            )
+            raise SwitchError(f"adapter {name!r} is fused; call unfuse() first, or release() to keep it for good")
 
     @_in_turn
     def _apply(self, wanted: _Set) -> None:

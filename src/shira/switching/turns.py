@@ -1,12 +1,17 @@
 """Calls of a switcher take turns, and none begins in the middle of another; and the blocks of `Switcher.using`."""
 
+import sys
 import threading
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..errors import SwitchError
 from .ready import BASE, CheckedSelection
 
 __all__ = ["Block", "Blocks", "Turn"]
+
+HERE = str(Path(__file__).parent)
 
 
 class Turn:
@@ -16,11 +21,23 @@ class Turn:
         self._lock: Any = threading.RLock()
 
     def is_taken_here(self) -> bool:
-        """Whether this thread is in the middle of a call: then a signal handler runs, or a finalizer."""
-        return bool(self._lock._is_owned())
+        """Whether this thread is in the middle of a call: then a signal handler runs, or a finalizer.
+
+        That the thread owns the lock is not enough: an interrupt at the end of a call may have left it owned.
+        """
+        if not self._lock._is_owned():
+            return False
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code.co_filename.startswith(HERE):  # of the call that asks
+            frame = frame.f_back
+        while frame is not None:
+            if frame.f_code.co_filename.startswith(HERE) and getattr(frame.f_locals.get("self"), "_turn", None) is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def __call__(self) -> Any:
-        """The lock itself, which no interrupt can leave locked. Raises SwitchError in the middle of a call of this thread."""
+        """The lock itself. Raises SwitchError in the middle of a call of this thread."""
         if self.is_taken_here():
             raise SwitchError(
                 "this call came in the middle of another one of the same switcher, from a signal handler or a finalizer: let "

@@ -61,6 +61,8 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
         for ending, parameter in each.parameters.items():
             values = state[name + VALUES + ending].float() / _scale(each, ending)
             parameter.detach().copy_(values)  # detach(), not no_grad(): an interrupt could leave that mode on
+        if not each.ignored:
+            each.write()  # compiled code does not look whether the masters have changed
 
 
 def _scale(each: Masters, ending: str) -> float:
