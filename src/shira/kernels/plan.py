@@ -169,8 +169,9 @@ class WritePlan:
 
     def check(self) -> None:
         """Raise WeightChanged if a weight was cast, moved or replaced since the plan was made. Takes 0.3 µs a weight."""
-        for (weight, _, _), memory in zip(self.writes, self.memories, strict=True):
-            if not memory.is_of(weight):
+        for (weight, _, _), (storage, layout) in zip(self.writes, self.memories, strict=True):  # `is_of`, without a call
+            here = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+            if storage() is not weight.untyped_storage() or here != layout:
                 raise WeightChanged("a weight was cast, moved or replaced since its entries were chosen")
 
     @property
