@@ -8,7 +8,7 @@ import torch
 
 import shira
 from conftest import all_bits, mlp, random_adapter, same_bits
-from shira import BaseMismatch, SwitchError, TargetError
+from shira import BaseMismatch, ShiraError, SwitchError, TargetError
 
 
 def added(model, seed=1, **options):
@@ -122,6 +122,39 @@ def test_an_adapter_of_a_tuner_shares_no_memory_with_it():
             values += 1
     model(torch.ones(1, 13))
     tuner.detach()
+    assert same_bits(all_bits(model), base)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors["0.weight"].indices.fill_(3), "indices must be sorted and unique"),
+        (lambda tensors: tensors["0.weight"].indices.add_(10**6), "indices"),
+        (lambda tensors: tensors["0.weight"].values.fill_(float("nan")), "values must be finite"),
+        (lambda tensors: tensors.update({"0.weight": tensors["2.weight"]}), "'0.weight' has shape"),
+        (lambda tensors: tensors.update({"x": tensors["2.weight"]}), "no tensor 'x'"),
+    ],
+)
+def test_an_adapter_in_memory_is_changed_after_it_was_added(change, words):
+    model = mlp()
+    base, adapter, switcher = all_bits(model), random_adapter(model, 1), shira.Switcher(model)
+    switcher.add("a", adapter)
+    change(adapter.tensors)
+    with pytest.raises(ShiraError, match=words):
+        switcher.use("a")
+    assert same_bits(all_bits(model), base) and switcher.active == {}
+
+
+def test_new_values_of_an_adapter_in_memory_are_used():
+    model = mlp()
+    base, adapter, switcher = all_bits(model), random_adapter(model, 1), shira.Switcher(model)
+    switcher.add("a", adapter)
+    for tensor in adapter.tensors.values():
+        tensor.values.mul_(2)
+    switcher.use("a")
+    tensor = adapter.tensors["0.weight"]
+    assert torch.equal(model[0].weight.detach().view(-1)[tensor.indices], tensor.values)
+    switcher.use(None)
     assert same_bits(all_bits(model), base)
 
 

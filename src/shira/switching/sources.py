@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..errors import AdapterError
 from ..files.hub import repository
 from ..files.paths import State, path_of
 from ..files.suggestions import adapter_in
+from ..sparse.tensor import SparseTensor
 from ..weights.quantized import shape_of
 
 __all__ = ["AdapterSource"]
@@ -38,8 +40,8 @@ class AdapterSource:
         if isinstance(self._content, Path):
             self._content = self._content.absolute()  # it is read again later, when the working folder may be another one
         self._prefix = prefix
-        self._found: tuple[State, ...] | None = ()  # the files' state when they were last read; None if it proves nothing
-        self._checked: tuple[State, ...] | None = None  # their state when they were last checked against the model
+        self._found: tuple[Any, ...] | None = ()  # the state of files or tensors when last read; None if it proves nothing
+        self._checked: tuple[Any, ...] | None = None  # their state when they were last checked against the model
 
     def label(self, name: str) -> str:
         """The adapter's name in messages."""
@@ -53,7 +55,9 @@ class AdapterSource:
         changed just before may change again with the same time stamp, so it is checked the next time as well.
         """
         if isinstance(self._content, Adapter):
-            adapter, is_new = self._content, self._checked is None
+            self._found = _state_of(self._content)
+            is_new = self._found != self._checked
+            adapter = self._content if self._checked is None or not is_new else _built_again(self._content)
             return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
         now = time.time_ns()
         adapter, found = read(self._content, model=lambda: self._shapes(weights))
@@ -83,3 +87,20 @@ class AdapterSource:
     def forget_check(self) -> None:
         """Let the content be checked again, because the model has changed."""
         self._checked = None
+
+
+def _state_of(adapter: Adapter) -> tuple[Any, ...]:
+    """What changes if a user changes the tensors of an adapter in memory. One that is read from its file is not looked into."""
+    if not isinstance(adapter.tensors, dict):
+        return ()
+    return tuple((name, id(each), _version(each.indices), _version(each.values)) for name, each in adapter.tensors.items())
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _built_again(adapter: Adapter) -> Adapter:
+    """The adapter after a change of its tensors, checked as a new one. Raises AdapterError."""
+    tensors = {name: SparseTensor(each.shape, each.indices, each.values, each.kind) for name, each in adapter.tensors.items()}
+    return Adapter(tensors, adapter.metadata)
