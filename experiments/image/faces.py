@@ -195,13 +195,9 @@ def table_command(options: argparse.Namespace) -> None:
     compared = [key | result for key, result in lines if key["what"] == "compare"]
     rates = sorted({row["rate"] for row in compared})
     print("base: " + ", ".join(sorted({f"{row['style']} {row['base_loss']:.4f}" for row in compared})))
-    print(
-        "| style | mask | parameters | "
-        + " | ".join(f"{rate:g}" for rate in rates)
-        + f" | {1 + len(SEEDS)} seeds |\n"
-        + "|---" * (4 + len(rates))
-        + "|"
-    )
+    has_seeds = any("seed" in row for row in compared)
+    columns = ["style", "mask", "parameters", *(f"{rate:g}" for rate in rates), *[f"{1 + len(SEEDS)} seeds"] * has_seeds]
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for style in STYLES:
         for mask in MASKS:
             every = [row for row in compared if (row["mask"], row["style"]) == (mask, style)]
@@ -210,7 +206,7 @@ def table_command(options: argparse.Namespace) -> None:
             cells = [f"{found[rate]['loss']:.4f}" if rate in found else "" for rate in rates]
             cells = [f"**{cell}**" if cell == f"{best_loss:.4f}" else cell for cell in cells]
             again = [row["loss"] for row in every if "seed" in row]
-            cells.append(over_seeds([best_loss, *again]) if again else "")
+            cells += [over_seeds([best_loss, *again]) if again else ""] * has_seeds
             count = max((row["parameters"] for row in found.values()), default=0)
             print(f"| {style} | {mask} | {count:,} | " + " | ".join(cells) + " |")
     print(f"\n| mask | way | colours from {A} | colours from {B} | structure |\n|---|---|---|---|---|")
