@@ -69,7 +69,10 @@ HERE = {  # page -> what is replaced in its snippets
 }
 
 NOT_RUN = {  # page -> how a snippet begins -> why it does not run
-    "docs/diffusers.md": {"OMP_NUM_THREADS=1 shira bench": "minutes: a figure of the page"},
+    "docs/diffusers.md": {
+        "OMP_NUM_THREADS=1 shira bench": "minutes: a figure of the page",
+        "shira convert": "a LoRA of the hub; test_diffusers_loras.py converts one",
+    },
     "docs/distributed.md": {
         "config = {": "needs DeepSpeed; `make test-deepspeed` runs these steps in distributed_run.py",
         "torchrun --standalone": "several processes and machines; test_distributed.py starts two",

@@ -162,7 +162,6 @@ class Switcher:
         The result is base + the change that the method computes from all α · (value − base), in float32 (float64 for float64),
         in the order of the names, rounded once. An entry that only one adapter changes, at strength 1, gets that adapter's
         value bit for bit.
-
         Raises SwitchError for an unknown name, if somebody else owns the model, or if the base values under the active adapters
         are not known any more (docs/guarantees.md); AdapterError for a method, option or strength that is not possible, or a
         result that overflows; and what `add` raises if a file or the model has changed. Then what was active stays active.
@@ -213,6 +212,8 @@ class Switcher:
 
     def base_values(self, name: str, indices: Tensor) -> Tensor:
         """The base's values at sorted positions [k] of a tensor, whatever is active. Raises what `use` raises."""
+        if self._turn.is_taken_here() and self._state.selection is not None:  # a source asks, while `use` reads it
+            return self._model_state.base_at(self._model_state.weights[name], indices, self._state.plans)
         with self._turn(), self._working():
             self._follow()
             return self._model_state.base_at(self._model_state.weights[name], indices, self._state.plans)
@@ -383,7 +384,6 @@ class Switcher:
         raise overflow(name, weight.dtype)
 
     def _check_name(self, name: str) -> None:
-        """Raise SwitchError if there is no adapter of this name."""
         if not isinstance(name, str) or name not in self._sources:
             raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
