@@ -22,6 +22,7 @@ from shira import DataError
 from shira.cli.options import fields_of
 from shira.data.grids import grid
 from shira.integrations.diffusers_sampling import load_pipeline, modules_of
+from shira.runs.bases import is_pipeline
 from shira.runs.image_recipes import ImageRecipe, check_image_run, load_image_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers' Euler with NumPy 2.4
@@ -208,6 +209,18 @@ def test_adapters_of_a_pipeline_are_fused_and_compared_on_its_name(run, folder):
         shira.Adapter(plain).save(f"{name}.safetensors")
     assert run("fuse a.safetensors b.safetensors=0.5 --base pipeline -o plain.safetensors")[0] == 0  # of the denoiser
     assert shira.load("plain.safetensors").tensors.keys() == plain.keys()
+
+
+@pytest.mark.parametrize(("file", "found"), [("config.json", False), ("model_index.json", True)])
+def test_what_the_cache_of_the_hub_has_is_not_asked_for(tmp_path, monkeypatch, file, found):
+    """GPT-2's tensors begin with "transformer.", too. Offline, the hub cannot say that it is no pipeline."""
+    repo = tmp_path / "models--me--it"
+    for place, text in {"refs/main": "abc", f"snapshots/abc/{file}": "{}"}.items():
+        (repo / place).parent.mkdir(parents=True, exist_ok=True)
+        (repo / place).write_text(text)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert is_pipeline("me/it") is found
 
 
 def test_the_card_loads_a_pipeline_in_the_dtype_of_its_adapter(run, folder):
