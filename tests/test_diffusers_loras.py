@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import shira
 from conftest import all_bits, same_bits
-from pipelines import pipe_adapter, sd3, stable_diffusion
+from pipelines import pipe_adapter, sd3, sdxl, stable_diffusion
 from shira import AdapterError, DataError, FormatError, MaskError
 from shira.integrations.diffusers import PipelineAdapters
 from shira.integrations.diffusers_loras import convert
@@ -47,6 +47,31 @@ def lora(folder, make=stable_diffusion, text=True):
 
 def drawn(pipe):
     return sample(pipe, "red", 0, steps=2).tobytes()
+
+
+def inner(name, prefix):
+    return name if prefix == "unet" or name.startswith("text_model.") else f"text_model.{name}"
+
+
+@pytest.mark.parametrize(("make", "prefixes"), [(stable_diffusion, ["te"]), (sdxl, ["te1", "te2"])])
+def test_a_lora_of_kohya_becomes_what_it_adds(tmp_path, make, prefixes):
+    """Names as in most files that people share: lora_unet_down_blocks_0_…, lora_te_text_model_…; with alpha."""
+    pipe = make()
+    components = dict(zip(["unet", "text_encoder", "text_encoder_2"], ["unet", *prefixes], strict=False))
+    file, added = {}, {}
+    torch.manual_seed(1)
+    for component, prefix in components.items():
+        for name, module in getattr(pipe, component).named_modules():
+            if any(part in f"{name}." for part in (".to_q.", ".to_out.0.", ".proj_in.", ".q_proj.", ".out_proj.", ".fc1.")):
+                weight, key = module.weight, f"lora_{prefix}_{inner(name, prefix)}".replace(".", "_")
+                down, up = torch.randn(2, *weight.shape[1:]), torch.randn(len(weight), 2, *[1] * (weight.ndim - 2))
+                file |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}
+                added[f"{component}.{name}.weight"] = (0.5 * up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    save_file(file, tmp_path / "kohya.safetensors")
+    adapter = convert(tmp_path / "kohya.safetensors", pipe, density=1.0)
+    assert adapter.tensors.keys() == added.keys() and len({name.partition(".")[0] for name in added}) == len(components)
+    for name, tensor in adapter.tensors.items():
+        assert torch.allclose(tensor.values, added[name].flatten()[tensor.indices.long()], atol=1e-5), name
 
 
 @pytest.mark.parametrize("make", [stable_diffusion, sd3])
@@ -94,11 +119,17 @@ def test_what_cannot_be_converted_changes_nothing(tmp_path):
     broken = load_file(tmp_path / FILE)
     save_file({name: torch.cat([value, value]) for name, value in broken.items()}, tmp_path / "wide.safetensors")
     save_file({"x.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    text = {
+        "text_encoder.elsewhere.q_proj.lora_A.weight": torch.ones(2, 4),
+        "text_encoder.elsewhere.q_proj.lora_B.weight": torch.ones(4, 2),
+    }
+    save_file(text, tmp_path / "elsewhere.safetensors")  # an IndexError in Diffusers
     (tmp_path / "text.safetensors").write_text(json.dumps({"no": "LoRA"}))
     for given, error in {
         tmp_path / "none.safetensors": DataError,
         tmp_path / "wide.safetensors": DataError,
         tmp_path / "other.safetensors": DataError,
+        tmp_path / "elsewhere.safetensors": DataError,
         tmp_path / "text.safetensors": DataError,
         5: FormatError,
     }.items():

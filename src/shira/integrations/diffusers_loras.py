@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..checkpoints import extraction
-from ..errors import DataError, FormatError, MaskError
+from ..errors import DataError, FormatError, MaskError, ShiraError
 from ..files.metadata import base_facts
 from ..files.paths import path_of
 from ..sparse.tensor import dtype_name
@@ -107,7 +107,9 @@ def _fuse(path: Path, pipe: Any) -> None:
             raise DataError(f"Diffusers found no LoRA for {type(pipe).__name__} in {path}")
         pipe.fuse_lora(components=list(pipe.get_list_adapters()))
         pipe.unload_lora_weights()
-    except (ValueError, KeyError, RuntimeError, OSError, AttributeError) as error:
+    except (ShiraError, MemoryError):
+        raise
+    except Exception as error:  # files are of many makers, and Diffusers fails in many ways
         raise DataError(
             f"Diffusers cannot put {path} into {type(pipe).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
