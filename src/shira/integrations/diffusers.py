@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapter import Adapter, load, opened, prefixed
-from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
+from ..errors import AdapterError, SwitchError, did_you_mean
 from ..files.paths import path_of
 from ..fusion.strengths import Strength
 from ..sparse.tensor import SparseTensor
@@ -23,15 +23,13 @@ from ..switching.sources import AdapterSource
 from ..switching.switcher import Switcher
 from ..texts import described, shown
 from ..weights.belonging import weight_of
-from ..weights.model_tensors import named_tensors, plain_model
+from ..weights.model_tensors import named_tensors
 from .block_strengths import by_block, copied, paired
+from .diffusers_components import COMPONENTS, check_component, check_parts, prefix_of, present_in, tensors_of
 from .diffusers_copies import check_own_weights
 from .diffusers_steps import ByStep
 
-__all__ = ["COMPONENTS", "PipelineAdapters"]
-
-DENOISERS = ("unet", "transformer")
-COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
+__all__ = ["PipelineAdapters"]
 
 File = Adapter | str | os.PathLike[str]
 Method = tuple[str, Mapping[str, float]]  # that combines adapters, with its options
@@ -92,12 +90,12 @@ class PipelineAdapters:
         self._sources: dict[str, AdapterSource] = {}
         self._turn = threading.RLock()
         self._set = self._tried = _Set({}, {})  # tried: what an interrupted call wanted
-        if not self._present():
+        if not present_in(self._pipe):
             raise SwitchError(
                 f"a pipeline must have one of the components {', '.join(COMPONENTS)} as a torch.nn.Module, found "
                 f"{described(pipe)} without any; load it first: StableDiffusionPipeline.from_pretrained(…)"
             )
-        self._hold(self._present())
+        self._hold(present_in(self._pipe))
         self._switcher = Switcher(self._model, ready=ready, host=host)
         self._switcher.called = ("a PipelineAdapters", "disable()")
 
@@ -148,7 +146,7 @@ class PipelineAdapters:
             tensors, own = list(adapter.tensors), adapter.name
         else:
             adapter = path_of(adapter, "adapters.load('bluefire.safetensors')", AdapterError)
-            with opened(adapter, model=lambda: self._tensors_of(component)) as found:
+            with opened(adapter, model=lambda: tensors_of(component, present_in(self._pipe))) as found:
                 tensors, own = list(found.tensors), found.name or adapter.stem
         name = own if name is None else name
         if not isinstance(name, str) or not name:
@@ -156,18 +154,13 @@ class PipelineAdapters:
         if name in self.names:
             raise SwitchError(f"there is an adapter {name!r} already; delete it first, or choose another name")
         self._follow()
-        prefix = self._prefix(repr(name) if isinstance(adapter, Adapter) else str(adapter), tensors, component)
+        label = repr(name) if isinstance(adapter, Adapter) else str(adapter)
+        prefix = prefix_of(label, tensors, component, present_in(self._pipe))
         source = AdapterSource(adapter, prefix)
         self._switcher.add(name, source)
         self._tensors[name] = [prefix + tensor for tensor in tensors]
         self._sources[name] = source
         return name
-
-    def _tensors_of(self, component: str | None) -> dict[str, Tensor]:
-        """The tensors of a component, by default of the denoiser."""
-        present = self._present()
-        wanted = next((each for each in (component, *DENOISERS) if each in present), next(iter(present)))
-        return named_tensors(present[wanted])
 
     @_in_turn
     def adapter(self, name: str) -> Adapter:
@@ -178,30 +171,6 @@ class PipelineAdapters:
         if name not in self._sources:
             raise SwitchError(f"no adapter {shown(name)}; {did_you_mean(str(name), self.names)}")
         return self._sources[name].read(named_tensors(self._model))[0]
-
-    def _prefix(self, label: str, tensors: list[str], component: str | None) -> str:
-        """What to put before an adapter's names, so that each begins with a component."""
-        present = self._present()
-        if component is not None:
-            self._known(component, present)
-            return f"{component}."
-        first = {name.partition(".")[0] for name in tensors}
-        if first.isdisjoint(COMPONENTS):
-            denoiser = next((each for each in DENOISERS if each in present), None)
-            if denoiser is None:
-                raise AdapterError(
-                    f"{label}: the pipeline has no {' or '.join(DENOISERS)}; say component={next(iter(present))!r}"
-                )
-            return f"{denoiser}."
-        for each in sorted(first - present.keys()):
-            if each in COMPONENTS:
-                raise BaseMismatch(
-                    f"{label} does not belong to this pipeline: it changes {each!r}; here are {_listed(present)}"
-                )
-            raise AdapterError(
-                f"{label}: {each!r} is not a component, and other names begin with one; expected {_listed(present)}"
-            )
-        return ""
 
     @_in_turn
     def set(
@@ -229,7 +198,7 @@ class PipelineAdapters:
         given = copied(paired(names, strengths))
         for name in given:
             self._check(name)
-        present, now = self._present(), self._current()
+        present, now = present_in(self._pipe), self._current()
         chosen = {name: (strength, by_block(name, strength, present, self._tensors[name])) for name, strength in given.items()}
         how = now.fused_by if method is None and not options else ("sum" if method is None else method, options)
         self._apply(_Set(chosen, now.fused, method=how, fused_by=now.fused_by))
@@ -281,7 +250,7 @@ class PipelineAdapters:
     @_in_turn
     def release(self) -> None:
         """Keep what is in the weights for good: from now on it is the base. Nothing is written."""
-        self._hold(self._present())
+        self._hold(present_in(self._pipe))
         self._switcher.release()
         self._set = self._tried = _Set({}, {})
 
@@ -293,14 +262,14 @@ class PipelineAdapters:
 
             adapters.save("bluefire.safetensors", unet=tuner.adapter("bluefire"), text_encoder="encoder.safetensors")
         """
-        present = self._present()
+        present = present_in(self._pipe)
         tensors: dict[str, SparseTensor] = {}
         prints: dict[str, str] = {}
         said: list[dict[str, Any]] = []
         if not adapters:
             raise AdapterError("nothing to save: save('bluefire.safetensors', unet=adapter)")
         for component, given in adapters.items():
-            self._known(component, present)
+            check_component(component, present)
             adapter = given if isinstance(given, Adapter) else load(given)
             weights = named_tensors(present[component])
             for name, tensor in adapter.tensors.items():
@@ -346,32 +315,12 @@ class PipelineAdapters:
         self._follow()
         meant, (method, options) = wanted.in_use()
         for name in meant:
-            self._check_parts(name)
+            check_parts(name, self._tensors[name], present_in(self._pipe))
         self._current()  # before it is forgotten what was tried the last time
         self._tried = wanted
         self._switcher.use(meant, method, **options)
         self._set = wanted
         self._switcher.called = ("a PipelineAdapters", "disable() and unfuse()" if wanted.fused else "disable()")
-
-    def _check_parts(self, name: str) -> None:
-        """Raise BaseMismatch if an adapter changes a component that the pipeline does not have any more."""
-        present = self._present()
-        gone = next((part for tensor in self._tensors[name] if (part := tensor.partition(".")[0]) not in present), None)
-        if gone is not None:
-            raise BaseMismatch(f"{name!r} changes {gone!r}, which the pipeline does not have now; found {_listed(present)}")
-
-    def _present(self) -> dict[str, nn.Module]:
-        """The components that the pipeline has now, without wrappers of torch.compile."""
-        found = {name: getattr(self._pipe, name, None) for name in COMPONENTS}
-        return {
-            name: plain_model(module, SwitchError, "PipelineAdapters(pipe)")
-            for name, module in found.items()
-            if isinstance(module, nn.Module)
-        }
-
-    def _known(self, component: str, present: Mapping[str, nn.Module]) -> None:
-        if not isinstance(component, str) or component not in present:
-            raise AdapterError(f"the pipeline has no component {shown(component)}; {did_you_mean(str(component), present)}")
 
     def _hold(self, present: Mapping[str, nn.Module]) -> None:
         """Make these the parts of the switcher's model. It always has all parts, so that a switcher sees each that changes."""
@@ -379,7 +328,7 @@ class PipelineAdapters:
 
     def _follow(self) -> None:
         """Find components that were replaced since the last call. What is active becomes active in the new ones, if it fits."""
-        present = self._present()
+        present = present_in(self._pipe)
         check_own_weights(present)
         before: dict[str, Any] = dict(self._model._modules)
         if all(before[name] is present.get(name, self._absent) for name in COMPONENTS):
@@ -393,7 +342,3 @@ class PipelineAdapters:
                 self._hold(before)
                 self._switcher.use(None)
                 self._hold(present)
-
-
-def _listed(names: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, names))

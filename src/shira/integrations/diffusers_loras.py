@@ -18,7 +18,7 @@ from ..files.metadata import base_facts
 from ..files.paths import path_of
 from ..sparse.tensor import dtype_name
 from ..weights.owners import claim
-from .diffusers import COMPONENTS
+from .diffusers_components import COMPONENTS
 from .diffusers_sampling import modules_of
 
 __all__ = ["check", "convert"]

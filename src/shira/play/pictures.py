@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter import Adapter
 from ..fusion.strengths import Strength
 from ..integrations.block_strengths import UNET_BLOCKS, by_block
-from ..integrations.diffusers import COMPONENTS, PipelineAdapters
+from ..integrations.diffusers import PipelineAdapters
+from ..integrations.diffusers_components import present_in
 from ..integrations.diffusers_sampling import modules_of, sample
 from ..weights.model_tensors import named_tensors
 from .asking import Drawing, Setting
@@ -26,7 +27,7 @@ class Pictures(Local):
     def __init__(self, title: str, pipe: Any, adapters: PipelineAdapters, folder: Path) -> None:
         self.title = title
         self._pipe, self._adapters = pipe, adapters
-        self._parts = {name: part for name in COMPONENTS if isinstance(part := getattr(pipe, name, None), nn.Module)}
+        self._parts = present_in(pipe)
         self._places: dict[str, tuple[str, str | None]] = {}  # label -> component, and part of it
         for name, module in self._parts.items():
             inner: list[str | None] = [part for part, full in UNET_BLOCKS.items() if getattr(module, full, None) is not None]

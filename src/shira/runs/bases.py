@@ -28,7 +28,7 @@ def load_base(name: str, dtype: str, tensors: Collection[str]) -> nn.Module:
     Names that begin with a component ("unet.…") are of the pipeline as a whole, others of its denoiser.
     dtype: as for `load_model`, and for `load_pipeline`. Raises DataError if there is no such model or pipeline.
     """
-    from ..integrations.diffusers import COMPONENTS, DENOISERS
+    from ..integrations.diffusers_components import COMPONENTS, DENOISERS
 
     starts = {tensor.partition(".")[0] for tensor in tensors}
     if not (Path(name) / INDEX).is_file() and (starts.isdisjoint(COMPONENTS) or not is_pipeline(name)):

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import SwitchError
@@ -48,7 +47,6 @@ def _put_back(plans: Sequence[WritePlan], active: str, modules: Sequence[nn.Modu
         names.setdefault(id(weight), []).append(name)
     with contextlib.suppress(SwitchError):
         recover_base(plans, names, tensors, active)
-    torch.clear_autocast_cache()
 
 
 def _own(modules: Iterable[nn.Module]) -> Iterator[Tensor | None]:

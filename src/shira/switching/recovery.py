@@ -77,6 +77,7 @@ def recover_base(plans: Sequence[WritePlan], names: Mapping[int, list[str]], ten
         writes.append((entries, several[0]))
     for entries, base in writes:
         _write(entries, base)
+    torch.clear_autocast_cache()  # it may hold casts of the old values
 
 
 def _unknown(name: str, weight: Tensor | None, active: str) -> SwitchError:

@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import kernels
@@ -162,6 +161,7 @@ class Switcher:
         The result is base + the change that the method computes from all α · (value − base), in float32 (float64 for float64),
         in the order of the names, rounded once. An entry that only one adapter changes, at strength 1, gets that adapter's
         value bit for bit.
+
         Raises SwitchError for an unknown name, if somebody else owns the model, or if the base values under the active adapters
         are not known any more (docs/guarantees.md); AdapterError for a method, option or strength that is not possible, or a
         result that overflows; and what `add` raises if a file or the model has changed. Then what was active stays active.
@@ -284,7 +284,6 @@ class Switcher:
 
     def _recover_base(self, state: InWeights) -> None:
         recover_base(state.plans, self._model_state.names(), ModelTensors(self._model), state.label())
-        torch.clear_autocast_cache()
 
     def _follow(self) -> None:
         """Check what was done to the model since the last call, and follow it. What is active stays active."""
@@ -384,6 +383,7 @@ class Switcher:
         raise overflow(name, weight.dtype)
 
     def _check_name(self, name: str) -> None:
+        """Raise SwitchError if no adapter has this name."""
         if not isinstance(name, str) or name not in self._sources:
             raise SwitchError(f"no adapter {name!r}; {did_you_mean(str(name), self._sources)}")
 
