@@ -33,6 +33,7 @@ from shira.cli.options import avoid_cudnn_attention
 from shira.data.models import SMOLLM2
 from shira.data.tasks import TASKS, Example
 from shira.integrations import transformers as hf
+from shira.integrations.transformers_training import train as hf_train
 from shira.masks import calibration
 from shira.runs.evaluation import accuracy
 from shira.runs.recipes import GENERAL_BATCH
@@ -182,7 +183,7 @@ def train(setting: Setting, rule: str, rate: float) -> Path:
     with shira.attach(model, mask=mask, density=DENSITY, targets=TARGETS, calibration=batches, seed=seed) as tuner:
         if rule in PENALIZED:
             tuner.stay_near(own_text(model, tokenizer))
-        hf.train(tuner, model, rows, **options)
+        hf_train(tuner, model, rows, **options)
         tuner.adapter().save(path)
     return path
 
@@ -199,7 +200,7 @@ def lora(model: nn.Module, rank: int, rows: list[hf.Row], options: dict[str, Any
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=TARGETS)
     tuned: Any = get_peft_model(model, config)
     trained: Any = SimpleNamespace(nnz=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
-    hf.train(trained, tuned, rows, **options)
+    hf_train(trained, tuned, rows, **options)
     factors = {}
     for name, module in tuned.base_model.model.named_modules():
         if hasattr(module, "get_delta_weight"):

@@ -21,6 +21,7 @@ from shira.data.reading import examples_of, read_examples
 from shira.data.tasks import Example, Task
 from shira.data.tokens import IGNORED
 from shira.integrations import transformers as hf
+from shira.integrations.transformers_training import train
 from shira.runs.evaluation import accuracy, answered, choice_scores
 from shira.runs.recipes import Recipe, load_recipe, save_recipe
 
@@ -232,7 +233,7 @@ def test_one_process_trains_on_one_gpu(tiny_llama, monkeypatch):
     monkeypatch.setattr(transformers, "TrainingArguments", Two)
     monkeypatch.setattr(transformers, "Trainer", Watched)
     with shira.attach(tiny_llama, density=0.1) as tuner:
-        hf.train(tuner, tiny_llama, [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], steps=1, learning_rate=1e-3, batch_size=1)
+        train(tuner, tiny_llama, [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], steps=1, learning_rate=1e-3, batch_size=1)
     assert seen == [1]
 
 
@@ -321,7 +322,7 @@ def test_training_goes_through_the_trainer_and_leaves_the_base(tiny_llama):
     adapters, losses = [], []
     for _ in range(2):
         with shira.attach(tiny_llama, density=0.1) as tuner:
-            summary = hf.train(
+            summary = train(
                 tuner,
                 tiny_llama,
                 rows,
@@ -342,7 +343,7 @@ def test_training_goes_through_the_trainer_and_leaves_the_base(tiny_llama):
 def test_a_loss_that_explodes_ends_training(tiny_llama):
     rows = hf.encode(Letters(), [Example("hello", "abc")])
     with shira.attach(tiny_llama, density=0.1) as tuner, pytest.raises(shira.TuningError, match="try a lower learning rate"):
-        hf.train(tuner, tiny_llama, rows, steps=20, learning_rate=1e36, on_step=lambda step, loss, _: None)
+        train(tuner, tiny_llama, rows, steps=20, learning_rate=1e36, on_step=lambda step, loss, _: None)
 
 
 def test_a_model_that_is_not_there():

@@ -20,6 +20,7 @@ from shira.cli.wording import as_typed
 from shira.data.reading import BUILT_IN
 from shira.fusion.methods import METHODS
 from shira.integrations import transformers as hf
+from shira.integrations import transformers_training as training
 from shira.runs.options import passed_to
 from shira.runs.recipes import Recipe, load_recipe, save_recipe
 
@@ -56,7 +57,7 @@ def test_a_recipe_has_the_options_of_attach_with_the_same_defaults():
 
 
 def test_the_trainer_takes_what_is_for_it_with_the_same_defaults():
-    options = inspect.signature(hf.train).parameters
+    options = inspect.signature(training.train).parameters
     for name in names_for("trainer"):
         assert options[name].default in (inspect.Parameter.empty, default_of(name)), name
     assert passed_to("trainer", Recipe(steps=7, seed=3)).items() >= {"steps": 7, "seed": 3}.items()

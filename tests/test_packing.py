@@ -15,6 +15,7 @@ from shira.data.batches import collate
 from shira.data.tasks import Example
 from shira.data.tokens import IGNORED, Rows, encode, pack
 from shira.integrations import transformers as hf
+from shira.integrations import transformers_training as training
 from shira.runs.recipes import Recipe, train_adapter
 
 EXAMPLES = [Example("ab", "cde"), Example("", "fghij"), Example("k", "l"), Example("mnopqr", "s"), Example("t", "uvw")]
@@ -150,9 +151,9 @@ def test_reports(tiny_llama, tmp_path, monkeypatch):
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-3)
     assert [event.step for event in events.Scalars("eval/loss")] == [3]
-    monkeypatch.setattr(hf._library().integrations.integration_utils, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(hf.library().integrations.integration_utils, "is_wandb_available", lambda: False)
     with pytest.raises(MissingExtra, match="reporting to 'wandb' needs a package that is not installed: pip install wandb"):
-        hf.reporters("tensorboard, wandb")
+        training.reporters("tensorboard, wandb")
     with pytest.raises(DataError, match="cannot report to 'wandbb'; did you mean 'wandb'"):
-        hf.reporters("wandbb")
-    assert hf.reporters("none") == hf.reporters("") == []
+        training.reporters("wandbb")
+    assert training.reporters("none") == training.reporters("") == []

@@ -312,7 +312,7 @@ def test_only_an_attached_tuner_of_values_is_refreshed():
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_the_trainer_refreshes_in_between_and_not_at_the_end(every, tiny_llama):
-    from shira.integrations.transformers import train as hf_train
+    from shira.integrations.transformers_training import train as hf_train
 
     rows = [{"input_ids": [5, 6, 7, n], "labels": [5, 6, 7, n]} for n in range(8, 24)]
     base, results = all_bits(tiny_llama), []

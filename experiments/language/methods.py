@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import shira
 from shira import masks
 from shira.data.tokens import Row
-from shira.integrations import transformers as hf
+from shira.integrations.transformers_training import train as hf_train
 
 from . import near
 
@@ -37,14 +37,14 @@ def train(
     targets: Any,
     avoid: Sequence[Path] = (),
     general: Callable[[], Sequence[Any]] = lambda: (),
-    fit: Callable[..., dict[str, Any]] = hf.train,
+    fit: Callable[..., dict[str, Any]] = hf_train,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train an adapter and save it in a folder. Returns the summary of `fit`, which takes the settings, like `hf.train`.
+    """Train an adapter and save it in a folder. Returns the summary of `fit`, which takes the settings, like `hf_train`.
 
     method: {"options": …}, the options of `shira.attach`; or, with "peft", of that config class of PEFT. With "reach", the
         weights are pulled to the base, with this reach and the batches of general(): by `Tuner.stay_near`, or LoRA's by `near`.
-        "refresh": settings of `hf.train` by which the mask is selected again.
+        "refresh": settings of `hf_train` by which the mask is selected again.
     """
     options = dict(method["options"])
     if "peft" not in method:

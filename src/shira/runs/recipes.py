@@ -192,13 +192,13 @@ def check_run(recipe: Recipe) -> None:
     All rows are read that the run will read.
     """
     from ..data.reading import examples_of
-    from ..integrations import transformers as hf
+    from ..integrations import transformers_training as training
 
     check_mask(recipe)
     allowed(recipe.lr_scale, recipe.method, recipe.decompose)
-    if hf.reporters(recipe.report_to) and Path(recipe.log_folder).exists() and not Path(recipe.log_folder).is_dir():
+    if training.reporters(recipe.report_to) and Path(recipe.log_folder).exists() and not Path(recipe.log_folder).is_dir():
         raise DataError(f"recipe: log_folder must be a folder, or the name of a new one; found {recipe.log_folder!r}, a file")
-    hf.check_schedule(recipe.schedule)
+    training.check_schedule(recipe.schedule)
     read: list[Iterator[Example]] = [itertools.islice(examples_of(recipe.data, "train"), recipe.limit)]
     if recipe.eval_data:
         read.append(_examples(recipe, held_out=True))
@@ -227,9 +227,10 @@ def train_adapter(
     from ..data.reading import examples_of
     from ..data.tokens import encode, pack
     from ..integrations import transformers as hf
+    from ..integrations import transformers_training as training
     from ..training.tuning import attach
 
-    hf.reporters(recipe.report_to)
+    training.reporters(recipe.report_to)
     if recipe.pack:
         check_packing(model)
     rows = encode(tokenizer, _examples(recipe, held_out=False), recipe.max_length, on_read=on_read)
@@ -251,7 +252,7 @@ def train_adapter(
                 general = encode(tokenizer, itertools.islice(examples_of(recipe.stay_near, "train"), recipe.calibration))
             text = batches(general, model, GENERAL_BATCH, pad)
             tuner.stay_near(text, reach=recipe.reach, passes=recipe.accumulate, progress=on_calibration)
-        summary = hf.train(
+        summary = training.train(
             tuner,
             model,
             pack(rows, recipe.max_length) if recipe.pack else rows,
