@@ -160,6 +160,10 @@ def test_each_pass_has_every_row_once_in_batches_of_similar_length(lengths, size
     first, second = list(order), list(order)
     assert len(order) == len(lengths) and sorted(first) == sorted(second) == list(range(len(lengths)))
     assert [first, second] == [list(again) for again in [BatchOrder(lengths, size, seed=3)] * 2]  # every process draws the same
+    passes = [1, 0, 1]
+    assert [list(BatchOrder(lengths, size, 3, passes.pop)) for _ in range(3)] == [second, first, second]
+    once = BatchOrder(lengths, size, 3, [0, 1, 1].pop)
+    assert [list(once) for _ in range(3)] == [second, second, first]
 
     def padding(rows):
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -19,6 +19,7 @@ from PIL import Image
 import shira
 from pipelines import pipe_adapter, stable_diffusion, vae
 from shira import DataError
+from shira.cli import train_image as command
 from shira.cli.options import fields_of
 from shira.data.grids import grid
 from shira.integrations.diffusers_sampling import load_pipeline, modules_of
@@ -76,6 +77,44 @@ def test_the_commands(run, folder):
         tiles = [swept.crop((x, y, x + 128, y + 128)).tobytes() for x, y in places]
         alone = base.crop((base.width - 132, base.height - 132, base.width - 4, base.height - 4)).tobytes()
     assert tiles[0] == alone and len(set(tiles)) == 3
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--crop random --flip --drop-captions 0.3 --accumulate 2",
+        "--train-text-encoder --class-prompt dog --class-count 2 --flip",
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(run, folder, monkeypatch, more):
+    pipe = stable_diffusion()
+    pipe.unet.register_to_config(dropout=0.2)  # random numbers in every step
+    pipe.save_pretrained("pipeline")
+    line = f"{LINE.replace('--steps 3', '--steps 7')} --data dog {more} --name sks --sample-every 3"
+    assert run(f"{line} -o whole.safetensors")[0] == 0
+    original, stop = command.trained, [1]
+
+    def watched(*given, on_step, **options):
+        def step_done(step, *more):
+            on_step(step, *more)
+            if step == stop[0]:
+                raise KeyboardInterrupt
+
+        return original(*given, on_step=step_done, **options)
+
+    monkeypatch.setattr(command, "trained", watched)
+    line, place = f"{line} --save-every 2 -o again", folder / "again.checkpoints"
+    assert run(line)[0] == 130 and not place.exists() and not (folder / "again").exists()
+    for stop[0] in (5, 6):
+        code, out, err = run(line)
+        assert code == 130 and "the same command goes on from the checkpoint in again.checkpoints" in out, err
+    (saved,) = place.glob("checkpoint-*")
+    assert saved.name == "checkpoint-4" and sum(path.stat().st_size for path in saved.iterdir()) < 4e5  # without the base
+    stop[0] = None
+    code, out, err = run(line)
+    assert code == 0 and "goes on from the checkpoint" in out and "training: 7/7" in err, err
+    assert (folder / "again/adapter.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes()
+    assert not place.exists() and (folder / "again/samples.png").exists()
 
 
 @pytest.mark.slow

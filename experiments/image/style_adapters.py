@@ -56,7 +56,13 @@ def trained(
 
     def fit(tuner: Any) -> dict[str, Any]:
         with training_mode(parts, checkpointing=False):
-            done = train(tuner, parts, examples.batches(batch, seed), accelerator_for(mixed_precision(), 1), **options)
+            done = train(
+                tuner,
+                parts,
+                lambda start: examples.batches(batch, seed, start=start),
+                accelerator_for(mixed_precision(), 1),
+                **options,
+            )
         return done | {"validation_loss": loss_of(parts, checks)}
 
     if "lora" in method:

@@ -1,20 +1,24 @@
 """shira train: train one adapter from a model and examples."""
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..runs.recipes import check_run, load_recipe, name_of, save_recipe, train_adapter
+from ..errors import DataError
+from ..runs.recipes import Recipe, check_run, load_recipe, name_of, save_recipe, train_adapter
 from .options import Force, avoid_cudnn_attention, given, recipe_options
 from .output import IS_FIRST, bytes_text, cell, console, progress, waiting
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..runs.outputs import Output as Place
+    from ..runs.shared_options import Masked
 
-__all__ = ["Output", "stem_of", "tell", "train"]
+__all__ = ["Output", "SaveEvery", "checkpoints", "stem_of", "tell", "train"]
 
 Output = Annotated[
     Path | None,
@@ -25,12 +29,20 @@ Output = Annotated[
         show_default="a new file after --config or the data",
     ),
 ]
+SaveEvery = Annotated[
+    int,
+    typer.Option(
+        help="Each time after this many steps a checkpoint is saved (0: never). After a stop the same command goes on from it.",
+        min=0,
+    ),
+]
 
 
 @recipe_options()
 def train(
     output: Output = None,
     force: Force = False,
+    save_every: SaveEvery = 0,
     like: Annotated[Path | None, typer.Option(help="An adapter of the same mask beside it: share its positions.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML recipe; the options given beside it win.")] = None,
     **options: Any,
@@ -43,7 +55,7 @@ def train(
 
     Example: shira train SmolLM2-135M-Instruct-Q4_1 --data spam --steps 40 --density 0.02 -o spam.safetensors
     """
-    from ..runs.outputs import named, output_for, save_run
+    from ..runs.outputs import named, output_for
 
     asked = given(options)
     recipe = named(load_recipe(config, asked), output)
@@ -52,11 +64,21 @@ def train(
         from ..files.reading import neighbour
 
         neighbour(place.adapter, like)  # raises its errors before training
+    if save_every and (recipe.refresh_every or recipe.method == "hook"):
+        raise DataError("--save-every is not possible with --refresh-every or --method hook, whose runs cannot go on exactly")
     check_run(recipe)
+    read = (recipe.data, recipe.eval_data, recipe.stay_near)
+    with checkpoints(save_every, output, place, recipe, read, force) as folder:
+        _run(recipe, place, like, save_every, folder)
+
+
+def _run(recipe: Recipe, place: "Place", like: Path | None, save_every: int, save_folder: Path | None) -> None:
+    """Load the model, train, and write the output."""
     from ..integrations.card import base_of
     from ..integrations.transformers import causal_skeleton, load_model, load_tokenizer
     from ..runs.announcing import what_trains
     from ..runs.live import warn_if_slow
+    from ..runs.outputs import save_run
 
     avoid_cudnn_attention()
     console.print(f"trains {what_trains(recipe, causal_skeleton(recipe.model))}", highlight=False, soft_wrap=True)
@@ -72,6 +94,8 @@ def train(
             on_calibration=lambda done, total: update(done, "", "calibrating", total),
             on_step=lambda step, loss, speed: update(step, f"loss {loss:.3f}  {speed:,.0f} tokens/s", "training", recipe.steps),
             on_evaluation=lambda done, total: update(done, "", "measuring held-out data", total),
+            save_every=save_every,
+            save_folder=save_folder,
         )
     if not IS_FIRST:
         return
@@ -85,6 +109,32 @@ def train(
         before, after = held_out["loss_before"], held_out["loss"]
         console.print(f"mean loss of a token, held-out data: {before} before training, {after} after")
     tell(place, adapter)
+
+
+@contextlib.contextmanager
+def checkpoints(
+    every: int, output: Path | None, place: "Place", recipe: "Masked", read: tuple[str | None, ...], force: bool
+) -> Iterator[Path | None]:
+    """The folder for a run's checkpoints, None if it saves none. Says if the run goes on from one, or will do so after a stop.
+
+    read: names of the data. Raises DataError without an output, or for a folder of another run.
+    """
+    from ..runs.going_on import checkpoints_of, folder_of, has_checkpoints
+
+    if every and output is None:
+        raise DataError("--save-every needs --output, by which the same command finds the checkpoints: -o poet")
+    if not every or not IS_FIRST:
+        yield folder_of(place) if every else None
+        return
+    with checkpoints_of(place, recipe, read, replace=force) as folder:
+        if has_checkpoints(folder):
+            console.print(f"goes on from the checkpoint in {cell(folder)}", highlight=False)
+        try:
+            yield folder
+        except BaseException:
+            if has_checkpoints(folder):
+                console.print(f"stopped; the same command goes on from the checkpoint in {cell(folder)}", highlight=False)
+            raise
 
 
 def stem_of(config: Path | None) -> str:

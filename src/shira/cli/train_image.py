@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,10 @@ from ..runs.image_recipes import DENSITY, ImageRecipe, check_image_run, load_ima
 from ..runs.image_recipes import train_image as trained
 from .options import Force, avoid_cudnn_attention, given, recipe_options
 from .output import IS_FIRST, cell, console, progress, waiting
-from .train import Output, stem_of, tell
+from .train import Output, SaveEvery, checkpoints, stem_of, tell
+
+if TYPE_CHECKING:
+    from ..runs.outputs import Output as Place
 
 __all__ = ["train_image"]
 
@@ -22,6 +25,7 @@ __all__ = ["train_image"]
 def train_image(
     output: Output = None,
     force: Force = False,
+    save_every: SaveEvery = 0,
     config: Annotated[Path | None, typer.Option(help="A YAML recipe; the options given beside it win.")] = None,
     **options: Any,
 ) -> None:
@@ -31,7 +35,7 @@ def train_image(
 
     Example: shira train-image stable-diffusion-v1-5/stable-diffusion-v1-5 --data dog --prompt "a sks dog" -o dog.safetensors
     """
-    from ..runs.outputs import named, output_for, save_run
+    from ..runs.outputs import named, output_for
 
     asked = given(options, ImageRecipe)
     recipe = named(load_image_recipe(config, asked), output)
@@ -42,11 +46,18 @@ def train_image(
             raise DataError(
                 f"the samples would be saved in {data}, and the next run would train on them; give an --output elsewhere"
             )
+    with checkpoints(save_every, output, place, recipe, (recipe.data,), force) as folder:
+        _run(recipe, place, save_every, folder)
+
+
+def _run(recipe: ImageRecipe, place: "Place", save_every: int, save_folder: Path | None) -> None:
+    """Load the pipeline, train, and write the output."""
     from ..data.grids import grid
     from ..integrations.card import base_of
     from ..integrations.diffusers_sampling import load_pipeline
     from ..integrations.diffusion_losses import TrainedComponents
     from ..runs.announcing import what_trains
+    from ..runs.outputs import save_run
 
     avoid_cudnn_attention()
     with waiting("loading the pipeline"):
@@ -54,13 +65,14 @@ def train_image(
     parts = TrainedComponents(pipe, text_encoders=recipe.train_text_encoder)
     console.print(f"trains {what_trains(recipe, parts, DENSITY)}", highlight=False, soft_wrap=True)
     samples: dict[str, list[Any]] = {}
+    shown = place.samples if save_folder is None else save_folder / place.samples.name  # at the end it moves to its place
 
     def on_sample(title: str, prompts: list[str], images: list[Any]) -> None:
         samples[title] = images
-        place.samples.parent.mkdir(exist_ok=True)
-        grid(list(zip(*samples.values(), strict=True)), prompts, list(samples)).save(place.samples)
+        shown.parent.mkdir(exist_ok=True)
+        grid(list(zip(*samples.values(), strict=True)), prompts, list(samples)).save(shown)
 
-    with _removed_if_stopped(place.samples), progress("reading the pictures", None) as update:
+    with _removed_if_stopped(shown), progress("reading the pictures", None) as update:
         adapter = trained(
             recipe,
             pipe,
@@ -71,9 +83,14 @@ def train_image(
                 step, f"loss {loss:.3f}  {speed:.3g} pictures/s", "training", recipe.steps
             ),
             on_sample=on_sample,
+            save_every=save_every,
+            save_folder=save_folder,
         )
     if not IS_FIRST:
         return
+    if shown != place.samples:
+        place.samples.parent.mkdir(exist_ok=True)
+        shown.replace(place.samples)
     base = base_of(recipe.pipeline, adapter.metadata["base"]["dtype"], "DiffusionPipeline", "diffusers")
     place = save_run(place, adapter, base, partial(save_image_recipe, recipe))
     tell(place, adapter)

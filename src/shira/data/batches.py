@@ -144,16 +144,24 @@ class BatchOrder(Sampler[int]):
     """The numbers of all rows, batch after batch as `random_batches` has them. Each pass over the data has a new order.
 
     lengths: tokens of each row. seed: every process of a distributed training gives the same one.
+    passes: says how many passes were made before, by which a training that goes on gets the order that it had. Without it
+        those of this object count.
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
-        self._lengths, self._size, self._drawn = lengths, size, random.Random(seed)
+    def __init__(self, lengths: Sequence[int], size: int, seed: int, passes: Callable[[], int] | None = None) -> None:
+        self._lengths, self._size, self._seed, self._passes = lengths, size, seed, passes
+        self._drawn, self._done = random.Random(seed), 0  # passes that were drawn
 
     def __len__(self) -> int:
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        made = random_batches(self._lengths, self._size, self._drawn)
+        before = self._done if self._passes is None else self._passes()
+        if before < self._done:
+            self._drawn, self._done = random.Random(self._seed), 0
+        for _ in range(before + 1 - self._done):
+            made = random_batches(self._lengths, self._size, self._drawn)
+        self._done = before + 1
         made.sort(key=len, reverse=True)  # an incomplete batch comes last
         return itertools.chain.from_iterable(made)
 

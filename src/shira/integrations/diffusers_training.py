@@ -17,6 +17,7 @@ from ..masks.calibration import nan_advice
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
 from ..weights.random_numbers import seeded
+from .diffusers_checkpoints import Checkpoints
 from .diffusers_sampling import sample
 from .diffusion_losses import TrainedComponents
 from .transformers import checkpointing_of
@@ -131,6 +132,7 @@ class Examples:
         self.pictures, self.priors = list(pictures), list(priors)
         self._latents: dict[tuple[int, bool], tuple[Tensor, Any]] = {}
         self._text: dict[str, dict[str, Tensor]] = {}
+        self._skipped: Tensor | None = None  # stands for the latents of random crops in batches that are left out
         everything = [*self.pictures, *self.priors]
         for number, picture in enumerate(everything, start=1):
             pixels, size = square(picture, resolution, crop, torch.Generator())  # also finds broken files before training
@@ -139,11 +141,16 @@ class Examples:
             if on_picture is not None:
                 on_picture(number, len(everything))
 
-    def batches(self, size: int, seed: int, process: int = 0, processes: int = 1) -> Iterator[dict[str, Any]]:
-        """Batches without an end, of `size` pictures, and as many of the class. Each process takes its own share."""
+    def batches(
+        self, size: int, seed: int, process: int = 0, processes: int = 1, *, start: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """Batches without an end, of `size` pictures, and as many of the class. Each process takes its own share.
+
+        start: so many batches are left out, after which the others are the same as without.
+        """
         generator = torch.Generator().manual_seed((seed * processes + process) % 2**63)
         orders = [_order(len(each), seed, process, processes) for each in (self.pictures, self.priors) if each]
-        while True:
+        for number in itertools.count():
             chosen = [self.pictures[next(orders[0])] for _ in range(size)]
             weights = [1 / size] * size
             captions = [
@@ -156,12 +163,14 @@ class Examples:
                 more = [self.priors[next(orders[1])] for _ in range(size)]
                 chosen, captions = chosen + more, captions + [picture.caption for picture in more]
                 weights += [self.prior_weight / size] * size
-            yield self._batch(chosen, captions, weights, generator)
+            batch = self._batch(chosen, captions, weights, generator, skip=number < start)
+            if number >= start:
+                yield batch
 
     def _batch(
-        self, chosen: list[Picture], captions: list[str], weights: list[float], generator: torch.Generator
+        self, chosen: list[Picture], captions: list[str], weights: list[float], generator: torch.Generator, *, skip: bool
     ) -> dict[str, Any]:
-        found = [self._draw(picture, generator) for picture in chosen]
+        found = [self._draw(picture, generator, skip) for picture in chosen]
         latents = torch.stack([each for each, _ in found])
         text: Any = captions if self.parts.trains_text else self._text_of(captions)
         return {
@@ -173,12 +182,14 @@ class Examples:
             "sizes": [size for _, size in found],
         }
 
-    def _draw(self, picture: Picture, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def _draw(self, picture: Picture, generator: torch.Generator, skip: bool) -> tuple[Tensor, Any]:
         flipped = self.flip and float(torch.rand((), generator=generator)) < 0.5
         if self.crop == "center":
             return self._latents[id(picture), flipped]
         pixels, size = square(picture, self.resolution, self.crop, generator)
-        return self._encoded(pixels, flipped), size
+        if not skip or self._skipped is None:
+            self._skipped = self._encoded(pixels, flipped)
+        return self._skipped, size
 
     def _encoded(self, pixels: Tensor, flipped: bool) -> Tensor:
         return self.parts.latents((pixels.flip(-1) if flipped else pixels)[None])[0].cpu()
@@ -205,7 +216,7 @@ def _order(count: int, seed: int, process: int, processes: int) -> Iterator[int]
 def train(
     tuner: Tuner,
     parts: TrainedComponents,
-    batches: Iterator[dict[str, Any]],
+    batches: Callable[[int], Iterator[dict[str, Any]]],
     accelerator: Any,
     *,
     steps: int,
@@ -217,12 +228,16 @@ def train(
     seed: int = 0,
     on_step: Callable[[int, float, float], None] | None = None,
     after_step: Callable[[int], None] | None = None,
+    save_every: int = 0,
+    save_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train the tuner's parts with AdamW, for a number of optimizer steps.
 
-    batches: from `Examples.batches`. accelerator: from `accelerator_for`, with the same `accumulate`.
+    batches: `Examples.batches` as a function of `start`. accelerator: from `accelerator_for`, with the same `accumulate`.
     schedule: any of Diffusers' ("linear", "cosine", "constant", …). warmup: the share of the steps in which the rate rises.
     on_step(step, loss, pictures per second) and after_step(step) are called after each step.
+    save_every: a checkpoint is saved each time after so many steps, but not after the last one, in save_folder. If a checkpoint
+        is there already, training goes on from it, and the result is the same to the bit. 0: never.
     Returns a summary for the adapter's file. Raises TuningError if the loss becomes infinite or NaN.
     """
     from diffusers.optimization import get_scheduler
@@ -230,15 +245,19 @@ def train(
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=learning_rate, weight_decay=0.0)
     rates = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps)
     model, prepared = accelerator.prepare(parts, optimizer)
-    losses: list[float] = []
-    started = time.perf_counter()
+    saved = None if save_folder is None else Checkpoints(accelerator, tuner, rates, save_folder)
+    losses: list[float] = [] if saved is None else saved.losses
     try:
         with seeded(seed, model.parameters()):  # for dropout, if a part has any
-            for step in range(1, steps + 1):
+            if saved is not None:
+                saved.load()
+            before, started = len(losses), time.perf_counter()
+            coming = batches(before * accumulate)
+            for step in range(before + 1, steps + 1):
                 total = 0.0
                 for _ in range(accumulate):
                     with accelerator.accumulate(model):
-                        loss = model(next(batches))
+                        loss = model(next(coming))
                         accelerator.backward(loss)
                         total += float(loss.detach()) / accumulate
                         if accelerator.sync_gradients:
@@ -251,10 +270,12 @@ def train(
                 rates.step()
                 losses.append(total)
                 if on_step is not None:
-                    done = step * batch_size * accumulate * accelerator.num_processes
+                    done = (step - before) * batch_size * accumulate * accelerator.num_processes
                     on_step(step, total, done / (time.perf_counter() - started))
                 if after_step is not None:
                     after_step(step)
+                if saved is not None and save_every and step % save_every == 0 and step < steps:
+                    saved.save()
     finally:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()

@@ -1,6 +1,7 @@
 """Transformers: train with its Trainer and AdamW, on batches of `data.batches`."""
 
 import collections
+import contextlib
 import math
 import tempfile
 import time
@@ -69,6 +70,8 @@ def train(
     log_folder: str | Path = "runs",
     on_step: Callable[[int, float, float], None] | None = None,
     on_evaluation: Callable[[int, int], None] | None = None,
+    save_every: int = 0,
+    save_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train the tuner's model with Transformers' Trainer and AdamW, for a number of optimizer steps.
 
@@ -79,7 +82,10 @@ def train(
     held_out: rows whose mean loss is computed before the first and after the last step, with on_evaluation(rows done, rows in
         all) before the first batch and after each.
     report_to: Transformers' reporters, comma-separated ("tensorboard,wandb"). log_folder: the folder of TensorBoard's logs.
-    on_step(step, loss, tokens per second) is called after each optimizer step. Returns a summary for the adapter's file.
+    on_step(step, loss, tokens per second) is called after each optimizer step.
+    save_every: a checkpoint is saved each time after so many steps, but not after the last one, in save_folder. If a checkpoint
+        is there already, training goes on from it, and the result is the same to the bit. 0: never.
+    Returns a summary for the adapter's file.
     Raises TuningError if the loss becomes infinite or NaN, or for a refresh that is not possible; and what `reporters` raises.
     """
     library = hf.library()
@@ -87,6 +93,7 @@ def train(
     moved: list[int] = []
     losses: list[float] = []  # of the held-out rows
     tokens = [0]  # trained on so far
+    steps_of_pass: list[int] = []  # steps in one pass over the rows, once the Trainer knows
     clock: collections.deque[tuple[float, int]] = collections.deque(maxlen=11)  # (time, tokens) of the last steps
 
     def evaluate() -> None:
@@ -114,21 +121,27 @@ def train(
                 evaluate()
                 trainer.log({"eval_loss": losses[-1]})
 
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
+        def on_train_begin(self, *_: Any, **known: Any) -> None:
+            steps_of_pass.append(-(-len(known["train_dataloader"]) // accumulate))
             clock.append((time.perf_counter(), tokens[0]))
 
-        def on_step_end(self, _args: Any, state: Any, _control: Any, **known: Any) -> None:
+        def on_step_end(self, _args: Any, state: Any, control: Any, **known: Any) -> None:
+            if state.global_step == state.max_steps:
+                control.should_save = False
             if refresh_every and state.global_step % refresh_every == 0 and state.global_step < state.max_steps:
                 moved.append(tuner.refresh(known["optimizer"], calibration=calibration, cap=refresh_cap))
 
     class Trainer(library.Trainer):  # type: ignore[misc,name-defined]
         def _get_train_sampler(self, *_: Any) -> BatchOrder:
             together = batch_size * accumulate * self.args.world_size  # so any number of processes has the same batches
-            return BatchOrder([len(row["input_ids"]) for row in rows], together, seed)
+            passes = lambda: self.state.global_step // steps_of_pass[0]  # noqa: E731
+            return BatchOrder([len(row["input_ids"]) for row in rows], together, seed, passes)
 
-    with temporary_folder(Path(tempfile.gettempdir())) as scratch:  # the Trainer requires one; the caller saves the adapter
+    with contextlib.ExitStack() as scratch:
+        # the Trainer requires a folder; the caller saves the adapter
+        folder = save_folder or scratch.enter_context(temporary_folder(Path(tempfile.gettempdir())))
         arguments = library.TrainingArguments(
-            output_dir=str(scratch),
+            output_dir=str(folder),
             max_steps=steps,
             learning_rate=learning_rate,
             per_device_train_batch_size=batch_size,
@@ -139,7 +152,9 @@ def train(
             logging_steps=1,
             logging_nan_inf_filter=False,
             disable_tqdm=on_step is not None,
-            save_strategy="no",
+            save_strategy="steps" if save_every else "no",
+            save_steps=save_every or steps,
+            save_total_limit=1,
             report_to=[name for name in chosen_reporters if name != "tensorboard"] or "none",
             remove_unused_columns=False,
             dataloader_pin_memory=False,
@@ -152,7 +167,7 @@ def train(
             args=arguments,
             train_dataset=rows,
             data_collator=next_batch,
-            callbacks=[Watch()],
+            callbacks=[Watch(), *_savers(tuner, save_every)],
         )
         if "tensorboard" in chosen_reporters:  # the Trainer's own callback would write into the scratch folder
             board = library.integrations.TensorBoardCallback()
@@ -163,17 +178,27 @@ def train(
         if held_out:
             evaluate()
         with modes_kept(model):
-            result = trainer.train()
+            result = trainer.train(resume_from_checkpoint=library.trainer_utils.get_last_checkpoint(str(folder)))
+    losses_of_steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # also those before a stop
     summary = {
         "steps": result.global_step,
         "batch_size": batch_size * accumulate * arguments.world_size,
         "learning_rate": learning_rate,
         "schedule": schedule,
         "examples": len(rows),
-        "loss": round(result.training_loss, 4),
+        "loss": round(sum(losses_of_steps) / len(losses_of_steps), 4),
         "parameters": tuner.nnz,
         "seed": seed,
     }
     if held_out:
         summary["held_out"] = {"rows": len(held_out), "loss_before": round(losses[0], 4), "loss": round(losses[-1], 4)}
     return summary | ({"refresh_every": refresh_every, "moved": moved} if refresh_every else {})
+
+
+def _savers(tuner: Tuner, save_every: int) -> list[Any]:
+    """What makes the Trainer save checkpoints without the base, if it saves any."""
+    if not save_every:
+        return []
+    from .trainer import ShiraCallback
+
+    return [ShiraCallback(tuner)]

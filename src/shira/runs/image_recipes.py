@@ -123,6 +123,8 @@ def train_image(
     on_calibration: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, float, float], None] | None = None,
     on_sample: OnSample | None = None,
+    save_every: int = 0,
+    save_folder: Path | None = None,
 ) -> "Adapter":
     """Train one adapter on a pipeline as the recipe says. The pipeline is restored bit for bit, also after an error.
 
@@ -131,6 +133,7 @@ def train_image(
     Callbacks: on_class(done, total) after each picture of the class that is made; on_picture(done, total) after each picture
     that is read; on_calibration(done, total) after each batch of a calibration; on_step(step, loss, pictures per second) after
     each step; on_sample(title, prompts, images) for the base, each time samples are made, and at the end.
+    save_every, save_folder: as in `diffusers_training.train`.
     """
     from ..data.pictures import image_of, pictures_in
     from ..integrations import diffusers_sampling as sampling
@@ -193,11 +196,15 @@ def train_image(
             summary = training.train(
                 tuner,
                 parts,
-                examples.batches(recipe.batch_size, recipe.seed, accelerator.process_index, accelerator.num_processes),
+                lambda start: examples.batches(
+                    recipe.batch_size, recipe.seed, accelerator.process_index, accelerator.num_processes, start=start
+                ),
                 accelerator,
                 learning_rate=recipe.lr,
                 on_step=on_step,
                 after_step=show_if_due,
+                save_every=save_every,
+                save_folder=save_folder,
                 **passed_to("trainer", recipe),
             )
             show(f"step {recipe.steps}")

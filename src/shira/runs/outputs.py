@@ -42,6 +42,13 @@ class Output(NamedTuple):
     replaces: bool = False  # --force: what is there is lost
 
     @property
+    def stem(self) -> Path:
+        """The folder of the files, or what they share of their paths, without an ending."""
+        if self.card.name != CARD:
+            return self.adapter.with_suffix("")
+        return self.adapter.parent if self.adapter.parent.name else self.adapter.parent.absolute()
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """What the run writes."""
         return tuple(path for path in self[:4] if not (self.kept and path == self.recipe))
@@ -132,9 +139,8 @@ def _is_free(output: Output, *, but: tuple[Path, ...] = ()) -> bool:
 def _numbered(output: Output, config: Path | None, repeats: bool) -> Iterator[Output]:
     """output, output-2, output-3, …."""
     yield output
-    folder = output.adapter.parent if output.adapter.parent.name else output.adapter.parent.absolute()
     for number in itertools.count(2):
         if output.card.name == CARD:
-            yield _in_folder(folder.with_name(f"{folder.name}-{number}"))
+            yield _in_folder(output.stem.with_name(f"{output.stem.name}-{number}"))
         else:
             yield _side_by_side(output.adapter.with_stem(f"{output.adapter.stem}-{number}"), config, repeats)

@@ -216,12 +216,15 @@ def train_adapter(
     on_calibration: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, float, float], None] | None = None,
     on_evaluation: Callable[[int, int], None] | None = None,
+    save_every: int = 0,
+    save_folder: Path | None = None,
 ) -> "Adapter":
     """Train one adapter as the recipe says. The model is restored bit for bit, also after an error.
 
     Callbacks: on_read(done) after each example; on_calibration(done, total) after each batch of a calibration, and after each
     token of text that the model writes; on_step(step, loss, tokens per second) after each optimizer step; on_evaluation(done,
     total) before the first batch of the held-out data, and after each.
+    save_every, save_folder: as in `transformers_training.train`.
     """
     from ..data.batches import batches, check_packing
     from ..data.reading import examples_of
@@ -263,6 +266,8 @@ def train_adapter(
             log_folder=Path(recipe.log_folder) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
             on_step=on_step,
             on_evaluation=on_evaluation,
+            save_every=save_every,
+            save_folder=save_folder,
             **passed_to("trainer", recipe),
         )
         data = Path(recipe.data).name if Path(recipe.data).exists() else recipe.data

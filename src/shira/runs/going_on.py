@@ -1,0 +1,101 @@
+"""Runs that were stopped go on: their checkpoints lie in a folder beside the output, and the same command finds them there.
+
+The folder also says which run it is of: run.json holds the settings, and a digest of each data file. It is removed when the
+run has written its output.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..files.paths import claimed
+from ..files.tensorfiles import write_whole
+from ..texts import shown
+from .outputs import Output
+from .shared_options import Masked
+
+__all__ = ["checkpoints_of", "folder_of", "has_checkpoints"]
+
+RUN = "run.json"
+
+
+@contextlib.contextmanager
+def checkpoints_of(output: Output, recipe: Masked, data: Iterable[str | None], *, replace: bool = False) -> Iterator[Path]:
+    """The folder for the checkpoints of a run, poet.checkpoints. If a run of the same settings was stopped, its own are in it.
+
+    data: names of what the run reads; those that are files or folders must have the content that they had. replace: a run of
+    other settings is given up. If the block ends without an error, the folder is removed.
+
+    Raises DataError if the folder is of another run, or of one that still goes on.
+    """
+    folder = folder_of(output)
+    with claimed(folder) as is_ours:
+        if not is_ours:
+            raise DataError(f"another run saves its checkpoints in {folder} now; wait for its end, or give another --output")
+        _begin(folder, _told(recipe, data), replace)
+        try:
+            yield folder
+        except BaseException:
+            if not has_checkpoints(folder):
+                shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run has saved a checkpoint in its folder."""
+    return any(folder.glob("checkpoint-*"))
+
+
+def folder_of(output: Output) -> Path:
+    """The folder for the checkpoints of a run."""
+    return output.stem.with_name(f"{output.stem.name}.checkpoints")
+
+
+def _begin(folder: Path, told: dict[str, Any], replace: bool) -> None:
+    """Make the folder, or check that it is of this run."""
+    if folder.exists():
+        try:
+            before = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise DataError(
+                f"{folder} is there already, and holds no checkpoints of a run; move it away, or give another --output"
+            ) from None
+        differs = next((key for key in before.keys() | told.keys() if before.get(key) != told.get(key)), None)
+        if differs is None:
+            return
+        if not replace:
+            raise DataError(
+                f"{folder} holds checkpoints of a run with another {differs}: {shown(before.get(differs))}, now "
+                f"{shown(told.get(differs))}; give the same command again to go on with it, --force to begin anew, or another "
+                "--output"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir()
+    write_whole(folder / RUN, json.dumps(told, indent=1).encode())
+
+
+def _told(recipe: Masked, data: Iterable[str | None]) -> dict[str, Any]:
+    """What decides a run: its settings, and the content of its data."""
+    found = dataclasses.asdict(recipe)
+    for name in data:
+        if name and (path := Path(name)).exists():
+            found[f"content of {name}"] = _digest(path)
+    told: dict[str, Any] = json.loads(json.dumps(found))
+    return told
+
+
+def _digest(path: Path) -> str:
+    """A SHA-256 over the content of a file, or of all files in a folder and their names."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for each in files:
+        with each.open("rb") as file:
+            digest.update(f"{each.relative_to(path)}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""Runs that were stopped go on from their checkpoint, by the same command, to the same bytes."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+import shira
+from conftest import letter_tokenizer
+from shira.cli import train as command
+from shira.files.paths import claimed
+
+LINE = "train model --data a.jsonl --steps 7 --batch-size 3 --density 0.1 --lr 0.01 --max-length 64"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tiny_llama):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama.save_pretrained("model")
+    letter_tokenizer().save_pretrained("model")
+    rows = [{"prompt": "abc"[: 1 + n % 3] * (1 + n % 4), "completion": "xyz"[n % 3 :]} for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """stop(n): an interrupt comes after step n of the runs of `shira train` that follow; stop(None): none comes."""
+    original, at = command.train_adapter, [None]
+
+    def watched(*given, on_step, **options):
+        def step_done(step, *more):
+            on_step(step, *more)
+            if step == at[0]:
+                raise KeyboardInterrupt
+
+        return original(*given, on_step=step_done, **options)
+
+    monkeypatch.setattr(command, "train_adapter", watched)
+    return lambda step: at.__setitem__(0, step)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--accumulate 2 --mask snip --schedule cosine --warmup 0.3",
+        "--eval-share 0.3 --mask rand --lr-scale 1 --pack",
+        "--decompose 2 --batch-size 4",
+        "--stay-near own --calibration 4 --dtype bfloat16",
+    ],
+)
+def test_a_run_goes_on_to_the_same_bytes(run, folder, stop, more):
+    assert run(f"{LINE} {more} --name poet -o whole.safetensors")[0] == 0
+    line = f"{LINE} {more} --name poet --save-every 2 -o again/poet.safetensors"
+    (folder / "again").mkdir()
+    place = folder / "again/poet.checkpoints"
+    stop(1)
+    assert run(line)[0] == 130 and not place.exists()  # nothing was saved yet
+    stop(5)
+    code, out, err = run(line)
+    assert code == 130 and "the same command goes on from the checkpoint in again/poet.checkpoints" in out, err
+    assert [path.name for path in place.glob("check*")] == ["checkpoint-4"]
+    assert not [path for path in (place / "checkpoint-4").iterdir() if path.stat().st_size > 1e6]
+    stop(6)
+    code, out, _ = run(line)
+    assert code == 130 and "goes on from the checkpoint" in out
+    stop(None)
+    code, out, err = run(line)
+    assert code == 0 and "training: 7/7" in err, err
+    assert not place.exists()
+    assert (folder / "again/poet.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes()
+
+
+def test_checkpoints_of_other_runs_are_not_gone_on_from(run, folder, stop):
+    line = f"{LINE} --save-every 2 -o poet"
+    stop(5)
+    assert run(line)[0] == 130
+    stop(None)
+    kept = sorted(path.name for path in (folder / "poet.checkpoints").iterdir())
+    rows = (folder / "a.jsonl").read_text()
+    for change, words in {
+        "--lr 0.02": "a run with another lr: 0.01, now 0.02; give the same command again",
+        "--mask snip": "a run with another mask: 'wm', now 'snip'",
+        "rows": "a run with another content of a.jsonl",
+        "foreign": "holds no checkpoints of a run; move it away",
+        "claimed": "another run saves its checkpoints in poet.checkpoints now",
+    }.items():
+        if change == "rows":
+            (folder / "a.jsonl").write_text(rows.replace("abc", "cba"))
+        elif change == "foreign":
+            (folder / "mine.checkpoints").mkdir()
+        with claimed(folder / "poet.checkpoints" if change == "claimed" else folder / "other"):
+            code, _, err = run(
+                f"{LINE} --save-every 2 -o mine" if change == "foreign" else f"{line} {change if change[0] == '-' else ''}"
+            )
+        assert code == 1 and words in err and "loading" not in err, err
+        assert kept == sorted(path.name for path in (folder / "poet.checkpoints").iterdir())
+        (folder / "a.jsonl").write_text(rows)
+    torch.manual_seed(1)
+    other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained("model"))
+    other.save_pretrained("model")
+    code, _, err = run(line)
+    assert code == 1 and "the checkpoint is of another" in err, err
+    code, out, err = run(f"{line} --lr 0.02 --force")
+    assert code == 0 and "goes on" not in out and not (folder / "poet.checkpoints").exists(), err
+    assert shira.load("poet").metadata["training"]["learning_rate"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("", "--save-every needs --output"),
+        ("-o poet --refresh-every 2", "--save-every is not possible with --refresh-every"),
+        ("-o poet --method hook", "--save-every is not possible with"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_at_once(run, folder, monkeypatch, more, words):
+    monkeypatch.setattr("shira.integrations.transformers.load_model", None)
+    code, _, err = run(f"{LINE} --save-every 2 {more}")
+    assert code == 1 and words in err and not list(folder.glob("*.checkpoints"))
