@@ -150,8 +150,8 @@ def test_two_batches_a_step(folder):
             train(
                 tuner,
                 parts,
-                lambda start: iter(given[start:]),
-                accelerator,
+                given,
+                accelerator_for("no", accumulate),
                 on_step=lambda *step, to=losses: to.append(step),
                 **options,
             )
