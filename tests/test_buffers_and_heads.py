@@ -8,7 +8,7 @@ from torch import nn
 
 import shira
 from conftest import bits, mlp, mlp_batches, mlp_loss, same_bits
-from shira import TargetError
+from shira import TargetError, TuningError
 from shira.training.untrained import NotTrained
 
 
@@ -62,12 +62,16 @@ def test_statistics_are_cast_with_the_model():
     assert same_bits({name: bits(b) for name, b in model.named_buffers()}, {name: bits(b) for name, b in expected.items()})
 
 
-def test_a_new_head_trains_whole(tmp_path):
+def classifier():
     from transformers import BertConfig, BertForTokenClassification
 
     sides = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20, "vocab_size": 30}
     torch.manual_seed(0)
-    model = BertForTokenClassification(BertConfig(**sides, num_labels=3)).eval()
+    return BertForTokenClassification(BertConfig(**sides, num_labels=3)).eval()
+
+
+def test_a_new_head_trains_whole(tmp_path):
+    model = classifier()
     ids, labels = torch.randint(1, 30, (2, 5)), torch.randint(3, (2, 5))
     with shira.attach(model, density=0.05) as tuner:
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
@@ -135,3 +139,57 @@ def test_an_optimizer_that_was_made_before_attach_is_said():
             optimizer.step()
         optimizer.step()
         torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1).step()
+
+
+def test_a_run_with_statistics_is_resumed():
+    """In the loop that docs/trainers.md shows."""
+    inputs = torch.randn(3, 8, 2, 9, generator=torch.Generator().manual_seed(1)) + 1
+
+    def fresh():
+        torch.manual_seed(0)
+        model = Normed()
+        tuner = shira.attach(model, density=0.3)
+        return model, tuner, torch.optim.AdamW(tuner.parameters(), lr=0.1)
+
+    def trained(stop):
+        model, tuner, optimizer = fresh()
+        for number, batch in enumerate(inputs):
+            if number == stop:
+                state, moments = tuner.state_dict(), optimizer.state_dict()
+                model, tuner, optimizer = fresh()
+                tuner.load_state_dict(state)
+                optimizer.load_state_dict(moments)
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+        return model, tuner
+
+    (whole, one), (again, two) = trained(None), trained(2)
+    assert same_bits(dict(whole.named_buffers()), dict(again.named_buffers()))
+    found = [tuner.adapter() for tuner in (one, two)]
+    assert "norm.running_mean" in found[0].tensors and found[0].tensors.keys() == found[1].tensors.keys()
+    for name, tensor in found[0].tensors.items():
+        assert torch.equal(tensor.values, found[1].tensors[name].values), name
+    with two.reference():
+        inside = two.adapter()
+    assert all(torch.equal(tensor.values, inside.tensors[name].values) for name, tensor in found[0].tensors.items())
+    state = two.state_dict()
+    assert int(state["shira_buffer:norm.num_batches_tracked"]) == 3
+    before = {name: buffer.clone() for name, buffer in again.named_buffers()}
+    for key, value in {"shira_buffer:norm.running_mean": torch.ones(5), "shira_buffer:elsewhere": torch.ones(4)}.items():
+        with pytest.raises(TuningError, match=f"has a buffer '{key.partition(':')[2]}'"):
+            two.load_state_dict(state | {key: value})
+    assert same_bits(before, dict(again.named_buffers()))
+
+
+def test_a_new_head_is_resumed_in_another_process():
+    """Where it has other random values."""
+    model, states = classifier(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        nn.init.normal_(model.classifier.weight)
+        with shira.attach(model, density=0.2) as tuner:
+            for state in states:
+                tuner.load_state_dict(state)
+            states.append(tuner.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items() if name.endswith(".values"))

@@ -134,3 +134,89 @@ def test_save_pretrained_has_the_weights_of_now_and_no_more(tiny_llama, tmp_path
     for name, tensor in adapter.tensors.items():
         assert torch.equal(saved[name].view(-1)[tensor.indices.long()], tensor.values)
     assert not own_names(tiny_llama) and tiny_llama._keys_to_ignore_on_save == ignored
+
+
+@pytest.mark.parametrize("mistake", ["a gradient from before", "requires_grad"])
+def test_a_step_that_would_change_the_base_is_refused(mistake):
+    model = mlp()
+    before = all_bits(model)
+    if mistake == "a gradient from before":
+        mlp_loss(model, mlp_batches(1)[0]).backward()
+    tuner = shira.attach(model, density=0.2)
+    if mistake == "requires_grad":
+        model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    words = {"a gradient from before": "has a gradient from before attach.*call zero_grad", "requires_grad": "turn it off"}
+    mlp_loss(model, mlp_batches(1)[0]).backward()
+    with pytest.raises(TuningError, match=f"this step of AdamW would change the base.*{words[mistake]}|{words[mistake]}"):
+        optimizer.step()
+    model.requires_grad_(False)
+    for parameter in tuner.parameters():
+        parameter.requires_grad_(True)
+    optimizer.zero_grad()
+    mlp_loss(model, mlp_batches(1)[0]).backward()
+    optimizer.step()
+    added = nn.Linear(1, 1)  # what others add after attach() is theirs
+    model.register_module("added", added)
+    torch.optim.AdamW(added.parameters(), lr=0.1).step()
+    del model.added
+    tuner.detach()
+    assert same_bits(before, all_bits(model))
+
+
+def test_a_run_that_trains_nothing_says_so():
+    model = mlp()
+    shira.attach(model, density=0.2).detach()
+    with shira.attach(model, density=0.2) as tuner:
+        old = torch.optim.AdamW(tuner.parameters(), lr=0.1)
+    tuner = shira.attach(model, density=0.2)  # the cell of a notebook is run again, and that of the optimizer is not
+    for batch in mlp_batches(2):
+        mlp_loss(model, batch).backward()
+        old.step()
+    with pytest.warns(NotTrained, match="nothing trained: there were gradients, and 2 steps of optimizers, but none"):
+        tuner.detach()
+    head = nn.Linear(4, 1)
+    tuner = shira.attach(model, density=0.2)
+    optimizer = torch.optim.AdamW([*tuner.parameters(), *head.parameters()], lr=0.1)
+    with torch.no_grad():
+        features = model(torch.ones(2, model[0].in_features))
+    head(features[:, :4]).sum().backward()
+    optimizer.step()
+    with pytest.warns(NotTrained, match="targets got no gradient.*they ran without gradients only"):
+        tuner.detach()
+
+
+def test_a_forward_pass_without_gradients_does_not_look_at_them(monkeypatch):
+    """Another thread may train meanwhile. To read `.grad` while it is written crashes the process."""
+    from shira.training.masters import Masters
+
+    model = mlp()
+    with shira.attach(model, density=0.2) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.1, fused=True)
+        mlp_loss(model, mlp_batches(1)[0]).backward()
+        optimizer.step()
+        for parameter in tuner.parameters():
+            parameter.detach().add_(0.1)
+        monkeypatch.setattr(Masters, "has_gradient", None)
+        with torch.no_grad():
+            mlp_loss(model, mlp_batches(1)[0])
+        monkeypatch.undo()
+
+
+def test_entries_that_are_not_finite_are_refused_at_once():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[1, 2] = float("inf")
+    with pytest.raises(TuningError, match=r"'0.weight': 1 of the \d+ entries that the mask has chosen are infinite or NaN"):
+        shira.attach(model, density=0.2)
+    shira.attach(model, density=0.2, exclude=["0"]).detach()
+
+
+def test_names_that_begin_like_a_tuners():
+    model = nn.Sequential()
+    model.add_module("shira_head", nn.Linear(3, 3))
+    model.register_buffer("shira_scale", torch.ones(1))
+    model.forward = model.shira_head.forward
+    with shira.attach(model, density=0.5) as tuner:
+        assert tuner.nnz == 4
+    assert float(model.shira_scale) == 1

@@ -11,6 +11,7 @@ import shira
 from conftest import all_bits, mlp, mlp_batches, mlp_loss, same_bits
 from families import family, family_batch
 from shira import TargetError, TuningError
+from shira.training.checkpoint_watch import LowRankLeftOut
 from shira.training.variants.factors import Factors, row_blocks
 
 BATCHES = mlp_batches(6)
@@ -272,3 +273,34 @@ def test_variants_are_not_refreshed_and_plain_tuners_have_no_second_part(tmp_pat
     with shira.attach(mlp()) as tuner, pytest.raises(TuningError, match="low_rank=8"):
         tuner.save_hybrid(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variant", [{}, {"decompose": 2}, {"decompose": True}, {"low_rank": 2}])
+def test_a_plain_loop_goes_on_from_the_models_own_state(variant):
+    model = mlp()
+
+    def step(optimizer, batch):
+        optimizer.zero_grad()
+        mlp_loss(model, batch).backward()
+        optimizer.step()
+
+    with shira.attach(model, mask="wm", density=0.2, **variant) as tuner:
+        step(torch.optim.SGD(tuner.parameters(), lr=0.5), BATCHES[0])
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        before, loss = tuner.adapter(), mlp_loss(model, BATCHES[1]).detach()
+    base = all_bits(model)
+    with shira.attach(model, mask="wm", density=0.2, **variant) as tuner:
+        model.load_state_dict(state)
+        assert torch.equal(mlp_loss(model, BATCHES[1]), loss)
+        for name, tensor in tuner.adapter().tensors.items():
+            assert torch.equal(tensor.values, before.tensors[name].values)
+        step(torch.optim.SGD(tuner.parameters(), lr=0.5), BATCHES[1])
+    assert same_bits(base, all_bits(model))
+
+
+def test_what_leaves_out_the_low_rank_part_says_so(tiny_llama, tmp_path):
+    tuner = shira.attach(tiny_llama, density=0.1, low_rank=2)
+    with pytest.warns(LowRankLeftOut, match=r"save_pretrained writes the weights .* without the low-rank part.*save_hybrid"):
+        tiny_llama.save_pretrained(tmp_path)
+    with pytest.warns(LowRankLeftOut, match="release.. keeps the weights"):
+        tuner.release()

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import TuningError
 from ..weights.distributed import is_partitioned
-from ..weights.model_tensors import OWN
+from ..weights.model_tensors import is_own
 from ..weights.targets import Use
 from ..weights.undo import Undo
 from .convolutions import SparseConv2d, is_plain
@@ -68,7 +68,7 @@ def forget_copies(model: nn.Module) -> None:
     """Remove a tuner's parameters, buffers and forwards from a model. Copies of modules in training bring them into it."""
     for module in model.modules():
         for registered in (module._parameters, module._buffers):
-            for name in [name for name in registered if name.startswith(OWN)]:
+            for name in [name for name in registered if is_own(name)]:
                 registered.pop(name)
                 module._non_persistent_buffers_set.discard(name)
         forward, usual = module.__dict__.get("forward"), _usual_forward(module)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..errors import TuningError
 from ..sparse.positions import overlap
-from ..sparse.tensor import Kind
+from ..sparse.tensor import Kind, all_finite
 from ..sparse.topk import top_k
 from ..weights.distributed import full, is_sharded, piece_of
 from ..weights.quantized import dense
@@ -51,6 +51,12 @@ class Masters(Followed):
         sharded = is_sharded(self.weight)
         self.piece = piece_of(self.name, self.weight) if sharded else None
         base = kernels.gather(full(self.weight) if sharded else dense(self.weight), indices)
+        if not all_finite(base):
+            count = int((~base.isfinite()).sum())
+            raise TuningError(
+                f"'{self.name}': {count} of the {base.numel()} entries that the mask has chosen are infinite or NaN, which an "
+                "adapter cannot hold; mend the model, or leave the tensor out: exclude=[…]"
+            )
         whole_lines = kernels.find_whole_lines(indices, *self.matrix_shape) if self.in_place else None
         self.entries = Entries(indices, indices[:0], base, whole_lines, BASE)
         self.uses, self.parameters = [], {}
@@ -75,7 +81,8 @@ class Masters(Followed):
             self._put(self.indices, self.rounded(), self.weight if changed else self.weight.data)
             self._note()
             self.written = self.version
-            self.may_have_stepped = self.has_gradient()
+            if torch.is_grad_enabled():  # another thread may train meanwhile, and `.grad` cannot be read while it is written
+                self.may_have_stepped = self.has_gradient()
             if self.is_base:  # the tuner was detached in the middle of this, by a signal handler or another thread
                 self._put_base()
 

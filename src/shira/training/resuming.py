@@ -1,11 +1,12 @@
 """A tuner's state in a checkpoint: the trained values, and for each tensor a mark that identifies its positions and base.
 
-Positions and base values are not saved, since attaching again with the same settings gives the same ones. The marks let
-loading check that. Otherwise values at wrong positions would train on unnoticed.
+Buffers that training has changed, such as BatchNorm's statistics, are in it, too. Positions and base values are not, since
+attaching again with the same settings gives the same ones. The marks let loading check that. Otherwise values at wrong
+positions would train on unnoticed.
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -14,22 +15,28 @@ from ..errors import BaseMismatch, TuningError
 from ..sparse.positions import checksum
 from ..sparse.tensor import SHA256, fingerprint
 from ..texts import described, shown
+from ..weights.buffers import Buffers
+from ..weights.model_tensors import OWN
 from ..weights.quantized import shape_of
 from .masters import Masters
 
 __all__ = ["load_state", "state_of"]
 
 VALUES, MARK = ".values", ".mark"  # for each tensor: float32 [k], and int64 [dimensions + 2]; variants add ".values_…"
+BUFFER = OWN + "buffer:"  # prefix of the names of buffers that training has changed
 
 
-def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor]:
-    """Copies of all masters on the CPU, with their marks. Raises TuningError if the mask has `moved` since `attach`."""
+def state_of(masters: Mapping[str, Masters], buffers: Buffers, *, moved: bool) -> dict[str, Tensor]:
+    """Copies of all masters on the CPU, with their marks, and of changed buffers.
+
+    Raises TuningError if the mask has `moved` since `attach`.
+    """
     if moved:
         raise TuningError(
             "a mask that has moved (refresh) cannot be resumed, since a checkpoint does not keep positions; save no "
             "checkpoints (save_strategy='no'), and the adapter at the end"
         )
-    state = {}
+    state = {BUFFER + name: value.to("cpu", copy=True).contiguous() for name, value in buffers.named_changed().items()}
     for name, each in masters.items():
         for ending, parameter in each.parameters.items():
             state[name + VALUES + ending] = parameter.detach().to("cpu", copy=True) * _scale(each, ending)
@@ -37,13 +44,19 @@ def state_of(masters: Mapping[str, Masters], *, moved: bool) -> dict[str, Tensor
     return state
 
 
-def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> None:
-    """Copy the values of a `state_of` to these masters, bit for bit.
+def load_state(
+    masters: Mapping[str, Masters], buffers: Buffers, state: Mapping[str, Tensor], *, whole: Collection[str]
+) -> None:
+    """Copy the values of a `state_of` to these masters and buffers, bit for bit. Other buffers get the base's values.
+
+    whole: names of targets that train whole, whose base is another one in each process.
 
     Raises TuningError or BaseMismatch, before anything is written, unless tensors, positions and base are the same.
     """
     if not isinstance(state, Mapping):
         raise TuningError(f"a checkpoint is what tuner.state_dict() gave, tensors by name; found {described(state)}")
+    state = dict(state)
+    changed = {key.removeprefix(BUFFER): state.pop(key) for key in list(state) if str(key).startswith(BUFFER)}
     named = {name: {name + VALUES + end: p for end, p in each.parameters.items()} for name, each in masters.items()}
     expected = {key for name, parameters in named.items() for key in (*parameters, name + MARK)}
     if not any(name in state for name in expected):
@@ -56,7 +69,10 @@ def load_state(masters: Mapping[str, Masters], state: Mapping[str, Tensor]) -> N
             "attach with the settings that it was made with"
         )
     for name, each in masters.items():
-        _check(name, each, named[name], state)
+        _check(name, each, named[name], state, is_whole=name in whole)
+    wanted = buffers.with_values(changed)
+    buffers.restore()
+    buffers.put(wanted)
     for name, each in masters.items():
         for ending, parameter in each.parameters.items():
             values = state[name + VALUES + ending].float() / _scale(each, ending)
@@ -76,7 +92,7 @@ def _mark(each: Masters) -> Tensor:
     return torch.tensor([*shape_of(each.weight), checksum(each.indices.cpu()), base], device="cpu")
 
 
-def _check(name: str, each: Masters, named: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def _check(name: str, each: Masters, named: Mapping[str, Tensor], state: Mapping[str, Tensor], *, is_whole: bool) -> None:
     for key in (*named, name + MARK):
         tensor: object = state[key]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
@@ -108,7 +124,7 @@ def _check(name: str, each: Masters, named: Mapping[str, Tensor], state: Mapping
             f"the checkpoint is of another mask: {each.indices.numel()} other positions of '{name}' train there; attach "
             "with the mask, seed and calibration that it was made with"
         )
-    if found[-1] != base:
+    if found[-1] != base and not is_whole:  # a new head has other random values each time that it is made
         raise BaseMismatch(
             f"the checkpoint is of another base: '{name}' holds other values at the positions that train; load the model that "
             "it was made with, in the same dtype"

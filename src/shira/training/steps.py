@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from ..errors import TuningError
 from ..weights import optimizers
 from ..weights.distributed import groups_of, reshard
-from ..weights.model_tensors import OWN, ModuleTree
+from ..weights.model_tensors import ModuleTree, is_own
 from ..weights.random_numbers import same_random_numbers
 from ..weights.targets import Target
 from ..weights.undo import Undo, hooks_of, set_hook
@@ -64,6 +65,9 @@ class Training:
         self._masters, self._check, self._model = masters, check, model
         install(((use, masters[target.name]) for target in chosen for use in target.uses), undo)
         forwards = {id(use.module): use.module.__dict__["forward"] for target in chosen for use in target.uses}
+        ours = {id(parameter) for each in masters.values() for parameter in each.parameters.values()}
+        base = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in ours]
+        self._base = {id(parameter): (name, weakref.ref(parameter)) for name, parameter in base}  # not what others add later
         self.watch = GradientWatch(masters, forwards, {target.name: target.modules for target in chosen})
         _leave_out(model, chosen, masters, undo)
         undo.callback(optimizers.unsubscribe, self)
@@ -78,12 +82,36 @@ class Training:
         _write_pieces_before(model, pieces, undo)
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called before a step. Raises what `check` and `Masters.look` raise, before masters change that cannot be written."""
+        """Called before a step. Raises what `check` and `Masters.look` raise, before masters change that cannot be written.
+
+        Raises TuningError if the step would change the base.
+        """
+        self._check_base(optimizer)
         stepped = self._stepped(optimizer)
         if stepped:
             self._check()
         for each in stepped:
             each.look()
+
+    def _check_base(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            parameter: nn.Parameter
+            for parameter in group["params"]:
+                if parameter.grad is None or id(parameter) not in self._base:
+                    continue
+                name, known = self._base[id(parameter)]
+                if known() is not parameter:
+                    continue
+                if parameter.requires_grad:
+                    found = "trains, since requires_grad was turned on after attach()"
+                    remedy = "turn it off, or attach with it among the targets or in whole=[…]"
+                else:
+                    found = "has a gradient from before attach()"
+                    remedy = "call zero_grad() first, or make the optimizer with tuner.parameters()"
+                raise TuningError(
+                    f"'{name}' {found}: this step of {type(optimizer).__name__} would change the base, which detach() "
+                    f"could not restore; {remedy}"
+                )
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after a step. Writes the masters that the optimizer trains."""
@@ -129,7 +157,8 @@ def _leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[st
     set_hook(undo, hooks_of(model, "_load_state_dict_pre_hooks"), model.register_load_state_dict_pre_hook, fill)
     write = functools.partial(_write_all, list(masters.values()))
     set_hook(undo, hooks_of(model, "_state_dict_pre_hooks"), model.register_state_dict_pre_hook, write)
-    watch = CheckpointWatch(sum(each.indices.numel() for each in masters.values()))
+    entries = sum(each.indices.numel() for each in masters.values())
+    watch = CheckpointWatch(entries, low_rank=any(each.low_rank is not None for each in masters.values()))
     set_hook(undo, hooks_of(model, "_state_dict_pre_hooks"), model.register_state_dict_pre_hook, watch)
     names = {id(module): name for name, module in model.named_modules()}
     saved = [
@@ -138,7 +167,7 @@ def _leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[st
         for use in target.uses
         for ending in masters[target.name].parameters
     ]
-    sent = [name for name, _ in model.named_buffers() if f".{OWN}" in f".{name}"]
+    sent = [name for name, _ in model.named_buffers() if is_own(name.rpartition(".")[2])]
     for attribute, own in (("_keys_to_ignore_on_save", saved), ("_ddp_params_and_buffers_to_ignore", sent)):
         if attribute.startswith("_keys") and not hasattr(model, attribute):
             continue

@@ -27,17 +27,19 @@ from ..masks.selector import Indices, Selector
 from ..sparse.tensor import Kind, SparseTensor, fingerprint
 from ..texts import shown
 from ..weights.buffers import Buffers
-from ..weights.model_tensors import OWN
+from ..weights.model_tensors import OWN, is_own
 from ..weights.owners import Claim, claim
 from ..weights.quantized import dtype_label, keep_differentiable, shape_of
 from ..weights.targets import Target
 from ..weights.undo import Undo
 from . import refresh, resuming, stay_near, steps
+from .checkpoint_watch import warn_of_low_rank
 from .following import Touched
 from .gradient_checkpointing import let_gradients_into_blocks
 from .layers import forget_copies
 from .masters import Masters, swapped
 from .tuned_weight import Hooked, TunedWeight
+from .untrained import say
 from .variants import hybrid
 from .variants.choosing import Make
 
@@ -79,7 +81,7 @@ class Tuner:
         self._buffers = Buffers(nn.Module())
         self._claim: Claim | None = claim(model, functools.partial(_owner, weakref.ref(self)), TuningError)
         names = (name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()))
-        copied = next((name for name in names if f".{OWN}" in f".{name}"), None)
+        copied = next((name for name in names if is_own(name.rpartition(".")[2])), None)
         if copied is not None:
             self._stage = GONE
             raise TuningError(
@@ -229,9 +231,10 @@ class Tuner:
     def state_dict(self) -> dict[str, Tensor]:
         """The state to save, beside the optimizer's, to resume a run: the masters, with marks of their positions and base.
 
+        It also has the buffers that training has changed, such as BatchNorm's statistics.
         Raises TuningError if the mask has moved, since positions are not saved.
         """
-        return resuming.state_of(self.masters("saved"), moved="refresh" in self._mask)
+        return resuming.state_of(self.masters("saved"), self._buffers, moved="refresh" in self._mask)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -239,7 +242,7 @@ class Tuner:
 
         Raises TuningError if the state belongs to another mask or density, BaseMismatch if it belongs to another model.
         """
-        resuming.load_state(self.masters("resumed"), state)
+        resuming.load_state(self.masters("resumed"), self._buffers, state, whole=self._whole)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -252,9 +255,8 @@ class Tuner:
                 reference = model(**batch).logits
         """
         with swapped(self.masters("switched off").values(), lambda: self._stage == ATTACHED, self.at_detach) as steps:
-            changed = self._buffers.copies_of_changed()
-            steps.callback(lambda: self._buffers.put(changed) if self._stage == ATTACHED else None)
-            self._buffers.restore()
+            steps.callback(lambda: self._buffers.put_back() if self._stage == ATTACHED else None)
+            self._buffers.set_aside()
             yield
 
     def adapter(
@@ -274,7 +276,7 @@ class Tuner:
             for tuned in self._tuned:
                 tuned.look()
             if self._training is not None:
-                self._training.watch.at_the_end()
+                say(self._training.watch.at_the_end())
         tensors, prints = {}, {}
         for tensor, (shape, touched, kind) in (self._trained or self._so_far()).items():
             try:
@@ -323,8 +325,11 @@ class Tuner:
     def release(self) -> None:
         """Let go of the model as it is: weights and buffers keep their values; everything else is as after `detach`.
 
-        Use it after an error that says that the base is no longer known, or to keep the trained values in the weights.
+        Use it after an error that says that the base is no longer known, or to keep the trained values in the weights. Warns
+        (`LowRankLeftOut`) if a low-rank part trains, which is in no weight.
         """
+        if self._stage == ATTACHED and hybrid.record(self._masters) is not None:
+            warn_of_low_rank("release() keeps")
         self._leave(restore=False)
 
     @torch.inference_mode(False)
@@ -340,9 +345,9 @@ class Tuner:
             self._stage = LEAVING
         if self._stage == GONE:
             return
+        messages = [] if self._training is None or quiet else self._training.watch.at_the_end()
         self.undo()
-        if self._training is not None and not quiet:
-            self._training.watch.at_the_end()
+        say(messages)
 
     @torch.inference_mode(False)
     def undo(self) -> None:

@@ -10,13 +10,19 @@ from torch import nn
 from .layers import is_installed
 from .masters import Masters
 
-__all__ = ["GradientWatch", "NotTrained"]
+__all__ = ["GradientWatch", "NotTrained", "say"]
 
 SHOWN = 4  # names in a warning
 
 
 class NotTrained(UserWarning):
     """Weights that were chosen to train do not train."""
+
+
+def say(messages: Iterable[str]) -> None:
+    """Warn (`NotTrained`)."""
+    for message in messages:
+        warnings.warn(message, NotTrained, stacklevel=3)
 
 
 class GradientWatch:
@@ -31,19 +37,23 @@ class GradientWatch:
         self._masters, self._forwards, self._modules = masters, forwards, modules
         self._said: set[str] = set()
         self._steps = 0  # steps of optimizers that train these masters, after a backward pass that reached any of them
+        self._in_vain = 0  # the same, before any backward pass reached them
+        self._others = 0  # steps of other optimizers
 
     def of_ours(self) -> None:
         """Called after a step of an optimizer that trains these masters."""
         for each in self._masters.values():
             each.had_gradient = each.had_gradient or each.has_gradient()
         if not any(each.had_gradient for each in self._masters.values()):
+            self._in_vain += 1
             return
         self._steps += 1
         if self._steps == 1:
-            self._say(name for name, each in self._masters.items() if each.calls and not each.had_gradient)
+            say(self._untrained(name for name, each in self._masters.items() if each.calls and not each.had_gradient))
 
     def of_another(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Called after a step of an optimizer that trains none of these masters."""
+        self._others += 1
         if self._steps or "" in self._said or not any(each.had_gradient for each in self._masters.values()):
             return
         its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -56,24 +66,35 @@ class GradientWatch:
                 stacklevel=2,
             )
 
-    def at_the_end(self) -> None:
-        """Called when an adapter is made or the tuner is detached."""
-        if self._steps:
-            self._say(name for name, each in self._masters.items() if not each.had_gradient)
+    def at_the_end(self) -> list[str]:
+        """What is to be said when an adapter is made or the tuner is detached. Call it before that changes the model."""
+        if self._steps or self._in_vain:
+            return self._untrained(name for name, each in self._masters.items() if not each.had_gradient)
+        if not self._others or "" in self._said or not self._learned_nothing():
+            return []
+        self._said.add("")
+        return [
+            f"nothing trained: there were gradients, and {self._others:,} steps of optimizers, but none of one that has "
+            "tuner.parameters(); make the optimizer after attach(), with tuner.parameters()"
+        ]
 
-    def _say(self, names: Iterable[str]) -> None:
+    def _learned_nothing(self) -> bool:
+        """Whether backward passes gave gradients, and no master has changed since `attach`."""
+        found = self._masters.values()
+        return any(each.had_gradient for each in found) and all(torch.equal(each.rounded(), each.base) for each in found)
+
+    def _untrained(self, names: Iterable[str]) -> list[str]:
+        """A message for each reason why these targets do not train, without those that were named before."""
         reasons: dict[str, list[str]] = {}
         for name in names:
             if name not in self._said:
                 self._said.add(name)
                 reasons.setdefault(self._reason(name), []).append(name)
+        messages = []
         for reason, found in reasons.items():
             shown = ", ".join(repr(name) for name in found[:SHOWN]) + (", …" if len(found) > SHOWN else "")
-            warnings.warn(
-                f"{len(found)} of {len(self._masters)} targets got no gradient and do not train: {shown}; {reason}",
-                NotTrained,
-                stacklevel=2,
-            )
+            messages.append(f"{len(found)} of {len(self._masters)} targets got no gradient and do not train: {shown}; {reason}")
+        return messages
 
     def _reason(self, name: str) -> str:
         each = self._masters[name]

@@ -3,16 +3,18 @@
 A model's output depends on them. So they are restored with the base. Those that a checkpoint holds belong to what was trained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import TuningError
 from ..kernels import same_bits
 from ..sparse.tensor import FLOAT_DTYPES
+from ..texts import described
 from .distributed import is_sharded
-from .model_tensors import OWN, is_buffer, named_tensors
+from .model_tensors import OWN, is_buffer, is_own, named_tensors
 from .undo import Undo
 
 __all__ = ["Buffers", "same_form"]
@@ -33,6 +35,7 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._with_model = False
+        self._aside: list[_Value] | None = None  # what training has made of them, while they have the base's values
         self._kept = [_Value(module, name, buffer.detach().clone()) for module, name, buffer in _buffers(model)]
 
     def move_with_model(self, undo: Undo) -> None:
@@ -49,10 +52,45 @@ class Buffers:
         self._follow()
         self.put(self._kept)
 
-    def copies_of_changed(self) -> list[_Value]:
-        """Copies of the buffers that have changed, for `put`."""
+    def set_aside(self) -> None:
+        """Give the buffers their kept values until `put_back`."""
         self._follow()
-        return [kept._replace(value=now.detach().clone()) for kept, now in self._changed()]
+        self._aside = [kept._replace(value=now.detach().clone()) for kept, now in self._changed()]
+        self.restore()
+
+    def put_back(self) -> None:
+        """Give the buffers the values that they had before `set_aside`."""
+        if self._aside is not None:
+            self.put(self._aside)
+            self._aside = None
+
+    def named_changed(self) -> dict[str, Tensor]:
+        """Name -> present value of every buffer that has changed, also of those that no checkpoint holds."""
+        self._follow()
+        names = self._names()
+        return {names[id(kept.module)] + kept.name: now.detach() for kept, now in self._changed() if id(kept.module) in names}
+
+    def with_values(self, values: Mapping[str, Tensor]) -> list[_Value]:
+        """Values by the names of `named_changed`, for `put`. Raises TuningError for a buffer that is not there in this form."""
+        self._follow()
+        names = self._names()
+        known = {names[id(kept.module)] + kept.name: kept for kept in self._kept if id(kept.module) in names}
+        found = []
+        for name, value in values.items():
+            kept = known.get(name)
+            if (
+                kept is None
+                or not isinstance(value, Tensor)
+                or (value.dtype, value.shape) != (kept.value.dtype, kept.value.shape)
+            ):
+                here = "none" if kept is None else f"{kept.value.dtype} {list(kept.value.shape)}"
+                raise TuningError(f"the checkpoint has a buffer '{name}', {described(value)}, and this model has {here}")
+            found.append(kept._replace(value=value.to(kept.value.device)))
+        return found
+
+    def _names(self) -> dict[int, str]:
+        """id of a module -> its name with a dot behind, "" for the model itself."""
+        return {id(module): f"{name}.".lstrip(".") for name, module in self.model.named_modules()}
 
     def put(self, values: list[_Value]) -> None:
         """Give buffers these values."""
@@ -70,14 +108,20 @@ class Buffers:
         self._follow()
         names = {id(tensor): name for name, tensor in reversed(named_tensors(self.model).items()) if is_buffer(tensor)}
         return {
-            names[id(now)]: (kept.value, now.detach())
+            names[here]: (kept.value, now.detach())
             for kept, now in self._changed()
-            if id(now) in names and now.dtype in FLOAT_DTYPES and same_form(kept.value, now) and now.numel()
+            if (here := id(kept.module._buffers[kept.name])) in names
+            and now.dtype in FLOAT_DTYPES
+            and same_form(kept.value, now)
+            and now.numel()
         }
 
     def _changed(self) -> Iterator[tuple[_Value, Tensor]]:
+        aside = {(id(each.module), each.name): each.value for each in self._aside or ()}
         for kept in self._kept:
             now = kept.module._buffers.get(kept.name)
+            if now is not None:
+                now = aside.get((id(kept.module), kept.name), now)
             if now is not None and not (same_form(kept.value, now) and same_bits(kept.value, now)):
                 yield kept, now
 
@@ -99,7 +143,7 @@ def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
             continue
         for name, buffer in module._buffers.items():
             plain: Any = type(buffer) in (Tensor, nn.Buffer)
-            if not plain or buffer is None or name.startswith(OWN) or buffer.is_meta or buffer.is_sparse:
+            if not plain or buffer is None or is_own(name) or buffer.is_meta or buffer.is_sparse:
                 continue
             if buffer.is_floating_point() or buffer.numel() <= MOST:
                 yield module, name, buffer

@@ -15,9 +15,10 @@ from ..errors import ShiraError
 from .distributed import is_sharded
 from .quantized import is_quantized
 
-__all__ = ["OWN", "ModelTensors", "ModuleTree", "is_buffer", "named_tensors", "plain_model"]
+__all__ = ["OWN", "ModelTensors", "ModuleTree", "is_buffer", "is_own", "named_tensors", "plain_model"]
 
 OWN = "shira_"  # prefix of every name under which a tuner keeps something in a module
+KEPT = tuple(OWN + name for name in ("base", "before_", "values", "whole"))  # of parameters and buffers
 COMPILED = "_orig_mod"  # the name of the original module inside the wrapper of torch.compile
 
 
@@ -91,10 +92,10 @@ _Place = tuple[dict[str, Any], str]  # the dictionary of a module that holds a t
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, _Place]]:
     """Name, tensor and place of all that an adapter may change, without parameters that a lazy module has not created yet."""
     for key, parameter in module._parameters.items():
-        if parameter is not None and not key.startswith(OWN) and not nn.parameter.is_lazy(parameter):
+        if parameter is not None and not is_own(key) and not nn.parameter.is_lazy(parameter):
             yield prefix + key, parameter, (module._parameters, key)
     for key, buffer in module._buffers.items():
-        kept = buffer is not None and key not in module._non_persistent_buffers_set and not key.startswith(OWN)
+        kept = buffer is not None and key not in module._non_persistent_buffers_set and not is_own(key)
         if kept and buffer is not None and buffer.is_floating_point():
             yield prefix + key, buffer, (module._buffers, key)
     for key, child in module._modules.items():
@@ -138,3 +139,8 @@ def _by_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
                     overlapping.setdefault(name, other)
                     overlapping.setdefault(other, name)
     return by_name, overlapping
+
+
+def is_own(name: str) -> bool:
+    """Whether a parameter or buffer of this name, without its module's, is one that a tuner keeps there."""
+    return name.startswith(KEPT)

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TargetError, did_you_mean
 from ..texts import shown
-from .model_tensors import COMPILED, OWN, ModelTensors, is_buffer
+from .model_tensors import COMPILED, ModelTensors, is_buffer, is_own
 from .quantized import shape_of
 
 __all__ = ["KEYWORDS", "Target", "Use", "by_pattern", "is_conv1d", "resolve", "whole_modules"]
@@ -281,11 +281,7 @@ class _Weights:
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """A module's own parameters, without those of a tuner."""
-    return (
-        (name, parameter)
-        for name, parameter in module._parameters.items()
-        if parameter is not None and not name.startswith(OWN)
-    )
+    return ((name, parameter) for name, parameter in module._parameters.items() if parameter is not None and not is_own(name))
 
 
 def _is_linear(module: nn.Module, weight: nn.Parameter) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ... import kernels
 from ...weights.targets import Target
+from ..following import Entries
 from ..masters import Masters
 from .factors import Factors, row_blocks
 
@@ -42,6 +43,11 @@ class Decomposed(Masters):
         if self.version != self.written or self.may_have_stepped:
             self.norms = self._norms()
         super().write()
+
+    def _check_entries(self, weight: Tensor, entries: Entries) -> None:
+        if self.version != self.written:  # as after loading a state_dict that holds weights and masters
+            self.norms = self._norms()
+        super()._check_entries(weight, entries)
 
     def followed(self) -> None:
         self.fixed = self._squares(self.weight.new_zeros(self.indices.numel())) if self.factors is None else None
