@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .. import masks
+from ..adapter import opened
 from ..errors import TargetError
 from ..weights.targets import Target, by_pattern, is_conv1d, resolve
 from .shared_options import Masked
@@ -22,6 +23,9 @@ def what_trains(recipe: Masked, model: nn.Module, density: float = 0.01) -> str:
 
     Raises what `attach` would raise for targets and budgets.
     """
+    if recipe.start is not None:
+        with opened(recipe.start) as adapter:
+            return f"the {adapter.nnz:,} entries of {recipe.start}, from its values, in {len(adapter.tensors):,} tensors"
     names: dict[str, Any] = {"exclude": recipe.exclude or (), "layers": recipe.layers}
     chosen = resolve(model, recipe.targets, **names)
     shapes = {target.name: target.budget_shape for target in chosen}

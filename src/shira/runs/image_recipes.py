@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import DataError
 from .options import check, option, parse_targets, passed_to
 from .recipes import recipe_of, save_recipe
-from .shared_options import Dtype, Masked, Run, check_mask
+from .shared_options import Dtype, Masked, Run, attach_options, check_mask
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -187,10 +187,9 @@ def train_image(
     with training.training_mode(parts, recipe.checkpointing):
         tuner = attach(
             parts,
-            calibration=calibration,
             loss_fn=lambda model, batch: model(batch),
             progress=on_calibration,
-            **(passed_to("attach", recipe) | budget),
+            **attach_options(recipe, calibration=calibration, **budget),
         )
         with tuner:
             summary = training.train(

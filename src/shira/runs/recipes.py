@@ -18,7 +18,7 @@ from ..texts import shown, strict_json
 from ..training.lr_scale import allowed
 from ..version import deprecated
 from .options import check, option, parse_scale, parse_targets, passed_to
-from .shared_options import TARGETS_HELP, Masked, Run, check_mask
+from .shared_options import TARGETS_HELP, Masked, Run, attach_options, check_mask
 
 if TYPE_CHECKING:
     from torch import nn
@@ -246,7 +246,7 @@ def train_adapter(
     pad = tokenizer.pad_token_id or 0
     calibration = batches(rows[: recipe.calibration], model, recipe.batch_size, pad)
     name = name_of(recipe)
-    tuner = attach(model, calibration=calibration, progress=on_calibration, **passed_to("attach", recipe))
+    tuner = attach(model, progress=on_calibration, **attach_options(recipe, calibration=calibration))
     with tuner:
         if recipe.stay_near is not None:
             if recipe.stay_near == OWN_TEXT:

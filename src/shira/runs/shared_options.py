@@ -1,12 +1,14 @@
 """The options that several kinds of recipe share, as dataclasses to inherit from: those of the mask, and those of a run."""
 
 import dataclasses
+from dataclasses import MISSING
 from typing import Any, Literal
 
+from ..errors import DataError
 from ..texts import strict_json
-from .options import option, parse_layers, parse_targets
+from .options import option, parse_layers, parse_targets, passed_to
 
-__all__ = ["TARGETS_HELP", "Dtype", "Masked", "Run", "check_mask"]
+__all__ = ["TARGETS_HELP", "Dtype", "Masked", "Run", "attach_options", "check_mask"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TARGETS_HELP = "Names with commas, all-linear, attention, mlp, auto, or a regular expression."
@@ -18,9 +20,10 @@ LARGER = (2**31, 2**31)  # a shape larger than that of any matrix
 class Masked:
     """Which entries train: mask, budgets and targets."""
 
-    mask: str = option(
-        "wm", f"The mask: {MASKS}; with options, as block:by=snip,size=8. See `shira masks`.", "attach", group="Mask"
+    start: str | None = option(
+        None, "An adapter whose training goes on: its entries train, from its values.", "attach", group="Mask"
     )
+    mask: str = option("wm", f"The mask: {MASKS}; with options, as block:by=snip,size=8. See `shira masks`.", "attach")
     density: float | None = option(None, "Share of each target's entries that train.", "attach", usual="0.01", gt=0, le=1)
     rank: int | None = option(None, "In place of --density: the entries of a LoRA of this rank.", "attach", ge=1)
     total: int | None = option(None, "In place of --density: so many entries in all targets together.", "attach", ge=1)
@@ -53,11 +56,35 @@ class Run:
     license: str | None = option(None, "The adapter's licence. The file holds it.")
 
 
+def attach_options(recipe: Masked, **more: Any) -> dict[str, Any]:
+    """What `attach` is given: the recipe's options and more, or with `start` those of them that it does not decide."""
+    from ..training.starting import DECIDED
+
+    options = passed_to("attach", recipe) | more
+    return options if recipe.start is None else {name: value for name, value in options.items() if name not in DECIDED}
+
+
+def _check_start(recipe: Masked, file: str) -> None:
+    """Raise DataError for options that cannot be given with `start`, and FormatError or OSError for its file."""
+    from ..adapter import opened
+    from ..training.starting import DECIDED
+
+    usual = {field.name: field.default if field.default is not MISSING else None for field in dataclasses.fields(recipe)}
+    usual |= {field.name: field.default_factory() for field in dataclasses.fields(recipe) if callable(field.default_factory)}
+    for name in DECIDED:
+        if name in passed_to("attach", recipe) and getattr(recipe, name) != usual[name]:
+            raise DataError(f"--start takes the entries of {file} as they are: leave out --{name.replace('_', '-')}")
+    with opened(file):
+        pass
+
+
 def check_mask(recipe: Masked) -> None:
     """Check mask, budgets, and the files to avoid before a model is loaded: raise what `attach` would raise later."""
     from .. import masks
     from ..adapter import opened
 
+    if recipe.start is not None:
+        _check_start(recipe, recipe.start)
     masks.resolve(recipe.mask)
     density = recipe.density or (None if recipe.rank or recipe.total else 0.01)
     masks.plan({"any": LARGER}, density=density, rank=recipe.rank, total=recipe.total, scope=recipe.scope, floor=recipe.floor)

@@ -20,7 +20,7 @@ from ..weights.model_tensors import OWN
 from ..weights.quantized import shape_of
 from .masters import Masters
 
-__all__ = ["load_state", "state_of"]
+__all__ = ["BUFFER", "VALUES", "load_state", "state_of"]
 
 VALUES, MARK = ".values", ".mark"  # for each tensor: float32 [k], and int64 [dimensions + 2]; variants add ".values_…"
 BUFFER = OWN + "buffer:"  # prefix of the names of buffers that training has changed

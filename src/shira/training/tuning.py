@@ -11,6 +11,7 @@ of the base, full-size gradients and full-size optimizer state. It is here as re
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -30,8 +31,10 @@ from ..weights.model_tensors import plain_model
 from ..weights.owners import claim
 from ..weights.targets import Target
 from ..weights.undo import Undo
+from . import starting
 from .lr_scale import allowed, scale_for
 from .processes import check_unwrapped
+from .starting import Start, StartFrom
 from .trainable import check_trainable
 from .tuner import Tuner
 from .variants import choosing
@@ -62,6 +65,7 @@ def attach(
     low_rank: int | None = None,
     whole: str | Iterable[str] = "auto",
     lr_scale: float | Literal["auto"] = 1.0,
+    start: StartFrom | None = None,
 ) -> Tuner:
     """Make a few entries of the model's weights trainable, and nothing else.
 
@@ -91,6 +95,8 @@ def attach(
     lr_scale: a step of Adam changes the entries by this much times the learning rate; a power of two. "auto" chooses it so
         that a learning rate that suits LoRA suits the mask (docs/masks/README.md#one-learning-rate). Modules that train whole
         have 1.
+    start: an adapter, or a file of one, whose training goes on: its entries train, from its values. The new adapter belongs to
+        the same base. Nothing that chooses entries can be given beside it. "auto" for lr_scale is that of the training before.
 
     The tuner holds the model until `detach`. If the model is compiled, it holds the original model inside.
     Raises TargetError, MaskError, BaseMismatch or TuningError before anything in the model has changed.
@@ -98,6 +104,7 @@ def attach(
         tuner = shira.attach(model, mask="snip", density=0.01, calibration=batches)
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
     """
+    given = dict(locals())
     model = plain_model(model, TuningError, "shira.attach(model)")
     check_unwrapped(model)
     lazy = next((name for name, each in model.named_parameters() if nn.parameter.is_lazy(each)), None)
@@ -107,6 +114,9 @@ def attach(
     _check_kinds(mask, seed, overrides, calibration, loss_fn, progress)
     if method not in ("values", "hook"):
         raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
+    if start is not None:
+        starting.refuse_beside(given, {name: each.default for name, each in inspect.signature(attach).parameters.items()})
+        return _going_on(model, starting.read_start(start, model), loss_fn, seed, allowed(lr_scale, "values", False))
     if density is None and rank is None and total is None:
         density = 0.01
     targets, exclude, whole = _names("targets", targets), _names("exclude", exclude), _names("whole", whole)
@@ -148,6 +158,20 @@ def attach(
     return _begun(model, chosen, whole_targets, settings, method, make, selector, select, lr_scale)
 
 
+def _going_on(model: nn.Module, start: Start, loss_fn: LossFn | None, seed: int, lr_scale: float | Literal["auto"]) -> Tuner:
+    """Train the entries of an adapter, from its values."""
+    names = start.parameters.keys()
+    targets = [target for target in target_names.resolve(model, list(names)) if target.name in names]
+    check_trainable(targets)
+    whole, chosen = ([target for target in targets if (target.name in start.whole) == is_whole] for is_whole in (True, False))
+    make, _ = choosing.choose(chosen, "wm", "values", False, None, seed)
+    selector = Selector(starting.cannot_move, seed, {target.name: target.matrix_shape for target in chosen}, {}, loss_fn)
+    if lr_scale == "auto" and start.lr_scale is not None:
+        lr_scale = start.lr_scale
+    select = functools.partial(start.select, chosen)
+    return _begun(model, chosen, whole, start.settings(), "values", make, selector, select, lr_scale, start)
+
+
 @torch.inference_mode(False)
 def _begun(
     model: nn.Module,
@@ -159,6 +183,7 @@ def _begun(
     selector: Selector,
     select: Callable[[Undo], Selected],
     lr_scale: float | Literal["auto"],
+    start: Start | None = None,
 ) -> Tuner:
     """Choose the entries and start training. After an interrupt the caller has no tuner, so the model is restored here."""
     tuner = Tuner(model)
@@ -173,6 +198,8 @@ def _begun(
                 entries = target.weight.numel()
                 indices[target.name] = torch.arange(entries, dtype=index_dtype(entries), device=target.weight.device)
             tuner.begin(taken, indices, record, method, selector, make, [target.name for target in whole_targets], scale)
+            if start is not None:
+                start.give(tuner)
             return tuner
         except BaseException:
             tuner.undo()
