@@ -117,6 +117,17 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(run, folder, monkeypatch, more)
     assert not place.exists() and (folder / "again/samples.png").exists()
 
 
+def test_an_adapters_training_goes_on(run, folder):
+    stable_diffusion().save_pretrained("pipeline")
+    line = f"{LINE.replace(' --density 0.1', '')} --data dog"
+    assert run(f"{line} --density 0.1 -o sks.safetensors")[0] == 0
+    code, out, err = run(f"{line} --start sks.safetensors -o more.safetensors")
+    assert code == 0 and "entries of sks.safetensors, from its values" in out, err
+    sks, more = shira.load("sks.safetensors"), shira.load("more.safetensors")
+    assert more.fingerprints == sks.fingerprints and more.tensors.keys() == sks.tensors.keys()
+    assert any(not torch.equal(tensor.values, more.tensors[name].values) for name, tensor in sks.tensors.items())
+
+
 @pytest.mark.slow
 def test_two_processes(folder):
     """They train one adapter, on batches of both; the class is made once."""
