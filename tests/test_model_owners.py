@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 import threading
 import weakref
 
@@ -33,6 +35,26 @@ def test_a_copy_of_a_model_is_nobodys():
     assert same_bits(all_bits(twin), all_bits(model))
     switcher.use(None)
     assert same_bits(base, all_bits(model))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda it: torch.save(it, io.BytesIO())])
+def test_a_switcher_is_not_copied(copied):
+    """Nor is a module that holds one, without giving it up first. What is active stays."""
+    model = mlp()
+    switcher = switcher_of(model)
+    switcher.use("a")
+    held = all_bits(model)
+    with pytest.raises(SwitchError, match=r"belongs to one model.*make another one for the copy: shira.Switcher\(copy\)"):
+        copied(switcher)
+    if copied is not copy.copy:  # which copies no attributes
+        model.switcher = switcher
+        with pytest.raises(SwitchError, match=r"as with `del module.switcher`"):
+            copied(model)
+        del model.switcher
+        copied(model)
+    assert same_bits(held, all_bits(model)) and switcher.active == {"a": 1.0}
+    switcher.use(None)
+    assert same_bits(all_bits(mlp()), all_bits(model))
 
 
 def test_a_model_has_one_owner_at_a_time():
