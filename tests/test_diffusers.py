@@ -1,5 +1,7 @@
 """Adapters of Diffusers' pipelines, on tiny random pipelines of the real classes: the calls, files, and wrong calls."""
 
+import copy
+import pickle
 import re
 from pathlib import Path
 
@@ -299,3 +301,11 @@ def test_the_snippets_of_the_page_run(tmp_path, monkeypatch):
     for snippet in snippets:
         exec(snippet, names)
     assert same_bits(pipe_bits(pipe), base)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_the_adapters_of_a_pipeline_are_not_copied(adapters, copied):
+    adapters.set("a")
+    with pytest.raises(SwitchError, match=r"a PipelineAdapters belongs to one model.*copy: PipelineAdapters\(copy\)"):
+        copied(adapters)
+    assert adapters.active == {"a": 1.0}

@@ -219,6 +219,12 @@ def test_tied_tensors_that_one_checkpoint_holds_once():
     assert torch.equal(bits(twice.tensors["head.weight"].values), bits(twice.tensors["a.weight"].values))
 
 
+def test_a_compiled_model_has_the_names_of_the_model_itself():
+    base, tuned = (torch.compile(mlp(seed=seed), backend="eager") for seed in (0, 1))
+    found = shira.extract(base, tuned, density=0.1)
+    assert found.tensors.keys() == shira.extract(mlp(), mlp(seed=1), density=0.1).tensors.keys()
+
+
 def test_progress_ends_at_one():
     base, tuned = two_checkpoints()
     for options in ({"density": 0.1}, {"density": 0.1, "scope": "model"}, {"density": 1.0, "targets": ["a"]}):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import shira
 from conftest import bits, mlp, random_adapter
 from shira import Adapter, FormatError, SparseTensor
+from shira.files.writing import saving
 
 
 def write(path, tensors=None, header=None):
@@ -147,6 +148,46 @@ def test_metadata_that_is_no_json_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(shira.AdapterError, match="metadata"):
         Adapter({}, {"x": object()}).save(tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"name": 7},
+        {"license": 3},
+        {"mask": 3},
+        {"mask": {"name": "struct", "options": 5}},
+        {"training": "3 epochs"},
+        {"training": ["a"]},
+        {"fingerprints": {"w": 5}},
+    ],
+)
+def test_what_load_would_refuse_is_not_saved(tmp_path, metadata):
+    path = tmp_path / "a.safetensors"
+    random_adapter(mlp(), seed=1).save(path)
+    before = path.read_bytes()
+    with pytest.raises(shira.AdapterError, match=rf"cannot save to .*a\.safetensors, .*'{next(iter(metadata))}.*must.*found"):
+        Adapter(random_adapter(mlp(), seed=2).tensors, metadata).save(path)
+    assert os.listdir(tmp_path) == ["a.safetensors"] and path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"), [("values", float("nan"), "finite, found nan"), ("indices", 10**6, r"unique|sorted|from 0 to")]
+)
+def test_a_tensor_that_was_made_invalid_in_memory_is_not_saved(tmp_path, part, value, words):
+    adapter = random_adapter(mlp(), seed=1)
+    getattr(adapter.tensors["2.weight"], part)[0] = value
+    with pytest.raises(shira.AdapterError, match=rf"a\.safetensors: tensor '2\.weight' was changed in memory.*({words})"):
+        adapter.save(tmp_path / "a.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_metadata_that_are_filled_while_tensors_are_written_are_checked_at_the_end(tmp_path):
+    metadata = {}
+    with pytest.raises(shira.AdapterError, match="'training' must be an object"), saving(tmp_path / "a", metadata) as add:
+        add("0.weight", random_adapter(mlp(), seed=1).tensors["0.weight"])
+        metadata["training"] = "3 epochs"
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -6,7 +6,7 @@ from torch import nn
 
 import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
-from shira import SparseTensor, Switcher
+from shira import SparseTensor, Switcher, SwitchError, TuningError
 from test_model_changes import switcher_of
 
 
@@ -114,3 +114,21 @@ def test_sums_over_a_buffer_are_of_what_it_is_now():
         assert torch.equal(model[0].running_mean, torch.full((4,), (before + 1) / 2))
         switcher.use(None)
         assert torch.equal(model[0].running_mean, torch.full((4,), before))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(2, 13))])
+def test_torchscript_is_refused_as_a_model_and_as_a_part_of_one(make):
+    scripted = make(mlp())
+    for model, words in (
+        (scripted, "found TorchScript"),
+        (nn.Sequential(nn.Linear(13, 13), scripted), "its part '1' is TorchS"),
+    ):
+        before = all_bits(model)
+        with pytest.raises(
+            SwitchError, match=rf"{words}.*load the model that was scripted or traced.*shira\.Switcher\(model\)"
+        ):
+            Switcher(model)
+        with pytest.raises(TuningError, match=rf"{words}.*load the model that was scripted or traced.*shira\.attach\(model\)"):
+            shira.attach(model, density=0.1)
+        assert same_bits(before, all_bits(model))

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 import threading
 import weakref
 
@@ -13,6 +15,8 @@ import shira
 from conftest import all_bits, mlp, random_adapter, same_bits
 from interrupting import interrupted
 from shira import BaseMismatch, ShiraError, SparseTensor, Switcher, SwitchError
+from shira.analysis.comparison import deltas
+from shira.checkpoints.extraction import extract_to
 from shira.switching.ready import InWeights
 from shira.weights import owners
 from test_model_changes import adapters, switcher_of
@@ -31,6 +35,26 @@ def test_a_copy_of_a_model_is_nobodys():
     assert same_bits(all_bits(twin), all_bits(model))
     switcher.use(None)
     assert same_bits(base, all_bits(model))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda it: torch.save(it, io.BytesIO())])
+def test_a_switcher_is_not_copied(copied):
+    """Nor is a module that holds one, without giving it up first. What is active stays."""
+    model = mlp()
+    switcher = switcher_of(model)
+    switcher.use("a")
+    held = all_bits(model)
+    with pytest.raises(SwitchError, match=r"belongs to one model.*make another one for the copy: shira.Switcher\(copy\)"):
+        copied(switcher)
+    if copied is not copy.copy:  # which copies no attributes
+        model.switcher = switcher
+        with pytest.raises(SwitchError, match=r"as with `del module.switcher`"):
+            copied(model)
+        del model.switcher
+        copied(model)
+    assert same_bits(held, all_bits(model)) and switcher.active == {"a": 1.0}
+    switcher.use(None)
+    assert same_bits(all_bits(mlp()), all_bits(model))
 
 
 def test_a_model_has_one_owner_at_a_time():
@@ -73,6 +97,47 @@ def left(model, name="a"):
     switcher_of(model).use(name)
     gc.collect()
     assert not same_bits(base, all_bits(model))
+
+
+def test_a_model_that_somebody_owns_is_taken_for_no_base(tmp_path):
+    """Neither as it is, nor compiled, nor as a part of another model. The weights of a tuned model are taken as they are."""
+    model, tuned = mlp(), mlp(seed=1)
+    base, delta, plain = all_bits(model), random_adapter(model, 3, kind="delta"), random_adapter(model, 5)
+    calls = (
+        lambda of: shira.fuse({"d": (delta, 1.0)}, base=of),
+        lambda of: shira.fuse({"w": (plain, 0.5)}, base=of),
+        lambda of: shira.extract(of, tuned, density=0.1),
+        lambda of: extract_to(tmp_path / "a.safetensors", of, tuned, density=0.1),
+        lambda of: shira.compare(delta, plain, base=of),
+        lambda of: next(deltas({"d": delta}, of)),
+    )
+    switcher = switcher_of(model)
+    switcher.use("a")
+    held = all_bits(model)
+    for call in calls:
+        for of in (model, torch.compile(model, backend="eager"), nn.ModuleDict({"inner": model})):
+            with pytest.raises(ShiraError, match=r"in use: a Switcher has 'a' active in it; call its use\(None\) first"):
+                call(of)
+    shira.extract(tuned, model, density=0.1)
+    assert same_bits(held, all_bits(model)) and not list(tmp_path.iterdir())
+    switcher.use(None)
+    with shira.attach(model, density=0.1):
+        for call in calls:
+            with pytest.raises(ShiraError, match=r"in use: a tuner is attached .*; call its detach\(\) first"):
+                call(model)
+    assert same_bits(base, all_bits(model))
+    for call in calls:
+        call(model)
+
+
+def test_a_base_is_the_one_under_what_a_switcher_has_left_behind():
+    model = mlp()
+    expected = shira.extract(model, mlp(seed=1), density=0.1)
+    switcher_of(model).use("a")  # gone at once, with "a" active
+    gc.collect()
+    found = shira.extract(model, mlp(seed=1), density=0.1)
+    assert found.fingerprints == expected.fingerprints
+    assert all(torch.equal(found.tensors[name].values, tensor.values) for name, tensor in expected.tensors.items())
 
 
 def test_who_comes_after_a_switcher_that_is_gone_gets_the_base():

@@ -108,3 +108,30 @@ def test_what_is_ready_takes_eight_bytes_an_entry_in_bfloat16(tmp_path):
     ((plan, _),) = switcher._ready.here.values()
     assert plan.nbytes == 8 * plan.nnz
     assert all(not isinstance(source._content, shira.Adapter) for source in switcher._sources.values())
+
+
+@pytest.mark.parametrize("active", [None, "a"])
+def test_base_values_of_what_the_model_does_not_have_are_refused(active):
+    model = mlp()
+    base = model[0].weight.detach().view(-1).clone()
+    switcher = Switcher(model)
+    switcher.add("a", random_adapter(model, 1))
+    switcher.use(active)
+    held = all_bits(model)
+    for name, indices, words in (
+        ("0.weihgt", torch.arange(3), r"no tensor '0\.weihgt'; did you mean '0\.weight'"),
+        (3, torch.arange(3), "no tensor 3"),
+        ("0.weight", torch.tensor([1, 143]), r"'0\.weight' \(shape \[11, 13\]\).*from 0 to 142.*found 143"),
+        ("0.weight", torch.tensor([-1, 3]), "found -1"),
+        ("0.weight", torch.tensor([3, 2]), "sorted.*found 2 after 3"),
+        ("0.weight", torch.tensor([1.0]), r"int32 or int64.*found float32 \[1\]"),
+        ("0.weight", torch.tensor([[1]]), r"found int64 \[1, 1\]"),
+        ("0.weight", [1], "found a list"),
+    ):
+        with pytest.raises(SwitchError, match=words):
+            switcher.base_values(name, indices)
+    for indices in (torch.tensor([0, 5, 142]), torch.tensor([7], dtype=torch.int32), torch.arange(0)):
+        assert torch.equal(switcher.base_values("0.weight", indices), base[indices.long()])
+    assert same_bits(held, all_bits(model))
+    with pytest.raises(SwitchError, match="meta device"):
+        Switcher(mlp().to("meta")).base_values("0.weight", torch.arange(3))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..adapter import Adapter, load
-from ..checkpoints.sources import CheckpointSource, tensors_of
+from ..checkpoints.sources import CheckpointSource, base_tensors
 from ..errors import AdapterError, BaseMismatch
 from ..files.paths import AnyPath
 from ..sparse.tensor import SparseTensor, all_finite
@@ -132,8 +132,8 @@ def compare(
     """Overlap, AWOM, AWOR (SHiRA §4.2, arXiv 2406.13175), distance, cosine, sign conflicts and rank, by tensor and in total.
 
     adapters: one or more Adapters or files. They are called by their names, or their files' names.
-    base: the model, its tensors by name, or a checkpoint folder; needed unless all are deltas. It is checked that the adapters
-        belong to it.
+    base: the model, with no adapter active and no tuner attached; its tensors by name, or a checkpoint folder. It is needed
+        unless all are deltas. It is checked that the adapters belong to it.
     spectra: whether to compute singular values, which takes most of the time.
     on_progress(tensors done, tensor's name) is called after each tensor.
 
@@ -206,7 +206,7 @@ def deltas(
 
     only: the one tensor that is wanted. Raises what `compare` raises.
     """
-    tensors = tensors_of(base) if base is not None else None
+    tensors = base_tensors(base) if base is not None else None
     names = sorted({name for adapter in adapters.values() for name in adapter.tensors})
     identifies = {name: identifying(adapter) for name, adapter in adapters.items()}
     for tensor_name in names if only is None else [only]:

@@ -19,7 +19,7 @@ from ..sparse.tensor import Kind, SparseTensor, bytes_of, dtype_name, fingerprin
 from ..texts import described, shown
 from ..weights.targets import KEYWORDS
 from .differences import Cut, ProgressCount, Survey, TensorPair, chunks, cut, enough, largest, paired, square_of, survey
-from .sources import Checkpoint, CheckpointSource, identity, tensors_of
+from .sources import Checkpoint, CheckpointSource, base_tensors, identity, tensors_of
 
 __all__ = ["Scope", "check_options", "extract", "extract_to", "summary"]
 
@@ -45,7 +45,8 @@ def extract(
     """An adapter that turns `base` into `tuned` as far as a budget allows: the entries with the largest |ΔW|.
 
     base, tuned: checkpoint folders, safetensors files, models, or mappings of tensors, with the same names, shapes and
-        dtypes. Either checkpoint may hold only one of several tied tensors.
+        dtypes. Either checkpoint may hold only one of several tied tensors. A model that is the base must have no adapter
+        active and no tuner attached. Of `tuned` the weights are taken as they are.
     density: the share of entries to take: of each tensor that differs (scope "tensor"), or of all of these together (scope
         "model"). Among equal |ΔW| (in float32) the first positions win; over a model, the alphabetically first tensors.
         None takes every entry whose bits differ, if these are at most 10 % of the checkpoint's entries.
@@ -114,7 +115,7 @@ def _extract(
 ) -> dict[str, Any]:
     """Call `receive` with the adapter's tensors, one by one. Returns the adapter's metadata."""
     check_options(density, keep, scope, kind, name, license)
-    before, after = tensors_of(base), tensors_of(tuned)
+    before, after = base_tensors(base), tensors_of(tuned)
     chosen = _chosen(targets, sorted(set(before) | set(after)))
     pairs, not_compared = paired(before, after, chosen)
     watch = ProgressCount(3 * sum(pair.numel for pair in pairs), on_progress)

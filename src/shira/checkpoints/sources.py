@@ -14,11 +14,33 @@ from ..files.tensorfiles import BLOCK, HeaderEntry
 from ..sparse.tensor import bytes_of
 from ..texts import described
 from ..weights.distributed import is_sharded
+from ..weights.model_tensors import unwrapped
+from ..weights.owners import claim
 from ..weights.quantized import is_quantized
 
-__all__ = ["Checkpoint", "CheckpointSource", "LazyTensors", "form_of", "identity", "pieces_of", "rewrite", "tensors_of"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointSource",
+    "LazyTensors",
+    "base_tensors",
+    "form_of",
+    "identity",
+    "pieces_of",
+    "rewrite",
+    "tensors_of",
+]
 
 CheckpointSource = AnyPath | nn.Module | Mapping[str, Tensor]
+
+
+def base_tensors(base: CheckpointSource) -> Mapping[str, Tensor]:
+    """The tensors of a base: those of `tensors_of`, but not of a model that has an adapter active or a tuner attached.
+
+    Raises CheckpointError for such a model, and what `tensors_of` raises.
+    """
+    if isinstance(base, nn.Module):
+        claim(base, "", CheckpointError)  # with an adapter in it, it is not the base
+    return tensors_of(base)
 
 
 def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
@@ -31,7 +53,7 @@ def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
             if is_quantized(weight) or is_sharded(weight):
                 state = "quantized" if is_quantized(weight) else "sharded"
                 raise CheckpointError(f"'{name}' is {state} in this model; give a plain model or checkpoint")
-        return dict(source.state_dict())
+        return dict(unwrapped(source).state_dict())
     if isinstance(source, Mapping):
         for name, tensor in () if isinstance(source, LazyTensors) else source.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):

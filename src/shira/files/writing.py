@@ -13,6 +13,7 @@ from ..sparse.positions import checksum, frequency_of, seed_of
 from ..sparse.tensor import SparseTensor
 from ..texts import shown, strict_json
 from . import encoding
+from .metadata import check_metadata
 from .paths import AnyPath, path_of
 from .reading import neighbour
 from .tensorfiles import spooled
@@ -30,11 +31,12 @@ def saving(
 
     At the end of the `with` the file appears, with the bytes that `save` writes. If anything fails before, no file appears.
     metadata: may be filled until the end, except for what its "mask" says about positions that a rule draws.
-    Raises what `save` raises.
+    Raises what `save` raises. What is in the metadata by now is checked before anything is written.
     """
     path = path_of(path, "adapter.save('poet.safetensors')", AdapterError)
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; name a file in it, as in adapter.save({str(path / 'adapter.safetensors')!r})")
+    _json_of(path, metadata)
     beside = neighbour(path, like) if like is not None else {}
     entries: dict[str, dict[str, Any]] = {}
     header: dict[str, str] = {}
@@ -45,6 +47,7 @@ def saving(
                 name.encode()
             except UnicodeEncodeError:
                 raise AdapterError(f"the name of a tensor must be valid Unicode, found {shown(name)}") from None
+            tensor = _checked(path, name, tensor)
             indices = tensor.indices.detach().cpu().contiguous()
             stored = encoding.encode(indices, tensor.shape, _rules(metadata, name, tensor))
             if stored.array is not None and name in beside and torch.equal(beside[name].indices, indices):
@@ -56,12 +59,35 @@ def saving(
 
         yield add
         header |= {"format": "shira", "format_version": str(FORMAT_VERSION), "encoding": "gap"}
-        try:
-            header["tensors"] = json.dumps(dict(sorted(entries.items())))
-            header["metadata"] = json.dumps(metadata, allow_nan=False)
-            strict_json(header["metadata"])  # raises for metadata that a reader refuses
-        except (TypeError, ValueError, RecursionError) as error:
-            raise AdapterError(f"the adapter's metadata cannot be written as JSON: {error}") from error
+        header["tensors"] = json.dumps(dict(sorted(entries.items())))
+        header["metadata"] = _json_of(path, metadata)
+
+
+def _json_of(path: Path, metadata: Mapping[str, Any]) -> str:
+    """The metadata as JSON. Raises AdapterError for metadata that a reader refuses."""
+    try:
+        check_metadata(metadata)
+        text = json.dumps(metadata, allow_nan=False)
+        strict_json(text)
+    except AdapterError as error:
+        raise AdapterError(f"cannot save to {path}, since `load` would refuse it: {error}; correct adapter.metadata") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(f"cannot save to {path}: the adapter's metadata cannot be written as JSON: {error}") from error
+    return text
+
+
+def _checked(path: Path, name: str, tensor: SparseTensor) -> SparseTensor:
+    """The tensor, with all that was checked when it was made checked again: others may have written into it since.
+
+    Raises AdapterError.
+    """
+    indices = tensor.indices  # of a file these are decoded now, which may raise FormatError
+    try:
+        return SparseTensor(tensor.shape, indices, tensor.values, tensor.kind)
+    except AdapterError as error:
+        raise AdapterError(
+            f"cannot save to {path}: tensor '{name}' was changed in memory after it was made: {error}; make the adapter again"
+        ) from None
 
 
 def _rules(metadata: Mapping[str, Any], name: str, tensor: SparseTensor) -> list[dict[str, Any]]:

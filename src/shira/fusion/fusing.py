@@ -20,6 +20,7 @@ from ..texts import described
 from ..weights.belonging import Identifies, check_described, check_fingerprint, identifying, weight_of
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import named_tensors
+from ..weights.owners import claim
 from .combining import combine, combine_deltas
 from .methods import Method, resolve
 from .strengths import CheckedStrength, File, Strength, as_given, check_strengths, given_strengths, strengths_of
@@ -40,7 +41,8 @@ def fuse(
 
     adapters: file -> strength α, or name -> (Adapter, strength). A strength is a number, below 0 to negate; or a mapping from
         patterns to numbers, such as `{"*": 1.0, "*.mlp.*": 0.5}`. The last pattern that matches a tensor's name counts.
-    base: the model, or its tensors by name. It is not needed if all adapters are deltas; then the result is a delta, too.
+    base: the model, with no adapter active and no tuner attached; or its tensors by name, which are taken as they are. It is
+        not needed if all adapters are deltas; then the result is a delta, too.
     method: "sum", "mean", "max", "ties" (density=0.2) or "dare" (drop=0.5, seed=0). See docs/fusion.md.
 
     Everything is computed in float32 (float64 for float64), in the order of the names, and rounded once. An entry that only one
@@ -55,6 +57,8 @@ def fuse(
     strengths = check_strengths({label: strength for label, (_, strength) in given.items()})
     if base is not None and not isinstance(base, nn.Module | Mapping):
         raise AdapterError(f"base must be a model, loaded, or its tensors by name; found {described(base)}")
+    if isinstance(base, nn.Module):
+        claim(base, "", BaseMismatch)  # with an adapter in it, it is not the base
     weights = named_tensors(base) if isinstance(base, nn.Module) else base
     sharded = next((name for name, weight in (weights or {}).items() if is_sharded(weight)), None)
     if sharded is not None:

@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import AdapterError, SwitchError, did_you_mean
 from ..fusion.strengths import Strength, check_strengths, finite_number
 from ..texts import described, shown
-from ..weights.model_tensors import plain_model
+from ..weights.model_tensors import unwrapped
 
 __all__ = ["UNET_BLOCKS", "by_block", "copied", "paired"]
 
@@ -94,9 +94,7 @@ def _numbered(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _part(label: str, path: str, module: nn.Module, words: Any) -> tuple[str, nn.Module]:
     """The module of this name in a part of a pipeline, "up.block_0" or "up_blocks.0", and its path."""
     for word in str(words).split("."):
-        children: dict[str, nn.Module] = {
-            name: plain_model(child, AdapterError, "set") for name, child in module.named_children()
-        }
+        children: dict[str, nn.Module] = {name: unwrapped(child) for name, child in module.named_children()}
         name = next((each for each in (word, UNET_BLOCKS.get(word), word.removeprefix("block_")) if each in children), None)
         if name is None:
             short = {value: key for key, value in UNET_BLOCKS.items()}

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from ..errors import AdapterError, SwitchError, did_you_mean
 from ..files.paths import path_of
 from ..fusion.strengths import Strength
 from ..sparse.tensor import SparseTensor
+from ..switching.left_behind import no_copy
 from ..switching.sources import AdapterSource
 from ..switching.switcher import Switcher
 from ..texts import described, shown
@@ -98,6 +99,10 @@ class PipelineAdapters:
         self._hold(present_in(self._pipe))
         self._switcher = Switcher(self._model, ready=ready, host=host)
         self._switcher.called = ("a PipelineAdapters", "disable()")
+
+    def __reduce__(self) -> NoReturn:
+        """It is neither copied nor pickled, since it keeps the base of its own pipeline. Raises SwitchError."""
+        raise no_copy("a PipelineAdapters", "PipelineAdapters(copy)")
 
     @property
     def names(self) -> list[str]:

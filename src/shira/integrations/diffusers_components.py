@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
+from ..errors import AdapterError, BaseMismatch, did_you_mean
 from ..texts import shown
-from ..weights.model_tensors import named_tensors, plain_model
+from ..weights.model_tensors import named_tensors, unwrapped
 
 __all__ = ["COMPONENTS", "DENOISERS", "check_component", "check_parts", "prefix_of", "present_in", "tensors_of"]
 
@@ -21,11 +21,7 @@ COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
 def present_in(pipe: Any) -> dict[str, nn.Module]:
     """The components that a pipeline has now, without wrappers of torch.compile."""
     found = {name: getattr(pipe, name, None) for name in COMPONENTS}
-    return {
-        name: plain_model(module, SwitchError, "PipelineAdapters(pipe)")
-        for name, module in found.items()
-        if isinstance(module, nn.Module)
-    }
+    return {name: unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}
 
 
 def tensors_of(component: str | None, present: Mapping[str, nn.Module]) -> dict[str, Tensor]:

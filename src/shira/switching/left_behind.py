@@ -1,4 +1,7 @@
-"""What others find of a switcher in a model: that it owns it; and, if it is gone, what it has left active, over the base."""
+"""What others find of a switcher in a model: that it owns it; and, if it is gone, what it has left active, over the base.
+
+Also what those hear who copy a switcher.
+"""
 
 import contextlib
 import functools
@@ -16,7 +19,7 @@ from .model_state import ModelState
 from .ready import InWeights
 from .recovery import recover_base
 
-__all__ = ["leave_behind", "owner_text"]
+__all__ = ["leave_behind", "no_copy", "owner_text"]
 
 
 def leave_behind(model: nn.Module, known: ModelState, state: InWeights) -> None:
@@ -60,3 +63,11 @@ def owner_text(switcher: weakref.ref[Any]) -> str:
         return ""
     who, call = alive.called
     return f"{who} has {alive._state.label()} active in it; call its {call} first"
+
+
+def no_copy(who: str, anew: str) -> SwitchError:
+    """The error for copying or pickling a switcher, or a module that holds one. anew: the call that makes one for the copy."""
+    return SwitchError(
+        f"{who} belongs to one model, and cannot be copied or pickled. Copy the model without it, and make another one for the "
+        f"copy: {anew}. A module that holds it must give it up first, as with `del module.switcher`"
+    )

@@ -1,5 +1,6 @@
 """A model as a switcher has found it: its tensors, whether they are still the same, and whether an adapter fits them."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,16 +8,19 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..adapter import Adapter
-from ..errors import AdapterError, BaseMismatch
+from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
 from ..kernels import WeightChanged, WeightMemory, WritePlan
-from ..sparse.tensor import SparseTensor
+from ..sparse.tensor import SparseTensor, dtype_name
+from ..texts import described, shown
 from ..weights.belonging import check_base
 from ..weights.distributed import gather_pieces, is_sharded, piece_of, reshard
 from ..weights.model_tensors import ModelTensors, is_buffer
 from ..weights.optimizers import watch
 from ..weights.owners import claim
-from ..weights.quantized import is_quantized
+from ..weights.quantized import is_quantized, shape_of
 from .quantized_layers import QuantizedLayers
+from .ready import InWeights
+from .recovery import recover_base
 
 __all__ = ["ModelState"]
 
@@ -45,9 +49,13 @@ class ModelState:
 
     def has_changed(self) -> bool:
         """Whether a module or tensor of the model was replaced, or torch wrote to a watched weight, since our last write."""
+        self.free_gathered()
+        return not self.tensors.same() or self._versions != [weight._version for weight in self._watched]
+
+    def free_gathered(self) -> None:
+        """Free the gathered weights of a sharded model. They are out of date when its pieces were written."""
         if self.pieces:
             reshard(self._model)
-        return not self.tensors.same() or self._versions != [weight._version for weight in self._watched]
 
     def has_moved(self) -> bool:
         """Whether a weight has other memory than when this was made: so it is after `weight.data = …`."""
@@ -99,6 +107,17 @@ class ModelState:
                 self._watched = [*self._watched, weight]
                 self._versions = [*self._versions, weight._version]
 
+    def base_values(self, name: str, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:
+        """`base_at` for a tensor by its name. Raises SwitchError for a tensor or positions that the model does not have."""
+        weight = self.weights.get(name) if isinstance(name, str) else None
+        if weight is None:
+            raise SwitchError(f"this model has no tensor {shown(name)}; {did_you_mean(str(name), self.weights)}")
+        if is_quantized(weight) or weight.is_meta:
+            state = "quantized" if is_quantized(weight) else "on the meta device"
+            raise SwitchError(f"'{name}' is {state} in this model, and has no base values; load the model with plain weights")
+        _check_positions(name, weight, indices)
+        return self.base_at(weight, indices, plans)
+
     def base_at(self, weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:
         """The base values at positions [k] of a weight: those in the weight, or in the stash of a plan that is active there."""
         indices = indices.to(weight.device)
@@ -107,6 +126,10 @@ class ModelState:
             return _base_here(weight, indices, plans)
         here = _base_here(piece.local, indices[piece.span(indices)] - piece.start, plans)
         return gather_pieces(weight, indices, here)
+
+    def recover_base(self, state: InWeights) -> None:
+        """Restore the base in the model as it is now, although it was changed under what is active. Raises SwitchError."""
+        recover_base(state.plans, self.names(), ModelTensors(self._model), state.label())
 
     def names(self) -> dict[int, list[str]]:
         """id of a weight, or of its local piece -> the weight's names."""
@@ -118,6 +141,25 @@ class ModelState:
 
 def _has_memory(weight: Tensor) -> bool:
     return not (is_sharded(weight) or is_quantized(weight)) and torch._C._has_storage(weight)
+
+
+def _check_positions(name: str, weight: Tensor, indices: Tensor) -> None:
+    """Raise SwitchError unless these are sorted positions in a weight."""
+    shape = shape_of(weight)
+    wanted = f"positions in '{name}' (shape {list(shape)}) are sorted, from 0 to {math.prod(shape) - 1}, int32 or int64 [k]"
+    if not isinstance(indices, Tensor):
+        raise SwitchError(f"{wanted}; found {described(indices)}")
+    if indices.ndim != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise SwitchError(f"{wanted}; found {dtype_name(indices.dtype)} {list(indices.shape)}")
+    if not indices.numel():
+        return
+    falls = indices[1:] < indices[:-1]
+    if bool(falls.any()):
+        here = int(falls.nonzero()[0])
+        raise SwitchError(f"{wanted}; found {int(indices[here + 1])} after {int(indices[here])}")
+    for end in (int(indices[0]), int(indices[-1])):
+        if not 0 <= end < math.prod(shape):
+            raise SwitchError(f"{wanted}; found {end}")
 
 
 def _base_here(weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:

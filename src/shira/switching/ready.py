@@ -90,9 +90,14 @@ class Ready:
     here: those that are ready, at most `capacity`. waiting: those in host memory, at most `host`.
     arriving: those on their way back from host memory, at most `capacity`.
     pinned: those that never make room for others, fewer than `capacity`.
+
+    Raises SwitchError for numbers that are not possible. It calls `capacity` "ready", as `Switcher` does.
     """
 
     def __init__(self, capacity: int, host: int) -> None:
+        for option, value, least in (("ready", capacity, 1), ("host", host, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SwitchError(f"{option} must be a whole number from {least} on, found {value!r}")
         self._capacity, self._host = capacity, host
         self.pinned: set[CheckedSelection] = set()
         self.here: OrderedDict[CheckedSelection, Prepared] = OrderedDict()

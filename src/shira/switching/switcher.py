@@ -12,7 +12,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -24,15 +24,13 @@ from ..fusion.strengths import as_given
 from ..kernels import WeightChanged, WritePlan
 from ..sparse.tensor import SparseTensor, all_finite
 from ..texts import shown
-from ..weights.distributed import reshard
-from ..weights.model_tensors import ModelTensors, named_tensors, plain_model
+from ..weights.model_tensors import named_tensors, plain_model
 from ..weights.modes import writable
 from ..weights.owners import check_free
-from .left_behind import leave_behind, owner_text
+from .left_behind import leave_behind, no_copy, owner_text
 from .model_state import ModelState
 from .preparing import changes, checked, prepare
 from .ready import BASE, CheckedSelection, InWeights, Prepared, Ready, Selection, checked_selection, listed
-from .recovery import recover_base
 from .sources import AdapterSource
 from .turns import Block, Blocks, Turn
 
@@ -64,9 +62,6 @@ class Switcher:
 
     def __init__(self, model: nn.Module, *, ready: int = 8, host: int = 0) -> None:
         self._model = plain_model(model, SwitchError, "shira.Switcher(model)")
-        for option, value, least in (("ready", ready, 1), ("host", host, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SwitchError(f"{option} must be a whole number from {least} on, found {value!r}")
         self._turn = Turn()
         self._sources: dict[str, AdapterSource] = {}
         self._ready = Ready(ready, host)
@@ -84,6 +79,10 @@ class Switcher:
             with contextlib.suppress(SwitchError):  # an interrupted switch, of which the base is not known any more
                 self._undo_interrupted()
             leave_behind(self._model, self._model_state, self._state)
+
+    def __reduce__(self) -> NoReturn:
+        """A switcher is neither copied nor pickled, since it keeps the base of its own model. Raises SwitchError."""
+        raise no_copy("a Switcher", "shira.Switcher(copy)")
 
     def __repr__(self) -> str:
         """Two lines: what is active, and what is registered. It changes nothing, also after an interrupted switch."""
@@ -211,12 +210,15 @@ class Switcher:
             return [{name: as_given(strength) for name, strength in key.strengths} for key in self._ready.here]
 
     def base_values(self, name: str, indices: Tensor) -> Tensor:
-        """The base's values at sorted positions [k] of a tensor, whatever is active. Raises what `use` raises."""
+        """The base's values at sorted positions [k] of a tensor, whatever is active.
+
+        Raises SwitchError for a tensor or positions that the model does not have, and what `use` raises.
+        """
         if self._turn.is_taken_here() and self._state.selection is not None:  # a source asks, while `use` reads it
-            return self._model_state.base_at(self._model_state.weights[name], indices, self._state.plans)
+            return self._model_state.base_values(name, indices, self._state.plans)
         with self._turn(), self._working():
             self._follow()
-            return self._model_state.base_at(self._model_state.weights[name], indices, self._state.plans)
+            return self._model_state.base_values(name, indices, self._state.plans)
 
     def changes(self, selection: Selection, method: str = "sum", **options: float) -> dict[str, SparseTensor]:
         """What `use` would change: for each tensor its new values minus the base's, as deltas in float32. Nothing is written.
@@ -278,12 +280,9 @@ class Switcher:
                     kernels.restore_(plan, check=False)
                     plan.begun[0] = 0
         except WeightChanged:
-            self._recover_base(state)
+            self._model_state.recover_base(state)
         self._model_state.note_writes()
         self._state = InWeights(BASE)
-
-    def _recover_base(self, state: InWeights) -> None:
-        recover_base(state.plans, self._model_state.names(), ModelTensors(self._model), state.label())
 
     def _follow(self) -> None:
         """Check what was done to the model since the last call, and follow it. What is active stays active."""
@@ -307,7 +306,7 @@ class Switcher:
     def _restart_on_base(self) -> None:
         """Restore the base in the model as it is now, and start again from it, with nothing active."""
         if self._state.plans:
-            self._recover_base(self._state)
+            self._model_state.recover_base(self._state)
         self._model_state.quantized.show(())
         self._state = InWeights(BASE)
         self._reread_model()
@@ -368,8 +367,7 @@ class Switcher:
                 self._undo_interrupted()
             raise
         finally:
-            if self._model_state.pieces:  # gathered weights are out of date
-                reshard(self._model)
+            self._model_state.free_gathered()
         if not finite:
             self._undo_overflow(wanted, coming, state.selection or BASE)
 

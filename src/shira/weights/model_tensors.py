@@ -15,7 +15,7 @@ from ..errors import ShiraError
 from .distributed import is_sharded
 from .quantized import is_quantized
 
-__all__ = ["OWN", "ModelTensors", "ModuleTree", "is_buffer", "is_own", "named_tensors", "plain_model"]
+__all__ = ["OWN", "ModelTensors", "ModuleTree", "is_buffer", "is_own", "named_tensors", "plain_model", "unwrapped"]
 
 OWN = "shira_"  # prefix of every name under which a tuner keeps something in a module
 KEPT = tuple(OWN + name for name in ("base", "before_", "values", "whole"))  # of parameters and buffers
@@ -25,14 +25,26 @@ COMPILED = "_orig_mod"  # the name of the original module inside the wrapper of 
 def plain_model(model: Any, error: type[ShiraError], call: str) -> nn.Module:
     """The model itself, without the wrappers of torch.compile.
 
-    Raises `error` if it is not a torch.nn.Module. call: the call that the message recommends.
+    Raises `error` if it is not a torch.nn.Module, or if it or a part of it is TorchScript, which holds its modules and tensors
+    outside of Python. call: the call that the message recommends.
     """
     if not isinstance(model, nn.Module):
         raise error(f"a model must be a torch.nn.Module, found {type(model).__name__}; load it first, then call {call}")
-    plain: nn.Module = model
-    while (inner := plain._modules.get(COMPILED)) is not None:
-        plain = inner
-    return plain
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            found = f"its part '{name}' is TorchScript" if name else "found TorchScript"
+            raise error(
+                f"a model must consist of Python modules alone, {found} ({type(part).__name__}); load the model that was "
+                f"scripted or traced, then call {call}"
+            )
+    return unwrapped(model)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module without the wrappers of torch.compile."""
+    while COMPILED in module._modules:
+        module = module.get_submodule(COMPILED)
+    return module
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
