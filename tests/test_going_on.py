@@ -57,14 +57,16 @@ def test_a_run_goes_on_to_the_same_bytes(run, folder, stop, more):
     place = folder / "again/poet.checkpoints"
     stop(1)
     assert run(line)[0] == 130 and not place.exists()  # nothing was saved yet
+    code, out, _ = run(line.replace("--save-every 2", ""))
+    assert code == 130 and "stopped, and nothing was saved; --save-every 100 saves a checkpoint" in out
     stop(5)
     code, out, err = run(line)
-    assert code == 130 and "the same command goes on from the checkpoint in again/poet.checkpoints" in out, err
+    assert code == 130 and "stopped; the same command goes on after step 4, from again/poet.checkpoints" in out, err
     assert [path.name for path in place.glob("check*")] == ["checkpoint-4"]
     assert not [path for path in (place / "checkpoint-4").iterdir() if path.stat().st_size > 1e6]
     stop(6)
     code, out, _ = run(line)
-    assert code == 130 and "goes on from the checkpoint" in out
+    assert code == 130 and "goes on after step 4, from again/poet.checkpoints" in out
     stop(None)
     code, out, err = run(line)
     assert code == 0 and "training: 7/7" in err, err
@@ -80,9 +82,9 @@ def test_checkpoints_of_other_runs_are_not_gone_on_from(run, folder, stop):
     kept = sorted(path.name for path in (folder / "poet.checkpoints").iterdir())
     rows = (folder / "a.jsonl").read_text()
     for change, words in {
-        "--lr 0.02": "a run with another lr: 0.01, now 0.02; give the same command again",
-        "--mask snip": "a run with another mask: 'wm', now 'snip'",
-        "rows": "a run with another content of a.jsonl",
+        "--lr 0.02": "poet.checkpoints is of a run with lr 0.01, and this one has 0.02; give the same command again",
+        "--mask snip": "a run with mask 'wm', and this one has 'snip'",
+        "rows": "a run with content of a.jsonl",
         "foreign": "holds no checkpoints of a run; move it away",
         "claimed": "another run saves its checkpoints in poet.checkpoints now",
     }.items():

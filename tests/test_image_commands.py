@@ -107,12 +107,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(run, folder, monkeypatch, more)
     assert run(line)[0] == 130 and not place.exists() and not (folder / "again").exists()
     for stop[0] in (5, 6):
         code, out, err = run(line)
-        assert code == 130 and "the same command goes on from the checkpoint in again.checkpoints" in out, err
+        assert code == 130 and "stopped; the same command goes on after step 4, from again.checkpoints" in out, err
     (saved,) = place.glob("checkpoint-*")
     assert saved.name == "checkpoint-4" and sum(path.stat().st_size for path in saved.iterdir()) < 4e5  # without the base
     stop[0] = None
     code, out, err = run(line)
-    assert code == 0 and "goes on from the checkpoint" in out and "training: 7/7" in err, err
+    assert code == 0 and "goes on after step 4" in out and "training: 7/7" in err, err
     assert (folder / "again/adapter.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes()
     assert not place.exists() and (folder / "again/samples.png").exists()
 

@@ -119,21 +119,28 @@ def checkpoints(
 
     read: names of the data. Raises DataError without an output, or for a folder of another run.
     """
-    from ..runs.going_on import checkpoints_of, folder_of, has_checkpoints
+    from ..runs.going_on import checkpoints_of, folder_of, last_step
 
     if every and output is None:
         raise DataError("--save-every needs --output, by which the same command finds the checkpoints: -o poet")
-    if not every or not IS_FIRST:
-        yield folder_of(place) if every else None
+    if not every:
+        try:
+            yield None
+        except KeyboardInterrupt:
+            console.print("stopped, and nothing was saved; --save-every 100 saves a checkpoint each 100 steps", highlight=False)
+            raise
+        return
+    if not IS_FIRST:
+        yield folder_of(place)
         return
     with checkpoints_of(place, recipe, read, replace=force) as folder:
-        if has_checkpoints(folder):
-            console.print(f"goes on from the checkpoint in {cell(folder)}", highlight=False)
+        if (step := last_step(folder)) is not None:
+            console.print(f"goes on after step {step:,}, from {cell(folder)}", highlight=False)
         try:
             yield folder
         except BaseException:
-            if has_checkpoints(folder):
-                console.print(f"stopped; the same command goes on from the checkpoint in {cell(folder)}", highlight=False)
+            if (step := last_step(folder)) is not None:
+                console.print(f"stopped; the same command goes on after step {step:,}, from {cell(folder)}", highlight=False)
             raise
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,9 +21,10 @@ from ..texts import shown
 from .outputs import Output
 from .shared_options import Masked
 
-__all__ = ["checkpoints_of", "folder_of", "has_checkpoints"]
+__all__ = ["checkpoints_of", "folder_of", "last_step"]
 
 RUN = "run.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @contextlib.contextmanager
@@ -42,15 +44,16 @@ def checkpoints_of(output: Output, recipe: Masked, data: Iterable[str | None], *
         try:
             yield folder
         except BaseException:
-            if not has_checkpoints(folder):
+            if last_step(folder) is None:
                 shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
 
 
-def has_checkpoints(folder: Path) -> bool:
-    """Whether a run has saved a checkpoint in its folder."""
-    return any(folder.glob("checkpoint-*"))
+def last_step(folder: Path) -> int | None:
+    """The step after which the last checkpoint in a run's folder was saved, None if there is none."""
+    steps = [int(name[1]) for path in folder.iterdir() if (name := CHECKPOINT.fullmatch(path.name))]
+    return max(steps, default=None)
 
 
 def folder_of(output: Output) -> Path:
@@ -67,14 +70,14 @@ def _begin(folder: Path, told: dict[str, Any], replace: bool) -> None:
             raise DataError(
                 f"{folder} is there already, and holds no checkpoints of a run; move it away, or give another --output"
             ) from None
-        differs = next((key for key in before.keys() | told.keys() if before.get(key) != told.get(key)), None)
+        differs = next((key for key in sorted(before.keys() | told.keys()) if before.get(key) != told.get(key)), None)
         if differs is None:
             return
         if not replace:
             raise DataError(
-                f"{folder} holds checkpoints of a run with another {differs}: {shown(before.get(differs))}, now "
-                f"{shown(told.get(differs))}; give the same command again to go on with it, --force to begin anew, or another "
-                "--output"
+                f"{folder} is of a run with {differs} {shown(before.get(differs))}, and this one has "
+                f"{shown(told.get(differs))}; give the same command again to go on with that run, --force to begin "
+                "anew, or another --output"
             )
         shutil.rmtree(folder)
     folder.mkdir()

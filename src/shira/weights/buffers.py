@@ -6,7 +6,6 @@ A model's output depends on them. So they are restored with the base. Those that
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import TuningError
@@ -139,8 +138,6 @@ class Buffers:
 
 def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
         for name, buffer in module._buffers.items():
             plain: Any = type(buffer) in (Tensor, nn.Buffer)
             if not plain or buffer is None or is_own(name) or buffer.is_meta or buffer.is_sparse:
