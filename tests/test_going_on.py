@@ -56,6 +56,7 @@ def test_a_run_goes_on_to_the_same_bytes(run, folder, stop, more):
     (folder / "again").mkdir()
     place = folder / "again/poet.checkpoints"
     stop(1)
+    place.mkdir()  # as a kill may leave it
     assert run(line)[0] == 130 and not place.exists()  # nothing was saved yet
     code, out, _ = run(line.replace("--save-every 2", ""))
     assert code == 130 and "stopped, and nothing was saved; --save-every 100 saves a checkpoint" in out
@@ -92,6 +93,7 @@ def test_checkpoints_of_other_runs_are_not_gone_on_from(run, folder, stop):
             (folder / "a.jsonl").write_text(rows.replace("abc", "cba"))
         elif change == "foreign":
             (folder / "mine.checkpoints").mkdir()
+            (folder / "mine.checkpoints" / "run.json").write_text("[1]")
         with claimed(folder / "poet.checkpoints" if change == "claimed" else folder / "other"):
             code, _, err = run(
                 f"{LINE} --save-every 2 -o mine" if change == "foreign" else f"{line} {change if change[0] == '-' else ''}"

@@ -21,6 +21,7 @@ from ..errors import CheckpointError, ShiraError
 from ..texts import described
 
 __all__ = [
+    "OURS",
     "AnyPath",
     "State",
     "claimed",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files.paths import claimed
+from ..files.paths import OURS, claimed
 from ..files.tensorfiles import write_whole
 from ..texts import shown
 from .outputs import Output
@@ -63,10 +63,10 @@ def folder_of(output: Output) -> Path:
 
 def _begin(folder: Path, told: dict[str, Any], replace: bool) -> None:
     """Make the folder, or check that it is of this run."""
-    if folder.exists():
+    if folder.exists() and not all(OURS.fullmatch(path.name) for path in folder.iterdir()):  # a kill may have left it empty
         try:
-            before = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            before = dict(json.loads((folder / RUN).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             raise DataError(
                 f"{folder} is there already, and holds no checkpoints of a run; move it away, or give another --output"
             ) from None
@@ -80,7 +80,7 @@ def _begin(folder: Path, told: dict[str, Any], replace: bool) -> None:
                 "anew, or another --output"
             )
         shutil.rmtree(folder)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     write_whole(folder / RUN, json.dumps(told, indent=1).encode())
 
 
