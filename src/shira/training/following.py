@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
-from ..sparse.tensor import dtype_name
+from ..sparse.tensor import Kind, dtype_name
 from ..weights.distributed import Piece, is_sharded
 from ..weights.model_tensors import OWN
 from ..weights.targets import Use
 from ..weights.undo import Undo
 
-__all__ = ["BASE", "Entries", "Followed", "Touched", "value_name"]
+__all__ = ["BASE", "Entries", "Followed", "Touched", "Trained", "value_name"]
 
 BASE = OWN + "base"  # prefix of the names of buffers that hold the base's values at the entries
 VALUES = OWN + "values"  # prefix of the names of parameters that hold masters
@@ -34,6 +34,14 @@ class Touched(NamedTuple):
     indices: Tensor
     base: Tensor
     values: Tensor
+
+
+class Trained(NamedTuple):
+    """The trained entries of one weight or buffer."""
+
+    shape: tuple[int, ...]
+    touched: Touched
+    kind: Kind
 
 
 class Entries(NamedTuple):

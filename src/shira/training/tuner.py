@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..errors import AdapterError, TuningError
 from ..files.metadata import base_facts
 from ..masks.calibration import LossFn, Progress
 from ..masks.selector import Indices, Selector
-from ..sparse.tensor import Kind, SparseTensor, fingerprint
+from ..sparse.tensor import SparseTensor, fingerprint
 from ..texts import shown
 from ..weights.buffers import Buffers
 from ..weights.model_tensors import OWN, is_own
@@ -34,7 +34,7 @@ from ..weights.targets import Target
 from ..weights.undo import Undo
 from . import refresh, resuming, stay_near, steps
 from .checkpoint_watch import warn_of_low_rank
-from .following import Touched
+from .following import Touched, Trained
 from .gradient_checkpointing import let_gradients_into_blocks
 from .layers import forget_copies
 from .masters import Masters, swapped
@@ -47,14 +47,6 @@ __all__ = ["Tuner"]
 
 TUNER = OWN + "tuner"  # the attribute of a model that holds its tuner
 MAKING, ATTACHED, LEAVING, GONE = "being attached", "attached", "being detached", "detached"
-
-
-class Trained(NamedTuple):
-    """The trained entries of one weight or buffer."""
-
-    shape: tuple[int, ...]
-    touched: Touched
-    kind: Kind
 
 
 class Tuner:
@@ -216,8 +208,15 @@ class Tuner:
         """Tensor name -> its masters. Raises TuningError if they may not change now; `wish` completes the message."""
         masters = self._masters
         self.at_detach.finish_inner()
-        if self._stage != ATTACHED or len(masters) < len(self._tuned) or any(each.ignored for each in masters.values()):
-            raise TuningError(f"only an attached tuner with method='values' can be {wish}, and not inside its reference()")
+        problem = ""
+        if self._stage != ATTACHED:
+            problem = f"when it is {self._stage}; call shira.attach again"
+        elif len(masters) < len(self._tuned):
+            problem = "with method='hook'; attach with method='values'"
+        elif any(each.ignored for each in masters.values()):
+            problem = "inside its reference(); do it after the block"
+        if problem:
+            raise TuningError(f"a tuner cannot be {wish} {problem}")
         self._check_not_torn()
         self._holders.check()
         for each in masters.values():
