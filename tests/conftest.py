@@ -276,3 +276,19 @@ def pytest_collection_modifyitems(items):
         ordered += others[: max(0, count)]
         del others[: max(0, count)]
     items[:] = ordered + others
+
+
+def stops(monkeypatch, command, training):
+    """Let a command's training stop, as by Ctrl-C, after step n if the returned list is [n]; [None] lets it run."""
+    original, at = getattr(command, training), [None]
+
+    def watched(*given, on_step, **options):
+        def step_done(step, *more):
+            on_step(step, *more)
+            if step == at[0]:
+                raise KeyboardInterrupt
+
+        return original(*given, on_step=step_done, **options)
+
+    monkeypatch.setattr(command, training, watched)
+    return at

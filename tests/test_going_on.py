@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import shira
-from conftest import letter_tokenizer
+from conftest import letter_tokenizer, stops
 from shira.cli import train as command
 from shira.files.paths import claimed
 
@@ -27,17 +27,7 @@ def folder(tmp_path, monkeypatch, tiny_llama):
 @pytest.fixture
 def stop(monkeypatch):
     """stop(n): an interrupt comes after step n of the runs of `shira train` that follow; stop(None): none comes."""
-    original, at = command.train_adapter, [None]
-
-    def watched(*given, on_step, **options):
-        def step_done(step, *more):
-            on_step(step, *more)
-            if step == at[0]:
-                raise KeyboardInterrupt
-
-        return original(*given, on_step=step_done, **options)
-
-    monkeypatch.setattr(command, "train_adapter", watched)
+    at = stops(monkeypatch, command, "train_adapter")
     return lambda step: at.__setitem__(0, step)
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import shira
+from conftest import stops
 from pipelines import pipe_adapter, stable_diffusion, vae
 from shira import DataError
 from shira.cli import train_image as command
@@ -92,17 +93,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(run, folder, monkeypatch, more)
     pipe.save_pretrained("pipeline")
     line = f"{LINE.replace('--steps 3', '--steps 7')} --data dog {more} --name sks --sample-every 3"
     assert run(f"{line} -o whole.safetensors")[0] == 0
-    original, stop = command.trained, [1]
-
-    def watched(*given, on_step, **options):
-        def step_done(step, *more):
-            on_step(step, *more)
-            if step == stop[0]:
-                raise KeyboardInterrupt
-
-        return original(*given, on_step=step_done, **options)
-
-    monkeypatch.setattr(command, "trained", watched)
+    stop = stops(monkeypatch, command, "trained")
+    stop[0] = 1
     line, place = f"{line} --save-every 2 -o again", folder / "again.checkpoints"
     assert run(line)[0] == 130 and not place.exists() and not (folder / "again").exists()
     for stop[0] in (5, 6):
