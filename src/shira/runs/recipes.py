@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from ..data.commonsense import COMMONSENSE
 from ..data.models import BUILT_IN, built_in
 from ..data.tasks import TASKS
-from ..errors import DataError, MissingExtra, did_you_mean
+from ..errors import DataError, MissingExtra, TargetError, did_you_mean
 from ..files.paths import open_regular, path_of
 from ..texts import shown, strict_json
 from ..training.lr_scale import allowed
@@ -27,13 +27,26 @@ if TYPE_CHECKING:
     from ..data.tasks import Example
     from ..data.tokens import Row
 
-__all__ = ["Recipe", "check_run", "load_recipe", "name_of", "read_settings", "recipe_of", "save_recipe", "train_adapter"]
+__all__ = [
+    "PAPERS",
+    "Recipe",
+    "check_run",
+    "load_recipe",
+    "name_of",
+    "read_settings",
+    "recipe_of",
+    "save_recipe",
+    "train_adapter",
+    "usual_targets",
+    "with_targets",
+]
 
 OWN_TEXT = "own"
 GENERAL_BATCH = 4  # rows in a batch of general text; the gradient of each batch is squared
 BUDGETS = ("density", "rank", "total")  # at most one of them is given
 NOT_TOGETHER = ({"eval_data", "eval_share"}, {"decompose", "stay_near", "refresh_every", "method hook"})
 PAPERS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's targets (Table 9)
+USUAL = f"{','.join(PAPERS)} if the model has all of them, else all-linear"
 LONGEST = 2**20  # the largest size of a recipe, in bytes
 DEEPEST = 8  # the deepest nesting of a recipe's settings
 
@@ -86,7 +99,7 @@ class _Training:
 class Recipe(Run, _Training, Masked, _Source):  # dataclasses take their fields from the last to the first
     """The settings of `shira train`, on the command line or in a YAML file. Each option is defined once."""
 
-    targets: str | list[str] = option(PAPERS, TARGETS_HELP, "attach", parse=parse_targets)
+    targets: str | list[str] | None = option(None, TARGETS_HELP, "attach", usual=USUAL, parse=parse_targets)
     report_to: str = option("none", "Where the run is reported: tensorboard, wandb, …, several with commas.", "trainer")
     log_folder: str = option("runs", "The folder where TensorBoard finds the runs.")
 
@@ -172,14 +185,35 @@ def recipe_of(kind: type[Kind], path: str | Path | None, given: Mapping[str, Any
     return kind(**settings)
 
 
+def usual_targets(model: "nn.Module") -> str | list[str]:
+    """What trains if nobody names targets: the paper's targets, or all-linear for a model that lacks one of these names."""
+    from ..weights.targets import resolve
+
+    try:
+        resolve(model, PAPERS)
+    except TargetError:
+        return "all-linear"
+    return list(PAPERS)
+
+
+def with_targets(recipe: Kind, model: "nn.Module") -> Kind:
+    """The recipe; if it names no targets, with the usual ones of this model, which may be without data."""
+    return recipe if recipe.targets is not None else dataclasses.replace(recipe, targets=usual_targets(model))
+
+
 def save_recipe(recipe: Masked, path: str | Path, library: str = "") -> None:
-    """Write a recipe as YAML. A comment gives the versions of shira, torch and a library, which is transformers by default."""
+    """Write a recipe as YAML. A comment gives the versions of shira, torch and a library, which is transformers by default.
+
+    If the recipe names no targets, the file names those that trained, which takes a look at the model's config.
+    """
     import torch
 
     from ..files.tensorfiles import write_whole
     from ..integrations import transformers as hf
     from ..version import __version__
 
+    if isinstance(recipe, Recipe) and recipe.targets is None:
+        recipe = with_targets(recipe, hf.causal_skeleton(recipe.model))
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
     library = library or f"transformers {hf.version()}"
     versions = f"# shira-adapters {__version__}, torch {torch.__version__}, {library}\n"
@@ -246,7 +280,8 @@ def train_adapter(
     pad = tokenizer.pad_token_id or 0
     calibration = batches(rows[: recipe.calibration], model, recipe.batch_size, pad)
     name = name_of(recipe)
-    tuner = attach(model, calibration=calibration, progress=on_calibration, **passed_to("attach", recipe))
+    chosen = passed_to("attach", with_targets(recipe, model))
+    tuner = attach(model, calibration=calibration, progress=on_calibration, **chosen)
     with tuner:
         if recipe.stay_near is not None:
             if recipe.stay_near == OWN_TEXT:
