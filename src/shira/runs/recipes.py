@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..files.paths import open_regular, path_of
 from ..texts import shown, strict_json
 from ..training.lr_scale import allowed
 from ..version import deprecated
+from .foreign_names import here
 from .options import check, option, parse_scale, parse_targets, passed_to
 from .shared_options import TARGETS_HELP, Masked, Run, check_mask
 
@@ -140,6 +142,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"a key stands there twice, from line {node.start_mark.line + 1} on")
             return found
 
+    _with_exponents(Loader)
     try:
         with open_regular(place, DataError) as file:
             content = file.read(LONGEST + 1)
@@ -181,8 +184,15 @@ def recipe_of(kind: type[Kind], path: str | Path | None, given: Mapping[str, Any
         deprecated(f"decompose {old}", f"decompose {new}", gone_in="0.3.0")
     for name in settings:
         if name not in (known := kind.__dataclass_fields__):
-            raise DataError(f"{path}: unknown setting {shown(name)}; {did_you_mean(str(name), known)}")
-    return kind(**settings)
+            said = here(str(name), known) or did_you_mean(str(name), known)
+            raise DataError(f"{path}: unknown setting {shown(name)}; {said}")
+    try:
+        return kind(**settings)
+    except DataError as error:
+        named = re.findall(r"\w+", re.split(" must be|, not both", str(error))[0])
+        if path is None or not given.keys().isdisjoint(named):
+            raise
+        raise DataError(f"{path}: {str(error).removeprefix('recipe: ')}") from None
 
 
 def usual_targets(model: "nn.Module") -> str | list[str]:
@@ -217,7 +227,13 @@ def save_recipe(recipe: Masked, path: str | Path, library: str = "") -> None:
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
     library = library or f"transformers {hf.version()}"
     versions = f"# shira-adapters {__version__}, torch {torch.__version__}, {library}\n"
-    write_whole(Path(path), (versions + _yaml().safe_dump(settings, sort_keys=False)).encode())
+    yaml = _yaml()
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc, name-defined]
+        pass
+
+    _with_exponents(Dumper)  # the name 1e3 gets quotes
+    write_whole(Path(path), (versions + yaml.dump(settings, Dumper=Dumper, sort_keys=False)).encode())
 
 
 def check_run(recipe: Recipe) -> None:
@@ -329,6 +345,12 @@ def _examples(recipe: Recipe, held_out: bool) -> "Iterator[Example]":
     for number, example in enumerate(examples):
         if (recipe.eval_share > 0 and random.Random(f"{recipe.seed} {number}").random() < recipe.eval_share) == held_out:
             yield example
+
+
+def _with_exponents(reader_or_writer: Any) -> None:
+    """Let 1e-3 be a number, as in YAML 1.2. PyYAML follows YAML 1.1, where it is a text, and 1.0e-3 is a number."""
+    number = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z")
+    reader_or_writer.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
 
 
 def _yaml() -> Any:
