@@ -45,6 +45,8 @@ def test_a_string_is_a_regular_expression_on_the_whole_name(tiny_llama):
         (["q_proj", "zzz"], r"'zzz' matches no layer; known: 'embed_tokens', 'q_proj'"),
         (["proj"], r"'proj' matches no layer"),  # a suffix starts after a dot
         (["self_attn"], r"'self_attn' is a LlamaAttention without weights of its own; name what is in it: q_proj, k_proj"),
+        ("q_proj", r"targets 'q_proj' is a text; names of layers stand in a list: \['q_proj'\]"),
+        ("q_proj, v_proj", r"a text; names of layers stand in a list: \['q_proj', 'v_proj'\]"),
         ([], r"empty"),
         ("(", r"not a regular expression"),
     ],

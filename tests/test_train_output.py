@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 import shira
 from conftest import all_bits, letter_tokenizer, mlp, random_adapter, same_bits
 from shira import DataError
+from shira.cli import output
 from shira.integrations import transformers as hf
 from shira.integrations.card import base_of
 from shira.runs.announcing import what_trains
@@ -239,6 +241,21 @@ def test_before_training_the_same_parts_of_the_data_are_read_as_in_training(monk
     monkeypatch.setattr("shira.data.reading.examples_of", lambda data, part: iter(asked.append((data, part)) or ()))
     check_run(Recipe(model="m", data="a", eval_data="b", stay_near="c"))
     assert set(asked) == {("a", "train"), ("b", "test"), ("c", "train")}
+
+
+def test_a_log_gets_a_line_every_half_minute(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with output.progress("reading", None) as update:
+        for number in range(1, 5):
+            clock[0] += 10
+            update(number, "examples")
+        for step in range(1, 11):
+            clock[0] += 10
+            update(step, f"loss {step}.0  9 tokens/s", "training", 10)
+    lines = ["reading: 3 examples in 30.0 s", "reading: 4 examples in 50.0 s"]
+    lines += [f"training: {step}/10 in {10 * step - 10}.0 s, loss {step}.0, 9 tokens/s" for step in (4, 7, 10)]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 @pytest.mark.parametrize(
