@@ -42,6 +42,7 @@ def test_a_folder_has_all_that_is_pushed(run, folder, tiny_llama, monkeypatch, o
     poet = folder / "poet"
     assert names(poet) == ["README.md", "adapter.safetensors", "recipe.yaml"]
     text = (poet / "README.md").read_text()
+    assert "`shira train --config recipe.yaml` repeats the run. Relative paths in the recipe start from the folder" in text
     header = huggingface_hub.ModelCard(text).data.to_dict()
     assert header["license"] == "mit" and "base_model" not in header and "There is no hub id of the base" in text
     adapter = shira.load("poet")
@@ -52,7 +53,8 @@ def test_a_folder_has_all_that_is_pushed(run, folder, tiny_llama, monkeypatch, o
     state = {}
     exec(snippet(text), state)  # it loads the base by its name, and leaves it as it was
     assert same_bits(all_bits(tiny_llama), all_bits(state["model"])) and state["switcher"].names == ["a poet"]
-    assert run("train --config recipe.yaml")[0] == 1  # no data of that name here: nothing is written
+    code, _, err = run("train --config recipe.yaml")  # no data of that name here: nothing is written
+    assert code == 1 and f"recipe.yaml: data: there is no 'sums.jsonl' in {poet}; relative paths in a recipe start from" in err
     assert names(poet) == ["README.md", "adapter.safetensors", "model", "recipe.yaml"]
 
 

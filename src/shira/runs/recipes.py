@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..data.commonsense import COMMONSENSE
 from ..data.models import BUILT_IN, built_in
+from ..data.reading import FILES
 from ..data.tasks import TASKS
 from ..errors import DataError, MissingExtra, TargetError, did_you_mean
 from ..files.paths import open_regular, path_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PAPERS",
     "Recipe",
+    "check_paths",
     "check_run",
     "load_recipe",
     "name_of",
@@ -168,6 +170,12 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
         raise DataError(f"no model to train: give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}")
     if not recipe.data:
         raise DataError("no data to train on: give --data: a built-in task, a JSONL, JSON, CSV or Parquet file, or a data set")
+    if path is not None:
+        named = {name: str(getattr(recipe, name)) for name in ("data", "eval_data", "stay_near") if name not in given}
+        named = {name: file for name, file in named.items() if file.endswith(FILES)}
+        if "model" not in given and recipe.model.startswith(("./", "../")):
+            named["model"] = recipe.model
+        check_paths(path, named)
     return dataclasses.replace(recipe, model=built_in(recipe.model) or recipe.model)
 
 
@@ -209,6 +217,16 @@ def usual_targets(model: "nn.Module") -> str | list[str]:
 def with_targets(recipe: Kind, model: "nn.Module") -> Kind:
     """The recipe; if it names no targets, with the usual ones of this model, which may be without data."""
     return recipe if recipe.targets is not None else dataclasses.replace(recipe, targets=usual_targets(model))
+
+
+def check_paths(recipe: str | Path, paths: Mapping[str, str]) -> None:
+    """Raise DataError for a relative path in the file of a recipe that leads nowhere from here. paths: setting -> path."""
+    for name, path in paths.items():
+        if not Path(path).is_absolute() and not Path(path).exists():
+            raise DataError(
+                f"{recipe}: {name}: there is no {path!r} in {Path.cwd()}; relative paths in a recipe start from the folder "
+                "where the command is given: give it where the run was started, or correct the path"
+            )
 
 
 def save_recipe(recipe: Masked, path: str | Path, library: str = "") -> None:
