@@ -228,7 +228,7 @@ def test_a_pattern_means_a_whole_name_or_a_suffix_after_a_dot():
             "overrides take 11, which leaves 9 for 0",
         ),
         ({"overrides": {"0": {"total": 144}}}, MaskError, "'0.weight': total must be a whole number from 1 to 143, found 144"),
-        ({"overrides": {"0": 2}}, MaskError, "'0.weight': density must be above 0 and at most 1, found 2"),
+        ({"overrides": {"0": 2}}, MaskError, "'0.weight': density must be above 0 and at most 1, found 2; 2 % is 0.02"),
         ({"overrides": {"0": "much"}}, MaskError, "'0.weight': density must be above 0"),
         ({"overrides": {"0": {"rank": 7}}}, MaskError, "'0.weight': rank must be from 1 to 5"),
         ({"overrides": {"0": {"share": 7}}}, MaskError, "'0.weight': an override is a density, or one of"),

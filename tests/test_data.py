@@ -294,6 +294,16 @@ def test_recipes_round_trip(tmp_path):
     assert load_recipe(tmp_path / "r.yaml", {"steps": 9}).steps == 9
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1.e-3", ".1e-2", "1.0e-03", "0.001"])
+def test_numbers_with_exponents_are_numbers(tmp_path, text):
+    """As in YAML 1.2."""
+    (tmp_path / "r.yaml").write_text(f"model: m\ndata: spam\nlr: {text}\n")
+    assert load_recipe(tmp_path / "r.yaml", {}).lr == 0.001
+    recipe = Recipe(model="m", data="spam", name=text, targets="auto")
+    save_recipe(recipe, tmp_path / "s.yaml")  # a text that looks like a number stays a text
+    assert load_recipe(tmp_path / "s.yaml", {}) == recipe
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -305,6 +315,11 @@ def test_recipes_round_trip(tmp_path):
         ("lr: -1", "lr must be"),
         ("warmup: 2", "warmup must be"),
         ("dtype: int8", "dtype must be"),
+        ("density: 5", r"r.yaml: density must be a finite number above 0 and at most 1, found 5; 5 % is 0.05$"),
+        ("lr: 1e-3x", "r.yaml: lr must be a finite number above 0, found '1e-3x'"),
+        ("learning_rate: 1e-4", "r.yaml: unknown setting 'learning_rate'; here it is 'lr'$"),
+        ("num_train_epochs: 3", "unknown setting 'num_train_epochs'; here it is 'steps', the number of optimizer steps"),
+        ("lora_alpha: 16", "unknown setting 'lora_alpha'; there is no such setting here, leave it out"),
         ("mask: wm", "no data to train on"),
         ("mask: rand", "no model to train: give a folder, a hub id, or a built-in model: SmolLM2-135M-Instruct-Q4_1"),
     ],

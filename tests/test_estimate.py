@@ -180,6 +180,8 @@ def test_what_cannot_be_estimated():
         predicted(length=1)
     with pytest.raises(TargetError, match="did you mean 'q_proj'"):
         predicted(targets=["q_prj"])
+    with pytest.raises(TuningError, match="'model.embed_tokens.weight' belongs to a layer Embedding; choose other targets"):
+        predicted(targets=["embed_tokens"])
 
 
 def test_the_command(run, tmp_path, monkeypatch):
@@ -193,6 +195,7 @@ def test_the_command(run, tmp_path, monkeypatch):
     )
     facts = json.loads(out)
     assert facts["bytes"] == predicted(method="lora", rank=4).parts and facts["total"] == sum(facts["bytes"].values())
+    assert run("estimate shape --json")[1] == run("estimate shape --targets q_proj,k_proj,v_proj,up_proj,down_proj --json")[1]
     assert run("estimate shape --dtype int8")[0] == 1
     code, _, err = run("estimate nowhere")
     assert code == 1 and "DataError: cannot load 'nowhere'" in err

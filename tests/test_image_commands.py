@@ -216,6 +216,9 @@ def test_a_recipe_of_another_kind(folder):
     (folder / "r.yaml").write_text("{pipeline: x, data: dog, max_length: 3}")
     with pytest.raises(DataError, match="unknown setting 'max_length'"):
         load_image_recipe("r.yaml", {})
+    (folder / "r.yaml").write_text("{pipeline: x, data: cat}")
+    with pytest.raises(DataError, match="r.yaml: data: there is no 'cat' in .*; relative paths in a recipe start from"):
+        load_image_recipe("r.yaml", {})
     recipe = load_image_recipe(None, {"pipeline": "x", "data": "dog", "rank": 4})
     check_image_run(recipe)
     assert json.dumps(vars(recipe))

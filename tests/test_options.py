@@ -34,7 +34,7 @@ NOT_IN_A_RECIPE = {
     "whole": "new heads of classifiers; a recipe trains causal language models, which have none",
 }
 ANOTHER_DEFAULT = {
-    "targets": "the paper's; all-linear would change what older commands train",
+    "targets": "the paper's where a model has them; all-linear would change what older commands train",
     "lr_scale": "auto; in attach it would change what the loops of others train",
 }
 
@@ -112,7 +112,8 @@ def test_help_names_what_there_is_and_shows_defaults_as_they_are_typed(run, monk
     assert "[default: (" not in text and "by default" not in text
     if command == "train":
         usual = "the output's, or the data's"
-        for shown in ("0.01", "no-pack", "false", "q_proj,k_proj,v_proj,up_proj,down_proj", usual, "512"):
+        targets = "q_proj,k_proj,v_proj,up_proj,down_proj if the model has all of them, else all-linear"
+        for shown in ("0.01", "no-pack", "false", targets, usual, "512"):
             assert f"[default: {shown}]" in text
 
 
@@ -177,6 +178,7 @@ def recipes(draw):
     names = draw(st.lists(st.sampled_from(sorted(FIELDS)), unique=True, max_size=12))
     settings = {name: draw(values_of(name)) for name in names}
     settings["data"], settings["model"] = settings.get("data") or "spam", settings.get("model") or "m"
+    settings["targets"] = settings.get("targets") or "all-linear"  # else a look at the model says what trained
     try:
         return Recipe(**settings)
     except DataError as error:
@@ -248,6 +250,8 @@ def test_decompose_of_earlier_releases(tmp_path):
     ("options", "words"),
     [
         ("--mask snap", "MaskError: unknown mask 'snap'; did you mean 'snip'"),
+        ("--density 5", ": --density must be .* at most 1, found 5.0; 5 % is 0.05"),
+        ("--eval-share 20", ": --eval-share must be .* below 1, found 20.0; 20 % is 0.2"),
         ("--density 0", ": --density must be a finite number above 0 and at most 1, found 0.0"),
         ("--density 0.1 --rank 4", "MaskError: give one of them: found --density 0.1 and --rank 4"),
         ("--rank 0", ": --rank must be a whole number from 1 on, found 0"),
@@ -290,6 +294,37 @@ def test_what_cannot_be_read_names_the_option_and_what_was_meant(run, options):
     text = re.sub(r"[│\s]+", " ", err)
     assert code == 2 and f"Invalid value for {name}: found" in text
     assert FIELDS[name.removeprefix("--")][0]["help"] in text
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train m --learning-rate 1e-3", "No such option: --learning-rate; here it is --lr "),
+        ("train m -r 8", "here it is --rank "),
+        ("train m --epochs 3", "here it is --steps, the number of optimizer steps"),
+        ("train m --lora-alpha 16", "there is no such setting here, leave it out"),
+        ("train m --nothing 16", "No such option: --nothing "),
+        ("train-image --instance-prompt sks", "here it is --prompt "),
+    ],
+)
+def test_options_of_other_libraries_are_answered_with_ours(run, monkeypatch, line, words):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, _, err = run(line)
+    assert code == 2 and words in re.sub(r"[│\s]+", " ", err)
+
+
+def test_a_setting_of_a_file_is_named_with_the_file(run, tmp_path):
+    (tmp_path / "r.yaml").write_text("{model: m, data: spam, lr: fast}")
+    code, _, err = run(f"train --config {tmp_path}/r.yaml")
+    assert code == 1 and f"{tmp_path}/r.yaml: lr must be a finite number above 0, found 'fast'" in err
+    code, _, err = run(f"train --config {tmp_path}/r.yaml --lr 0")
+    assert code == 1 and ": --lr must be a finite number above 0, found 0.0" in err and "r.yaml" not in err
+
+
+@pytest.mark.parametrize("line", ["convert my-lora --base m --keep 90 -o a.safetensors", "extract a b --keep 90"])
+def test_a_percentage_is_no_share(run, line):
+    code, _, err = run(line)
+    assert code == 1 and "--keep must be above 0 and at most 1, found 90.0; 90 % is 0.9" in err
 
 
 def test_a_refresh_that_never_comes_is_no_contradiction():

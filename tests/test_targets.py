@@ -45,6 +45,8 @@ def test_a_string_is_a_regular_expression_on_the_whole_name(tiny_llama):
         (["q_proj", "zzz"], r"'zzz' matches no layer; known: 'embed_tokens', 'q_proj'"),
         (["proj"], r"'proj' matches no layer"),  # a suffix starts after a dot
         (["self_attn"], r"'self_attn' is a LlamaAttention without weights of its own; name what is in it: q_proj, k_proj"),
+        ("q_proj", r"targets 'q_proj' is a text; names of layers stand in a list: \['q_proj'\]"),
+        ("q_proj, v_proj", r"a text; names of layers stand in a list: \['q_proj', 'v_proj'\]"),
         ([], r"empty"),
         ("(", r"not a regular expression"),
     ],
@@ -158,6 +160,7 @@ def test_the_command_lists_what_would_train(run, tmp_path):
         "entries": 768,
         "trained": 128,
     }
+    assert run(f"targets {tmp_path}")[1] == run(f"targets {tmp_path} --targets all-linear")[1]  # what `shira train` would train
     code, out, error = run(f"targets {tmp_path} --layers 1-x")
     assert code == 2 and "0,2,4-7" in error
     assert run(f"targets {tmp_path} --exclude h.0 --targets attn")[0] == 1
@@ -169,6 +172,12 @@ def test_the_command_lists_what_would_train(run, tmp_path):
 )
 def test_targets_on_the_command_line(text, meaning):
     assert parse_targets(text) == meaning
+
+
+def test_the_command_lists_what_training_would_change(run, tmp_path):
+    family("llama").save_pretrained(tmp_path)
+    found = {row["name"].split(".")[-2] for row in json.loads(run(f"targets {tmp_path} --json")[1])}
+    assert found == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
 
 
 def test_layers_on_the_command_line():

@@ -6,18 +6,21 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 import shira
-from conftest import all_bits, mlp, random_adapter, same_bits
+from conftest import all_bits, letter_tokenizer, mlp, random_adapter, same_bits
 from shira import DataError
+from shira.cli import output
 from shira.integrations import transformers as hf
 from shira.integrations.card import base_of
+from shira.runs.announcing import what_trains
 from shira.runs.outputs import named, output_for, save_run
-from shira.runs.recipes import Recipe, check_run, name_of
+from shira.runs.recipes import PAPERS, Recipe, check_run, name_of, usual_targets
 from test_cli import TRAIN, folder  # noqa: F401  a fixture
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -39,6 +42,7 @@ def test_a_folder_has_all_that_is_pushed(run, folder, tiny_llama, monkeypatch, o
     poet = folder / "poet"
     assert names(poet) == ["README.md", "adapter.safetensors", "recipe.yaml"]
     text = (poet / "README.md").read_text()
+    assert "`shira train --config recipe.yaml` repeats the run. Relative paths in the recipe start from the folder" in text
     header = huggingface_hub.ModelCard(text).data.to_dict()
     assert header["license"] == "mit" and "base_model" not in header and "There is no hub id of the base" in text
     adapter = shira.load("poet")
@@ -49,7 +53,8 @@ def test_a_folder_has_all_that_is_pushed(run, folder, tiny_llama, monkeypatch, o
     state = {}
     exec(snippet(text), state)  # it loads the base by its name, and leaves it as it was
     assert same_bits(all_bits(tiny_llama), all_bits(state["model"])) and state["switcher"].names == ["a poet"]
-    assert run("train --config recipe.yaml")[0] == 1  # no data of that name here: nothing is written
+    code, _, err = run("train --config recipe.yaml")  # no data of that name here: nothing is written
+    assert code == 1 and f"recipe.yaml: data: there is no 'sums.jsonl' in {poet}; relative paths in a recipe start from" in err
     assert names(poet) == ["README.md", "adapter.safetensors", "model", "recipe.yaml"]
 
 
@@ -238,3 +243,62 @@ def test_before_training_the_same_parts_of_the_data_are_read_as_in_training(monk
     monkeypatch.setattr("shira.data.reading.examples_of", lambda data, part: iter(asked.append((data, part)) or ()))
     check_run(Recipe(model="m", data="a", eval_data="b", stay_near="c"))
     assert set(asked) == {("a", "train"), ("b", "test"), ("c", "train")}
+
+
+def test_a_log_gets_a_line_every_half_minute(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with output.progress("reading", None) as update:
+        for number in range(1, 5):
+            clock[0] += 10
+            update(number, "examples")
+        for step in range(1, 11):
+            clock[0] += 10
+            update(step, f"loss {step}.0  9 tokens/s", "training", 10)
+    lines = ["reading: 3 examples in 30.0 s", "reading: 4 examples in 50.0 s"]
+    lines += [f"training: {step}/10 in {10 * step - 10}.0 s, loss {step}.0, 9 tokens/s" for step in (4, 7, 10)]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "names"),
+    [
+        (
+            "opt",
+            {"ffn_dim": 24, "word_embed_proj_dim": 16},
+            "12 of 12 linear layers: k_proj, v_proj, q_proj, out_proj, fc1, fc2",
+        ),
+        ("gpt_neox", {"intermediate_size": 24}, "8 of 8 linear layers: query_key_value, dense, dense_h_to_4h, dense_4h_to_h"),
+        (
+            "phi3",
+            {"intermediate_size": 24, "pad_token_id": 0},
+            "8 of 8 linear layers: o_proj, qkv_proj, gate_up_proj, down_proj",
+        ),
+        ("llama", {"intermediate_size": 24}, "10 of 14 linear layers: q_proj, k_proj, v_proj, up_proj, down_proj"),
+    ],
+)
+def test_without_targets_the_papers_train_or_all_linear(kind, sizes, names):
+    from transformers import AutoConfig
+
+    shape = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = hf.untrained(AutoConfig.for_model(kind, **shape, **sizes), torch.float32)
+    why = "" if kind == "llama" else f"all-linear, as the model does not have all of {', '.join(PAPERS)}; "
+    assert what_trains(Recipe(data="spam"), model).startswith(f"{why}{names}; ")
+    assert what_trains(Recipe(data="spam", targets=usual_targets(model)), model).startswith(f"{names}; ")
+
+
+def test_a_run_without_targets_saves_what_it_trained_and_repeats(run, folder):  # noqa: F811
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("gpt2", vocab_size=len(letter_tokenizer()), n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    hf.untrained(config, torch.float32).save_pretrained("gpt2")
+    letter_tokenizer().save_pretrained("gpt2")
+    code, out, err = run("train gpt2 --data sums.jsonl --steps 2 --density 0.05 -o one.safetensors")
+    assert code == 0, err
+    assert out.startswith("trains all-linear, as the model does not have all of q_proj")
+    assert yaml.safe_load((folder / "one.yaml").read_text())["targets"] == "all-linear"
+    assert run("train --config one.yaml -o two.safetensors")[0] == 0
+    assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
+    assert run("train model --data sums.jsonl --steps 1 --density 0.05 -o three.safetensors")[0] == 0
+    assert yaml.safe_load((folder / "three.yaml").read_text())["targets"] == PAPERS

@@ -187,6 +187,10 @@ def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
         ("generate model -p hi --dtype float8", "found 'float8'; did you mean 'float32'"),
         ("generate model -p hi --temperature -1", "Invalid value for '--temperature'"),
         ("generate nomodel -p hi", "DataError: cannot load 'nomodel'"),
+        ("generate other.safetensors -p hi", "it holds an adapter, no model; .*: `shira generate BASE -a other.safetensors`"),
+        ("eval run --data texts.jsonl", "cannot load 'run': it holds an adapter of 'tiny', no model; .* BASE -a run`"),
+        ("chat lora", "cannot load 'lora': .*it is an adapter of PEFT, which has to be converted: `shira convert lora"),
+        ("train run --data texts.jsonl", "cannot load 'run': it holds an adapter of 'tiny', no model; .* BASE -a run`"),
         ("generate plain -p hi --system be", "DataError: --system .*this model's tokenizer has none"),
         ("chat plain --system be", "DataError: --system .*this model's tokenizer has none"),
         ("chat model -a poet=coder -a poet.safetensors", "DataError: two adapters have the name 'poet': coder and poet.safet"),
@@ -211,6 +215,10 @@ def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
 )
 def test_what_is_wrong_is_said_before_the_model_is_loaded(run, home, monkeypatch, line, words):
     random_adapter(torch.nn.Sequential(torch.nn.Linear(4, 4)), 1).save("other.safetensors")
+    Path("run").mkdir()
+    shira.Adapter(shira.load("other.safetensors").tensors, {"base": {"id": "tiny"}}).save("run/adapter.safetensors")
+    Path("lora").mkdir()
+    Path("lora/adapter_config.json").write_text("{}")
     if " plain" in line:
         shutil.copytree("model", "plain")
         letter_tokenizer(None).save_pretrained("plain")

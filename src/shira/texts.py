@@ -10,7 +10,7 @@ import re
 import reprlib
 from typing import Any
 
-__all__ = ["described", "markdown", "shown", "strict_json", "visible"]
+__all__ = ["as_share", "described", "markdown", "shown", "strict_json", "visible"]
 
 LONGEST_NUMBER = 40  # digits
 DEEPEST = 32  # objects and lists inside each other
@@ -45,6 +45,12 @@ def described(value: object) -> str:
     if value is None or isinstance(value, str | bytes | int | float | os.PathLike):
         return f"{shown(value)} ({kind})"
     return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def as_share(value: object) -> str:
+    """What to add to an error about a share, if a percentage was given for it: "; 5 % is 0.05"."""
+    is_percentage = type(value) in (int, float) and 1 < value <= 100  # type: ignore[operator]  # it is a number here
+    return f"; {value:g} % is {value / 100:g}" if is_percentage else ""  # type: ignore[operator]
 
 
 def markdown(text: object) -> str:

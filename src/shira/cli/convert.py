@@ -8,7 +8,7 @@ import typer
 
 from ..data.models import model_path
 from ..errors import AdapterError, CheckpointError, DataError, FormatError, did_you_mean
-from .options import Force, check_new
+from .options import Force, check_new, check_shares
 from .output import bytes_text, cell, console, progress, waiting
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def convert(
 
     And back: shira convert mine.safetensors --to peft -o mine-peft
     """
+    check_shares(density=density, keep=keep)
     if to not in WAYS:
         raise AdapterError(f"unknown --to {to!r}; {did_you_mean(to, WAYS)}")
     if to == "peft":

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..data.models import SMOLLM2, model_path
 from ..errors import ShiraError
-from ..runs.recipes import Recipe, save_recipe, train_adapter
+from ..runs.recipes import PAPERS, Recipe, save_recipe, train_adapter
 from .options import avoid_cudnn_attention
 from .output import bytes_text, console, print_json, progress, waiting
 
@@ -27,7 +27,9 @@ __all__ = ["demo"]
 
 PAIR = ("spam", "questions")
 # the examples, 960, have balanced labels
-RECIPE = Recipe(model=SMOLLM2, density=0.02, batch_size=4, steps=40, warmup=0.15, limit=960, license="Apache-2.0")
+RECIPE = Recipe(
+    model=SMOLLM2, targets=PAPERS, density=0.02, batch_size=4, steps=40, warmup=0.15, limit=960, license="Apache-2.0"
+)
 SWITCHES = 9  # timings of each switch; their median is shown
 
 

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from ..errors import DataError
-from ..runs.recipes import Recipe
+from ..runs.recipes import Recipe, with_targets
 from ..runs.shared_options import check_mask
 from .options import given, recipe_options
 from .output import bytes_text, cell, console, print_json, waiting
@@ -45,13 +45,14 @@ def estimate(
         raise DataError("--dropout is for --method lora: leave it out")
     import torch
 
-    from ..integrations.transformers import dtype_of, load_config, untrained
+    from ..integrations.transformers import causal_skeleton, dtype_of, load_config, untrained
     from ..runs import estimate as library
     from ..sparse.tensor import dtype_name
 
     recipe = Recipe(**given(options))
     check_mask(recipe)
     config = load_config(model)
+    recipe = with_targets(recipe, causal_skeleton(model))
     chosen = getattr(torch, dtype_of(model, recipe.dtype), None) or getattr(config, "dtype", None) or torch.float32
     with waiting("running a step without data"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model may warn when it is built

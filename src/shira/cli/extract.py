@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from ..data.models import model_path
-from .options import Force, check_new
+from .options import Force, check_new, check_shares
 from .output import bytes_text, cell, console, print_json, progress
 
 __all__ = ["extract"]
@@ -41,6 +41,7 @@ def extract(
     from ..adapter import opened
     from ..checkpoints import extraction
 
+    check_shares(density=density, keep=keep)
     check_new(output, force=force)
     names = [part.strip() for part in targets.split(",")] if targets and "," in targets else targets
     with progress("comparing", 100) as update:

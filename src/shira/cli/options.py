@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, MaskError, did_you_mean
 from ..runs import shared_options
 from ..runs.options import kinds
 from ..runs.recipes import Recipe
+from ..texts import as_share
 
 __all__ = [
     "Density",
@@ -23,6 +24,7 @@ __all__ = [
     "System",
     "Temperature",
     "check_new",
+    "check_shares",
     "given",
     "method_options",
     "recipe_options",
@@ -90,6 +92,13 @@ def check_new(path: Path, option: str = "--output", *, force: bool | None = None
     if path.exists() and not force:
         instead = "remove it" if force is None else "replace it with --force"
         raise DataError(f"{option}: {path} is there already, and would be lost; give another name, or {instead}")
+
+
+def check_shares(**shares: float | None) -> None:
+    """Raise MaskError for a percentage in place of a share. All else that is wrong is found by what takes them."""
+    for name, value in shares.items():
+        if value is not None and (more := as_share(value)):
+            raise MaskError(f"{name} must be above 0 and at most 1, found {value!r}{more}")
 
 
 def recipe_options(*names: str, of: Any = Recipe, **defaults: Any) -> Callable[[Any], Any]:

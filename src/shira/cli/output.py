@@ -31,6 +31,7 @@ from ..texts import visible
 __all__ = ["bytes_text", "cell", "console", "errors", "fail", "print_json", "progress", "waiting", "write"]
 
 LONGEST_CELL, LONGEST_ERROR = 1000, 4000  # characters
+LOG_EVERY = 30  # seconds between the lines of a stage in a log
 
 IS_FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, only the first prints and saves
 
@@ -78,9 +79,10 @@ def _near(missing: str) -> str:
 def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
     """Show progress on stderr. Yields a function: update(done, note), or update(done, note, what, total) for the next stage.
 
-    A terminal shows a bar for each stage. A log gets one line when a stage ends, with its duration.
+    A terminal shows a bar for each stage. A log gets a line every LOG_EVERY seconds, and one when a stage ends.
     """
     stage, note, done, started = cell(what), "", 0, time.monotonic()
+    told = started
     with Progress(
         TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
@@ -95,7 +97,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
         task = bar.add_task(stage, total=total, note="")
 
         def update(now: int, its_note: str = "", what: str | None = None, its_total: int | None = None) -> None:
-            nonlocal stage, note, done, total, started, task
+            nonlocal stage, note, done, total, started, told, task
             if what is not None and what != stage:
                 if done:
                     _log(stage, started, done, total, note)
@@ -104,8 +106,12 @@ def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
                 else:
                     bar.reset(task, description=what, total=its_total)
                 stage, total, started = what, its_total, time.monotonic()
+                told = started
             done, note = now, cell(its_note)
             bar.update(task, completed=done, note=note)
+            if done != total and time.monotonic() - told >= LOG_EVERY:  # the last line of a stage comes at its end
+                _log(stage, started, done, total, note)
+                told = time.monotonic()
 
         yield update
         bar.update(task, total=total or done)
@@ -129,7 +135,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def _log(what: str, started: float, done: int = 0, total: int | None = None, note: str = "") -> None:
-    """Print the line of a log for a stage that has ended."""
+    """Print the line of a log for a stage that has ended, or goes on."""
     if IS_FIRST and not errors.is_terminal:
         words = [f"{done}/{total}"] if total else [f"{done}", note] if done else []  # without a total the note is the unit
         more = ", ".join(note.split("  ")) if total and note else ""

@@ -15,23 +15,25 @@ if TYPE_CHECKING:
 __all__ = ["targets"]
 
 
-@recipe_options("exclude", "layers", "density", "rank", "total", targets="all-linear")
+@recipe_options("targets", "exclude", "layers", "density", "rank", "total")
 def targets(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, or SmolLM2-135M-Instruct-Q4_1; only its config is read.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one entry a tensor.")] = False,
     **options: Any,
 ) -> None:
-    """List the weights that training would change, and how many of their entries.
+    """List the weights that `shira train` would change, and how many of their entries.
 
     Example: shira targets SmolLM2-135M-Instruct-Q4_1 --targets q_proj,v_proj,input_layernorm --layers 0-14
     """
     from .. import masks
     from ..integrations.transformers import skeleton
+    from ..runs.recipes import usual_targets
     from ..weights.targets import resolve
 
     found = given(options)
     names = {key: found.pop(key) for key in ("exclude", "layers") if key in found}
-    chosen = resolve(skeleton(model), found.pop("targets"), **names)
+    built = skeleton(model)
+    chosen = resolve(built, found.pop("targets", None) or usual_targets(built), **names)
     counts = masks.plan({target.name: target.budget_shape for target in chosen}, **(found or {"density": 0.01})).counts
     rows = [_row(target, counts[target.name]) for target in chosen]
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError
-from ..runs.recipes import Recipe, check_run, load_recipe, name_of, save_recipe, train_adapter
+from ..runs.recipes import Recipe, check_run, load_recipe, name_of, save_recipe, train_adapter, with_targets
 from .options import Force, avoid_cudnn_attention, given, recipe_options
 from .output import IS_FIRST, bytes_text, cell, console, progress, waiting
 
@@ -81,7 +81,9 @@ def _run(recipe: Recipe, place: "Place", like: Path | None, save_every: int, sav
     from ..runs.outputs import save_run
 
     avoid_cudnn_attention()
-    console.print(f"trains {what_trains(recipe, causal_skeleton(recipe.model))}", highlight=False, soft_wrap=True)
+    skeleton = causal_skeleton(recipe.model)
+    console.print(f"trains {what_trains(recipe, skeleton)}", highlight=False, soft_wrap=True)
+    recipe = with_targets(recipe, skeleton)  # the saved recipe names them
     with waiting("loading the model"):
         loaded, tokenizer = load_model(recipe.model, recipe.dtype), load_tokenizer(recipe.model)
     warn_if_slow(loaded, recipe.dtype)

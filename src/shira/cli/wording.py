@@ -8,6 +8,7 @@ from typer.core import TyperCommand
 
 from ..data.models import BUILT_IN
 from ..errors import ShiraError
+from ..runs.foreign_names import here
 
 __all__ = ["Command", "as_typed"]
 
@@ -31,6 +32,12 @@ class Command(TyperCommand):
         except typer.BadParameter as error:
             if error.param is not None and error.param.name == "model" and not error.message:  # it is missing
                 error.message = f"Give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}."
+            raise
+        except Exception as error:
+            unknown = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+            known = {each.name: each.opts[0] for each in self.params if each.name}
+            if said := here(unknown, known, lambda name: known[name]):
+                error.message = f"{error.message.removesuffix('.')}; {said}"  # type: ignore[attr-defined]  # Click's errors have one
             raise
 
     def invoke(self, ctx: Any) -> Any:

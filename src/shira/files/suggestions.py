@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..errors import CheckpointError, HubError
-from ..texts import strict_json
+from ..texts import shown, strict_json
 from .hub import downloaded, files_of, repository
 from .paths import open_regular
 from .tensorfiles import read_header
 
-__all__ = ["ADAPTER", "PEFT_PREFIX", "adapter_in", "instead", "is_ours", "lora_file"]
+__all__ = ["ADAPTER", "PEFT_PREFIX", "adapter_in", "instead", "instead_of_a_model", "is_ours", "lora_file"]
 
 ADAPTER = "adapter.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -51,6 +51,20 @@ def instead(path: Path, tensors: Collection[str] = ()) -> str:
     if any((path / name).is_file() for name in PEFT_FILES):
         return _converting(str(path))
     return "pass an adapter's .safetensors file; there is none in it"
+
+
+def instead_of_a_model(path: Path, command: str) -> str | None:
+    """What to pass where a model is wanted, if a path holds an adapter; None if it holds none. command: one that takes both."""
+    ours = _adapters_in(path) if path.is_dir() else [path]
+    if not (ours and is_ours(ours[0])):
+        return None
+    try:
+        with open_regular(ours[0]) as content:
+            base = f" of {shown(strict_json(read_header(content)[1]['metadata'])['base']['id'])}"
+    except (CheckpointError, OSError, ValueError, TypeError, KeyError):
+        base = ""
+    given = shlex.quote(str(path))
+    return f"it holds an adapter{base}, no model; give the model, and the adapter by -a: `{command} BASE -a {given}`"
 
 
 def of_a_pipeline(tensors: Iterable[str]) -> bool:

@@ -22,6 +22,7 @@ LICENCES = {  # identifiers that the hub knows; any other licence is "other" wit
     *("gpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "wtfpl"),
     *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma"),
 }
+REPEATS = "repeats the run. Relative paths in the recipe start from the folder where the run was started"
 
 
 class Base(NamedTuple):
@@ -117,7 +118,7 @@ def card(
         "density": f"{adapter.density:.3%}, {adapter.nnz:,} entries of {len(adapter.tensors)} tensors",
         "data": task.source if task else data,
         "training": _settings(training) or "not recorded",
-        "recipe": f"`shira {'train-image' if for_images else 'train'} --config {recipe}` repeats the run" if recipe else None,
+        "recipe": recipe and f"`shira {'train-image' if for_images else 'train'} --config {recipe}` {REPEATS}",
     }
     lines += ["", "## How it was made", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value if key == 'recipe' else markdown(value)} |" for key, value in facts.items() if value]

@@ -16,6 +16,7 @@ from ..data.tokens import Row, encode
 from ..errors import DataError, HubError, MissingExtra
 from ..files import hub
 from ..files.bases import skeleton_of
+from ..files.suggestions import instead, instead_of_a_model
 from ..weights.random_numbers import seeded
 
 __all__ = [
@@ -157,7 +158,9 @@ def _pretrained(kind: str, model: str, **options: Any) -> Any:
             return getattr(transformers, kind).from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         what = "folder" if Path(path).exists() else "folder, built-in name, or model id that can be reached"
-        raise DataError(f"cannot load {model!r}: no model in that {what} ({str(error).strip().splitlines()[0]})") from error
+        is_peft = (Path(path) / "adapter_config.json").is_file()
+        said = instead(Path(path)) if is_peft else str(error).strip().splitlines()[0]
+        raise DataError(f"cannot load {model!r}: no model in that {what} ({said})") from error
     except ImportError as error:
         raise MissingExtra(f"{model!r} needs what is not installed: {str(error).strip().splitlines()[0]}") from error
     except Exception as error:  # whatever a file that is cut short, or of another version, raises in its parser
@@ -166,11 +169,14 @@ def _pretrained(kind: str, model: str, **options: Any) -> Any:
 
 
 def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
-    """Raise DataError, within seconds, if a name is no folder, and no model of the hub that can be had.
+    """Raise DataError, within seconds, if a name is an adapter's, or no folder, and no model of the hub that can be had.
 
     file: one that all such models have on the hub. Nothing else is downloaded. built_in: models that it could have been.
     """
     if os.path.exists(model):
+        command = "shira generate" if file == "config.json" else "shira sample"
+        if not (Path(model) / file).exists() and (said := instead_of_a_model(Path(model), command)):
+            raise DataError(f"cannot load {model!r}: {said}")
         return
     what = f"no folder, no built-in model ({', '.join(built_in)}), and " if built_in else "no folder, and "
     if not hub.MODEL.fullmatch(model):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import MaskError
 from ..sparse.positions import index_dtype
 from ..sparse.topk import top_k
+from ..texts import as_share
 
 __all__ = ["BudgetPlan", "Pool", "budget", "plan", "scores_without", "share_out"]
 
@@ -57,7 +58,7 @@ def budget(shape: Shape, *, density: float | None = None, rank: int | None = Non
             raise MaskError(f"rank must be from 1 to {most} for shape {list(shape)}, found {rank!r}")
         return rank * experts * sides
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < float(density) <= 1:
-        raise MaskError(f"density must be above 0 and at most 1, found {density!r}")
+        raise MaskError(f"density must be above 0 and at most 1, found {density!r}{as_share(density)}")
     return max(1, round(float(density) * numel))
 
 
@@ -97,7 +98,9 @@ def plan(
     if scope not in ("tensor", "model"):
         raise MaskError(f"scope must be 'tensor' or 'model', found {scope!r}")
     if not isinstance(floor, int | float) or not 0 <= floor <= 1:
-        raise MaskError(f"floor must be from 0 to 1, a share of what a tensor would get by itself, found {floor!r}")
+        raise MaskError(
+            f"floor must be from 0 to 1, a share of what a tensor would get by itself, found {floor!r}{as_share(floor)}"
+        )
     if floor and scope == "tensor":
         raise MaskError(f"floor={floor} has a meaning with scope='model' only; every tensor has its own budget now")
     empty = next((name for name, shape in shapes.items() if not math.prod(shape)), None)

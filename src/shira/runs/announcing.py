@@ -10,6 +10,7 @@ from .. import masks
 from ..adapter import opened
 from ..errors import TargetError
 from ..weights.targets import Target, by_pattern, is_conv1d, resolve
+from .recipes import PAPERS, usual_targets
 from .shared_options import Masked
 
 __all__ = ["what_trains"]
@@ -27,7 +28,8 @@ def what_trains(recipe: Masked, model: nn.Module, density: float = 0.01) -> str:
         with opened(recipe.start) as adapter:
             return f"the {adapter.nnz:,} entries of {recipe.start}, from its values, in {len(adapter.tensors):,} tensors"
     names: dict[str, Any] = {"exclude": recipe.exclude or (), "layers": recipe.layers}
-    chosen = resolve(model, recipe.targets, **names)
+    targets = usual_targets(model) if recipe.targets is None else recipe.targets
+    chosen = resolve(model, targets, **names)
     shapes = {target.name: target.budget_shape for target in chosen}
     budgets = {name: getattr(recipe, name) for name in ("density", "rank", "total", "scope", "floor")}
     if not (recipe.density or recipe.rank or recipe.total):
@@ -51,6 +53,8 @@ def what_trains(recipe: Masked, model: nn.Module, density: float = 0.01) -> str:
         few = ", ".join(others[:MANY_NAMES]) + ", …" * (len(others) > MANY_NAMES)
         told.append(f"{len(chosen) - of_linear} other tensors: {few}")
     entries = sum(target.weight.numel() for target in chosen)
+    if recipe.targets is None and targets != PAPERS:
+        told.insert(0, f"all-linear, as the model does not have all of {', '.join(PAPERS)}")
     return f"{'; '.join(told)}; {sum(plan.counts.values()) + plan.shared:,} of their {entries:,} entries"
 
 

@@ -90,9 +90,12 @@ def estimate(
     else:
         model.requires_grad_(False)
         chosen = target_names.resolve(model, targets)
-        others = [target.name for target in chosen if not all(type(module) is nn.Linear for module in target.modules)]
-        if others:
-            raise TuningError(f"only training of linear layers can be estimated, leave out '{others[0]}'")
+        for target in chosen:
+            if other := next((module for module in target.modules if type(module) is not nn.Linear), None):
+                raise TuningError(
+                    f"only the training of nn.Linear can be estimated, and '{target.name}' belongs to a layer "
+                    f"{type(other).__name__}; choose other targets, or leave it out"
+                )
         if method == "lora":
             if rank is None:
                 raise TuningError("a LoRA has a rank, not a density")

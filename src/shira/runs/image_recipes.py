@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DataError
 from .options import check, option, parse_targets, passed_to
-from .recipes import recipe_of, save_recipe
+from .recipes import check_paths, recipe_of, save_recipe
 from .shared_options import Dtype, Masked, Run, attach_options, check_mask
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def load_image_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Imag
         raise DataError("no pipeline to train: give a folder of a Diffusers pipeline, or a hub id")
     if not recipe.data:
         raise DataError("no pictures to train on: give --data, a folder of pictures")
+    if path is not None and "data" not in given:
+        check_paths(path, {"data": recipe.data})
     return recipe
 
 

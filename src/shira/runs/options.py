@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import DataError
-from ..texts import shown
+from ..texts import as_share, shown
 
 __all__ = ["check", "kinds", "option", "parse_layers", "parse_scale", "parse_targets", "passed_to"]
 
@@ -54,7 +54,9 @@ def check(recipe: Any) -> None:
         value, limits = getattr(recipe, field.name), field.metadata["limits"]
         if not any(_fits(value, kind, limits) for kind in allowed):
             expected = " or ".join(_in_words(kind, limits) for kind in allowed if kind is not types.NoneType)
-            raise DataError(f"recipe: {field.name} must be {expected}, found {shown(value)}")
+            is_share = any(limit == 1 and not holds(2, limit) for holds, _, limit in limits)
+            more = as_share(value) if is_share else ""
+            raise DataError(f"recipe: {field.name} must be {expected}, found {shown(value)}{more}")
 
 
 def passed_to(receiver: str, recipe: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..data.commonsense import COMMONSENSE
 from ..data.models import BUILT_IN, built_in
+from ..data.reading import FILES
 from ..data.tasks import TASKS
-from ..errors import DataError, MissingExtra, did_you_mean
+from ..errors import DataError, MissingExtra, TargetError, did_you_mean
 from ..files.paths import open_regular, path_of
 from ..texts import shown, strict_json
 from ..training.lr_scale import allowed
 from ..version import deprecated
+from .foreign_names import here
 from .options import check, option, parse_scale, parse_targets, passed_to
 from .shared_options import TARGETS_HELP, Masked, Run, attach_options, check_mask
 
@@ -27,13 +30,27 @@ if TYPE_CHECKING:
     from ..data.tasks import Example
     from ..data.tokens import Row
 
-__all__ = ["Recipe", "check_run", "load_recipe", "name_of", "read_settings", "recipe_of", "save_recipe", "train_adapter"]
+__all__ = [
+    "PAPERS",
+    "Recipe",
+    "check_paths",
+    "check_run",
+    "load_recipe",
+    "name_of",
+    "read_settings",
+    "recipe_of",
+    "save_recipe",
+    "train_adapter",
+    "usual_targets",
+    "with_targets",
+]
 
 OWN_TEXT = "own"
 GENERAL_BATCH = 4  # rows in a batch of general text; the gradient of each batch is squared
 BUDGETS = ("density", "rank", "total")  # at most one of them is given
 NOT_TOGETHER = ({"eval_data", "eval_share"}, {"decompose", "stay_near", "refresh_every", "method hook"})
 PAPERS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's targets (Table 9)
+USUAL = f"{','.join(PAPERS)} if the model has all of them, else all-linear"
 LONGEST = 2**20  # the largest size of a recipe, in bytes
 DEEPEST = 8  # the deepest nesting of a recipe's settings
 
@@ -86,7 +103,7 @@ class _Training:
 class Recipe(Run, _Training, Masked, _Source):  # dataclasses take their fields from the last to the first
     """The settings of `shira train`, on the command line or in a YAML file. Each option is defined once."""
 
-    targets: str | list[str] = option(PAPERS, TARGETS_HELP, "attach", parse=parse_targets)
+    targets: str | list[str] | None = option(None, TARGETS_HELP, "attach", usual=USUAL, parse=parse_targets)
     report_to: str = option("none", "Where the run is reported: tensorboard, wandb, …, several with commas.", "trainer")
     log_folder: str = option("runs", "The folder where TensorBoard finds the runs.")
 
@@ -127,6 +144,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"a key stands there twice, from line {node.start_mark.line + 1} on")
             return found
 
+    _with_exponents(Loader)
     try:
         with open_regular(place, DataError) as file:
             content = file.read(LONGEST + 1)
@@ -152,6 +170,12 @@ def load_recipe(path: str | Path | None, given: Mapping[str, Any]) -> Recipe:
         raise DataError(f"no model to train: give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}")
     if not recipe.data:
         raise DataError("no data to train on: give --data: a built-in task, a JSONL, JSON, CSV or Parquet file, or a data set")
+    if path is not None:
+        named = {name: str(getattr(recipe, name)) for name in ("data", "eval_data", "stay_near") if name not in given}
+        named = {name: file for name, file in named.items() if file.endswith(FILES)}
+        if "model" not in given and recipe.model.startswith(("./", "../")):
+            named["model"] = recipe.model
+        check_paths(path, named)
     return dataclasses.replace(recipe, model=built_in(recipe.model) or recipe.model)
 
 
@@ -168,8 +192,43 @@ def recipe_of(kind: type[Kind], path: str | Path | None, given: Mapping[str, Any
         deprecated(f"decompose {old}", f"decompose {new}", gone_in="0.3.0")
     for name in settings:
         if name not in (known := kind.__dataclass_fields__):
-            raise DataError(f"{path}: unknown setting {shown(name)}; {did_you_mean(str(name), known)}")
-    return kind(**settings)
+            said = here(str(name), known) or did_you_mean(str(name), known)
+            raise DataError(f"{path}: unknown setting {shown(name)}; {said}")
+    try:
+        return kind(**settings)
+    except DataError as error:
+        named = re.findall(r"\w+", re.split(" must be|, not both", str(error))[0])
+        if path is None or not given.keys().isdisjoint(named):
+            raise
+        raise DataError(f"{path}: {str(error).removeprefix('recipe: ')}") from None
+
+
+def usual_targets(model: "nn.Module") -> str | list[str]:
+    """What trains if nobody names targets: the paper's targets, or all-linear for a model that lacks one of these names."""
+    from ..weights.targets import resolve
+
+    try:
+        resolve(model, PAPERS)
+    except TargetError:
+        return "all-linear"
+    return list(PAPERS)
+
+
+def with_targets(recipe: Kind, model: "nn.Module") -> Kind:
+    """The recipe; if it names no targets, with the usual ones of this model, which may be without data."""
+    if recipe.targets is not None or recipe.start is not None:  # `start` has its own
+        return recipe
+    return dataclasses.replace(recipe, targets=usual_targets(model))
+
+
+def check_paths(recipe: str | Path, paths: Mapping[str, str]) -> None:
+    """Raise DataError for a relative path in the file of a recipe that leads nowhere from here. paths: setting -> path."""
+    for name, path in paths.items():
+        if not Path(path).is_absolute() and not Path(path).exists():
+            raise DataError(
+                f"{recipe}: {name}: there is no {path!r} in {Path.cwd()}; relative paths in a recipe start from the folder "
+                "where the command is given: give it where the run was started, or correct the path"
+            )
 
 
 def save_recipe(recipe: Masked, path: str | Path, library: str = "") -> None:
@@ -183,7 +242,13 @@ def save_recipe(recipe: Masked, path: str | Path, library: str = "") -> None:
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
     library = library or f"transformers {hf.version()}"
     versions = f"# shira-adapters {__version__}, torch {torch.__version__}, {library}\n"
-    write_whole(Path(path), (versions + _yaml().safe_dump(settings, sort_keys=False)).encode())
+    yaml = _yaml()
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc, name-defined]
+        pass
+
+    _with_exponents(Dumper)  # the name 1e3 gets quotes
+    write_whole(Path(path), (versions + yaml.dump(settings, Dumper=Dumper, sort_keys=False)).encode())
 
 
 def check_run(recipe: Recipe) -> None:
@@ -246,7 +311,8 @@ def train_adapter(
     pad = tokenizer.pad_token_id or 0
     calibration = batches(rows[: recipe.calibration], model, recipe.batch_size, pad)
     name = name_of(recipe)
-    tuner = attach(model, progress=on_calibration, **attach_options(recipe, calibration=calibration))
+    chosen = attach_options(with_targets(recipe, model), calibration=calibration)
+    tuner = attach(model, progress=on_calibration, **chosen)
     with tuner:
         if recipe.stay_near is not None:
             if recipe.stay_near == OWN_TEXT:
@@ -294,6 +360,12 @@ def _examples(recipe: Recipe, held_out: bool) -> "Iterator[Example]":
     for number, example in enumerate(examples):
         if (recipe.eval_share > 0 and random.Random(f"{recipe.seed} {number}").random() < recipe.eval_share) == held_out:
             yield example
+
+
+def _with_exponents(reader_or_writer: Any) -> None:
+    """Let 1e-3 be a number, as in YAML 1.2. PyYAML follows YAML 1.1, where it is a text, and 1.0e-3 is a number."""
+    number = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z")
+    reader_or_writer.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
 
 
 def _yaml() -> Any:

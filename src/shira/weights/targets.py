@@ -319,6 +319,9 @@ def _by_string(weights: _Weights, wanted: str) -> list[str]:
     ]
     chosen = chosen or [name for name in weights.owners if compiled.fullmatch(name)]
     if not chosen:
+        parts = [part.strip() for part in wanted.split(",")]
+        if all(_meant(weights, part) for part in parts):
+            raise TargetError(f"targets {wanted!r} is a text; names of layers stand in a list: {parts}")
         raise TargetError(
             f"targets {wanted!r} is neither a keyword (auto, {', '.join(KEYWORDS)}) nor a regular expression that matches the "
             f"whole name of a layer or parameter; {did_you_mean(wanted, _suffixes(weights.modules))}"
@@ -333,15 +336,11 @@ def _by_names(weights: _Weights, wanted: list[str]) -> list[str]:
     for entry in wanted:
         meant = _meant(weights, entry)
         if not meant:
-            others = [(n, m) for n, m in weights.model.named_modules() if _matches(n, entry)]
-            if others:
-                below = _suffixes(
-                    name.removeprefix(others[0][0] + ".") for name in weights.modules if name.startswith(others[0][0])
-                )
-                kind = type(others[0][1]).__name__
-                raise TargetError(
-                    f"target {entry!r} is a {kind} without weights of its own; name what is in it: {', '.join(below)}"
-                )
+            path, module = next(((n, m) for n, m in weights.model.named_modules() if _matches(n, entry)), ("", None))
+            if module is not None:
+                below = ", ".join(_suffixes(n.removeprefix(f"{path}.") for n in weights.modules if n.startswith(path)))
+                kind = type(module).__name__
+                raise TargetError(f"target {entry!r} is a {kind} without weights of its own; name what is in it: {below}")
             raise TargetError(f"target {entry!r} matches no layer; {did_you_mean(entry, _suffixes(weights.modules))}")
         chosen |= meant
     return [name for name in weights.owners if name in chosen]
