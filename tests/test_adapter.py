@@ -107,6 +107,7 @@ def test_what_an_adapter_a_tuner_and_a_switcher_say_of_themselves(tmp_path):
     assert repr(adapter) == (
         "<shira.Adapter 'po\\x1bet': 2 entries in 1 tensors, 25.00% of them, overwrite\n  mask 'wm', base 'some/model'>"
     )
+    assert repr(adapter.tensors) == "{'w': <shira.SparseTensor 2 × 4: 2 entries, overwrite, float32>}"
     assert repr(shira.Adapter({})) == (
         "<shira.Adapter without a name: 0 entries in 0 tensors, 0.00% of them, empty\n  mask and base are not recorded>"
     )

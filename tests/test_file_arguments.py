@@ -56,6 +56,9 @@ def test_every_refusal_is_ours(tmp_path):
             lambda: shira.extract([1], {}),
             lambda: shira.compare(adapter, base=5),
         ],
+        r"shira.merge\('SmolLM2-135M'.*found an? Sequential, a model in memory.*switcher.use": [
+            lambda: shira.merge(mlp(), adapter, tmp_path / "out"),
+        ],
         "tensors by name": [lambda: shira.extract({"a": [1]}, {"a": [1]}), lambda: shira.extract({5: torch.ones(1)}, {})],
         "density|must be a text|targets are names": [
             lambda: shira.extract(mlp(), mlp(), density="0.01"),

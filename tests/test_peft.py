@@ -301,6 +301,10 @@ def test_convert_on_the_command_line(run, tiny_llama, tmp_path, monkeypatch):
     refused("convert lora --base base -o new.safetensors", "say how many to take, by --density 0.01, or")
     refused("convert lora --density 0.1 -o new.safetensors", "give the model that it was trained on, --base, a folder")
     refused("convert lora --base base --density 2 -o new.safetensors", "density must be above 0 and at most 1, found 2.0")
+    smaller = tiny_llama.config.to_dict() | {"hidden_size": 12}
+    type(tiny_llama)(type(tiny_llama.config).from_dict(smaller)).save_pretrained("smaller")
+    refused("convert lora --base smaller --density 0.1 -o new.safetensors", "into this base: this base has other shapes: ")
+    assert len(run("convert lora --base smaller --density 0.1 -o new.safetensors")[2]) < 500
     refused("convert lora --base base --density 0.1 --scope all -o new.safetensors", "unknown scope 'all'")
     refused("convert lora --to pefft -o new.safetensors", "unknown --to 'pefft'; did you mean 'peft'?")
     refused("convert sparse.safetensors -o new.safetensors", "sparse.safetensors is an adapter of shira already")

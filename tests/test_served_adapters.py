@@ -241,6 +241,9 @@ def test_loading_and_unloading(served):
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(SelectionError, match="there is no folder"):
         Catalogue(tmp_path / "absent", ["base"])
+    (tmp_path / "poet.safetensors").touch()
+    with pytest.raises(SelectionError, match="poet.safetensors is a file; give the folder of the adapters: "):
+        Catalogue(tmp_path / "poet.safetensors", ["base"])
 
 
 def test_selections_in_the_weights_are_exact(served):

@@ -26,6 +26,7 @@ def masks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
     for row in rows:
         calibrated = ", ".join(name.replace("_", " ") for name in row.needs if name in catalogue.CALIBRATED)
         options = ",\n".join(f"{key}={_text(value)}" for key, value in row.options.items())
+        options += " (Python only)" if "adapter" in row.options else ""  # an adapter cannot be given after --mask
         table.add_row(row.name, row.meaning, row.source, calibrated or "-", options or "-")
     console.print(table)
 

@@ -49,7 +49,8 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bflo
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 # of commands that fuse
-MethodName = Annotated[str, typer.Option(help="Where they meet: sum, mean, max, ties or dare.")]
+MEETING = "How to combine adapters that change the same entry: sum, mean, max, ties or dare."
+MethodName = Annotated[str, typer.Option(help=MEETING)]
 Density = Annotated[float | None, typer.Option(help="ties: the share of each adapter's changes to keep.", show_default="0.2")]
 Drop = Annotated[float | None, typer.Option(help="dare: the probability of dropping a change.", show_default="0.5")]
 Seed = Annotated[int | None, typer.Option(help="dare: the seed of what is dropped.", show_default="0")]

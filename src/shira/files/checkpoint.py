@@ -7,10 +7,10 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..texts import shown, strict_json
+from ..texts import described, shown, strict_json
 from .paths import AnyPath, State, open_regular, path_of, state_of
 from .tensorfiles import Form, HeaderEntry, malformed, read_header, read_tensor
 
@@ -38,6 +38,12 @@ class Checkpoint(LazyTensors):
     """
 
     def __init__(self, path: AnyPath) -> None:
+        if isinstance(path, nn.Module):
+            raise CheckpointError(
+                "expected the path of a checkpoint, as in shira.merge('SmolLM2-135M', 'poet.safetensors', 'merged'); found "
+                f"{described(path)}, a model in memory. To save one with an adapter: switcher.use('poet'), switcher.release(), "
+                "model.save_pretrained('merged')"
+            )
         self.path = path_of(path, "Checkpoint('SmolLM2-135M')", CheckpointError)
         read = {file: _entries(file) for file in _weight_files(self.path)}
         self.shards = {file: entries for file, (entries, _) in read.items()}

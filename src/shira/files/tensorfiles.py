@@ -59,8 +59,13 @@ def read_header(file: BinaryIO, *, any_dtype: bool = True) -> tuple[dict[str, He
     """
     size = os.fstat(file.fileno()).st_size
     with malformed(file.name):
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(size - 8, LONGEST_HEADER):
+        start = file.read(8)
+        (length,) = struct.unpack("<Q", start)
+        if length > LONGEST_HEADER:
+            raise CheckpointError(
+                f"{file.name} begins with {start!r}, not with a header's length: it is a file of another kind"
+            )
+        if length > size - 8:
             raise ValueError(f"a header of {length} bytes in a file of {size}")
         described = strict_json(file.read(length))
         metadata = described.pop("__metadata__", {})

@@ -6,6 +6,7 @@ weight back. So the model is in memory once, with one layer more, and is the bas
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ __all__ = ["convert"]
 
 NAME = "default"  # PEFT's name for the adapter
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of `init_lora_weights`: PEFT rewrites the base's weights
+MISMATCH = re.compile(  # in torch's error for a state dict
+    r"size mismatch for (\S+): copying a param with shape torch.Size\((\[.*?\])\) from checkpoint, "
+    r"the shape in current model is torch.Size\((\[.*?\])\)"
+)
 Vectors = dict[str, tuple[nn.Parameter, Tensor]]
 
 
@@ -146,8 +151,20 @@ def _beside(library: Any, model: nn.Module, where: Path) -> Iterator[Vectors]:
         try:
             library.PeftModel.from_pretrained(model, str(where), adapter_name=NAME)
         except Exception as error:  # of another library
-            raise DataError(f"PEFT cannot load {where} into this base: {type(error).__name__}: {error}") from error
+            raise DataError(f"PEFT cannot load {where} into this base: {_said(error)}") from error
         yield vectors
+
+
+def _said(error: Exception) -> str:
+    """What an error of PEFT says, in one line. Of many shapes that do not fit, the first."""
+    text = " ".join(str(error).split())
+    if found := MISMATCH.search(text):
+        name, theirs, ours = found.groups()
+        return (
+            f"this base has other shapes: {name} is {theirs} in the file, {ours} for this base; give the base that it was "
+            "trained on"
+        )
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ class _Training:
         False, "Rank of a DoRA under the mask (SHiRA-WM-DoRA). true: its direction is free.", "attach", parse=strict_json, ge=1
     )
     stay_near: str | None = option(None, "Data that the adapter shall not disturb, or own: text that the model writes.")
-    reach: float = option(0.01, "With --stay-near, the change of a weight that is pulled back as hard as it is pushed.", gt=0)
+    reach: float = option(0.01, "With --stay-near, how far a weight may move. Smaller holds it nearer to the base.", gt=0)
     lr: float = option(1e-3, "The learning rate, as for LoRA.", gt=0)
     lr_scale: float | str = option(
         "auto",

@@ -32,7 +32,9 @@ class Masked:
     overrides: dict[str, Any] | None = option(
         None, """Budgets by name, as JSON: '{"down_proj": 0.02, "q_proj": {"rank": 4}}'.""", "attach", parse=strict_json
     )
-    avoid: list[str] | None = option(None, "No entry of this adapter's file trains. May be given more than once.", "attach")
+    avoid: list[str] | None = option(
+        None, "Do not train the entries that this adapter changes. May be given more than once.", "attach"
+    )
     targets: str | list[str] | None = option(
         "all-linear",
         TARGETS_HELP,

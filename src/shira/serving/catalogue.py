@@ -84,6 +84,8 @@ class Catalogue:
 
     def __init__(self, folder: str | os.PathLike[str], base: Sequence[str], shapes: Shapes | None = None) -> None:
         self.folder, self.base = Path(folder).absolute(), tuple(base)  # "adapters/poet" could be a name of the hub
+        if self.folder.is_file():
+            raise SelectionError(f"{self.folder} is a file; give the folder of the adapters: {self.folder.parent}")
         if not self.folder.is_dir():
             raise SelectionError(f"there is no folder {self.folder} to serve adapters from; make it first")
         self._shapes = shapes

@@ -103,6 +103,11 @@ class SparseTensor:
         object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)).contiguous())
         object.__setattr__(self, "values", self.values.contiguous())
 
+    def __repr__(self) -> str:
+        """One line without numbers from the tensors: an adapter has hundreds of these."""
+        shape, dtype = " × ".join(map(str, self.shape)), dtype_name(self.values.dtype)
+        return f"<shira.SparseTensor {shape}: {self.nnz:,} entries, {self.kind}, {dtype}>"
+
     def _check_form(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in get_args(Kind):
             raise AdapterError(f"kind must be 'overwrite' or 'delta', found {shown(self.kind)}")
