@@ -1,6 +1,7 @@
 """Runs that were stopped go on from their checkpoint, by the same command, to the same bytes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +100,32 @@ def test_checkpoints_of_other_runs_are_not_gone_on_from(run, folder, stop):
     code, out, err = run(f"{line} --lr 0.02 --force")
     assert code == 0 and "goes on" not in out and not (folder / "poet.checkpoints").exists(), err
     assert shira.load("poet").metadata["training"]["learning_rate"] == 0.02
+
+
+def test_what_a_failure_leaves_does_not_stop_the_same_command(run, folder, stop, monkeypatch):
+    line, place = f"{LINE} --save-every 2 -o poet", folder / "poet.checkpoints"
+    stop(5)
+    assert run(line)[0] == 130
+    (place / "checkpoint-6").mkdir()  # as a kill in the middle of saving leaves it
+    (place / "checkpoint-6" / "model.safetensors").write_bytes(b"")
+    stop(None)
+    with monkeypatch.context() as patch:
+        patch.setattr("shira.runs.outputs.card", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        code, out, _ = run(line)
+    assert code == 1 and "goes on after step 4" in out and "stopped; the same command goes on after step 6" in out
+    assert not (folder / "poet" / "adapter.safetensors").exists()
+    code, out, _ = run(line.replace("--save-every 2", ""))
+    assert "poet.checkpoints is of a run that was stopped; --save-every goes on with it" in out and code == 0
+    shutil.rmtree(folder / "poet")
+    (place / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    code, _, err = run(line)
+    assert code == 1 and "checkpoint-6 is damaged: it has no optimizer.pt, or an empty one; remove poet.checkpoints" in err
+    shutil.rmtree(place)
+    stop(4)
+    assert run(line)[0] == 130 and [path.name for path in place.glob("check*")] == ["checkpoint-2"]
+    stop(6)
+    assert run(line.replace("--save-every 2", "--save-every 5"))[0] == 130
+    assert [path.name for path in place.glob("check*")] == ["checkpoint-5"]
 
 
 @pytest.mark.parametrize(

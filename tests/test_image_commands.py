@@ -95,18 +95,18 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(run, folder, monkeypatch, more)
     assert run(f"{line} -o whole.safetensors")[0] == 0
     stop = stops(monkeypatch, command, "trained")
     stop[0] = 1
-    line, place = f"{line} --save-every 2 -o again", folder / "again.checkpoints"
-    assert run(line)[0] == 130 and not place.exists() and not (folder / "again").exists()
+    line, place = f"{line} --save-every 2 -o dog/again", folder / "dog/again.checkpoints"
+    assert run(line)[0] == 130 and not place.exists() and not (folder / "dog/again").exists()
     for stop[0] in (5, 6):
         code, out, err = run(line)
-        assert code == 130 and "stopped; the same command goes on after step 4, from again.checkpoints" in out, err
+        assert code == 130 and "stopped; the same command goes on after step 4, from dog/again.checkpoints" in out, err
     (saved,) = place.glob("checkpoint-*")
     assert saved.name == "checkpoint-4" and sum(path.stat().st_size for path in saved.iterdir()) < 4e5  # without the base
     stop[0] = None
     code, out, err = run(line)
     assert code == 0 and "goes on after step 4" in out and "training: 7/7" in err, err
-    assert (folder / "again/adapter.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes()
-    assert not place.exists() and (folder / "again/samples.png").exists()
+    assert (folder / "dog/again/adapter.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes()
+    assert not place.exists() and (folder / "dog/again/samples.png").exists()
 
 
 def test_an_adapters_training_goes_on(run, folder):

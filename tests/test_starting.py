@@ -96,6 +96,49 @@ def test_deltas_statistics_and_heads_go_on():
         assert again.metadata["mask"]["whole"] == half.metadata["mask"]["whole"] and again.fingerprints == half.fingerprints
 
 
+def test_tied_weights_sums_and_shared_statistics(tiny_llama):
+    tiny_llama.config.tie_word_embeddings = True
+    tiny_llama.tie_weights()
+    names = ["lm_head.weight", "model.embed_tokens.weight"]
+    base = tiny_llama.lm_head.weight.detach().view(-1)[:3].clone()
+    held = shira.SparseTensor(tuple(tiny_llama.lm_head.weight.shape), torch.arange(3), base + 1, "overwrite")
+    for given in (names, names[:1], names[1:]):
+        with shira.attach(tiny_llama, start=shira.Adapter(dict.fromkeys(given, held), {})) as tuner:
+            (found,) = tuner.adapter().tensors.values()
+            assert torch.equal(found.values, base + 1)
+    other = shira.SparseTensor(held.shape, held.indices, base + 2, "overwrite")
+    with pytest.raises(BaseMismatch, match="which are tied here"):
+        shira.attach(tiny_llama, start=shira.Adapter({names[0]: held, names[1]: other}, {}))
+
+    model = Normed()
+    model.again = model.norm  # one module by two names
+    model.norm.running_mean.fill_(3)
+    delta = shira.SparseTensor((4,), torch.arange(4), torch.full((4,), 0.5), "delta")
+    weight = shira.SparseTensor((2, 4), torch.arange(2), torch.ones(2), "delta")
+    adapter = shira.Adapter({"norm.running_mean": delta, "two.weight": weight}, {})
+    switcher = shira.Switcher(model)
+    switcher.add("sum", adapter)
+    switcher.use("sum")
+    sums = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    switcher.use(None)
+    with shira.attach(model, start=adapter):
+        assert torch.equal(model.norm.running_mean, torch.full((4,), 3.5))
+        assert all(torch.equal(tensor, sums[name]) for name, tensor in model.state_dict().items() if "shira" not in name)
+    half = mlp().half()
+    half[0].weight.detach().view(-1)[0] = 60000
+    far = shira.SparseTensor(tuple(half[0].weight.shape), torch.tensor([0]), torch.tensor([60000.0]), "delta")
+    with pytest.raises(TuningError, match="base and delta of '0.weight' overflow float16"):
+        shira.attach(half, start=shira.Adapter({"0.weight": far}, {}))
+    wide = mlp().double()
+    third = shira.SparseTensor(far.shape, far.indices, torch.tensor([1 / 3], dtype=torch.float64), "overwrite")
+    with pytest.raises(TuningError, match="float32 cannot hold"):
+        shira.attach(wide, start=shira.Adapter({"0.weight": third}, {}))
+    odd = {"mask": {"name": "wm", "seed": 0, "lr_scale": "abc", "whole": [["x"], "0.weight"]}}
+    kept = shira.SparseTensor(far.shape, far.indices, torch.tensor([0.5]), "overwrite")
+    with shira.attach(mlp(), start=shira.Adapter({"0.weight": kept}, odd), lr_scale="auto", mask="".join(["w", "m"])) as tuner:
+        assert tuner.nnz == 1
+
+
 def test_what_cannot_go_on_is_refused_and_the_model_as_it_was(tmp_path):
     model = mlp()
     with shira.attach(model, density=0.2) as tuner:

@@ -67,7 +67,7 @@ def train(
     if save_every and (recipe.refresh_every or recipe.method == "hook"):
         raise DataError("--save-every is not possible with --refresh-every or --method hook, whose runs cannot go on exactly")
     check_run(recipe)
-    read = (recipe.data, recipe.eval_data, recipe.stay_near)
+    read = (recipe.data, recipe.eval_data, recipe.stay_near, recipe.start)
     with checkpoints(save_every, output, place, recipe, read, force) as folder:
         _run(recipe, place, like, save_every, folder)
 
@@ -126,6 +126,10 @@ def checkpoints(
     if every and output is None:
         raise DataError("--save-every needs --output, by which the same command finds the checkpoints: -o poet")
     if not every:
+        if folder_of(place).exists():
+            console.print(
+                f"{cell(folder_of(place))} is of a run that was stopped; --save-every goes on with it", highlight=False
+            )
         try:
             yield None
         except KeyboardInterrupt:
@@ -142,7 +146,8 @@ def checkpoints(
             yield folder
         except BaseException:
             if (step := last_step(folder)) is not None:
-                console.print(f"stopped; the same command goes on after step {step:,}, from {cell(folder)}", highlight=False)
+                told = f"stopped; the same command goes on after step {step:,}, from {cell(folder)}"
+                console.print(f"{told}; remove that folder to begin anew", highlight=False, soft_wrap=True)
             raise
 
 

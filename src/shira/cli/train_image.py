@@ -46,7 +46,7 @@ def train_image(
             raise DataError(
                 f"the samples would be saved in {data}, and the next run would train on them; give an --output elsewhere"
             )
-    with checkpoints(save_every, output, place, recipe, (recipe.data,), force) as folder:
+    with checkpoints(save_every, output, place, recipe, (recipe.data, recipe.start), force) as folder:
         _run(recipe, place, save_every, folder)
 
 
@@ -88,11 +88,17 @@ def _run(recipe: ImageRecipe, place: "Place", save_every: int, save_folder: Path
         )
     if not IS_FIRST:
         return
-    if shown != place.samples:
-        place.samples.parent.mkdir(exist_ok=True)
-        shown.replace(place.samples)
     base = base_of(recipe.pipeline, adapter.metadata["base"]["dtype"], "DiffusionPipeline", "diffusers")
-    place = save_run(place, adapter, base, partial(save_image_recipe, recipe))
+    asked = place.samples
+    if shown != asked:
+        asked.parent.mkdir(exist_ok=True)
+        shown.replace(asked)
+    try:
+        place = save_run(place, adapter, base, partial(save_image_recipe, recipe))
+    except BaseException:
+        if shown != asked:
+            asked.replace(shown)
+        raise
     tell(place, adapter)
     console.print(f"the samples are {cell(place.samples)}", highlight=False)
 

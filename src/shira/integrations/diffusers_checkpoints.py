@@ -1,10 +1,12 @@
 """Checkpoints of training with Accelerate: what has been trained, and all that decides how it goes on, without the base."""
 
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
 from ..training.tuner import Tuner
 
 __all__ = ["Checkpoints"]
@@ -36,7 +38,11 @@ class Checkpoints:
         """Load the last checkpoint, if there is one. Raises TuningError or BaseMismatch if it is of other weights or a mask."""
         self._accelerator.wait_for_everyone()
         if found := self._found():
-            self._accelerator.load_state(str(found[-1]))
+            try:
+                self._accelerator.load_state(str(found[-1]))
+            except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                said = " ".join(str(error).split())[:300]
+                raise DataError(f"{found[-1]} cannot be read ({said}); remove {self._folder} to begin anew") from error
 
     def save(self) -> None:
         """Save a checkpoint after the present step."""

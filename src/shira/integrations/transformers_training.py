@@ -121,7 +121,8 @@ def train(
                 evaluate()
                 trainer.log({"eval_loss": losses[-1]})
 
-        def on_train_begin(self, *_: Any, **known: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, _control: Any, **known: Any) -> None:
+            state.save_steps = args.save_steps  # that of the checkpoint may be another
             steps_of_pass.append(-(-len(known["train_dataloader"]) // accumulate))
             clock.append((time.perf_counter(), tokens[0]))
 
@@ -178,7 +179,8 @@ def train(
         if held_out:
             evaluate()
         with modes_kept(model):
-            result = trainer.train(resume_from_checkpoint=library.trainer_utils.get_last_checkpoint(str(folder)))
+            last = library.trainer_utils.get_last_checkpoint(str(folder))
+            result = trainer.train(resume_from_checkpoint=last and _checked(Path(last)))
     losses_of_steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # also those before a stop
     summary = {
         "steps": result.global_step,
@@ -202,3 +204,14 @@ def _savers(tuner: Tuner, save_every: int) -> list[Any]:
     from .trainer import ShiraCallback
 
     return [ShiraCallback(tuner)]
+
+
+def _checked(checkpoint: Path) -> str:
+    """The checkpoint. Raises DataError if one of its files is missing or empty, which the Trainer would take without a word."""
+    there = {path.name for path in checkpoint.iterdir() if path.stat().st_size}
+    for needed in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        if needed not in there:
+            raise DataError(
+                f"{checkpoint} is damaged: it has no {needed}, or an empty one; remove {checkpoint.parent} to begin anew"
+            )
+    return str(checkpoint)

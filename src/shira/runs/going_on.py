@@ -24,6 +24,7 @@ from .shared_options import Masked
 __all__ = ["checkpoints_of", "folder_of", "last_step"]
 
 RUN = "run.json"
+LAST = ("trainer_state.json", "custom_checkpoint_0.pkl")  # files that a whole checkpoint has: of the Trainer, of Accelerate
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -40,20 +41,21 @@ def checkpoints_of(output: Output, recipe: Masked, data: Iterable[str | None], *
     with claimed(folder) as is_ours:
         if not is_ours:
             raise DataError(f"another run saves its checkpoints in {folder} now; wait for its end, or give another --output")
-        _begin(folder, _told(recipe, data), replace)
+        _begin(folder, _told(recipe, data, folder), replace)
         try:
             yield folder
         except BaseException:
             if last_step(folder) is None:
                 shutil.rmtree(folder)
             raise
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_step(folder: Path) -> int | None:
-    """The step after which the last checkpoint in a run's folder was saved, None if there is none."""
-    steps = [int(name[1]) for path in folder.iterdir() if (name := CHECKPOINT.fullmatch(path.name))]
-    return max(steps, default=None)
+    """The step after which the last whole checkpoint in a run's folder was saved, None if there is none."""
+    found = {int(name[1]): path for path in folder.iterdir() if (name := CHECKPOINT.fullmatch(path.name))}
+    whole = [step for step, path in found.items() if any((path / last).exists() for last in LAST)]
+    return max(whole, default=None)
 
 
 def folder_of(output: Output) -> Path:
@@ -84,19 +86,20 @@ def _begin(folder: Path, told: dict[str, Any], replace: bool) -> None:
     write_whole(folder / RUN, json.dumps(told, indent=1).encode())
 
 
-def _told(recipe: Masked, data: Iterable[str | None]) -> dict[str, Any]:
-    """What decides a run: its settings, and the content of its data."""
+def _told(recipe: Masked, data: Iterable[str | None], folder: Path) -> dict[str, Any]:
+    """What decides a run: its settings, and the content of its data, but not of the folder for its checkpoints."""
     found = dataclasses.asdict(recipe)
     for name in data:
         if name and (path := Path(name)).exists():
-            found[f"content of {name}"] = _digest(path)
+            found[f"content of {name}"] = _digest(path, folder.absolute())
     told: dict[str, Any] = json.loads(json.dumps(found))
     return told
 
 
-def _digest(path: Path) -> str:
-    """A SHA-256 over the content of a file, or of all files in a folder and their names."""
+def _digest(path: Path, apart: Path) -> str:
+    """A SHA-256 over the content of a file, or of all files in a folder and their names. apart: a folder that is left out."""
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    files = [each for each in files if apart not in each.absolute().parents and not OURS.fullmatch(each.name)]
     digest = hashlib.sha256()
     for each in files:
         with each.open("rb") as file:

@@ -100,7 +100,7 @@ def save_run(
     data: str | None = None,
 ) -> Output:
     """Write what a run has made. Returns where: under a further name if somebody else has taken the name meanwhile."""
-    with _claimed(output) as output:
+    with _claimed(output) as output, _removed_on_error(output):
         adapter.save(output.adapter, like=like)
         if not output.kept:
             save_recipe(output.recipe)
@@ -108,6 +108,18 @@ def save_run(
         text = card(adapter, output.adapter.name, base, recipe=output.recipe.name, picture=picture, data=data)
         write_whole(output.card, text.encode())
     return output
+
+
+@contextlib.contextmanager
+def _removed_on_error(output: Output) -> Iterator[None]:
+    """If the block fails, what it has written does not stay, so that the same command can be given again."""
+    before = {path for path in output.files if os.path.lexists(path)}
+    try:
+        yield
+    except BaseException:
+        for path in set(output.files) - before:
+            path.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -1,25 +1,28 @@
 """Go on with an adapter's training: its entries train, from its values, and the base stays the base."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import kernels
 from ..adapter import Adapter, opened
-from ..errors import MaskError, TuningError
+from ..errors import BaseMismatch, MaskError, TuningError
 from ..files.metadata import check_metadata
 from ..files.paths import path_of
 from ..masks.selector import Selected
 from ..sparse.positions import index_dtype
-from ..sparse.tensor import SparseTensor
+from ..sparse.tensor import SparseTensor, all_finite, dtype_name
 from ..weights.belonging import check_base
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import is_buffer, named_tensors
 from ..weights.targets import Target
 from ..weights.undo import Undo
+from .lr_scale import allowed
 from .resuming import BUFFER, VALUES
 from .tuner import Tuner
 
@@ -53,16 +56,21 @@ class Start(NamedTuple):
     @property
     def whole(self) -> list[str]:
         """The names of parameters that train whole, as a new head does."""
-        return [name for name in self.mask.get("whole") or () if name in self.parameters]
+        named = self.mask.get("whole")
+        names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+        return [name for name in names if name in self.parameters and self.parameters[name].nnz == self.parameters[name].numel]
 
     @property
     def lr_scale(self) -> float | None:
-        """That of the training before, None if it was not of this library."""
-        return float(self.mask.get("lr_scale") or 1) if "seed" in self.mask else None
+        """That of the training before, None if its file says none."""
+        with contextlib.suppress(TuningError):
+            scale = allowed(self.mask.get("lr_scale") or 1, "values", False)
+            return float(scale) if "seed" in self.mask and scale != "auto" else None
+        return None
 
     def settings(self) -> dict[str, Any]:
         """What the new adapter says of its mask."""
-        moved = ("refresh", "stay_near", "calibration", "lr_scale")
+        moved = ("refresh", "stay_near", "calibration", "lr_scale", "decompose")
         known = {key: value for key, value in self.mask.items() if key not in moved}
         return {"name": "from_adapter", **known, "start": self.label}
 
@@ -78,16 +86,30 @@ class Start(NamedTuple):
     def give(self, tuner: Tuner) -> None:
         """Let the tuner's entries and buffers have the adapter's values."""
         state = tuner.state_dict()
-        tensors = named_tensors(tuner.model)
+        tensors, names = named_tensors(tuner.model), tuner._buffers.names()
         for name, sparse in self.parameters.items():
-            before = state[name + VALUES]
-            state[name + VALUES] = sparse.values.float() if sparse.kind == "overwrite" else before + sparse.values.float()
-        names = {id(tensor): name for name, tensor in tuner.model.named_buffers(remove_duplicate=False)}
+            values = self._values(name, sparse, tensors[name])
+            state[name + VALUES] = values.float()
+            if not torch.equal(state[name + VALUES].to(values.dtype), values):
+                raise TuningError(
+                    f"{self.label!r} holds values of '{name}' in float64 that float32 cannot hold; training would round them"
+                )
         for name, sparse in self.buffers.items():
             value = tensors[name].detach().to("cpu", copy=True).contiguous()
-            value.view(-1)[sparse.indices.long()] = sparse.values.to(value.dtype)
+            value.view(-1)[sparse.indices.long()] = self._values(name, sparse, tensors[name])
             state[BUFFER + names[id(tensors[name])]] = value
         tuner.load_state_dict(state)
+
+    def _values(self, name: str, sparse: SparseTensor, weight: Tensor) -> Tensor:
+        """The adapter's values of a tensor [k], on the CPU, in the tensor's dtype. Raises TuningError if a sum overflows."""
+        if sparse.kind == "overwrite":
+            return sparse.values.to(weight.dtype)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        base = kernels.gather(weight.detach(), sparse.indices.to(weight.device)).cpu()
+        values = (base.to(wide) + sparse.values.to(wide)).to(weight.dtype)
+        if not all_finite(values):
+            raise TuningError(f"{self.label!r}: base and delta of '{name}' overflow {dtype_name(weight.dtype)}")
+        return values
 
 
 def read_start(start: StartFrom, model: nn.Module) -> Start:
@@ -116,8 +138,18 @@ def _checked(label: str, adapter: Adapter, tensors: dict[str, Tensor]) -> Start:
             f"{label!r} was trained beside a low-rank part, which its file does not hold; its training cannot go on without it"
         )
     check_base(f"{label!r}", adapter, tensors, lambda weight, indices: kernels.gather(weight.detach(), indices))
-    parameters = {name: each for name, each in adapter.tensors.items() if not is_buffer(tensors[name]) and each.nnz}
-    buffers = {name: each for name, each in adapter.tensors.items() if is_buffer(tensors[name])}
+    first: dict[int, str] = {}  # id of a tensor -> the name under which it trains: tied weights have several
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    held: dict[str, SparseTensor] = {}
+    for name, sparse in adapter.tensors.items():
+        known = held.setdefault(first[id(tensors[name])], sparse)
+        if not (torch.equal(known.indices, sparse.indices) and torch.equal(known.values, sparse.values)):
+            raise BaseMismatch(
+                f"{label!r} holds other values for '{name}' than for '{first[id(tensors[name])]}', which are tied here"
+            )
+    parameters = {name: each for name, each in held.items() if not is_buffer(tensors[name]) and each.nnz}
+    buffers = {name: each for name, each in held.items() if is_buffer(tensors[name])}
     if not parameters:
         raise TuningError(f"{label!r} holds no entry of a parameter that could train")
     return Start(label, parameters, buffers, dict(adapter.metadata.get("mask") or {}))
@@ -130,8 +162,12 @@ def cannot_move(weight: Tensor, k: int, name: str) -> Tensor:
 
 def refuse_beside(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise TuningError for options of `attach` that `start` decides. given, defaults: option -> value."""
-    wrong = [option for option in DECIDED if (given[option] or None) is not (defaults[option] or None)]
+    wrong = [option for option in DECIDED if not _same(given[option] or None, defaults[option] or None)]
     if wrong:
         raise TuningError(
             f"start takes the entries of that adapter; {', '.join(wrong)} cannot be given with it: leave {wrong[0]} out"
         )
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, str | int | float) and one == other)

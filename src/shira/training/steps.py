@@ -104,10 +104,12 @@ class Training:
                     continue
                 if parameter.requires_grad:
                     found = "trains, since requires_grad was turned on after attach()"
-                    remedy = "turn it off, or attach with it among the targets or in whole=[…]"
+                    remedy = (
+                        "turn it off, or attach with it among the targets or in whole=[…]; add PEFT's layers after attach()"
+                    )
                 else:
                     found = "has a gradient from before attach()"
-                    remedy = "call zero_grad() first, or make the optimizer with tuner.parameters()"
+                    remedy = "call zero_grad(set_to_none=True) first, or make the optimizer with tuner.parameters()"
                 raise TuningError(
                     f"'{name}' {found}: this step of {type(optimizer).__name__} would change the base, which detach() "
                     f"could not restore; {remedy}"

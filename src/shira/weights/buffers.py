@@ -87,6 +87,15 @@ class Buffers:
             found.append(kept._replace(value=value.to(kept.value.device)))
         return found
 
+    def names(self) -> dict[int, str]:
+        """id of a buffer -> its name in `named_changed`."""
+        names = self._names()
+        return {
+            id(kept.module._buffers[kept.name]): names[id(kept.module)] + kept.name
+            for kept in self._kept
+            if id(kept.module) in names and kept.name in kept.module._buffers
+        }
+
     def _names(self) -> dict[int, str]:
         """id of a module -> its name with a dot behind, "" for the model itself."""
         return {id(module): f"{name}.".lstrip(".") for name, module in self.model.named_modules()}
