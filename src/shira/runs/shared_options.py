@@ -1,7 +1,6 @@
 """The options that several kinds of recipe share, as dataclasses to inherit from: those of the mask, and those of a run."""
 
 import dataclasses
-from dataclasses import MISSING
 from typing import Any, Literal
 
 from ..errors import DataError
@@ -60,21 +59,20 @@ class Run:
 
 def attach_options(recipe: Masked, **more: Any) -> dict[str, Any]:
     """What `attach` is given: the recipe's options and more, or with `start` those of them that it does not decide."""
-    from ..training.starting import DECIDED
+    from ..training.starting import BESIDE
 
     options = passed_to("attach", recipe) | more
-    return options if recipe.start is None else {name: value for name, value in options.items() if name not in DECIDED}
+    return options if recipe.start is None else {name: value for name, value in options.items() if name in BESIDE}
 
 
 def _check_start(recipe: Masked, file: str) -> None:
     """Raise DataError for options that cannot be given with `start`, and FormatError or OSError for its file."""
     from ..adapter import opened
-    from ..training.starting import DECIDED
+    from ..training.starting import BESIDE
 
-    usual = {field.name: field.default if field.default is not MISSING else None for field in dataclasses.fields(recipe)}
-    usual |= {field.name: field.default_factory() for field in dataclasses.fields(recipe) if callable(field.default_factory)}
-    for name in DECIDED:
-        if name in passed_to("attach", recipe) and getattr(recipe, name) != usual[name]:
+    usual = type(recipe)()
+    for name, value in passed_to("attach", recipe).items():
+        if name not in BESIDE and value != getattr(usual, name):
             raise DataError(f"--start takes the entries of {file} as they are: leave out --{name.replace('_', '-')}")
     with opened(file):
         pass

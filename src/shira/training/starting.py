@@ -26,22 +26,9 @@ from .lr_scale import allowed
 from .resuming import BUFFER, VALUES
 from .tuner import Tuner
 
-__all__ = ["Start", "StartFrom", "cannot_move", "read_start", "refuse_beside"]
+__all__ = ["BESIDE", "Start", "StartFrom", "cannot_move", "read_start", "refuse_beside"]
 
-DECIDED: tuple[str, ...] = (
-    "mask",
-    "density",
-    "rank",
-    "total",
-    "scope",
-    "floor",
-    "overrides",
-    "targets",
-    "exclude",
-    "layers",
-    "avoid",
-)
-DECIDED += ("calibration", "method", "decompose", "low_rank", "whole")  # options of `attach` that `start` decides
+BESIDE = ("model", "loss_fn", "progress", "seed", "lr_scale", "start")  # options of `attach` that `start` does not decide
 StartFrom = Adapter | str | os.PathLike[str]
 
 
@@ -162,7 +149,7 @@ def cannot_move(weight: Tensor, k: int, name: str) -> Tensor:
 
 def refuse_beside(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise TuningError for options of `attach` that `start` decides. given, defaults: option -> value."""
-    wrong = [option for option in DECIDED if not _same(given[option] or None, defaults[option] or None)]
+    wrong = [name for name in defaults if name not in BESIDE and not _same(given[name] or None, defaults[name] or None)]
     if wrong:
         raise TuningError(
             f"start takes the entries of that adapter; {', '.join(wrong)} cannot be given with it: leave {wrong[0]} out"
