@@ -128,6 +128,12 @@ def test_what_a_failure_leaves_does_not_stop_the_same_command(run, folder, stop,
     assert [path.name for path in place.glob("check*")] == ["checkpoint-5"]
 
 
+def test_without_checkpoints_an_adapter_that_was_written_stays(run, folder, monkeypatch):
+    monkeypatch.setattr("shira.runs.outputs.card", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+    assert run(f"{LINE} -o poet")[0] == 1
+    assert shira.load("poet").nnz
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -102,7 +102,8 @@ def _run(recipe: Recipe, place: "Place", like: Path | None, save_every: int, sav
     if not IS_FIRST:
         return
     base = base_of(recipe.model, adapter.metadata["base"]["dtype"], "AutoModelForCausalLM")
-    place = save_run(place, adapter, base, partial(save_recipe, recipe), like=like, data=recipe.data)
+    goes_on = save_folder is not None
+    place = save_run(place, adapter, base, partial(save_recipe, recipe), like=like, data=recipe.data, goes_on=goes_on)
     summary = adapter.metadata["training"]
     for key, what in {"shortened": "lost their beginning (--max-length)", "dropped": "have nothing to learn: left out"}.items():
         if key in summary:

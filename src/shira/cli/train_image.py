@@ -94,7 +94,7 @@ def _run(recipe: ImageRecipe, place: "Place", save_every: int, save_folder: Path
         asked.parent.mkdir(exist_ok=True)
         shown.replace(asked)
     try:
-        place = save_run(place, adapter, base, partial(save_image_recipe, recipe))
+        place = save_run(place, adapter, base, partial(save_image_recipe, recipe), goes_on=save_folder is not None)
     except BaseException:
         if shown != asked:
             asked.replace(shown)

@@ -98,9 +98,14 @@ def save_run(
     *,
     like: Path | None = None,
     data: str | None = None,
+    goes_on: bool = False,
 ) -> Output:
-    """Write what a run has made. Returns where: under a further name if somebody else has taken the name meanwhile."""
-    with _claimed(output) as output, _removed_on_error(output):
+    """Write what a run has made. Returns where: under a further name if somebody else has taken the name meanwhile.
+
+    goes_on: the run has checkpoints. Then what was written does not stay after a failure, so that the same command can be given
+    again. Without them an adapter that was written stays, since nothing else holds what was trained.
+    """
+    with _claimed(output) as output, _removed_on_error(output) if goes_on else contextlib.nullcontext():
         adapter.save(output.adapter, like=like)
         if not output.kept:
             save_recipe(output.recipe)
@@ -112,7 +117,7 @@ def save_run(
 
 @contextlib.contextmanager
 def _removed_on_error(output: Output) -> Iterator[None]:
-    """If the block fails, what it has written does not stay, so that the same command can be given again."""
+    """If the block fails, what it has written does not stay."""
     before = {path for path in output.files if os.path.lexists(path)}
     try:
         yield

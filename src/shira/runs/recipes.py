@@ -197,10 +197,18 @@ def recipe_of(kind: type[Kind], path: str | Path | None, given: Mapping[str, Any
     try:
         return kind(**settings)
     except DataError as error:
-        named = re.findall(r"\w+", re.split(" must be|, not both", str(error))[0])
-        if path is None or not given.keys().isdisjoint(named):
+        if path is None or _said_of(kind, given) == str(error):
             raise
         raise DataError(f"{path}: {str(error).removeprefix('recipe: ')}") from None
+
+
+def _said_of(kind: type[Masked], given: Mapping[str, Any]) -> str:
+    """What is wrong with the settings that were given beside a file, taken by themselves; "" if nothing is."""
+    try:
+        kind(**given)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def usual_targets(model: "nn.Module") -> str | list[str]:

@@ -97,10 +97,8 @@ class Training:
         for group in optimizer.param_groups:
             parameter: nn.Parameter
             for parameter in group["params"]:
-                if parameter.grad is None or id(parameter) not in self._base:
-                    continue
-                name, known = self._base[id(parameter)]
-                if known() is not parameter:
+                name, known = self._base.get(id(parameter), ("", None))
+                if known is None or known() is not parameter or parameter.grad is None:
                     continue
                 if parameter.requires_grad:
                     found = "trains, since requires_grad was turned on after attach()"
