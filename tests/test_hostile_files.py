@@ -217,9 +217,7 @@ def test_an_adapter_in_memory_with_such_metadata_is_refused_where_they_are_asked
         ):
             with pytest.raises(AdapterError, match="metadata"):
                 use()
-        with pytest.raises(AdapterError, match="cannot save to .*, since `load` would refuse it: .*metadata"):
-            adapter.save(tmp_path / "a.safetensors")
-        assert os.listdir(tmp_path) == []
+    Adapter(random_adapter(model, 1).tensors, {"mask": 3}).save(tmp_path / "a")  # what it says of a mask is of no use
 
 
 def test_positions_far_apart_are_fused_without_walking_there(tmp_path):
@@ -238,7 +236,7 @@ def test_positions_far_apart_are_fused_without_walking_there(tmp_path):
 
 
 def test_saving_a_shape_without_end_looks_for_no_rule_there(tmp_path):
-    for options in ({}, {"offset": 2**39}, {"offset": -1}, {"offset": "x"}, {"offset": {}}):
+    for options in ({}, {"offset": 2**39}, {"offset": -1}, {"offset": "x"}, 5):
         tensor = SparseTensor((2**40, 2), torch.tensor([5]), torch.ones(1), "delta")
         Adapter({"w": tensor}, {"mask": {"name": "struct", "options": options}}).save(tmp_path / "a")
         with safetensors.safe_open(tmp_path / "a", "pt") as file:

@@ -157,7 +157,7 @@ BAD_FILE = [
     ("cut", "should have .* bytes, it has"),
     ("longer", "should have .* bytes, it has"),
     (b"", "is malformed"),
-    (b"\xff" * 9, r"begins with b'.*xff', not with a header's length: it is a file of another kind"),
+    (b"\xff" * 9, "is malformed .*a header of 18446744073709551615 bytes in a file of 9"),
     ((2000).to_bytes(8, "little") + b"{", "is malformed .*a header of 2000 bytes in a file of 9"),
     ((2).to_bytes(8, "little") + b"[]", "is malformed"),
     ((9).to_bytes(8, "little") + b'{"a": [1}', "is malformed"),

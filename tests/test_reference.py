@@ -111,9 +111,9 @@ def test_where_there_is_no_reference():
         tuner.reference().__enter__()
     with shira.attach(model, density=0.2) as tuner, tuner.reference():
         for wish in (lambda: tuner.reference().__enter__(), lambda: tuner.refresh(None), tuner.state_dict):
-            with pytest.raises(TuningError, match="cannot be .* inside its reference"):
+            with pytest.raises(TuningError, match="not inside its reference"):
                 wish()
-    with pytest.raises(TuningError, match="cannot be switched off when it is detached"):
+    with pytest.raises(TuningError, match="only an attached tuner"):
         tuner.reference().__enter__()
 
 

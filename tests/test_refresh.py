@@ -306,7 +306,7 @@ def test_only_an_attached_tuner_of_values_is_refreshed():
             tuner.refresh(optimizer)
     with attach(model) as tuner:
         optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
-    with pytest.raises(TuningError, match="when it is detached"):
+    with pytest.raises(TuningError, match="attached"):
         tuner.refresh(optimizer)
 
 

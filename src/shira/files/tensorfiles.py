@@ -61,12 +61,9 @@ def read_header(file: BinaryIO, *, any_dtype: bool = True) -> tuple[dict[str, He
     with malformed(file.name):
         start = file.read(8)
         (length,) = struct.unpack("<Q", start)
-        if length > LONGEST_HEADER:
-            raise CheckpointError(
-                f"{file.name} begins with {start!r}, not with a header's length: it is a file of another kind"
-            )
-        if length > size - 8:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        if length > min(size - 8, LONGEST_HEADER):
+            kind = f"; it begins with {start!r}, and may be a file of another kind" if length > LONGEST_HEADER else ""
+            raise ValueError(f"a header of {length} bytes in a file of {size}{kind}")
         described = strict_json(file.read(length))
         metadata = described.pop("__metadata__", {})
         entries = {name: _entry(name, entry, 8 + length, any_dtype) for name, entry in described.items()}

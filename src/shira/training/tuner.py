@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..errors import AdapterError, TuningError
-from ..files.metadata import base_facts
+from ..files.metadata import base_facts, check_metadata
 from ..masks.calibration import LossFn, Progress
 from ..masks.selector import Indices, Selector
 from ..sparse.tensor import SparseTensor, fingerprint
@@ -210,13 +210,13 @@ class Tuner:
         self.at_detach.finish_inner()
         problem = ""
         if self._stage != ATTACHED:
-            problem = f"when it is {self._stage}; call shira.attach again"
+            problem = f"only an attached tuner can be {wish}, and this one is {self._stage}; call shira.attach again"
         elif len(masters) < len(self._tuned):
-            problem = "with method='hook'; attach with method='values'"
+            problem = f"only a tuner with method='values' can be {wish}; attach with that"
         elif any(each.ignored for each in masters.values()):
-            problem = "inside its reference(); do it after the block"
+            problem = f"a tuner can be {wish}, but not inside its reference(); do it after the block"
         if problem:
-            raise TuningError(f"a tuner cannot be {wish} {problem}")
+            raise TuningError(problem)
         self._check_not_torn()
         self._holders.check()
         for each in masters.values():
@@ -265,9 +265,10 @@ class Tuner:
 
         It overwrites entries with values in the weights' dtype; for quantized weights it has deltas. It also overwrites the
         floating-point buffers that have changed, such as BatchNorm's statistics.
-        training: a summary for the file, anything that JSON can hold.
+        training: a summary for the file, of anything that JSON can hold, by name.
         Warns (`NotTrained`) of targets that got no gradient.
-        Raises TuningError if a trained value is not finite, or if other code has changed a weight (docs/guarantees.md).
+        Raises AdapterError for a name, summary or licence of another type; TuningError if a trained value is not finite, or if
+        other code has changed a weight (docs/guarantees.md).
         """
         self._check_not_torn()
         if self._trained is None:
@@ -288,7 +289,9 @@ class Tuner:
                 prints[tensor] = fingerprint(touched.base)
         metadata = {"name": name, "mask": self._mask, "base": self._base, "training": training, "license": license}
         metadata |= {"fingerprints": prints, "low_rank": hybrid.record(self._masters)}
-        return Adapter(tensors, {key: value for key, value in metadata.items() if value is not None})
+        metadata = {key: value for key, value in metadata.items() if value is not None}
+        check_metadata(metadata)
+        return Adapter(tensors, metadata)
 
     def _so_far(self) -> dict[str, Trained]:
         """Tensor name -> its trained entries."""
