@@ -129,7 +129,7 @@ def _fused_over(
             check_fingerprint(label, name, adapters[label], under, weight.dtype)
 
     terms = [(tensor, strengths[label]) for label, tensor in held.items()]
-    fused = _in_one_pass(terms, weight, weight.dtype, method)
+    fused = _in_one_pass(terms, weight, weight.dtype, method) if weight.is_contiguous() else None
     if fused is not None:
         for number, under in enumerate(fused.under):
             check(number, under)

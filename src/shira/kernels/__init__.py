@@ -66,7 +66,9 @@ __all__ = [
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
-    """The entries of `weight` at `indices` [k], as a new tensor [k]."""
+    """The entries of `weight`, in any layout in memory, at `indices` [k], as a new tensor [k]."""
+    if not weight.is_contiguous():
+        return weight.detach()[torch.unravel_index(indices.long(), weight.shape)]
     place = custom_ops if torch.compiler.is_compiling() else backend_for(weight, indices)
     values: Tensor = place.gather(weight, indices)
     return values

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShiraError
+from ..sparse.memory_order import memory_order
 from ..sparse.tensor import bytes_of, has_memory
 
 __all__ = [
@@ -124,7 +125,8 @@ class WritePlan:
     """Writes, and memory for the old values of the entries that they change.
 
     stash: for each write [k], the old values; valid for the first `begun` writes.
-    memories: the memory of each weight when the plan was made. The plan is valid for these weights only.
+    weights: for each write the model's own tensor: its weight, or that of which its weight is a contiguous view.
+    memories: the memory of each of these when the plan was made. The plan is valid for these weights only.
     begun: int64 [1], the number of leading writes whose old values are in the stash and whose weight may have been written.
         A kernel sets it before it writes. So after an interruption at any point it says what must be restored.
     sums: for each write the sum that its values will become, or None; `kernels.write_sums_` computes and removes the sums.
@@ -133,6 +135,7 @@ class WritePlan:
     writes: tuple[Write, ...]
     stash: tuple[Tensor, ...]
     begun: np.ndarray[tuple[int], np.dtype[np.int64]]
+    weights: tuple[Tensor, ...]
     memories: tuple[WeightMemory, ...]
     sums: tuple[Sum | None, ...] = ()
     compiled: Any = None  # the plan as cpu/native.py needs it
@@ -142,8 +145,13 @@ class WritePlan:
     stash_from: "WritePlan | None" = None  # set by `over`: the plan with this stash
 
     @classmethod
-    def of(cls, writes: Sequence[Write], sums: Sequence[Sum | None] = ()) -> "WritePlan":
-        """A plan of these writes. Its stash is one piece of memory for each dtype and device."""
+    def of(
+        cls, writes: Sequence[Write], sums: Sequence[Sum | None] = (), weights: Sequence[Tensor] | None = None
+    ) -> "WritePlan":
+        """A plan of these writes. Its stash is one piece of memory for each dtype and device.
+
+        weights: for each write the model's own tensor; None: those that are written.
+        """
         sizes: dict[tuple[torch.dtype, torch.device], int] = {}
         for write in writes:
             key = (write.values.dtype, write.values.device)
@@ -154,8 +162,9 @@ class WritePlan:
             key = (write.values.dtype, write.values.device)
             stash.append(room[key][: write.values.numel()])
             room[key] = room[key][write.values.numel() :]
-        memories = tuple(WeightMemory.of(write.weight) for write in writes)
-        return cls(tuple(writes), tuple(stash), np.zeros(1, dtype=np.int64), memories, tuple(sums))
+        held = tuple(write.weight for write in writes) if weights is None else tuple(weights)
+        memories = tuple(WeightMemory.of(weight) for weight in held)
+        return cls(tuple(writes), tuple(stash), np.zeros(1, dtype=np.int64), held, memories, tuple(sums))
 
     @functools.cached_property
     def on_cpu(self) -> bool:
@@ -169,10 +178,16 @@ class WritePlan:
 
     def check(self) -> None:
         """Raise WeightChanged if a weight was cast, moved or replaced since the plan was made. Takes 0.3 µs a weight."""
-        for (weight, _, _), (storage, layout) in zip(self.writes, self.memories, strict=True):  # `is_of`, without a call
+        for weight, (storage, layout) in zip(self.weights, self.memories, strict=True):  # `is_of`, without a call
             here = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
             if storage() is not weight.untyped_storage() or here != layout:
                 raise WeightChanged("a weight was cast, moved or replaced since its entries were chosen")
+
+    def positions(self, number: int) -> Tensor:
+        """The positions of a write in its model's own tensor [k], in C order of that tensor's shape."""
+        _, _, shape, strides = self.memories[number].layout
+        order, places = memory_order(shape, strides), self.writes[number].indices
+        return places if order is None else order.positions(places)
 
     @property
     def nnz(self) -> int:
@@ -196,4 +211,6 @@ class WritePlan:
         if not same or any(self.sums):
             return None
         stash_from = other.stash_from or other
-        return WritePlan(self.writes, other.stash, other.begun, self.memories, values_from=self, stash_from=stash_from)
+        return WritePlan(
+            self.writes, other.stash, other.begun, self.weights, self.memories, values_from=self, stash_from=stash_from
+        )

@@ -29,7 +29,7 @@ def leave_behind(model: nn.Module, known: ModelState, state: InWeights) -> None:
     """
     if not state.plans or known.pieces or known.quantized:
         return
-    written = {id(write.weight) for plan in state.plans for write in plan.writes}
+    written = {id(weight) for plan in state.plans for weight in plan.weights}
     leave(
         [module for module in model.modules() if any(id(tensor) in written for tensor in _own([module]))],
         functools.partial(_put_back, state.plans, state.label()),
@@ -42,7 +42,7 @@ def _put_back(plans: Sequence[WritePlan], active: str, modules: Sequence[nn.Modu
     modules: those with these weights that still live.
     """
     model = nn.ModuleList(modules)
-    weights = {id(write.weight): write.weight for plan in plans for write in plan.writes}
+    weights = {id(weight): weight for plan in plans for weight in plan.weights}
     model._buffers.update({f"gone{key}": weights[key] for key in weights.keys() - {id(p) for p in _own(modules)}})
     tensors = ModelTensors(model)
     names: dict[int, list[str]] = {}

@@ -10,6 +10,7 @@ from .. import kernels
 from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
 from ..kernels import WeightChanged, WeightMemory, WritePlan
+from ..sparse.memory_order import MemoryOrder, memory_order
 from ..sparse.tensor import SparseTensor, dtype_name
 from ..texts import described, shown
 from ..weights.belonging import check_base
@@ -30,6 +31,7 @@ class ModelState:
 
     weights: every name of each tensor -> the tensor; tensors with the same memory are one object.
     pieces: id of a sharded weight -> the piece of it in this process.
+    orders: id of a weight that is not contiguous -> the order of its entries in memory, and its contiguous view.
     quantized: the quantized layers. claim: a claim on the whole model; `owner` says who owns it at the moment.
     """
 
@@ -44,6 +46,10 @@ class ModelState:
         watch()
         known = {id(weight): weight for weight in self.weights.values() if _has_memory(weight)}
         self._memories = [(weight, WeightMemory.of(weight)) for weight in known.values()]
+        self.orders: dict[int, tuple[MemoryOrder, Tensor]] = {}
+        for key, weight in known.items():
+            if not weight.is_contiguous() and (order := memory_order(weight.shape, weight.stride())) is not None:
+                self.orders[key] = order, order.view(weight)
         self._watched: list[Tensor] = []  # the weights that any adapter has been checked against
         self._versions: list[int] = []  # their version counters after our own last write
 
@@ -121,6 +127,9 @@ class ModelState:
     def base_at(self, weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:
         """The base values at positions [k] of a weight: those in the weight, or in the stash of a plan that is active there."""
         indices = indices.to(weight.device)
+        if id(weight) in self.orders:
+            order, view = self.orders[id(weight)]
+            return _base_here(view, order.places(indices), plans)
         piece = self.pieces.get(id(weight))
         if piece is None:
             return _base_here(weight, indices, plans)

@@ -28,15 +28,17 @@ def prepare(
 
     active: the plans that are written over the base at the moment. Raises what `Switcher.use` raises for files and values.
     """
-    made, products = [], []
+    made, products, weights = [], [], []
     for name, terms in _terms(key, sources, model, active):
         if is_quantized(model.weights[name]):
             products.append(quantized_layers.product(name, model.weights[name], terms, key.method))
         else:
             made.append(_write(name, terms, key.method, ready, model, active))
-    plan = WritePlan.of([write for write, _ in made], [total for _, total in made])
+            weight = model.weights[name]
+            weights.append(weight if id(weight) in model.orders else made[-1][0].weight)
+    plan = WritePlan.of([write for write, _ in made], [total for _, total in made], weights)
     prepared = Prepared(plan, tuple(products))
-    has_buffers = any(is_buffer(write.weight) for write in plan.writes)  # forward passes change them; then sums are wrong
+    has_buffers = any(is_buffer(weight) for weight in weights)  # forward passes change them; then sums are wrong
     return prepared if has_buffers else ready.hold(key, prepared)
 
 
@@ -100,7 +102,8 @@ def _write(
         return _local_write(weight, tensor.indices, tensor.values.clone(), ready, model), None
     union = kernels.unite([term.indices for term, _ in terms])
     as_written = method.name == "sum" and all(term.kind == "overwrite" for term, _ in terms)
-    if as_written and id(weight) not in model.pieces and kernels.writes_sums(weight):
+    in_place = id(weight) not in model.pieces and id(weight) not in model.orders
+    if as_written and in_place and kernels.writes_sums(weight):
         room = torch.empty_like(union.indices, dtype=weight.dtype)
         total = Sum.of(union, [(term.values, strength) for term, strength in terms])
         return _local_write(weight, union.indices, room, ready, model), total
@@ -111,9 +114,13 @@ def _write(
 
 
 def _local_write(weight: Tensor, indices: Tensor, values: Tensor, ready: Ready, model: ModelState) -> Write:
-    """A write to a weight or, if the weight is sharded, to its local piece."""
+    """A write to a weight; to its local piece, if it is sharded; through its contiguous view, if it is not contiguous."""
     piece = model.pieces.get(id(weight))
     if piece is not None:
         span = piece.span(indices)
         weight, indices, values = piece.local, indices[span] - piece.start, values[span]
+    elif id(weight) in model.orders:
+        order, weight = model.orders[id(weight)]
+        indices, sorting = order.places(indices).sort()
+        values = values[sorting]
     return Write(weight, ready.own_positions(weight, indices), values)

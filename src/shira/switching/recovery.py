@@ -51,16 +51,17 @@ def recover_base(plans: Sequence[WritePlan], names: Mapping[int, list[str]], ten
     present = tensors.first_of.keys()
     for plan in plans:
         for number in range(int(plan.begun[0])):
-            write, stash, shape = plan.writes[number], plan.stash[number], plan.shapes[number]
-            now = {id(write.weight): (names[id(write.weight)][0], write.weight)}
-            there = [(name, tensors.by_name.get(name, write.weight)) for name in names[id(write.weight)]]
+            write, stash, shape, own = plan.writes[number], plan.stash[number], plan.shapes[number], plan.weights[number]
+            positions = plan.positions(number)
+            now = {id(own): (names[id(own)][0], own)}
+            there = [(name, tensors.by_name.get(name, own)) for name in names[id(own)]]
             in_pieces = any(is_sharded(weight) for _, weight in there)  # then the plan is for the local pieces
             for name, weight in there if not in_pieces else ():  # several weights, if they were tied before
                 now.setdefault(id(weight), (name, weight))
             if not in_pieces and not present & now.keys():
-                raise _unknown(names[id(write.weight)][0], None, active)
+                raise _unknown(names[id(own)][0], None, active)
             for name, weight in now.values():
-                entries = _entries(name, weight, shape, write.indices, write.values, stash)
+                entries = _entries(name, weight, shape, positions, write.values, stash)
                 bases = {} if entries is None else _bases(entries)
                 if entries is not None and bases:
                     found.append((entries, bases))

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch, did_you_mean
 from ..files.metadata import check_metadata
+from ..sparse.memory_order import memory_order
 from ..sparse.tensor import SparseTensor, dtype_name, fingerprint, has_memory
 from ..texts import described
 from .quantized import is_quantized, shape_of
@@ -90,7 +91,8 @@ def weight_of(
 ) -> Tensor:
     """The model's tensor of this name. Raises BaseMismatch unless it has the sparse tensor's shape.
 
-    to_overwrite: it must also be possible to overwrite its entries: a contiguous floating-point tensor, not quantized.
+    to_overwrite: it must also be possible to overwrite its entries: a floating-point tensor, not quantized, whose entries lie
+    in memory without gaps, in any order of its dimensions.
     """
     weight = tensors.get(name)  # read once: it may be in a file
     if weight is None:
@@ -107,10 +109,10 @@ def weight_of(
     if to_overwrite and (not weight.is_floating_point() or weight.is_meta):
         found = "one without data, on the meta device" if weight.is_meta else dtype_name(weight.dtype)
         raise BaseMismatch(f"{label}: '{name}' must be a floating-point tensor with data, found {found}")
-    if to_overwrite and not weight.is_contiguous():
+    if to_overwrite and not weight.is_contiguous() and memory_order(weight.shape, weight.stride()) is None:
         raise BaseMismatch(
-            f"{label}: '{name}' must be contiguous, found strides {list(weight.stride())}; after to(memory_format="
-            "torch.channels_last) call to(memory_format=torch.contiguous_format), or make the tensor contiguous"
+            f"{label}: '{name}' must be contiguous, or a contiguous tensor whose dimensions were permuted; found strides "
+            f"{list(weight.stride())} for shape {list(weight.shape)}; replace it by its contiguous()"
         )
     if to_overwrite and not has_memory(weight):
         raise BaseMismatch(f"{label}: the memory of '{name}' was freed; load the model again")

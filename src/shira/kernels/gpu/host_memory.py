@@ -24,8 +24,8 @@ class Waiting:
 
     def __init__(self, plan: WritePlan) -> None:
         """Copy a plan from its devices to the host. Its sums must be computed already."""
-        self._weights = [write.weight for write in plan.writes]
-        self._memories = plan.memories
+        self._written = [write.weight for write in plan.writes]
+        self._weights, self._memories = plan.weights, plan.memories
         self._pieces: dict[_Key, Tensor] = {}
         sizes: dict[_Key, int] = {}
         held: list[tuple[_Place, Tensor]] = []
@@ -52,11 +52,11 @@ class Waiting:
                 streams.enter_context(torch.cuda.stream(_stream(device)))
             here = {key: torch.empty_like(piece, device=key[0], pin_memory=False) for key, piece in self._pieces.items()}
             writes = []
-            for weight, (indices, values, starts) in zip(self._weights, self._places, strict=True):
+            for weight, (indices, values, starts) in zip(self._written, self._places, strict=True):
                 writes.append(Write(weight, here[indices[0]][indices[1]], here[values[0]][values[1]]))
                 if starts is not None:
                     ops.remember_starts(writes[-1].indices, weight.numel(), here[starts[0]][starts[1]])
-            plan = WritePlan.of(writes)
+            plan = WritePlan.of(writes, weights=self._weights)
             plan.memories = self._memories  # the values are for the weights as they were then
             if all(starts is not None for _, _, starts in self._places):
                 ops.prepare(plan)  # it needs addresses only; before the copies, since it waits for its own transfers

@@ -1,0 +1,53 @@
+"""Tensors whose entries lie in memory in another order than C's, such as convolutions' weights in torch's `channels_last`.
+
+Positions count in C order, and kernels write in the order of the memory. `MemoryOrder` maps one to the other.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["MemoryOrder", "memory_order"]
+
+
+class MemoryOrder(NamedTuple):
+    """The order of a tensor's dimensions in its memory: `tensor.permute(dims)` is contiguous. shape: the tensor's own."""
+
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The tensor's memory as a contiguous tensor."""
+        return tensor.detach().permute(self.dims)
+
+    def places(self, positions: Tensor) -> Tensor:
+        """Where positions of the tensor [k] are in `view`: in the same dtype, not sorted."""
+        return _moved(positions, self.shape, self.dims)
+
+    def positions(self, places: Tensor) -> Tensor:
+        """Where places in `view` [k] are in the tensor: in the same dtype, not sorted."""
+        back = sorted(range(len(self.dims)), key=self.dims.__getitem__)
+        return _moved(places, [self.shape[dim] for dim in self.dims], back)
+
+
+def memory_order(shape: Sequence[int], strides: Sequence[int]) -> MemoryOrder | None:
+    """The order of the entries in memory. None if it is C's order; also if entries have gaps between them, or share memory."""
+    dims = sorted(range(len(shape)), key=lambda dim: -strides[dim])
+    step = 1
+    for dim in reversed(dims):
+        if shape[dim] != 1 and strides[dim] != step:
+            return None
+        step *= shape[dim]
+    longer = [dim for dim in dims if shape[dim] != 1]  # the stride of a single entry means nothing
+    return None if longer == sorted(longer) else MemoryOrder(tuple(shape), tuple(dims))
+
+
+def _moved(indices: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
+    """Flat positions [k] in a tensor of this shape -> in the tensor with permuted dimensions."""
+    coordinates = torch.unravel_index(indices.long(), tuple(shape))
+    moved = torch.zeros_like(coordinates[0])
+    for dim in dims:
+        moved.mul_(shape[dim]).add_(coordinates[dim])
+    return moved.to(indices.dtype)
