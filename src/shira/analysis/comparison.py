@@ -40,8 +40,8 @@ class Change:
     l2: ‖ΔW‖, the distance to the base (Table 13).
     lora_rank: entries / (rows + columns): the rank of a LoRA with as many parameters. The rank of that LoRA's ΔW is at
         most this (Lemma 4.2).
-    rank, stable_rank, effective_rank: of ΔW (`spectra.Spectrum`). effective_rank_error: the standard error of effective_rank;
-        0 where it is computed.
+    rank, stable_rank, effective_rank: of ΔW (`spectra.Spectrum`). effective_rank_error: of an estimated effective_rank,
+        see docs/analysis.md; 0 where it is computed.
     lora_energy: the largest share of ‖ΔW‖² that a LoRA of rank lora_rank can hold.
     The last five are None without spectra. rank and lora_energy are also None where singular values were estimated.
     """
@@ -137,7 +137,7 @@ def compare(
     spectra: whether to compute singular values, which takes most of the time.
     on_progress(tensors done, tensor's name) is called after each tensor.
 
-    Raises AdapterError, FormatError, BaseMismatch or CheckpointError.
+    Raises AdapterError, BaseMismatch or CheckpointError; FormatError, HubError or OSError for a file.
 
         found = shira.compare("spam.safetensors", "questions.safetensors", base=model)
         found.total.pairs[0].awor, found.tensors["model.layers.0.mlp.up_proj.weight"].changes["spam"].effective_rank

@@ -38,7 +38,8 @@ class Spectrum(NamedTuple):
     """Singular values in falling order, computed or estimated.
 
     values: float64 [k]. counts: float64 [k], how many singular values each value stands for; 1 if they were computed.
-    error: the standard error of `effective_rank`; None if they were computed.
+    error: of `effective_rank`: its standard error over the random starts, combined with the difference that half the steps
+        make; None if they were computed.
     squares: Σσ², from the matrix's entries.
     """
 

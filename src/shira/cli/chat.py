@@ -26,7 +26,7 @@ def chat(
     system: System = "",
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = None,
-    seed: Annotated[int, typer.Option(help="Of tokens that are drawn. Each answer begins with it.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="The seed for sampling tokens. Each answer begins with it.", min=0)] = 0,
     dtype: Dtype = "auto",
 ) -> None:
     """Talk to a model, and switch its adapters meanwhile.

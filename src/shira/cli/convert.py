@@ -33,7 +33,8 @@ def convert(
         ),
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="Of a LoRA, …: the share of each weight's entries to take.", show_default=False)
+        float | None,
+        typer.Option(help="For a LoRA and others that are dense: the share of entries to take.", show_default=False),
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Instead, the share of ‖ΔW‖ to keep, with the fewest entries.", show_default=False)

@@ -33,7 +33,7 @@ def estimate(
     batch_size: Annotated[int, typer.Option(help="Rows a batch.", min=1)] = 1,
     length: Annotated[int, typer.Option(help="Tokens a row.", min=2)] = 512,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Gradient checkpointing.")] = False,
-    dropout: Annotated[float, typer.Option(help="With lora: the dropout before it.", min=0, max=1)] = 0.0,
+    dropout: Annotated[float, typer.Option(help="With --method lora: the LoRA's dropout.", min=0, max=1)] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **options: Any,
 ) -> None:

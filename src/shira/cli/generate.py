@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
-Sampled = Annotated[int, typer.Option("--seed", help="Of tokens that are drawn, and of what --method dare drops.", min=0)]
+Sampled = Annotated[int, typer.Option("--seed", help="The seed for sampling tokens, and for what --method dare drops.", min=0)]
 
 
 def generate(

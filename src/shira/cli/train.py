@@ -32,7 +32,7 @@ Output = Annotated[
 SaveEvery = Annotated[
     int,
     typer.Option(
-        help="Each time after this many steps a checkpoint is saved (0: never). After a stop the same command goes on from it.",
+        help="Saves a checkpoint every so many steps (0: never). After a stop the same command goes on from it.",
         min=0,
     ),
 ]

@@ -48,7 +48,8 @@ def fuse(
     Everything is computed in float32 (float64 for float64), in the order of the names, and rounded once. An entry that only one
     adapter changes, at strength 1, gets that adapter's value bit for bit. Files are read one tensor at a time.
 
-    SHiRA §3.2 and Appendix I, arXiv 2406.13175. Raises AdapterError, FormatError or BaseMismatch.
+    SHiRA §3.2 and Appendix I, arXiv 2406.13175. Raises AdapterError or BaseMismatch; FormatError, HubError or
+    OSError for a file.
 
         both = shira.fuse({"poet.safetensors": 1.0, "coder.safetensors": 0.5}, base=model, method="ties", density=0.5)
     """

@@ -22,8 +22,9 @@ Set it with `functools.partial`, or in the mask's name as on the command line:
 
 A mask with an argument `by` (a score) or `of` (masks) also gets, as further keywords, the inputs that these need.
 
-Every mask of the catalogue computes its scores in float32, takes the first positions among equal scores, raises MaskError for
-NaN and returns at most k positions. struct, block, wanda and lift need a matrix, nm needs rows; the others take any shape.
+Every mask of the catalogue returns at most k positions. Those with scores compute them in float32, take the first positions
+among equal ones, and raise MaskError for NaN. struct, block, wanda and lift need a matrix, nm needs rows; the others take any
+shape.
 """
 
 import inspect

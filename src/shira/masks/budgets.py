@@ -40,7 +40,8 @@ class BudgetPlan:
 
 
 def budget(shape: Shape, *, density: float | None = None, rank: int | None = None) -> int:
-    """How many entries of a tensor may train: density · entries, or rank · (out + in), the size of a LoRA of that rank.
+    """How many entries of a tensor may train: density · entries, rounded and at least 1; or
+    rank · (out + in), the size of a LoRA of that rank.
 
     In a stack [experts, out, in] the rank counts for each expert. A rank allows all entries of a vector, because LoRA does not
     adapt vectors.

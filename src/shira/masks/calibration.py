@@ -80,7 +80,8 @@ def calibrate(
 
     Returns what was done, for an adapter's metadata. The model stays in its mode (train or eval), and dropout is the same in
     every pass. Afterwards gradients, buffers, `requires_grad` flags and torch's random numbers are as before.
-    Raises MaskError if there is no batch, a loss is not finite, or a weight gets no gradient or no input.
+    Raises MaskError if there is no batch, a loss is not finite, or a weight gets no gradient or no input; DataError for a batch
+    that the model cannot take or that gives no loss.
     """
     batches = list(batches)
     if not batches:

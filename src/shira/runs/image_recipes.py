@@ -35,7 +35,7 @@ class _Pictures:
     prompt: str | None = option(None, "One caption for all pictures (DreamBooth: a photo of sks dog).")
     class_prompt: str | None = option(None, "Prior preservation: a caption of the whole class (a photo of a dog).")
     class_data: str | None = option(None, "Pictures of the class. The folder is filled with what the pipeline makes.")
-    class_count: int = option(100, "With --class-prompt, so many pictures of the class.", ge=1)
+    class_count: int = option(100, "With --class-prompt, the number of class pictures.", ge=1)
     prior_weight: float = option(1.0, "The weight of the class in the loss.", ge=0)
     resolution: int | None = option(None, "The side of the square pictures, in pixels.", usual="the pipeline's own", ge=8)
     crop: Literal["center", "random"] = option("center", "Where longer sides are cropped; random keeps no latents.")

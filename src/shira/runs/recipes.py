@@ -81,12 +81,12 @@ class _Training:
 
     calibration: int = option(64, "The number of examples for masks that need gradients or activations.", ge=1)
     refresh_every: int = option(0, "The mask is selected again each time after this many steps (0: never).", "trainer", ge=0)
-    refresh_cap: float = option(1.0, "With --refresh-every, the adapter's largest size in budgets.", "trainer", ge=1)
+    refresh_cap: float = option(1.0, "With --refresh-every, the most entries the adapter holds, in budgets.", "trainer", ge=1)
     method: Literal["values", "hook"] = option("values", "hook is the paper's slow way.", "attach", group="Training")
     decompose: bool | int = option(
         False, "Rank of a DoRA under the mask (SHiRA-WM-DoRA). true: its direction is free.", "attach", parse=strict_json, ge=1
     )
-    stay_near: str | None = option(None, "Data that the adapter shall not disturb, or own: text that the model writes.")
+    stay_near: str | None = option(None, "Data whose loss should not rise. own: text that the model writes itself.")
     reach: float = option(0.01, "With --stay-near, how far a weight may move. Smaller holds it nearer to the base.", gt=0)
     lr: float = option(1e-3, "The learning rate, as for LoRA.", gt=0)
     lr_scale: float | str = option(

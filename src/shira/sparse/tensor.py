@@ -75,7 +75,7 @@ class SparseTensor:
     shape: the shape of the whole tensor.
     indices: [nnz], flat positions in C order, strictly increasing; int32 below 2³¹ entries, int64 from there on
         (either is accepted and converted).
-    values: [nnz], floating point, finite.
+    values: [nnz], float32, bfloat16, float16 or float64, finite.
     kind: "overwrite": the values are the tensor's new entries; "delta": the values are added to its old entries.
 
     Raises AdapterError if any of this is not so.
@@ -119,7 +119,8 @@ class SparseTensor:
             raise AdapterError(f"a sparse tensor is SparseTensor((rows, columns), indices, values): {what}") from None
         _check_plain("values", self.values)
         if self.values.dtype not in FLOAT_DTYPES:
-            raise AdapterError(f"values must be floating point, found {dtype_name(self.values.dtype)}")
+            known = ", ".join(map(dtype_name, FLOAT_DTYPES))
+            raise AdapterError(f"values must be floating point ({known}), found {dtype_name(self.values.dtype)}")
 
     @classmethod
     def of_kernel(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> "SparseTensor":

@@ -91,7 +91,7 @@ class Ready:
     arriving: those on their way back from host memory, at most `capacity`.
     pinned: those that never make room for others, fewer than `capacity`.
 
-    Raises SwitchError for numbers that are not possible. It calls `capacity` "ready", as `Switcher` does.
+    Raises SwitchError for numbers that are not possible. Its message calls `capacity` "ready", the name that `Switcher` uses.
     """
 
     def __init__(self, capacity: int, host: int) -> None:

@@ -126,8 +126,8 @@ class Switcher:
         The model is not written to. A file is read again if its adapter has made room for others in memory, so it must stay
         where it is. A file is what `shira.load` takes; a folder of PEFT's SHiRA needs no base here.
 
-        Raises SwitchError if the name is taken, or somebody else owns the model; FormatError or OSError for the file;
-        BaseMismatch if a tensor is missing, has another shape or, for an overwrite adapter, other base values.
+        Raises SwitchError if the name is taken, or somebody else owns the model; FormatError, OSError, HubError or AdapterError
+        for the file; BaseMismatch if a tensor is missing, has another shape or, for an overwrite adapter, other base values.
         """
         if not isinstance(name, str) or not name:
             raise SwitchError(f'a name must be a string that is not empty, found {name!r}: add("poet", adapter)')
@@ -189,7 +189,7 @@ class Switcher:
     def pin(self, selection: Selection, method: str = "sum", **options: float) -> None:
         """Make a selection ready, and hold it ready whatever is used after it, until `unpin` or the removal of its adapters.
 
-        Raises what `use` raises, and SwitchError if fewer than `ready` would be left for others.
+        Raises what `use` raises, and SwitchError if no room would be left for others: at most `ready` - 1 can be pinned.
         """
         with self._turn(), self._working():
             key = checked_selection(selection, method, options, self._check_name)
@@ -199,7 +199,7 @@ class Switcher:
                 self._ready.pin(key)
 
     def unpin(self, selection: Selection, method: str = "sum", **options: float) -> None:
-        """Let a selection make room for others again."""
+        """Let a selection make room for others again. Raises SwitchError for an unknown name."""
         with self._turn():
             self._ready.pinned.discard(checked_selection(selection, method, options, self._check_name))
 
@@ -221,9 +221,10 @@ class Switcher:
             return self._model_state.base_values(name, indices, self._state.plans)
 
     def changes(self, selection: Selection, method: str = "sum", **options: float) -> dict[str, SparseTensor]:
-        """What `use` would change: for each tensor its new values minus the base's, as deltas in float32. Nothing is written.
+        """What `use` would change: for each tensor its new values minus the base's. Nothing is written.
 
-        For code that computes y = W x + ΔW x for several selections at once, on the base. Raises what `use` raises.
+        They are deltas in float32, or in float64 for a float64 weight. They are for code that computes y = W x + ΔW x for several
+        selections at once, on the base. Raises what `use` raises.
         """
         with self._turn(), self._working():
             key = checked_selection(selection, method, options, self._check_name)

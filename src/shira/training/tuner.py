@@ -138,6 +138,8 @@ class Tuner:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters for an optimizer: one float32 tensor [k] for each target, its entries divided by `lr_scale`.
 
+        Modules that train whole are not divided. A quantized target has differences to the base in place of entries.
+
         A variant of training has its own parameters (docs/variants.md). With method="hook" they are the weights.
         """
         return [parameter for tuned in self._tuned for parameter in tuned.parameters.values()]

@@ -96,10 +96,12 @@ def attach(
         that a learning rate that suits LoRA suits the mask (docs/masks/README.md#one-learning-rate). Modules that train whole
         have 1.
     start: an adapter, or a file of one, whose training goes on: its entries train, from its values. The new adapter belongs to
-        the same base. Nothing that chooses entries can be given beside it. "auto" for lr_scale is that of the training before.
+        the same base. Nothing that chooses entries can be given beside it. "auto" for lr_scale is that of the training before,
+        or what follows from the share of entries if the file holds none.
 
     The tuner holds the model until `detach`. If the model is compiled, it holds the original model inside.
-    Raises TargetError, MaskError, BaseMismatch or TuningError before anything in the model has changed.
+    Raises TargetError, MaskError, BaseMismatch or TuningError; DataError for calibration; AdapterError, FormatError, HubError
+    or OSError for a file; all before anything in the model has changed.
 
         tuner = shira.attach(model, mask="snip", density=0.01, calibration=batches)
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
