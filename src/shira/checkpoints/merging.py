@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..adapter import Adapter, check_unchanged, opened
 from ..errors import BaseMismatch, CheckpointError
-from ..files.paths import AnyPath, path_of, temporary_folder
+from ..files.paths import AnyPath, flush_folder, new_folder, path_of, temporary_folder
 from ..fusion.combining import combine, overflow
 from ..fusion.methods import Method
 from ..fusion.strengths import CheckedStrength, File, Strength, as_given, check_strengths, given_strengths, strengths_of
@@ -61,9 +61,7 @@ def merge(
         shira.merge("SmolLM2-135M-Instruct", {"poet.safetensors": 1.0, "coder.safetensors": 0.5}, "SmolLM2-poet-coder")
     """
     call = "shira.merge('base', 'poet.safetensors', 'merged')"
-    out = Path(os.path.realpath(path_of(out, call, CheckpointError)))  # resolved, so that a link to a folder stays a link
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists; name a folder that does not exist, or is empty")
+    out = new_folder(path_of(out, call, CheckpointError))
     with contextlib.ExitStack() as files:
         adapters = _in_files(adapter, files)
         return _merge(Checkpoint(base), adapters, out, on_progress)
@@ -161,20 +159,11 @@ def _whole_folder(out: Path) -> Iterator[Path]:
     try:
         with temporary_folder(out.parent) as temporary:
             yield temporary
-            _flush(temporary)
+            flush_folder(temporary)
             os.replace(temporary, out)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {out} ({error.strerror}); nothing was left there") from error
-    _flush(out.parent)
-
-
-def _flush(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can flush a folder
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+    flush_folder(out.parent)
 
 
 def _note(readme: Path, base: str | None, adapters: Mapping[str, tuple[Adapter, CheckedStrength]], stayed: int) -> None:

@@ -26,7 +26,9 @@ __all__ = [
     "State",
     "claimed",
     "destination",
+    "flush_folder",
     "nearby",
+    "new_folder",
     "open_regular",
     "path_of",
     "state_of",
@@ -123,6 +125,24 @@ def destination(path: Path) -> Path:
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     raise FileExistsError(errno.EEXIST, f"it is a {KINDS.get(kind, 'special file')}, only a regular file is replaced")
+
+
+def new_folder(path: Path) -> Path:
+    """The folder itself, through links, that an output fills. Raises CheckpointError unless it is new or empty."""
+    folder = Path(os.path.realpath(path))  # so that a link to a folder stays a link
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists; name a folder that does not exist, or is empty")
+    return folder
+
+
+def flush_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk, as far as its file system can."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 @contextlib.contextmanager

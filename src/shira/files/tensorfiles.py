@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..sparse.tensor import MOST_ENTRIES, bytes_of, numel_of
 from ..texts import shown, strict_json
-from .paths import destination, sweep, temporary_file
+from .paths import destination, flush_folder, sweep, temporary_file
 
 __all__ = ["BLOCK", "Form", "HeaderEntry", "malformed", "read_header", "read_tensor", "spooled", "write_whole"]
 
@@ -158,12 +158,7 @@ def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
             if os.name == "nt":  # Windows cannot rename an open file
                 file.close()
             os.replace(temporary, destination(path))
-    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+    flush_folder(folder)
 
 
 @contextlib.contextmanager

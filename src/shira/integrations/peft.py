@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 from .. import kernels
 from ..adapter import Adapter
 from ..data.models import model_path
-from ..errors import AdapterError, BaseMismatch, CheckpointError, FormatError
+from ..errors import AdapterError, BaseMismatch, FormatError
 from ..files.bases import named_base
 from ..files.checkpoint import Checkpoint
 from ..files.metadata import base_facts
-from ..files.paths import AnyPath, path_of, temporary_folder
+from ..files.paths import AnyPath, new_folder, path_of, temporary_folder
 from ..files.peft_files import CONFIG, WEIGHTS, StoredPeft, is_sparse, named_in, read_config
 from ..files.suggestions import PEFT_PREFIX
 from ..files.tensorfiles import spooled, write_whole
@@ -100,9 +99,7 @@ def save(adapter: Adapter, folder: AnyPath, base: Base | None = None) -> int:
         raise AdapterError(
             f"expected an adapter, as in save(shira.load('mine.safetensors'), 'folder'); found {described(adapter)}"
         )
-    out = Path(os.path.realpath(path_of(folder, "save(adapter, 'mine-peft')", AdapterError)))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists; name a folder that does not exist, or is empty")
+    out = new_folder(path_of(folder, "save(adapter, 'mine-peft')", AdapterError))
     label = adapter.name or "the adapter"
     whole = {name: each for name, each in adapter.tensors.items() if each.kind == "overwrite" and each.nnz == each.numel}
     sparse = {name: each for name, each in adapter.tensors.items() if name not in whole}

@@ -223,7 +223,7 @@ class Switcher:
     def changes(self, selection: Selection, method: str = "sum", **options: float) -> dict[str, SparseTensor]:
         """What `use` would change: for each tensor its new values minus the base's. Nothing is written.
 
-        They are deltas in float32, or in float64 for a float64 weight. They are for code that computes y = W x + ΔW x for several
+        They are deltas in float32, or in float64 for a float64 weight. They serve code that computes y = W x + ΔW x for several
         selections at once, on the base. Raises what `use` raises.
         """
         with self._turn(), self._working():

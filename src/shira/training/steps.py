@@ -79,7 +79,8 @@ class Training:
         undo.callback(reshard, model)
         parameters = [parameter for each in masters.values() for parameter in each.parameters.values()]
         average_after_backward(parameters, groups_of(pieces[0].weight), undo)
-        _write_pieces_before(model, pieces, undo)
+        first = functools.partial(model.register_forward_pre_hook, prepend=True)  # before fully_shard's own, which gathers
+        set_hook(undo, hooks_of(model, "_forward_pre_hooks"), first, functools.partial(_write_pieces, pieces))
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before a step. Raises what `check` and `Masters.look` raise, before masters change that cannot be written.
@@ -132,13 +133,8 @@ class Training:
         return [each for each in found if any(id(p) in its for p in each.parameters.values()) and not each.detached]
 
 
-def _write_pieces_before(model: nn.Module, pieces: list[Masters], undo: Undo) -> None:
-    """Write masters to sharded weights before each forward pass, ahead of fully_shard's own hook, which gathers the weights."""
-    register = functools.partial(model.register_forward_pre_hook, prepend=True)
-    set_hook(undo, hooks_of(model, "_forward_pre_hooks"), register, functools.partial(_write_pieces, pieces))
-
-
 def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> None:
+    """Before a forward pass: write masters to sharded weights."""
     changed = any(each.version != each.written for each in pieces)
     for each in pieces:
         each.write()

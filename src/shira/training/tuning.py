@@ -242,12 +242,11 @@ def _layers(given: Any) -> list[int] | None:
     layers = [given] if isinstance(given, int) else given
     if layers is None:
         return None
-    if isinstance(layers, str | bytes | Mapping) or not isinstance(layers, Iterable):
+    several = isinstance(layers, Iterable) and not isinstance(layers, str | bytes | Mapping)
+    numbers = list(layers) if several else []
+    if not several or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in numbers):
         raise TuningError(f"layers must be numbers of layers, layers=range(4, 12) or layers=3, found {given!r:.60}")
-    layers = list(layers)
-    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise TuningError(f"layers must be numbers of layers, layers=range(4, 12) or layers=3, found {given!r:.60}")
-    return layers
+    return numbers
 
 
 def _check_kinds(mask: Any, seed: Any, overrides: Any, calibration: Any, loss_fn: Any, progress: Any) -> None:
