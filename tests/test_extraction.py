@@ -201,6 +201,8 @@ def test_settings_that_cannot_be():
     for density in (0, -0.1, 1.5, float("nan")):
         with pytest.raises(MaskError, match="density must be above 0 and at most 1"):
             shira.extract(base, tuned, density=density)
+    with pytest.raises(MaskError, match="keep must be above 0 and at most 1, found 90 .*; 90 % is 0.9"):
+        shira.extract(base, tuned, keep=90)
     with pytest.raises(AdapterError, match="unknown scope 'global'"):
         shira.extract(base, tuned, density=0.1, scope="global")
     with pytest.raises(AdapterError, match="unknown kind 'deltas'; did you mean 'delta'"):

@@ -337,6 +337,8 @@ def test_files_of_one_name_and_files_that_share_positions(tmp_path):
         shira.fuse(paths, base=model)
     with pytest.raises(AdapterError, match="given twice"):
         shira.fuse({tmp_path / "x" / "a": 1.0, str(tmp_path / "x" / "a"): 1.0}, base=model)
+    with pytest.raises(AdapterError, match="given twice, as .*x/a' and .*y/../x/a'; add up its strengths"):
+        shira.fuse({tmp_path / "x" / "a": 1.0, f"{tmp_path}/y/../x/a": 1.0}, base=model)
 
 
 def test_the_snippets_of_the_fusion_page(tmp_path, monkeypatch, tiny_llama):

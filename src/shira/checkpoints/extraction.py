@@ -16,7 +16,7 @@ from ..files.paths import path_of
 from ..files.writing import saving
 from ..sparse.positions import index_dtype
 from ..sparse.tensor import Kind, SparseTensor, bytes_of, dtype_name, fingerprint
-from ..texts import described, shown
+from ..texts import as_share, described, shown
 from ..weights.targets import KEYWORDS
 from .differences import Cut, ProgressCount, Survey, TensorPair, chunks, cut, enough, largest, paired, square_of, survey
 from .sources import Checkpoint, CheckpointSource, base_tensors, identity, tensors_of
@@ -171,7 +171,7 @@ def check_options(
             raise AdapterError(f"unknown {what} {shown(value)}; {did_you_mean(str(value), known)}")
     for what, number in (("density", density), ("keep", keep)):
         if number is not None and (type(number) not in (int, float) or not 0 < number <= 1):
-            raise MaskError(f"{what} must be above 0 and at most 1, found {described(number)}")
+            raise MaskError(f"{what} must be above 0 and at most 1, found {described(number)}{as_share(number)}")
     if density is not None and keep is not None:
         raise MaskError(f"density={density} and keep={keep} both say how many entries to take; give one of them")
     for what, text in (("name", name), ("license", license)):

@@ -54,7 +54,7 @@ def given_strengths(call: str, adapters: Any) -> dict[str, tuple[Adapter | Path,
     """Label -> (adapter or path of its file, strength), sorted by label. Strengths are not checked.
 
     call: the name of the calling function, for messages. adapters: file -> strength, or name -> (Adapter, strength).
-    Raises AdapterError for anything else.
+    Raises AdapterError for anything else, and if a file is given twice, also by another path.
     """
     meant = f"{call} takes {{'poet.safetensors': 1.0}}, or of adapters in memory {{'poet': (poet, 1.0)}}"
     if not isinstance(adapters, Mapping):
@@ -72,6 +72,11 @@ def given_strengths(call: str, adapters: Any) -> dict[str, tuple[Adapter | Path,
     if len(given) < max(1, len(adapters)):
         verb = call.rpartition(".")[2]
         raise AdapterError("one adapter is given twice" if given else f"nothing to {verb}: give at least one adapter")
+    places: dict[str, str] = {}  # where a file is -> its label
+    for label, (content, _) in given.items():
+        other = label if isinstance(content, Adapter) else places.setdefault(os.path.realpath(content), label)
+        if other != label:
+            raise AdapterError(f"one adapter is given twice, as {shown(other)} and {shown(label)}; add up its strengths")
     return given
 
 
