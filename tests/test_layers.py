@@ -313,3 +313,37 @@ def test_transposed_convolutions_in_any_model(tmp_path):
     assert torch.equal(bits(model(noise)), bits(trained))
     switcher.use(None)
     assert same_bits(all_bits(model), base)
+
+
+class Lists(nn.Module):
+    """Weights in lists and dictionaries, which nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.several = nn.ParameterList([nn.ParameterList([nn.Parameter(torch.randn(4, 4))]), nn.Parameter(torch.randn(4, 4))])
+        self.named = nn.ParameterDict({"weight": nn.Parameter(torch.randn(4, 4))})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.several[0][0] @ self.several[1]).tanh() @ self.named["weight"]
+
+
+def test_weights_in_lists_train_as_they_would_by_a_hook():
+    torch.manual_seed(0)
+    model, inputs = Lists(), torch.randn(5, 4)
+    base, results = all_bits(model), []
+    for method in ("values", "hook"):
+        targets = ["several.0.0", "several.1", "named.weight"]
+        with shira.attach(model, density=0.4, targets=targets, method=method) as tuner:
+            optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(inputs).square().mean().backward()
+                optimizer.step()
+            results.append(tuner.adapter())
+        assert same_bits(base, all_bits(model))
+        assert (len(model.several), list(model.named)) == (2, ["weight"])
+    one, other = (result.tensors for result in results)
+    assert len(one) == 3
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor.values, other[name].values)
+        assert not torch.equal(tensor.values, base[name].view(torch.float32)[tensor.indices])

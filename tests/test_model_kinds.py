@@ -6,7 +6,7 @@ from torch import nn
 
 import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
-from shira import SparseTensor, Switcher, SwitchError, TuningError
+from shira import BaseMismatch, SparseTensor, Switcher, SwitchError, TuningError
 from test_model_changes import switcher_of
 
 
@@ -132,3 +132,14 @@ def test_torchscript_is_refused_as_a_model_and_as_a_part_of_one(make):
         with pytest.raises(TuningError, match=rf"{words}.*load the model that was scripted or traced.*shira\.attach\(model\)"):
             shira.attach(model, density=0.1)
         assert same_bits(before, all_bits(model))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_that_changes_its_own_weights_is_refused(kind):
+    model = nn.Sequential(kind(10, 4, max_norm=1.0), nn.Linear(4, 3))
+    switcher = Switcher(model)
+    entry = SparseTensor((10, 4), torch.tensor([3]), torch.ones(1))
+    with pytest.raises(BaseMismatch, match="'x': '0.weight' belongs to an embedding with max_norm.*set max_norm=None"):
+        switcher.add("x", shira.Adapter({"0.weight": entry}))
+    model[0].max_norm = None
+    switcher.add("x", shira.Adapter({"0.weight": entry}))

@@ -220,3 +220,51 @@ def test_names_that_begin_like_a_tuners():
     with shira.attach(model, density=0.5) as tuner:
         assert tuner.nnz == 4
     assert float(model.shira_scale) == 1
+
+
+def test_a_backward_pass_belongs_outside_of_a_reference_as_its_forward_pass_does():
+    """Inside, the weights hold the base: gradients of earlier layers would be wrong in silence."""
+    model = mlp()
+    batch = mlp_batches(1)[0]
+    with shira.attach(model, density=0.3) as tuner:
+        train(model, tuner)
+        tuner.model.zero_grad()
+        mlp_loss(model, batch).backward()
+        expected = [parameter.grad.clone() for parameter in tuner.parameters()]
+        tuner.model.zero_grad()
+        loss = mlp_loss(model, batch)
+        with tuner.reference(), pytest.raises(TuningError, match=r"inside reference\(\) reached '2.weight'"):
+            loss.backward(retain_graph=True)
+        tuner.model.zero_grad()
+        loss.backward()
+        assert all(torch.equal(one, parameter.grad) for one, parameter in zip(expected, tuner.parameters(), strict=True))
+
+
+def test_torch_evaluates_an_encoder_layer_with_what_was_trained():
+    """Torch's fast path reads the weights and calls none of the modules that hold them."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model, inputs = nn.TransformerEncoder(layer, 2), torch.randn(2, 6, 16)
+    model.eval()
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    with torch.no_grad(), shira.attach(model, density=0.2) as tuner:
+        for number in range(2):  # an average of the weights, for example
+            for parameter in tuner.parameters():
+                parameter.copy_(parameter * 0.5 - number)
+            found = model(inputs)
+            model.state_dict()  # writes what was trained
+            assert torch.equal(found, model(inputs))
+    assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def test_a_cast_to_float8_is_refused_until_it_is_undone():
+    model = mlp()
+    tuner = shira.attach(model, density=0.2)
+    model.to(torch.float8_e4m3fn)
+    for act in (tuner.adapter, tuner.detach):
+        with pytest.raises(
+            TuningError, match="'0.weight' was replaced by torch.float8_e4m3fn, or cast to it.*cast the model back"
+        ):
+            act()
+    model.float()
+    tuner.detach()

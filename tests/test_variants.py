@@ -304,3 +304,25 @@ def test_what_leaves_out_the_low_rank_part_says_so(tiny_llama, tmp_path):
         tiny_llama.save_pretrained(tmp_path)
     with pytest.warns(LowRankLeftOut, match="release.. keeps the weights"):
         tuner.release()
+
+
+def test_a_low_rank_part_beside_layers_that_are_called_by_keyword():
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor, by: float = 1.0) -> torch.Tensor:
+            return super().forward(x) * by
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Scaled(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(input=self.one(x=x, by=2.0))
+
+    torch.manual_seed(0)
+    model, inputs = Model(), torch.randn(5, 4)
+    expected = model(inputs)
+    with shira.attach(model, density=0.3, low_rank=1) as tuner:
+        assert torch.equal(model(inputs), expected)
+        model(inputs).square().mean().backward()
+        assert all(parameter.grad is not None for parameter in tuner.parameters())

@@ -89,6 +89,7 @@ class ModelState:
             if shared is not None:
                 other = self.tensors.overlapping[shared]
                 raise BaseMismatch(f"{label}: '{shared}' shares a part of its memory with '{other}' here; give each its own")
+            self._check_kept(label, plain)
             self._watch(plain)
             check_base(label, plain, self.weights, lambda weight, indices: self.base_at(weight, indices, plans))
         tensors: dict[str, SparseTensor] = {}
@@ -101,6 +102,20 @@ class ModelState:
             elif not _same(tensor, adapter.tensors[other]):
                 raise BaseMismatch(f"{label}: '{name}' and '{other}' are one tied tensor here, two in the adapter")
         return tensors
+
+    def _check_kept(self, label: str, adapter: Adapter) -> None:
+        """Raise BaseMismatch for a weight that its module changes in each forward pass: nobody could restore its base."""
+        changing = {
+            id(module.weight)
+            for module in self._model.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        }
+        wrong = next((name for name in adapter.tensors if id(self.weights.get(name)) in changing), None)
+        if wrong is not None:
+            raise BaseMismatch(
+                f"{label}: '{wrong}' belongs to an embedding with max_norm, which changes its weights in each forward pass, so "
+                "that its base could not be restored; set max_norm=None"
+            )
 
     def _watch(self, adapter: Adapter) -> None:
         """Watch from now on whether others write to these weights.

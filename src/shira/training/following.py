@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
-from ..sparse.tensor import Kind, dtype_name
+from ..sparse.tensor import FLOAT_DTYPES, Kind, dtype_name
 from ..weights.distributed import Piece, is_sharded
 from ..weights.model_tensors import OWN
 from ..weights.targets import Use
@@ -240,10 +240,10 @@ class Followed:
             self._refuse(f"was replaced by one of shape {list(first.shape)}, it was {list(self._shape())}", "put it back")
         if not first.is_contiguous():
             self._refuse("is not contiguous any more", "call model.to(memory_format=torch.contiguous_format)")
-        if not first.is_floating_point() or first.is_inference():
-            self._refuse(
-                f"was replaced by {'one made under inference_mode' if first.is_inference() else first.dtype}", "put it back"
-            )
+        if first.is_inference():
+            self._refuse("was replaced by one made under inference_mode", "put it back")
+        if first.dtype not in FLOAT_DTYPES:
+            self._refuse(f"was replaced by {first.dtype}, or cast to it", "put it back, or cast the model back")
         return first
 
     def _shape(self) -> torch.Size:

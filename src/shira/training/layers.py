@@ -132,13 +132,19 @@ def _forward_of(module: nn.Module, taps: list[Tap]) -> Callable[..., Any]:
 
 
 def _with_added(
-    forward: Callable[..., Any], masters: Masters, added: Callable[[Tensor], Tensor], module: nn.Module, input: Tensor
+    forward: Callable[..., Any],
+    masters: Masters,
+    added: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """The output of the module's own forward, plus what the masters add to it."""
+    """The output of the module's own forward, plus what the masters add to it. The input is the first argument."""
     _ready(masters, module)
-    output = forward(input)
+    output = forward(*args, **kwargs)
     if masters.ignored or masters.detached:  # the model must be its base
         return output
+    input = args[0] if args else next(iter(kwargs.values()))
     return output + added(input).to(output.dtype)  # the two dtypes differ under autocast
 
 

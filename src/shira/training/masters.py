@@ -95,9 +95,18 @@ class Masters(Followed):
         self.may_have_stepped = False
 
     def _note_backward(self) -> None:
-        """Record that a backward pass gave a gradient. Compiled code has no side effects; there a step is the only sign."""
-        if not torch.compiler.is_compiling():
-            self.may_have_stepped = self.had_gradient = True
+        """Record that a backward pass gave a gradient. Compiled code has no side effects; there a step is the only sign.
+
+        Raises TuningError if the weight holds the base now, with which the gradients of earlier layers would be wrong.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if self.ignored and self.in_place:
+            raise TuningError(
+                f"a backward pass inside reference() reached '{self.name}', whose forward pass was before the block: the "
+                "weight holds the base here; call backward() after the block"
+            )
+        self.may_have_stepped = self.had_gradient = True
 
     def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
         """The masters' gradient [k], float32: grad_outputᵀ · input at the positions.

@@ -70,6 +70,10 @@ class Training:
         self._base = {id(parameter): (name, weakref.ref(parameter)) for name, parameter in base}  # not what others add later
         self.watch = GradientWatch(masters, forwards, {target.name: target.modules for target in chosen})
         _leave_out(model, chosen, masters, undo)
+        computing = {id(use.module) for target in chosen for use in target.uses}
+        for layer in model.modules():
+            if isinstance(layer, nn.TransformerEncoderLayer) and any(id(part) in computing for part in layer.modules()):
+                set_hook(undo, hooks_of(layer, "_forward_pre_hooks"), layer.register_forward_pre_hook, _no_fast_path)
         undo.callback(optimizers.unsubscribe, self)
         optimizers.subscribe(self)
         pieces = [each for each in masters.values() if each.piece is not None]
@@ -131,6 +135,10 @@ class Training:
         its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found = self._masters.values()
         return [each for each in found if any(id(p) in its for p in each.parameters.values()) and not each.detached]
+
+
+def _no_fast_path(*_: Any) -> None:
+    """A hook that does nothing. Without any, torch evaluates an encoder layer with its weights, and calls no module in it."""
 
 
 def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> None:

@@ -139,7 +139,6 @@ class Tuner:
         """The parameters for an optimizer: one float32 tensor [k] for each target, its entries divided by `lr_scale`.
 
         Modules that train whole are not divided. A quantized target has differences to the base in place of entries.
-
         A variant of training has its own parameters (docs/variants.md). With method="hook" they are the weights.
         """
         return [parameter for tuned in self._tuned for parameter in tuned.parameters.values()]
@@ -249,7 +248,8 @@ class Tuner:
     def reference(self) -> Iterator[None]:
         """Inside, the model is its base, bit for bit: the reference of preference training, without a second copy.
 
-        Afterwards weights and buffers are as before, and a backward pass through an earlier forward pass works.
+        Afterwards weights and buffers are as before, and a backward pass through an earlier forward pass works. Inside, that is
+        a TuningError. Gradients of what is computed inside are right inside only.
         Raises TuningError if the tuner is detached, has method="hook", has sharded weights, or is inside reference() already.
 
             with tuner.reference(), torch.no_grad():

@@ -275,6 +275,9 @@ class _Weights:
                 self.matrices.add(name)
             if isinstance(module, nn.MultiheadAttention):
                 self.callers[id(module.out_proj)] = module
+            for child in module.children():
+                if isinstance(child, nn.ParameterList | nn.ParameterDict):
+                    self.callers[id(child)] = self.callers.get(id(module), module)
             if module is not output and not isinstance(module, nn.RNNBase):
                 self.linear += [paths[a] for a in matrices if _is_linear(module, own[a])]
 
