@@ -7,7 +7,7 @@ import torch
 
 import shira
 from conftest import mlp, random_adapter
-from shira import ShiraError, Switcher
+from shira import ShiraError, SparseTensor, Switcher
 
 
 def test_every_refusal_is_ours(tmp_path):
@@ -100,3 +100,23 @@ def test_every_refusal_is_ours(tmp_path):
             with pytest.raises(ShiraError, match=words) as caught:
                 call()
             assert len(str(caught.value)) < 1000
+
+
+def test_inputs_are_not_replaced_even_by_force(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 1), ("b", 2)):
+        shira.Adapter(
+            {n: SparseTensor(t.shape, t.indices, t.values, "delta") for n, t in random_adapter(mlp(), seed).tensors.items()}
+        ).save(f"{name}.safetensors")
+    (tmp_path / "weights.safetensors").write_bytes(b"something else")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for output, words in {
+        "b.safetensors": "--output: b.safetensors is read by this command; give another name",
+        "../" + tmp_path.name + "/a.safetensors": "is read by this command",
+        "weights.safetensors": "is there already and is no adapter's file, and --force replaces no others",
+    }.items():
+        code, _, err = run(f"fuse a.safetensors b.safetensors -o {output} --force")
+        assert code == 1 and words in " ".join(err.split()), err
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for _ in range(2):
+        assert run("fuse a.safetensors b.safetensors -o both.safetensors --force")[0] == 0

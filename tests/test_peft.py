@@ -296,6 +296,7 @@ def test_convert_on_the_command_line(run, tiny_llama, tmp_path, monkeypatch):
         "convert sparse -o sparse.safetensors",
         "is there already, and would be lost; give another name, or replace it with --force",
     )
+    refused("convert sparse --base base -o sparse/adapter_model.safetensors --force", "and --force replaces no others")
     refused("convert sparse -o new.safetensors", "PEFT's files hold no shapes: give the base")
     refused("convert sparse --base base --keep 0.5 -o new.safetensors", "leave out --density and --keep")
     refused("convert lora --base base -o new.safetensors", "say how many to take, by --density 0.01, or")

@@ -76,6 +76,14 @@ def test_nothing_is_overwritten(run, folder):  # noqa: F811
     assert before == {name: (folder / name).read_bytes() for name in before}
     assert [shira.load(f"sums-{n}.safetensors").metadata["training"]["steps"] for n in (2, 3, 4)] == [4, 4, 2]
     assert yaml.safe_load((folder / "sums-2.yaml").read_text())["seed"] == 3
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    for line, words in {
+        "-o model --force": "model is the folder of the model, with files of its own; name another folder",
+        "-o model/model.safetensors --force": "is no adapter's file, and --force replaces no others",
+    }.items():
+        code, _, err = run(f"{TRAIN} --data sums.jsonl {line}")
+        assert code == 1 and words in " ".join(err.split()), err
+    assert weights == (folder / "model" / "model.safetensors").read_bytes()
     assert run(f"{TRAIN} --data sums.jsonl -o sums.safetensors --force --steps 1")[0] == 0
     assert shira.load("sums.safetensors").metadata["training"]["steps"] == 1
 

@@ -247,6 +247,14 @@ def talk(run, monkeypatch, lines, options=""):
     return run(f"chat model --max-new-tokens 6 --temperature 0 -a poet.safetensors -a prose=coder {options}")
 
 
+def test_a_line_that_is_no_text_is_left_out_of_a_chat(run, home, monkeypatch):
+    """The lines around it are answered, although Python decodes them together with it."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/base\nh\xffi\n/adapters\n/quit\n"), encoding="utf-8"))
+    code, out, err = run("chat model -a poet.safetensors")
+    assert code == 0 and "a line of the standard input is not in UTF-8, and was left out" in err
+    assert "> /base" in out and "> /adapters" in out
+
+
 MS = r"[\d.]+ ms"
 
 

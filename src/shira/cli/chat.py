@@ -1,13 +1,15 @@
 """shira chat: talk to a model, and switch its adapters meanwhile."""
 
 import contextlib
+import io
 import sys
 from typing import Annotated
 
 import typer
 
+from ..errors import DataError
 from .adapters import named_adapters
-from .options import Dtype, MaxNewTokens, System, Temperature
+from .options import MOST_SEED, Dtype, MaxNewTokens, System, Temperature
 from .output import console, fail, waiting, write
 
 __all__ = ["chat"]
@@ -26,7 +28,9 @@ def chat(
     system: System = "",
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = None,
-    seed: Annotated[int, typer.Option(help="The seed for sampling tokens. Each answer begins with it.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The seed for sampling tokens. Each answer begins with it.", min=0, max=MOST_SEED)
+    ] = 0,
     dtype: Dtype = "auto",
 ) -> None:
     """Talk to a model, and switch its adapters meanwhile.
@@ -43,6 +47,8 @@ def chat(
     from ..integrations.transformers import load_tokenizer
     from ..runs.chat import Chat, converse
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # one bad byte must not lose the lines around it
     with waiting("loading the model"):
         tokenizer = load_tokenizer(model)
         is_chat(tokenizer, system=system)  # raises its error before the model is loaded
@@ -73,6 +79,8 @@ def _ask() -> str | None:
             return None
     if not (line := sys.stdin.readline()):
         return None
+    if not line.isascii() and any("\udc80" <= letter <= "\udcff" for letter in line):  # bytes that could not be decoded
+        raise DataError("a line of the standard input is not in UTF-8, and was left out")
     write(f"{PROMPT}{line.rstrip()}\n")
     return line
 

@@ -68,7 +68,7 @@ def convert(
         for option, value in {"--density": density, "--keep": keep}.items():
             if value is not None:
                 raise AdapterError(f"{option} is for checkpoints of PEFT; a weight patch is taken whole: leave it out")
-    check_new(output, force=force)
+    check_new(output, force=force, read=[source])
     if to != "shira":
         _to_patch(source, output, to, positions, base)
         return

@@ -45,7 +45,7 @@ def fuse(
 
     strengths: dict[str | os.PathLike[str], Strength] = dict(given_adapters(adapters).items())
     options = method_options(method, density=density, drop=drop, seed=seed)  # errors come before the model is loaded
-    check_new(output, force=force)
+    check_new(output, force=force, read=strengths)
     check_strengths({str(file): strength for file, strength in strengths.items()})
     recorded, tensors = set(), set[str]()
     for file in strengths:

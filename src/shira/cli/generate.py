@@ -8,7 +8,7 @@ import typer
 
 from ..errors import DataError
 from .adapters import Adapters, given_adapters
-from .options import Density, Drop, Dtype, MaxNewTokens, MethodName, System, Temperature, method_options
+from .options import MOST_SEED, Density, Drop, Dtype, MaxNewTokens, MethodName, System, Temperature, method_options
 from .output import cell, console, waiting, write
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
-Sampled = Annotated[int, typer.Option("--seed", help="The seed for sampling tokens, and for what --method dare drops.", min=0)]
+Sampled = Annotated[
+    int, typer.Option("--seed", help="The seed for sampling tokens, and for what --method dare drops.", min=0, max=MOST_SEED)
+]
 
 
 def generate(
@@ -89,6 +91,8 @@ def _read(file: Path | None, *, wanted: bool) -> list[str]:
             raise DataError("there is no prompt: give -p TEXT or -f FILE, or pipe it in")
         return []
     name = "the standard input" if file is None or str(file) == "-" else str(file)
+    if name == str(file) and Path(name).is_dir():
+        raise DataError(f"-f {name}: expected a file with one prompt, found a folder")
     try:
         text = Path(name).read_text(encoding="utf-8") if name == str(file) else sys.stdin.read()
     except UnicodeDecodeError as error:

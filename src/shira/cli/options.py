@@ -1,7 +1,8 @@
 """Options that several commands have: written here, or made from the fields of a recipe."""
 
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -14,6 +15,7 @@ from ..runs.recipes import Recipe
 from ..texts import as_share
 
 __all__ = [
+    "MOST_SEED",
     "Density",
     "Drop",
     "Dtype",
@@ -53,7 +55,8 @@ MEETING = "How to combine adapters that change the same entry: sum, mean, max, t
 MethodName = Annotated[str, typer.Option(help=MEETING)]
 Density = Annotated[float | None, typer.Option(help="ties: the share of each adapter's changes to keep.", show_default="0.2")]
 Drop = Annotated[float | None, typer.Option(help="dare: the probability of dropping a change.", show_default="0.5")]
-Seed = Annotated[int | None, typer.Option(help="dare: the seed of what is dropped.", show_default="0")]
+MOST_SEED = 2**63 - 1  # torch takes no larger ones
+Seed = Annotated[int | None, typer.Option(help="dare: the seed of what is dropped.", show_default="0", min=0, max=MOST_SEED)]
 
 # of commands that let a model write
 MaxNewTokens = Annotated[int, typer.Option(help="An answer has this many tokens at most.", min=1)]
@@ -86,13 +89,28 @@ def avoid_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def check_new(path: Path, option: str = "--output", *, force: bool | None = None) -> None:
-    """Raise an error before slow work unless a new file can be written there. force: of a command that has --force."""
+def check_new(
+    path: Path, option: str = "--output", *, force: bool | None = None, read: Iterable[str | os.PathLike[str]] = ()
+) -> None:
+    """Raise an error before slow work unless a new file can be written there.
+
+    force: of a command that has --force, which replaces adapters only. read: the command's own inputs, which stay.
+    """
+    from ..files.patches import is_patch
+    from ..files.suggestions import is_ours
+
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option}: there is no folder {path.parent}; make it first")
     if path.exists() and not force:
         instead = "remove it" if force is None else "replace it with --force"
         raise DataError(f"{option}: {path} is there already, and would be lost; give another name, or {instead}")
+    if path.exists() and not (path.is_file() and (is_ours(path) or is_patch(path))):
+        raise DataError(
+            f"{option}: {path} is there already and is no adapter's file, and --force replaces no others; give another name, "
+            "or remove it"
+        )
+    if any(os.path.exists(each) and path.exists() and os.path.samefile(path, each) for each in read):
+        raise DataError(f"{option}: {path} is read by this command; give another name")
 
 
 def check_shares(**shares: float | None) -> None:

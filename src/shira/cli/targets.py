@@ -42,7 +42,7 @@ def targets(
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"]), *row["shape"], row["layer"]), []).append(row)
-    table = Table(Column("tensor", no_wrap=True), "×", "shape", "module", "each")
+    table = Table(Column("tensor", overflow="fold"), *(Column(each, no_wrap=True) for each in ("×", "shape", "module", "each")))
     for (name, *_), members in groups.items():
         first = members[0]
         shape = "×".join(map(str, first["shape"]))

@@ -59,7 +59,8 @@ def train(
 
     asked = given(options)
     recipe = named(load_recipe(config, asked), output)
-    place = output_for(output, stem_of(config) or name_of(recipe), force=force, config=config, repeats=not asked)
+    stem = stem_of(config) or name_of(recipe)
+    place = output_for(output, stem, force=force, config=config, repeats=not asked, model=recipe.model)
     if like is not None:
         from ..files.reading import neighbour
 

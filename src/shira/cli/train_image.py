@@ -39,7 +39,8 @@ def train_image(
 
     asked = given(options, ImageRecipe)
     recipe = named(load_image_recipe(config, asked), output)
-    place = output_for(output, stem_of(config) or name_of(recipe), force=force, config=config, repeats=not asked)
+    stem = stem_of(config) or name_of(recipe)
+    place = output_for(output, stem, force=force, config=config, repeats=not asked, model=recipe.pipeline)
     check_image_run(recipe)
     for data in (recipe.data, recipe.class_data):
         if data is not None and place.samples.resolve().parent == Path(data).resolve():

@@ -135,7 +135,8 @@ def _adapter_on_the_hub(repo: str, revision: str | None) -> Path:
 def _adapters_in(folder: Path) -> list[Path]:
     """The adapters' files in a folder; `adapter.safetensors` alone, if it is one."""
     try:
-        files = sorted(folder.iterdir(), key=lambda file: (file.name != ADAPTER, file.suffix != ".safetensors", file.name))
+        visible = (file for file in folder.iterdir() if not file.name.startswith("."))
+        files = sorted(visible, key=lambda file: (file.name != ADAPTER, file.suffix != ".safetensors", file.name))
     except OSError:
         return []
     ours = [file for file in files[:MANY] if is_ours(file)]

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 from ..adapter import Adapter
 from ..errors import DataError
 from ..files.paths import claimed
-from ..files.suggestions import ADAPTER
+from ..files.suggestions import ADAPTER, is_ours
 from ..files.tensorfiles import write_whole
 from ..integrations.card import Base, card
 from ..integrations.hub import CARD, RECIPE
@@ -55,14 +55,23 @@ class Output(NamedTuple):
 
 
 def output_for(
-    output: Path | None, stem: str, *, force: bool = False, config: Path | None = None, repeats: bool = False
+    output: Path | None,
+    stem: str,
+    *,
+    force: bool = False,
+    config: Path | None = None,
+    repeats: bool = False,
+    model: str = "",
 ) -> Output:
     """Where a run writes: to the file or folder that was asked for, or, without one, beside each other under a new name.
 
     output: "poet.safetensors", or the name of a folder, "poet". stem: of the new name; if it is taken, stem-2, stem-3, ….
     config: the run's own YAML file. repeats: the run's settings are those of that file, which then stays as it is.
 
-    Raises DataError if something is there already, unless force; FileNotFoundError if the folder to write in does not exist.
+    model: what trains; if it is a folder, the run does not fill that.
+
+    Raises DataError if something is there already, unless force and it is an adapter, and for the model's own folder;
+    FileNotFoundError if the folder to write in does not exist.
     """
     if output is None:
         plain = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "adapter"
@@ -74,6 +83,15 @@ def output_for(
     is_other_file = output.suffix in OTHER_FILES or (output.suffix != SUFFIX and output.exists() and not output.is_dir())
     if is_other_file or found.adapter.is_dir():
         raise DataError(f"{output} is no name for an adapter: name a file, poet{SUFFIX}, or a folder, poet")
+    if found.card.name == CARD and os.path.isdir(model) and output.exists() and output.samefile(model):
+        raise DataError(
+            f"{output} is the folder of the model, with files of its own; name another folder, or a file, poet{SUFFIX}"
+        )
+    if force and found.adapter.exists() and not is_ours(found.adapter):
+        raise DataError(
+            f"{found.adapter} is there already and is no adapter's file, and --force replaces no others; give another "
+            "--output, or remove it"
+        )
     if force:
         return found._replace(replaces=True)
     if taken := next((path for path in found.files if path.exists()), None):
