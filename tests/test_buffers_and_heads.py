@@ -193,3 +193,144 @@ def test_a_new_head_is_resumed_in_another_process():
                 tuner.load_state_dict(state)
             states.append(tuner.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items() if name.endswith(".values"))
+
+
+class Remembers(nn.Module):
+    """Keeps its input in a buffer, by assignment."""
+
+    def __init__(self, change=lambda module: None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.change = nn.Linear(8, 4), change
+        self.register_buffer("last", torch.zeros(5, 8))
+        self.register_buffer("other", torch.ones(1).expand(3))
+
+    def forward(self, x):
+        self.last = x.detach()
+        self.change(self)
+        return self.layer(x)
+
+
+def trained_on(model, inputs):
+    tuner = shira.attach(model, density=0.3)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    model(inputs).square().mean().backward()
+    optimizer.step()
+    return tuner
+
+
+def test_tensors_of_others_in_buffers_are_not_written_to():
+    inputs = torch.randn(20, 8)
+    kept, model, base = inputs.clone(), Remembers(), Remembers()
+    options = {"mask": "snip", "density": 0.3, "calibration": [inputs[:5]]}
+    shira.attach(model, loss_fn=lambda m, x: m(x).square().mean(), **options).detach()
+    tuner = trained_on(model.double().float(), inputs[:5])
+    with tuner.reference(), torch.no_grad():
+        assert torch.equal(model(inputs[:5]), base(kept[:5]))
+    assert model.last.data_ptr() == inputs.data_ptr()
+    adapter = tuner.adapter()
+    tuner.load_state_dict(tuner.state_dict())
+    model.double()
+    model.float()(inputs[5:10])
+    tuner.detach()
+    assert not model.last.any() and "last" in adapter.tensors
+    switcher = shira.Switcher(model)
+    switcher.add("a", adapter)
+    for selection in ("a", {"a": 0.5}, None):
+        model(inputs[10:15])
+        switcher.use(selection)
+        model(inputs[15:])
+    switcher.use("a")
+    model(inputs[10:15])
+    switcher.use(None)
+    assert torch.equal(inputs, kept) and torch.equal(model.last, kept[15:])  # what the last pass on the base has left
+
+
+def test_buffers_stay_the_same_objects_where_they_are_the_models_own():
+    """Compiled code and DDP hold them."""
+    model = Normed()
+    tuner = shira.attach(model, density=0.3)
+    model.double()
+    model(torch.randn(8, 2, 9).double())
+    found = model.norm.running_mean
+    tuner.load_state_dict(tuner.state_dict())
+    with tuner.reference():
+        assert model.norm.running_mean is found
+    tuner.detach()
+    assert model.norm.running_mean is found and not found.any()
+
+
+def change_to(value):
+    return lambda module: setattr(module, "other", value)
+
+
+@pytest.mark.parametrize(
+    "change", [change_to(None), change_to(torch.ones(2)), change_to(torch.zeros(1).expand(3)), lambda m: m.other[:1].zero_()]
+)
+def test_buffers_that_take_another_form_come_back(change):
+    model = Remembers(change)
+    tuner = trained_on(model, torch.randn(5, 8))
+    now = model.other
+    with tuner.reference():
+        assert model.other.tolist() == [1, 1, 1]
+    assert model.other is now
+    tuner.load_state_dict(tuner.state_dict())
+    model(torch.randn(5, 8))
+    tuner.adapter()
+    tuner.detach()
+    assert model.other.tolist() == [1, 1, 1]
+
+
+UNUSUAL = {
+    "csr": lambda: torch.eye(8).to_sparse_csr(),
+    "csc": lambda: torch.eye(8).to_sparse_csc(),
+    "bsr": lambda: torch.eye(8).to_sparse_bsr((2, 2)),
+    "coo": lambda: torch.eye(8).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.quint8),
+    "by channel": lambda: torch.quantize_per_channel(torch.zeros(4, 4), torch.ones(4), torch.zeros(4), 0, torch.qint8),
+    "conjugated": lambda: torch.zeros(4, dtype=torch.complex64).conj(),
+    "negated": lambda: torch.ones(4, dtype=torch.complex64).conj().imag,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("late", [False, True])
+def test_unusual_buffers_are_left_alone(kind, late, tmp_path):
+    unusual = UNUSUAL[kind]()
+    model = Remembers(change_to(unusual) if late else lambda module: None)
+    model.other = model.other if late else unusual
+    before = model.layer.weight.detach().clone()
+    tuner = trained_on(model, torch.randn(5, 8))
+    with tuner.reference():
+        pass
+    tuner.load_state_dict(tuner.state_dict())
+    adapter = tuner.adapter()
+    tuned = {f"layer.{name}": getattr(model.layer, name).detach().clone() for name in ("weight", "bias")}
+    tuner.detach()
+    assert model.other is unusual and torch.equal(model.layer.weight, before)
+    switcher = shira.Switcher(model)
+    switcher.add("a", adapter)
+    switcher.use({"a": 0.5})
+    switcher.use(None)
+    adapter.save(tmp_path / "a.safetensors")
+    shira.fuse({tmp_path / "a.safetensors": 0.5}, base=model)
+    shira.compare(adapter, adapter, base=model)
+    tuned |= {"other": unusual, "last": model.last}
+    assert "layer.weight" in shira.extract(model, tuned, density=0.3).tensors
+    assert torch.equal(model.layer.weight, before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sparse_weights_are_refused_only_as_targets():
+    model = mlp()
+    model.aside = nn.Linear(4, 4)
+    model.aside.weight = nn.Parameter(torch.eye(4).to_sparse_csr())
+    shira.attach(model, density=0.3, exclude="aside").detach()
+    with pytest.raises(TargetError, match=r"'aside.weight' must be a dense tensor.*sparse_csr"):
+        shira.attach(model, density=0.3)
+    one = shira.SparseTensor((4, 4), torch.tensor([0]), torch.ones(1), "overwrite")
+    with pytest.raises(shira.BaseMismatch, match=r"'aside.weight' must be a dense tensor.*sparse_csr"):
+        shira.Switcher(model).add("a", shira.Adapter({"aside.weight": one}))

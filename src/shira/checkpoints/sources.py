@@ -11,7 +11,7 @@ from ..files.checkpoint import Checkpoint, LazyTensors, form_of
 from ..files.metadata import name_of
 from ..files.paths import AnyPath, open_regular
 from ..files.tensorfiles import BLOCK, HeaderEntry
-from ..sparse.tensor import bytes_of
+from ..sparse.tensor import bytes_of, is_dense
 from ..texts import described
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import unwrapped
@@ -46,6 +46,8 @@ def base_tensors(base: CheckpointSource) -> Mapping[str, Tensor]:
 def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint on disk, of a model (named as in its `state_dict`), or of a mapping.
 
+    Sparse, nested and torch's quantized tensors are left out.
+
     Raises CheckpointError for a model with quantized or sharded weights and for any other source, and what `Checkpoint` raises.
     """
     if isinstance(source, nn.Module):
@@ -53,17 +55,21 @@ def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
             if is_quantized(weight) or is_sharded(weight):
                 state = "quantized" if is_quantized(weight) else "sharded"
                 raise CheckpointError(f"'{name}' is {state} in this model; give a plain model or checkpoint")
-        return dict(unwrapped(source).state_dict())
+        return _dense(unwrapped(source).state_dict())
     if isinstance(source, Mapping):
         for name, tensor in () if isinstance(source, LazyTensors) else source.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise CheckpointError(f"expected tensors by name, found {described(tensor if isinstance(name, str) else name)}")
-        return source
+        return source if isinstance(source, LazyTensors) else _dense(source)
     if not isinstance(source, str | os.PathLike):
         raise CheckpointError(
             f"expected a checkpoint's folder or .safetensors file, a model, or tensors by name; found {described(source)}"
         )
     return Checkpoint(source)
+
+
+def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, Tensor) or is_dense(tensor)}
 
 
 def pieces_of(tensors: Mapping[str, Tensor], name: str, length: int) -> Iterator[Tensor]:

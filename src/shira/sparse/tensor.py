@@ -24,6 +24,7 @@ __all__ = [
     "dtype_name",
     "fingerprint",
     "has_memory",
+    "is_dense",
     "numel_of",
 ]
 
@@ -55,6 +56,13 @@ def has_memory(tensor: Tensor) -> bool:
     """Whether the storage of a contiguous tensor holds all its entries. Others may have freed or shortened it (`resize_`)."""
     end = (int(tensor.storage_offset()) + tensor.numel()) * tensor.itemsize
     return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds its entries as they are: it is not sparse, nested, quantized, conjugated or negated."""
+    return tensor.layout == torch.strided and not (
+        tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+    )
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..sparse.tensor import SparseTensor, dtype_name
 from ..texts import described, shown
 from ..weights.belonging import check_base
 from ..weights.distributed import gather_pieces, is_sharded, piece_of, reshard
-from ..weights.model_tensors import ModelTensors, is_buffer
+from ..weights.model_tensors import ModelTensors, has_own_memory, is_buffer
 from ..weights.optimizers import watch
 from ..weights.owners import claim
 from ..weights.quantized import is_quantized, shape_of
@@ -37,14 +37,14 @@ class ModelState:
 
     def __init__(self, model: nn.Module, owner: Callable[[], str]) -> None:
         reshard(model)  # after a forward pass a sharded model may hold gathered weights, which are not its own tensors
-        self._model = model
+        self._model, self._owner = model, owner
         self.tensors = ModelTensors(model)
         self.weights = self.tensors.by_name
         self.pieces = {id(weight): piece_of(name, weight) for name, weight in self.weights.items() if is_sharded(weight)}
         self.quantized = QuantizedLayers(model)
         self.claim = claim(model, owner, None)
         watch()
-        known = {id(weight): weight for weight in self.weights.values() if _has_memory(weight)}
+        known = {id(weight): weight for weight in self.weights.values() if has_own_memory(weight)}
         self._memories = [(weight, WeightMemory.of(weight)) for weight in known.values()]
         self.orders: dict[int, tuple[MemoryOrder, Tensor]] = {}
         for key, weight in known.items():
@@ -151,8 +151,14 @@ class ModelState:
         here = _base_here(piece.local, indices[piece.span(indices)] - piece.start, plans)
         return gather_pieces(weight, indices, here)
 
+    def reread(self) -> "ModelState":
+        """The model as it is now, with a copy of each buffer that was replaced, which may be a tensor of the user's."""
+        self.tensors.replace_new_buffers(self._model)
+        return ModelState(self._model, self._owner)
+
     def recover_base(self, state: InWeights) -> None:
         """Restore the base in the model as it is now, although it was changed under what is active. Raises SwitchError."""
+        self.tensors.replace_new_buffers(self._model)
         recover_base(state.plans, self.names(), ModelTensors(self._model), state.label())
 
     def names(self) -> dict[int, list[str]]:
@@ -161,10 +167,6 @@ class ModelState:
         for name, weight in self.weights.items():
             names.setdefault(id(weight), []).append(name)
         return names | {id(piece.local): names[key] for key, piece in self.pieces.items()}
-
-
-def _has_memory(weight: Tensor) -> bool:
-    return not (is_sharded(weight) or is_quantized(weight)) and torch._C._has_storage(weight)
 
 
 def _check_positions(name: str, weight: Tensor, indices: Tensor) -> None:

@@ -317,7 +317,7 @@ class Switcher:
         self._ready.drop()
         for source in self._sources.values():
             source.forget_check()
-        self._model_state = ModelState(self._model, self._owner)
+        self._model_state = self._model_state.reread()
 
     def _activate(self, wanted: CheckedSelection) -> None:
         self._undo_interrupted()

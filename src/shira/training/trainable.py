@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import TargetError
-from ..sparse.tensor import FLOAT_DTYPES, dtype_name, has_memory
+from ..sparse.tensor import FLOAT_DTYPES, dtype_name, has_memory, is_dense
 from ..weights.distributed import check_pieces, is_sharded
 from ..weights.quantized import dtype_label, is_quantized
 from ..weights.targets import Target
@@ -33,6 +33,11 @@ def check_trainable(targets: Iterable[Target]) -> None:
             check_pieces(target.name, weight)
         if weight.is_inference():
             raise TargetError(f"'{target.name}' was made under torch.inference_mode; load the model outside of it")
+        if not is_dense(weight):
+            raise TargetError(
+                f"'{target.name}' must be a dense tensor, not a sparse, nested or negated one, found {weight.layout}; "
+                "replace it by a dense one, or leave it out of the targets"
+            )
         if weight.dtype not in FLOAT_DTYPES or weight.is_meta or not weight.is_contiguous():
             raise TargetError(
                 f"'{target.name}' must be contiguous, with data, and one of {', '.join(map(dtype_name, FLOAT_DTYPES))}; found "

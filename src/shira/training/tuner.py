@@ -231,7 +231,7 @@ class Tuner:
     def state_dict(self) -> dict[str, Tensor]:
         """The state to save, beside the optimizer's, to resume a run: the masters, with marks of their positions and base.
 
-        It also has the buffers that training has changed, such as BatchNorm's statistics.
+        It also has the buffers that training has changed, such as BatchNorm's statistics, unless their dtype or shape is new.
         Raises TuningError if the mask has moved, since positions are not saved.
         """
         return resuming.state_of(self.masters("saved"), self._buffers, moved="refresh" in self._mask)

@@ -10,7 +10,7 @@ from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch, did_you_mean
 from ..files.metadata import check_metadata
 from ..sparse.memory_order import memory_order
-from ..sparse.tensor import SparseTensor, dtype_name, fingerprint, has_memory
+from ..sparse.tensor import SparseTensor, dtype_name, fingerprint, has_memory, is_dense
 from ..texts import described
 from .quantized import is_quantized, shape_of
 
@@ -89,7 +89,7 @@ def identifying(adapter: Adapter) -> Identifies:
 def weight_of(
     label: str, name: str, sparse: SparseTensor, tensors: Mapping[str, Tensor], *, to_overwrite: bool = False
 ) -> Tensor:
-    """The model's tensor of this name. Raises BaseMismatch unless it has the sparse tensor's shape.
+    """The model's tensor of this name. Raises BaseMismatch unless it is dense and has the sparse tensor's shape.
 
     to_overwrite: it must also be possible to overwrite its entries: a floating-point tensor, not quantized, whose entries lie
     in memory without gaps, in any order of its dimensions.
@@ -101,6 +101,11 @@ def weight_of(
         raise BaseMismatch(f"{label}: '{name}' must be a tensor of the base, found {described(weight)}")
     if to_overwrite and is_quantized(weight):
         raise BaseMismatch(f"{label}: '{name}' is quantized in this model; give a plain base, or fuse deltas without one")
+    if not is_dense(weight):
+        raise BaseMismatch(
+            f"{label}: '{name}' must be a dense tensor, not a sparse, nested or negated one, found {weight.layout}; replace it "
+            "by a dense one"
+        )
     if shape_of(weight) != sparse.shape:
         raise BaseMismatch(
             f"{label} does not belong to this model: '{name}' has shape {list(shape_of(weight))}, the adapter expects "

@@ -12,10 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShiraError
+from ..sparse.tensor import is_dense
 from .distributed import is_sharded
 from .quantized import is_quantized
 
-__all__ = ["OWN", "ModelTensors", "ModuleTree", "is_buffer", "is_own", "named_tensors", "plain_model", "unwrapped"]
+__all__ = [
+    "OWN",
+    "ModelTensors",
+    "ModuleTree",
+    "has_own_memory",
+    "is_buffer",
+    "is_own",
+    "named_tensors",
+    "plain_model",
+    "unwrapped",
+]
 
 OWN = "shira_"  # prefix of every name under which a tuner keeps something in a module
 KEPT = tuple(OWN + name for name in ("base", "before_", "values", "whole"))  # of parameters and buffers
@@ -48,7 +59,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, and every floating-point buffer that a checkpoint holds, under each of its checkpoint names."""
+    """Every parameter, and every floating-point buffer that a checkpoint holds, under each of its checkpoint names.
+
+    Buffers that are sparse, nested or negated views are left out.
+    """
     return {name: tensor for name, tensor, _ in _walk(model, "")}
 
 
@@ -92,23 +106,37 @@ class ModelTensors:
         """Whether the model still has the same module and tensor objects. Their contents are not compared."""
         return self._tree.same()
 
+    def replace_new_buffers(self, model: nn.Module) -> None:
+        """Put a copy in the place of each buffer that came into the model since. It may be a user's batch."""
+        known, copies = {id(tensor) for tensor in self._all.values()}, dict[int, Tensor]()
+        for _, tensor, (where, key) in list(_walk(model, "")):
+            if is_buffer(tensor) and id(tensor) not in known and has_own_memory(tensor):
+                where[key] = copies.setdefault(id(tensor), tensor.detach().clone())
+
     def objects(self, names: Iterable[str]) -> list[Tensor]:
         """Every tensor object of these weights: several for one weight, if they are the same memory."""
         wanted = {id(self.by_name[name]) for name in names}
         return list({id(t): t for name, t in self._all.items() if id(self.by_name[name]) in wanted}.values())
 
 
+def has_own_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's entries lie in its own memory: it is dense, and neither sharded nor quantized."""
+    return not (is_sharded(tensor) or is_quantized(tensor)) and is_dense(tensor) and torch._C._has_storage(tensor)
+
+
 _Place = tuple[dict[str, Any], str]  # the dictionary of a module that holds a tensor, and the tensor's key there
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, _Place]]:
-    """Name, tensor and place of all that an adapter may change, without parameters that a lazy module has not created yet."""
+    """Name, tensor and place of all that an adapter may change, without what a lazy module has not created yet."""
     for key, parameter in module._parameters.items():
         if parameter is not None and not is_own(key) and not nn.parameter.is_lazy(parameter):
             yield prefix + key, parameter, (module._parameters, key)
     for key, buffer in module._buffers.items():
         kept = buffer is not None and key not in module._non_persistent_buffers_set and not is_own(key)
-        if kept and buffer is not None and buffer.is_floating_point():
+        if not kept or buffer is None or nn.parameter.is_lazy(buffer):
+            continue
+        if buffer.is_floating_point() and is_dense(buffer):
             yield prefix + key, buffer, (module._buffers, key)
     for key, child in module._modules.items():
         if child is not None:
@@ -131,7 +159,7 @@ def _by_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     by_name: dict[str, Tensor] = {}
     spans: dict[int, list[tuple[int, int, str]]] = {}
     for name, tensor in tensors.items():
-        if is_sharded(tensor) or is_quantized(tensor) or not torch._C._has_storage(tensor):
+        if not has_own_memory(tensor):
             by_name[name] = tensor
             continue
         storage, begin = tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.itemsize
