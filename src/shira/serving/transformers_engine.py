@@ -120,6 +120,7 @@ class TransformersEngine:
         self._jobs: dict[str, Job] = {}
         self._numbers = itertools.count()
         self._stopping = False
+        self._closing = threading.Lock()
         self._known_good: OrderedDict[str, None] = OrderedDict()
         self._reader = ThreadPoolExecutor(1, "shira adapters")
         self._coming: set[str] = set()
@@ -234,16 +235,17 @@ class TransformersEngine:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """End now."""
+        """End now. A second call waits until the first has ended."""
         self._stopping = True
-        with contextlib.suppress(RuntimeError):
-            self._reader.shutdown(cancel_futures=True)
-        thread: threading.Thread | None = self._manager._generation_thread
-        self._manager.stop(hard_stop=True, timeout=60) if thread is not None else None
-        if thread is None or not thread.is_alive():
-            if self._mixing is not None:
-                self._mixing.close()
-            self._resident.use("")
+        with self._closing:  # the server and its application both stop the engine, and two threads cannot join in the manager
+            with contextlib.suppress(RuntimeError):
+                self._reader.shutdown(cancel_futures=True)
+            thread: threading.Thread | None = self._manager._generation_thread
+            self._manager.stop(hard_stop=True, timeout=60) if thread is not None else None
+            if thread is None or not thread.is_alive():
+                if self._mixing is not None:
+                    self._mixing.close()
+                self._resident.use("")
 
     # In the thread that runs the model
 
