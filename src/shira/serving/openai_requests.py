@@ -39,6 +39,7 @@ NO_EFFECT = {  # fields that are refused, but for these values
     "suffix": ("",),
 }
 ELSEWHERE = {"response_format", "tools", "tool_choice", "functions", "function_call"}
+EMPTY = {"tool_calls", "annotations"}  # what OpenAI's client sends back of an answer that had none
 Positive = Annotated[int, Field(ge=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Tokens = Annotated[list[int], Field(fail_fast=True)]
@@ -82,7 +83,18 @@ def _listed(given: Any) -> Any:
     return [given] if isinstance(given, str) else given
 
 
-class StreamOptions(Fields):
+class Inner(Fields):
+    """An object in a request. As at the top, null means that a field is not given; so does an empty list of EMPTY."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None and not (value == [] and name in EMPTY)}
+
+
+class StreamOptions(Inner):
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -147,12 +159,12 @@ class CompletionRequest(OpenAIRequest):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TextPart(Fields):
+class TextPart(Inner):
     type: Literal["text"]
     text: str
 
 
-class Message(Fields):
+class Message(Inner):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
