@@ -179,6 +179,12 @@ def test_too_long_for_the_cache(tmp_path):
     assert Served(tmp_path, cache_tokens=48).engine.longest == 48
 
 
+def test_more_tokens_than_the_model_has_positions_for(tmp_path):
+    with pytest.raises(EngineError, match="at most the 96 tokens .*found 97; give a smaller --max-model-len"):
+        Served(tmp_path, longest=97)
+    assert Served(tmp_path, longest=96).engine.longest == 96
+
+
 def test_an_exception_inside_a_switch_fails_that_selection_alone(served, monkeypatch):
     usual, broken = served.resident.use, served.key("a")
 

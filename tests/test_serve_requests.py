@@ -15,7 +15,9 @@ def test_a_second_turn_takes_the_answer_as_the_client_sends_it_back(served):  # 
         answer = first.choices[0].message
         plain = {"role": "assistant", "content": answer.content}
         lists = answer.model_dump() | {"tool_calls": [], "annotations": []}
-        assert answer.model_dump().items() >= {"refusal": None, "audio": None, "function_call": None, "tool_calls": None}.items()
+        assert (
+            answer.model_dump().items() >= {"refusal": None, "audio": None, "function_call": None, "tool_calls": None}.items()
+        )
         seconds = [
             await client.chat.completions.create(model="a", messages=[*CHATS, said, *CHATS], max_tokens=8, temperature=0)
             for said in (plain, answer, answer.model_dump(), lists)

@@ -93,9 +93,9 @@ class TransformersEngine:
     max_running: requests in a step. step_tokens: tokens in a step; a longer prompt takes several.
     cache_tokens: size of the KV cache; by default 1 GiB on a CPU and half of the free memory of a GPU, or less if the requests
     cannot use it.
-    longest: tokens of a request, with its answer; by default what the model's configuration says.
+    longest: tokens of a request, with its answer; by default what the model's configuration says, and never more.
     ends: tokens that end an answer.
-    Raises EngineError if Transformers' continuous batching does not hold for this model.
+    Raises EngineError if the model takes fewer tokens than longest, or Transformers' continuous batching does not hold for it.
     """
 
     def __init__(
@@ -351,6 +351,12 @@ def _manager(
     try:
         from .continuous_batching import PAGE, Manager, Router, cache_token_bytes
 
+        context = _context(config)
+        if longest and context and longest > context:
+            raise EngineError(
+                f"a prompt and its answer may have at most the {context} tokens that this model takes, found {longest}; give a "
+                "smaller --max-model-len, or leave it out"
+            )
         if cache_tokens is None:
             useful = WAITING * max_running * longest if longest else 1 << 60
             cache_tokens = min(useful, _free(model) // cache_token_bytes(config, model.dtype))  # type: ignore[arg-type]
