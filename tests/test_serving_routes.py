@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import typer
 
 from conftest import all_bits, mlp, random_adapter, same_bits
 from serving_site import until
+from shira.cli.options import given
 from shira.serving.catalogue import path_in
 from shira.serving.selections import SelectionError
 from shira.serving.settings import Settings
@@ -165,6 +167,13 @@ def test_settings_are_checked():
     for wrong in ({"port": -1}, {"ready": 1}, {"patience": -1.0}, {"engine": "sglang"}, {"max_queue": "many"}):
         with pytest.raises(DataError, match=next(iter(wrong))), contextlib.suppress(TypeError):
             Settings(**wrong)
+
+
+def test_names_of_the_base_on_the_command_line():
+    assert given({"served_model_name": "x, y z"}, Settings) == {"served_model_name": ["x", "y z"]}
+    for names in ("x,,y z", "x,", ",", ""):
+        with pytest.raises(typer.BadParameter, match="None is empty"):
+            given({"served_model_name": names}, Settings)
 
 
 def test_a_file_that_goes_while_it_is_loaded_is_not_found(site, monkeypatch):

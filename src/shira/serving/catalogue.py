@@ -6,6 +6,7 @@ link that leads out of it is refused.
 
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +19,8 @@ from ..data.models import model_path
 from ..errors import ShiraError
 from ..files.bases import named_base
 from ..files.paths import State
-from ..texts import visible
-from .selections import AdapterReplaced, SelectionError, ServedSelection, UnknownAdapter, parse, parse_name
+from ..texts import shown, visible
+from .selections import AdapterReplaced, SelectionError, ServedSelection, UnknownAdapter, is_possible, parse, parse_name
 
 __all__ = ["Catalogue", "Found", "path_in", "shapes_of", "version_of"]
 
@@ -75,7 +76,7 @@ class Catalogue:
 
     base: the names of the base model, the first is shown. shapes: the model's tensors, which a folder of PEFT's SHiRA
     needs (`shapes_of`). Without them its configuration must name a base that is on this machine.
-    Raises SelectionError if the folder is none.
+    Raises SelectionError if the folder is none, or a name of the base is empty or could be a selection: "b+c", "b:1".
 
         catalogue = Catalogue("adapters", ["SmolLM2-135M"])
         catalogue.scan()
@@ -88,6 +89,12 @@ class Catalogue:
             raise SelectionError(f"{self.folder} is a file; give the folder of the adapters: {self.folder.parent}")
         if not self.folder.is_dir():
             raise SelectionError(f"there is no folder {self.folder} to serve adapters from; make it first")
+        for name in self.base:
+            if not name.strip() or (re.search("[+:]", name) and is_possible(name)):
+                raise SelectionError(
+                    f"{shown(name)} cannot be a name of the base model: expected one that is not empty and names no selection "
+                    "of adapters, as 'poet+coder' and 'poet:1' do; choose another --served-model-name"
+                )
         self._shapes = shapes
         self._found: dict[str, Found] = {}
         self._unloaded: set[str] = set()
