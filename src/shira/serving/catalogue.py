@@ -51,12 +51,13 @@ def shapes_of(model: str) -> Shapes:
 
 
 def path_in(folder: Path, name: str) -> Path:
-    """The path of an adapter in the served folder: its file or its folder. It need not exist.
+    """The path of an adapter in the served folder: its file, or its folder if there is no such file. It need not exist.
 
     Raises SelectionError for a name that is not possible, or one that leads out of the folder; OSError.
     """
     file = folder / f"{parse_name(name)}{ENDING}"
-    path = folder / name if not os.path.lexists(file) and (folder / name).is_dir() else file
+    is_file = os.path.lexists(file) and not os.path.isdir(file)  # a folder with that ending has its whole name
+    path = folder / name if not is_file and (folder / name).is_dir() else file
     _check_inside(folder, path)  # before what it leads to is listed
     for file in _files(path):
         _check_inside(folder, file)
@@ -161,12 +162,12 @@ class Catalogue:
         self.refused = {name: each.error for name, each in found if each.error}
 
     def _names(self) -> list[str]:
-        """The names of all files and folders that may be adapters."""
+        """The names of all files and folders that may be adapters; "coder/" for a folder whose name a file has, too."""
         with os.scandir(self.folder) as there:
-            shown = [each for each in there if not each.name.startswith(".")]
-        folders = {each.name for each in shown if os.path.isdir(each)}  # of a link that leads to itself, is_dir would raise
-        files = {each.name for each in shown} - folders
-        return sorted(folders | {name.removesuffix(ENDING) for name in files if name.endswith(ENDING)})
+            found = [each for each in there if not each.name.startswith(".")]
+        folders = {each.name for each in found if os.path.isdir(each)}  # of a link that leads to itself, is_dir would raise
+        files = {each.name.removesuffix(ENDING) for each in found if each.name.endswith(ENDING) and each.name not in folders}
+        return sorted(folders | files | {f"{name}/" for name in folders & files})
 
     def _look(self, name: str, tries: int = 0) -> Found | None:
         """An adapter as it is now; what was known of it if its files are the same, or are being written; None if it is gone.
@@ -175,13 +176,17 @@ class Catalogue:
         """
         before = self._found.get(name)
         try:
+            if name.endswith("/"):
+                raise SelectionError(f"{name[:-1]}{ENDING} has the same name and goes first; rename one of them")
             path = path_in(self.folder, name)
             if name in self.base:
                 raise SelectionError(f"{name!r} is the name of the base model; rename the file")
             states = _states(path)
             lent = _states_of(each for each, _ in before.lent) if before is not None else ()
-        except FileNotFoundError:
-            return None
+        except FileNotFoundError as error:
+            if not os.path.islink(error.filename):
+                return None
+            return Found(name, self.folder / name, "", f"{Path(error.filename).name} is a link that leads to nothing", ())
         except (SelectionError, OSError) as error:
             return Found(name, self.folder / name, "", self._without_folder(error), ())
         if not states or (before is not None and (before.states, before.lent) == (states, lent)):
