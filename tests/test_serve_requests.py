@@ -5,6 +5,7 @@ import pytest
 from test_serve_http import CHATS, served  # noqa: F401, a fixture
 
 openai = pytest.importorskip("openai")
+from shira.serving.openai_requests import ChatRequest, CompletionRequest, RequestError, parsed  # noqa: E402
 
 
 def test_a_second_turn_takes_the_answer_as_the_client_sends_it_back(served):  # noqa: F811
@@ -29,3 +30,36 @@ def test_a_second_turn_takes_the_answer_as_the_client_sends_it_back(served):  # 
 
     found = served.http(work)
     assert len(found[0]) == 8 and len(set(found)) == 1
+
+
+WRONG = [
+    *({"temperature": value} for value in ("0.5", True)),
+    *({"n": value} for value in ("2", True, 2.0)),
+    *({"stream": value} for value in ("yes", 1)),
+    {"max_tokens": True},
+    {"stop": [True]},
+    {"stream": True, "stream_options": {"include_usage": "yes"}},
+    {"logit_bias": {"5": "1"}},
+    {"logit_bias": {"5": True}},
+]
+
+
+@pytest.mark.parametrize(
+    "fields", [*WRONG, {"prompt": [True]}, {"prompt": [1.0, 2.0]}, {"prompt": [[True]]}, {"logprobs": True}]
+)
+def test_a_value_of_another_type_is_refused(fields):
+    with pytest.raises(RequestError) as found:
+        parsed(CompletionRequest, {"model": "a", "prompt": "x", **fields})
+    assert str(found.value).startswith(list(fields)[-1])
+
+
+@pytest.mark.parametrize("fields", [*WRONG, {"logprobs": 1}, {"logprobs": True, "top_logprobs": "2"}])
+def test_a_value_of_another_type_is_refused_in_chats(fields):
+    with pytest.raises(RequestError) as found:
+        parsed(ChatRequest, {"model": "a", "messages": CHATS, **fields})
+    assert str(found.value).startswith(list(fields)[-1])
+
+
+def test_whole_numbers_stand_for_real_ones_and_text_for_the_numbers_of_tokens():
+    asked = parsed(CompletionRequest, {"model": "a", "prompt": [5, 6], "temperature": 1, "top_p": 1, "logit_bias": {"5": -1}})
+    assert (asked.temperature, asked.top_p, asked.logit_bias, asked.prompts) == (1.0, 1.0, {5: -1.0}, [[5, 6]])

@@ -57,9 +57,9 @@ class RequestError(Problem):
 
 
 class Fields(BaseModel):
-    """An object in which every field is known."""
+    """An object in which every field is known, and of its own type: "2" is no number, and true is no 1."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -70,12 +70,12 @@ class Fields(BaseModel):
         return {name: value for name, value in given.items() if name in cls.model_fields or name == first}
 
 
-def _first_bias(given: Any) -> Any:
-    """Raises ValueError for the first entry of logit_bias that is none."""
+def _biases(given: Any) -> Any:
+    """logit_bias by token, whose number is a text in JSON. Raises ValueError for the first entry that is none."""
     for token, bias in given.items() if isinstance(given, dict) else ():
         if not re.fullmatch("0|[1-9][0-9]{0,17}", token) or type(bias) not in (int, float) or not -100 <= bias <= 100:
             raise ValueError(f"expected a token's number and a bias from -100 to 100, found {shown(token)}: {shown(bias)}")
-    return given
+    return {int(token): bias for token, bias in given.items()} if isinstance(given, dict) else given
 
 
 def _listed(given: Any) -> Any:
@@ -116,7 +116,7 @@ class OpenAIRequest(Fields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_first_bias)] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
     ignore_eos: bool = False
 
     @property
