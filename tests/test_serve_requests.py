@@ -63,3 +63,17 @@ def test_a_value_of_another_type_is_refused_in_chats(fields):
 def test_whole_numbers_stand_for_real_ones_and_text_for_the_numbers_of_tokens():
     asked = parsed(CompletionRequest, {"model": "a", "prompt": [5, 6], "temperature": 1, "top_p": 1, "logit_bias": {"5": -1}})
     assert (asked.temperature, asked.top_p, asked.logit_bias, asked.prompts) == (1.0, 1.0, {5: -1.0}, [[5, 6]])
+
+
+@pytest.mark.parametrize("content", [[{"type": "image_url", "image_url": {"url": "x"}}], 5, [{"type": "text"}], None])
+def test_what_is_no_text_in_a_message_is_refused_with_what_may_be_there(content):
+    with pytest.raises(RequestError, match=r"this server takes text only: .*; messages\.0\.content") as found:
+        parsed(ChatRequest, {"model": "a", "messages": [{"role": "user", "content": content}]})
+    assert found.value.param == "messages"
+
+
+@pytest.mark.parametrize("prompt", [["x", 5], [5, "x"], [[5], 5], {"x": 1}, 5])
+def test_what_a_prompt_may_be_is_said(prompt):
+    words = r"prompt must be a text, .* or a list of such lists; prompt\.str: Input should be a valid string"
+    with pytest.raises(RequestError, match=words):
+        parsed(CompletionRequest, {"model": "a", "prompt": prompt})

@@ -38,6 +38,10 @@ NO_EFFECT = {  # fields that are refused, but for these values
     "echo": (False,),
     "suffix": ("",),
 }
+FORMS = {  # of fields that may have several: what an error of theirs begins with
+    "content": 'this server takes text only: content must be a text or a list of {"type": "text", "text": "…"}; ',
+    "prompt": "prompt must be a text, a list of texts, a list of token numbers or a list of such lists; ",
+}
 ELSEWHERE = {"response_format", "tools", "tool_choice", "functions", "function_call"}
 EMPTY = {"tool_calls", "annotations"}  # what OpenAI's client sends back of an answer that had none
 Positive = Annotated[int, Field(ge=1)]
@@ -207,12 +211,10 @@ def parsed(kind: type[T], body: Any) -> T:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
         found = "" if first["type"] in ("missing", "value_error") else f", found {shown(first['input'])}"
-        known = (
-            "this server does not know the field"
-            if first["type"] == "extra_forbidden"
-            else first["msg"].removeprefix("Value error, ")
-        )
-        raise RequestError(f"{where}: {known}{found}", str(first["loc"][0]) if first["loc"] else None) from None
+        unknown = first["type"] == "extra_forbidden"
+        known = "this server does not know the field" if unknown else first["msg"].removeprefix("Value error, ")
+        forms = "" if unknown else next((said for name, said in FORMS.items() if name in first["loc"]), "")
+        raise RequestError(f"{forms}{where}: {known}{found}", str(first["loc"][0]) if first["loc"] else None) from None
     _check_together(asked)
     return asked
 
