@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 import torch
@@ -178,6 +179,12 @@ def test_too_long_for_the_cache(tmp_path):
     assert Served(tmp_path, cache_tokens=48).engine.longest == 48
 
 
+def test_more_tokens_than_the_model_has_positions_for(tmp_path):
+    with pytest.raises(EngineError, match="at most the 96 tokens .*found 97; give a smaller --max-model-len"):
+        Served(tmp_path, longest=97)
+    assert Served(tmp_path, longest=96).engine.longest == 96
+
+
 def test_an_exception_inside_a_switch_fails_that_selection_alone(served, monkeypatch):
     usual, broken = served.resident.use, served.key("a")
 
@@ -261,6 +268,27 @@ def test_stop_ends_what_takes_longer(served):
 
     served.run(work)
     assert not [thread for thread in threading.enumerate() if thread.name == "shira generation"]
+
+
+def test_two_that_stop_the_engine_do_not_meet(served, monkeypatch):
+    """The server and its application both do. Transformers' manager forgets its thread between two steps of a join."""
+    manager, inside, most = served.engine._manager, [], []
+    usual = manager.join
+
+    def join(*given):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+        usual(*given)
+        inside.pop()
+
+    monkeypatch.setattr(manager, "join", join)
+
+    async def work():
+        await asyncio.gather(served.engine.stop(0), served.engine.stop(0))
+
+    served.run(work)
+    assert most == [1]
 
 
 def test_scores_that_are_not_finite(served):

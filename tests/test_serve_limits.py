@@ -79,6 +79,7 @@ def test_what_can_be_checked_is_checked_before_the_model_is_loaded(tmp_path, mon
             ("cannot listen on 127.0.0.1:", {}),
             ("cannot listen on 300.1.1.1:", {"host": "300.1.1.1"}),
             ("there is no folder", {"adapters": str(tmp_path / "absent")}),
+            ("'b.c' cannot be a name of the base", {"served_model_name": ["x", "b+c"]}),
         ):
             with pytest.raises(ShiraError, match=words):
                 serve(Settings(**{"model": "absent", "adapters": str(tmp_path), "port": port, **changed}))

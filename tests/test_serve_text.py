@@ -10,6 +10,8 @@ from serving import tiny_llama
 
 pytest.importorskip("fastapi")
 from shira.serving.answers import Text
+from shira.serving.logprobs import LETTERS, ChatLogprobs
+from shira.serving.sampling import TokenLogprob
 from shira.serving.transformers_server import defaults_of, ends_of
 
 
@@ -58,6 +60,44 @@ def test_a_space_between_the_prompt_and_its_answer_is_shown():
     prompt, answer = tokenizer("one two")["input_ids"], tokenizer("three one")["input_ids"]
     assert shown(Text(tokenizer, prompt), answer) == [" three", " one", ""]
     assert shown(Text(tokenizer), answer) == ["three", " one", ""]
+
+
+def fallback_tokenizer():
+    """Pieces of SentencePiece, with a token for each byte that no other one has."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "\ufffd"]
+    plain = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], byte_fallback=True))
+    plain.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, fallback_tokenizer()], ids=["byte-level", "fallback"])
+def test_the_bytes_of_tokens_that_are_parts_of_a_character(tokenizer):
+    text = "aé😀\ufffda"
+    entries = [TokenLogprob(token, -1.0, [(token, -1.0)]) for token in tokenizer(text)["input_ids"]]
+    found = ChatLogprobs(tokenizer).whole(entries).content
+    assert len(found) > len(text) and bytes(byte for entry in found for byte in entry.bytes) == text.encode()
+    assert [entry.top_logprobs[0].bytes for entry in found] == [entry.bytes for entry in found]
+
+
+def test_bytes_that_are_not_known_are_null():
+    class Unknown:
+        def decode(self, tokens, **options):
+            return "\ufffd"
+
+        def convert_ids_to_tokens(self, token):
+            return ["\u2581", b"\xff", None][token]
+
+    entries = [TokenLogprob(token, -1.0, []) for token in range(3)]
+    assert [entry.bytes for entry in ChatLogprobs(Unknown()).whole(entries).content] == [None] * 3
+
+
+def test_every_byte_of_byte_level_pieces_is_known():
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    assert {byte: letter for letter, byte in LETTERS.items()} == bytes_to_unicode()
 
 
 TEXTS = st.text("ab\né😀", max_size=12)

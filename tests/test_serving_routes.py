@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import typer
 
 from conftest import all_bits, mlp, random_adapter, same_bits
 from serving_site import until
+from shira.cli.options import fields_of, given
 from shira.serving.catalogue import path_in
 from shira.serving.selections import SelectionError
 from shira.serving.settings import Settings
@@ -67,6 +69,33 @@ def test_vllms_routes_for_lora_load_and_unload(site):
         assert (await load("../x", "x")).status_code == 400
         assert (await client.post("/v1/unload_lora_adapter", json={"lora_name": "x"})).status_code == 404
         assert (await client.post("/v1/load_lora_adapter", json={"lora_name": "poet"})).status_code == 400
+
+    site.run(work)
+
+
+def test_fields_that_are_not_known_are_refused(site):
+    async def work(client):
+        lora, path = {"lora_name": "poet", "lora_path": "poet.safetensors"}, "/v1/load_lora_adapter"
+        unknown = "strength: this server does not know the field; expected"
+        for url, body, words in (
+            (
+                "/v1/adapters",
+                {"name": "poet", "strength": 0.5},
+                f"{unknown} name, pin",
+            ),
+            ("/v1/adapters", {"name": "poet", "pin": "yes"}, "pin: "),
+            (path, {**lora, "strength": 0.5}, f"{unknown} lora_name, lora_path"),
+            (path, {**lora, "is_3d_lora_weight": True}, "is_3d_lora_weight: "),
+            ("/v1/unload_lora_adapter", {"lora_name": "poet", "x": None}, "x: this server does not know"),
+        ):
+            refused = await client.post(url, json=body)
+            assert refused.status_code == 400 and refused.json()["error"]["message"].startswith(words)
+        random_adapter(mlp(), 9).save(site.folder / "poet.safetensors")
+        old = site.catalogue.versions["poet"]
+        loaded = await client.post(path, json={**lora, "load_inplace": True, "is_3d_lora_weight": False})
+        assert loaded.status_code == 200 and site.catalogue.versions["poet"] != old
+        unloaded = await client.post("/v1/unload_lora_adapter", json={"lora_name": "poet", "lora_int_id": None})
+        assert unloaded.status_code == 200
 
     site.run(work)
 
@@ -165,6 +194,18 @@ def test_settings_are_checked():
     for wrong in ({"port": -1}, {"ready": 1}, {"patience": -1.0}, {"engine": "sglang"}, {"max_queue": "many"}):
         with pytest.raises(DataError, match=next(iter(wrong))), contextlib.suppress(TypeError):
             Settings(**wrong)
+
+
+def test_the_help_says_what_is_needed():
+    for name in ("model", "adapters"):
+        assert fields_of(Settings)[name][0]["help"].startswith("Needed: ")
+
+
+def test_names_of_the_base_on_the_command_line():
+    assert given({"served_model_name": "x, y z"}, Settings) == {"served_model_name": ["x", "y z"]}
+    for names in ("x,,y z", "x,", ",", ""):
+        with pytest.raises(typer.BadParameter, match="no empty ones"):
+            given({"served_model_name": names}, Settings)
 
 
 def test_a_file_that_goes_while_it_is_loaded_is_not_found(site, monkeypatch):

@@ -6,11 +6,11 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect
 
 from ..errors import ShiraError
@@ -26,24 +26,33 @@ __all__ = ["AdapterRoutes", "watching"]
 log = logging.getLogger("shira.serving")
 
 
-class Load(BaseModel):
+class Body(BaseModel):
+    """What a client sends: every field is known, and of its own type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Load(Body):
     """Body of POST /v1/adapters."""
 
     name: str
     pin: bool = False
 
 
-class LoadLora(BaseModel):
-    """Body of vLLM's /v1/load_lora_adapter."""
+class LoadLora(Body):
+    """Body of vLLM's /v1/load_lora_adapter. load_inplace is what a load does here, whether it is true or not."""
 
     lora_name: str
     lora_path: str
+    load_inplace: bool = False
+    is_3d_lora_weight: Literal[False] = False
 
 
-class UnloadLora(BaseModel):
-    """Body of vLLM's /v1/unload_lora_adapter."""
+class UnloadLora(Body):
+    """Body of vLLM's /v1/unload_lora_adapter. Only the name counts, as in vLLM."""
 
     lora_name: str
+    lora_int_id: int | None = None
 
 
 class AdapterRoutes:
@@ -208,7 +217,9 @@ async def _body(request: Request, kind: Any) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
-        raise Refused(f"{where}: {first['msg']}", 400, "invalid_request") from None
+        unknown = first["type"] == "extra_forbidden"
+        said = f"this server does not know the field; expected {', '.join(kind.model_fields)}" if unknown else first["msg"]
+        raise Refused(f"{where}: {said}", 400, "invalid_request") from None
 
 
 @contextlib.asynccontextmanager

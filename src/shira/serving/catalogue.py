@@ -6,6 +6,7 @@ link that leads out of it is refused.
 
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +19,8 @@ from ..data.models import model_path
 from ..errors import ShiraError
 from ..files.bases import named_base
 from ..files.paths import State
-from ..texts import visible
-from .selections import AdapterReplaced, SelectionError, ServedSelection, UnknownAdapter, parse, parse_name
+from ..texts import shown, visible
+from .selections import AdapterReplaced, SelectionError, ServedSelection, UnknownAdapter, is_possible, parse, parse_name
 
 __all__ = ["Catalogue", "Found", "path_in", "shapes_of", "version_of"]
 
@@ -50,12 +51,13 @@ def shapes_of(model: str) -> Shapes:
 
 
 def path_in(folder: Path, name: str) -> Path:
-    """The path of an adapter in the served folder: its file or its folder. It need not exist.
+    """The path of an adapter in the served folder: its file, or its folder if there is no such file. It need not exist.
 
     Raises SelectionError for a name that is not possible, or one that leads out of the folder; OSError.
     """
     file = folder / f"{parse_name(name)}{ENDING}"
-    path = folder / name if not os.path.lexists(file) and (folder / name).is_dir() else file
+    is_file = os.path.lexists(file) and not os.path.isdir(file)  # a folder with that ending has its whole name
+    path = folder / name if not is_file and (folder / name).is_dir() else file
     _check_inside(folder, path)  # before what it leads to is listed
     for file in _files(path):
         _check_inside(folder, file)
@@ -75,7 +77,7 @@ class Catalogue:
 
     base: the names of the base model, the first is shown. shapes: the model's tensors, which a folder of PEFT's SHiRA
     needs (`shapes_of`). Without them its configuration must name a base that is on this machine.
-    Raises SelectionError if the folder is none.
+    Raises SelectionError if the folder is none, or a name of the base is empty or could be a selection: "b+c", "b:1".
 
         catalogue = Catalogue("adapters", ["SmolLM2-135M"])
         catalogue.scan()
@@ -88,6 +90,12 @@ class Catalogue:
             raise SelectionError(f"{self.folder} is a file; give the folder of the adapters: {self.folder.parent}")
         if not self.folder.is_dir():
             raise SelectionError(f"there is no folder {self.folder} to serve adapters from; make it first")
+        for name in self.base:
+            if not name.strip() or (re.search("[+:]", name) and is_possible(name)):
+                raise SelectionError(
+                    f"{shown(name)} cannot be a name of the base model: expected one that is not empty and names no selection "
+                    "of adapters, as 'poet+coder' and 'poet:1' do; choose another --served-model-name"
+                )
         self._shapes = shapes
         self._found: dict[str, Found] = {}
         self._unloaded: set[str] = set()
@@ -154,12 +162,12 @@ class Catalogue:
         self.refused = {name: each.error for name, each in found if each.error}
 
     def _names(self) -> list[str]:
-        """The names of all files and folders that may be adapters."""
+        """The names of all files and folders that may be adapters; "coder/" for a folder whose name a file has, too."""
         with os.scandir(self.folder) as there:
-            shown = [each for each in there if not each.name.startswith(".")]
-        folders = {each.name for each in shown if os.path.isdir(each)}  # of a link that leads to itself, is_dir would raise
-        files = {each.name for each in shown} - folders
-        return sorted(folders | {name.removesuffix(ENDING) for name in files if name.endswith(ENDING)})
+            found = [each for each in there if not each.name.startswith(".")]
+        folders = {each.name for each in found if os.path.isdir(each)}  # of a link that leads to itself, is_dir would raise
+        files = {each.name.removesuffix(ENDING) for each in found if each.name.endswith(ENDING) and each.name not in folders}
+        return sorted(folders | files | {f"{name}/" for name in folders & files})
 
     def _look(self, name: str, tries: int = 0) -> Found | None:
         """An adapter as it is now; what was known of it if its files are the same, or are being written; None if it is gone.
@@ -168,13 +176,17 @@ class Catalogue:
         """
         before = self._found.get(name)
         try:
+            if name.endswith("/"):
+                raise SelectionError(f"{name[:-1]}{ENDING} has the same name and goes first; rename one of them")
             path = path_in(self.folder, name)
             if name in self.base:
                 raise SelectionError(f"{name!r} is the name of the base model; rename the file")
             states = _states(path)
             lent = _states_of(each for each, _ in before.lent) if before is not None else ()
-        except FileNotFoundError:
-            return None
+        except FileNotFoundError as error:
+            if not os.path.islink(error.filename):
+                return None
+            return Found(name, self.folder / name, "", f"{Path(error.filename).name} is a link that leads to nothing", ())
         except (SelectionError, OSError) as error:
             return Found(name, self.folder / name, "", self._without_folder(error), ())
         if not states or (before is not None and (before.states, before.lent) == (states, lent)):

@@ -1,5 +1,6 @@
 """Log-probabilities in OpenAI's two forms: that of completions and that of chats."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,28 @@ from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogpr
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
 
+from .answers import INCOMPLETE
 from .sampling import TokenLogprob
 
 __all__ = ["ChatLogprobs", "CompletionLogprobs"]
+
+
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte in a vocabulary of SentencePiece
+_plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that byte-level BPE writes as the letter of that number
+LETTERS = {chr(byte): byte for byte in _plain}
+LETTERS |= {chr(256 + number): byte for number, byte in enumerate(sorted({*range(256)} - {*_plain}))}
+
+
+def _bytes(tokenizer: Any, token: int, text: str) -> list[int] | None:
+    """The bytes of a token, also of one that is a part of a character; None if they are not known. text: what it decodes to."""
+    piece = tokenizer.convert_ids_to_tokens(token) if INCOMPLETE in text else text
+    if not isinstance(piece, str):
+        return None
+    if piece == text or INCOMPLETE in piece:
+        return list(text.encode())
+    if found := BYTE.fullmatch(piece):
+        return [int(found[1], 16)]
+    return [LETTERS[letter] for letter in piece] if LETTERS.keys() >= set(piece) else None
 
 
 def _text(tokenizer: Any, token: int) -> str:
@@ -36,7 +56,7 @@ class ChatLogprobs:
 
     def _said(self, token: int, logprob: float) -> dict[str, Any]:
         text = _text(self._tokenizer, token)
-        return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+        return {"token": text, "bytes": _bytes(self._tokenizer, token, text), "logprob": logprob}
 
 
 class CompletionLogprobs:

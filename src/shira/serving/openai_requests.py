@@ -38,7 +38,12 @@ NO_EFFECT = {  # fields that are refused, but for these values
     "echo": (False,),
     "suffix": ("",),
 }
+FORMS = {  # of fields that may have several: what an error of theirs begins with
+    "content": 'this server takes text only: content must be a text or a list of {"type": "text", "text": "…"}; ',
+    "prompt": "prompt must be a text, a list of texts, a list of token numbers or a list of such lists; ",
+}
 ELSEWHERE = {"response_format", "tools", "tool_choice", "functions", "function_call"}
+EMPTY = {"tool_calls", "annotations"}  # what OpenAI's client sends back of an answer that had none
 Positive = Annotated[int, Field(ge=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Tokens = Annotated[list[int], Field(fail_fast=True)]
@@ -56,9 +61,9 @@ class RequestError(Problem):
 
 
 class Fields(BaseModel):
-    """An object in which every field is known."""
+    """An object in which every field is known, and of its own type: "2" is no number, and true is no 1."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -69,12 +74,12 @@ class Fields(BaseModel):
         return {name: value for name, value in given.items() if name in cls.model_fields or name == first}
 
 
-def _first_bias(given: Any) -> Any:
-    """Raises ValueError for the first entry of logit_bias that is none."""
+def _biases(given: Any) -> Any:
+    """logit_bias by token, whose number is a text in JSON. Raises ValueError for the first entry that is none."""
     for token, bias in given.items() if isinstance(given, dict) else ():
         if not re.fullmatch("0|[1-9][0-9]{0,17}", token) or type(bias) not in (int, float) or not -100 <= bias <= 100:
             raise ValueError(f"expected a token's number and a bias from -100 to 100, found {shown(token)}: {shown(bias)}")
-    return given
+    return {int(token): bias for token, bias in given.items()} if isinstance(given, dict) else given
 
 
 def _listed(given: Any) -> Any:
@@ -82,7 +87,18 @@ def _listed(given: Any) -> Any:
     return [given] if isinstance(given, str) else given
 
 
-class StreamOptions(Fields):
+class Inner(Fields):
+    """An object in a request. As at the top, null means that a field is not given; so does an empty list of EMPTY."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None and not (value == [] and name in EMPTY)}
+
+
+class StreamOptions(Inner):
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -104,7 +120,7 @@ class OpenAIRequest(Fields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_first_bias)] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
     ignore_eos: bool = False
 
     @property
@@ -147,12 +163,12 @@ class CompletionRequest(OpenAIRequest):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TextPart(Fields):
+class TextPart(Inner):
     type: Literal["text"]
     text: str
 
 
-class Message(Fields):
+class Message(Inner):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
@@ -195,12 +211,10 @@ def parsed(kind: type[T], body: Any) -> T:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
         found = "" if first["type"] in ("missing", "value_error") else f", found {shown(first['input'])}"
-        known = (
-            "this server does not know the field"
-            if first["type"] == "extra_forbidden"
-            else first["msg"].removeprefix("Value error, ")
-        )
-        raise RequestError(f"{where}: {known}{found}", str(first["loc"][0]) if first["loc"] else None) from None
+        unknown = first["type"] == "extra_forbidden"
+        known = "this server does not know the field" if unknown else first["msg"].removeprefix("Value error, ")
+        forms = "" if unknown else next((said for name, said in FORMS.items() if name in first["loc"]), "")
+        raise RequestError(f"{forms}{where}: {known}{found}", str(first["loc"][0]) if first["loc"] else None) from None
     _check_together(asked)
     return asked
 

@@ -14,7 +14,17 @@ from ..errors import did_you_mean
 from ..texts import shown, strict_json
 from .problems import Problem
 
-__all__ = ["AdapterReplaced", "Part", "SelectionError", "ServedSelection", "UnknownAdapter", "of_key", "parse", "parse_name"]
+__all__ = [
+    "AdapterReplaced",
+    "Part",
+    "SelectionError",
+    "ServedSelection",
+    "UnknownAdapter",
+    "is_possible",
+    "of_key",
+    "parse",
+    "parse_name",
+]
 
 MOST_PARTS = 16
 MOST_LETTERS = 4096
@@ -106,6 +116,18 @@ def parse(text: str, versions: Mapping[str, str], refused: Container[str] = ()) 
             raise SelectionError(f"{shown(name)} is named twice in {shown(text)}; give it one strength")
         parts[name] = Part(name, versions[name], _strength(written, name) if colon else 1.0)
     return ServedSelection(tuple(sorted(part for part in parts.values() if part.strength)))
+
+
+def is_possible(text: str) -> bool:
+    """Whether a text would be a selection, if there were adapters of the names in it."""
+    names = {piece.partition(":")[0].strip(): "" for piece in text.split("+")}
+    try:
+        for name in names:
+            parse_name(name)
+        parse(text, names)
+    except SelectionError:
+        return False
+    return True
 
 
 def _strength(written: str, name: str) -> float:

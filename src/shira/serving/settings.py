@@ -11,17 +11,22 @@ __all__ = ["Settings"]
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError(text)
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Sizes are in tokens, times in seconds."""
 
-    model: str = option("", "A model folder, a hub id, or SmolLM2-135M-Instruct-Q4_1.")
-    adapters: str = option("", "The folder of adapters; it must be given. Files that come later are served, too.")
+    model: str = option("", "Needed: a model folder, a hub id, or SmolLM2-135M-Instruct-Q4_1.")
+    adapters: str = option("", "Needed: the folder of adapters. Files that come later are served, too.")
     engine: Literal["auto", "transformers", "vllm"] = option("auto", "auto: vLLM if it is installed here.")
-    served_model_name: list[str] | None = option(None, "Names of the base, with commas.", usual="the model's", parse=_names)
+    served_model_name: list[str] | None = option(
+        None, "Names of the base: x,y; no empty ones.", usual="the model's", parse=_names
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: the checkpoint's.")
 
     host: str = option("127.0.0.1", "The address to listen on.", group="Network")

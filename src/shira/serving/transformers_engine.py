@@ -93,9 +93,9 @@ class TransformersEngine:
     max_running: requests in a step. step_tokens: tokens in a step; a longer prompt takes several.
     cache_tokens: size of the KV cache; by default 1 GiB on a CPU and half of the free memory of a GPU, or less if the requests
     cannot use it.
-    longest: tokens of a request, with its answer; by default what the model's configuration says.
+    longest: tokens of a request, with its answer; by default what the model's configuration says, and never more.
     ends: tokens that end an answer.
-    Raises EngineError if Transformers' continuous batching does not hold for this model.
+    Raises EngineError if the model takes fewer tokens than longest, or Transformers' continuous batching does not hold for it.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class TransformersEngine:
         self._jobs: dict[str, Job] = {}
         self._numbers = itertools.count()
         self._stopping = False
+        self._closing = threading.Lock()
         self._known_good: OrderedDict[str, None] = OrderedDict()
         self._reader = ThreadPoolExecutor(1, "shira adapters")
         self._coming: set[str] = set()
@@ -234,16 +235,17 @@ class TransformersEngine:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """End now."""
+        """End now. A second call waits until the first has ended."""
         self._stopping = True
-        with contextlib.suppress(RuntimeError):
-            self._reader.shutdown(cancel_futures=True)
-        thread: threading.Thread | None = self._manager._generation_thread
-        self._manager.stop(hard_stop=True, timeout=60) if thread is not None else None
-        if thread is None or not thread.is_alive():
-            if self._mixing is not None:
-                self._mixing.close()
-            self._resident.use("")
+        with self._closing:  # the server and its application both stop the engine, and two threads cannot join in the manager
+            with contextlib.suppress(RuntimeError):
+                self._reader.shutdown(cancel_futures=True)
+            thread: threading.Thread | None = self._manager._generation_thread
+            self._manager.stop(hard_stop=True, timeout=60) if thread is not None else None
+            if thread is None or not thread.is_alive():
+                if self._mixing is not None:
+                    self._mixing.close()
+                self._resident.use("")
 
     # In the thread that runs the model
 
@@ -349,6 +351,12 @@ def _manager(
     try:
         from .continuous_batching import PAGE, Manager, Router, cache_token_bytes
 
+        context = _context(config)
+        if longest and context and longest > context:
+            raise EngineError(
+                f"a prompt and its answer may have at most the {context} tokens that this model takes, found {longest}; give a "
+                "smaller --max-model-len, or leave it out"
+            )
         if cache_tokens is None:
             useful = WAITING * max_running * longest if longest else 1 << 60
             cache_tokens = min(useful, _free(model) // cache_token_bytes(config, model.dtype))  # type: ignore[arg-type]

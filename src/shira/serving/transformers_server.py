@@ -106,13 +106,13 @@ def built(model: nn.Module, tokenizer: Any, settings: Settings) -> tuple[Transfo
 def serve(settings: Settings) -> None:
     """Load the model, and serve it until the process is told to end. Then what runs is finished, within the time limit.
 
-    Raises DataError for the model, EngineError if this engine cannot serve it, SelectionError for the folder, ShiraError for
-    keys and port. What can be checked without the model is checked before it is loaded.
+    Raises DataError for the model, EngineError if this engine cannot serve it, SelectionError for the folder and the
+    base's names, ShiraError for keys and port. What can be checked without the model is checked before it is loaded.
     """
     import uvicorn
 
     keys = Keys.of_environment(settings.host)
-    Catalogue(settings.adapters, [])
+    Catalogue(settings.adapters, settings.base_names)
     _check_port(settings.host, settings.port)
     model, _ = load_live(settings.model, {}, settings.dtype)
     tokenizer = hf.load_tokenizer(settings.model)

@@ -18,12 +18,13 @@ BLOCK = 32  # tokens of a block of the KV cache, if its size is given in tokens
 def serve(settings: Settings) -> None:
     """Become vLLM's server. It does not return.
 
-    Raises MissingExtra without vLLM; ShiraError for a version that was not tested; SelectionError for the folder.
+    Raises MissingExtra without vLLM; ShiraError for a version that was not tested; SelectionError for the folder
+    and the names of the base.
     """
     environment = {**os.environ, **variables(settings)}
     check_version(installed_version())
     check_entry_points()
-    Catalogue(settings.adapters, settings.base_names)  # raises if there is no such folder
+    Catalogue(settings.adapters, settings.base_names)  # raises if the folder or a name is not possible
     os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments(settings)], environment)
 
 
