@@ -80,8 +80,10 @@ def convert(
     if lora_file(source):
         _from_pipeline_lora(source, output, base, name, {"density": density, "keep": keep, "scope": scope})
         return
-    from ..files.peft_files import is_sparse, read_config
+    from ..files.peft_files import CONFIG, is_sparse, read_config
 
+    if source.is_file() and not (source.parent / CONFIG).is_file():
+        _check_whole(source)
     _, config = read_config(source)
     if is_sparse(config):
         if density is not None or keep is not None:
@@ -112,6 +114,17 @@ def convert(
         adapter.metadata["name"] = name
     adapter.save(output)
     _print_saved(output, adapter, f", {how}")
+
+
+def _check_whole(source: Path) -> None:
+    from ..files.paths import open_regular
+    from ..files.tensorfiles import read_header
+
+    try:
+        with open_regular(source) as file:
+            read_header(file)
+    except CheckpointError as error:
+        raise FormatError(f"{source} is not a whole safetensors file: {error}") from error
 
 
 def _from_pipeline_lora(source: Path, output: Path, base: str | None, name: str | None, options: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ class Picture:
 
 
 def pictures_in(folder: str | Path, prompt: str | None = None) -> list[Picture]:
-    """The pictures of a folder, in the order of their names, with their captions.
+    """The pictures of a folder, in the order of their names, with their captions. Hidden files (._a.png of macOS) are none.
 
     A caption is `prompt`, if it is given; or "text" of the picture's line in metadata.jsonl (as for Hugging Face's imagefolder,
     {"file_name": "a.png", "text": "a dog"}); or the content of a.txt beside a.png.
@@ -39,7 +39,8 @@ def pictures_in(folder: str | Path, prompt: str | None = None) -> list[Picture]:
         raise DataError(f"{folder} is not a folder of pictures")
     if prompt is None and (folder / METADATA).is_file():
         return list(_listed(folder))
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+    there = (path for path in folder.iterdir() if not path.name.startswith("."))
+    files = sorted(path for path in there if path.suffix.lower() in ENDINGS and path.is_file())
     if not files:
         raise DataError(f"{folder} holds no picture; expected files that end with {', '.join(ENDINGS)}")
     return [Picture(file, prompt if prompt is not None else _beside(file)) for file in files]

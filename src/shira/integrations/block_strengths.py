@@ -46,6 +46,7 @@ def by_block(name: str, given: Any, components: Mapping[str, nn.Module], tensors
 
 def _spread(label: str, path: str, module: nn.Module, given: Any) -> dict[str, Any]:
     """Pattern -> number, for a part of a pipeline and the modules in it."""
+    module = unwrapped(module)
     if isinstance(given, Mapping):
         found: dict[str, Any] = {}
         said: dict[str, Any] = {}  # pattern -> the name that it comes from
@@ -105,10 +106,18 @@ def _part(label: str, path: str, module: nn.Module, words: Any) -> tuple[str, nn
 
 
 def copied(given: Any) -> Any:
-    """A strength in mappings and lists of its own, so that it stays what it was when it was given."""
+    """A strength in mappings, lists and numbers of its own, so that it stays what it was when it was given.
+
+    What is no number stays as it is, for `by_block` to refuse.
+    """
     if isinstance(given, Mapping):
         return {name: copied(below) for name, below in given.items()}
-    return [copied(below) for below in given] if isinstance(given, list | tuple) else given
+    if isinstance(given, list | tuple):
+        return [copied(below) for below in given]
+    try:
+        return given.item()  # of an array or a tensor, whose number may be another one later
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return given
 
 
 def paired(names: Any, strengths: Any) -> dict[str, Any]:

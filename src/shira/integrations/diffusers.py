@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from torch import nn
 
 from ..adapter import Adapter, load, opened, prefixed
-from ..errors import AdapterError, SwitchError, did_you_mean
+from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
 from ..files.paths import path_of
 from ..fusion.strengths import Strength
 from ..sparse.tensor import SparseTensor
@@ -26,7 +26,7 @@ from ..texts import described, shown
 from ..weights.belonging import weight_of
 from ..weights.model_tensors import named_tensors
 from .block_strengths import by_block, copied, paired
-from .diffusers_components import COMPONENTS, check_component, check_parts, prefix_of, present_in, tensors_of
+from .diffusers_components import COMPONENTS, check_component, check_parts, fitting, prefix_of, present_in, tensors_of
 from .diffusers_copies import check_own_weights
 from .diffusers_steps import ByStep
 
@@ -55,12 +55,17 @@ class _Set(NamedTuple):
 
 
 def _in_turn(call: Call) -> Call:
-    """Calls from several threads take turns."""
+    """Calls from several threads take turns. What a `Switcher` advises is said in the words of a `PipelineAdapters`."""
 
     @functools.wraps(call)
     def waiting(self: "PipelineAdapters", *args: Any, **options: Any) -> Any:
         with self._turn:
-            return call(self, *args, **options)
+            try:
+                return call(self, *args, **options)
+            except SwitchError as error:
+                if (own := str(error).replace("call use(None) first", f"call {self._switcher.called[1]} first")) == str(error):
+                    raise
+                raise SwitchError(own) from error
 
     return cast(Call, waiting)
 
@@ -162,7 +167,13 @@ class PipelineAdapters:
         label = repr(name) if isinstance(adapter, Adapter) else str(adapter)
         prefix = prefix_of(label, tensors, component, present_in(self._pipe))
         source = AdapterSource(adapter, prefix)
-        self._switcher.add(name, source)
+        try:
+            self._switcher.add(name, source)
+        except BaseMismatch as error:
+            present = {} if component is not None or not prefix else present_in(self._pipe)
+            if (fits := fitting(tensors, present)) is None or prefix == f"{fits}.":
+                raise
+            raise BaseMismatch(f'{error}; pipe.{fits} has all its names: say component="{fits}"') from error
         self._tensors[name] = [prefix + tensor for tensor in tensors]
         self._sources[name] = source
         return name
@@ -173,7 +184,7 @@ class PipelineAdapters:
 
         Raises SwitchError if it is unknown; FormatError or OSError for the file.
         """
-        if name not in self._sources:
+        if not isinstance(name, str) or name not in self._sources:
             raise SwitchError(f"no adapter {shown(name)}; {did_you_mean(str(name), self.names)}")
         return self._sources[name].read(named_tensors(self._model))[0]
 
@@ -306,8 +317,14 @@ class PipelineAdapters:
             call = 'by_step(lambda step, steps: {"bluefire": step / steps})'
             raise AdapterError(f"expected a function of a step and of their number, {call}; found {described(strengths)}")
         return ByStep(
-            lambda step, steps: self.set(strengths(step, steps), method=method, **options), self._current, self._apply
+            lambda step, steps: self.set(strengths(step, steps), method=method, **options), self._current, self._again
         )
+
+    @_in_turn
+    def _again(self, before: _Set) -> None:
+        """Set what was set before, without adapters that were deleted since."""
+        chosen, fused = ({name: each[name] for name in each if name in self._tensors} for each in (before.chosen, before.fused))
+        self._apply(before._replace(chosen=chosen, fused=fused))
 
     def _check(self, name: str) -> None:
         if name not in self.names:

@@ -12,7 +12,7 @@ from ..errors import AdapterError, BaseMismatch, did_you_mean
 from ..texts import shown
 from ..weights.model_tensors import named_tensors, unwrapped
 
-__all__ = ["COMPONENTS", "DENOISERS", "check_component", "check_parts", "prefix_of", "present_in", "tensors_of"]
+__all__ = ["COMPONENTS", "DENOISERS", "check_component", "check_parts", "fitting", "prefix_of", "present_in", "tensors_of"]
 
 DENOISERS = ("unet", "transformer")
 COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -49,6 +49,11 @@ def prefix_of(label: str, tensors: Iterable[str], component: str | None, present
             raise BaseMismatch(f"{label} does not belong to this pipeline: it changes {each!r}; here are {_listed(present)}")
         raise AdapterError(f"{label}: {each!r} is not a component, and other names begin with one; expected {_listed(present)}")
     return ""
+
+
+def fitting(tensors: Iterable[str], present: Mapping[str, nn.Module]) -> str | None:
+    """The first component that has all tensors of these plain names, None if none has."""
+    return next((name for name, part in present.items() if set(tensors) <= named_tensors(part).keys()), None)
 
 
 def check_component(component: str, present: Mapping[str, nn.Module]) -> None:

@@ -20,7 +20,7 @@ def check_own_weights(parts: Mapping[str, nn.Module]) -> None:
         ]  # a plain walk: every switch of a pipeline waits for it, and Module.modules() takes four times as long
         for module in below:
             known = module.__dict__
-            below += filter(None, known["_modules"].values())
+            below += [each for each in known["_modules"].values() if each is not None]  # a compiled one has no truth value
             if "_hf_hook" in known and any(parameter.is_meta for parameter in module.parameters()):
                 raise SwitchError(
                     f"accelerate keeps weights of pipe.{part} outside of it (enable_sequential_cpu_offload, cpu_offload); call "

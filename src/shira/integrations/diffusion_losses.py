@@ -24,6 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..texts import shown
+from ..weights.model_tensors import unwrapped
+from .diffusers_components import present_in
+from .diffusers_copies import check_own_weights
 
 __all__ = ["DENOISER_CLASSES", "TrainedComponents"]
 
@@ -40,7 +44,9 @@ FLUX_GUIDANCE = 3.5  # what Flux's own scripts train with, where a transformer t
 class TrainedComponents(nn.Module):
     """The parts of a pipeline that train, under the names that the pipeline has for them. Called, it computes the loss.
 
-    Raises DataError if it is not known how such a pipeline is trained.
+    Parts that torch.compile has wrapped train without the wrapper.
+    Raises DataError if it is not known how such a pipeline is trained, if it lacks a text encoder, a tokenizer or a VAE, or if
+    it holds a LoRA or a compiled block; SwitchError if a part computes with copies of its weights (`check_own_weights`).
     """
 
     pipe: Any
@@ -51,11 +57,19 @@ class TrainedComponents(nn.Module):
         self.config = SimpleNamespace(_name_or_path=str(getattr(pipe, "name_or_path", "") or type(pipe).__name__))
         self.min_snr = min_snr
         self.__dict__["pipe"] = pipe  # not a module, and its parts must not be found twice
-        self.add_module(self.part, getattr(pipe, self.part))
         names = [name for name in pipe.components if name.startswith("text_encoder") and getattr(pipe, name) is not None]
         self.trains_text = text_encoders
-        for name in names if text_encoders else ():
-            self.add_module(name, getattr(pipe, name))
+        for name in (self.part, *(names if text_encoders else ())):
+            self.add_module(name, unwrapped(getattr(pipe, name)))
+        check_own_weights(present_in(pipe))
+        for name, part in self.named_modules():
+            if "base_layer" in part._modules:
+                raise DataError(f"the pipeline holds a LoRA, found in {shown(name)}; call pipe.unload_lora_weights() first")
+            if part is not unwrapped(part):
+                raise DataError(
+                    f"pipe.{name} is compiled, which is not possible while it trains; train it plain, pipe.{name}._orig_mod, "
+                    f"and compile it afterwards, or compile pipe.{name.partition('.')[0]} as a whole"
+                )
         if self.part == "unet":
             _check_unet(pipe.unet.config, int(pipe.vae.config.latent_channels))
         self.prediction, self.levels, self.times = _schedule(pipe.scheduler, flow=self.part == "transformer")
@@ -186,14 +200,26 @@ def _denoiser(pipe: Any) -> tuple[str, str]:
         model = getattr(pipe, name, None)
         if model is None:
             continue
-        kind = type(model).__name__
+        kind = type(unwrapped(model)).__name__
         if DENOISER_CLASSES.get(kind) != name:
             raise DataError(f"the {name} of this pipeline is a {kind}; train-image knows {', '.join(DENOISER_CLASSES)}")
-        missing = [each for each in ("vae", "scheduler") if getattr(pipe, each, None) is None]
+        needed = ["vae", "scheduler", *(each for each in pipe.components if each.startswith(("text_encoder", "tokenizer")))]
+        missing = [each for each in needed if getattr(pipe, each, None) is None and not _may_lack(pipe, each)]
         if missing or not hasattr(pipe, "encode_prompt"):
-            raise DataError(f"{type(pipe).__name__} has no {' and no '.join(missing) or 'text encoder'}; it cannot be trained")
+            raise DataError(
+                f"{type(pipe).__name__} has no {' and no '.join(missing) or 'text encoder'}; it cannot be trained; load the "
+                "pipeline with all of its parts"
+            )
         return name, kind
     raise DataError(f"{type(pipe).__name__} has neither a unet nor a transformer; train-image needs a text-to-image pipeline")
+
+
+def _may_lack(pipe: Any, name: str) -> bool:
+    """Whether such a pipeline reads its captions without this part: SDXL without the first of two encoders, SD3 without T5."""
+    if hasattr(pipe, "transformer"):
+        return name.endswith("_3") and pipe.text_encoder_3 is None
+    first = name in ("text_encoder", "tokenizer") and pipe.text_encoder is pipe.tokenizer is None
+    return first and getattr(pipe, "text_encoder_2", None) is not None
 
 
 def _check_unet(config: Any, channels: int) -> None:

@@ -110,10 +110,20 @@ def check_image_run(recipe: ImageRecipe) -> None:
     from ..integrations import diffusers_training as training
 
     check_mask(recipe)
+    _check_class(recipe)
     check_pillow()
     pictures_in(recipe.data, recipe.prompt)
     sampling.version()
     training.check_schedule(recipe.schedule)
+
+
+def _check_class(recipe: ImageRecipe) -> None:
+    """Raise DataError if pictures of the class would be made among those that train."""
+    if recipe.class_data is not None and Path(recipe.class_data).resolve() == Path(recipe.data).resolve():
+        raise DataError(
+            f"class_data must be another folder than data, found {recipe.class_data} for both: pictures of the class would be "
+            "made among those that train; give a folder of its own"
+        )
 
 
 def train_image(
@@ -136,6 +146,8 @@ def train_image(
     that is read; on_calibration(done, total) after each batch of a calibration; on_step(step, loss, pictures per second) after
     each step; on_sample(title, prompts, images) for the base, each time samples are made, and at the end.
     save_every, save_folder: as in `diffusers_training.train`.
+    Raises DataError for pictures, a pipeline or settings that cannot be used; SwitchError if a part of the pipeline computes
+    with copies of its weights, as after `enable_sequential_cpu_offload`; and what `shira.attach` raises.
     """
     from ..data.pictures import image_of, pictures_in
     from ..integrations import diffusers_sampling as sampling
@@ -144,8 +156,10 @@ def train_image(
     from ..training.tuning import attach
     from .live import warn_if_mixed_is_slow
 
+    _check_class(recipe)
     warn_if_mixed_is_slow(recipe.mixed_precision)
     parts = TrainedComponents(pipe, text_encoders=recipe.train_text_encoder, min_snr=recipe.min_snr)
+    avoided = _avoided(recipe, parts)
     pictures = pictures_in(recipe.data, recipe.prompt)
     accelerator = training.accelerator_for(recipe.mixed_precision, recipe.accumulate, unused=recipe.train_text_encoder)
     pipe.to(accelerator.device)
@@ -191,7 +205,7 @@ def train_image(
             parts,
             loss_fn=lambda model, batch: model(batch),
             progress=on_calibration,
-            **attach_options(recipe, calibration=calibration, **budget),
+            **attach_options(recipe, calibration=calibration, avoid=avoided, **budget),
         )
         with tuner:
             summary = training.train(
@@ -213,6 +227,34 @@ def train_image(
             what |= {"prompt": recipe.prompt} if recipe.prompt is not None else {}
             what |= {"class_prompt": recipe.class_prompt, "class_pictures": len(priors)} if priors else {}
             return tuner.adapter(name_of(recipe), training=what | summary, license=recipe.license)
+
+
+def _avoided(recipe: ImageRecipe, parts: "TrainedComponents") -> list[Any]:
+    """The adapters to avoid, without what they change in text encoders that do not train.
+
+    Raises DataError if `start` changes one of these: its entries would not train.
+    """
+    from ..adapter import Adapter, load, opened
+
+    def trains(tensor: str) -> bool:
+        component = tensor.partition(".")[0]
+        return component in parts._modules or component not in parts.pipe.components
+
+    if recipe.start is not None:
+        with opened(recipe.start) as start:
+            if (still := next((tensor for tensor in start.tensors if not trains(tensor)), None)) is not None:
+                raise DataError(
+                    f"{recipe.start} changes {still.partition('.')[0]}, which does not train here; give --train-text-encoder "
+                    "(train_text_encoder in a recipe)"
+                )
+    found: list[Any] = []
+    for file in recipe.avoid or ():
+        adapter = load(file)
+        held = {name: tensor for name, tensor in adapter.tensors.items() if trains(name)}
+        label = {"name": adapter.name or Path(file).name}
+        if held:
+            found.append(file if len(held) == len(adapter.tensors) else Adapter(held, label))
+    return found
 
 
 def name_of(recipe: ImageRecipe) -> str:

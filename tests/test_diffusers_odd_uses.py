@@ -1,0 +1,120 @@
+"""What else users do with a pipeline's adapters: compiled blocks, strengths that change, names that are gone."""
+
+import functools
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("PIL")
+
+import numpy as np
+import torch
+
+import shira
+from conftest import same_bits
+from pipelines import flux, pipe_adapter, pipe_bits, stable_diffusion
+from shira import AdapterError, SwitchError
+from shira.integrations.diffusers import PipelineAdapters
+
+
+def plain_bits(pipe):
+    return {name.replace("._orig_mod", ""): value for name, value in pipe_bits(pipe).items()}
+
+
+compiled = functools.partial(torch.compile, backend="eager")
+
+
+def compile_blocks(pipe):
+    """Compile blocks in their places, as Diffusers' documents do. They are never run here."""
+    if hasattr(pipe, "unet"):
+        pipe.unet.mid_block, pipe.unet.up_blocks[0] = (
+            compiled(block) for block in (pipe.unet.mid_block, pipe.unet.up_blocks[0])
+        )
+    else:
+        blocks = pipe.transformer.transformer_blocks
+        for number in range(len(blocks)):
+            blocks[number] = compiled(blocks[number])
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, flux])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_blocks_are_compiled_in_their_places(make, earlier):
+    pipe, other = make(), make()
+    strengths = (
+        {"unet": {"mid": {"resnets": [0.1, 0.2]}, "up": [[0.3]]}}
+        if make is stable_diffusion
+        else {"transformer": {"transformer_blocks": {"0": {"attn": 0.3}}}}
+    )
+    base, made = pipe_bits(pipe), pipe_adapter(pipe, 1)
+    expected = PipelineAdapters(other)
+    expected.load(made, "a")
+    expected.set("a", strengths)
+    if earlier:
+        compile_blocks(pipe)
+    adapters = PipelineAdapters(pipe)
+    adapters.load(made, "a")
+    if not earlier:
+        adapters.set("a")
+        compile_blocks(pipe)
+    adapters.set("a", strengths)
+    assert same_bits(plain_bits(pipe), pipe_bits(other))
+    adapters.disable()
+    assert same_bits(plain_bits(pipe), base)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_a_strength_stays_what_it_was_when_it_was_given(pipe, adapters, make):
+    strength, within = make(0.5), make([0.25])
+    adapters.set("a", strength)
+    before = pipe_bits(pipe)
+    strength[...] = 0.9
+    assert adapters.active == {"a": 0.5}
+    adapters.disable()
+    adapters.enable()
+    assert same_bits(pipe_bits(pipe), before)
+    adapters.set("a", {"unet": within})
+    within[...] = 1.0
+    assert adapters.active == {"a": {"unet": 0.25}}
+    with pytest.raises(AdapterError, match="must be a finite number, found True"):
+        adapters.set("a", make(True))
+
+
+def test_an_adapter_is_deleted_within_the_steps_of_a_call(pipe, adapters):
+    base = pipe_bits(pipe)
+    adapters.set(["a", "b"])
+    with pytest.warns(UserWarning, match="not called back"), adapters.by_step(lambda step, steps: {"a": step / steps}):
+        adapters.delete("b")
+    assert adapters.active == {"a": 1.0} and adapters.names == ["a"]
+    with pytest.warns(UserWarning, match="not called back"), adapters.by_step(lambda step, steps: {"a": step / steps}):
+        adapters.delete("a")
+    assert adapters.active == {} and same_bits(pipe_bits(pipe), base)
+
+
+def test_what_to_call_is_said_in_the_words_of_a_pipeline():
+    pipe = stable_diffusion()
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.set("a")
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.add_(1)
+    for call in (lambda: adapters.set("a", 0.5), adapters.disable):
+        with pytest.raises(SwitchError, match=r"next time call disable\(\) first"):
+            call()
+    for name in ([], {}, None):
+        with pytest.raises(SwitchError, match="no adapter"):
+            adapters.adapter(name)
+
+
+def test_an_adapter_of_a_text_encoder_needs_its_component(tmp_path):
+    pipe = stable_diffusion()
+    made = pipe_adapter(pipe, 1, ("text_encoder",))
+    plain = {name.removeprefix("text_encoder."): tensor for name, tensor in made.tensors.items()}
+    shira.Adapter(plain).save(tmp_path / "text.safetensors")
+    adapters = PipelineAdapters(pipe)
+    for given in (shira.Adapter(plain), tmp_path / "text.safetensors"):
+        with pytest.raises(shira.BaseMismatch, match='say component="text_encoder"'):
+            adapters.load(given, "text")
+        assert adapters.names == []
+    assert adapters.load(tmp_path / "text.safetensors", component="text_encoder") == "text"
+    with pytest.raises(shira.BaseMismatch, match="has no tensor 'unet.x.weight'(?!.*component)"):
+        adapters.load(shira.Adapter({"x.weight": next(iter(plain.values()))}), "other")
