@@ -15,7 +15,17 @@ from ..errors import ShiraError
 from .distributed import is_sharded
 from .quantized import is_quantized
 
-__all__ = ["OWN", "ModelTensors", "ModuleTree", "is_buffer", "is_own", "named_tensors", "plain_model", "python_modules", "unwrapped"]
+__all__ = [
+    "OWN",
+    "ModelTensors",
+    "ModuleTree",
+    "is_buffer",
+    "is_own",
+    "named_tensors",
+    "plain_model",
+    "python_modules",
+    "unwrapped",
+]
 
 OWN = "shira_"  # prefix of every name under which a tuner keeps something in a module
 KEPT = tuple(OWN + name for name in ("base", "before_", "values", "whole"))  # of parameters and buffers
