@@ -154,3 +154,13 @@ def test_of_a_base_in_a_folder_only_the_name_is_told(tmp_path, monkeypatch):
     (tmp_path / "mine" / "base").mkdir(parents=True)
     assert base_facts("mine/base", ["float32"])["id"] == "base"
     assert base_facts("mine/other", ["float32"])["id"] == "mine/other"  # a repository of the hub
+
+
+def test_values_that_require_a_gradient_are_taken_without_it():
+    model = mlp()
+    values = model[0].weight.flatten()[:3]
+    switcher = shira.Switcher(model)
+    switcher.add("a", Adapter({"0.weight": SparseTensor((11, 13), torch.arange(3), values * 2)}))
+    switcher.use({"a": 0.5})
+    switcher.use(None)
+    assert not switcher.changes("a")["0.weight"].values.requires_grad

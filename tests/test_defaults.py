@@ -8,6 +8,7 @@ import torch
 import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
 from shira import Switcher
+from shira.analysis import report
 
 
 @contextlib.contextmanager
@@ -96,3 +97,21 @@ def test_training(mask, default):
     plain, found = (trained(around, mask, **options) for around in (contextlib.nullcontext, DEFAULTS[default]))
     assert plain.keys() == found.keys()
     assert all(torch.equal(one, other) for name in plain for one, other in zip(plain[name], found[name], strict=True))
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_comparing_and_extracting(default):
+    model, tuned = mlp(), mlp(seed=1)
+    adapters = {f"random{seed}": random_adapter(model, seed) for seed in (1, 2)}
+
+    def found():
+        compared = shira.compare(*adapters.values(), base=model)
+        return compared, shira.extract(model, tuned, density=0.3), report.page(compared, adapters, model, "0.weight")
+
+    plain = found()
+    with DEFAULTS[default]():
+        compared, extracted, page = found()
+    assert compared == plain[0] and page.count("<img") == plain[2].count("<img")
+    for name, tensor in plain[1].tensors.items():
+        assert torch.equal(tensor.indices, extracted.tensors[name].indices)
+        assert torch.equal(bits(tensor.values), bits(extracted.tensors[name].values))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import shira
-from conftest import letter_tokenizer, mlp, mlp_batches, mlp_loss
+from conftest import letter_tokenizer, mlp, mlp_batches, mlp_loss, random_adapter
 from distributed_run import VARIANTS, attach, attach_variant, train
 from families import family
 from shira.weights.distributed import Piece
@@ -159,3 +159,38 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
         with pytest.raises(shira.TuningError, match="of 2 processes and would go on with 1"):
             trainer_of(model, tmp_path, [ShiraCallback(tuner)]).train(resume_from_checkpoint=True)
         assert all(torch.equal(one, now) for one, now in zip(start, tuner.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of processes and meshes
+def test_a_sharded_model_is_cast_as_any_other_and_only_under_a_tuner_its_base_is_lost():
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    def here(model):
+        return {name: tensor.to_local().detach().clone() for name, tensor in model.named_parameters()}
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for cast in (lambda model: model.half(), lambda model: model.bfloat16().float()):
+            model, expected = fully_shard(mlp(), mesh=mesh), here(cast(fully_shard(mlp(), mesh=mesh)))
+            switcher = shira.Switcher(model)
+            switcher.add("a", random_adapter(mlp(), 1))
+            switcher.use("a")
+            cast(model)
+            switcher.use(None)
+            assert all(torch.equal(each, expected[name]) for name, each in here(model).items())
+        model = fully_shard(mlp(), mesh=mesh)
+        before = here(model)
+        tuner = shira.attach(model, density=0.2)
+        tuner.detach()
+        tuner.model.double()  # while the tuner lives, which nothing hinders
+        assert all(torch.equal(each, before[name].double()) for name, each in here(tuner.model).items())
+        tuner = shira.attach(fully_shard(mlp(), mesh=mesh), density=0.2)
+        tuner.model.half()
+        for call in (tuner.adapter, tuner.detach):
+            with pytest.raises(shira.TuningError, match=r"'0.weight' is sharded, and was cast or moved .* call tuner.release"):
+                call()
+        tuner.release()
+    finally:
+        dist.destroy_process_group()

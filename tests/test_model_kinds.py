@@ -143,3 +143,47 @@ def test_an_embedding_that_changes_its_own_weights_is_refused(kind):
         switcher.add("x", shira.Adapter({"0.weight": entry}))
     model[0].max_norm = None
     switcher.add("x", shira.Adapter({"0.weight": entry}))
+
+
+def to_mkldnn(part):
+    from torch.utils import mkldnn  # which warns
+
+    return mkldnn.to_mkldnn(part)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, to_mkldnn])
+def test_torchscript_that_takes_the_place_of_another_part_hinders_nobody(make):
+    model = mlp().append(nn.Linear(5, 5))
+    base = all_bits(model[:3])
+    with shira.attach(model, density=0.3, targets=["0"]) as tuner:
+        model[3] = make(model[3])
+        with torch.no_grad():
+            tuner.parameters()[0].add_(1)
+        adapter = tuner.adapter()
+    assert same_bits(base, all_bits(model[:3]))
+    model[3] = nn.Linear(5, 5)
+    switcher = Switcher(model)
+    switcher.add("a", adapter)
+    switcher.use("a")
+    model[3] = make(model[3])
+    switcher.use({"a": 0.5})
+    switcher.use(None)
+    assert same_bits(base, all_bits(model[:3]))
+    switcher.use("a")
+    model[0] = make(model[0])
+    with pytest.raises(SwitchError, match=r"'0.weight' was changed by somebody else while .* found nothing of that name"):
+        switcher.use(None)
+    switcher.release()
+
+
+def test_a_lazy_batch_norm_is_left_alone_and_runs_before_it_trains():
+    model = mlp().append(nn.LazyBatchNorm1d(affine=False))
+    switcher = Switcher(model)
+    switcher.add("a", random_adapter(mlp(), 1))
+    switcher.use("a")
+    switcher.use(None)
+    with pytest.raises(TuningError, match="'3.running_mean' is of a lazy module .* run one forward pass, then attach"):
+        shira.attach(model)
+    model(torch.ones(2, 13))
+    shira.attach(model).detach()

@@ -56,6 +56,23 @@ def test_a_cast_makes_of_the_base_what_it_makes_of_a_base(cast, options):
     assert not own_names(model)
 
 
+@pytest.mark.parametrize("options", [{}, {"method": "hook"}, {"low_rank": 2}], ids=str)
+def test_torch_can_swap_the_weights_of_a_model_in_training(options):
+    """A weak reference to a tensor would keep torch from swapping it."""
+    model = mlp()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuner = shira.attach(model, density=0.3, **options)
+    train(model, tuner)
+    try:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        model.load_state_dict(state, strict=False)
+        model.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    tuner.detach()
+    assert same_bits(all_bits(model), all_bits(mlp().bfloat16()))
+
+
 def test_entries_that_have_left_a_mask_are_cast_too():
     model, moved = mlp(), iter([10, 20, 30, 40])
 

@@ -326,3 +326,28 @@ def test_a_low_rank_part_beside_layers_that_are_called_by_keyword():
         assert torch.equal(model(inputs), expected)
         model(inputs).square().mean().backward()
         assert all(parameter.grad is not None for parameter in tuner.parameters())
+
+
+def test_both_parts_replace_older_ones_together_or_not_at_all(tmp_path, monkeypatch):
+    def files():
+        return {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    model = mlp()
+    with shira.attach(model, density=0.2, low_rank=2) as tuner:
+        for wrong in (None, 3, "", "a\0b"):
+            with pytest.raises(TuningError, match=r"expected the path of a file, as in tuner.save_hybrid\('both'\)"):
+                tuner.save_hybrid(wrong)
+        tuner.save_hybrid(tmp_path)
+        before = files()
+        mlp_loss(model, mlp_batches(1)[0]).backward()
+        torch.optim.SGD(tuner.parameters(), lr=1.0).step()
+        with monkeypatch.context() as patch:
+            patch.setattr("shira.training.variants.hybrid.write_whole", full)
+            with pytest.raises(OSError, match="No space left"):
+                tuner.save_hybrid(tmp_path)
+        assert files() == before
+        tuner.save_hybrid(tmp_path)
+    assert files().keys() == before.keys() and files() != before

@@ -146,14 +146,15 @@ def compare(
     names = list(loaded)
     parts: dict[str, TensorComparison] = {}
     pair_sums = {pair: _Sums() for pair in itertools.combinations(names, 2)}
-    histograms = {name: torch.zeros(2, len(BINS) - 1, dtype=torch.int64) for name in names}
+    histograms = {name: torch.zeros(2, len(BINS) - 1, dtype=torch.int64, device="cpu") for name in names}
     for tensor_name, shape, changes in deltas(loaded, base):
         matrices = {name: as_matrix(shape, tensor.indices, tensor.values) for name, tensor in changes.items()}
         found: dict[str, Change] = {}
         for name, tensor in changes.items():
             found[name] = _change(tensor, matrices[name], spectra)
             histograms[name] += _histogram(tensor.values)
-        nothing = SparseTensor(shape, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64), "delta")
+        empty = torch.empty(0, dtype=torch.float64, device="cpu")
+        nothing = SparseTensor(shape, empty.long(), empty, "delta")
         empty = as_matrix(shape, nothing.indices, nothing.values)
         pairs = []
         for (first, second), before in pair_sums.items():
@@ -357,6 +358,6 @@ def _sums_of(one: SparseTensor, other: SparseTensor, matrices: tuple[Tensor, Ten
 
 def _histogram(values: Tensor) -> Tensor:
     """Counts [2, bins] of the negative and of the positive values, by magnitude."""
-    edges = torch.tensor(BINS[1:-1], dtype=torch.float64)
+    edges = torch.tensor(BINS[1:-1], dtype=torch.float64, device="cpu")
     signs = [values[values < 0].abs(), values[values > 0]]
     return torch.stack([torch.bincount(torch.bucketize(v.log10(), edges), minlength=len(BINS) - 1) for v in signs])

@@ -67,7 +67,7 @@ def matrices(pyplot: Any, found: Comparison) -> Any:
     few = len(names) <= 4
     figure, axes = _panels(pyplot, len(fields), 2.5 if few else 1.0 + 0.45 * len(names), 3 if few else 1)
     for axis, (title, field) in zip(axes, fields.items(), strict=True):
-        cells = torch.full((len(names), len(names)), float("nan"))
+        cells = torch.full((len(names), len(names)), float("nan"), dtype=torch.float32, device="cpu")
         for one, other in itertools.permutations(range(len(names)), 2):
             value = field(found.total.pair(names[one], names[other]))
             if value is not None:
@@ -102,7 +102,7 @@ def heat_maps(pyplot: Any, found: Comparison) -> Any:
     across = 2 if len(modules) <= NARROW else 1
     figure, axes = _panels(pyplot, len(found.adapters), 1.6 + min(5.0, 0.13 * len(layers)), most=across)
     for axis, adapter in zip(axes, found.adapters, strict=True):
-        cells = torch.zeros(len(layers), len(modules))
+        cells = torch.zeros(len(layers), len(modules), dtype=torch.float32, device="cpu")
         for name, part in found.tensors.items():
             if adapter in part.changes:
                 layer, module = places[name]
@@ -164,15 +164,16 @@ def _cells(shape: tuple[int, ...], indices: Tensor) -> Tensor:
         return torch.bincount(row // step * across + column // step, minlength=down * across).view(down, across)
 
     held = count(indices // max(1, columns), indices % max(1, columns))
-    tall = torch.full((down,), step).scatter_(0, torch.tensor([down - 1]), rows - step * (down - 1))
-    wide = torch.full((across,), step).scatter_(0, torch.tensor([across - 1]), columns - step * (across - 1))
-    return held / (tall[:, None] * wide).clamp_(min=1)
+    tall, wide = (torch.full((count,), step, device="cpu") for count in (down, across))
+    tall[-1], wide[-1] = rows - step * (down - 1), columns - step * (across - 1)
+    return held.float() / (tall[:, None] * wide).clamp_(min=1)
 
 
 def histograms(pyplot: Any, found: Comparison) -> Any:
     """Each adapter's changes by magnitude, positive ones upwards, negative ones downwards."""
     figure, (axis,) = _panels(pyplot, 1, 3.0)
-    used = torch.tensor([counts for pair in found.histograms.values() for counts in pair]).sum(0).nonzero().view(-1)
+    counted = [counts for pair in found.histograms.values() for counts in pair]
+    used = torch.tensor(counted, device="cpu").sum(0).nonzero().view(-1)
     first, last = (int(used[0]), int(used[-1]) + 1) if used.numel() else (0, len(BINS) - 1)
     for number, (name, (negative, positive)) in enumerate(found.histograms.items()):
         colour = f"C{number % 10}"

@@ -74,7 +74,7 @@ class Spectrum(NamedTuple):
         """
         if self.error is not None:
             return None
-        taken = (rank - torch.arange(self.values.numel())).clamp(0, 1)
+        taken = (rank - torch.arange(self.values.numel(), dtype=torch.float64, device="cpu")).clamp(0, 1)
         return min(1.0, float((taken * self.values.square()).sum()) / self.squares) if self.squares else 0.0
 
 
@@ -101,14 +101,14 @@ def gram(one: Tensor, other: Tensor, block: int = BLOCK) -> Gram:
     order = (column * one.shape[0] + row).argsort()
     row, column, values = row[order], column[order], values[order]
     held = torch.bincount(other.indices()[0], minlength=one.shape[0])  # entries in each row of `other`
-    terms = torch.zeros(one.shape[1], dtype=torch.int64).index_add_(0, column, held[row])  # in each row of the product
+    terms = held.new_zeros(one.shape[1]).index_add_(0, column, held[row])  # in each row of the product
     dense = int(terms.sum()) > DENSE_FROM * one.shape[0] * one.shape[1] * other.shape[1]
     first_entry = held.cumsum(0) - held
     right = other.to_dense() if dense else None
     width = other.shape[1]
     nonzero, cancelled, squares = 0, 0, 0.0
     for start, stop in _blocks(terms if right is None else (terms > 0) * width, width, block):
-        first, last = torch.searchsorted(column, torch.tensor([start, stop])).tolist()
+        first, last = torch.searchsorted(column, torch.tensor([start, stop], device="cpu")).tolist()
         part = row[first:last], column[first:last] - start, values[first:last]
         if right is None:
             sums, met = _by_terms(*part, stop - start, other, held, first_entry)
@@ -128,18 +128,18 @@ def _by_terms(
     There is a term for each entry of one matrix and each entry of the other in the same row.
     """
     repeats = held[row]
-    left = torch.arange(row.numel()).repeat_interleave(repeats)
-    right = torch.arange(left.numel()) - (repeats.cumsum(0) - repeats - first_entry[row])[left]
+    left = torch.arange(row.numel(), device="cpu").repeat_interleave(repeats)
+    right = torch.arange(left.numel(), device="cpu") - (repeats.cumsum(0) - repeats - first_entry[row])[left]
     place = column[left] * other.shape[1] + other.indices()[1][right]
-    met = torch.zeros(count * other.shape[1], dtype=torch.bool)
+    met = torch.zeros(count * other.shape[1], dtype=torch.bool, device="cpu")
     met[place] = True
-    sums = torch.zeros(met.numel(), dtype=torch.float64)
+    sums = torch.zeros(met.numel(), dtype=torch.float64, device="cpu")
     return sums.index_add_(0, place, values[left] * other.values()[right]), met
 
 
 def _by_dense(row: Tensor, column: Tensor, values: Tensor, count: int, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same as `_by_terms`, in [count, n], from dense products of the values and of the masks."""
-    left = torch.zeros(count, right.shape[0], dtype=torch.float64)
+    left = torch.zeros(count, right.shape[0], dtype=torch.float64, device="cpu")
     left[column, row] = values
     return left @ right, (left != 0).float() @ (right != 0).float() > 0
 
@@ -162,7 +162,7 @@ def spectrum(sparse: Tensor, seed: int = 0) -> Spectrum:
         row, column, values = column[order], row[order], values[order]
     squares = float(values.square().sum())
     if shape[1] <= EXACT_SIDE and shape[0] * shape[1] <= EXACT_NUMEL:
-        dense = torch.zeros(shape, dtype=torch.float64)
+        dense = torch.zeros(shape, dtype=torch.float64, device="cpu")
         dense[row, column] = values
         found = torch.linalg.svdvals(dense)
         return Spectrum(found, torch.ones_like(found), None, squares)
@@ -182,11 +182,11 @@ def _bidiagonal(sparse: Tensor, seed: int) -> Tensor:
     """
     rows, columns = sparse.shape
     transposed = sparse.t().coalesce()
-    basis = torch.zeros(PROBES, columns, STEPS, dtype=torch.float64)
-    bidiagonal = torch.zeros(PROBES, STEPS, STEPS, dtype=torch.float64)
-    right = torch.randn(columns, PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    basis = torch.zeros(PROBES, columns, STEPS, dtype=torch.float64, device="cpu")
+    bidiagonal = torch.zeros(PROBES, STEPS, STEPS, dtype=torch.float64, device="cpu")
+    right = torch.randn(columns, PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), device="cpu")
     right /= right.norm(dim=0)
-    left, coupling = torch.zeros(rows, PROBES, dtype=torch.float64), torch.zeros(PROBES, dtype=torch.float64)
+    left, coupling = right.new_zeros(rows, PROBES), right.new_zeros(PROBES)
     for step in range(STEPS):
         basis[:, :, step] = right.T
         left, length = _normal(torch.sparse.mm(sparse, right) - coupling * left, bidiagonal)
@@ -242,4 +242,4 @@ def _blocks(terms: Tensor, width: int, block: int) -> list[tuple[int, int]]:
 
 def _coo(coordinates: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """A sparse COO tensor of entries that are already sorted and unique."""
-    return torch.sparse_coo_tensor(coordinates, values, shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(coordinates, values, shape, device=values.device, is_coalesced=True, check_invariants=False)

@@ -163,7 +163,7 @@ def _chunk(pair: TensorPair, start: int, before: Tensor, after: Tensor) -> Chunk
 
 def survey(pair: TensorPair, watch: ProgressCount) -> Survey:
     """Read one tensor in both checkpoints, and count what differs."""
-    bins, square = torch.zeros(BINS, dtype=torch.int64), 0.0
+    bins, square = torch.zeros(BINS, dtype=torch.int64, device="cpu"), 0.0
     for chunk in chunks(pair, watch):
         found = torch.bincount(chunk.rank >> LOW, minlength=BINS)
         found[0] -= (chunk.rank == 0).sum()
@@ -179,7 +179,7 @@ def cut(group: Sequence[Survey], k: int, watch: ProgressCount) -> Cut:
         watch.passed(sum(survey.pair.numel for survey in group))
         return Cut(0, 0)
     found, left = _kth(_upper(group), k)
-    lower = torch.zeros(2**LOW, dtype=torch.int64)
+    lower = torch.zeros(2**LOW, dtype=torch.int64, device="cpu")
     for survey in group:
         for chunk in chunks(survey.pair, watch):
             ranks = chunk.rank[(chunk.rank >> LOW == found) & (chunk.rank > 0)]
@@ -224,7 +224,7 @@ def square_of(change: Tensor) -> float:
 
 def _upper(group: Sequence[Survey]) -> Tensor:
     """How many ranks of a group are in each bin, int64 [BINS]."""
-    counts = torch.zeros(BINS, dtype=torch.int64)
+    counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
     for survey in group:
         counts[survey.bins] += survey.counts
     return counts

@@ -232,7 +232,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _tensor(content: bytearray, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def _facts(pairs: Sequence[TensorPair], surveys: Sequence[Survey], groups: Sequence[Sequence[Survey]]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def square(
     if crop == "center":
         top, left = (each // 2 for each in free)
     else:
-        top, left = (int(torch.randint(each + 1, (), generator=generator)) for each in free)
+        top, left = (int(torch.randint(each + 1, (), generator=generator, device="cpu")) for each in free)
     image = image.crop((left, top, left + resolution, top + resolution))
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(resolution, resolution, 3)
     return flat.permute(2, 0, 1).float() / 127.5 - 1, (height, width, top, left)

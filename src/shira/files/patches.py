@@ -294,7 +294,7 @@ def _check_count(path: Path, name: str, shape: Shape, count: int) -> None:
 def _positions(part: PatchPiece, numel: int) -> Tensor:
     """The positions of a part, int32 or int64. Raises AdapterError if gaps lead out of the tensor."""
     if part.positions is None:
-        return torch.arange(part.values.form.shape[0])
+        return torch.arange(part.values.form.shape[0], device="cpu")
     stored = read_tensor(part.file, part.positions)
     if not part.gaps:
         return stored

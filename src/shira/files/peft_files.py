@@ -75,7 +75,7 @@ class StoredPeft(dict[str, SparseTensor]):
                 there = list(form.shape) if form else "none"
                 raise BaseMismatch(f"{folder}: '{name}' has shape {list(value.shape)}, in the base it has {there}")
             with _checked(weights, file_name):
-                positions = torch.arange(value.numel())
+                positions = torch.arange(value.numel(), device="cpu")
                 self[name] = SparseTensor(form.shape, positions, value.reshape(-1).to(form.dtype))
         mask, version = config.get("mask_type"), config.get("peft_version")
         metadata = {

@@ -155,7 +155,7 @@ class Examples:
             weights = [1 / size] * size
             captions = [
                 ""
-                if self.drop_captions and float(torch.rand((), generator=generator)) < self.drop_captions
+                if self.drop_captions and float(torch.rand((), generator=generator, device="cpu")) < self.drop_captions
                 else picture.caption
                 for picture in chosen
             ]
@@ -175,7 +175,7 @@ class Examples:
         text: Any = captions if self.parts.trains_text else self._text_of(captions)
         return {
             "latents": latents,
-            "noise": torch.randn(latents.shape, generator=generator),
+            "noise": torch.randn(latents.shape, generator=generator, device="cpu"),
             "level": self.parts.draw(len(chosen), generator),
             "weight": torch.tensor(weights),
             "text": text,
@@ -183,7 +183,7 @@ class Examples:
         }
 
     def _draw(self, picture: Picture, generator: torch.Generator, skip: bool) -> tuple[Tensor, Any]:
-        flipped = self.flip and float(torch.rand((), generator=generator)) < 0.5
+        flipped = self.flip and float(torch.rand((), generator=generator, device="cpu")) < 0.5
         if self.crop == "center":
             return self._latents[id(picture), flipped]
         pixels, size = square(picture, self.resolution, self.crop, generator)
@@ -207,7 +207,7 @@ def _order(count: int, seed: int, process: int, processes: int) -> Iterator[int]
     generator = torch.Generator().manual_seed(seed % 2**63)
     place = 0
     while True:
-        for number in torch.randperm(count, generator=generator).tolist():
+        for number in torch.randperm(count, generator=generator, device="cpu").tolist():
             if place % processes == process:
                 yield number
             place += 1

@@ -91,8 +91,8 @@ class TrainedComponents(nn.Module):
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Noise levels for pictures, int64 [count]: uniform, or with a flow more often in the middle (arXiv 2403.03206)."""
         if self.prediction != "flow":
-            return torch.randint(len(self.levels), (count,), generator=generator)
-        share = torch.sigmoid(torch.randn(count, generator=generator))
+            return torch.randint(len(self.levels), (count,), generator=generator, device="cpu")
+        share = torch.sigmoid(torch.randn(count, generator=generator, device="cpu"))
         return (share * len(self.levels)).long().clamp(max=len(self.levels) - 1)
 
     @torch.no_grad()

@@ -191,7 +191,7 @@ def _deltas(tensor: SparseTensor, weight: Tensor | None) -> tuple[Tensor, int]:
     wanted = tensor.values.to(under.dtype)
     delta = (wanted.double() - under.double()).float()
     for way in (-torch.inf, torch.inf):  # the nearest difference may round to a neighbour: try those beside it
-        other = torch.nextafter(delta, torch.tensor(way))
+        other = torch.nextafter(delta, torch.tensor(way, device="cpu"))
         delta = torch.where(_sum(under, delta) == wanted, delta, torch.where(_sum(under, other) == wanted, other, delta))
     return delta, int((_sum(under, delta) != wanted).sum())
 
@@ -203,11 +203,11 @@ def _sum(under: Tensor, delta: Tensor) -> Tensor:
 
 def _padded(tensor: SparseTensor, values: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Positions, int64, and values of a layer, with as many further entries as r asks for. They add nothing."""
-    free = torch.ones(tensor.numel, dtype=torch.bool)
+    free = torch.ones(tensor.numel, dtype=torch.bool, device="cpu")
     free[tensor.indices.long()] = False
     more = free.nonzero().view(-1)[: r * sum(tensor.shape) - tensor.nnz]
     indices, order = torch.cat([tensor.indices.long(), more]).sort()
-    return indices, torch.cat([values, torch.full((more.numel(),), PADDING)])[order]
+    return indices, torch.cat([values, torch.full((more.numel(),), PADDING, device="cpu")])[order]
 
 
 def _config(adapter: Adapter, r: int, sparse: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def convert(
     }
     tensors = dict(extracted.tensors)
     for each, (_, value) in whole.items():
-        tensors[each] = SparseTensor(tuple(value.shape), torch.arange(value.numel()), value.reshape(-1))
+        tensors[each] = SparseTensor(tuple(value.shape), torch.arange(value.numel(), device="cpu"), value.reshape(-1))
     return Adapter(tensors, metadata)
 
 

@@ -156,7 +156,7 @@ def _save_blobs(held: Mapping[str, SparseTensor], out: Path, layout: str, positi
         places = {"pos_start": at, "pos_end": ends[0], "pos_width": blob.element_size()}
         params.append(form | places | {"val_start": value_at, "val_end": ends[1]})
         at, value_at = ends
-    empty = torch.empty(0, dtype=torch.uint8)
+    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
     all_positions = torch.cat([empty, *map(bytes_of, blobs)])
     values = torch.cat([empty.to(dtype), *(tensor.values.cpu().to(dtype) for tensor in held.values())])
     encoding = "indices" if positions == "raw" else "deltas"
@@ -201,7 +201,7 @@ def _encoded(tensor: SparseTensor, positions: str) -> Tensor:
 def _gaps(tensor: SparseTensor) -> Tensor:
     """int64 [nnz]: how many entries lie between a position and the one before, or the tensor's beginning."""
     indices = tensor.indices.cpu().long()
-    return torch.diff(indices, prepend=torch.tensor([-1])) - 1
+    return torch.diff(indices, prepend=torch.tensor([-1], device="cpu")) - 1
 
 
 class _AsLoaded(LazyTensors):

@@ -17,9 +17,10 @@ def times(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int
     """
     if starts.device.type == "cpu" and not torch.backends.mkl.is_available():
         rows = torch.repeat_interleave(torch.arange(shape[0], device="cpu"), starts.diff())
-        sparse = torch.sparse_coo_tensor(torch.stack([rows, columns.long()]), values, shape, check_invariants=False)
+        where = torch.stack([rows, columns.long()])
+        sparse = torch.sparse_coo_tensor(where, values, shape, device=values.device, check_invariants=False)
     else:
-        sparse = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+        sparse = torch.sparse_csr_tensor(starts, columns, values, shape, device=values.device, check_invariants=False)
     return (sparse @ input.to(values.dtype).T).T.contiguous()  # to add a transposed result to an output is slow
 
 

@@ -83,7 +83,7 @@ class SparseTensor:
     shape: the shape of the whole tensor.
     indices: [nnz], flat positions in C order, strictly increasing; int32 below 2³¹ entries, int64 from there on
         (either is accepted and converted).
-    values: [nnz], float32, bfloat16, float16 or float64, finite.
+    values: [nnz], float32, bfloat16, float16 or float64, finite; without a gradient (they are detached).
     kind: "overwrite": the values are the tensor's new entries; "delta": the values are added to its old entries.
 
     Raises AdapterError if any of this is not so.
@@ -109,7 +109,7 @@ class SparseTensor:
         self._check_positions()
         self._check_values()
         object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)).contiguous())
-        object.__setattr__(self, "values", self.values.contiguous())
+        object.__setattr__(self, "values", self.values.detach().contiguous())
 
     def __repr__(self) -> str:
         """One line without numbers from the tensors: an adapter has hundreds of these."""

@@ -14,7 +14,7 @@ from ..sparse.memory_order import MemoryOrder, memory_order
 from ..sparse.tensor import SparseTensor, dtype_name
 from ..texts import described, shown
 from ..weights.belonging import check_base
-from ..weights.distributed import gather_pieces, is_sharded, piece_of, reshard
+from ..weights.distributed import gather_pieces, is_sharded, local_of, piece_of, reshard
 from ..weights.model_tensors import ModelTensors, has_own_memory, is_buffer
 from ..weights.optimizers import watch
 from ..weights.owners import claim
@@ -46,6 +46,8 @@ class ModelState:
         watch()
         known = {id(weight): weight for weight in self.weights.values() if has_own_memory(weight)}
         self._memories = [(weight, WeightMemory.of(weight)) for weight in known.values()]
+        sharded = [weight for weight in self.weights.values() if is_sharded(weight)]
+        self._piece_memories = [(weight, WeightMemory.of(local_of(weight))) for weight in sharded]
         self.orders: dict[int, tuple[MemoryOrder, Tensor]] = {}
         for key, weight in known.items():
             if not weight.is_contiguous() and (order := memory_order(weight.shape, weight.stride())) is not None:
@@ -54,9 +56,13 @@ class ModelState:
         self._versions: list[int] = []  # their version counters after our own last write
 
     def has_changed(self) -> bool:
-        """Whether a module or tensor of the model was replaced, or torch wrote to a watched weight, since our last write."""
+        """Whether a module or tensor of the model was replaced, or torch wrote to a watched weight, since our last write.
+
+        A sharded weight that was cast or moved counts as replaced.
+        """
         self.free_gathered()
-        return not self.tensors.same() or self._versions != [weight._version for weight in self._watched]
+        same = self.tensors.same() and self._versions == [weight._version for weight in self._watched]
+        return not same or not all(memory.is_of(local_of(weight)) for weight, memory in self._piece_memories)
 
     def free_gathered(self) -> None:
         """Free the gathered weights of a sharded model. They are out of date when its pieces were written."""

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SwitchError
 from ..kernels import WritePlan
-from ..weights.distributed import is_sharded
+from ..weights.distributed import is_sharded, local_of
 from ..weights.model_tensors import ModelTensors, is_buffer
 
 __all__ = ["recover_base"]
@@ -55,17 +55,18 @@ def recover_base(plans: Sequence[WritePlan], names: Mapping[int, list[str]], ten
             positions = plan.positions(number)
             now = {id(own): (names[id(own)][0], own)}
             there = [(name, tensors.by_name.get(name, own)) for name in names[id(own)]]
-            in_pieces = any(is_sharded(weight) for _, weight in there)  # then the plan is for the local pieces
-            for name, weight in there if not in_pieces else ():  # several weights, if they were tied before
+            if any(is_sharded(weight) for _, weight in there):  # then the plan is for the local pieces
+                now = {id(weight): (name, _piece(weight)) for name, weight in there}
+            for name, weight in there:  # several weights, if they were tied before
                 now.setdefault(id(weight), (name, weight))
-            if not in_pieces and not present & now.keys():
+            if not present & now.keys():
                 raise _unknown(names[id(own)][0], None, active)
-            for name, weight in now.values():
+            for key, (name, weight) in now.items():
                 entries = _entries(name, weight, shape, positions, write.values, stash)
                 bases = {} if entries is None else _bases(entries)
                 if entries is not None and bases:
                     found.append((entries, bases))
-                elif id(weight) in present or len(now) == 1:
+                elif key in present or len(now) == 1:
                     raise _unknown(name, weight, active)
     ways: dict[tuple[torch.dtype, torch.dtype], set[torch.dtype | None]] = {}
     for entries, bases in found:
@@ -79,6 +80,12 @@ def recover_base(plans: Sequence[WritePlan], names: Mapping[int, list[str]], ten
     for entries, base in writes:
         _write(entries, base)
     torch.clear_autocast_cache()  # it may hold casts of the old values
+
+
+def _piece(weight: Tensor) -> Tensor:
+    """This process's piece of a sharded weight, a buffer or a parameter as the weight is."""
+    piece = local_of(weight) if is_sharded(weight) else weight
+    return piece if is_buffer(weight) else nn.Parameter(piece, requires_grad=False)
 
 
 def _unknown(name: str, weight: Tensor | None, active: str) -> SwitchError:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import TuningError
 from ..weights.distributed import is_partitioned
-from ..weights.model_tensors import is_own
+from ..weights.model_tensors import is_own, python_modules
 from ..weights.targets import Use
 from ..weights.undo import Undo
 from .convolutions import SparseConv2d, is_plain
@@ -66,7 +66,7 @@ def _forget(holder: nn.Module, name: str) -> None:
 
 def forget_copies(model: nn.Module) -> None:
     """Remove a tuner's parameters, buffers and forwards from a model. Copies of modules in training bring them into it."""
-    for module in model.modules():
+    for module in python_modules(model):
         for registered in (module._parameters, module._buffers):
             for name in [name for name in registered if is_own(name)]:
                 registered.pop(name)

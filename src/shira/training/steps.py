@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import TuningError
+from ..kernels import WeightMemory
 from ..weights import optimizers
-from ..weights.distributed import groups_of, reshard
+from ..weights.distributed import groups_of, is_sharded, local_of, reshard
 from ..weights.model_tensors import ModuleTree, is_own
 from ..weights.random_numbers import same_random_numbers
 from ..weights.targets import Target
@@ -34,9 +35,17 @@ class Holders:
         self._model = model
         self._held = [(name, module) for name, module in model.named_modules() if id(module) in holders]
         self._tree = ModuleTree(model)
+        sharded = [target for target in chosen if is_sharded(target.weight)]
+        self._pieces = [(each.name, each.weight, WeightMemory.of(local_of(each.weight))) for each in sharded]
 
     def check(self) -> None:
-        """Raise TuningError unless all these modules are still somewhere in the model."""
+        """Raise TuningError if one of these modules is no longer in the model, or a sharded weight was cast or moved."""
+        for name, weight, memory in self._pieces:
+            if not memory.is_of(local_of(weight)):
+                raise TuningError(
+                    f"'{name}' is sharded, and was cast or moved while a tuner is attached: its base is not known any more; "
+                    "call tuner.release(), load the base again, and cast or move the model before attach()"
+                )
         if self._tree.same():
             return
         inside = {id(module) for module in self._model.modules()}
@@ -66,8 +75,11 @@ class Training:
         install(((use, masters[target.name]) for target in chosen for use in target.uses), undo)
         forwards = {id(use.module): use.module.__dict__["forward"] for target in chosen for use in target.uses}
         ours = {id(parameter) for each in masters.values() for parameter in each.parameters.values()}
-        base = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in ours]
-        self._base = {id(parameter): (name, weakref.ref(parameter)) for name, parameter in base}  # not what others add later
+        self._base: dict[int, tuple[str, weakref.ref[nn.Module], str]] = {}  # id of a parameter -> its name, module and key
+        for prefix, module in model.named_modules():  # torch cannot swap a parameter to which there is a weak reference
+            for key, parameter in module._parameters.items():
+                if id(parameter) not in ours:
+                    self._base.setdefault(id(parameter), (f"{prefix}.{key}".lstrip("."), weakref.ref(module), key))
         self.watch = GradientWatch(masters, forwards, {target.name: target.modules for target in chosen})
         _leave_out(model, chosen, masters, undo)
         computing = {id(use.module) for target in chosen for use in target.uses}
@@ -102,9 +114,11 @@ class Training:
         for group in optimizer.param_groups:
             parameter: nn.Parameter
             for parameter in group["params"]:
-                name, known = self._base.get(id(parameter), ("", None))
-                if known is None or known() is not parameter or parameter.grad is None:
+                if parameter.grad is None or id(parameter) not in self._base:
                     continue
+                name, holder, key = self._base[id(parameter)]
+                if (module := holder()) is None or module._parameters.get(key) is not parameter:
+                    continue  # others have added it later
                 if parameter.requires_grad:
                     found = "trains, since requires_grad was turned on after attach()"
                     remedy = (

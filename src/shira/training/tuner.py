@@ -12,7 +12,6 @@ import os
 import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -311,11 +310,12 @@ class Tuner:
     def save_hybrid(self, folder: str | os.PathLike[str]) -> None:
         """Write both parts of training with low_rank: adapter.safetensors, and lora/, which PEFT can load.
 
-        Raises TuningError without low_rank, or what `adapter` raises; OSError.
+        They replace older files together, after all of them were written.
+        Raises TuningError without low_rank or for what is no path, or what `adapter` raises; OSError.
         """
         if hybrid.record(self._masters) is None:
             raise TuningError("there is no low-rank part: attach(..., low_rank=8) trains one; save adapter() instead")
-        hybrid.save(Path(folder), self.adapter(), self._masters)
+        hybrid.save(folder, self.adapter(), self._masters)
 
     def detach(self) -> None:
         """Restore the base bit for bit: weights, buffers, and `requires_grad` flags.

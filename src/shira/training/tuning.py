@@ -12,6 +12,7 @@ of the base, full-size gradients and full-size optimizer state. It is here as re
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -109,7 +110,8 @@ def attach(
     given = dict(locals())
     model = plain_model(model, TuningError, "shira.attach(model)")
     check_unwrapped(model)
-    lazy = next((name for name, each in model.named_parameters() if nn.parameter.is_lazy(each)), None)
+    held = itertools.chain(model.named_parameters(), model.named_buffers())
+    lazy = next((name for name, each in held if nn.parameter.is_lazy(each)), None)
     if lazy is not None:
         raise TuningError(f"'{lazy}' is of a lazy module that has not been called yet; run one forward pass, then attach")
     claim(model, "", TuningError)  # this also undoes an attach() or detach() that was interrupted

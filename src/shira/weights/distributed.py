@@ -21,6 +21,7 @@ __all__ = [
     "groups_of",
     "is_partitioned",
     "is_sharded",
+    "local_of",
     "piece_of",
     "reshard",
     "same_everywhere",
@@ -78,7 +79,13 @@ def piece_of(name: str, weight: Any) -> Piece:
     start, stop = starts[rank], starts[rank + 1]
     if is_partitioned(weight):
         return Piece(weight.ds_tensor.detach()[: stop - start], start, stop)  # the last pieces are padded
-    return Piece(weight.to_local().detach(), start, stop)
+    return Piece(local_of(weight), start, stop)
+
+
+def local_of(weight: Any) -> Tensor:
+    """The memory in which this process holds its piece of a sharded weight at the moment. A cast or a move replaces it."""
+    held: Tensor = weight.ds_tensor if is_partitioned(weight) else weight.to_local()
+    return held.detach()
 
 
 def check_pieces(name: str, weight: Tensor) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "is_own",
     "named_tensors",
     "plain_model",
+    "python_modules",
     "unwrapped",
 ]
 
@@ -56,6 +57,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while COMPILED in module._modules:
         module = module.get_submodule(COMPILED)
     return module
+
+
+def python_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """A model and its parts, without TorchScript that was put in later: its modules and tensors are outside of Python."""
+    return (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -128,7 +134,10 @@ _Place = tuple[dict[str, Any], str]  # the dictionary of a module that holds a t
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, _Place]]:
-    """Name, tensor and place of all that an adapter may change, without what a lazy module has not created yet."""
+    """Name, tensor and place of all that an adapter may change.
+
+    Without what a lazy module has not created yet, and without TorchScript (`python_modules`).
+    """
     for key, parameter in module._parameters.items():
         if parameter is not None and not is_own(key) and not nn.parameter.is_lazy(parameter):
             yield prefix + key, parameter, (module._parameters, key)
@@ -139,13 +148,13 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, _Place]
         if buffer.is_floating_point() and is_dense(buffer):
             yield prefix + key, buffer, (module._buffers, key)
     for key, child in module._modules.items():
-        if child is not None:
+        if child is not None and not isinstance(child, torch.jit.ScriptModule):
             yield from _walk(child, prefix if key == COMPILED else f"{prefix}{key}.")
 
 
 def _children(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """The children of all modules; and the dictionaries that hold children and tensors, which `__setstate__` replaces."""
-    for module in model.modules():
+    for module in python_modules(model):
         for key, child in module._modules.items():
             yield module._modules, key, child
         for key in ("_modules", "_parameters", "_buffers"):

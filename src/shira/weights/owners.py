@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ShiraError
-from .distributed import is_sharded
+from .distributed import is_sharded, local_of
 from .model_tensors import named_tensors
 
 __all__ = ["Claim", "Extent", "check_free", "claim", "leave"]
@@ -125,9 +125,15 @@ def _claim_on_nothing() -> Claim:
 
 
 def _storage(tensor: Tensor) -> "tuple[int, weakref.ref[Any]]":
-    """The identity of a tensor's memory: a number, and a weak reference to the object."""
+    """The identity of a tensor's memory: a number, and a weak reference to the storage.
+
+    A weak reference to the tensor itself would keep torch from swapping it, as a cast does with a sharded weight.
+    """
+    inner: Any = local_of(tensor) if is_sharded(tensor) else tensor
+    while hasattr(inner, "__tensor_flatten__"):  # a quantized weight has no storage: it consists of other tensors
+        inner = getattr(inner, inner.__tensor_flatten__()[0][0])
     try:
-        memory: Any = tensor if is_sharded(tensor) else tensor.untyped_storage()
-        return (id(memory) if memory is tensor else memory._cdata), weakref.ref(memory)
-    except (RuntimeError, NotImplementedError):  # a quantized weight has no storage: it consists of other tensors
+        memory: Any = inner.untyped_storage()
+        return memory._cdata, weakref.ref(memory)
+    except (RuntimeError, NotImplementedError):  # a sparse tensor
         return id(tensor), weakref.ref(tensor)

@@ -61,7 +61,10 @@ class _ProductAt(torch.autograd.Function):
         up, down, indices = ctx.saved_tensors
         rows, columns = up.shape[1], down.shape[1]
         where = torch.stack([indices.long() // columns, indices.long() % columns])
-        sparse = torch.sparse_coo_tensor(where, gradient, (rows, columns), is_coalesced=True, check_invariants=False)
+        device = gradient.device  # which torch's default device would replace
+        sparse = torch.sparse_coo_tensor(
+            where, gradient, (rows, columns), device=device, is_coalesced=True, check_invariants=False
+        )
         with torch.autocast(up.device.type, enabled=False):
             grad_up = torch.sparse.mm(sparse, down.T).T.contiguous()
             grad_down = torch.sparse.mm(sparse.T, up.T).T.contiguous()

@@ -6,8 +6,8 @@ parts exactly: S as an adapter, and the product as a LoRA in PEFT's format.
 """
 
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ...adapter import Adapter
+from ...errors import TuningError
+from ...files.paths import AnyPath, destination, flush_folder, path_of, temporary_folder
 from ...files.tensorfiles import write_whole
 from ...sparse.tensor import SparseTensor
 from ...weights.targets import Target
@@ -23,6 +25,8 @@ from ..masters import Masters, Plain
 from .factors import Factors
 
 __all__ = ["Hybrid", "record", "save"]
+
+FILES = ("adapter.safetensors", "lora/adapter_model.safetensors", "lora/adapter_config.json")
 
 
 class Hybrid(Plain):
@@ -69,16 +73,16 @@ def _change(masters: Masters, product: Factors) -> tuple[float, float]:
     return inside, inside + max(0.0, product.squares() - float(at.square().sum()))
 
 
-def save(folder: Path, adapter: Adapter, masters: Mapping[str, Masters]) -> None:
+def save(path: AnyPath, adapter: Adapter, masters: Mapping[str, Masters]) -> None:
     """Write both parts of what was trained, each exact: adapter.safetensors, and lora/, a LoRA that PEFT can load.
 
     adapter: the nearest sparse adapter. Its metadata, and its tensors without a product beside them, go into the sparse part.
+    Raises TuningError for what is no path; OSError. Then older files there are unchanged.
     """
+    folder = path_of(path, "tuner.save_hybrid('both')", TuningError)
     both = _both_parts(masters)
-    (folder / "lora").mkdir(parents=True, exist_ok=True)
     parts = {each.name: SparseTensor(tuple(each.weight.shape), each.indices.cpu(), each.rounded().cpu()) for each, _ in both}
     metadata = {key: value for key, value in adapter.metadata.items() if key != "low_rank"}
-    Adapter(adapter.tensors | parts, metadata | {"beside": "lora"}).save(folder / "adapter.safetensors")
     rank = both[0][1].up.shape[0]
     flat = {}
     for each, product in both:
@@ -98,5 +102,13 @@ def save(folder: Path, adapter: Adapter, masters: Mapping[str, Masters]) -> None
         "target_modules": sorted(each.name.removesuffix(".weight") for each, _ in both),
         "inference_mode": True,
     }
-    write_whole(folder / "lora" / "adapter_model.safetensors", safetensors.torch.save(flat, {"format": "pt"}))
-    write_whole(folder / "lora" / "adapter_config.json", json.dumps(config, indent=2).encode())
+    (folder / "lora").mkdir(parents=True, exist_ok=True)
+    with temporary_folder(folder) as made:
+        (made / "lora").mkdir()
+        Adapter(adapter.tensors | parts, metadata | {"beside": "lora"}).save(made / FILES[0])
+        write_whole(made / FILES[1], safetensors.torch.save(flat, {"format": "pt"}))
+        write_whole(made / FILES[2], json.dumps(config, indent=2).encode())
+        for name, target in [(name, destination(folder / name)) for name in FILES]:
+            os.replace(made / name, target)
+    flush_folder(folder / "lora")
+    flush_folder(folder)
