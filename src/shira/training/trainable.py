@@ -33,8 +33,8 @@ def check_trainable(targets: Iterable[Target]) -> None:
             check_pieces(target.name, weight)
         if is_wrapper(weight):
             raise TargetError(
-                f"'{target.name}' must be a plain tensor, found a {type(weight).__name__}, which consists of other tensors; leave "
-                "it out of the targets, or load plain weights"
+                f"'{target.name}' must be a plain tensor, found a {type(weight).__name__}, which consists of other tensors; "
+                "leave it out of the targets, or load plain weights"
             )
         if weight.is_inference():
             raise TargetError(f"'{target.name}' was made under torch.inference_mode; load the model outside of it")
