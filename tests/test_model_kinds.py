@@ -6,7 +6,7 @@ from torch import nn
 
 import shira
 from conftest import all_bits, bits, mlp, random_adapter, same_bits
-from shira import BaseMismatch, SparseTensor, Switcher, SwitchError, TuningError
+from shira import BaseMismatch, SparseTensor, Switcher, SwitchError, TargetError, TuningError
 from test_model_changes import switcher_of
 
 
@@ -187,3 +187,20 @@ def test_a_lazy_batch_norm_is_left_alone_and_runs_before_it_trains():
         shira.attach(model)
     model(torch.ones(2, 13))
     shira.attach(model).detach()
+
+
+def test_a_tensor_that_consists_of_others_is_refused():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model, adapter = mlp(), random_adapter(mlp(), 1)
+    model[0].weight = nn.Parameter(TwoTensor(model[0].weight.detach(), model[0].weight.detach().clone()))
+    switcher = Switcher(model)
+    words = "'0.weight' must be a plain tensor, found a TwoTensor, which consists of other tensors"
+    with pytest.raises(BaseMismatch, match=words):
+        switcher.add("a", adapter)
+    with pytest.raises(SwitchError, match="'0.weight' is no plain tensor but a TwoTensor"):
+        switcher.base_values("0.weight", torch.arange(3))
+    with pytest.raises(TargetError, match=words):
+        shira.attach(model)
+    shira.attach(model, targets=["2"]).detach()
+    model.double()

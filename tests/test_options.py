@@ -8,11 +8,14 @@ import sys
 import warnings
 from typing import Literal, get_args, get_origin
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import shira
+from conftest import attach_is_refused, mlp
 from shira import DataError, cli
 from shira.cli.options import fields_of
 from shira.cli.options import given as read
@@ -23,6 +26,7 @@ from shira.integrations import transformers as hf
 from shira.integrations import transformers_training as training
 from shira.runs.options import passed_to
 from shira.runs.recipes import Recipe, load_recipe, save_recipe
+from shira.texts import plain_number
 
 FIELDS = fields_of(Recipe)
 NOT_IN_A_RECIPE = {
@@ -333,3 +337,28 @@ def test_a_refresh_that_never_comes_is_no_contradiction():
 
 def test_what_was_not_given_is_left_to_the_file():
     assert read({"steps": None, "avoid": [], "seed": 0, "pack": False}) == {"seed": 0, "pack": False}
+
+
+@pytest.mark.parametrize("number", [np.int64(2), np.float32(0.25), np.float64(0.25)], ids=repr)
+def test_numbers_of_numpy_are_numbers(number, tmp_path):
+    given = [{"density": number}, {"floor": number, "scope": "model"}, {"overrides": {"0": {"density": number}, "2": number}}]
+    if isinstance(number, np.integer):
+        given = [{"rank": number}, {"total": number * 9}, {"seed": number}, {"layers": number}, {"layers": np.arange(3)}]
+        given += [{"low_rank": number}, {"decompose": number}, {"overrides": {"0": {"rank": number}}}, {"lr_scale": number}]
+    model = mlp()
+    for options in given:
+        with contextlib.suppress(shira.TargetError):  # this model has no numbered layers
+            with shira.attach(model, **options) as tuner:
+                tuner.adapter().save(tmp_path / "a.safetensors")  # as JSON
+            with shira.attach(model, **options | {key: plain_number(value) for key, value in options.items()}) as plain:
+                assert [each.tolist() for each in plain.parameters()] == [each.tolist() for each in tuner.parameters()]
+    assert shira.Switcher(model, ready=np.int64(3)).ready == []
+
+
+HUGE = [{name: 10**400} for name in ("density", "rank", "low_rank", "decompose", "lr_scale", "floor")]
+SINGLE = [{name: torch.tensor(1)} for name in ("targets", "exclude", "whole", "layers", "avoid", "density", "seed")]
+
+
+@pytest.mark.parametrize("options", HUGE + SINGLE, ids=lambda options: next(iter(options)))
+def test_wrong_values_of_attach_are_clear_errors(options):
+    attach_is_refused(options, shira.ShiraError, f"{next(iter(options))} must be .*found")

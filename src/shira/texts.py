@@ -5,12 +5,14 @@ It is shown so that it has no effect on a terminal, on Markdown, or on a reader 
 
 import json
 import math
+import numbers
 import os
 import re
 import reprlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["as_share", "described", "markdown", "shown", "strict_json", "visible"]
+__all__ = ["as_share", "described", "is_several", "markdown", "plain_number", "shown", "strict_json", "visible"]
 
 LONGEST_NUMBER = 40  # digits
 DEEPEST = 32  # objects and lists inside each other
@@ -45,6 +47,18 @@ def described(value: object) -> str:
     if value is None or isinstance(value, str | bytes | int | float | os.PathLike):
         return f"{shown(value)} ({kind})"
     return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy as Python's own, also as a value of a mapping. Anything else is returned as it is."""
+    if isinstance(value, Mapping):
+        return {key: plain_number(each) for key, each in value.items()}
+    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
+
+
+def is_several(value: object) -> bool:
+    """Whether a value can be a list of things. Text and mappings are not, nor are arrays and tensors without a dimension."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) and getattr(value, "ndim", 1) != 0
 
 
 def as_share(value: object) -> str:

@@ -16,7 +16,7 @@ from ..files.paths import path_of
 from ..files.writing import saving
 from ..sparse.positions import index_dtype
 from ..sparse.tensor import Kind, SparseTensor, bytes_of, dtype_name, fingerprint
-from ..texts import as_share, described, shown
+from ..texts import as_share, described, plain_number, shown
 from ..weights.targets import KEYWORDS
 from .differences import Cut, ProgressCount, Survey, TensorPair, chunks, cut, enough, largest, paired, square_of, survey
 from .sources import Checkpoint, CheckpointSource, base_tensors, identity, tensors_of
@@ -114,6 +114,7 @@ def _extract(
     on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Call `receive` with the adapter's tensors, one by one. Returns the adapter's metadata."""
+    density, keep = plain_number(density), plain_number(keep)
     check_options(density, keep, scope, kind, name, license)
     before, after = base_tensors(base), tensors_of(tuned)
     chosen = _chosen(targets, sorted(set(before) | set(after)))

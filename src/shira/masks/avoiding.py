@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, load
 from ..errors import TuningError
+from ..texts import is_several
 from ..weights.belonging import weight_of
 from ..weights.model_tensors import named_tensors
 
@@ -29,7 +30,7 @@ def positions_to_avoid(
     anything else; FormatError or OSError for a file.
     """
     adapters: Any = [avoid] if isinstance(avoid, Adapter | str | os.PathLike) else avoid
-    adapters = list(adapters) if isinstance(adapters, Iterable) and not isinstance(adapters, Mapping) else [adapters]
+    adapters = list(adapters) if is_several(adapters) else [adapters]
     for given in adapters:
         if not isinstance(given, Adapter | str | os.PathLike):
             kind = type(given).__name__

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import MaskError
 from ..sparse.positions import index_dtype
 from ..sparse.topk import top_k
-from ..texts import as_share
+from ..texts import as_share, plain_number, shown
 
 __all__ = ["BudgetPlan", "Pool", "budget", "plan", "scores_without", "share_out"]
 
@@ -49,17 +49,17 @@ def budget(shape: Shape, *, density: float | None = None, rank: int | None = Non
     """
     if (density is None) == (rank is None):
         raise MaskError(_one_of(density=density, rank=rank))
-    numel = math.prod(shape)
+    density, rank, numel = plain_number(density), plain_number(rank), math.prod(shape)
     if rank is not None:
         if len(shape) < 2:
             return numel
         experts, sides = math.prod(shape[:-2]), sum(shape[-2:])
         most = numel // max(1, experts * sides)
         if not _whole(rank) or not 1 <= rank <= most:
-            raise MaskError(f"rank must be from 1 to {most} for shape {list(shape)}, found {rank!r}")
+            raise MaskError(f"rank must be from 1 to {most} for shape {list(shape)}, found {shown(rank)}")
         return rank * experts * sides
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < float(density) <= 1:
-        raise MaskError(f"density must be above 0 and at most 1, found {density!r}{as_share(density)}")
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise MaskError(f"density must be above 0 and at most 1, found {shown(density)}{as_share(density)}")
     return max(1, round(float(density) * numel))
 
 
@@ -252,7 +252,7 @@ def _override(shape: Shape, value: Any) -> int:
 def _left(total: int, own: Mapping[str, int], free: Mapping[str, int], least: int) -> int:
     """What remains of a total for the tensors without an override. Raises MaskError if it does not fit them."""
     if not _whole(total) or total < 1:
-        raise MaskError(f"total must be a whole number from 1 on, found {total!r}")
+        raise MaskError(f"total must be a whole number from 1 on, found {shown(total)}")
     taken, room = sum(own.values()), sum(free.values())
     left = total - taken
     least = min(least, len(free))

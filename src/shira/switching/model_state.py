@@ -18,7 +18,7 @@ from ..weights.distributed import gather_pieces, is_sharded, local_of, piece_of,
 from ..weights.model_tensors import ModelTensors, has_own_memory, is_buffer
 from ..weights.optimizers import watch
 from ..weights.owners import claim
-from ..weights.quantized import is_quantized, shape_of
+from ..weights.quantized import is_quantized, is_wrapper, shape_of
 from .quantized_layers import QuantizedLayers
 from .ready import InWeights
 from .recovery import recover_base
@@ -139,8 +139,9 @@ class ModelState:
         weight = self.weights.get(name) if isinstance(name, str) else None
         if weight is None:
             raise SwitchError(f"this model has no tensor {shown(name)}; {did_you_mean(str(name), self.weights)}")
-        if is_quantized(weight) or weight.is_meta:
-            state = "quantized" if is_quantized(weight) else "on the meta device"
+        if is_quantized(weight) or is_wrapper(weight) or weight.is_meta:
+            kind = f"no plain tensor but a {type(weight).__name__}"
+            state = "quantized" if is_quantized(weight) else "on the meta device" if weight.is_meta else kind
             raise SwitchError(f"'{name}' is {state} in this model, and has no base values; load the model with plain weights")
         _check_positions(name, weight, indices)
         return self.base_at(weight, indices, plans)

@@ -12,7 +12,7 @@ from ..errors import SwitchError
 from ..fusion.methods import Method, resolve
 from ..fusion.strengths import CheckedStrength, Strength, as_given, check_strengths, is_nonzero
 from ..kernels import Waiting, WritePlan
-from ..texts import shown
+from ..texts import plain_number, shown
 from .quantized_layers import AddedProduct
 
 __all__ = ["BASE", "CheckedSelection", "InWeights", "Prepared", "Ready", "Selection", "checked_selection", "listed"]
@@ -95,6 +95,7 @@ class Ready:
     """
 
     def __init__(self, capacity: int, host: int) -> None:
+        capacity, host = plain_number(capacity), plain_number(host)
         for option, value, least in (("ready", capacity, 1), ("host", host, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise SwitchError(f"{option} must be a whole number from {least} on, found {value!r}")

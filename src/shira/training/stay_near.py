@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import TuningError
 from ..masks.calibration import LossFn, Progress, calibrate
 from ..masks.selector import LEAST_MEMORY
+from ..texts import plain_number
 from ..weights.undo import Undo, hooks_of, set_hook
 from .masters import Masters
 
@@ -41,6 +42,7 @@ def hold(
     Raises TuningError if reach is not above 0, passes is below 1, or the masters are not plain entries of whole weights; or
     what `calibrate` raises.
     """
+    reach, passes = plain_number(reach), plain_number(passes)
     if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach < float("inf"):
         raise TuningError(f"reach must be a number above 0, in units of the weights; found {reach!r}")
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:

@@ -7,7 +7,7 @@ from torch import nn
 from ..errors import TargetError
 from ..sparse.tensor import FLOAT_DTYPES, dtype_name, has_memory, is_dense
 from ..weights.distributed import check_pieces, is_sharded
-from ..weights.quantized import dtype_label, is_quantized
+from ..weights.quantized import dtype_label, is_quantized, is_wrapper
 from ..weights.targets import Target
 
 __all__ = ["check_trainable"]
@@ -31,6 +31,11 @@ def check_trainable(targets: Iterable[Target]) -> None:
             continue
         if is_sharded(weight):
             check_pieces(target.name, weight)
+        if is_wrapper(weight):
+            raise TargetError(
+                f"'{target.name}' must be a plain tensor, found a {type(weight).__name__}, which consists of other tensors; "
+                "leave it out of the targets, or load plain weights"
+            )
         if weight.is_inference():
             raise TargetError(f"'{target.name}' was made under torch.inference_mode; load the model outside of it")
         if not is_dense(weight):

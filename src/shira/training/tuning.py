@@ -26,6 +26,7 @@ from ..masks.avoiding import Avoid, positions_to_avoid
 from ..masks.calibration import LossFn, Progress
 from ..masks.selector import Selected, Selector
 from ..sparse.positions import index_dtype
+from ..texts import is_several, plain_number
 from ..weights import targets as target_names
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import plain_model
@@ -108,6 +109,8 @@ def attach(
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
     """
     given = dict(locals())
+    density, rank, total, floor, overrides = map(plain_number, (density, rank, total, floor, overrides))
+    seed, decompose, low_rank, lr_scale = map(plain_number, (seed, decompose, low_rank, lr_scale))
     model = plain_model(model, TuningError, "shira.attach(model)")
     check_unwrapped(model)
     held = itertools.chain(model.named_parameters(), model.named_buffers())
@@ -230,7 +233,7 @@ def _names(option: str, given: Any) -> Any:
     """The given name, or names as a list. Raises TuningError for anything else."""
     if isinstance(given, str):
         return given
-    if isinstance(given, nn.Module) or not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
+    if isinstance(given, nn.Module) or not is_several(given):
         raise TuningError(f'{option} must be names, {option}=["q_proj", "mlp"], found {type(given).__name__} {given!r:.60}')
     names = list(given)
     wrong = next((name for name in names if not isinstance(name, str) or not name), None)
@@ -241,12 +244,11 @@ def _names(option: str, given: Any) -> Any:
 
 
 def _layers(given: Any) -> list[int] | None:
-    layers = [given] if isinstance(given, int) else given
+    layers = [given] if isinstance(plain_number(given), int) else given
     if layers is None:
         return None
-    several = isinstance(layers, Iterable) and not isinstance(layers, str | bytes | Mapping)
-    numbers = list(layers) if several else []
-    if not several or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in numbers):
+    numbers = [plain_number(layer) for layer in layers] if is_several(layers) else []
+    if not is_several(layers) or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in numbers):
         raise TuningError(f"layers must be numbers of layers, layers=range(4, 12) or layers=3, found {given!r:.60}")
     return numbers
 

@@ -12,7 +12,7 @@ from ..files.metadata import check_metadata
 from ..sparse.memory_order import memory_order
 from ..sparse.tensor import SparseTensor, dtype_name, fingerprint, has_memory, is_dense
 from ..texts import described
-from .quantized import is_quantized, shape_of
+from .quantized import is_quantized, is_wrapper, shape_of
 
 __all__ = [
     "Identifies",
@@ -105,6 +105,11 @@ def weight_of(
         raise BaseMismatch(
             f"{label}: '{name}' must be a dense tensor, not a sparse, nested or negated one, found {weight.layout}; replace it "
             "by a dense one"
+        )
+    if to_overwrite and is_wrapper(weight):
+        raise BaseMismatch(
+            f"{label}: '{name}' must be a plain tensor, found a {type(weight).__name__}, which consists of other tensors; load "
+            "the base with plain weights"
         )
     if shape_of(weight) != sparse.shape:
         raise BaseMismatch(

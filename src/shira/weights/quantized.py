@@ -11,14 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ..sparse.tensor import dtype_name
+from .distributed import is_sharded
 from .undo import Undo
 
-__all__ = ["dense", "dtype_label", "is_quantized", "keep_differentiable", "shape_of"]
+__all__ = ["dense", "dtype_label", "is_quantized", "is_wrapper", "keep_differentiable", "shape_of"]
 
 
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight's entries are stored as codes, by bitsandbytes in 4 bits or by torchao."""
     return _of_bitsandbytes(weight) or _of_torchao(weight)
+
+
+def is_wrapper(weight: Tensor) -> bool:
+    """Whether a weight has no memory of its own, because it consists of other tensors. A weight in pieces is no such one."""
+    return hasattr(weight, "__tensor_flatten__") and not is_sharded(weight)
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:

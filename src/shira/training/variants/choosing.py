@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...errors import MaskError, TargetError, TuningError
 from ...masks import Mask, needs, resolve
 from ...sparse.positions import seed_of
+from ...texts import shown
 from ...weights.distributed import is_sharded
 from ...weights.quantized import dtype_label, is_quantized
 from ...weights.targets import Target, is_conv1d
@@ -37,7 +38,12 @@ def choose(
     for option, rank in record.items():
         free = option == "decompose" and rank is True
         if not free and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise TuningError(f"{option} must be a rank, a whole number from 1 on, found {rank!r}")
+            raise TuningError(f"{option} must be a rank, a whole number from 1 on, found {shown(rank)}")
+        largest = max((max(target.matrix_shape) for target in targets), default=rank)
+        if rank > largest:
+            raise TuningError(
+                f"{option} must be a rank, at most {largest:,}, the largest side of a target; found {shown(rank)}"
+            )
         if method == "hook":
             raise TuningError(f"{option} needs method='values': with it, not the weights train")
     _check_quantized([target for target in targets if is_quantized(target.weight)], mask, method, record)
