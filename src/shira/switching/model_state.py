@@ -54,6 +54,7 @@ class ModelState:
                 self.orders[key] = order, order.view(weight)
         self._watched: list[Tensor] = []  # the weights that any adapter has been checked against
         self._versions: list[int] = []  # their version counters after our own last write
+        self._buffers: frozenset[str] = frozenset()  # the names of buffers that adapters hold
 
     def has_changed(self) -> bool:
         """Whether a module or tensor of the model was replaced, or torch wrote to a watched weight, since our last write.
@@ -97,6 +98,7 @@ class ModelState:
                 raise BaseMismatch(f"{label}: '{shared}' shares a part of its memory with '{other}' here; give each its own")
             self._check_kept(label, plain)
             self._watch(plain)
+            self._buffers |= {name for name in plain.tensors if name in self.weights and is_buffer(self.weights[name])}
             check_base(label, plain, self.weights, lambda weight, indices: self.base_at(weight, indices, plans))
         tensors: dict[str, SparseTensor] = {}
         owners: dict[int, str] = {}
@@ -159,13 +161,15 @@ class ModelState:
         return gather_pieces(weight, indices, here)
 
     def reread(self) -> "ModelState":
-        """The model as it is now, with a copy of each buffer that was replaced, which may be a tensor of the user's."""
-        self.tensors.replace_new_buffers(self._model)
-        return ModelState(self._model, self._owner)
+        """The model as it is now. Replaced buffers that adapters hold are copied, since they may be the user's tensors."""
+        self.tensors.replace_new_buffers(self._model, self._buffers)
+        now = ModelState(self._model, self._owner)
+        now._buffers = self._buffers
+        return now
 
     def recover_base(self, state: InWeights) -> None:
         """Restore the base in the model as it is now, although it was changed under what is active. Raises SwitchError."""
-        self.tensors.replace_new_buffers(self._model)
+        self.tensors.replace_new_buffers(self._model, self._buffers)
         recover_base(state.plans, self.names(), ModelTensors(self._model), state.label())
 
     def names(self) -> dict[int, list[str]]:

@@ -4,7 +4,7 @@ A model may change between two calls: weights are cast, moved, tied and replaced
 and `ModelTensors.same` says whether an earlier answer is still right.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -112,11 +112,11 @@ class ModelTensors:
         """Whether the model still has the same module and tensor objects. Their contents are not compared."""
         return self._tree.same()
 
-    def replace_new_buffers(self, model: nn.Module) -> None:
-        """Put a copy in the place of each buffer that came into the model since. It may be a user's batch."""
+    def replace_new_buffers(self, model: nn.Module, names: Collection[str]) -> None:
+        """Put a copy in the place of each of these buffers that came into the model since. It may be a user's batch."""
         known, copies = {id(tensor) for tensor in self._all.values()}, dict[int, Tensor]()
-        for _, tensor, (where, key) in list(_walk(model, "")):
-            if is_buffer(tensor) and id(tensor) not in known and has_own_memory(tensor):
+        for name, tensor, (where, key) in list(_walk(model, "")) if names else ():
+            if name in names and is_buffer(tensor) and id(tensor) not in known and has_own_memory(tensor):
                 where[key] = copies.setdefault(id(tensor), tensor.detach().clone())
 
     def objects(self, names: Iterable[str]) -> list[Tensor]:
