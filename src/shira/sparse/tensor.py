@@ -127,8 +127,8 @@ class SparseTensor:
             raise AdapterError(f"a sparse tensor is SparseTensor((rows, columns), indices, values): {what}") from None
         _check_plain("values", self.values)
         if self.values.dtype not in FLOAT_DTYPES:
-            known = ", ".join(map(dtype_name, FLOAT_DTYPES))
-            raise AdapterError(f"values must be floating point ({known}), found {dtype_name(self.values.dtype)}")
+            known = " or ".join(map(dtype_name, FLOAT_DTYPES))
+            raise AdapterError(f"values must be floating point, found {dtype_name(self.values.dtype)}; cast them to {known}")
 
     @classmethod
     def of_kernel(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor, kind: Kind) -> "SparseTensor":
