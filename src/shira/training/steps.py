@@ -92,6 +92,10 @@ class Training:
         if not pieces:
             check_same_positions(model, (each.indices for each in masters.values()), undo)
             return
+        held = [
+            weakref.ref(each.weight) for each in pieces
+        ]  # so torch refuses to cast or move them
+        undo.callback(held.clear)
         undo.callback(reshard, model)
         parameters = [parameter for each in masters.values() for parameter in each.parameters.values()]
         average_after_backward(parameters, groups_of(pieces[0].weight), undo)
