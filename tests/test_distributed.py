@@ -186,9 +186,10 @@ def test_a_sharded_model_is_cast_as_any_other_but_not_under_a_tuner_which_would_
         tuner.detach()
         tuner.model.double()  # while the tuner lives, which nothing hinders
         assert all(torch.equal(each, before[name].double()) for name, each in here(tuner.model).items())
-        tuner = shira.attach(fully_shard(mlp(), mesh=mesh), density=0.2)
+        tuner = shira.attach(fully_shard(mlp(), mesh=mesh), density=0.2, targets=["2"])
         with pytest.raises(RuntimeError, match="Couldn't swap .*weight"):
             tuner.model.half()
+        assert all(tensor.dtype == torch.float32 for tensor in tuner.model.parameters())  # also in layers before the target's
         with torch.no_grad():
             tuner.parameters()[0].add_(1)
         tuner.model(torch.ones(2, 13))

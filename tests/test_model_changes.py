@@ -241,6 +241,22 @@ def test_channels_last_and_a_larger_embedding_give_the_base_back():
         switcher.use("x")
 
 
+def test_a_buffer_that_becomes_a_view_of_a_weight_stays_one():
+    model = mlp()
+    model.register_buffer("view", torch.zeros(11, 13))
+    switcher = Switcher(model)
+    switcher.add("x", shira.Adapter({"view": SparseTensor((11, 13), torch.tensor([3]), torch.ones(1))}))
+    model.view = model[0].weight.detach()
+    base = all_bits(model)
+    switcher = Switcher(model)
+    switcher.add("x", shira.Adapter({"view": SparseTensor((11, 13), torch.tensor([3]), torch.ones(1))}))
+    model.view = model[0].weight.detach()
+    switcher.use("x")
+    assert model[0].weight[0, 3] == 1 and model.view.data_ptr() == model[0].weight.data_ptr()
+    switcher.use(None)
+    assert same_bits(base, all_bits(model))
+
+
 def test_a_replaced_weight_that_comes_back_is_the_base():
     model = mlp()
     base = all_bits(model)

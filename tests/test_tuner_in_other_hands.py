@@ -257,6 +257,20 @@ def test_torch_evaluates_an_encoder_layer_with_what_was_trained():
     assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
 
 
+def test_torch_makes_no_nested_tensors_for_encoder_layers_that_train():
+    """Only its fast path could go on with them."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), 2).eval()
+    inputs, mask = torch.randn(2, 6, 16), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    expected = model.train()(inputs, src_key_padding_mask=mask).detach()
+    model.eval()
+    with shira.attach(model, density=0.2) as tuner:
+        found = model(inputs, src_key_padding_mask=mask)
+        torch.testing.assert_close(found[~mask], expected[~mask], atol=1e-5, rtol=1e-4)
+        found[~mask].square().mean().backward()
+        assert all(parameter.grad is not None for parameter in tuner.parameters())
+    assert model.use_nested_tensor
+
+
 def test_a_cast_to_float8_is_refused_until_it_is_undone():
     model = mlp()
     tuner = shira.attach(model, density=0.2)

@@ -68,8 +68,9 @@ def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
     return Checkpoint(source)
 
 
-def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, Tensor) or is_dense(tensor)}
+def _dense(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    others = {name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and not is_dense(tensor)}
+    return {name: tensors[name] for name in tensors if name not in others} if others else tensors
 
 
 def pieces_of(tensors: Mapping[str, Tensor], name: str, length: int) -> Iterator[Tensor]:

@@ -56,8 +56,8 @@ def path_in(folder: Path, name: str) -> Path:
     Raises SelectionError for a name that is not possible, or one that leads out of the folder; OSError.
     """
     file = folder / f"{parse_name(name)}{ENDING}"
-    is_file = os.path.lexists(file) and not os.path.isdir(file)  # a folder with that ending has its whole name
-    path = folder / name if not is_file and (folder / name).is_dir() else file
+    is_folder = (folder / name).is_dir() and not os.path.lexists(file)
+    path = folder / name if is_folder or os.path.isdir(file) else file  # a folder with that ending has its whole name
     _check_inside(folder, path)  # before what it leads to is listed
     for file in _files(path):
         _check_inside(folder, file)

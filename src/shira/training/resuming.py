@@ -71,7 +71,6 @@ def load_state(
     for name, each in masters.items():
         _check(name, each, named[name], state, is_whole=name in whole)
     wanted = buffers.with_values(changed)
-    buffers.adopt()  # so that DDP, which may hold them already, goes on with the same tensors
     buffers.restore()
     buffers.put(wanted)
     for name, each in masters.items():

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import TuningError
-from ..kernels import WeightMemory
 from ..weights import optimizers
-from ..weights.distributed import groups_of, is_sharded, local_of, reshard
+from ..weights.distributed import groups_of, is_sharded, reshard
 from ..weights.model_tensors import ModuleTree, is_own
 from ..weights.random_numbers import same_random_numbers
 from ..weights.targets import Target
@@ -26,6 +25,8 @@ from .untrained import GradientWatch
 
 __all__ = ["Holders", "Training", "ignoring"]
 
+ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
 
 class Holders:
     """The modules that hold a tuner's parameters and buffers. While they are in the model, its base is known."""
@@ -35,17 +36,9 @@ class Holders:
         self._model = model
         self._held = [(name, module) for name, module in model.named_modules() if id(module) in holders]
         self._tree = ModuleTree(model)
-        sharded = [target for target in chosen if is_sharded(target.weight)]
-        self._pieces = [(each.name, each.weight, WeightMemory.of(local_of(each.weight))) for each in sharded]
 
     def check(self) -> None:
-        """Raise TuningError if one of these modules is no longer in the model, or a sharded weight was cast or moved."""
-        for name, weight, memory in self._pieces:
-            if not memory.is_of(local_of(weight)):
-                raise TuningError(
-                    f"'{name}' is sharded, and was cast or moved while a tuner is attached: its base is not known any more; "
-                    "call tuner.release(), load the base again, and cast or move the model before attach()"
-                )
+        """Raise TuningError unless all these modules are still somewhere in the model."""
         if self._tree.same():
             return
         inside = {id(module) for module in self._model.modules()}
@@ -83,18 +76,16 @@ class Training:
         self.watch = GradientWatch(masters, forwards, {target.name: target.modules for target in chosen})
         _leave_out(model, chosen, masters, undo)
         computing = {id(use.module) for target in chosen for use in target.uses}
-        for layer in model.modules():
-            if isinstance(layer, nn.TransformerEncoderLayer) and any(id(part) in computing for part in layer.modules()):
-                set_hook(undo, hooks_of(layer, "_forward_pre_hooks"), layer.register_forward_pre_hook, _no_fast_path)
+        for part in model.modules():
+            if isinstance(part, ENCODERS) and any(id(below) in computing for below in part.modules()):
+                _leave_fast_path(part, undo)
         undo.callback(optimizers.unsubscribe, self)
         optimizers.subscribe(self)
         pieces = [each for each in masters.values() if each.piece is not None]
         if not pieces:
             check_same_positions(model, (each.indices for each in masters.values()), undo)
             return
-        held = [
-            weakref.ref(each.weight) for each in pieces
-        ]  # so torch refuses to cast or move them
+        held = [weakref.ref(each) for each in model.parameters() if is_sharded(each)]  # torch casts and moves no such parameter
         undo.callback(held.clear)
         undo.callback(reshard, model)
         parameters = [parameter for each in masters.values() for parameter in each.parameters.values()]
@@ -155,8 +146,20 @@ class Training:
         return [each for each in found if any(id(p) in its for p in each.parameters.values()) and not each.detached]
 
 
-def _no_fast_path(*_: Any) -> None:
-    """A hook that does nothing. Without any, torch evaluates an encoder layer with its weights, and calls no module in it."""
+def _leave_fast_path(encoder: Any, undo: Undo) -> None:
+    """Let torch call the modules of an encoder, until `undo`. Its fast path reads their weights, and calls none of them.
+
+    A layer with a hook does not take it. Nor may the encoder make nested tensors then, which only the fast path understands.
+    """
+    if isinstance(encoder, nn.TransformerEncoderLayer):
+        set_hook(undo, hooks_of(encoder, "_forward_pre_hooks"), encoder.register_forward_pre_hook, _nothing)
+    else:
+        undo.callback(setattr, encoder, "use_nested_tensor", encoder.use_nested_tensor)
+        encoder.use_nested_tensor = False
+
+
+def _nothing(*_: Any) -> None:
+    """A hook."""
 
 
 def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> None:

@@ -46,7 +46,8 @@ def check_trainable(targets: Iterable[Target]) -> None:
         if weight.dtype not in FLOAT_DTYPES or weight.is_meta or not weight.is_contiguous():
             raise TargetError(
                 f"'{target.name}' must be contiguous, with data, and one of {', '.join(map(dtype_name, FLOAT_DTYPES))}; found "
-                f"{weight.dtype} on {weight.device}{'' if weight.is_contiguous() else ', not contiguous'}"
+                f"{weight.dtype} on {weight.device}"
+                + ("" if weight.is_contiguous() else ", not contiguous; call model.to(memory_format=torch.contiguous_format)")
             )
         if not is_sharded(weight) and not has_memory(weight):
             raise TargetError(f"the memory of '{target.name}' was freed; load the model again")

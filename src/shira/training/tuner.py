@@ -310,7 +310,7 @@ class Tuner:
     def save_hybrid(self, folder: str | os.PathLike[str]) -> None:
         """Write both parts of training with low_rank: adapter.safetensors, and lora/, which PEFT can load.
 
-        They replace older files together, after all of them were written.
+        All files are written before the first of them replaces an older one.
         Raises TuningError without low_rank or for what is no path, or what `adapter` raises; OSError.
         """
         if hybrid.record(self._masters) is None:

@@ -147,14 +147,6 @@ class Buffers:
         """Whether a buffer is not somebody else's tensor, and not expanded, with several entries in one place."""
         return now is self._own.get((module, name)) and torch._debug_has_internal_overlap(now) != 1
 
-    def adopt(self) -> None:
-        """Take the buffers that a cast or move of the model has made for the model's own, unless others share their memory."""
-        self._follow()
-        for module, name, _ in self._kept:
-            now = module._buffers.get(name)
-            if (module, name) not in self._own and now is not None and is_dense(now) and not _is_shared(now):
-                self._own[module, name] = now
-
     def changed(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Checkpoint name -> (kept value, present value) of each floating-point buffer of a checkpoint that has changed."""
         self._follow()
@@ -204,11 +196,6 @@ def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 def _is_examined(buffer: Tensor | None) -> bool:
     return buffer is None or (type(buffer) in (Tensor, nn.Buffer) and is_dense(buffer))
-
-
-def _is_shared(buffer: Tensor) -> bool:
-    storage = buffer.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) > 2  # the buffer, and `storage`
 
 
 def _found(kept: _Value) -> Tensor:

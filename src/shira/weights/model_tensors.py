@@ -4,6 +4,7 @@ A model may change between two calls: weights are cast, moved, tied and replaced
 and `ModelTensors.same` says whether an earlier answer is still right.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
@@ -113,10 +114,17 @@ class ModelTensors:
         return self._tree.same()
 
     def replace_new_buffers(self, model: nn.Module, names: Collection[str]) -> None:
-        """Put a copy in the place of each of these buffers that came into the model since. It may be a user's batch."""
+        """Put a copy in the place of each of these buffers that came into the model since. It may be a user's batch.
+
+        One that shares its memory with another tensor of the model is not the user's, and stays.
+        """
         known, copies = {id(tensor) for tensor in self._all.values()}, dict[int, Tensor]()
-        for name, tensor, (where, key) in list(_walk(model, "")) if names else ():
-            if name in names and is_buffer(tensor) and id(tensor) not in known and has_own_memory(tensor):
+        found = list(_walk(model, "")) if names else []
+        objects = {id(tensor): tensor for _, tensor, _ in found if has_own_memory(tensor)}
+        tensors_in = Counter(tensor.untyped_storage()._cdata for tensor in objects.values())
+        for name, tensor, (where, key) in found:
+            is_new = name in names and is_buffer(tensor) and id(tensor) in objects.keys() - known
+            if is_new and tensors_in[tensor.untyped_storage()._cdata] == 1:
                 where[key] = copies.setdefault(id(tensor), tensor.detach().clone())
 
     def objects(self, names: Iterable[str]) -> list[Tensor]:

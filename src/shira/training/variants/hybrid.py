@@ -77,7 +77,7 @@ def save(path: AnyPath, adapter: Adapter, masters: Mapping[str, Masters]) -> Non
     """Write both parts of what was trained, each exact: adapter.safetensors, and lora/, a LoRA that PEFT can load.
 
     adapter: the nearest sparse adapter. Its metadata, and its tensors without a product beside them, go into the sparse part.
-    Raises TuningError for what is no path; OSError. Then older files there are unchanged.
+    All are written before the first replaces an older one. Raises TuningError for what is no path; OSError.
     """
     folder = path_of(path, "tuner.save_hybrid('both')", TuningError)
     both = _both_parts(masters)
