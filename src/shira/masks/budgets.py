@@ -40,9 +40,9 @@ class BudgetPlan:
 
 
 def budget(shape: Shape, *, density: float | None = None, rank: int | None = None) -> int:
-    """How many entries of a tensor may train: density · entries, rounded and at least 1; or
-    rank · (out + in), the size of a LoRA of that rank.
+    """How many entries of a tensor may train.
 
+    density: the share, so density · entries, rounded, and at least 1. rank: rank · (out + in), the size of a LoRA of that rank.
     In a stack [experts, out, in] the rank counts for each expert. A rank allows all entries of a vector, because LoRA does not
     adapt vectors.
     Raises MaskError unless exactly one is given, 0 < density ≤ 1, rank ≥ 1, and the rank's count fits the tensor.
