@@ -45,8 +45,7 @@ class TrainedComponents(nn.Module):
     """The parts of a pipeline that train, under the names that the pipeline has for them. Called, it computes the loss.
 
     Parts that torch.compile has wrapped train without the wrapper.
-    Raises DataError if it is not known how such a pipeline is trained, if it lacks a text encoder, a tokenizer or a VAE, or if
-    it holds a LoRA or a compiled block; SwitchError if a part computes with copies of its weights (`check_own_weights`).
+    Raises DataError if it is not known how such a pipeline is trained, or if it lacks a text encoder, a tokenizer or a VAE.
     """
 
     pipe: Any
@@ -61,7 +60,18 @@ class TrainedComponents(nn.Module):
         self.trains_text = text_encoders
         for name in (self.part, *(names if text_encoders else ())):
             self.add_module(name, unwrapped(getattr(pipe, name)))
-        check_own_weights(present_in(pipe))
+        if self.part == "unet":
+            _check_unet(pipe.unet.config, int(pipe.vae.config.latent_channels))
+        self.prediction, self.levels, self.times = _schedule(pipe.scheduler, flow=self.part == "transformer")
+        if min_snr is not None and self.prediction == "flow":
+            raise DataError("min_snr is for pipelines that predict noise; this one matches a flow, leave it out")
+
+    def check_own(self) -> None:
+        """Check that the parts compute with weights of their own, and with nothing else.
+
+        Raises DataError for a LoRA or a compiled block; SwitchError for copies of weights (`check_own_weights`).
+        """
+        check_own_weights(present_in(self.pipe))
         for name, part in self.named_modules():
             if "base_layer" in part._modules:
                 raise DataError(f"the pipeline holds a LoRA, found in {shown(name)}; call pipe.unload_lora_weights() first")
@@ -70,11 +80,6 @@ class TrainedComponents(nn.Module):
                     f"pipe.{name} is compiled, which is not possible while it trains; train it plain, pipe.{name}._orig_mod, "
                     f"and compile it afterwards, or compile pipe.{name.partition('.')[0]} as a whole"
                 )
-        if self.part == "unet":
-            _check_unet(pipe.unet.config, int(pipe.vae.config.latent_channels))
-        self.prediction, self.levels, self.times = _schedule(pipe.scheduler, flow=self.part == "transformer")
-        if min_snr is not None and self.prediction == "flow":
-            raise DataError("min_snr is for pipelines that predict noise; this one matches a flow, leave it out")
 
     @property
     def device(self) -> torch.device:

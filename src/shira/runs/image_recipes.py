@@ -159,6 +159,7 @@ def train_image(
     _check_class(recipe)
     warn_if_mixed_is_slow(recipe.mixed_precision)
     parts = TrainedComponents(pipe, text_encoders=recipe.train_text_encoder, min_snr=recipe.min_snr)
+    parts.check_own()
     avoided = _avoided(recipe, parts)
     pictures = pictures_in(recipe.data, recipe.prompt)
     accelerator = training.accelerator_for(recipe.mixed_precision, recipe.accumulate, unused=recipe.train_text_encoder)
