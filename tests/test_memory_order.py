@@ -130,6 +130,33 @@ def test_acts_while_an_adapter_is_active(act):
     assert same_bits(all_bits(expected), all_bits(model))
 
 
+@pytest.mark.parametrize("layout", [None, torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("before", [None, "a"])
+def test_an_interrupt_while_such_weights_are_written_and_another_layout_after_it(monkeypatch, before, layout):
+    model = convolutions().to(memory_format=torch.channels_last)
+    base = all_bits(model)
+    switcher = Switcher(model)
+    for name, seed in (("a", 1), ("b", 2)):
+        switcher.add(name, part_of(model, seed))
+    switcher.use(before)
+
+    change = kernels.change_
+
+    def interrupted(leaving, coming):
+        change(leaving, coming)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(kernels, "change_", interrupted)
+        patched.setattr(Switcher, "_undo_interrupted", lambda self: None)  # as if a second interrupt came
+        switcher.use("b")
+    assert not same_bits(base, all_bits(model))
+    if layout is not None:
+        model.to(memory_format=layout)
+    switcher.use(None)
+    assert same_bits(base, all_bits(model))
+
+
 def test_a_switcher_that_is_gone_and_a_base_that_changed():
     model = convolutions().to(memory_format=torch.channels_last)
     base = all_bits(model)

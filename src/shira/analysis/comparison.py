@@ -153,8 +153,8 @@ def compare(
         for name, tensor in changes.items():
             found[name] = _change(tensor, matrices[name], spectra)
             histograms[name] += _histogram(tensor.values)
-        empty = torch.empty(0, dtype=torch.float64, device="cpu")
-        nothing = SparseTensor(shape, empty.long(), empty, "delta")
+        no_values = torch.empty(0, dtype=torch.float64, device="cpu")
+        nothing = SparseTensor(shape, no_values.long(), no_values, "delta")
         empty = as_matrix(shape, nothing.indices, nothing.values)
         pairs = []
         for (first, second), before in pair_sums.items():

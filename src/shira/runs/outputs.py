@@ -67,7 +67,6 @@ def output_for(
 
     output: "poet.safetensors", or the name of a folder, "poet". stem: of the new name; if it is taken, stem-2, stem-3, ….
     config: the run's own YAML file. repeats: the run's settings are those of that file, which then stays as it is.
-
     model: what trains; if it is a folder, the run does not fill that.
 
     Raises DataError if something is there already, unless force and it is an adapter, and for the model's own folder;
