@@ -75,8 +75,12 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
 
 
 def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Set the entries of `weight` at `indices` [k] to `values` [k] of its dtype, bit for bit, in place."""
-    backend_for(weight, indices, values).overwrite_(weight, indices, values)
+    """Set the entries of `weight`, in any layout in memory, at `indices` [k] to `values` [k] of its dtype, bit for bit."""
+    if weight.is_contiguous():
+        backend_for(weight, indices, values).overwrite_(weight, indices, values)
+    else:
+        with torch.inference_mode(weight.is_inference()):
+            weight.detach()[torch.unravel_index(indices.long(), weight.shape)] = values
 
 
 def write_(plan: WritePlan, over: WritePlan) -> None:

@@ -75,8 +75,8 @@ class Selector:
 
         def receive(name: str, statistics: Mapping[str, Tensor]) -> None:
             shape, avoid, count = self.matrix_shapes[name], self.avoided.get(name), plan.counts.get(name)
-            weight = (full if is_sharded(weights[name]) else dense)(weights[name]).view(shape)
-            statistics = {what: found if what == "activations" else found.view(shape) for what, found in statistics.items()}
+            weight = (full if is_sharded(weights[name]) else dense)(weights[name]).reshape(shape)
+            statistics = {what: found if what == "activations" else found.reshape(shape) for what, found in statistics.items()}
             found = weight.new_empty(0, dtype=torch.int64)
             if count is None:
                 scores = masks.score(self.mask, name, weight, seed=self.seed, **statistics)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MemoryOrder", "memory_order"]
+__all__ = ["MemoryOrder", "is_in_order", "memory_order"]
 
 
 class MemoryOrder(NamedTuple):
@@ -25,6 +25,11 @@ class MemoryOrder(NamedTuple):
     def places(self, positions: Tensor) -> Tensor:
         """Where positions of the tensor [k] are in `view`: in the same dtype, not sorted."""
         return _moved(positions, self.shape, self.dims)
+
+    def sorted_places(self, positions: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`places` of positions [k], sorted, and their values [k] in the same order."""
+        places, sorting = self.places(positions).sort()
+        return places, values[sorting]
 
     def positions(self, places: Tensor) -> Tensor:
         """Where places in `view` [k] are in the tensor: in the same dtype, not sorted."""
@@ -42,6 +47,11 @@ def memory_order(shape: Sequence[int], strides: Sequence[int]) -> MemoryOrder | 
         step *= shape[dim]
     longer = [dim for dim in dims if shape[dim] != 1]  # the stride of a single entry means nothing
     return None if longer == sorted(longer) else MemoryOrder(tuple(shape), tuple(dims))
+
+
+def is_in_order(tensor: Tensor) -> bool:
+    """Whether a tensor is contiguous, or is so after a permutation of its dimensions."""
+    return tensor.is_contiguous() or memory_order(tensor.shape, tensor.stride()) is not None
 
 
 def _moved(indices: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor:

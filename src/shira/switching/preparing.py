@@ -121,6 +121,5 @@ def _local_write(weight: Tensor, indices: Tensor, values: Tensor, ready: Ready, 
         weight, indices, values = piece.local, indices[span] - piece.start, values[span]
     elif id(weight) in model.orders:
         order, weight = model.orders[id(weight)]
-        indices, sorting = order.places(indices).sort()
-        values = values[sorting]
+        indices, values = order.sorted_places(indices, values)
     return Write(weight, ready.own_positions(weight, indices), values)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
+from ..sparse.memory_order import is_in_order
 from ..sparse.tensor import FLOAT_DTYPES, Kind, dtype_name
 from ..weights.distributed import Piece, is_sharded
 from ..weights.model_tensors import OWN
@@ -238,8 +239,8 @@ class Followed:
             self._refuse("has no data any more: it is on the meta device, as offloading leaves it", "put it back")
         if first.shape != self._shape():
             self._refuse(f"was replaced by one of shape {list(first.shape)}, it was {list(self._shape())}", "put it back")
-        if not first.is_contiguous():
-            self._refuse("is not contiguous any more", "call model.to(memory_format=torch.contiguous_format)")
+        if not is_in_order(first):
+            self._refuse("has gaps in its memory, or entries that share memory", "replace it by its contiguous()")
         if first.is_inference():
             self._refuse("was replaced by one made under inference_mode", "put it back")
         if first.dtype not in FLOAT_DTYPES:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
+from ..sparse.memory_order import memory_order
 from ..sparse.positions import overlap
 from ..sparse.tensor import Kind, all_finite
 from ..sparse.topk import top_k
@@ -246,7 +247,11 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo)
         each.look()
         touched = each.touched()
         if each.in_place:
-            writes.append(kernels.Write(each.weight.data, touched.indices, touched.base))
+            weight, indices, base = each.weight.data, touched.indices, touched.base
+            order = memory_order(weight.shape, weight.stride())
+            if order is not None:
+                weight, (indices, base) = order.view(weight), order.sorted_places(indices, base)
+            writes.append(kernels.Write(weight, indices, base))
     plan = kernels.WritePlan.of(writes)
     known = [(each, each.written, each.may_have_stepped) for each in masters]
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import TargetError
+from ..sparse.memory_order import is_in_order
 from ..sparse.tensor import FLOAT_DTYPES, dtype_name, has_memory, is_dense
 from ..weights.distributed import check_pieces, is_sharded
 from ..weights.quantized import dtype_label, is_quantized, is_wrapper
@@ -43,11 +44,11 @@ def check_trainable(targets: Iterable[Target]) -> None:
                 f"'{target.name}' must be a dense tensor, not a sparse, nested or negated one, found {weight.layout}; "
                 "replace it by a dense one, or leave it out of the targets"
             )
-        if weight.dtype not in FLOAT_DTYPES or weight.is_meta or not weight.is_contiguous():
+        if weight.dtype not in FLOAT_DTYPES or weight.is_meta or not is_in_order(weight):
+            strides = "" if is_in_order(weight) else f", not contiguous: strides {list(weight.stride())}; use its contiguous()"
             raise TargetError(
-                f"'{target.name}' must be contiguous, with data, and one of {', '.join(map(dtype_name, FLOAT_DTYPES))}; found "
-                f"{weight.dtype} on {weight.device}"
-                + ("" if weight.is_contiguous() else ", not contiguous; call model.to(memory_format=torch.contiguous_format)")
+                f"'{target.name}' must be contiguous, or a contiguous tensor whose dimensions were permuted, with data, and one "
+                f"of {', '.join(map(dtype_name, FLOAT_DTYPES))}; found {weight.dtype} on {weight.device}{strides}"
             )
         if not is_sharded(weight) and not has_memory(weight):
             raise TargetError(f"the memory of '{target.name}' was freed; load the model again")

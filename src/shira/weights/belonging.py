@@ -9,7 +9,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch, did_you_mean
 from ..files.metadata import check_metadata
-from ..sparse.memory_order import memory_order
+from ..sparse.memory_order import is_in_order
 from ..sparse.tensor import SparseTensor, dtype_name, fingerprint, has_memory, is_dense
 from ..texts import described
 from .quantized import is_quantized, is_wrapper, shape_of
@@ -119,7 +119,7 @@ def weight_of(
     if to_overwrite and (not weight.is_floating_point() or weight.is_meta):
         found = "one without data, on the meta device" if weight.is_meta else dtype_name(weight.dtype)
         raise BaseMismatch(f"{label}: '{name}' must be a floating-point tensor with data, found {found}")
-    if to_overwrite and not weight.is_contiguous() and memory_order(weight.shape, weight.stride()) is None:
+    if to_overwrite and not is_in_order(weight):
         raise BaseMismatch(
             f"{label}: '{name}' must be contiguous, or a contiguous tensor whose dimensions were permuted; found strides "
             f"{list(weight.stride())} for shape {list(weight.shape)}; replace it by its contiguous()"

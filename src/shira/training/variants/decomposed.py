@@ -74,7 +74,7 @@ class Decomposed(Masters):
     def _squares(self, there: Tensor) -> Tensor:
         """Σ (W + upᵀ · down)² of each output, float64. W has the entries `there` [k] at the mask's positions."""
         squares = torch.zeros(self.matrix_shape[self.output_dim], dtype=torch.float64, device=self.weight.device)
-        whole = self.weight.detach().view(self.matrix_shape)
+        whole = self.weight.detach().reshape(self.matrix_shape)
         for rows, places in row_blocks(self.matrix_shape, self.indices):
             block = whole[rows].float().contiguous() if whole.dtype != torch.float32 else whole[rows].clone()
             kernels.overwrite_(block, self.indices[places] - rows.start * self.matrix_shape[1], there[places].float())
