@@ -64,6 +64,7 @@ def case(draw, pool):
             "method": draw.choice(["sum", "mean", "max"]),
         }
         common["units"] = draw.choice([None, None, None, "uint8", "uint16"])
+        common["hidden"] = a_run(draw) if draw.random() < 0.3 else None
     return common
 
 
@@ -285,8 +286,18 @@ def fuse(case):
         units = torch.randint(0, 256, (50,), generator=generator).to(kind)
         count = int((units != torch.iinfo(kind).max).sum())
         changes.append(Contribution(units, torch.randn(count, generator=generator).to(dtype), 0.5, base is None, False))
+    weight, hidden = base, None
+    if case.get("hidden"):  # the weight has other values there than the base
+        where = positions(case["hidden"], numel, generator).sort().values.unique()
+        inside = not where.numel() or 0 <= int(where[0]) <= int(where[-1]) < numel
+        fits &= inside and base is not None
+        narrow = where.int() if not where.numel() or -(2**31) <= int(where[0]) <= int(where[-1]) < 2**31 else where
+        hidden = narrow, torch.zeros(where.numel(), dtype=dtype)
+        if inside and base is not None:
+            weight = base.clone()
+            weight[where.long()], hidden = 7.25, (narrow, base[where.long()])
     try:
-        found = native.combine(base, changes, dtype, case["method"], numel)
+        found = native.combine(weight, changes, dtype, case["method"], numel, hidden=hidden)
     except IndexError:
         assert not fits, "fits, and was refused"
         return "refused"

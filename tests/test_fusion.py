@@ -1,3 +1,4 @@
+import contextlib
 import re
 from pathlib import Path
 
@@ -77,6 +78,41 @@ def test_one_pass_gives_the_bits_of_the_reference(method, numel, base_dtype, par
         assert fused.tensors["w"].values.dtype == expected.tensors["w"].values.dtype
         assert torch.equal(bits(fused.tensors["w"].values), bits(expected.tensors["w"].values))
         assert fused.metadata == expected.metadata
+
+
+@given(
+    numel=st.sampled_from([1, 63, 4096, 4097, 10_000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    densities=st.tuples(*[st.sampled_from([0.0, 0.001, 0.05, 1.0])] * 3),
+    is_delta=st.booleans(),
+    with_base=st.booleans(),
+    seed=st.integers(0, 9999),
+)
+def test_a_base_that_the_weight_does_not_hold_everywhere(numel, dtype, densities, is_delta, with_base, seed):
+    """As while an adapter is active: the result is the one over the whole base."""
+    generator = torch.Generator().manual_seed(seed)
+    base = jagged(numel, dtype, generator)
+    where = [(torch.rand(numel, generator=generator) < density).nonzero().view(-1).int() for density in densities]
+    changes = [
+        kernels.Contribution(where[0], jagged(where[0].numel(), dtype, generator), 1.0, False, True),
+        kernels.Contribution(where[1], jagged(where[1].numel(), dtype, generator), 0.3, is_delta, False),
+    ]
+    weight = base.index_fill(0, where[2].long(), float("nan"))
+    hidden = where[2], base[where[2].long()]
+    for plainly in (False, True):
+        with plain_c() if plainly else contextlib.nullcontext():
+            expected = kernels.native.combine(base, changes, dtype, "sum", numel)
+            found = kernels.native.combine(weight, changes, dtype, "sum", numel, hidden=hidden, with_base=with_base)
+        assert torch.equal(found.indices, expected.indices) and torch.equal(bits(found.values), bits(expected.values))
+        if with_base:
+            assert torch.equal(bits(found.base), bits(expected.base))
+            assert torch.equal(bits(found.under[0]), bits(expected.under[0]))
+        else:
+            assert not found.base.numel() and not any(under.numel() for under in found.under)
+    for odd in ((where[2], hidden[1].double()), (where[2] + numel, hidden[1]), (where[2], base.new_empty(numel + 1))):
+        if where[2].numel():
+            with pytest.raises(IndexError):
+                kernels.native.combine(weight, changes, dtype, "sum", numel, hidden=odd)
 
 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)

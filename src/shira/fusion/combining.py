@@ -1,4 +1,4 @@
-"""Combine the changes of several adapters in one tensor. `kernels.combine` does the same faster for the usual methods."""
+"""Combine the changes of several adapters in one tensor. `kernels.combine` computes it, if it can; otherwise torch does."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import AdapterError
-from ..kernels import UnitedPositions
+from ..files.reading import Gaps
+from ..kernels import Combined, Contribution, UnitedPositions
 from ..sparse.tensor import SparseTensor
 from .methods import AdapterChange, Method
 
-__all__ = ["combine", "combine_deltas", "overflow"]
+__all__ = ["combine", "combine_deltas", "in_one_pass", "overflow"]
 
 
 def combine(
@@ -33,10 +34,19 @@ def combine(
     check: called for each overwrite with its number and the base values under it, in float32 (float64 for float64).
     Returns indices [at most n], values and base values there, both in the base's dtype.
     """
+    changes = [
+        _contribution(place, tensor, strength, base.dtype, over_zeros=deltas)
+        for (tensor, strength), place in zip(terms, union.places, strict=True)
+    ]
+    found = kernels.combine(None if deltas else base, changes, base.dtype, method.name, base.numel())
+    if found is not None:  # each entry of the union is touched, so its numbers are 0 to n - 1
+        for number, (tensor, _) in enumerate(terms):
+            if tensor.kind == "overwrite":
+                check(number, found.under[number])
+        return union.indices, found.values, base
     wide = base.to(torch.promote_types(base.dtype, torch.float32))
     parts, exact = [], []
-    for number, ((tensor, strength), place) in enumerate(zip(terms, union.places, strict=True)):
-        values = tensor.values if tensor.kind == "delta" else tensor.values.to(base.dtype)
+    for number, ((tensor, strength), (place, values, *_)) in enumerate(zip(terms, changes, strict=True)):
         change = values.to(wide.dtype)
         if tensor.kind == "overwrite":
             under = wide.index_select(0, place)
@@ -57,6 +67,37 @@ def combine(
         if is_exact:
             kernels.overwrite_(alone, place, part.values.to(base.dtype))
     return union.indices, torch.where(union.counts == 1, alone, result), base
+
+
+def in_one_pass(
+    terms: Sequence[tuple[SparseTensor, float]],
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    method: Method,
+    *,
+    hidden: tuple[Tensor, Tensor] | None = None,
+    with_base: bool = True,
+) -> Combined | None:
+    """The result of `combine` over the base in `weight`, or over zeros, if one kernel can compute all of it; otherwise None.
+
+    hidden, with_base: as `kernels.combine` has them.
+    """
+    gaps = kernels.takes_gaps(weight, sum(tensor.nnz for tensor, _ in terms))
+    changes = []
+    for tensor, strength in terms:
+        positions = tensor.units if gaps and isinstance(tensor, Gaps) else tensor.indices
+        changes.append(_contribution(positions, tensor, strength, dtype, over_zeros=weight is None))
+    numel = terms[0][0].numel
+    return kernels.combine(weight, changes, dtype, method.name, numel, hidden=hidden, with_base=with_base)
+
+
+def _contribution(
+    indices: Tensor, tensor: SparseTensor, strength: float, dtype: torch.dtype, *, over_zeros: bool
+) -> Contribution:
+    """What an adapter's tensor changes in a base of this dtype; in zeros, if the terms are deltas and give a delta."""
+    is_delta = tensor.kind == "delta"
+    values = tensor.values if is_delta else tensor.values.to(dtype)
+    return Contribution(indices, values, strength, is_delta, strength == 1 and (over_zeros or not is_delta))
 
 
 def combine_deltas(

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from .. import kernels
 from ..adapter import Adapter, as_stored, opened
 from ..errors import AdapterError, BaseMismatch
-from ..files.reading import Gaps
-from ..kernels import Combined, Contribution
 from ..sparse.tensor import Kind, SparseTensor, fingerprint
 from ..texts import described
 from ..weights.belonging import Identifies, check_described, check_fingerprint, identifying, weight_of
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import named_tensors
 from ..weights.owners import claim
-from .combining import combine, combine_deltas
+from .combining import combine, combine_deltas, in_one_pass
 from .methods import Method, resolve
 from .strengths import CheckedStrength, File, Strength, as_given, check_strengths, given_strengths, strengths_of
 
@@ -130,7 +128,7 @@ def _fused_over(
             check_fingerprint(label, name, adapters[label], under, weight.dtype)
 
     terms = [(tensor, strengths[label]) for label, tensor in held.items()]
-    fused = _in_one_pass(terms, weight, weight.dtype, method) if weight.is_contiguous() else None
+    fused = in_one_pass(terms, weight, weight.dtype, method) if weight.is_contiguous() else None
     if fused is not None:
         for number, under in enumerate(fused.under):
             check(number, under)
@@ -153,7 +151,7 @@ def _fused_deltas(name: str, held: Mapping[str, SparseTensor], strengths: Mappin
     dtype = terms[0][0].values.dtype
     for tensor, _ in terms:
         dtype = torch.promote_types(dtype, tensor.values.dtype)
-    fused = _in_one_pass(terms, None, dtype, method)
+    fused = in_one_pass(terms, None, dtype, method)
     if fused is not None:
         return _sparse(name, terms[0][0].shape, fused.indices, fused.values, "delta", SparseTensor.of_kernel)
     indices, values = combine_deltas(name, terms, dtype, method)
@@ -173,24 +171,6 @@ def _sparse(
         return make(shape, indices.cpu(), values.cpu(), kind)
     except AdapterError as error:
         raise AdapterError(f"'{name}' as {values.dtype}: {error}; use smaller strengths, or check the base") from error
-
-
-def _in_one_pass(
-    terms: Sequence[tuple[SparseTensor, float]], weight: Tensor | None, dtype: torch.dtype, method: Method
-) -> Combined | None:
-    """The result of `combine` over the base in `weight`, or over zeros, if one kernel can compute all of it; otherwise None."""
-    gaps = kernels.takes_gaps(weight, sum(tensor.nnz for tensor, _ in terms))
-    changes = [
-        Contribution(
-            tensor.units if gaps and isinstance(tensor, Gaps) else tensor.indices,
-            tensor.values if tensor.kind == "delta" else tensor.values.to(dtype),
-            strength,
-            tensor.kind == "delta",
-            strength == 1 and (weight is None or tensor.kind == "overwrite"),
-        )
-        for tensor, strength in terms
-    ]
-    return kernels.combine(weight, changes, dtype, method.name, terms[0][0].numel)
 
 
 def _metadata(

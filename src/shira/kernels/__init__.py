@@ -75,12 +75,8 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
 
 
 def overwrite_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Set the entries of `weight`, in any layout in memory, at `indices` [k] to `values` [k] of its dtype, bit for bit."""
-    if weight.is_contiguous():
-        backend_for(weight, indices, values).overwrite_(weight, indices, values)
-    else:
-        with torch.inference_mode(weight.is_inference()):
-            weight.detach()[torch.unravel_index(indices.long(), weight.shape)] = values
+    """Set the entries of `weight` at `indices` [k] to `values` [k] of its dtype, bit for bit, in place."""
+    backend_for(weight, indices, values).overwrite_(weight, indices, values)
 
 
 def write_(plan: WritePlan, over: WritePlan) -> None:
@@ -170,16 +166,27 @@ def unite(runs: Sequence[Tensor]) -> UnitedPositions:
 
 
 def combine(
-    weight: Tensor | None, changes: Sequence[Contribution], dtype: torch.dtype, method: str, numel: int
+    weight: Tensor | None,
+    changes: Sequence[Contribution],
+    dtype: torch.dtype,
+    method: str,
+    numel: int,
+    *,
+    hidden: tuple[Tensor, Tensor] | None = None,
+    with_base: bool = True,
 ) -> Combined | None:
     """Several adapters' changes to one tensor, combined by a method in float32, in their order, and rounded once to `dtype`.
 
-    weight: the base, `numel` entries of `dtype`. None: the base is zeros, and the result's `base` and `under` are empty.
+    weight: the base, `numel` entries of `dtype`. None: the base is zeros.
+    hidden: positions [h], sorted, at which the weight does not hold the base, and the base's values there, [h] of `dtype`.
+    with_base: whether the result needs `base` and `under`. They are empty without it, or without a weight.
     Returns None if no kernel supports the case, or if gaps are invalid. The caller then computes the result as
     `fusion.combining.combine` defines it.
     """
     tensors = [tensor for change in changes for tensor in change[:2]] + ([] if weight is None else [weight])
-    return native.combine(weight, changes, dtype, method, numel) if backend_for(*tensors) is native else None
+    if backend_for(*tensors, *(hidden or ())) is not native:
+        return None
+    return native.combine(weight, changes, dtype, method, numel, hidden=hidden, with_base=with_base)
 
 
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:

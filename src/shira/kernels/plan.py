@@ -76,8 +76,8 @@ class Combined(NamedTuple):
 
     indices: Tensor  # [n], the positions of all changes, sorted and unique
     values: Tensor  # [n], the new values, in the base's dtype
-    base: Tensor  # [n], the base's values at these positions
-    under: list[Tensor]  # for each overwrite [k]: the base's values at its own positions; for a delta: not to be used
+    base: Tensor  # [n], the base's values at these positions; empty if they were not wanted
+    under: list[Tensor]  # for each overwrite [k]: the base's values at its positions; for a delta: not to be used; like `base`
 
 
 class Write(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MemoryOrder", "is_in_order", "memory_order"]
+__all__ = ["MemoryOrder", "in_memory", "is_in_order", "memory_order"]
 
 
 class MemoryOrder(NamedTuple):
@@ -52,6 +52,12 @@ def memory_order(shape: Sequence[int], strides: Sequence[int]) -> MemoryOrder | 
 def is_in_order(tensor: Tensor) -> bool:
     """Whether a tensor is contiguous, or is so after a permutation of its dimensions."""
     return tensor.is_contiguous() or memory_order(tensor.shape, tensor.stride()) is not None
+
+
+def in_memory(tensor: Tensor, positions: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments for a kernel that writes to contiguous tensors: `view`, and `sorted_places` of positions [k] and values."""
+    order = None if tensor.is_contiguous() else memory_order(tensor.shape, tensor.stride())
+    return (tensor, positions, values) if order is None else (order.view(tensor), *order.sorted_places(positions, values))
 
 
 def _moved(indices: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
 from ..kernels import WeightChanged, WeightMemory, WritePlan
 from ..sparse.memory_order import MemoryOrder, memory_order
+from ..sparse.positions import overlap
 from ..sparse.tensor import SparseTensor, dtype_name
 from ..texts import described, shown
 from ..weights.belonging import check_base
@@ -208,10 +209,8 @@ def _base_here(weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> T
                 if wanted.shape == write.indices.shape and torch.equal(wanted, write.indices):  # another strength of the same
                     values.copy_(stash)
                     continue
-                place = torch.searchsorted(write.indices, wanted)
-                place.clamp_(max=write.indices.numel() - 1)
-                hit = write.indices[place] == indices
-                values[hit] = stash[place[hit]]
+                there, here = overlap(write.indices, wanted)
+                values[here] = stash[there]
     return values
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..fusion.combining import combine, combine_deltas, overflow
+from ..fusion.combining import combine, combine_deltas, in_one_pass, overflow
 from ..fusion.methods import Method
 from ..fusion.strengths import strengths_of
-from ..kernels import Sum, Write, WritePlan
+from ..kernels import Combined, Sum, Write, WritePlan
 from ..sparse.tensor import SparseTensor, all_finite
 from ..weights.model_tensors import is_buffer
 from ..weights.quantized import is_quantized
@@ -100,9 +100,14 @@ def _write(
     tensor, strength = terms[0]
     if len(terms) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
         return _local_write(weight, tensor.indices, tensor.values.clone(), ready, model), None
+    in_place = id(weight) not in model.pieces and id(weight) not in model.orders
+    found = _in_one_pass(terms, weight, method, active) if in_place else None
+    if found is not None:
+        if not all_finite(found.values):
+            raise overflow(name, weight.dtype)
+        return Write(weight, ready.own_positions(weight, found.indices, fresh=True), found.values), None
     union = kernels.unite([term.indices for term, _ in terms])
     as_written = method.name == "sum" and all(term.kind == "overwrite" for term, _ in terms)
-    in_place = id(weight) not in model.pieces and id(weight) not in model.orders
     if as_written and in_place and kernels.writes_sums(weight):
         room = torch.empty_like(union.indices, dtype=weight.dtype)
         total = Sum.of(union, [(term.values, strength) for term, strength in terms])
@@ -111,6 +116,21 @@ def _write(
     if not all_finite(values):
         raise overflow(name, weight.dtype)
     return _local_write(weight, indices, values, ready, model), None
+
+
+def _in_one_pass(
+    terms: list[tuple[SparseTensor, float]], weight: Tensor, method: Method, active: Sequence[WritePlan]
+) -> Combined | None:
+    """The combined values of a weight and their positions, if one kernel can compute them from what it holds now."""
+    hidden = [
+        (write.indices, stash)
+        for plan in active
+        for write, stash in zip(plan.writes, plan.stash, strict=True)
+        if write.weight is weight
+    ]
+    if len(hidden) > 1:
+        return None
+    return in_one_pass(terms, weight.detach(), weight.dtype, method, hidden=hidden[0] if hidden else None, with_base=False)
 
 
 def _local_write(weight: Tensor, indices: Tensor, values: Tensor, ready: Ready, model: ModelState) -> Write:

@@ -170,13 +170,14 @@ class Ready:
         """Drop one selection from those that are ready."""
         self.here.pop(key, None)
 
-    def own_positions(self, weight: Tensor, indices: Tensor) -> Tensor:
+    def own_positions(self, weight: Tensor, indices: Tensor, *, fresh: bool = False) -> Tensor:
         """A copy of these positions, which nobody else changes; or the tensor of a ready plan with the same positions.
 
         So adapters with the same mask hold their positions once, and a switch from one to another is a single pass.
+        fresh: nobody else holds these positions, so they need no copy.
         """
         for prepared in self.here.values():
             for write in prepared.plan.writes:
                 if write.weight is weight and write.indices.numel() == indices.numel() and torch.equal(write.indices, indices):
                     return write.indices
-        return indices.clone()
+        return indices if fresh else indices.clone()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
-from ..sparse.memory_order import memory_order
+from ..sparse.memory_order import in_memory
 from ..sparse.positions import overlap
 from ..sparse.tensor import Kind, all_finite
 from ..sparse.topk import top_k
@@ -169,7 +169,7 @@ class Masters(Followed):
         if self.piece is not None:
             span = self.piece.span(indices)
             weight, indices, values = self.piece.local, indices[span] - self.piece.start, values[span]
-        kernels.overwrite_(weight, indices, values)
+        kernels.overwrite_(*in_memory(weight, indices, values))
 
 
 class Plain(Masters):
@@ -223,7 +223,7 @@ class Plain(Masters):
         bits = torch.cat([below, gone.base[stays], gone.values[stays]])
         name = old[:-1] if old.endswith("_") else old + "_"  # a second buffer, so that one of the two is complete at any moment
         holder.register_buffer(name, bits, persistent=False)
-        kernels.overwrite_(self.weight, gone.indices[~stays], gone.base[~stays])
+        kernels.overwrite_(*in_memory(self.weight, gone.indices[~stays], gone.base[~stays]))
         self._note()
         self.entries = Entries(indices, gone.indices[stays], bits, kernels.find_whole_lines(indices, *self.matrix_shape), name)
         holder._buffers.pop(old, None)
@@ -247,11 +247,7 @@ def swapped(masters: Collection[Masters], still: Callable[[], bool], undo: Undo)
         each.look()
         touched = each.touched()
         if each.in_place:
-            weight, indices, base = each.weight.data, touched.indices, touched.base
-            order = memory_order(weight.shape, weight.stride())
-            if order is not None:
-                weight, (indices, base) = order.view(weight), order.sorted_places(indices, base)
-            writes.append(kernels.Write(weight, indices, base))
+            writes.append(kernels.Write(*in_memory(each.weight.data, touched.indices, touched.base)))
     plan = kernels.WritePlan.of(writes)
     known = [(each, each.written, each.may_have_stepped) for each in masters]
 

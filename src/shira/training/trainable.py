@@ -47,8 +47,8 @@ def check_trainable(targets: Iterable[Target]) -> None:
         if weight.dtype not in FLOAT_DTYPES or weight.is_meta or not is_in_order(weight):
             strides = "" if is_in_order(weight) else f", not contiguous: strides {list(weight.stride())}; use its contiguous()"
             raise TargetError(
-                f"'{target.name}' must be contiguous, or a contiguous tensor whose dimensions were permuted, with data, and one "
-                f"of {', '.join(map(dtype_name, FLOAT_DTYPES))}; found {weight.dtype} on {weight.device}{strides}"
+                f"'{target.name}' must be contiguous, or contiguous but for the order of its dimensions, with data, and one of "
+                f"{', '.join(map(dtype_name, FLOAT_DTYPES))}; found {weight.dtype} on {weight.device}{strides}"
             )
         if not is_sharded(weight) and not has_memory(weight):
             raise TargetError(f"the memory of '{target.name}' was freed; load the model again")

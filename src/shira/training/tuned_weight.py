@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
+from ..sparse.memory_order import in_memory
 from ..sparse.tensor import Kind
 from ..weights.model_tensors import OWN
 from ..weights.targets import Target, Use
@@ -98,7 +99,7 @@ def _clear_off_mask(hooked: Hooked, parameter: Tensor) -> None:
             parameter.grad = parameter.grad.to_dense()
         kept = kernels.gather(parameter.grad, hooked.indices)
         parameter.grad.zero_()
-        kernels.overwrite_(parameter.grad, hooked.indices, kept)
+        kernels.overwrite_(*in_memory(parameter.grad, hooked.indices, kept))
 
 
 def _keep_off_mask(hooked: Hooked, *_: Any) -> None:
@@ -108,5 +109,5 @@ def _keep_off_mask(hooked: Hooked, *_: Any) -> None:
     if weight._version != hooked.seen:
         kept = kernels.gather(weight, hooked.indices)
         weight.detach().copy_(hooked.base)
-        kernels.overwrite_(weight, hooked.indices, kept)
+        kernels.overwrite_(*in_memory(weight, hooked.indices, kept))
         hooked.seen = weight._version

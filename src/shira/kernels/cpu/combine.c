@@ -23,7 +23,7 @@
 typedef struct {
     const void *positions; /* [count], int32, strictly increasing, at least 0; or gaps [units] as in a file (docs/format.md) */
     const void *values;    /* [count] */
-    void *under;           /* [count], of an overwrite: receives the base's values at its positions */
+    void *under;           /* [count], of an overwrite: receives the base's values at its positions; or NULL */
     int64_t count, done;   /* number of entries; number of entries before the window */
     int64_t units, read;   /* of gaps: number of units; number of units that have been read */
     int64_t least;         /* of gaps: the smallest possible next position */
@@ -33,16 +33,22 @@ typedef struct {
     int32_t unit_bytes; /* of gaps: 1 or 2; 0: positions */
 } Change;
 
-/* The result: positions, new values and base values, each with room for the entries of all changes and SLACK more; its
- * inputs. */
+/* The base: a weight, or zeros if that is NULL. At some positions it is not what the weight holds now. */
+typedef struct {
+    const void *weight;
+    const int32_t *positions; /* [count], strictly increasing, at least 0 */
+    const void *values;       /* [count], the base's values there */
+    int64_t count, done;      /* number of these entries; number of them before the window */
+} Base;
+
+/* The result: positions, new values and base values, each with room for the entries of all changes and SLACK more. */
 typedef struct {
     int32_t *positions;
-    void *values, *base;
-    const void *weight; /* the base; NULL: it is zeros, and no values of it are returned */
-    int mode;
+    void *values, *base; /* base: NULL if it is not wanted */
 } Result;
 
 enum { SUM, MEAN, LARGEST };
+enum { NOTHING, ENTRIES, LINES };             /* what of the base to prefetch: for each entry its line, or every line in order */
 enum { WINDOW = 1 << 12, BLOCK = 64 };        /* positions in a window; positions written out at once */
 /* entries of a change to prefetch ahead; positions to prefetch ahead if every line is fetched; bytes of a cache line */
 enum { ENTRIES_AHEAD = 64, POSITIONS_AHEAD = 3 * WINDOW, LINE = 64 };
@@ -57,8 +63,12 @@ typedef struct {
     uint8_t met[WINDOW];           /* the number of changes at each position */
     uint16_t meetings[WINDOW + 1]; /* the positions with several changes */
     int32_t decoded[WINDOW];       /* the positions that were decoded from the gaps of the current change */
+    union {
+        float floats[WINDOW];
+        uint16_t halves[WINDOW];
+    } base;                        /* the base here, if the weight does not hold all of it */
     int64_t met_at, start, stop;   /* number of meetings; first position; end of the window, or of the tensor */
-    int every_line;                /* most lines of the base are needed: all are prefetched in order, not one for each entry */
+    int fetches;                   /* NOTHING, ENTRIES or LINES */
 } Window;
 
 /* Prefetch one change's share of the base that a later window needs. */
@@ -85,8 +95,8 @@ INLINE void fetch(const void *base, int64_t bytes, Py_ssize_t number, Py_ssize_t
 DECODE(decode_bytes, uint8_t, UINT8_MAX)
 DECODE(decode_shorts, uint16_t, UINT16_MAX)
 
-/* NAME: add all changes to a window. NAME_one: add one adapter's, compiled for each kind of change. weight: NULL for exact
- * deltas, which do not need the base. */
+/* NAME: add all changes to a window. NAME_one: add one adapter's, compiled for each kind of change. weight: the base from the
+ * window's start on; NULL for exact deltas, which do not need it. */
 #define ADD(NAME, VALUE, WIDE_VALUE, BASE, WIDE_BASE, NARROW, SAME)                                                    \
     INLINE void NAME##_one(Change *change, const BASE *weight, Window *window, int is_delta, int is_exact, int largest) { \
         const int64_t decoded = change->unit_bytes == 1   ? decode_bytes(change, window)                              \
@@ -95,18 +105,19 @@ DECODE(decode_shorts, uint16_t, UINT16_MAX)
         const int64_t count = decoded < 0 ? change->count - change->done : decoded;                                   \
         const int32_t *positions = decoded < 0 ? (const int32_t *)change->positions + change->done : window->decoded; \
         const VALUE *values = (const VALUE *)change->values + change->done;                                           \
-        BASE *under = is_delta ? NULL : (BASE *)change->under + change->done, *fresh = (BASE *)&window->fresh;        \
+        BASE *under = is_delta || !change->under ? NULL : (BASE *)change->under + change->done;                       \
+        BASE *fresh = (BASE *)&window->fresh;                                                                         \
         const int64_t start = window->start, stop = window->stop;                                                     \
         const float strength = change->strength;                                                                      \
-        const int64_t fetched = weight && !window->every_line ? count - ENTRIES_AHEAD : 0;                            \
+        const int64_t fetched = weight && window->fetches == ENTRIES ? count - ENTRIES_AHEAD : 0;                     \
         int64_t i = 0, met_at = window->met_at;                                                                       \
         for (; i < count && positions[i] < stop; i++) {                                                               \
             const int64_t where = positions[i], at = where - start;                                                   \
-            if (weight && i < fetched) FETCH(&weight[positions[i + ENTRIES_AHEAD]]);                                  \
-            const BASE bits = weight ? weight[where] : 0;                                                             \
+            if (weight && i < fetched) FETCH(&weight[positions[i + ENTRIES_AHEAD] - start]);                          \
+            const BASE bits = weight ? weight[at] : 0;                                                                \
             const float old = WIDE_BASE(bits), value = WIDE_VALUE(values[i]), before = window->total[at];             \
             const float by = strength * (is_delta ? value : value - old);                                             \
-            if (!is_delta) under[i] = bits;                                                                           \
+            if (under) under[i] = bits;                                                                               \
             window->total[at] = !largest ? before + by : fabsf(by) > fabsf(before) ? by : before;                     \
             fresh[at] = is_exact ? SAME(values[i]) : NARROW(old + (0.0f + by));                                       \
             window->meetings[met_at] = (uint16_t)at;                                                                  \
@@ -118,7 +129,7 @@ DECODE(decode_shorts, uint16_t, UINT16_MAX)
     INLINE void NAME##_all(Change *changes, Py_ssize_t count, const BASE *weight, Window *window, int largest) {      \
         for (Py_ssize_t c = 0; c < count; c++) {                                                                      \
             Change *change = &changes[c];                                                                             \
-            if (window->every_line) fetch(weight + window->start + POSITIONS_AHEAD, sizeof(BASE) * WINDOW, c, count); \
+            if (window->fetches == LINES) fetch(weight + POSITIONS_AHEAD, sizeof(BASE) * WINDOW, c, count);           \
             if (weight && !change->is_delta && change->is_exact) NAME##_one(change, weight, window, 0, 1, largest);   \
             else if (weight && !change->is_delta) NAME##_one(change, weight, window, 0, 0, largest);                  \
             else if (change->is_exact) NAME##_one(change, NULL, window, 1, 1, largest);                               \
@@ -133,7 +144,7 @@ DECODE(decode_shorts, uint16_t, UINT16_MAX)
         for (int64_t m = 0; m < window->met_at; m++) {                                                                \
             const int64_t at = window->meetings[m];                                                                   \
             const float sum = mode == MEAN ? window->total[at] / (float)window->met[at] : window->total[at];          \
-            ((BASE *)&window->fresh)[at] = NARROW((weight ? WIDE_BASE(weight[window->start + at]) : 0.0f) + sum);     \
+            ((BASE *)&window->fresh)[at] = NARROW((weight ? WIDE_BASE(weight[at]) : 0.0f) + sum);                     \
         }                                                                                                             \
         window->met_at = 0;                                                                                           \
     }
@@ -153,11 +164,12 @@ static inline uint64_t eight(const uint8_t *bytes) {
     return (word >> 7 & 0x0101010101010101u) * 0x0102040810204080u >> 56;
 }
 
-/* Write out the touched entries of a window after the `found` earlier entries, and clear the window. Returns the new number. */
+/* Write out the touched entries of a window after the `found` earlier entries, and clear the window. Returns the new number.
+ * base: as weight in `ADD`. */
 #define WRITE(NAME, BASE)                                                                                             \
     FAST_VERSIONS                                                                                                     \
-    static int64_t NAME(Window *window, Result to, int64_t found) {                                                   \
-        const BASE *weight = (const BASE *)to.weight, *fresh = (const BASE *)&window->fresh;                          \
+    static int64_t NAME(Window *window, const void *base, Result to, int64_t found) {                                 \
+        const BASE *weight = (const BASE *)base, *fresh = (const BASE *)&window->fresh;                               \
         for (int block = 0; block < WINDOW; block += BLOCK) {                                                         \
             uint64_t held = 0;                                                                                        \
             for (int b = 0; b < BLOCK; b += 8) held |= eight(&window->met[block + b]) << b;                           \
@@ -166,7 +178,7 @@ static inline uint64_t eight(const uint8_t *bytes) {
                 const int at = block + ONES((held & (0 - held)) - 1);                                                 \
                 to.positions[found] = (int32_t)(window->start + at);                                                  \
                 ((BASE *)to.values)[found] = fresh[at];                                                               \
-                if (weight) ((BASE *)to.base)[found] = weight[window->start + at];                                    \
+                if (to.base) ((BASE *)to.base)[found] = weight[at];                                                   \
             }                                                                                                         \
             memset(window->total + block, 0, BLOCK * sizeof(float));                                                  \
             memset(window->met + block, 0, BLOCK);                                                                    \
@@ -199,23 +211,23 @@ AVX512 INLINE uint64_t taken(Window *window, int block) {
 AVX512 INLINE void put_floats(Result to, int64_t found, __m512i positions, __m512i fresh, __m512i old) {
     _mm512_storeu_si512(to.positions + found, positions);
     _mm512_storeu_si512((float *)to.values + found, fresh);
-    if (to.weight) _mm512_storeu_si512((float *)to.base + found, old);
+    if (to.base) _mm512_storeu_si512((float *)to.base + found, old);
 }
 
 AVX512 INLINE void put_halves(Result to, int64_t found, __m512i positions, __m256i fresh, __m256i old) {
     _mm512_storeu_si512(to.positions + found, positions);
     _mm256_storeu_si256((__m256i *)((uint16_t *)to.values + found), fresh);
-    if (to.weight) _mm256_storeu_si256((__m256i *)((uint16_t *)to.base + found), old);
+    if (to.base) _mm256_storeu_si256((__m256i *)((uint16_t *)to.base + found), old);
 }
 
-AVX512 static int64_t write_floats_avx512(Window *window, Result to, int64_t found) {
+AVX512 static int64_t write_floats_avx512(Window *window, const void *base, Result to, int64_t found) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int block = 0; block < WINDOW; block += BLOCK) {
         uint64_t held = taken(window, block);
         for (int at = block; held; at += 16, held >>= 16) {
             const __mmask16 here = (__mmask16)held;
-            const float *weight = (const float *)to.weight + window->start + at;
-            const __m512i old = to.weight ? _mm512_maskz_loadu_epi32(here, weight) : _mm512_setzero_si512();
+            const __m512i old =
+                to.base ? _mm512_maskz_loadu_epi32(here, (const float *)base + at) : _mm512_setzero_si512();
             const __m512i positions = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)(window->start + at)));
             put_floats(to, found, _mm512_maskz_compress_epi32(here, positions),
                        _mm512_maskz_compress_epi32(here, _mm512_loadu_si512(window->fresh.floats + at)),
@@ -226,18 +238,18 @@ AVX512 static int64_t write_floats_avx512(Window *window, Result to, int64_t fou
     return found;
 }
 
-AVX512 static int64_t write_halves_avx512(Window *window, Result to, int64_t found) {
+AVX512 static int64_t write_halves_avx512(Window *window, const void *base, Result to, int64_t found) {
     const __m512i lanes = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10,
                                            9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (int block = 0; block < WINDOW; block += BLOCK) {
         uint64_t held = taken(window, block);
         for (int at = block; held; at += 32, held >>= 32) {
             const __mmask32 here = (__mmask32)held;
-            const uint16_t *weight = (const uint16_t *)to.weight + window->start + at;
             const __m512i first = _mm512_set1_epi32((int)(window->start + at));
             const __m512i place = _mm512_maskz_compress_epi16(here, lanes);
             const __m512i fresh = _mm512_maskz_compress_epi16(here, _mm512_loadu_si512(window->fresh.halves + at));
-            const __m512i beneath = to.weight ? _mm512_maskz_loadu_epi16(here, weight) : _mm512_setzero_si512();
+            const __m512i beneath =
+                to.base ? _mm512_maskz_loadu_epi16(here, (const uint16_t *)base + at) : _mm512_setzero_si512();
             const __m512i old = _mm512_maskz_compress_epi16(here, beneath);
             const int count = ONES((uint64_t)here);
             put_halves(to, found, _mm512_add_epi32(first, _mm512_cvtepu16_epi32(_mm512_castsi512_si256(place))),
@@ -280,22 +292,39 @@ static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t end)
 /* Whether the gaps gave exactly `count` positions, all below the end. Positions that are not gaps were checked by native.py. */
 static int is_whole(const Change *change) { return change->done == change->count && change->read == change->units; }
 
-static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base_bytes, int64_t end, Result to, int plain) {
+/* The base from the window's start on: the weight itself, or a copy with the values that the weight does not hold. */
+static const void *base_of(Base *base, Window *window, int bytes) {
+    if (!base->weight) return NULL;
+    const char *weight = (const char *)base->weight + window->start * bytes;
+    if (!base->count) return weight;
+    memcpy(&window->base, weight, (size_t)((window->stop - window->start) * bytes));
+    while (base->done < base->count && base->positions[base->done] < window->start) base->done++;
+    for (; base->done < base->count && base->positions[base->done] < window->stop; base->done++) {
+        const int64_t at = base->positions[base->done] - window->start;
+        if (bytes == 4) window->base.floats[at] = ((const float *)base->values)[base->done];
+        else window->base.halves[at] = ((const uint16_t *)base->values)[base->done];
+    }
+    return &window->base;
+}
+
+static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base_bytes, int64_t end, Base base, Result to,
+                    int mode, int plain) {
     void (*const add)(Change *, Py_ssize_t, const void *, int, Window *) =
         base_bytes == 4 ? add_floats : value_bytes == 2 ? add_halves : add_mixed;
-    int64_t (*const write)(Window *, Result, int64_t) = plain || !has_avx512()
-                                                            ? (base_bytes == 4 ? write_floats : write_halves)
-                                                            : (base_bytes == 4 ? write_floats_avx512 : write_halves_avx512);
+    int64_t (*const write)(Window *, const void *, Result, int64_t) =
+        plain || !has_avx512() ? (base_bytes == 4 ? write_floats : write_halves)
+                               : (base_bytes == 4 ? write_floats_avx512 : write_halves_avx512);
     Window window;
     int64_t found = 0;
     memset(&window, 0, sizeof window);
-    window.every_line = to.weight && entries_of(changes, count) > end * base_bytes / LINE;
+    if (base.weight && !base.count) window.fetches = entries_of(changes, count) > end * base_bytes / LINE ? LINES : ENTRIES;
     for (int64_t before; window.start < end;
          window.start = found > before ? window.start + WINDOW : next_window(changes, count, end)) {
         before = found;
         window.stop = window.start + WINDOW < end ? window.start + WINDOW : end;
-        add(changes, count, to.weight, to.mode, &window);
-        found = write(&window, to, found);
+        const void *here = base_of(&base, &window, base_bytes);
+        add(changes, count, here, mode, &window);
+        found = write(&window, here, to, found);
     }
     for (Py_ssize_t c = 0; c < count; c++)
         if (!is_whole(&changes[c])) return -1;
@@ -305,18 +334,19 @@ static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base
 /* Combine at most 255 changes, all below `end`. Returns the number of entries; -1 if gaps are invalid. It uses one thread
  * and no shared state, so several threads may call it. */
 PyObject *combine(PyObject *self, PyObject *args) {
-    unsigned long long address, weight, positions, values, base;
+    unsigned long long address, weight, elsewhere, there, positions, values, under;
     Py_ssize_t count;
-    long long end, found;
+    long long others, end, found;
     int value_bytes, base_bytes, mode, plain;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KniKiLKKKii", &address, &count, &value_bytes, &weight, &base_bytes, &end, &positions, &values,
-                          &base, &mode, &plain))
+    if (!PyArg_ParseTuple(args, "KniKKKLiLKKKii", &address, &count, &value_bytes, &weight, &elsewhere, &there, &others,
+                          &base_bytes, &end, &positions, &values, &under, &mode, &plain))
         return NULL;
-    const Result to = {(int32_t *)(uintptr_t)positions, (void *)(uintptr_t)values, (void *)(uintptr_t)base,
-                       (const void *)(uintptr_t)weight, mode};
+    const Base base = {(const void *)(uintptr_t)weight, (const int32_t *)(uintptr_t)elsewhere, (const void *)(uintptr_t)there,
+                       others, 0};
+    const Result to = {(int32_t *)(uintptr_t)positions, (void *)(uintptr_t)values, (void *)(uintptr_t)under};
     Py_BEGIN_ALLOW_THREADS
-    found = fuse((Change *)(uintptr_t)address, count, value_bytes, base_bytes, end, to, plain);
+    found = fuse((Change *)(uintptr_t)address, count, value_bytes, base_bytes, end, base, to, mode, plain);
     Py_END_ALLOW_THREADS
     return PyLong_FromLongLong(found);
 }

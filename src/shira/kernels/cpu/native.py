@@ -150,7 +150,14 @@ def takes_gaps(weight: Tensor | None, entries: int) -> bool:
 
 
 def combine(
-    weight: Tensor | None, changes: Sequence[Contribution], dtype: torch.dtype, method: str, numel: int
+    weight: Tensor | None,
+    changes: Sequence[Contribution],
+    dtype: torch.dtype,
+    method: str,
+    numel: int,
+    *,
+    hidden: tuple[Tensor, Tensor] | None = None,
+    with_base: bool = True,
 ) -> Combined | None:
     """See `kernels.combine`: one window of positions at a time, without computing the union first.
 
@@ -161,35 +168,48 @@ def combine(
     known = method in MODES and dtype in (torch.float32, torch.bfloat16) and len(changes) <= MOST_CHANGES
     if not known or numel >= 2**31 or any(own.dtype not in (torch.int32, *GAPS) for own in positions):
         return None
+    if hidden is not None and hidden[0].dtype != torch.int32:
+        return None
     common = torch.bfloat16 if all(change.values.dtype == dtype == torch.bfloat16 for change in changes) else torch.float32
     values = [change.values.to(common).contiguous() for change in changes]
-    _check_addresses(weight, positions, values, dtype, numel)
+    _check_addresses(weight, positions, values, dtype, numel, hidden)
     sizes = [own.numel() for own in values]
     most = sum(sizes) + SLACK
     indices, fresh = _empty(most, torch.int32, dtype)
     base, *under = [fresh[:0]] * (1 + len(sizes))
-    if weight is not None:
+    with_base = with_base and weight is not None
+    if with_base:
         base, *under = _empty(most + sum(sizes), dtype)[0].split([most, *sizes])
     table = np.zeros(len(changes), dtype=CHANGE)
-    for field, tensors in (("positions", positions), ("values", values), ("under", under)):
-        table[field] = [tensor.data_ptr() for tensor in tensors]
+    for field, tensors in (("positions", positions), ("values", values), ("under", under if with_base else [])):
+        table[field] = [tensor.data_ptr() for tensor in tensors] or 0
     table["count"] = sizes
     table["unit_bytes"] = [own.itemsize if own.dtype in GAPS else 0 for own in positions]
     table["units"] = [own.numel() if own.dtype in GAPS else 0 for own in positions]
     for field in ("strength", "is_delta", "is_exact"):
         table[field] = [getattr(change, field) for change in changes]
-    inputs = (table.ctypes.data, len(changes), common.itemsize, 0 if weight is None else weight.data_ptr(), dtype.itemsize)
-    outputs = (indices.data_ptr(), fresh.data_ptr(), base.data_ptr())
-    found = _native.combine(*inputs, numel, *outputs, MODES[method], plain_c.get())
+    elsewhere = (0, 0, 0) if hidden is None else (hidden[0].data_ptr(), hidden[1].data_ptr(), hidden[0].numel())
+    whole = (0 if weight is None else weight.data_ptr(), *elsewhere, dtype.itemsize, numel)
+    outputs = (indices.data_ptr(), fresh.data_ptr(), base.data_ptr() if with_base else 0)
+    found = _native.combine(table.ctypes.data, len(changes), common.itemsize, *whole, *outputs, MODES[method], plain_c.get())
     if found < 0:
         return None
     return Combined(_kept(indices, found), _kept(fresh, found), base[:found], under)
 
 
 def _check_addresses(
-    weight: Tensor | None, positions: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, numel: int
+    weight: Tensor | None,
+    positions: Sequence[Tensor],
+    values: Sequence[Tensor],
+    dtype: torch.dtype,
+    numel: int,
+    hidden: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Raise IndexError for arguments that C does not check, and that would corrupt memory."""
+    if hidden is not None:
+        if weight is None or hidden[1].dtype != dtype or not all(each.is_contiguous() for each in hidden):
+            raise IndexError(f"what the weight hides must be of its dtype, {dtype}, and contiguous; found {hidden[1].dtype}")
+        positions, values = [*positions, hidden[0]], [*values, hidden[1]]
     for own, new in zip(positions, values, strict=True):
         if own.dtype in GAPS:
             continue

@@ -76,7 +76,7 @@ class Decomposed(Masters):
         squares = torch.zeros(self.matrix_shape[self.output_dim], dtype=torch.float64, device=self.weight.device)
         whole = self.weight.detach().reshape(self.matrix_shape)
         for rows, places in row_blocks(self.matrix_shape, self.indices):
-            block = whole[rows].float().contiguous() if whole.dtype != torch.float32 else whole[rows].clone()
+            block = whole[rows].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             kernels.overwrite_(block, self.indices[places] - rows.start * self.matrix_shape[1], there[places].float())
             if self.factors is not None:
                 block += self.factors.up[:, rows].T @ self.factors.down
