@@ -304,16 +304,29 @@ def run_sharded_too_late(folder, rank, ranks):
 
 
 def run_other_positions(folder, rank, ranks):
-    model = family("llama").train()
-    with shira.attach(model, mask="rand", density=0.2, targets=TARGETS, seed=rank):
-        wrapped = nn.parallel.DistributedDataParallel(model)
+    """Chosen by other seeds, which is said at each pass; then by a refresh on other batches."""
+    errors = []
+
+    def refused(wrapped):
         try:
             wrapped(**family_batch("llama"))
         except shira.TuningError as error:
-            message = str(error)
-        else:
-            message = ""
-    (folder / f"other-positions-{rank}.json").write_text(json.dumps(message))
+            errors.append(str(error))
+
+    model = family("llama").train()
+    with shira.attach(model, mask="rand", density=0.2, targets=TARGETS, seed=rank):
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        refused(wrapped)
+        refused(wrapped)
+    model = family("llama").train()
+    with shira.attach(model, mask="snip", density=0.2, targets=TARGETS, calibration=[family_batch("llama")]) as tuner:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        wrapped(**family_batch("llama")).loss.backward()
+        optimizer.step()
+        tuner.refresh(optimizer, calibration=[family_batch("llama", rank)])
+        refused(wrapped)
+    (folder / f"other-positions-{rank}.json").write_text(json.dumps(errors))
 
 
 def run_dies(folder, rank, ranks):

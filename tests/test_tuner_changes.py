@@ -128,7 +128,7 @@ def cast_alone(model):
 
 
 def other_layout(model):
-    model[0].weight.data = model[0].weight.data.t().contiguous().t()
+    model[0].weight.data = model[0].weight.data.repeat_interleave(2, 1)[:, ::2]
 
 
 def taken_away(model):

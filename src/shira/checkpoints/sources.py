@@ -14,7 +14,7 @@ from ..files.tensorfiles import BLOCK, HeaderEntry
 from ..sparse.tensor import bytes_of, is_dense
 from ..texts import described
 from ..weights.distributed import is_sharded
-from ..weights.model_tensors import unwrapped
+from ..weights.model_tensors import is_own, unwrapped
 from ..weights.owners import claim
 from ..weights.quantized import is_quantized
 
@@ -55,7 +55,8 @@ def tensors_of(source: CheckpointSource) -> Mapping[str, Tensor]:
             if is_quantized(weight) or is_sharded(weight):
                 state = "quantized" if is_quantized(weight) else "sharded"
                 raise CheckpointError(f"'{name}' is {state} in this model; give a plain model or checkpoint")
-        return _dense(unwrapped(source).state_dict())
+        tensors = unwrapped(source).state_dict()
+        return _dense({name: tensor for name, tensor in tensors.items() if not is_own(name.rpartition(".")[2])})
     if isinstance(source, Mapping):
         for name, tensor in () if isinstance(source, LazyTensors) else source.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):

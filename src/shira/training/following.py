@@ -166,6 +166,16 @@ class Followed:
             and all(parameter.dtype is torch.float32 for parameter in self.parameters.values())
         )
 
+    def _is_where_it_was(self, weight: Tensor) -> bool:
+        """Whether the weight has the memory in which it was last seen: only the masters were cast, or both to its own dtype."""
+        seen = self._seen
+        return (
+            seen is not None
+            and (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+            == (seen.address, seen.dtype, seen.shape, seen.stride)
+            and seen.storage() is not None
+        )
+
     def _note(self) -> None:
         """Record the present state of the weight as the known one."""
         weight = self.weight
@@ -196,8 +206,9 @@ class Followed:
                 indices=entries.indices.to(weight.device), earlier=entries.earlier.to(weight.device), whole_lines=whole_lines
             )
         version = sum(found._version for _, _, found in now if found is not None)
-        together = bits is not self.entries.bits and same and self._seen is not None and version == self._seen.version
-        if not together:
+        unwritten = same and self._seen is not None and version == self._seen.version
+        with_base = bits is not self.entries.bits  # the module's buffers were cast or moved, and the weight with them
+        if not (unwritten and (with_base or self._is_where_it_was(weight))):
             self._check_entries(weight, entries)
         self.uses = [(holder, attribute, found) for holder, attribute, found in now if found is not None]
         self.weight, self.entries = weight, entries
@@ -240,7 +251,7 @@ class Followed:
         if first.shape != self._shape():
             self._refuse(f"was replaced by one of shape {list(first.shape)}, it was {list(self._shape())}", "put it back")
         if not is_in_order(first):
-            self._refuse("has gaps in its memory, or entries that share memory", "replace it by its contiguous()")
+            self._refuse("is not contiguous: it has gaps, or entries that share memory", "replace it by its contiguous()")
         if first.is_inference():
             self._refuse("was replaced by one made under inference_mode", "put it back")
         if first.dtype not in FLOAT_DTYPES:
@@ -278,11 +289,15 @@ class Followed:
         k, m = entries.indices.numel(), entries.earlier.numel()
         found = kernels.gather(weight.detach(), torch.cat([entries.indices, entries.earlier]))
         base, earlier = entries.bits[: k + m], entries.bits[k + m :]
-        ours = torch.cat([self.current().detach().to(weight.dtype), earlier])
-        wrong = int((_differ(found, base) & _differ(found, ours)).sum())
-        if wrong:
+        current = self.current().detach()
+        before = current if self._seen is None else current.to(self._seen.dtype)  # as it was written before a cast
+        wrong = _differ(found, base)
+        for ours in (current, before):
+            wrong &= _differ(found, torch.cat([ours.to(weight.dtype), earlier]))
+        count = int(wrong.sum())
+        if count:
             self._refuse(
-                f"was written to or replaced by others: {wrong} of its {k + m} entries in training are neither the base's nor "
+                f"was written to or replaced by others: {count} of its {k + m} entries in training are neither the base's nor "
                 "what was trained, so the base's values there are not known",
                 "load the base's weights, or those of before, into the model",
             )

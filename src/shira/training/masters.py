@@ -1,7 +1,7 @@
 """The trained entries of one weight: their float32 masters, the base's values, and the entries that trained earlier."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,10 @@ class Masters(Followed):
         self.written = -1
         self._seen = None
 
+    def entries_of(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        """The entries [k], float32, that other values of `parameters` would give; None if that is not computed."""
+        return None
+
     def has_gradient(self) -> bool:
         return any(parameter.grad is not None for parameter in self.parameters.values())
 
@@ -79,6 +83,8 @@ class Masters(Followed):
         if changed or self.may_have_stepped:
             # After a known change, autograd should raise if a backward pass needs the old weight: write to the weight itself.
             # Else most likely the same values are written again, and it should not raise: write to the weight's data.
+            if self.written == -1:  # the weight may hold the base at all entries
+                self._put(self.earlier.indices, self.earlier.values, self.weight)
             self._put(self.indices, self.rounded(), self.weight if changed else self.weight.data)
             self._note()
             self.written = self.version
@@ -189,6 +195,9 @@ class Plain(Masters):
 
     def current(self) -> Tensor:
         return self.values if self.scale == 1 else self.values * self.scale
+
+    def entries_of(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        return parameters[""].float() * self.scale
 
     def put_back_to_float32(self) -> None:
         """Also give values that float16 could not hold in this scale those of the weight, which was cast with them."""

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,33 +55,43 @@ def _average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
             parameter.grad = (mean / processes).view_as(parameter)
 
 
-def check_same_positions(model: nn.Module, positions: Iterable[Tensor], undo: Undo) -> None:
-    """Make the first forward pass in DDP raise TuningError if processes train different positions, until `undo`.
+def check_same_positions(model: nn.Module, positions: Callable[[], Iterable[Tensor]], undo: Undo) -> Callable[[], None]:
+    """Make a forward pass in DDP raise TuningError in all processes if they train different positions, until `undo`.
 
-    DDP would then average entries that have nothing to do with each other.
+    DDP would then average entries that have nothing to do with each other. positions: those that train now. The passes compare
+    them until they are the same; and again when what is returned was called, which every process must call alike.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    digest = hashlib.sha256()
-    for indices in positions:
-        digest.update(indices.cpu().long().numpy().tobytes())
-    unchecked = [int.from_bytes(digest.digest()[:7], "big")]
-    hook = functools.partial(torch.compiler.disable(_compare_checksum), unchecked)
+        return _nothing
+    unchecked = [True]
+    hook = functools.partial(torch.compiler.disable(_compare_positions), positions, unchecked)
     set_hook(undo, hooks_of(model, "_forward_pre_hooks"), model.register_forward_pre_hook, hook)
+    return functools.partial(unchecked.__setitem__, slice(None), [True])
 
 
-def _compare_checksum(unchecked: list[int], model: nn.Module, _inputs: Any) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _compare_positions(
+    positions: Callable[[], Iterable[Tensor]], unchecked: list[bool], model: nn.Module, _inputs: Any
+) -> None:
     wrapper: Any = nn.parallel.DistributedDataParallel._active_ddp_module  # None outside of DDP's forward pass
     if wrapper is None or not unchecked:
         return
-    own = unchecked.pop()
-    first = torch.tensor([own], device=next(model.parameters()).device)
-    torch.distributed.broadcast(first, torch.distributed.get_global_rank(wrapper.process_group, 0), wrapper.process_group)
-    if int(first) != own:
+    digest = hashlib.sha256()
+    for indices in positions():
+        digest.update(indices.cpu().long().numpy().tobytes())
+    own = torch.tensor([int.from_bytes(digest.digest()[:7], "big")], device=next(model.parameters()).device)
+    every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(wrapper.process_group))]
+    torch.distributed.all_gather(every, own, wrapper.process_group)
+    others = [rank for rank, each in enumerate(every) if not torch.equal(each, every[0])]
+    if others:
         raise TuningError(
-            f"process {torch.distributed.get_rank()} chose other positions to train than the first; give all of them "
-            "the same seed, and the same calibration batches"
+            f"process {others[0]} chose other positions to train than the first; give all of them the same seed, and the same "
+            "calibration batches, also for a refresh"
         )
+    unchecked.clear()
 
 
 def check_unwrapped(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TuningError
 from ..weights import optimizers
@@ -19,6 +19,7 @@ from ..weights.undo import Undo, hooks_of, set_hook
 from .checkpoint_watch import CheckpointWatch
 from .following import value_name
 from .layers import install
+from .loaded_states import before_load
 from .masters import Masters
 from .processes import average_after_backward, check_same_positions
 from .untrained import GradientWatch
@@ -54,6 +55,7 @@ class Training:
     """Lets modules compute with masters, and writes the masters to the weights after each step of an optimizer, until `undo`.
 
     check: called before a step; raises an error if modules are gone (`Holders.check`). watch: warns of untrained targets.
+    positions_moved: to be called when the positions that train were selected again.
     """
 
     def __init__(
@@ -81,9 +83,11 @@ class Training:
                 _leave_fast_path(part, undo)
         undo.callback(optimizers.unsubscribe, self)
         optimizers.subscribe(self)
+        self.positions_moved: Callable[[], None] = _nothing
         pieces = [each for each in masters.values() if each.piece is not None]
         if not pieces:
-            check_same_positions(model, (each.indices for each in masters.values()), undo)
+            positions = functools.partial(_positions, list(masters.values()))
+            self.positions_moved = check_same_positions(model, positions, undo)
             return
         held = [weakref.ref(each) for each in model.parameters() if is_sharded(each)]  # torch casts and moves no such parameter
         undo.callback(held.clear)
@@ -162,6 +166,10 @@ def _nothing(*_: Any) -> None:
     """A hook."""
 
 
+def _positions(masters: list[Masters]) -> Iterator[Tensor]:
+    return (each.indices for each in masters)
+
+
 def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> None:
     """Before a forward pass: write masters to sharded weights."""
     changed = any(each.version != each.written for each in pieces)
@@ -174,12 +182,14 @@ def _write_pieces(pieces: list[Masters], module: nn.Module, _inputs: Any) -> Non
 def _leave_out(model: nn.Module, chosen: Collection[Target], masters: Mapping[str, Masters], undo: Undo) -> None:
     """Prepare the model for state_dict, save_pretrained and DDP, until `undo`.
 
-    Saving a state_dict writes the masters to the weights first. Loading one does not need the masters in it. Transformers'
+    Saving a state_dict writes the masters to the weights first. Loading one checks it (`before_load`). Transformers'
     save_pretrained leaves out the masters. DDP leaves out the tuner's buffers; otherwise it would send copies of the base to
     all processes in each step.
     """
-    fill = functools.partial(_fill_in, list(masters.values()))
-    set_hook(undo, hooks_of(model, "_load_state_dict_pre_hooks"), model.register_load_state_dict_pre_hook, fill)
+    check = functools.partial(before_load, list(masters.values()))
+    holders = {id(use.holder): use.holder for target in chosen for use in target.uses}
+    for module in (holders | {id(model): model}).values():
+        set_hook(undo, hooks_of(module, "_load_state_dict_pre_hooks"), module.register_load_state_dict_pre_hook, check)
     write = functools.partial(_write_all, list(masters.values()))
     set_hook(undo, hooks_of(model, "_state_dict_pre_hooks"), model.register_state_dict_pre_hook, write)
     entries = sum(each.indices.numel() for each in masters.values())
@@ -206,14 +216,6 @@ def _write_all(masters: list[Masters], _module: nn.Module, _prefix: str, _keep_v
         if not (each.ignored or each.detached or each.piece is not None):
             each.may_have_stepped = True  # `parameter.data.copy_()` changes masters without any sign
             each.write()
-
-
-def _fill_in(masters: list[Masters], model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Add the present masters to a state_dict without masters, such as one of the base, so that they stay as they are."""
-    known = {id(parameter) for each in masters for parameter in each.parameters.values()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in known:
-            state.setdefault(prefix + name, parameter)
 
 
 def _reset_attribute(model: nn.Module, attribute: str, there: bool, before: Any) -> None:

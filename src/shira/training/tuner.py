@@ -170,8 +170,9 @@ class Tuner:
         self._torn = True
         moved = sum(refresh.move(*each, cap) for each in moves)
         self._torn = False
-        times = self._mask.get("refresh", {}).get("times", 0) + 1
-        self._mask = self._mask | {"refresh": {"times": times, "cap": cap}}
+        if self._training is not None:
+            self._training.positions_moved()
+        self._mask = self._mask | {"refresh": {"times": self._mask.get("refresh", {}).get("times", 0) + 1, "cap": cap}}
         return moved
 
     @torch.enable_grad()

@@ -10,7 +10,7 @@ from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch, did_you_mean
 from ..files.metadata import check_metadata
 from ..sparse.memory_order import is_in_order
-from ..sparse.tensor import SparseTensor, dtype_name, fingerprint, has_memory, is_dense
+from ..sparse.tensor import FLOAT_DTYPES, SparseTensor, dtype_name, fingerprint, has_memory, is_dense
 from ..texts import described
 from .quantized import is_quantized, is_wrapper, shape_of
 
@@ -116,9 +116,12 @@ def weight_of(
             f"{label} does not belong to this model: '{name}' has shape {list(shape_of(weight))}, the adapter expects "
             f"{list(sparse.shape)}"
         )
-    if to_overwrite and (not weight.is_floating_point() or weight.is_meta):
+    if to_overwrite and (weight.dtype not in FLOAT_DTYPES or weight.is_meta):
         found = "one without data, on the meta device" if weight.is_meta else dtype_name(weight.dtype)
-        raise BaseMismatch(f"{label}: '{name}' must be a floating-point tensor with data, found {found}")
+        raise BaseMismatch(
+            f"{label}: '{name}' must be a floating-point tensor with data, found {found}; load the base "
+            f"as one of {', '.join(map(dtype_name, FLOAT_DTYPES))}"
+        )
     if to_overwrite and not is_in_order(weight):
         raise BaseMismatch(
             f"{label}: '{name}' must be contiguous, or a contiguous tensor whose dimensions were permuted; found strides "

@@ -6,6 +6,9 @@ during both training and inference": at the mask's positions the weight has DoRA
 result is a plain adapter, and nothing that was trained is lost.
 """
 
+import copy
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +40,16 @@ class Decomposed(Masters):
 
     def current(self) -> Tensor:
         return self._direction() * (self.magnitude / self.norms)[self._line()]  # the quotient is exactly 1 until m changes
+
+    @torch.no_grad()
+    def entries_of(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        if self.factors is not None:
+            return None
+        other = copy.copy(self)
+        other.parameters = {ending: parameter.float() for ending, parameter in parameters.items()}  # type: ignore[misc]
+        other.magnitude = other.parameters["_magnitude"]
+        other.norms = other._norms()
+        return other.current()
 
     def write(self) -> None:
         self.look()
