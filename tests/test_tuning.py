@@ -335,3 +335,20 @@ def test_the_adapter_says_where_it_comes_from(tiny_llama):
     assert adapter.metadata["base"] == {"id": "LlamaForCausalLM", "dtype": "float32"}
     assert (adapter.name, adapter.metadata["training"], adapter.metadata["license"]) == ("poet", {"steps": 3}, "MIT")
     assert adapter.nnz == tuner.nnz == 6 * (24 + 40)
+
+
+def test_a_model_that_peft_has_wrapped_is_refused():
+    """Its names are no plain model's, and LoRA's factors would be among the targets."""
+    import peft
+
+    def lora(model):
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+
+    wrapped = lora(mlp())
+    wrapped.requires_grad_(False)
+    for model in (wrapped, wrapped.base_model.model):
+        with pytest.raises(TuningError, match=r"PEFT has wrapped '.*0', .*merge_and_unload\(\) or unload\(\)"):
+            shira.attach(model, mask="rand", density=0.1)
+    plain = wrapped.unload()
+    with shira.attach(plain, mask="rand", density=0.1) as tuner:
+        assert set(tuner.adapter().tensors) == {"0.weight", "2.weight"}

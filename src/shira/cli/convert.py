@@ -8,7 +8,7 @@ import typer
 
 from ..data.models import model_path
 from ..errors import AdapterError, CheckpointError, DataError, FormatError, did_you_mean
-from .options import Force, check_new, check_shares
+from .options import DTYPES, Force, check_new, check_shares
 from .output import bytes_text, cell, console, progress, waiting
 
 if TYPE_CHECKING:
@@ -43,6 +43,12 @@ def convert(
     positions: Annotated[
         str | None, typer.Option(help="In a weight patch: gap, or raw (int32), which verl takes.", show_default=False)
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an adapter: the dtype to which its base was cast: float32, bfloat16 or float16.", show_default=False
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The adapter's name.", show_default="the folder's")] = None,
     force: Force = False,
 ) -> None:
@@ -53,8 +59,17 @@ def convert(
     Example: shira convert my-lora --base my-model --keep 0.9 -o mine.safetensors
 
     And back: shira convert mine.safetensors --to peft -o mine-peft
+
+    For its base in another dtype: shira convert mine.safetensors --base my-model --dtype bfloat16 -o mine-bfloat16.safetensors
     """
     check_shares(density=density, keep=keep)
+    if dtype is not None:
+        given = {"--to": to != "shira", "--density": density is not None, "--keep": keep is not None}
+        unfit = next((option for option, there in given.items() if there), None)
+        if unfit is not None:
+            raise AdapterError(f"--dtype makes an adapter of an adapter, for its base in another dtype: leave out {unfit}")
+        _to_dtype(source, output, base, dtype, name, force=force)
+        return
     if to not in WAYS:
         raise AdapterError(f"unknown --to {to!r}; {did_you_mean(to, WAYS)}")
     if to == "peft":
@@ -114,6 +129,25 @@ def convert(
         adapter.metadata["name"] = name
     adapter.save(output)
     _print_saved(output, adapter, f", {how}")
+
+
+def _to_dtype(source: Path, output: Path, base: str | None, dtype: str, name: str | None, *, force: bool) -> None:
+    import torch
+
+    from ..adapter import load
+    from ..checkpoints.casting import cast
+
+    if dtype not in DTYPES[1:]:
+        raise AdapterError(f"unknown --dtype {dtype!r}; {did_you_mean(dtype, DTYPES[1:])}")
+    if base is None:
+        raise AdapterError("give the model that the adapter was trained on, in the dtype that it had there: --base")
+    check_new(output, force=force, read=[source])
+    with waiting("casting"):
+        adapter = cast(load(source), model_path(base), getattr(torch, dtype))
+    if name:
+        adapter.metadata["name"] = name
+    adapter.save(output)
+    _print_saved(output, adapter, f", for its base as {dtype}")
 
 
 def _check_whole(source: Path) -> None:

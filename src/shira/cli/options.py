@@ -15,6 +15,7 @@ from ..runs.recipes import Recipe
 from ..texts import as_share
 
 __all__ = [
+    "DTYPES",
     "MOST_SEED",
     "Density",
     "Drop",

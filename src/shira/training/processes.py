@@ -103,3 +103,12 @@ def check_unwrapped(model: nn.Module) -> None:
         raise TuningError("attach to engine.module, and call that; the engine only holds the weights (docs/distributed.md)")
     if kind == "FullyShardedDataParallel":
         raise TuningError("FSDP1 flattens weights; shard with torch.distributed.fsdp.fully_shard (FSDP2), then attach")
+    wrapped = next((name for name, _ in model.named_parameters() if ".base_layer." in f".{name}"), None)
+    if wrapped is not None:
+        layer = wrapped.rpartition("base_layer.")[0].rstrip(".")
+        raise TuningError(
+            f"PEFT has wrapped '{layer}', and an adapter of this model would fit no plain one; take its adapters out first, by "
+            "merge_and_unload() or unload() (of a pipeline: unload_lora_weights()), and attach to what it returns"
+        )
+    if any(base.__name__ == "PeftModel" for base in type(model).__mro__):
+        raise TuningError("this is a PeftModel, whose names no plain model has; attach to model.get_base_model()")

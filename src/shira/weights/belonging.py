@@ -145,9 +145,14 @@ def check_fingerprint(label: str, name: str, adapter: Adapter, values: Tensor, d
     found = fingerprint(values, like=expected)
     if found != expected:
         recorded = adapter.metadata.get("base") or {}
+        known = recorded.get("dtype")
+        cast = ""
+        if isinstance(known, str) and known != dtype_name(dtype):
+            call = f"shira convert ADAPTER --base BASE --dtype {dtype_name(dtype)}"
+            cast = f"; if this is that base in another dtype, cast the adapter, too: {call}"
         raise BaseMismatch(
             f"{label} does not belong to this model: the base values under '{name}' have fingerprint {found}, the "
             f"adapter says {expected} (base: {recorded.get('id', 'unknown')}, {recorded.get('dtype', 'unknown')}; this "
             f"tensor: {dtype_name(dtype)}). Load that base, in that dtype; "
-            "a model of the same name may have other values"
+            f"a model of the same name may have other values{cast}"
         )
