@@ -98,10 +98,10 @@ class _Ingress:
         from ray.exceptions import RayError
         from starlette.responses import JSONResponse, StreamingResponse
 
-        body = await request.body()
         if request.method != "GET" and "/completions" not in request.url.path and "/responses" not in request.url.path:
             message = "a server behind Ray is changed through the folder of adapters; this route would reach one replica"
             return JSONResponse(_error(message, "not_routed"), 501)
+        body = await request.body()
         call = self._replica.options(stream=True, multiplexed_model_id=selection_of(body, self._base_names)).answer
         for _ in range(ATTEMPTS):  # a request that has brought no part of an answer is sent again
             parts = call.remote(request.method, request.url.path, _passed(request.headers), body)

@@ -104,7 +104,7 @@ class Gate:
         answer = _Answer(scope, send)
         try:
             self._check(scope)
-            again = receive if scope["path"] in OPEN else await self._with_body(receive)  # a slow sender takes no place
+            again = await self._with_body(receive)  # before the request is counted: a slow sender takes no place
             with self._counted(scope):
                 async with asyncio.timeout(self.settings.request_timeout if ANSWERS.match(scope["path"]) else None) as limit:
                     await self.app(scope, again, answer.send)
