@@ -171,6 +171,11 @@ class WritePlan:
         """Whether all tensors are on the CPU. Cached, because `check` refuses a weight that has moved."""
         return all(tensor.device.type == "cpu" for write in self.writes for tensor in write)
 
+    @functools.cached_property
+    def numbers(self) -> dict[int, int]:
+        """id of a weight that is written -> the number of its write. Each weight is written once, and lives with the plan."""
+        return {id(write.weight): number for number, write in enumerate(self.writes)}
+
     @property
     def shapes(self) -> list[torch.Size]:
         """The shapes of the weights when the plan was made."""

@@ -203,14 +203,15 @@ def _check_positions(name: str, weight: Tensor, indices: Tensor) -> None:
 def _base_here(weight: Tensor, indices: Tensor, plans: Sequence[WritePlan]) -> Tensor:
     values = kernels.gather(weight, indices)
     for plan in plans:
-        for write, stash in zip(plan.writes, plan.stash, strict=True):
-            if write.weight is weight and write.indices.numel():
-                wanted = indices.to(write.indices.dtype)
-                if wanted.shape == write.indices.shape and torch.equal(wanted, write.indices):  # another strength of the same
-                    values.copy_(stash)
-                    continue
-                there, here = overlap(write.indices, wanted)
-                values[here] = stash[there]
+        number = plan.numbers.get(id(weight))
+        if number is not None:
+            written, stash = plan.writes[number].indices, plan.stash[number]
+            wanted = indices.to(written.dtype)
+            if wanted.shape == written.shape and torch.equal(wanted, written):  # another strength of the same
+                values.copy_(stash)
+                continue
+            there, here = overlap(written, wanted)
+            values[here] = stash[there]
     return values
 
 

@@ -122,12 +122,8 @@ def _in_one_pass(
     terms: list[tuple[SparseTensor, float]], weight: Tensor, method: Method, active: Sequence[WritePlan]
 ) -> Combined | None:
     """The combined values of a weight and their positions, if one kernel can compute them from what it holds now."""
-    hidden = [
-        (write.indices, stash)
-        for plan in active
-        for write, stash in zip(plan.writes, plan.stash, strict=True)
-        if write.weight is weight
-    ]
+    numbers = [(plan, number) for plan in active if (number := plan.numbers.get(id(weight))) is not None]
+    hidden = [(plan.writes[number].indices, plan.stash[number]) for plan, number in numbers]
     if len(hidden) > 1:
         return None
     return in_one_pass(terms, weight.detach(), weight.dtype, method, hidden=hidden[0] if hidden else None, with_base=False)

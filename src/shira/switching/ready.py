@@ -177,7 +177,8 @@ class Ready:
         fresh: nobody else holds these positions, so they need no copy.
         """
         for prepared in self.here.values():
-            for write in prepared.plan.writes:
-                if write.weight is weight and write.indices.numel() == indices.numel() and torch.equal(write.indices, indices):
-                    return write.indices
+            number = prepared.plan.numbers.get(id(weight))
+            held = None if number is None else prepared.plan.writes[number].indices
+            if held is not None and held.numel() == indices.numel() and torch.equal(held, indices):
+                return held
         return indices if fresh else indices.clone()
