@@ -235,6 +235,27 @@ def site(tmp_path, settled):
     return Site(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def short_model(tmp_path_factory):
+    """The real model without its layers from the fourth on, in a folder of its name."""
+    from shira.data.models import SMOLLM2
+    from shira.integrations.transformers import load_model, load_tokenizer
+
+    model, folder = load_model(SMOLLM2), tmp_path_factory.mktemp("short") / SMOLLM2
+    del model.model.layers[3:]
+    model.config.num_hidden_layers = 3
+    model.config.layer_types = None
+    model.save_pretrained(folder)
+    load_tokenizer(SMOLLM2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def short_built_in(short_model, monkeypatch):
+    """The name of the built-in model means `short_model`."""
+    monkeypatch.setattr("shira.data.models._folder", lambda name: short_model)
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command line in this process; returns (exit code, stdout, stderr)."""

@@ -38,7 +38,6 @@ for number, cell in enumerate(cells, start=1):
     exec(compile(code, f"{sys.argv[1]}, code cell {number}", "exec"), names)
 assert not otherwise, f"not in the notebook: {otherwise}"
 """
-MODEL = "SmolLM2-135M-Instruct-Q4_1"
 SHORT = {"(MODEL)": "(FOLDER)", "range(20, 30)": "range(1, 3)"}  # FOLDER: of `short_model`
 OTHERWISE = {  # what each notebook's code has in the tests in place of what a reader sees
     "1": SHORT,
@@ -46,20 +45,6 @@ OTHERWISE = {  # what each notebook's code has in the tests in place of what a r
     "3": {"PASSES = 200": "PASSES = 20", "STYLE_STEPS = 50": "STYLE_STEPS = 4"},
     "4": SHORT | {'"serve", MODEL': '"serve", FOLDER'},
 }
-
-
-@pytest.fixture(scope="session")
-def short_model(tmp_path_factory):
-    """The real model without its layers from the fourth on, in a folder."""
-    from shira.integrations.transformers import load_model, load_tokenizer
-
-    model, folder = load_model(MODEL), tmp_path_factory.mktemp("short") / MODEL
-    del model.model.layers[3:]
-    model.config.num_hidden_layers = 3
-    model.config.layer_types = None
-    model.save_pretrained(folder)
-    load_tokenizer(MODEL).save_pretrained(folder)
-    return folder
 
 
 def stored(path):

@@ -116,13 +116,17 @@ def test_a_fine_tune_comes_apart_and_together_again(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, steps", [("Trainer", 6), ("SFTTrainer", 4)])
-def test_trainers_save_little_and_resume(tmp_path, kind, steps):
-    """Half of the steps, then the others from the checkpoint: the same losses and the same adapter as in one go."""
+def test_trainers_save_little_and_resume(tmp_path, short_built_in, kind, steps):
+    """Half of the steps, then the others from the checkpoint: the same losses and the same adapter as in one go.
+
+    On three layers of the model.
+    """
     import datasets
     import transformers
     import trl
 
-    from shira.integrations.trainer import ADAPTER, ShiraCallback
+    from shira.files.suggestions import ADAPTER
+    from shira.integrations.trainer import ShiraCallback
 
     tokenizer = load_tokenizer("SmolLM2-135M-Instruct-Q4_1")
     examples = list(itertools.islice(examples_of("spam", "train"), 16))
@@ -161,4 +165,4 @@ def test_trainers_save_little_and_resume(tmp_path, kind, steps):
     sizes = {path.name: path.stat().st_size for path in (tmp_path / f"checkpoint-{steps}").iterdir()}
     values = sum(map(len, found[0][1].values()))  # bytes; positions take less than 2.5 for each entry
     assert sizes[ADAPTER] < values * (1 + 2.5 / model.dtype.itemsize)
-    assert sizes["model.safetensors"] < 6e6 and sum(sizes.values()) < 30e6
+    assert sizes["model.safetensors"] < 6e5 and sum(sizes.values()) < 8e6

@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 import shira
 from conftest import all_bits, bits, mlp, same_bits
 from shira import BaseMismatch, TuningError
-from shira.integrations.trainer import ADAPTER, ShiraCallback, set_aside
+from shira.files.suggestions import ADAPTER
+from shira.integrations.trainer import ShiraCallback, set_aside
 from shira.training.checkpoint_watch import FullCheckpoint
 from test_distributed import torchrun
 from trainers import CHECKPOINTING, STEPS, llama, losses, rows, same_adapter, snip, trainer_of, values

@@ -14,7 +14,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import shira
 from conftest import all_bits, bits, same_bits
 from shira import TuningError
-from shira.integrations.trainer import ADAPTER, ReferenceModel, ShiraCallback
+from shira.files.suggestions import ADAPTER
+from shira.integrations.trainer import ReferenceModel, ShiraCallback
 from trainers import CHECKPOINTING
 
 # TRL 1.16 uses names of Transformers that this has deprecated

@@ -139,7 +139,7 @@ def test_an_adapter_cut_to_a_process_is_the_whole_one_merged_and_then_loaded(ran
     switcher = shira.Switcher(Surface(model, found))
     for seed in (1, 2):
         adapter = adapter_of(whole, seed)
-        cut = {name: mapping.cut("it", name, tensor, found)[0] for name, tensor in adapter.tensors.items()}
+        cut = {name: mapping.cut(name, tensor, found)[0] for name, tensor in adapter.tensors.items()}
         switcher.add(f"a{seed}", shira.Adapter(cut))
         switcher.use(f"a{seed}")
         expected = Packed(rank, size)

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..adapter import Adapter, load
 from ..checkpoints.sources import CheckpointSource, base_tensors
 from ..errors import AdapterError, BaseMismatch
 from ..files.paths import AnyPath
 from ..sparse.tensor import SparseTensor, all_finite
 from ..texts import described
-from ..weights.belonging import check_described, check_tensor, identifying
+from ..weights.belonging import check_described, check_tensor, identifying, values_at
 from .spectra import as_matrix, gram, spectrum
 
 __all__ = ["BINS", "AdapterPair", "Change", "Comparison", "TensorComparison", "compare", "deltas", "named"]
@@ -226,22 +225,18 @@ def deltas(
         for name, tensor in held.items():
             values = tensor.values.cpu().double()
             if tensors is not None:
-                check_tensor(name, tensor_name, adapters[name], tensors, _gather, identifies[name])
+                check_tensor(name, tensor_name, adapters[name], tensors, values_at, identifies[name])
             if tensor.kind == "overwrite":
                 if tensors is None:
                     raise AdapterError(
                         f"{name}: '{tensor_name}' holds overwritten values: comparing them needs the base they were trained "
                         "on, pass base="
                     )
-                values = values - _gather(tensors[tensor_name], tensor.indices).cpu().double()
+                values = values - values_at(tensors[tensor_name], tensor.indices).cpu().double()
                 if not all_finite(values):
                     raise BaseMismatch(f"{name}: the base holds NaN or infinite values under '{tensor_name}'; repair it first")
             changes[name] = SparseTensor(tensor.shape, tensor.indices.cpu(), values, "delta")
         yield tensor_name, next(iter(shapes)), changes
-
-
-def _gather(weight: Tensor, indices: Tensor) -> Tensor:
-    return kernels.gather(weight, indices.to(weight.device))
 
 
 def _change(tensor: SparseTensor, matrix: Tensor, spectra: bool) -> Change:

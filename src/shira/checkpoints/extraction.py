@@ -164,9 +164,17 @@ def _extract(
 
 
 def check_options(
-    density: float | None, keep: float | None, scope: Scope, kind: Kind, name: str | None, license: str | None
+    density: float | None, keep: float | None, scope: Scope, kind: Kind, name: str | None, license: str | None, dense: str = ""
 ) -> None:
-    """Raise AdapterError or MaskError for options that `extract` refuses, whatever the checkpoints are."""
+    """Raise AdapterError or MaskError for options that `extract` refuses, whatever the checkpoints are.
+
+    dense: what changes every entry, such as "x.safetensors is a LoRA": then density or keep must be given.
+    """
+    if dense and density is None and keep is None:
+        raise MaskError(
+            f"{dense}, which changes every entry of its weights: say how many to take, by density=0.01, or which share of ‖ΔW‖ "
+            "to keep, by keep=0.9"
+        )
     for what, value, known in (("scope", scope, get_args(Scope)), ("kind", kind, get_args(Kind))):
         if not isinstance(value, str) or value not in known:
             raise AdapterError(f"unknown {what} {shown(value)}; {did_you_mean(str(value), known)}")

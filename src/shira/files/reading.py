@@ -21,7 +21,7 @@ from . import encoding
 from .metadata import check_metadata
 from .paths import AnyPath, State, open_regular, path_of, state_of
 from .suggestions import instead
-from .tensorfiles import read_header, read_tensor
+from .tensorfiles import read_header, read_tensor, whole_file
 
 __all__ = ["FileChanged", "Gaps", "StoredTensors", "neighbour", "unchanged"]
 
@@ -102,10 +102,8 @@ class StoredTensors(Mapping[str, SparseTensor]):
         self._path, self._stack, self._state = path, stack, state_of(self._file)
         self._lenders: dict[str, StoredTensors] = {}
         self._one_at_a_time = threading.Lock()  # an open file has only one reading position
-        try:
+        with whole_file(path):
             self._places, header = read_header(self._file, any_dtype=False)
-        except CheckpointError as error:
-            raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
         if header.get("format") != "shira":
             raise FormatError(
                 f"{path} is not a shira adapter: metadata 'format' is {shown(header.get('format'))}, expected 'shira'; "

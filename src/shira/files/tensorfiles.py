@@ -18,12 +18,12 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, FormatError, ShiraError
 from ..sparse.tensor import MOST_ENTRIES, bytes_of, numel_of
 from ..texts import shown, strict_json
 from .paths import destination, flush_folder, sweep, temporary_file
 
-__all__ = ["BLOCK", "Form", "HeaderEntry", "malformed", "read_header", "read_tensor", "spooled", "write_whole"]
+__all__ = ["BLOCK", "Form", "HeaderEntry", "malformed", "read_header", "read_tensor", "spooled", "whole_file", "write_whole"]
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -180,6 +180,15 @@ def malformed(file: Path | str) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         found = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AttributeError) else str(error)
         raise CheckpointError(f"{file} is malformed ({found}); get it again") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, kind: type[ShiraError] = FormatError) -> Iterator[None]:
+    """Turn a CheckpointError of the file that is read into an error of this kind."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise kind(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _entry(name: str, described: dict[str, Any], start: int, any_dtype: bool) -> HeaderEntry:

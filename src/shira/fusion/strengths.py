@@ -21,6 +21,7 @@ __all__ = [
     "finite_number",
     "given_strengths",
     "is_nonzero",
+    "number_of",
     "parse_strength",
     "strengths_of",
 ]
@@ -98,7 +99,7 @@ def finite_number(what: str, value: Any) -> float:
 
     what: its name in messages. Raises AdapterError unless it is a finite number that float32 holds.
     """
-    number = value if isinstance(value, int | float) else _item(value)
+    number = value if isinstance(value, int | float) else number_of(value)
     if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LARGEST:
         too_large = isinstance(number, int | float) and LARGEST < abs(number) < math.inf
         raise AdapterError(
@@ -107,7 +108,7 @@ def finite_number(what: str, value: Any) -> float:
     return float(number)
 
 
-def _item(value: Any) -> Any:
+def number_of(value: Any) -> Any:
     """The one element of an array, a tensor, or a number of NumPy, in Python's type. Anything else is returned as it is."""
     try:
         return value.item()

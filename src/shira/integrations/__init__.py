@@ -1,1 +1,1 @@
-"""Integrations: one file for each library that shira works with."""
+"""Integrations: each file is for one library that shira works with. A large library has several files."""

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterError, SwitchError, did_you_mean
-from ..fusion.strengths import Strength, check_strengths, finite_number
+from ..fusion.strengths import Strength, check_strengths, finite_number, number_of
 from ..texts import described, shown
 from ..weights.model_tensors import unwrapped
 
@@ -114,10 +114,7 @@ def copied(given: Any) -> Any:
         return {name: copied(below) for name, below in given.items()}
     if isinstance(given, list | tuple):
         return [copied(below) for below in given]
-    try:
-        return given.item()  # of an array or a tensor, whose number may be another one later
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        return given
+    return number_of(given)  # that of an array or a tensor may be another one later
 
 
 def paired(names: Any, strengths: Any) -> dict[str, Any]:

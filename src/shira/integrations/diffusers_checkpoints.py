@@ -1,17 +1,15 @@
 """Checkpoints of training with Accelerate: what has been trained, and all that decides how it goes on, without the base."""
 
 import pickle
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files.paths import CHECKPOINT
 from ..training.tuner import Tuner
 
 __all__ = ["Checkpoints"]
-
-NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class Checkpoints:
@@ -60,5 +58,5 @@ class Checkpoints:
 
     def _found(self) -> list[Path]:
         """The checkpoints in the folder, the last one at the end."""
-        found = {int(name[1]): path for path in self._folder.iterdir() if (name := NAME.fullmatch(path.name))}
+        found = {int(name[1]): path for path in self._folder.iterdir() if (name := CHECKPOINT.fullmatch(path.name))}
         return [found[step] for step in sorted(found)]

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..checkpoints import extraction
-from ..errors import DataError, FormatError, MaskError, ShiraError
+from ..errors import DataError, FormatError, ShiraError
 from ..files.metadata import base_facts
 from ..files.paths import path_of
 from ..sparse.tensor import dtype_name
@@ -94,12 +94,7 @@ def check(
     license: str | None = None,
 ) -> None:
     """Check what `convert` is given beside the pipeline, and raise what it raises."""
-    if density is None and keep is None:
-        raise MaskError(
-            f"{path} is a LoRA, which changes every entry of its weights: say how many to take, by density=0.01, or which "
-            "share of ‖ΔW‖ to keep, by keep=0.9"
-        )
-    extraction.check_options(density, keep, scope, "delta", name, license)
+    extraction.check_options(density, keep, scope, "delta", name, license, dense=f"{path} is a LoRA")
     if not path.exists():
         raise DataError(f"there is no file or folder {path}")
 

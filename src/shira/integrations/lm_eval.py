@@ -37,10 +37,6 @@ class TaskScore:
     task: str
     right: tuple[bool, ...]
 
-    @property
-    def accuracy(self) -> float:
-        return sum(self.right) / len(self.right)
-
 
 def task_of(name: str, examples: Sequence[Example], *, kind: str = "likelihood") -> dict[str, Any]:
     """A task of the harness, made from examples with choices. Its questions are written to a file in the user cache.

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, DataError
+from ..errors import DataError
 from ..files.paths import open_regular
-from ..files.tensorfiles import read_header, read_tensor
+from ..files.tensorfiles import read_header, read_tensor, whole_file
 from ..sparse.tensor import fingerprint
 from ..texts import shown
 
@@ -51,12 +51,9 @@ def layers_of(path: Path) -> dict[str, LoraLayer]:
 
     Raises DataError if it is no whole safetensors file, or no LoRA of finite numbers, or if it has layers of another kind.
     """
-    try:
-        with open_regular(path, DataError) as file:
-            entries, metadata = read_header(file)
-            tensors = {name: read_tensor(file, entry) for name, entry in entries.items()}
-    except CheckpointError as error:
-        raise DataError(f"{path} is not a whole safetensors file: {error}") from error
+    with open_regular(path, DataError) as file, whole_file(path, DataError):
+        entries, metadata = read_header(file)
+        tensors = {name: read_tensor(file, entry) for name, entry in entries.items()}
     for kind, pattern in OTHER_KINDS.items():
         if (found := next(filter(pattern.search, tensors), None)) is not None:
             raise DataError(f"{path}: {kind} is not supported, found tensor {shown(found)}; give a LoRA")

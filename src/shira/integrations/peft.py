@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..adapter import Adapter
 from ..data.models import model_path
 from ..errors import AdapterError, BaseMismatch, FormatError
@@ -30,11 +29,11 @@ from ..files.suggestions import PEFT_PREFIX
 from ..files.tensorfiles import spooled, write_whole
 from ..sparse.tensor import SparseTensor
 from ..texts import described, shown
-from ..weights.belonging import check_base
+from ..weights.belonging import check_base, values_at
 from ..weights.model_tensors import named_tensors, plain_model
 from ..weights.owners import claim
 
-__all__ = ["Base", "load", "save", "tensors_of", "values_at"]
+__all__ = ["Base", "load", "save", "tensors_of"]
 
 PADDING = -0.0  # w + (-0.0) is w, also for w = -0.0; `load` leaves it out
 Base = nn.Module | AnyPath
@@ -147,11 +146,6 @@ def tensors_of(base: Base) -> Mapping[str, Tensor]:
     from .transformers import skeleton
 
     return named_tensors(skeleton(path))
-
-
-def values_at(weight: Tensor, indices: Tensor) -> Tensor:
-    """A weight's values at flat positions [k], on the weight's device. An adapter's positions may be on another one."""
-    return kernels.gather(weight.detach(), indices.to(weight.device))
 
 
 def _rank_of(label: str, tensors: Mapping[str, SparseTensor]) -> int:

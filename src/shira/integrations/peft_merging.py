@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..checkpoints import extraction
 from ..checkpoints.sources import LazyTensors, identity
-from ..errors import CheckpointError, DataError, FormatError, MaskError, MissingExtra
+from ..errors import CheckpointError, DataError, FormatError, MissingExtra
 from ..files.metadata import base_facts
 from ..files.paths import AnyPath, path_of
 from ..files.peft_files import read_config
@@ -68,18 +68,13 @@ def convert(
     """
     path = path_of(folder, "convert('my-lora', model, density=0.01)", FormatError)
     where, config = read_config(path)
-    if density is None and keep is None:
-        raise MaskError(
-            f"{where} is a {config['peft_type']}, which changes every entry of its weights: say how many to take, by "
-            "density=0.01, or which share of ‖ΔW‖ to keep, by keep=0.9"
-        )
+    extraction.check_options(density, keep, scope, "delta", name, license, dense=f"{where} is a {config['peft_type']}")
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(CHANGE_THE_BASE):
         raise DataError(
             f"{where} was trained with init_lora_weights={shown(initial)}, with which PEFT changes the base when it loads: "
             "save it as a plain LoRA first (PEFT's `path_initial_model_for_weight_conversion`)"
         )
-    extraction.check_options(density, keep, scope, "delta", name, license)
     library = _library()
     model, loaded = _model(where, config, base)
     with _beside(library, model, where) as vectors:

@@ -27,8 +27,8 @@ from ..files.tensorfiles import Form, spooled
 from ..fusion.fusing import fuse
 from ..sparse.tensor import SparseTensor, bytes_of, dtype_name, fingerprint
 from ..texts import described
-from ..weights.belonging import check_base
-from .peft import Base, tensors_of, values_at
+from ..weights.belonging import check_base, values_at
+from .peft import Base, tensors_of
 
 __all__ = ["LAYOUTS", "Layout", "load", "save"]
 

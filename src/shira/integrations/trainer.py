@@ -8,7 +8,6 @@ no subclass, and still decides itself when to save, to load the best checkpoint,
 import json
 import logging
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtra, TuningError
-from ..files.paths import sweep
+from ..files.paths import CHECKPOINT, sweep
+from ..files.suggestions import ADAPTER
 from ..files.tensorfiles import write_whole
 from ..training.tuner import Tuner
 from ..weights.modes import evaluating
 from .card import base_of, card
+from .hub import CARD
 
-__all__ = ["ADAPTER", "ReferenceModel", "ShiraCallback", "set_aside"]
+__all__ = ["ReferenceModel", "ShiraCallback", "set_aside"]
 
 try:
     import accelerate
@@ -33,11 +34,9 @@ try:
 except ImportError as error:
     raise MissingExtra(f"this needs transformers and accelerate: pip install 'shira-adapters[train]' ({error})") from error
 
-ADAPTER = "adapter.safetensors"
 MASTERS = "model.safetensors"  # the file whose content the Trainer passes to load_state_dict
 PROCESSES = "shira_processes"  # stored with the masters: how many processes trained
 SCALE = "shira_lr_scale"  # and in which unit, as the optimizer's state has it; 1 if it is not there
-CHECKPOINT = re.compile(r"checkpoint-\d+")
 logger = logging.getLogger(__name__)
 
 
@@ -148,7 +147,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         loader = type(model).__name__ if identity and hasattr(transformers, type(model).__name__) else None
         base = adapter.metadata["base"]
         text = card(adapter, ADAPTER, base_of(identity or base["id"], base["dtype"], loader))
-        write_whole(folder / "README.md", text.encode())
+        write_whole(folder / CARD, text.encode())
 
     def _load_state_dict(self, state_dict: Mapping[str, Tensor], *_: Any, **__: Any) -> Any:
         """`model.load_state_dict` while the tuner is attached. It reports no missing keys: the base is there already."""

@@ -194,16 +194,6 @@ class WritePlan:
         order, places = memory_order(shape, strides), self.writes[number].indices
         return places if order is None else order.positions(places)
 
-    @property
-    def nnz(self) -> int:
-        """Number of entries that the plan writes."""
-        return sum(write.indices.numel() for write in self.writes)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of positions, values and stash."""
-        return sum(write.indices.nbytes + 2 * write.values.nbytes for write in self.writes)
-
     def over(self, other: "WritePlan") -> "WritePlan | None":
         """This plan with the stash of an active plan, so that `kernels.write_` can replace that plan's values.
 

@@ -57,8 +57,7 @@ class SparseLayout:
         """The gradient of the values: (grad_outputᵀ · input) at the positions, float32 [k]."""
         if self.whole_lines is None:
             return kernels.sampled_gradient(grad_output, input, self.indices)
-        kept = input.index_select(1, self.whole_lines.lines) if self.whole_lines.keeps_columns_only else input
-        return self.whole_lines.gradient(grad_output, kept)
+        return self.whole_lines.gradient(grad_output, self.whole_lines.keep(input))
 
 
 class _SparseProduct(torch.autograd.Function):

@@ -36,10 +36,14 @@ class WholeLines:
         """Whether the gradient needs only the columns `lines` of the input."""
         return self.direction == "columns" and not self.rest_rows.numel()
 
+    def keep(self, input: Tensor) -> Tensor:
+        """The part of an input [..., in] that the gradient needs."""
+        return input.index_select(-1, self.lines) if self.keeps_columns_only else input
+
     def gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """The weight gradient at the positions: (grad_outputᵀ · input) there, float32 [k].
 
-        grad_output: [tokens, out]; input: [tokens, in], or [tokens, l] if `keeps_columns_only`.
+        grad_output: [tokens, out]. input: what `keep` returns for the input [tokens, in].
         """
         if self.direction == "rows":
             product = grad_output.index_select(1, self.lines).T @ input  # [l, in]

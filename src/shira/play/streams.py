@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 __all__ = ["Stopped", "Turn", "streamed"]
 
@@ -20,22 +20,18 @@ class _End(NamedTuple):
     error: BaseException | None
 
 
-class _Value(NamedTuple, Generic[Item]):
-    item: Item
-
-
 def streamed(work: Callable[[Callable[[Item], None]], None], stop: threading.Event) -> Iterator[Item]:
     """Run work(show) in a thread, and yield what it shows. If more is shown than is taken, only the newest is yielded.
 
     The thread goes on until `work` returns, so what it has to restore is restored. stop is set if nobody takes the rest. When
     `work` finds stop set it raises Stopped, and the iterator ends. Any other exception of `work` is raised here.
     """
-    shown: queue.SimpleQueue[_Value[Item] | _End] = queue.SimpleQueue()
+    shown: queue.SimpleQueue[Item | _End] = queue.SimpleQueue()
 
     def run() -> None:
         error: BaseException | None = None
         try:
-            work(lambda item: shown.put(_Value(item)))
+            work(shown.put)
         except Stopped:
             pass
         except BaseException as raised:  # it belongs to the one who waits
@@ -45,18 +41,14 @@ def streamed(work: Callable[[Callable[[Item], None]], None], stop: threading.Eve
     threading.Thread(target=run, name="shira play", daemon=True).start()
     try:
         while True:
-            newest = shown.get()
-            following: _Value[Item] | _End | None = None
+            taken = [shown.get()]
             with contextlib.suppress(queue.Empty):
-                while isinstance(newest, _Value):
-                    following = shown.get_nowait()
-                    if isinstance(following, _End):
-                        break
-                    newest = following
-            if isinstance(newest, _Value):
-                yield newest.item
-            end = following if isinstance(following, _End) else newest
-            if isinstance(end, _End):
+                while True:
+                    taken.append(shown.get_nowait())
+            items = [each for each in taken if not isinstance(each, _End)]
+            if items:
+                yield items[-1]
+            if isinstance(end := taken[-1], _End):
                 if end.error is not None:
                     raise end.error
                 return

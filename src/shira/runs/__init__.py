@@ -1,1 +1,1 @@
-"""Training runs: the run as a YAML recipe, an estimate of its memory, and the accuracy after it."""
+"""Runs: recipes of training and the estimate of its memory, live models to measure or chat with, and where a run writes."""

@@ -221,9 +221,7 @@ class _StandIn:
         return output
 
     def keep(self, input: Tensor) -> Tensor:
-        if self.whole_lines is not None and self.whole_lines.keeps_columns_only:
-            return input.index_select(-1, self.whole_lines.lines)
-        return input
+        return input if self.whole_lines is None else self.whole_lines.keep(input)
 
     def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
         if self.whole_lines is not None:

@@ -8,14 +8,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files.paths import OURS, claimed
+from ..files.paths import CHECKPOINT, OURS, claimed
 from ..files.tensorfiles import write_whole
 from ..texts import shown
 from .outputs import Output
@@ -25,7 +24,6 @@ __all__ = ["checkpoints_of", "folder_of", "last_step"]
 
 RUN = "run.json"
 LAST = ("trainer_state.json", "custom_checkpoint_0.pkl")  # files that a whole checkpoint has: of the Trainer, of Accelerate
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 __all__ = ["interval", "mcnemar", "paired_change"]
 
+Z = 1.96  # half the width of a 95 % interval, in standard deviations
+
 
 def paired_change(ours: Sequence[tuple[float, int]], others: Sequence[tuple[float, int]]) -> tuple[float, float]:
     """How far our mean loss is from others' on the same examples, and half the width of its 95 % interval; nan for one example.
@@ -18,14 +20,14 @@ def paired_change(ours: Sequence[tuple[float, int]], others: Sequence[tuple[floa
     if len(apart) < 2:
         return change, math.nan
     square = math.fsum((difference - change * count) ** 2 for difference, count in apart)
-    return change, 1.96 * math.sqrt(square * len(apart) / (len(apart) - 1)) / tokens
+    return change, Z * math.sqrt(square * len(apart) / (len(apart) - 1)) / tokens
 
 
-def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of the share right / asked: (low, high). The default z gives the 95 % interval."""
-    share, square = right / asked, z * z
+def interval(right: int, asked: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of the share right / asked: (low, high)."""
+    share, square = right / asked, Z * Z
     middle = (share + square / (2 * asked)) / (1 + square / asked)
-    half = z / (1 + square / asked) * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
+    half = Z / (1 + square / asked) * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

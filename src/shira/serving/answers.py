@@ -89,20 +89,16 @@ class Choice:
     async def pieces(self) -> AsyncIterator[AnswerPiece]:
         """The pieces as they come. Raises what the job raises."""
         async for update in self._job:
-            count, shown = 0, ""
-            for token in update.tokens:
-                count += 1
-                if update.finish == "stop" and count == len(update.tokens):
-                    break  # the token that ends an answer is no part of it
-                shown += self._text.add(token)
-                if self._text.stopped:
-                    break
-            finish = "stop" if self._text.stopped else update.finish
+            written = update.tokens[:-1] if update.finish == "stop" else update.tokens  # without the token that ends the answer
+            taken, shown = 0, ""
+            while taken < len(written) and not self._text.stopped:
+                shown += self._text.add(written[taken])
+                taken += 1
+            count, finish = (taken, "stop") if self._text.stopped else (len(update.tokens), update.finish)
             if finish:
                 shown += self._text.end()
                 finish = "stop" if self._text.stopped else finish
-            logprobs = update.logprobs[: count - (update.finish == "stop" and count == len(update.tokens))]
-            yield AnswerPiece(shown, count, logprobs, finish)
+            yield AnswerPiece(shown, count, update.logprobs[:taken], finish)
             if finish:
                 return
 

@@ -142,9 +142,7 @@ class Masters(Followed):
 
     def keep(self, input: Tensor) -> Tensor:
         """The part of an input [..., columns] that `gradient` needs."""
-        if self.whole_lines is not None and self.whole_lines.keeps_columns_only:
-            return input.index_select(-1, self.whole_lines.lines)
-        return input
+        return input if self.whole_lines is None else self.whole_lines.keep(input)
 
     def touched(self) -> Touched:
         """Every entry that may differ from the base: those that train, and those that trained earlier."""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..adapter import Adapter, opened
 from ..errors import BaseMismatch, MaskError, TuningError
 from ..files.metadata import check_metadata
@@ -17,7 +16,7 @@ from ..files.paths import path_of
 from ..masks.selector import Selected
 from ..sparse.positions import index_dtype
 from ..sparse.tensor import SparseTensor, all_finite, dtype_name
-from ..weights.belonging import check_base
+from ..weights.belonging import check_base, values_at
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import is_buffer, named_tensors
 from ..weights.targets import Target
@@ -92,7 +91,7 @@ class Start(NamedTuple):
         if sparse.kind == "overwrite":
             return sparse.values.to(weight.dtype)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        base = kernels.gather(weight.detach(), sparse.indices.to(weight.device)).cpu()
+        base = values_at(weight, sparse.indices).cpu()
         values = (base.to(wide) + sparse.values.to(wide)).to(weight.dtype)
         if not all_finite(values):
             raise TuningError(f"{self.label!r}: base and delta of '{name}' overflow {dtype_name(weight.dtype)}")
@@ -124,7 +123,7 @@ def _checked(label: str, adapter: Adapter, tensors: dict[str, Tensor]) -> Start:
         raise TuningError(
             f"{label!r} was trained beside a low-rank part, which its file does not hold; its training cannot go on without it"
         )
-    check_base(f"{label!r}", adapter, tensors, lambda weight, indices: kernels.gather(weight.detach(), indices))
+    check_base(f"{label!r}", adapter, tensors, values_at)
     first: dict[int, str] = {}  # id of a tensor -> the name under which it trains: tied weights have several
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)

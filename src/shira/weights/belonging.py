@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..adapter import Adapter
 from ..errors import AdapterError, BaseMismatch, did_you_mean
 from ..files.metadata import check_metadata
@@ -21,10 +22,16 @@ __all__ = [
     "check_fingerprint",
     "check_tensor",
     "identifying",
+    "values_at",
     "weight_of",
 ]
 
 Identifies = Callable[[str, SparseTensor], bool]  # name of a tensor, and the adapter's part of it
+
+
+def values_at(weight: Tensor, indices: Tensor) -> Tensor:
+    """A weight's values at flat positions [k], on the weight's device. An adapter's positions may be on another one."""
+    return kernels.gather(weight.detach(), indices.to(weight.device))
 
 
 def check_base(

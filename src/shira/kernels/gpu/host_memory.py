@@ -40,11 +40,6 @@ class Waiting:
         for (key, span), tensor in held:
             self._pieces[key][span].copy_(tensor)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory."""
-        return sum(piece.nbytes for piece in self._pieces.values())
-
     def arrive(self) -> WritePlan:
         """A plan on the devices, ready for use after `arrived`. The copies are queued; the host does not wait for them."""
         with contextlib.ExitStack() as streams:

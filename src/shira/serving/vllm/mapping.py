@@ -289,12 +289,11 @@ def local_positions(landing: Landing, indices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(numbers), torch.cat(places)
 
 
-def cut(label: str, name: str, tensor: SparseTensor, mapped: Mapped) -> tuple[SparseTensor, Tensor]:
+def cut(name: str, tensor: SparseTensor, mapped: Mapped) -> tuple[SparseTensor, Tensor]:
     """This process's part of an adapter's tensor, bit for bit; and the numbers [n] of its positions among those of the whole.
 
-    Raises BaseMismatch if the tensor is not in this model, in another shape, or cannot be changed in it.
+    The tensor has passed `check`.
     """
-    check(label, name, tensor.shape, mapped)
     landing = mapped.landings[name]
     numbers, places = local_positions(landing, tensor.indices)
     return SparseTensor(landing.shape, places, tensor.values[numbers], tensor.kind), numbers

@@ -4,7 +4,6 @@ Only this middleware writes the key. A request that carries one of its own is re
 """
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from ...errors import ShiraError
@@ -61,7 +60,7 @@ class Naming:
 
         Raises UnknownAdapter and SelectionError.
         """
-        if any(True for _ in _smuggled(data)):
+        if _carries_a_key(data):
             raise SelectionError(f"'{FIELD}' is not a field for clients; name the adapter in 'model'")
         if path not in ROUTES or not isinstance(data, dict) or data.get("model") in (None, ""):
             return None
@@ -120,15 +119,15 @@ async def _content(receive: Receive) -> bytes | None:
     return b"".join(parts)
 
 
-def _smuggled(data: Any) -> Iterator[None]:
-    """One item for each place at which a request carries a key of its own."""
+def _carries_a_key(data: Any) -> bool:
+    """Whether a request carries a key of its own, in any place."""
     waiting = [data]
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):
-            for name in CARRIERS:
-                if isinstance(each.get(name), dict) and FIELD in each[name]:
-                    yield None
+            if any(isinstance(each.get(name), dict) and FIELD in each[name] for name in CARRIERS):
+                return True
             waiting += each.values()
         elif isinstance(each, list):
             waiting += each
+    return False

@@ -179,7 +179,7 @@ class Ranks:
         tensors: dict[str, SparseTensor] = {}
         identifies = identifying(adapter)
         for name, tensor in adapter.tensors.items():
-            tensors[name], numbers = cut(f"'{part.name}'", name, tensor, self._mapped)
+            tensors[name], numbers = cut(name, tensor, self._mapped)
             if identifies(name, tensor):
                 values = self.resident.base_values(name, tensors[name].indices).cpu()
                 evidence.append(_Evidence(name, tensor.nnz, numbers, values))

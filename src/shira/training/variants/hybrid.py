@@ -17,6 +17,8 @@ from torch.nn.functional import linear
 from ...adapter import Adapter
 from ...errors import TuningError
 from ...files.paths import AnyPath, destination, flush_folder, path_of, temporary_folder
+from ...files.peft_files import CONFIG, WEIGHTS
+from ...files.suggestions import ADAPTER, PEFT_PREFIX
 from ...files.tensorfiles import write_whole
 from ...sparse.tensor import SparseTensor
 from ...weights.targets import Target
@@ -26,7 +28,7 @@ from .factors import Factors
 
 __all__ = ["Hybrid", "record", "save"]
 
-FILES = ("adapter.safetensors", "lora/adapter_model.safetensors", "lora/adapter_config.json")
+FILES = (ADAPTER, f"lora/{WEIGHTS}", f"lora/{CONFIG}")
 
 
 class Hybrid(Plain):
@@ -87,7 +89,7 @@ def save(path: AnyPath, adapter: Adapter, masters: Mapping[str, Masters]) -> Non
     flat = {}
     for each, product in both:
         inner, outer = product.inner_and_outer(each.output_dim)
-        module = f"base_model.model.{each.name.removesuffix('.weight')}"
+        module = PEFT_PREFIX + each.name.removesuffix(".weight")
         flat[f"{module}.lora_A.weight"] = inner.detach().cpu().clone()  # [rank, in]
         flat[f"{module}.lora_B.weight"] = outer.detach().T.contiguous().cpu().clone()  # [out, rank]
     config = {
