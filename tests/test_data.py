@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import subprocess
 import zipfile
 from dataclasses import replace
@@ -368,6 +369,18 @@ def test_a_loss_that_explodes_ends_training(tiny_llama):
 def test_a_model_that_is_not_there():
     with pytest.raises(DataError, match="cannot load 'no/such'"):
         hf.load_model("no/such")
+
+
+def test_a_model_without_a_tokenizer(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama.save_pretrained("llama")
+    gpt2(1).save_pretrained("gpt2")  # Transformers makes an empty tokenizer for it
+    for folder in ("llama", "gpt2"):
+        words = f"'{folder}' holds a model and no tokenizer; save one beside it: tokenizer.save_pretrained('{folder}')"
+        with pytest.raises(DataError, match=re.escape(words)):
+            hf.load_tokenizer(folder)
+    letter_tokenizer().save_pretrained("gpt2")
+    assert len(hf.load_tokenizer("gpt2")) == len(letter_tokenizer())
 
 
 def test_a_model_whose_files_are_damaged(tiny_llama, tmp_path):

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}  # torch's questions
+TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.bpe")  # a tokenizer has at least one such file
 CHECKPOINTING = (  # methods that turn it on and off: in Diffusers, in Transformers, in Transformers before 5.23
     ("enable_gradient_checkpointing", "disable_gradient_checkpointing"),
     ("activation_checkpointing_enable", "activation_checkpointing_disable"),
@@ -128,7 +129,10 @@ def one_example_a_row() -> Iterator[None]:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model, with a padding token."""
+    """The tokenizer of a model, with a padding token. Raises DataError if there is none."""
+    folder = Path(model)  # without this check Transformers makes an empty tokenizer for some kinds of models
+    if (folder / "config.json").is_file() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        raise DataError(f"{model!r} holds a model and no tokenizer; save one beside it: tokenizer.save_pretrained({model!r})")
     tokenizer = _pretrained("AutoTokenizer", model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
