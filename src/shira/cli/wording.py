@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 
 from ..data.models import BUILT_IN
 from ..errors import ShiraError
-from ..runs.foreign_names import here
+from ..training.foreign_names import here
 
 __all__ = ["Command", "as_typed"]
 
@@ -31,12 +31,14 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             if error.param is not None and error.param.name == "model" and not error.message:  # it is missing
+                error.possibilities = None  # type: ignore[attr-defined]  # options that are only spelled alike
                 error.message = f"Give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}."
             raise
         except Exception as error:
             unknown = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
             known = {each.name: each.opts[0] for each in self.params if each.name}
             if said := here(unknown, known, lambda name: known[name]):
+                error.possibilities = None  # type: ignore[attr-defined]  # options that are only spelled alike
                 error.message = f"{error.message.removesuffix('.')}; {said}"  # type: ignore[attr-defined]  # Click's errors have one
             raise
 
