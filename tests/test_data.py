@@ -318,6 +318,7 @@ def test_numbers_with_exponents_are_numbers(tmp_path, text):
         ("dtype: int8", "dtype must be"),
         ("density: 5", r"r.yaml: density must be a finite number above 0 and at most 1, found 5; 5 % is 0.05$"),
         ("lr: 1e-3x", "r.yaml: lr must be a finite number above 0, found '1e-3x'"),
+        ("density: 2%", r"r.yaml: density must be a finite number above 0 and at most 1, found '2%'; 2 % is 0.02$"),
         ("learning_rate: 1e-4", "r.yaml: unknown setting 'learning_rate'; here it is 'lr'$"),
         ("num_train_epochs: 3", "unknown setting 'num_train_epochs'; here it is 'steps', the number of optimizer steps"),
         ("lora_alpha: 16", "unknown setting 'lora_alpha'; there is no such setting here, leave it out"),

@@ -174,6 +174,15 @@ def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
             "generate model -p hi -a coder -a coder/adapter.safetensors",
             "DataError: one adapter .* as 'coder' and 'coder/adapter.saf",
         ),
+        (
+            "generate model -p hi -a bard=poet.safetensors",
+            "DataError: 'bard=poet.safetensors' gives .* only `shira chat` takes NAME=FILE; give 'poet.safetensors'",
+        ),
+        (
+            "eval model --data texts.jsonl -a bard=coder=0.5",
+            "DataError: .* only `shira chat` takes NAME=FILE; give 'coder=0.5'",
+        ),
+        ("generate model -p hi -a bard=none.safetensors", "DataError: .*after '=' must be a number"),
         ("generate model -p hi -a texts.jsonl", "FormatError: texts.jsonl is not a whole safetensors file"),
         (
             "generate model -p hi -a other.safetensors",

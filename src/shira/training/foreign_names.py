@@ -37,7 +37,7 @@ THEIRS = {
     "name": ("adapter_name",),
     "names": ("adapter_names",),
     "adapter": ("weight_name",),
-    "strengths": ("adapter_weights",),
+    "strengths": ("adapter_weights", "strength"),
 }
 MORE = {
     "steps": ", the number of optimizer steps",
