@@ -196,6 +196,11 @@ def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
         ("generate model -p hi --dtype float8", "found 'float8'; did you mean 'float32'"),
         ("generate model -p hi --temperature -1", "Invalid value for '--temperature'"),
         ("generate nomodel -p hi", "DataError: cannot load 'nomodel'"),
+        (
+            "generate pipeline -p hi",
+            "'pipeline': it is a Diffusers pipeline: `shira train-image` trains it, and `shira sample`",
+        ),
+        ("train pipeline --data texts.jsonl", "'pipeline': it is a Diffusers pipeline: `shira train-image` trains it"),
         ("generate other.safetensors -p hi", "it holds an adapter, no model; .*: `shira generate BASE -a other.safetensors`"),
         ("eval run --data texts.jsonl", "cannot load 'run': it holds an adapter of 'tiny', no model; .* BASE -a run`"),
         ("chat lora", "cannot load 'lora': .*it is an adapter of PEFT, which has to be converted: `shira convert lora"),
@@ -233,6 +238,8 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(run, home, monkeypatch
     shira.Adapter(shira.load("other.safetensors").tensors, {"base": {"id": "tiny"}}).save("run/adapter.safetensors")
     Path("lora").mkdir()
     Path("lora/adapter_config.json").write_text("{}")
+    Path("pipeline").mkdir()
+    Path("pipeline/model_index.json").write_text("{}")
     Path("bare").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(f"model/{name}", "bare")

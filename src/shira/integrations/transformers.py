@@ -17,6 +17,7 @@ from ..errors import DataError, HubError, MissingExtra
 from ..files import hub
 from ..files.bases import skeleton_of
 from ..files.suggestions import instead, instead_of_a_model
+from ..texts import strict_json
 from ..weights.random_numbers import seeded
 
 __all__ = [
@@ -181,6 +182,8 @@ def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
         command = "shira generate" if file == "config.json" else "shira sample"
         if not (Path(model) / file).exists() and (said := instead_of_a_model(Path(model), command)):
             raise DataError(f"cannot load {model!r}: {said}")
+        if said := _of_the_other_kind(Path(model), file):
+            raise DataError(f"cannot load {model!r}: {said}")
         return
     what = f"no folder, no built-in model ({', '.join(built_in)}), and " if built_in else "no folder, and "
     if not hub.MODEL.fullmatch(model):
@@ -195,6 +198,20 @@ def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
         raise DataError(f"cannot load {model!r}: {said}") from error
     if found is None:
         raise DataError(f"cannot load {model!r}: it is on the hub, but is no such model: it has no {file}")
+
+
+def _of_the_other_kind(folder: Path, file: str) -> str:
+    """What to do with a pipeline where a language model is wanted, and the other way round; "" for any other folder."""
+    if file == "config.json" and (folder / "model_index.json").is_file() and not (folder / file).exists():
+        return "it is a Diffusers pipeline: `shira train-image` trains it, and `shira sample` makes pictures with it"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if (
+            file != "config.json"
+            and not (folder / file).exists()
+            and "model_type" in strict_json((folder / "config.json").read_bytes())
+        ):
+            return "it is a model of Transformers, no pipeline: `shira train` trains it, and `shira generate` lets it answer"
+    return ""
 
 
 @torch.no_grad()
