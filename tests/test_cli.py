@@ -391,9 +391,16 @@ def test_the_training_benchmark_runs_in_small(run):
     assert rows[0]["parameters"]["shira wm"] == rows[0]["parameters"]["PEFT LoRA"] > 1e6
 
 
-def test_masks_lists_the_catalogue(run):
+@pytest.mark.parametrize("columns", [80, 120])
+def test_masks_lists_the_catalogue(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     code, out, _ = run("masks")
-    assert code == 0 and all(name in out for name in ("struct", "wanda", "activations", "2506.00772", "… (Python only)"))
+    assert (
+        code == 0
+        and max(map(len, out.splitlines())) <= columns
+        and out.count("\n") < 80
+        and all(name in out for name in ("struct", "wanda", "activations", "2506.00772", "… (Python only)"))
+    )
     rows = json.loads(run("masks --json")[1])
     assert [row["name"] for row in rows] == [info.name for info in shira.masks.available()]
     assert rows[-4] == {

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import subprocess
 import zipfile
 from dataclasses import replace
@@ -317,6 +318,7 @@ def test_numbers_with_exponents_are_numbers(tmp_path, text):
         ("dtype: int8", "dtype must be"),
         ("density: 5", r"r.yaml: density must be a finite number above 0 and at most 1, found 5; 5 % is 0.05$"),
         ("lr: 1e-3x", "r.yaml: lr must be a finite number above 0, found '1e-3x'"),
+        ("density: 2%", r"r.yaml: density must be a finite number above 0 and at most 1, found '2%'; 2 % is 0.02$"),
         ("learning_rate: 1e-4", "r.yaml: unknown setting 'learning_rate'; here it is 'lr'$"),
         ("num_train_epochs: 3", "unknown setting 'num_train_epochs'; here it is 'steps', the number of optimizer steps"),
         ("lora_alpha: 16", "unknown setting 'lora_alpha'; there is no such setting here, leave it out"),
@@ -368,6 +370,18 @@ def test_a_loss_that_explodes_ends_training(tiny_llama):
 def test_a_model_that_is_not_there():
     with pytest.raises(DataError, match="cannot load 'no/such'"):
         hf.load_model("no/such")
+
+
+def test_a_model_without_a_tokenizer(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama.save_pretrained("llama")
+    gpt2(1).save_pretrained("gpt2")  # Transformers makes an empty tokenizer for it
+    for folder in ("llama", "gpt2"):
+        words = f"'{folder}' holds a model and no tokenizer; save one beside it: tokenizer.save_pretrained('{folder}')"
+        with pytest.raises(DataError, match=re.escape(words)):
+            hf.load_tokenizer(folder)
+    letter_tokenizer().save_pretrained("gpt2")
+    assert len(hf.load_tokenizer("gpt2")) == len(letter_tokenizer())
 
 
 def test_a_model_whose_files_are_damaged(tiny_llama, tmp_path):

@@ -105,6 +105,24 @@ def test_what_to_call_is_said_in_the_words_of_a_pipeline():
             adapters.adapter(name)
 
 
+@pytest.mark.parametrize(
+    ("call", "given", "words"),
+    [
+        ("load", {"adapter": "a", "adapter_name": "z"}, r"load\(\) .* 'adapter_name'; here it is name= \(docs/diffusers.md\)"),
+        ("load", {"adapter": "a", "weight_name": "z"}, "'weight_name'; here it is adapter=, the path of the file"),
+        ("set", {"names": "a", "adapter_weights": 0.5}, r"set\(\) .* 'adapter_weights'; here it is strengths= "),
+        ("set", {"adapter_names": "a"}, "'adapter_names'; here it is names= "),
+    ],
+)
+def test_names_of_diffusers_are_answered_with_ours(adapters, call, given, words):
+    now = adapters.active
+    with pytest.raises(TypeError, match=words):
+        getattr(adapters, call)(**given)
+    with pytest.raises(AdapterError, match="fusion method 'sum' has no option 'strenght'"):
+        adapters.set("a", strenght=0.5)
+    assert adapters.active == now
+
+
 def test_an_adapter_of_a_text_encoder_needs_its_component(tmp_path):
     pipe = stable_diffusion()
     made = pipe_adapter(pipe, 1, ("text_encoder",))

@@ -94,7 +94,12 @@ def test_a_folder_is_read_if_it_is_clear_which_file_in_it_is_meant(tmp_path):
             if isinstance(found, shira.Adapter):
                 assert found.nnz == adapter.nnz
 
+    (tmp_path / "empty").mkdir()
     refused("is a folder; pass an adapter's .safetensors file; there is none in it")
+    for name in ("poet", "coder"):
+        (tmp_path / name).mkdir()
+        adapter.save(tmp_path / name / "a.safetensors")
+    refused(f"is a folder; pass one of the adapters in it: '{tmp_path}/coder', '{tmp_path}/poet'$")
     write_whole(tmp_path / "model.safetensors", b"no adapter")
     os.mkfifo(tmp_path / "fifo.safetensors")
     adapter.save(tmp_path / "any")

@@ -190,13 +190,17 @@ def test_what_a_pipeline_refuses_is_one_line(run, folder):
 
 
 def test_what_is_no_pipeline(run, folder):
-    (folder / "empty").mkdir()
+    for name in ("empty", "language"):
+        (folder / name).mkdir()
+    (folder / "language/config.json").write_text('{"model_type": "llama"}')
     for name, words in {
         "empty": "no Diffusers pipeline in that folder",
         "nobody/nothing": "it is no folder, and not in",
     }.items():
         code, _, err = run(f"sample --pipe {name} -p x")
         assert code == 1 and f"DataError: cannot load '{name}': {words}" in err
+    code, _, err = run(f"{LINE.replace('pipeline', 'language')} --data dog")
+    assert code == 1 and "'language': it is a model of Transformers, no pipeline: `shira train` trains it" in err
 
 
 def test_the_options_are_defined_once(run, monkeypatch):

@@ -254,6 +254,7 @@ def test_decompose_of_earlier_releases(tmp_path):
     ("options", "words"),
     [
         ("--mask snap", "MaskError: unknown mask 'snap'; did you mean 'snip'"),
+        ("--mask WM", "MaskError: unknown mask 'WM'; did you mean 'wm'"),
         ("--density 5", ": --density must be .* at most 1, found 5.0; 5 % is 0.05"),
         ("--eval-share 20", ": --eval-share must be .* below 1, found 20.0; 20 % is 0.2"),
         ("--density 0", ": --density must be a finite number above 0 and at most 1, found 0.0"),
@@ -307,6 +308,8 @@ def test_what_cannot_be_read_names_the_option_and_what_was_meant(run, options):
         ("train m -r 8", "here it is --rank "),
         ("train m --epochs 3", "here it is --steps, the number of optimizer steps"),
         ("train m --lora-alpha 16", "there is no such setting here, leave it out"),
+        ("serve m --lora-modules a=x", "No such option: --lora-modules; here it is --adapters FOLDER │"),
+        ("serve m --enable-lora", "No such option: --enable-lora; there is no such setting here, leave it out │"),
         ("train m --nothing 16", "No such option: --nothing "),
         ("train-image --instance-prompt sks", "here it is --prompt "),
     ],
@@ -314,7 +317,7 @@ def test_what_cannot_be_read_names_the_option_and_what_was_meant(run, options):
 def test_options_of_other_libraries_are_answered_with_ours(run, monkeypatch, line, words):
     monkeypatch.setenv("COLUMNS", "200")
     code, _, err = run(line)
-    assert code == 2 and words in re.sub(r"[│\s]+", " ", err)
+    assert code == 2 and words.replace("│", "╰") in re.sub(r"[│─\s]+", " ", err)
 
 
 def test_a_setting_of_a_file_is_named_with_the_file(run, tmp_path):
@@ -329,6 +332,21 @@ def test_a_setting_of_a_file_is_named_with_the_file(run, tmp_path):
 def test_a_percentage_is_no_share(run, line):
     code, _, err = run(line)
     assert code == 1 and "--keep must be above 0 and at most 1, found 90.0; 90 % is 0.9" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train m --data a.jsonl --density 2%", "'--density': .*; 2 % is 0.02 "),
+        ("convert my-lora --base m --keep 99.5% -o a.safetensors", "'--keep': .*; 99.5 % is 0.995 "),
+        ("train m --data a.jsonl --density=0.5%", "'--density': .*; 0.5 % is 0.005 "),
+        ("train m --data a.jsonl --density 200%", "'--density': [^;]*$"),
+        ("train m --data a.jsonl --lr 0.1 --density x%", "'--density': [^;]*$"),
+    ],
+)
+def test_a_percentage_with_its_sign_is_answered_with_the_share(run, line, words):
+    code, _, err = run(line)
+    assert code == 2 and re.search(words, re.sub(r"[│─╰╯\s]+", " ", err)), err
 
 
 def test_a_refresh_that_never_comes_is_no_contradiction():

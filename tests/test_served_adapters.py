@@ -64,6 +64,16 @@ def test_an_unknown_name_is_told(text):
         parse(text, VERSIONS)
 
 
+def test_the_base_is_named_first_where_a_name_is_wrong():
+    for text, known in (
+        ("qqq", "known: 'SmolLM', 'coder', "),
+        ("smollm", "did you mean 'SmolLM'"),
+        ("qqq+poet", "known: 'coder', "),
+    ):
+        with pytest.raises(UnknownAdapter, match=f"is served; {known}"):
+            parse(text, dict(sorted(VERSIONS.items())), base=["SmolLM"])
+
+
 @pytest.mark.parametrize(
     "text", ["", " ", None, 3, "poet:", "poet:x", "poet:nan", "poet:inf", "poet+poet:2", "poet:1:2", "+".join(["poet"] * 17)]
 )

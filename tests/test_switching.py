@@ -1,6 +1,7 @@
 """Whatever is done to a switcher, the base comes back to the bit."""
 
 import contextlib
+import re
 import signal
 
 import hypothesis.strategies as st
@@ -294,6 +295,23 @@ def test_a_strength_must_be_a_finite_number(strength):
 def test_a_name_must_be_a_string(name):
     with pytest.raises(SwitchError, match="a name must be"):
         Switcher(mlp()).add(name, shira.Adapter({}))
+
+
+def test_a_strength_and_a_second_adapter_belong_in_one_mapping():
+    model = mlp()
+    switcher = Switcher(model)
+    for number, name in enumerate("ab"):
+        switcher.add(name, random_adapter(model, number))
+    for call, error, words in (
+        (lambda: switcher.use("a", 0.5), SwitchError, "a strength belongs to its name: use({'a': 0.5})"),
+        (lambda: switcher.use("a", strength=0.5), SwitchError, "a strength belongs to its name: use({'a': 0.5})"),
+        (lambda: switcher.prefetch("a", "b"), SwitchError, "several adapters are one mapping: use({'a': 1.0, 'b': 1.0})"),
+        (lambda: switcher.use("a", "c"), AdapterError, "unknown fusion method 'c'; "),
+        (lambda: switcher.use({"a": 1.0}, strength=0.5), AdapterError, "fusion method 'sum' has no option 'strength'"),
+    ):
+        with pytest.raises(error, match=re.escape(words)):
+            call()
+    assert switcher.active == {}
 
 
 def test_unknown_names_get_a_suggestion():

@@ -17,7 +17,7 @@ import shira
 from conftest import all_bits, bits, mlp, same_bits
 from shira import BaseMismatch, TuningError
 from shira.files.suggestions import ADAPTER
-from shira.integrations.trainer import ShiraCallback, set_aside
+from shira.integrations.trainer import ReferenceModel, ShiraCallback, set_aside
 from shira.training.checkpoint_watch import FullCheckpoint
 from test_distributed import torchrun
 from trainers import CHECKPOINTING, STEPS, llama, losses, rows, same_adapter, snip, trainer_of, values
@@ -294,6 +294,12 @@ def test_a_checkpoint_without_an_adapter_is_refused(tmp_path):
 
 def test_tuners_that_cannot_be_trained_so_are_refused(tmp_path):
     model, other = llama(), llama()
+    with snip(model) as tuner:
+        for given, found in ((model, "a LlamaForCausalLM"), (tuner.adapter(), "an Adapter"), (None, r"None \(NoneType\)")):
+            for taker in (ShiraCallback, ReferenceModel):
+                words = f"{taker.__name__} takes the tuner that shira.attach returned, found {found}"
+                with pytest.raises(TuningError, match=words):
+                    taker(given)
     with shira.attach(model, method="hook") as tuner, pytest.raises(TuningError, match="method='values'"):
         ShiraCallback(tuner)
     with shira.attach(mlp(), density=0.1) as tuner, pytest.raises(TuningError, match="PreTrainedModel, found a Sequential"):
@@ -317,6 +323,21 @@ def test_tuners_that_cannot_be_trained_so_are_refused(tmp_path):
         trainer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
         with pytest.raises(TuningError, match="optimizer does not train"):
             trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")  # PEFT asks the model for names that Transformers will drop
+def test_layers_of_peft_beside_a_tuner_are_named_as_the_cause(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = llama()
+    with snip(model) as tuner:
+        inside = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).train()
+        with pytest.raises(
+            TuningError, match=r"frozen \(requires_grad=False\) after.* PEFT, which freezes .*: leave out peft_con"
+        ):
+            inside(input_ids=torch.ones(1, 4, dtype=torch.long))
+        with pytest.raises(TuningError, match="than the PeftModel.* as it is, without peft_config="):
+            trainer_of(inside, tmp_path, [ShiraCallback(tuner)])
+        inside.unload()
 
 
 def test_engines_that_save_in_their_own_way_are_refused(tmp_path, monkeypatch):

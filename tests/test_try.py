@@ -174,6 +174,15 @@ def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
             "generate model -p hi -a coder -a coder/adapter.safetensors",
             "DataError: one adapter .* as 'coder' and 'coder/adapter.saf",
         ),
+        (
+            "generate model -p hi -a bard=poet.safetensors",
+            "DataError: 'bard=poet.safetensors' gives .* only `shira chat` takes NAME=FILE; give 'poet.safetensors'",
+        ),
+        (
+            "eval model --data texts.jsonl -a bard=coder=0.5",
+            "DataError: .* only `shira chat` takes NAME=FILE; give 'coder=0.5'",
+        ),
+        ("generate model -p hi -a bard=none.safetensors", "DataError: .*after '=' must be a number"),
         ("generate model -p hi -a texts.jsonl", "FormatError: texts.jsonl is not a whole safetensors file"),
         (
             "generate model -p hi -a other.safetensors",
@@ -187,10 +196,20 @@ def test_what_a_model_writes_has_no_effect_on_the_terminal(capsys):
         ("generate model -p hi --dtype float8", "found 'float8'; did you mean 'float32'"),
         ("generate model -p hi --temperature -1", "Invalid value for '--temperature'"),
         ("generate nomodel -p hi", "DataError: cannot load 'nomodel'"),
+        (
+            "generate pipeline -p hi",
+            "'pipeline': it is a Diffusers pipeline: `shira train-image` trains it, and `shira sample`",
+        ),
+        ("train pipeline --data texts.jsonl", "'pipeline': it is a Diffusers pipeline: `shira train-image` trains it"),
         ("generate other.safetensors -p hi", "it holds an adapter, no model; .*: `shira generate BASE -a other.safetensors`"),
         ("eval run --data texts.jsonl", "cannot load 'run': it holds an adapter of 'tiny', no model; .* BASE -a run`"),
         ("chat lora", "cannot load 'lora': .*it is an adapter of PEFT, which has to be converted: `shira convert lora"),
         ("train run --data texts.jsonl", "cannot load 'run': it holds an adapter of 'tiny', no model; .* BASE -a run`"),
+        ("generate bare -p hi", "DataError: 'bare' holds a model and no tokenizer; save one beside it: tokenizer.save_pretr"),
+        ("chat bare", "DataError: 'bare' holds a model and no tokenizer"),
+        ("eval bare --data texts.jsonl", "DataError: 'bare' holds a model and no tokenizer"),
+        ("train bare --data texts.jsonl --targets all-linear", "DataError: 'bare' holds a model and no tokenizer"),
+        ("serve bare --adapters coder --engine transformers --port 0", "DataError: 'bare' holds a model and no tokenizer"),
         ("generate plain -p hi --system be", "DataError: --system .*this model's tokenizer has none"),
         ("chat plain --system be", "DataError: --system .*this model's tokenizer has none"),
         ("chat model -a poet=coder -a poet.safetensors", "DataError: two adapters have the name 'poet': coder and poet.safet"),
@@ -219,6 +238,11 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(run, home, monkeypatch
     shira.Adapter(shira.load("other.safetensors").tensors, {"base": {"id": "tiny"}}).save("run/adapter.safetensors")
     Path("lora").mkdir()
     Path("lora/adapter_config.json").write_text("{}")
+    Path("pipeline").mkdir()
+    Path("pipeline/model_index.json").write_text("{}")
+    Path("bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"model/{name}", "bare")
     if " plain" in line:
         shutil.copytree("model", "plain")
         letter_tokenizer(None).save_pretrained("plain")

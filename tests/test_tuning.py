@@ -1,5 +1,6 @@
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -310,6 +311,25 @@ def test_tied_linears_share_their_masters():
 )
 def test_a_bad_request_changes_nothing(options, error, words):
     attach_is_refused(options, error, words)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("r", "attach() got an unexpected keyword argument 'r'; here it is rank= (docs/peft.md)"),
+        ("target_modules", "'target_modules'; here it is targets= (docs/peft.md)"),
+        ("layers_to_transform", "'layers_to_transform'; here it is layers= (docs/peft.md)"),
+        ("modules_to_save", "'modules_to_save'; here it is whole= (docs/peft.md)"),
+        ("lora_alpha", "'lora_alpha'; there is no such setting here, leave it out (docs/peft.md)"),
+        ("nothing", "attach() got an unexpected keyword argument 'nothing'"),
+        ("lr", "attach() got an unexpected keyword argument 'lr'"),
+    ],
+)
+def test_a_setting_of_peft_is_answered_with_ours(option, words):
+    model = mlp()
+    with pytest.raises(TypeError, match=re.escape(words)):
+        shira.attach(model, **{option: 8})
+    shira.attach(model).detach()
 
 
 def test_a_second_tuner_on_the_same_layers_is_refused():

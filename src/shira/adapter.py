@@ -102,6 +102,7 @@ class Adapter:
     def save(self, path: AnyPath, *, like: AnyPath | None = None) -> None:
         """Write one safetensors file (docs/format.md), whole or not at all.
 
+        path: of the file, "poet.safetensors". A name is taken as it is: "poet" gets no ending and becomes no folder.
         It is first a temporary file in the same folder, which is flushed and renamed. A symbolic link is followed: the file
         that it leads to is replaced, and the link stays.
         like: another file in the same folder, with an adapter of the same mask. Equal positions are not written again. A reader

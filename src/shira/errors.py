@@ -96,6 +96,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """For a mistyped word: "did you mean 'x' or 'y'?", the nearest known words; if none is near, "known: 'x', 'y', …"."""
     choices = list(dict.fromkeys(known))
     near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    if not near:  # it may be near in other letters: 'WM'
+        lowered = {choice.lower(): choice for choice in reversed(choices)}
+        near = [lowered[each] for each in difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.5)]
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     shown = ", ".join(repr(c) for c in choices[:12]) or "none"

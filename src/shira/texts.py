@@ -15,6 +15,7 @@ from typing import Any
 __all__ = ["as_share", "described", "is_several", "markdown", "plain_number", "shown", "strict_json", "visible"]
 
 LONGEST_NUMBER = 40  # digits
+PERCENTAGE = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]{1,20})?)\s*%\s*")
 DEEPEST = 32  # objects and lists inside each other
 PLAIN = re.compile(r"(?!.*www\.)(?:[^\W_]|[ .,%()+=/;'-])*")  # text without a special meaning in Markdown
 
@@ -62,7 +63,10 @@ def is_several(value: object) -> bool:
 
 
 def as_share(value: object) -> str:
-    """What to add to an error about a share, if a percentage was given for it: "; 5 % is 0.05"."""
+    """What to add to an error about a share, if a percentage was given for it, 5 or "5%": "; 5 % is 0.05"."""
+    if isinstance(value, str) and (written := PERCENTAGE.fullmatch(value)):
+        percentage = float(written[1])
+        return f"; {percentage:g} % is {percentage / 100:g}" if percentage <= 100 else ""
     is_percentage = type(value) in (int, float) and 1 < value <= 100  # type: ignore[operator]  # it is a number here
     return f"; {value:g} % is {value / 100:g}" if is_percentage else ""  # type: ignore[operator]
 

@@ -38,6 +38,7 @@ def given_adapters(texts: Sequence[str]) -> "dict[str, Strength]":
     strengths: dict[str, Strength] = {}
     places: dict[str, str] = {}  # where a file is -> as it was given
     for text in texts:
+        _refuse_name(text)
         file, strength = (text, 1.0) if os.path.exists(text) else parse_strength(text)
         place = os.path.realpath(adapter_in(Path(file))) if os.path.exists(file) else file
         if place in places:
@@ -47,6 +48,13 @@ def given_adapters(texts: Sequence[str]) -> "dict[str, Strength]":
             )
         strengths[file], places[place] = strength, file
     return strengths
+
+
+def _refuse_name(text: str) -> None:
+    """Raise DataError for NAME=FILE or NAME=FILE=STRENGTH of a file that exists."""
+    name, rest = _split_name(text)
+    if name and not os.path.exists(text.rpartition("=")[0]) and any(map(os.path.exists, (rest, rest.rpartition("=")[0]))):
+        raise DataError(f"{shown(text)} gives the adapter a name, and only `shira chat` takes NAME=FILE; give {shown(rest)}")
 
 
 def named_adapters(texts: Sequence[str]) -> "tuple[dict[str, str], dict[str, Strength]]":

@@ -9,6 +9,9 @@ from .output import console, print_json
 
 __all__ = ["masks"]
 
+WIDE = 110  # signs in a line of a terminal in which each column has enough room
+COLUMNS = ("entries that train", "source", "calibration", "options")
+
 
 def masks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the masks: the entries that each trains, its source, the calibration that it needs, and its options.
@@ -21,13 +24,20 @@ def masks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
     if as_json:
         print_json([row._asdict() for row in rows])
         return
-    table = Table("mask", "entries that train", "source", "calibration", "options")
-    table.columns[-1].no_wrap = True  # an option is read in one piece
+    is_narrow = console.width < WIDE
+    table = Table("mask", *([", ".join(COLUMNS)] if is_narrow else COLUMNS), show_lines=is_narrow)
+    table.columns[-1].no_wrap = not is_narrow  # an option is read in one piece
     for row in rows:
         calibrated = ", ".join(name.replace("_", " ") for name in row.needs if name in catalogue.CALIBRATED)
-        options = ",\n".join(f"{key}={_text(value)}" for key, value in row.options.items())
-        options += " (Python only)" if "adapter" in row.options else ""  # an adapter cannot be given after --mask
-        table.add_row(row.name, row.meaning, row.source, calibrated or "-", options or "-")
+        options = [f"{key}={_text(value)}" for key, value in row.options.items()]
+        options[-1:] = [
+            each + " (Python only)" * ("adapter" in row.options) for each in options[-1:]
+        ]  # --mask takes no adapter
+        if is_narrow:
+            lines = {"": row.meaning, "source: ": row.source, "calibration: ": calibrated, "options: ": ", ".join(options)}
+            table.add_row(row.name, "\n".join(name + line for name, line in lines.items() if line))
+        else:
+            table.add_row(row.name, row.meaning, row.source, calibrated or "-", ",\n".join(options) or "-")
     console.print(table)
 
 

@@ -82,11 +82,11 @@ def _run(recipe: Recipe, place: "Place", like: Path | None, save_every: int, sav
     from ..runs.outputs import save_run
 
     avoid_cudnn_attention()
-    skeleton = causal_skeleton(recipe.model)
+    skeleton, tokenizer = causal_skeleton(recipe.model), load_tokenizer(recipe.model)
     console.print(f"trains {what_trains(recipe, skeleton)}", highlight=False, soft_wrap=True)
     recipe = with_targets(recipe, skeleton)  # the saved recipe names them
     with waiting("loading the model"):
-        loaded, tokenizer = load_model(recipe.model, recipe.dtype), load_tokenizer(recipe.model)
+        loaded = load_model(recipe.model, recipe.dtype)
     warn_if_slow(loaded, recipe.dtype)
     with progress("reading the data", None) as update:
         adapter = train_adapter(

@@ -1,6 +1,8 @@
 """A command whose errors and help show options and defaults as they are typed: `--base`, not `base=`."""
 
+import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -8,7 +10,8 @@ from typer.core import TyperCommand
 
 from ..data.models import BUILT_IN
 from ..errors import ShiraError
-from ..runs.foreign_names import here
+from ..texts import as_share
+from ..training.foreign_names import here
 
 __all__ = ["Command", "as_typed"]
 
@@ -27,16 +30,22 @@ class Command(TyperCommand):
                 setattr(each, "_get_default_string", lambda shown=shown, **_: shown)  # noqa: B010
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        typed = list(args)
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             if error.param is not None and error.param.name == "model" and not error.message:  # it is missing
+                error.possibilities = None  # type: ignore[attr-defined]  # options that are only spelled alike
                 error.message = f"Give a folder, a hub id, or a built-in model: {', '.join(BUILT_IN)}."
+            if error.param is not None and re.search("valid (float|number)", error.message):
+                shares = (as_share(text) for text in _texts_of(error.param.opts, typed))
+                error.message = error.message.removesuffix(".") + next(filter(None, shares), ".")
             raise
         except Exception as error:
             unknown = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
             known = {each.name: each.opts[0] for each in self.params if each.name}
             if said := here(unknown, known, lambda name: known[name]):
+                error.possibilities = None  # type: ignore[attr-defined]  # options that are only spelled alike
                 error.message = f"{error.message.removesuffix('.')}; {said}"  # type: ignore[attr-defined]  # Click's errors have one
             raise
 
@@ -48,6 +57,14 @@ class Command(TyperCommand):
             typed = {name for name in flags if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
             error.args = (as_typed(str(error), flags, typed),)
             raise
+
+
+def _texts_of(flags: list[str], typed: list[str]) -> Iterator[str]:
+    """What was typed for an option: as "--density 2%" or "--density=2%"."""
+    for word, following in itertools.pairwise([*typed, ""]):
+        flag, equals, text = word.partition("=")
+        if flag in flags:
+            yield text if equals else following
 
 
 def as_typed(text: str, flags: dict[str, str], typed: set[str]) -> str:

@@ -1,5 +1,6 @@
 """A user passed a folder, or another kind of file, instead of an adapter's file: which file is meant, or what to pass."""
 
+import contextlib
 import re
 import shlex
 from collections.abc import Collection, Iterable
@@ -18,6 +19,7 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model
 PEFT_PREFIX = "base_model.model."  # of tensor names in PEFT's files
 OTHERS = re.compile(r"(model|adapter_model|pytorch_|diffusion_pytorch_|.*/)")  # names of other safetensors files on the hub
 MANY = 32  # files of a folder that are opened
+FEW = 8  # adapters in a message
 SLIME = (
     "it is a delta of slime, bytes against the weights of the version before, compressed with zstd: let slime apply it to a "
     "checkpoint, and extract that: `shira extract BASE APPLIED -o adapter.safetensors`"
@@ -50,6 +52,10 @@ def instead(path: Path, tensors: Collection[str] = ()) -> str:
         return f"pass {'the file' if len(ours) == 1 else 'one of the files'} in it, as {str(ours[0])!r}"
     if any((path / name).is_file() for name in PEFT_FILES):
         return _converting(str(path))
+    with contextlib.suppress(OSError):
+        folders = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+        if found := [str(each) for each in folders[:MANY] if _adapters_in(each)]:
+            return f"pass one of the adapters in it: {', '.join(map(repr, found[:FEW]))}{', …' * (len(found) > FEW)}"
     return "pass an adapter's .safetensors file; there is none in it"
 
 

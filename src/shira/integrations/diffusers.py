@@ -23,6 +23,7 @@ from ..switching.left_behind import no_copy
 from ..switching.sources import AdapterSource
 from ..switching.switcher import Switcher
 from ..texts import described, shown
+from ..training.foreign_names import knows_foreign_names
 from ..weights.belonging import weight_of
 from ..weights.model_tensors import named_tensors
 from .block_strengths import by_block, copied, paired
@@ -141,6 +142,7 @@ class PipelineAdapters:
         return self._set
 
     @_in_turn
+    @knows_foreign_names("docs/diffusers.md")
     def load(self, adapter: File, name: str | None = None, *, component: str | None = None) -> str:
         """Load an adapter, or a file of one, after checking that it belongs to this pipeline. Nothing is activated.
 
@@ -189,6 +191,7 @@ class PipelineAdapters:
         return self._sources[name].read(named_tensors(self._model))[0]
 
     @_in_turn
+    @knows_foreign_names("docs/diffusers.md")
     def set(
         self,
         names: str | list[str] | Mapping[str, Any],

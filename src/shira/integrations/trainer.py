@@ -21,6 +21,7 @@ from ..errors import MissingExtra, TuningError
 from ..files.paths import CHECKPOINT, sweep
 from ..files.suggestions import ADAPTER
 from ..files.tensorfiles import write_whole
+from ..texts import described
 from ..training.tuner import Tuner
 from ..weights.modes import evaluating
 from .card import base_of, card
@@ -55,6 +56,7 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
     """
 
     def __init__(self, tuner: Tuner, *, name: str | None = None, license: str | None = None) -> None:
+        _check_tuner("ShiraCallback", tuner)
         if not isinstance(tuner.model, transformers.PreTrainedModel):
             raise TuningError(
                 f"ShiraCallback needs a transformers.PreTrainedModel, found a {type(tuner.model).__name__}, of which the "
@@ -108,9 +110,10 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
     def _check(self, args: Any, model: Any) -> None:
         self.tuner.masters("trained with ShiraCallback")
         if model is not self.tuner.model:
+            of_peft = type(model).__module__.startswith("peft.")
             raise TuningError(
                 f"the tuner is attached to another model than the {type(model).__name__} that the Trainer trains; pass "
-                "tuner.model to the Trainer as it is"
+                f"tuner.model to the Trainer as it is{', without peft_config=' if of_peft else ''}"
             )
         state = accelerate.state.AcceleratorState()
         engines = [name for name in ("fsdp", "deepspeed") if getattr(state, f"{name}_plugin", None) is not None]
@@ -187,6 +190,11 @@ class ShiraCallback(transformers.TrainerCallback):  # type: ignore[misc]  # mypy
         return found | ({"loss": round(losses[-1], 4)} if losses and math.isfinite(losses[-1]) else {})
 
 
+def _check_tuner(taker: str, tuner: Any) -> None:
+    if not isinstance(tuner, Tuner):
+        raise TuningError(f"{taker} takes the tuner that shira.attach returned, found {described(tuner)}")
+
+
 def set_aside(folder: Any) -> list[Path]:
     """Rename checkpoints in a Trainer's folder that are not complete, so that none is resumed from. Returns their new paths.
 
@@ -224,6 +232,7 @@ class ReferenceModel(nn.Module):
     """
 
     def __init__(self, tuner: Tuner) -> None:
+        _check_tuner("ReferenceModel", tuner)
         super().__init__()
         self.model = tuner.model
         self.tuner = tuner

@@ -17,6 +17,7 @@ from ..errors import DataError, HubError, MissingExtra
 from ..files import hub
 from ..files.bases import skeleton_of
 from ..files.suggestions import instead, instead_of_a_model
+from ..texts import strict_json
 from ..weights.random_numbers import seeded
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}  # torch's questions
+TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.bpe")  # a tokenizer has at least one such file
 CHECKPOINTING = (  # methods that turn it on and off: in Diffusers, in Transformers, in Transformers before 5.23
     ("enable_gradient_checkpointing", "disable_gradient_checkpointing"),
     ("activation_checkpointing_enable", "activation_checkpointing_disable"),
@@ -128,7 +130,10 @@ def one_example_a_row() -> Iterator[None]:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model, with a padding token."""
+    """The tokenizer of a model, with a padding token. Raises DataError if there is none."""
+    folder = Path(model)  # without this check Transformers makes an empty tokenizer for some kinds of models
+    if (folder / "config.json").is_file() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        raise DataError(f"{model!r} holds a model and no tokenizer; save one beside it: tokenizer.save_pretrained({model!r})")
     tokenizer = _pretrained("AutoTokenizer", model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -177,6 +182,8 @@ def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
         command = "shira generate" if file == "config.json" else "shira sample"
         if not (Path(model) / file).exists() and (said := instead_of_a_model(Path(model), command)):
             raise DataError(f"cannot load {model!r}: {said}")
+        if said := _of_the_other_kind(Path(model), file):
+            raise DataError(f"cannot load {model!r}: {said}")
         return
     what = f"no folder, no built-in model ({', '.join(built_in)}), and " if built_in else "no folder, and "
     if not hub.MODEL.fullmatch(model):
@@ -191,6 +198,20 @@ def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
         raise DataError(f"cannot load {model!r}: {said}") from error
     if found is None:
         raise DataError(f"cannot load {model!r}: it is on the hub, but is no such model: it has no {file}")
+
+
+def _of_the_other_kind(folder: Path, file: str) -> str:
+    """What to do with a pipeline where a language model is wanted, and the other way round; "" for any other folder."""
+    if file == "config.json" and (folder / "model_index.json").is_file() and not (folder / file).exists():
+        return "it is a Diffusers pipeline: `shira train-image` trains it, and `shira sample` makes pictures with it"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if (
+            file != "config.json"
+            and not (folder / file).exists()
+            and "model_type" in strict_json((folder / "config.json").read_bytes())
+        ):
+            return "it is a model of Transformers, no pipeline: `shira train` trains it, and `shira generate` lets it answer"
+    return ""
 
 
 @torch.no_grad()

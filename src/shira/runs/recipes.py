@@ -17,9 +17,9 @@ from ..data.tasks import TASKS
 from ..errors import DataError, MissingExtra, TargetError, did_you_mean
 from ..files.paths import open_regular, path_of
 from ..texts import shown, strict_json
+from ..training.foreign_names import here
 from ..training.lr_scale import allowed
 from ..version import deprecated
-from .foreign_names import here
 from .options import check, option, parse_scale, parse_targets, passed_to
 from .shared_options import TARGETS_HELP, Masked, Run, attach_options, check_mask
 

@@ -106,7 +106,7 @@ class Catalogue:
 
     def resolve(self, text: str) -> ServedSelection:
         """The selection that a request names. Raises what `selections.parse` raises."""
-        return ServedSelection() if text in self.base else parse(text, self.versions, self.refused)
+        return ServedSelection() if text in self.base else parse(text, self.versions, self.refused, self.base)
 
     def scan(self) -> None:
         """Look at the folder again: new files appear, replaced ones get a new version, removed ones go. Raises OSError."""

@@ -7,7 +7,7 @@ means the same in every process that sees the served folder, and after the file 
 import json
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from ..errors import did_you_mean
@@ -93,10 +93,11 @@ def parse_name(name: str) -> str:
     return name
 
 
-def parse(text: str, versions: Mapping[str, str], refused: Container[str] = ()) -> ServedSelection:
+def parse(text: str, versions: Mapping[str, str], refused: Container[str] = (), base: Sequence[str] = ()) -> ServedSelection:
     """The selection that a text names: "poet", "poet:0.5", "poet:1.0+coder:0.5".
 
-    versions: name -> version of each adapter that is served. refused: names of files that cannot be served.
+    versions: name -> version of each adapter that is served. refused: names of files that cannot be served. base: names of the
+    base, which a message about a wrong name shows first.
     An adapter with strength 0 is left out.
     Raises UnknownAdapter for a name that is not served; SelectionError for anything else that is no selection.
     """
@@ -111,7 +112,8 @@ def parse(text: str, versions: Mapping[str, str], refused: Container[str] = ()) 
         if name in refused:
             raise UnknownAdapter(f"adapter {shown(name)} is not served: its file cannot be used; GET /v1/adapters says why")
         if name not in versions:
-            raise UnknownAdapter(f"no adapter {shown(name)} is served; {did_you_mean(name, versions)}")
+            known = versions if len(pieces) > 1 else [*base, *versions]
+            raise UnknownAdapter(f"no adapter {shown(name)} is served; {did_you_mean(name, known)}")
         if name in parts:
             raise SelectionError(f"{shown(name)} is named twice in {shown(text)}; give it one strength")
         parts[name] = Part(name, versions[name], _strength(written, name) if colon else 1.0)

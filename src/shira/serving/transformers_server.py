@@ -114,8 +114,8 @@ def serve(settings: Settings) -> None:
     keys = Keys.of_environment(settings.host)
     Catalogue(settings.adapters, settings.base_names)
     _check_port(settings.host, settings.port)
-    model, _ = load_live(settings.model, {}, settings.dtype)
     tokenizer = hf.load_tokenizer(settings.model)
+    model, _ = load_live(settings.model, {}, settings.dtype)
     engine, catalogue = built(model, tokenizer, settings)
     made = app(engine, catalogue, tokenizer, settings, defaults_of(model), keys)
 

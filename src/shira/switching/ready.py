@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import SwitchError
-from ..fusion.methods import Method, resolve
+from ..fusion.methods import METHODS, Method, resolve
 from ..fusion.strengths import CheckedStrength, Strength, as_given, check_strengths, is_nonzero
 from ..kernels import Waiting, WritePlan
 from ..texts import plain_number, shown
@@ -42,15 +42,27 @@ def checked_selection(
         return CheckedSelection(((selection, 1.0),), BASE.method)
     if not isinstance(method, str) and isinstance(selection, str):
         raise SwitchError(f"a strength belongs to its name: use({{{selection!r}: {method!r}}})")
+    if isinstance(selection, str) and "strength" in options:
+        raise SwitchError(f"a strength belongs to its name: use({{{selection!r}: {options['strength']!r}}})")
     if not (selection is None or isinstance(selection, str | Mapping)):
         meant = 'a name, use("poet"); names with strengths, use({"poet": 1.0, "coder": 0.5}); or use(None) for the base'
         raise SwitchError(f"expected {meant}; found {selection!r}")
     wanted = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else dict(selection)
     for name in wanted:
         check(name)
+    if isinstance(selection, str) and method not in METHODS and _passes(check, method):
+        raise SwitchError(f"several adapters are one mapping: use({{{selection!r}: 1.0, {method!r}: 1.0}})")
     strengths = sorted((name, strength) for name, strength in check_strengths(wanted).items() if is_nonzero(strength))
     resolved = resolve(method, options)
     return CheckedSelection(tuple(strengths), resolved) if strengths else BASE
+
+
+def _passes(check: Callable[[str], None], name: str) -> bool:
+    try:
+        check(name)
+    except SwitchError:
+        return False
+    return True
 
 
 class Prepared(NamedTuple):

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import TuningError
 from ..weights.distributed import is_partitioned
 from ..weights.model_tensors import is_own, python_modules
+from ..weights.owners import claimed_with
 from ..weights.targets import Use
 from ..weights.undo import Undo
 from .convolutions import SparseConv2d, is_plain
@@ -176,10 +177,19 @@ def _ready(masters: Masters, module: nn.Module) -> bool:
         raise TuningError(
             "the trained values were frozen (requires_grad=False) after attach(), so nothing would train; freeze what you "
             "want frozen before it, or call requires_grad_(True) on tuner.parameters()"
+            + ("" if torch.compiler.is_compiling() else _if_by_peft(module))
         )
     if not torch.compiler.is_compiling():
         masters.calls_with_gradients += 1
     return True
+
+
+def _if_by_peft(module: nn.Module) -> str:
+    """What to add to an error about frozen values if the model of a module has layers of PEFT."""
+    model = claimed_with(module)
+    if model is None or not any(type(each).__module__.startswith("peft.") for each in model.modules()):
+        return ""
+    return "; this model has layers of PEFT, which freezes all else: leave out peft_config= or get_peft_model()"
 
 
 def _tapped(forward: Callable[..., Any], taps: list[Tap], *args: Any, **kwargs: Any) -> Any:

@@ -34,6 +34,7 @@ from ..weights.owners import claim
 from ..weights.targets import Target
 from ..weights.undo import Undo
 from . import starting
+from .foreign_names import knows_foreign_names
 from .lr_scale import allowed, scale_for
 from .processes import check_unwrapped
 from .starting import Start, StartFrom
@@ -44,6 +45,7 @@ from .variants import choosing
 __all__ = ["attach"]
 
 
+@knows_foreign_names("docs/peft.md")
 def attach(
     model: nn.Module,
     *,

@@ -16,7 +16,7 @@ from ..errors import ShiraError
 from .distributed import is_sharded, local_of
 from .model_tensors import named_tensors
 
-__all__ = ["Claim", "Extent", "check_free", "claim", "leave"]
+__all__ = ["Claim", "Extent", "check_free", "claim", "claimed_with", "leave"]
 
 
 class Extent:
@@ -26,6 +26,10 @@ class Extent:
         self._modules = frozenset(id(module) for module in model.modules())
         self._storages = dict(map(_storage, named_tensors(model).values()))
         self.model = weakref.ref(model)  # the ids of modules mean nothing after the model is gone
+
+    def has(self, module: nn.Module) -> bool:
+        """Whether the model had this module when its extent was taken."""
+        return id(module) in self._modules
 
     def meets(self, other: "Extent") -> bool:
         """Whether two models have a module or a weight in common."""
@@ -109,6 +113,12 @@ def check_free(mine: Claim, error: type[ShiraError]) -> None:
             put_back(modules)
             for module in modules:
                 _left.pop(module, None)
+
+
+def claimed_with(module: nn.Module) -> nn.Module | None:
+    """The model that has an owner and had this module when it was claimed; None if there is none."""
+    extents = [found.extent for each in list(_claims) if (found := each()) is not None and found.extent.has(module)]
+    return next((model for extent in extents if (model := extent.model()) is not None), None)
 
 
 _left: "weakref.WeakKeyDictionary[nn.Module, Callable[[Sequence[nn.Module]], None]]" = weakref.WeakKeyDictionary()
