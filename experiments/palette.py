@@ -28,7 +28,7 @@ LOOKS = {  # method -> colour, marker
     "sparse lora": ("#808080", "."),
 }
 OTHER = ("#666666", ".")
-OTHER_NAMES = {"wm-non-overlap": "wm-apart"}
+OTHER_NAMES = {"wm-non-overlap": "wm-apart", "lora7": "lora"}
 WORDS = {"apart": "masks apart", "near": "held near the base"}
 DASHES = {"1e-3": ":", "4e-3": "-."}  # of learning rates
 
