@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.palette import look
 from rich.console import Console
 from rich.table import Table
 
@@ -103,7 +104,8 @@ def _plot(title: str, rows: Sequence[dict[str, Any]], label: Callable[[dict[str,
     for row in rows:
         ticks.append((place + (len(row["ms"]) - 1) / 2, label(row)))
         for name, length in row["ms"].items():
-            axes.barh(place, length, 0.85, color="tab:orange" if name.startswith("shira") else "tab:gray")
+            method = "wm" if name.startswith("shira") else "lora" if "LoRA" in name else "base"
+            axes.barh(place, length, 0.85, color=look(method)["color"])
             axes.text(length, place, f" {name}, {length:.3g}", va="center", fontsize=8)
             place += 1
         place += 1.5

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.palette import look
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -148,12 +149,13 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
     styles = {"WM": dict(marker="o", markersize=8, fillstyle="none"), "WM-non-overlap": dict(marker="x", linestyle="none")}
+    others: dict[str, Any] = {"marker": "."}  # in place of each method's marker, since many points are at one place
     titles = {"awor": "AWOR, the share of zeros in A₁ᵀA₂", "awom": "AWOM, ‖A₁ᵀA₂‖", "awom_relative": "AWOM over ‖A₁‖ · ‖A₂‖"}
     for axis, (field, title) in zip(axes, titles.items(), strict=True):
-        for number, kind in enumerate(KINDS):
+        for kind in KINDS:
             mine = [row for row in rows if row["kind"] == kind]
-            style: dict[str, Any] = {"marker": "."} | styles.get(kind, {})
-            axis.plot([row["side"] for row in mine], [row[field] for row in mine], color=f"C{number}", label=kind, **style)
+            style = look(kind) | {"label": kind} | styles.get(kind, others)
+            axis.plot([row["side"] for row in mine], [row[field] for row in mine], **style)
         axis.set_xscale("log", base=2)
         sides = sorted({row["side"] for row in rows})
         axis.set_xticks(sides, [f"{side}" for side in sides], fontsize=8)

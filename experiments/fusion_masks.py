@@ -39,6 +39,8 @@ from shira.runs.evaluation import accuracy
 from shira.runs.recipes import GENERAL_BATCH
 from shira.weights import targets
 
+from .language.plots import figure
+from .palette import look
 from .store import Key, Store, on_accelerator
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -125,10 +127,10 @@ RULES: dict[str, Callable[[Setting], str | masks.Mask]] = {
     "wm-snip": lambda _: wm_snip,
     "snip-general": task_over_general,
     "snip-class": lambda setting: of_class(list(TASKS).index(setting.task)),
-    "snip-penalty": lambda _: "snip",
-    "wm-penalty": lambda _: "wm",
+    "snip-near": lambda _: "snip",
+    "wm-near": lambda _: "wm",
 }
-PENALIZED = {"snip-penalty", "wm-penalty"}
+NEAR = {"snip-near": "snip-penalty", "wm-near": "wm-penalty"}  # held near the base (`Tuner.stay_near`); names in results files
 
 
 def own_text(model: nn.Module, tokenizer: Any) -> list[dict[str, Any]]:
@@ -181,7 +183,7 @@ def train(setting: Setting, rule: str, rate: float) -> Path:
     seed = 100 * setting.seed + list(TASKS).index(setting.task)
     mask = RULES[rule](setting)
     with shira.attach(model, mask=mask, density=DENSITY, targets=TARGETS, calibration=batches, seed=seed) as tuner:
-        if rule in PENALIZED:
+        if rule in NEAR:
             tuner.stay_near(own_text(model, tokenizer))
         hf_train(tuner, model, rows, **options)
         tuner.adapter().save(path)
@@ -267,7 +269,7 @@ def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_r
             return {name: train(settle(rule, name, seed), rule, rate) for name in names}  # noqa: B023
 
         def result(names: tuple[str, ...], on: str, seed: int, rate: float, part: str = "test") -> float:
-            key = {"rule": rule, "adapters": names, "on": on, "seed": seed, "rate": rate, "part": part}  # noqa: B023
+            key = {"rule": NEAR.get(rule, rule), "adapters": names, "on": on, "seed": seed, "rate": rate, "part": part}  # noqa: B023
             return once(key, lambda: measure(settle(rule, on, seed), files(names, seed, rate), on, part))  # noqa: B023
 
         rates = LORA_RATES if rule in LORAS else RATES
@@ -289,7 +291,9 @@ def run(results: Path, rules: list[str], seeds: tuple[int, ...] = SEEDS, every_r
 
 def summary(results: Path) -> list[dict[str, Any]]:
     """For each rule and learning rate: mean accuracy alone and fused, in per cent, over tasks, pairs and complete seeds."""
-    done = [(line["key"], line["result"]["accuracy"]) for line in Store(results).lines()]
+    names = {stored: rule for rule, stored in NEAR.items()}
+    lines = ((line["key"], line["result"]["accuracy"]) for line in Store(results).lines())
+    done = [(key | {"rule": names.get(key["rule"], key["rule"])}, share) for key, share in lines]
     base = {key["task"]: share for key, share in done if key["rule"] == "base"}
     found: dict[tuple[str, float], dict[str, dict[int, list[float]]]] = {}
     for key, share in done:
@@ -337,32 +341,25 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot accuracy fused against accuracy alone: one point for each rule and learning rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
-    low = min(min(row["fused"], row["alone"]) for row in rows) - 1
-    high = max(row["alone"] for row in rows) + 1
-    axes.plot([low, high], [low, high], color="0.8", linewidth=1)
-    axes.annotate("nothing lost", (high, high), (0, -36), textcoords="offset points", ha="right", color="0.5", fontsize=8)
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
-        mine = [row for row in rows if row["rule"] == rule]
-        colour = "black" if rule in LORAS else colours[number % len(colours)]
-        axes.plot([r["alone"] for r in mine], [r["fused"] for r in mine], color=colour, linewidth=0.7, alpha=0.6)
-        for row in mine:
-            face = colour if row["chosen"] else "white"
-            axes.plot(row["alone"], row["fused"], "o", color=colour, markerfacecolor=face, markersize=7)
-            if row["chosen"]:
-                axes.annotate(rule, (row["alone"], row["fused"]), (6, -3), textcoords="offset points", fontsize=9, color=colour)
-    axes.set(xlabel="accuracy alone, % (mean of three tasks)", ylabel="accuracy when two are added, % (mean of three pairs)")
-    axes.set_title(
-        "filled: the learning rate that validation chose, up to three seeds; hollow: the others, one seed", fontsize=9
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with figure(path, figsize=(7.5, 5.5)) as axes:
+        low = min(min(row["fused"], row["alone"]) for row in rows) - 1
+        high = max(row["alone"] for row in rows) + 1
+        axes.plot([low, high], [low, high], color="0.8", linewidth=1)
+        axes.annotate("nothing lost", (high, high), (-14, -3), textcoords="offset points", ha="right", color="0.4")
+        chosen = [row for row in rows if row["chosen"]]
+        for rule in dict.fromkeys(row["rule"] for row in rows):
+            mine, style = [row for row in rows if row["rule"] == rule], look(rule)
+            axes.plot([r["alone"] for r in mine], [r["fused"] for r in mine], color=style["color"], linewidth=0.7, alpha=0.6)
+            for row in mine:
+                face = {} if row["chosen"] else {"markerfacecolor": "white"}
+                axes.plot(row["alone"], row["fused"], **style | {"linestyle": "none", "markersize": 8} | face)
+        for row in chosen:
+            beside = [r["fused"] for r in chosen if r is not row and abs(r["alone"] - row["alone"]) < 1]
+            near = [fused for fused in beside if abs(fused - row["fused"]) < 0.6]
+            away = (7, -4) if not near else (7, 2) if row["fused"] > near[0] else (0, -16)
+            axes.annotate(look(row["rule"])["label"], (row["alone"], row["fused"]), away, textcoords="offset points")
+        axes.set(xlabel="accuracy alone, % (mean of three tasks)", ylabel="accuracy when two are added, % (mean of pairs)")
+        axes.set_title("filled: the rate that validation chose, up to three seeds; hollow: others, one seed", fontsize=9)
 
 
 def main() -> None:
@@ -376,7 +373,7 @@ def main() -> None:
     if arguments.what == "run":
         avoid_cudnn_attention()
         run(arguments.results, arguments.rules, every_rate=arguments.every_rate)
-    rows = summary(arguments.results)
+    rows = [row for row in summary(arguments.results) if row["rule"] in arguments.rules]
     print(markdown(rows))
     if arguments.plot and rows:
         plot(rows, arguments.plot)

@@ -165,6 +165,15 @@ def test_a_grid():
     assert sheet.height == 2 * (8 * 3 + 2) + 2
 
 
+def test_each_guidance_starts_a_row_and_has_its_title():
+    made = list(pictures())
+    sheet = command.sheet([made[:3], made[:3]], 2, ["guidance 1", "guidance 4"])
+    assert sheet.height == 4 * (8 * 2 + 2) + 2
+    left = sheet.width - 2 * (8 * 2 + 2) - 2
+    assert left > 40 and all(sheet.crop((0, 18 * row, left, 18 * row + 18)).getextrema()[0][0] < 100 for row in range(4))
+    assert sheet.crop((sheet.width - 18, 20, sheet.width - 2, 36)).getextrema() == ((255, 255),) * 3
+
+
 def test_the_help_has_an_example(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])

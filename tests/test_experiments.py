@@ -54,6 +54,19 @@ def test_the_table_is_of_the_rate_that_validation_chose(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5_000
 
 
+def test_rules_have_the_names_of_other_pages_and_older_ones_in_the_results_file(tmp_path):
+    store = Store(tmp_path / "results.jsonl")
+    store.add({"rule": "base", "task": "spam"}, {"accuracy": 0.5}, 0)
+    key = {"rule": "wm-penalty", "seed": 0, "rate": 0.001}
+    for task in fusion_masks.TASKS:
+        for part in ("validation", "test"):
+            store.add(key | {"adapters": [task], "on": task, "part": part}, {"accuracy": 0.8}, 0)
+    for pair in fusion_masks.PAIRS:
+        for task in pair:
+            store.add(key | {"adapters": pair, "on": task, "part": "test"}, {"accuracy": 0.7}, 0)
+    assert [row["rule"] for row in fusion_masks.summary(store.path)] == ["wm-near"]
+
+
 def test_the_penalty_on_lora_has_the_gradient_that_autograd_finds():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 7), (5, 3)))

@@ -393,3 +393,11 @@ def test_the_command(bench, tmp_path, run):
     code, out, err = run("experiment")
     assert code == 0 and "table2" in out and "Table 4" in out
     assert language.label(lines[0]["key"]).endswith("score the base on one")
+
+
+def test_a_plot_of_merging_has_the_best_strength_for_each_number_of_adapters():
+    ways = [{"fusion": "sum"}, {"fusion": "sum", "strength": 0.5}, {"fusion": "mean"}]
+    few, half, all_of = ({"a": [float(right) for right in rights]} for rights in ((0, 0), (0, 1), (1, 1)))
+    curves = {"sum": {2: half, 5: few}, "sum, strength 0.5": {2: few, 5: half}, "mean": {2: all_of, 5: all_of}}
+    found = merging.Found(few, {"wm": all_of}, {("wm", way): curve for way, curve in curves.items()}, {})
+    assert merging.best_sums({"methods": {"wm": {"fusions": ways}}}, found, "wm") == {2: (1.0, half), 5: (0.5, half)}

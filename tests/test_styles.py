@@ -234,6 +234,15 @@ def emoji_model(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "folder", lambda count: tmp_path / f"emoji-{count}")
 
 
+def test_what_dreambooth_learns_from_is_apart_from_what_is_drawn():
+    red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
+    made = dreambooth.sheet([red] * 4, [[blue] * 10] * len(dreambooth.SHOWN), [f"column {number}" for number in range(10)])
+    pixels = np.asarray(made)
+    is_red, is_blue = (np.flatnonzero((pixels == colour).all(2).any(1)) for colour in ((255, 0, 0), (0, 0, 255)))
+    assert len(is_red) == 96 and len(is_blue) == 4 * 96
+    assert is_red.max() + 40 < is_blue.min()  # the titles of the columns are between
+
+
 @pytest.mark.slow
 @pytest.mark.real
 def test_dreambooth_draws_a_grid_and_leaves_the_base(emoji_model, tmp_path, monkeypatch, capsys):

@@ -44,6 +44,7 @@ SHOTS = 4  # pictures of each name that are measured
 SEEDS = 3  # of the training: its noise, its order, and the mask's or LoRA's random numbers
 GUIDANCE, SAMPLING = 2.0, 20
 SHOWN = (NAME, CLASS, "cat", "pizza")
+VARIANTS = ("as it is", "mirrored", "smaller", "turned")  # pictures of the subject
 
 
 def of_subject(side: int = SIDE) -> list[Image.Image]:
@@ -72,6 +73,17 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 def over_seeds(values: Sequence[float]) -> str:
     """The mean, with its 95 % interval if there are several."""
     return f"{statistics.fmean(values):.1f}" + (f" ± {half_width(values):.1f}" if len(values) > 1 else "")
+
+
+def sheet(subject: Sequence[Image.Image], cells: Sequence[Sequence[Image.Image]], columns: Sequence[str]) -> Image.Image:
+    """A strip of the pictures that were learned from, with its own titles, above the grid of what is drawn."""
+    strip = grid([subject], ["learned from"], VARIANTS, smallest=96)
+    results = grid(cells, SHOWN, columns, smallest=96)
+    made = Image.new("RGB", (max(strip.width, results.width), strip.height + 33 + results.height), "white")
+    made.paste(strip, (0, 0))
+    made.paste("#A0A0A0", (0, strip.height + 16, made.width, strip.height + 17))
+    made.paste(results, (made.width - results.width, strip.height + 33))
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row, of_seeds in measured.items():
         table.add_row(*row, *map(over_seeds, zip(*of_seeds, strict=True)))
     cells = [[Image.fromarray(column[name][0].astype(np.uint8)) for column in columns.values()] for name in SHOWN]
-    cells.insert(0, [*of_subject(), *[Image.new("RGB", (SIDE, SIDE), "white")] * (len(columns) - 4)])
-    grid(cells, ["learned from", *SHOWN], list(columns), smallest=96).save(options.out, optimize=True)
+    sheet(of_subject(), cells, list(columns)).save(options.out, optimize=True)
     console.print(table)
     same = digest(modules_of(pipe)) == before
     console.print(f"the base is as it was: {'yes' if same else 'NO'}; look at {options.out}")

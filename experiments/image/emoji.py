@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -152,8 +153,14 @@ def sample_command(options: argparse.Namespace) -> None:
     pipe = load(folder(len(chosen)) / "pipeline")
     rows = [generate(pipe, names, guidance, options.steps, options.seed) for guidance in options.guidance]
     columns = options.columns or len(names)
-    titles = [f"guidance {g:g}" for g in options.guidance] if columns == len(names) else []
-    grid([p for row in rows for p in row], columns, titles=titles).save(options.out)
+    sheet(rows, columns, [f"guidance {g:g}" for g in options.guidance]).save(options.out, optimize=True)
+
+
+def sheet(groups: Sequence[Sequence[Picture]], columns: int, titles: Sequence[str]) -> Image.Image:
+    """Groups of pictures one under another, each from the start of a row, with its title at the left of its rows."""
+    rows = -(-len(groups[0]) // columns)
+    empty = [np.full_like(groups[0][0], 255)] * (rows * columns - len(groups[0]))
+    return grid([p for group in groups for p in (*group, *empty)], columns, titles=[t for t in titles for _ in range(rows)])
 
 
 def score_command(options: argparse.Namespace) -> None:

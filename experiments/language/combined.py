@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.palette import look
 from experiments.store import Key, Store, number
 
 from .plots import figure
@@ -88,8 +89,7 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         if any(len(curve) > 1 for curve in curves(rows).values()):
             plot_curves(rows, path)
         else:
-            options = {name: method["options"] for name, method in recipe["methods"].items()}
-            plot(rows, [name for name, of in options.items() if "mask" in of and of.get("density") != 1], path)
+            plot(rows, path)
     against = next((row for row in rows if row.name == recipe["compare_with"]), None)
     tasks = list(rows[0].answers)
     head = [
@@ -142,19 +142,18 @@ def on_the_rest(against: Row | None, row: Row, tasks: Sequence[str], left_out: s
     return [share(*average({task: row.answers[task] for task in rest})), more_than(against, row, rest)]
 
 
-def plot(rows: list[Row], sparse: Sequence[str], path: Path) -> None:
-    """Plot each method's average accuracy with its interval, shira's masks in colour; and accuracy over the text loss."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Plot each method's average accuracy with its interval; and accuracy over the text loss."""
     rows = sorted(rows, key=lambda row: average(row.answers)[0])
-    with figure(path, 1, 2, figsize=(11, 1.2 + 0.3 * len(rows))) as (left, right):
+    with figure(path, 1, 2, figsize=(10, 1.2 + 0.3 * len(rows))) as (left, right):
         for place, row in enumerate(rows):
             mean, error = average(row.answers)
-            colour = "black" if row.name == "base" else "tab:orange" if row.name in sparse else "tab:gray"
-            left.errorbar(100 * mean, place, xerr=196 * error, fmt="o", color=colour, capsize=3)
-            right.plot(row.text_loss, 100 * mean, "o", color=colour)
+            left.errorbar(100 * mean, place, xerr=196 * error, capsize=3, **look(row.name))
+            right.plot(row.text_loss, 100 * mean, **look(row.name))
         for place, row in enumerate(sorted(rows, key=lambda row: row.text_loss)):
-            away = 6 if place % 2 else -13  # so that the names of neighbouring points do not overlap
+            away = 7 if place % 2 else -15  # so that the names of neighbouring points do not overlap
             at = (row.text_loss, 100 * average(row.answers)[0])
-            right.annotate(row.name, at, (0, away), textcoords="offset points", ha="center", fontsize=8)
+            right.annotate(row.name, at, (0, away), textcoords="offset points", ha="center", fontsize=9)
         left.set_yticks(range(len(rows)), [row.name for row in rows])
         left.set(xlabel="average accuracy, %, and its 95 % interval over questions")
         right.set(xlabel="loss on unrelated text", ylabel="average accuracy, %")
@@ -173,20 +172,23 @@ def curves(rows: list[Row]) -> dict[str, list[Row]]:
 
 def plot_curves(rows: list[Row], path: Path) -> None:
     """Plot average accuracy, and the loss on the validation questions, over parameters and over the file's bytes."""
-    with figure(path, 2, 2, figsize=(10, 6.5), sharex="col", sharey="row") as axes:
+    with figure(path, 2, 2, figsize=(9.5, 6.5), sharex="col", sharey="row") as axes:
         for size, (top, bottom) in zip(("parameters", "file_bytes"), axes.T, strict=True):
             for name, found in curves(rows).items():
                 found = sorted(found, key=lambda row: row.parameters)
                 at = [getattr(row, size) / 1e6 for row in found]
                 means, errors = zip(*(average(row.answers) for row in found), strict=True)
                 heights, bars = [100 * mean for mean in means], [196 * error for error in errors]
-                colour = "black" if name == "lora" else None
-                (line, *_) = top.errorbar(at, heights, bars, fmt="o-", capsize=3, label=name, color=colour)
-                bottom.plot(at, [row.validation_loss for row in found], "o-", color=line.get_color())
+                top.errorbar(at, heights, bars, capsize=3, **look(name))
+                bottom.plot(at, [row.validation_loss for row in found], **look(name))
             for row in rows:
                 if row.name == "base":
-                    top.axhline(100 * average(row.answers)[0], color="0.6", linewidth=0.8)
+                    height = 100 * average(row.answers)[0]
+                    top.axhline(height, color="0.6", linewidth=0.8)
+                    top.annotate("base", (0.02, height), (0, 3), ("axes fraction", "data"), "offset points", color="0.4")
             bottom.set(xscale="log", xlabel="parameters, millions" if size == "parameters" else "file, MB")
-        axes[0, 0].set_ylabel("average accuracy, % (grey: the base)")
+            bottom.xaxis.set_major_formatter("{x:g}")
+        axes[0, 0].set_ylabel("average accuracy, %")
         axes[1, 0].set_ylabel("loss on validation questions")
-        axes[0, 0].legend(frameon=False)
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        axes[0, 0].figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)

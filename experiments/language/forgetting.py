@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.palette import look
 from experiments.store import Key, Store, number
 
 from .plots import figure
@@ -101,16 +102,15 @@ def text(store: Store, keys: list[Key]) -> str:
 
 def plot(recipe: Recipe, curves: dict[str, dict[float, Answers]], effects: dict[str, tuple[float, float]], path: Path) -> None:
     """Accuracy over strength; and the change on the other benchmarks over the gain on the own one."""
-    with figure(path, 1, 2, figsize=(11, 4.2)) as (left, right):
+    with figure(path, 1, 2, figsize=(10, 4.4)) as (left, right):
         for name, found in curves.items():
             at = sorted(found)
-            dashes = "--" if name.startswith("lora") else "-"
-            (line, *_) = left.plot(at, [100 * average(found[s])[0] for s in at], f"o{dashes}", label=name)
+            left.plot(at, [100 * average(found[s])[0] for s in at], **look(name))
             if name in effects:
-                right.plot(*effects[name], "o", color=line.get_color())
-                right.annotate(name, effects[name], (5, 4), textcoords="offset points", fontsize=9)
+                right.plot(*effects[name], **look(name))
+                right.annotate(look(name)["label"], effects[name], (8, -4), textcoords="offset points")
         right.axhline(0, color="0.6", linewidth=0.8)
         left.set(xlabel="strength", ylabel=f"accuracy on {recipe['data']}, %")
         right.set(xlabel=f"gain on {recipe['data']}, points", ylabel="change on the other benchmarks, points")
         right.margins(0.2)
-        left.legend(frameon=False, fontsize=8)
+        left.legend(frameon=False)

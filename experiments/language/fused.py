@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.palette import look
 from experiments.store import Key, Store, number
 
 from .plots import figure
@@ -174,14 +175,12 @@ def cells(found: Answers) -> list[str]:
 
 def plot(strengths: dict[str, dict[float, Answers]], base: float, path: Path) -> None:
     """Plot the average accuracy of the added adapters over their strength."""
-    with figure(path, figsize=(7, 4.2)) as axes:
+    with figure(path, figsize=(7.5, 4.5)) as axes:
         axes.axhline(100 * base, color="0.6", linewidth=0.8)
-        axes.annotate(
-            "base", (1, 100 * base), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color="0.4"
-        )
+        axes.annotate("base", (1, 100 * base), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", color="0.4")
         for name, found in strengths.items():
             at = sorted(found)
             means = [100 * average(found[strength])[0] for strength in at]
-            axes.plot([0.0, *at], [100 * base, *means], "o-", label=name, color="black" if name == "lora" else None)
+            axes.plot([0.0, *at], [100 * base, *means], **look(name))
         axes.set(xlabel="strength α of each of three adapters, added", ylabel="average accuracy, %")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=9)

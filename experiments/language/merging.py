@@ -4,10 +4,12 @@ The question of Arnob et al., "Exploring Sparse Adapters for Scalable Merging of
 2507.07140). The tasks are in one order. A set of n adapters has those of the first n tasks.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.palette import look
 from experiments.store import Key, Store, number
 
 from .plots import figure
@@ -182,27 +184,59 @@ def of_sets(recipe: Recipe, found: Found) -> str:
     return markdown(["method", "at once", *(f"{n} tasks: accuracy, lost" for n in sizes)], rows)
 
 
+def best_sums(recipe: Recipe, found: Found, name: str) -> dict[int, tuple[float, Answers]]:
+    """For each number of adapters, the strength, of those run, at which a method's sum is most accurate, and its answers."""
+    best: dict[int, tuple[float, Answers]] = {}
+    for how in (how for how in recipe["methods"][name]["fusions"] if how["fusion"] == "sum"):
+        for count, of in found.merged.get((name, named(how)), {}).items():
+            if count not in best or average(of)[0] > average(best[count][1])[0]:
+                best[count] = how.get("strength", 1.0), of
+    return best
+
+
 def plot(recipe: Recipe, found: Found, path: Path) -> None:
-    """Accuracy, and the share of the accuracy alone that is kept, over the number of adapters; each method's best way."""
-    with figure(path, 1, 2, figsize=(11, 4.4)) as (left, right):
-        sizes, tasks = recipe["sizes"], recipe["data"]
+    """Accuracy of the sum, and the share of the accuracy alone that it keeps, for each number of adapters; see `best_sums`."""
+    sizes, tasks, methods = recipe["sizes"], recipe["data"], list(found.alone)
 
-        def mean(of: Answers, count: int) -> float:
-            return 100 * average({task: of[task] for task in tasks[:count]})[0]
+    def mean(of: Answers, count: int) -> float:
+        return 100 * average({task: of[task] for task in tasks[:count]})[0]
 
-        left.plot(sizes, [mean(found.base, n) for n in sizes], color="0.6", label="base")
-        for name, of in found.alone.items():
-            ways = {way: curve for (whose, way), curve in found.merged.items() if whose == name and set(sizes) <= set(curve)}
-            if not ways:
+    with figure(path, 1, 2, figsize=(10, 4.8)) as (left, right):
+        base, places = look("base")["color"], range(len(sizes))
+        ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
+        left.hlines([mean(found.base, n) for n in sizes], *ends, color=base, label="base")
+        right.axhline(100, color=base, linewidth=0.8)
+        for order, name in enumerate(methods, 1):
+            best = best_sums(recipe, found, name)
+            if not set(sizes) <= set(best):
                 continue
-            best = max(ways, key=lambda way: average(ways[way][sizes[-1]])[0])
-            kept = [mean(ways[best][n], n) for n in sizes]
-            dashes = "--" if name.startswith("lora") else "-"
-            (line, *_) = left.plot(sizes, kept, f"o{dashes}", label=f"{name}: {best}")
-            shares = [100 * value / mean(of, n) for value, n in zip(kept, sizes, strict=True)]
-            right.plot([1, *sizes], [100, *shares], f"o{dashes}", color=line.get_color())
-        for (name, of), mark in zip(found.together.items(), "xs", strict=False):
-            left.plot(sizes[-1:], [mean(of, sizes[-1])], mark, color="black", label=f"{name}: one adapter for all")
-        left.set(xlabel="adapters at once", ylabel="average accuracy on their tasks, %", xticks=sizes)
-        right.set(xlabel="adapters at once", ylabel="kept of the accuracy alone, %", xticks=[1, *sizes])
-        left.legend(frameon=False, fontsize=8)
+            style, beside = look(name) | {"linestyle": "none"}, order / (len(methods) + 1) - 0.5
+            outwards = math.copysign(1, beside)
+            at = [place + beside for place in places]
+            sums, alone = [mean(best[n][1], n) for n in sizes], [mean(found.alone[name], n) for n in sizes]
+            shares = [100 * fused / single for fused, single in zip(sums, alone, strict=True)]
+            hollow = {"markerfacecolor": "white", "label": f"{style['label']}, each alone"}
+            left.plot([place - 0.08 * outwards for place in at], alone, **style | hollow)
+            left.errorbar(
+                at,
+                sums,
+                [196 * average(best[n][1])[1] for n in sizes],
+                capsize=3,
+                **style | {"label": f"{style['label']}, added"},
+            )
+            right.plot(at, shares, **style)
+            for axis, heights in ((left, sums), (right, shares)):
+                for n, *point in zip(sizes, at, heights, strict=True):
+                    side, away = ("left", 7) if outwards > 0 else ("right", -7)
+                    axis.annotate(f"{best[n][0]:g}", point, (away, -4), textcoords="offset points", ha=side, fontsize=9)
+        for name, of in found.together.items():
+            label = f"{name}, one adapter for all"
+            left.plot(places[-1], mean(of, sizes[-1]), "_", markersize=20, color=look(name)["color"], label=label)
+        left.set(ylabel="average accuracy on their tasks, %", ylim=(None, left.get_ylim()[1] + 2))
+        right.set(ylabel="kept of the accuracy alone, %")
+        for axis in (left, right):
+            axis.set(xlim=(-0.6, len(sizes) - 0.4), xlabel="adapters added")
+            axis.set_xticks(places, [f"{n}\ntasks 1–{n}" for n in sizes])
+        words = "Each point has the strength, written beside it, with the highest accuracy of those that were run."
+        left.figure.suptitle(f"{words}\nThe groups differ in their tasks: compare methods within a group.", fontsize=10)
+        left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
