@@ -30,9 +30,8 @@ def masks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
     for row in rows:
         calibrated = ", ".join(name.replace("_", " ") for name in row.needs if name in catalogue.CALIBRATED)
         options = [f"{key}={_text(value)}" for key, value in row.options.items()]
-        options[-1:] = [
-            each + " (Python only)" * ("adapter" in row.options) for each in options[-1:]
-        ]  # --mask takes no adapter
+        if "adapter" in row.options:
+            options[-1] += " (Python only)"  # --mask takes no adapter
         if is_narrow:
             lines = {"": row.meaning, "source: ": row.source, "calibration: ": calibrated, "options: ": ", ".join(options)}
             table.add_row(row.name, "\n".join(name + line for name, line in lines.items() if line))
