@@ -206,7 +206,7 @@ class Life:
     def another_base(self):
         """While something is active: refused each time, until the base is loaded and the switcher let go."""
         self.switcher.use(self.selection())
-        if self.switcher._state.plans[0].nnz < 8:
+        if sum(write.indices.numel() for write in self.switcher._state.plans[0].writes) < 8:
             return
         other_weights(self.model, self.generator)
         now = all_bits(self.model)
