@@ -164,18 +164,3 @@ def test_values_that_require_a_gradient_are_taken_without_it():
     switcher.use({"a": 0.5})
     switcher.use(None)
     assert not switcher.changes("a")["0.weight"].values.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("base", "gpt2"), ("name", 5), ("mask", []), ("license", 5), ("training", [1]), ("fused", 1)]
-)
-def test_what_could_not_be_loaded_is_not_saved(tmp_path, field, value):
-    """And the file that is there stays."""
-    adapter = shira.Adapter({"w": shira.SparseTensor((4,), torch.tensor([1]), torch.ones(1))})
-    path = tmp_path / "a.safetensors"
-    adapter.save(path)
-    before = path.read_bytes()
-    adapter.metadata[field] = value
-    with pytest.raises(AdapterError, match=f"metadata '{field}' must be"):
-        adapter.save(path)
-    assert path.read_bytes() == before

@@ -208,17 +208,16 @@ def test_metadata_of_another_type_is_refused_or_read_by_everybody(tmp_path, fiel
 
 def test_an_adapter_in_memory_with_such_metadata_is_refused_where_they_are_asked_for(tmp_path):
     model = mlp()
-    for metadata in ({"fingerprints": 5}, {"base": 5}, {"fingerprints": {"0.weight": 5}}, {"name": ["x"]}, {"mask": 3}):
+    for metadata in ({"fingerprints": 5}, {"base": 5}, {"fingerprints": {"0.weight": 5}}, {"name": ["x"]}):
         adapter = Adapter(random_adapter(model, 1).tensors, metadata)
         for use in (
             lambda: Switcher(model).add("x", adapter),  # noqa: B023
             lambda: shira.fuse({"x": (adapter, 1.0)}, model),  # noqa: B023
             lambda: shira.compare(adapter, base=model),  # noqa: B023
-            lambda: adapter.save(tmp_path / "a"),  # noqa: B023
         ):
             with pytest.raises(AdapterError, match="metadata"):
                 use()
-    assert not any(tmp_path.iterdir())
+    Adapter(random_adapter(model, 1).tensors, {"mask": 3}).save(tmp_path / "a")  # what it says of a mask is of no use
 
 
 def test_positions_far_apart_are_fused_without_walking_there(tmp_path):
@@ -237,7 +236,7 @@ def test_positions_far_apart_are_fused_without_walking_there(tmp_path):
 
 
 def test_saving_a_shape_without_end_looks_for_no_rule_there(tmp_path):
-    for options in ({}, {"offset": 2**39}, {"offset": -1}, {"offset": "x"}):
+    for options in ({}, {"offset": 2**39}, {"offset": -1}, {"offset": "x"}, 5):
         tensor = SparseTensor((2**40, 2), torch.tensor([5]), torch.ones(1), "delta")
         Adapter({"w": tensor}, {"mask": {"name": "struct", "options": options}}).save(tmp_path / "a")
         with safetensors.safe_open(tmp_path / "a", "pt") as file:

@@ -13,7 +13,6 @@ from ..sparse.positions import checksum, frequency_of, seed_of
 from ..sparse.tensor import SparseTensor
 from ..texts import shown, strict_json
 from . import encoding
-from .metadata import check_metadata
 from .paths import AnyPath, path_of
 from .reading import neighbour
 from .tensorfiles import spooled
@@ -64,8 +63,7 @@ def saving(
 
 
 def _json_of(path: Path, metadata: Mapping[str, Any]) -> str:
-    """The metadata as JSON. Raises AdapterError for what is no JSON, or what `load` refuses."""
-    check_metadata(metadata)
+    """The metadata as JSON. Raises AdapterError for what is no JSON that a reader takes."""
     try:
         text = json.dumps(metadata, allow_nan=False)
         strict_json(text)
