@@ -144,3 +144,11 @@ def test_tied_weights_and_a_state_of_the_base():
         model.load_state_dict(tied().state_dict())  # without trained values: they stay
         assert torch.equal(adapter.tensors["0.weight"].values, tuner.adapter().tensors["0.weight"].values)
     assert same_bits(base, all_bits(model))
+
+
+def test_a_weight_without_data_in_a_state_is_left_to_torch():
+    state, _ = state_of({"mask": "wm"})
+    model = mlp()
+    with shira.attach(model, density=0.1, mask="wm"), pytest.raises(RuntimeError, match="meta"):
+        model.load_state_dict(state | {"0.weight": state["0.weight"].to("meta")})
+    assert same_bits(all_bits(mlp()), all_bits(model))

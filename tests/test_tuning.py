@@ -357,6 +357,13 @@ def test_the_adapter_says_where_it_comes_from(tiny_llama):
     assert adapter.nnz == tuner.nnz == 6 * (24 + 40)
 
 
+def test_a_layer_that_only_has_the_name_of_pefts_layers_trains():
+    """As in DLA, whose first layers are called so."""
+    model = nn.ModuleDict({"base_layer": nn.Sequential(nn.Linear(4, 4)), "level": nn.Linear(4, 4)})
+    with shira.attach(model, mask="rand", density=0.5) as tuner:
+        assert set(tuner.adapter().tensors) == {"base_layer.0.weight", "level.weight"}
+
+
 def test_a_model_that_peft_has_wrapped_is_refused():
     """Its names are no plain model's, and LoRA's factors would be among the targets."""
     import peft

@@ -24,6 +24,7 @@ from ..weights.undo import Undo
 from .convolutions import SparseConv2d, is_plain
 from .following import value_name
 from .masters import Masters
+from .processes import is_of_peft
 
 __all__ = ["SparseLinear", "forget_copies", "install", "is_installed"]
 
@@ -187,7 +188,7 @@ def _ready(masters: Masters, module: nn.Module) -> bool:
 def _if_by_peft(module: nn.Module) -> str:
     """What to add to an error about frozen values if the model of a module has layers of PEFT."""
     model = claimed_with(module)
-    if model is None or not any(type(each).__module__.startswith("peft.") for each in model.modules()):
+    if model is None or not any(map(is_of_peft, model.modules())):
         return ""
     return "; this model has layers of PEFT, which freezes all else: leave out peft_config= or get_peft_model()"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import TuningError
+from ..sparse.tensor import is_dense
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import is_own
 from .masters import Masters
@@ -77,7 +78,7 @@ def _check(each: Masters, names: Mapping[str, str], state: Mapping[str, Any]) ->
     if not isinstance(weight, Tensor):
         return name
     entries = each.entries_of(found)
-    if entries is None or weight.shape != each.weight.shape or is_sharded(weight):
+    if entries is None or weight.shape != each.weight.shape or weight.is_meta or is_sharded(weight) or not is_dense(weight):
         return ""
     inside = kernels.gather(weight.detach(), each.indices.to(weight.device)).float()
     if not torch.allclose(entries.to(inside), inside, equal_nan=True, **NEAR):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import TuningError
 from ..weights.undo import Undo, hooks_of, set_hook
 
-__all__ = ["average_after_backward", "check_same_positions", "check_unwrapped"]
+__all__ = ["average_after_backward", "check_same_positions", "check_unwrapped", "is_of_peft"]
 
 
 def average_after_backward(parameters: Sequence[nn.Parameter], groups: Sequence[Any], undo: Undo) -> None:
@@ -55,22 +55,17 @@ def _average(parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
             parameter.grad = (mean / processes).view_as(parameter)
 
 
-def check_same_positions(model: nn.Module, positions: Callable[[], Iterable[Tensor]], undo: Undo) -> Callable[[], None]:
+def check_same_positions(
+    model: nn.Module, positions: Callable[[], Iterable[Tensor]], unchecked: list[bool], undo: Undo
+) -> None:
     """Make a forward pass in DDP raise TuningError in all processes if they train different positions, until `undo`.
 
-    DDP would then average entries that have nothing to do with each other. positions: those that train now. The passes compare
-    them until they are the same; and again when what is returned was called, which every process must call alike.
+    DDP would then average entries that have nothing to do with each other. positions: those that train now. unchecked: while it
+    holds anything, which must be so in every process alike, passes compare. It is cleared when the positions are the same.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return _nothing
-    unchecked = [True]
-    hook = functools.partial(torch.compiler.disable(_compare_positions), positions, unchecked)
-    set_hook(undo, hooks_of(model, "_forward_pre_hooks"), model.register_forward_pre_hook, hook)
-    return functools.partial(unchecked.__setitem__, slice(None), [True])
-
-
-def _nothing() -> None:
-    pass
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        hook = functools.partial(torch.compiler.disable(_compare_positions), positions, unchecked)
+        set_hook(undo, hooks_of(model, "_forward_pre_hooks"), model.register_forward_pre_hook, hook)
 
 
 def _compare_positions(
@@ -103,12 +98,16 @@ def check_unwrapped(model: nn.Module) -> None:
         raise TuningError("attach to engine.module, and call that; the engine only holds the weights (docs/distributed.md)")
     if kind == "FullyShardedDataParallel":
         raise TuningError("FSDP1 flattens weights; shard with torch.distributed.fsdp.fully_shard (FSDP2), then attach")
-    wrapped = next((name for name, _ in model.named_parameters() if ".base_layer." in f".{name}"), None)
+    wrapped = next((name for name, part in model.named_modules() if is_of_peft(part) and hasattr(part, "base_layer")), None)
     if wrapped is not None:
-        layer = wrapped.rpartition("base_layer.")[0].rstrip(".")
         raise TuningError(
-            f"PEFT has wrapped '{layer}', and an adapter of this model would fit no plain one; take its adapters out first, by "
-            "merge_and_unload() or unload() (of a pipeline: unload_lora_weights()), and attach to what it returns"
+            f"PEFT has wrapped '{wrapped}', and an adapter of this model would fit no plain one; take its adapters out first, "
+            "by merge_and_unload() or unload() (of a pipeline: unload_lora_weights()), and attach to what it returns"
         )
-    if any(base.__name__ == "PeftModel" for base in type(model).__mro__):
-        raise TuningError("this is a PeftModel, whose names no plain model has; attach to model.get_base_model()")
+    if is_of_peft(model):
+        raise TuningError(f"this is a {kind} of PEFT, whose names no plain model has; attach to model.get_base_model()")
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module is PEFT's: a layer around another one, or the model around all."""
+    return any(base.__module__.startswith("peft.") for base in type(module).__mro__)

@@ -55,7 +55,6 @@ class Training:
     """Lets modules compute with masters, and writes the masters to the weights after each step of an optimizer, until `undo`.
 
     check: called before a step; raises an error if modules are gone (`Holders.check`). watch: warns of untrained targets.
-    positions_moved: to be called when the positions that train were selected again.
     """
 
     def __init__(
@@ -83,11 +82,11 @@ class Training:
                 _leave_fast_path(part, undo)
         undo.callback(optimizers.unsubscribe, self)
         optimizers.subscribe(self)
-        self.positions_moved: Callable[[], None] = _nothing
+        self._unchecked = [True]
         pieces = [each for each in masters.values() if each.piece is not None]
         if not pieces:
             positions = functools.partial(_positions, list(masters.values()))
-            self.positions_moved = check_same_positions(model, positions, undo)
+            check_same_positions(model, positions, self._unchecked, undo)
             return
         held = [weakref.ref(each) for each in model.parameters() if is_sharded(each)]  # torch casts and moves no such parameter
         undo.callback(held.clear)
@@ -96,6 +95,10 @@ class Training:
         average_after_backward(parameters, groups_of(pieces[0].weight), undo)
         first = functools.partial(model.register_forward_pre_hook, prepend=True)  # before fully_shard's own, which gathers
         set_hook(undo, hooks_of(model, "_forward_pre_hooks"), first, functools.partial(_write_pieces, pieces))
+
+    def positions_moved(self) -> None:
+        """To be called when the positions that train were selected again."""
+        self._unchecked.append(True)
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before a step. Raises what `check` and `Masters.look` raise, before masters change that cannot be written.
