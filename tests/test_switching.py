@@ -395,3 +395,22 @@ def test_an_interrupt_at_any_moment_leaves_what_is_active_exact():
     assert interrupted > 50
     switcher.use(None)
     assert same_bits({name: bits(tensor) for name, tensor in base.items()}, all_bits(model))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_new_selection_has_the_same_bits_however_the_base_is_found(monkeypatch, dtype):
+    """While another one is active: by copies of the windows that the kernel passes, or by looking up the base at the entries."""
+    found = []
+    for copied in (0, 2**60):
+        monkeypatch.setattr("shira.switching.preparing.COPIED", copied)
+        model = mlp(dtype)
+        switcher = Switcher(model)
+        for seed, name in enumerate("abc"):
+            switcher.add(name, random_adapter(model, seed, 0.3, "delta" if name == "c" else "overwrite"))
+        for selection in ("a", {"b": 0.5}, {"a": 0.7, "b": 1.0}, {"b": 1.0, "c": -0.5}, {"a": 0.2, "b": 0.3, "c": 0.4}):
+            switcher.use(selection)
+            found.append(all_bits(model))
+        switcher.use(None)
+        assert same_bits(all_bits(mlp(dtype)), all_bits(model))
+    half = len(found) // 2
+    assert all(same_bits(one, other) for one, other in zip(found[:half], found[half:], strict=True))

@@ -20,6 +20,8 @@ from .sources import AdapterSource
 
 __all__ = ["changes", "checked", "prepare"]
 
+COPIED = 256  # bytes of a weight for each new entry: with more, copying its windows takes longer than looking up the base
+
 
 def prepare(
     key: CheckedSelection, sources: Mapping[str, AdapterSource], ready: Ready, model: ModelState, active: Sequence[WritePlan]
@@ -124,7 +126,7 @@ def _in_one_pass(
     """The combined values of a weight and their positions, if one kernel can compute them from what it holds now."""
     numbers = [(plan, number) for plan in active if (number := plan.numbers.get(id(weight))) is not None]
     hidden = [(plan.writes[number].indices, plan.stash[number]) for plan, number in numbers]
-    if len(hidden) > 1:
+    if len(hidden) > 1 or (hidden and weight.nbytes > COPIED * sum(term.nnz for term, _ in terms)):
         return None
     return in_one_pass(terms, weight.detach(), weight.dtype, method, hidden=hidden[0] if hidden else None, with_base=False)
 
