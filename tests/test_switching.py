@@ -399,7 +399,7 @@ def test_an_interrupt_at_any_moment_leaves_what_is_active_exact():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_new_selection_has_the_same_bits_however_the_base_is_found(monkeypatch, dtype):
-    """While another one is active: by copies of the windows that the kernel passes, or by looking up the base at the entries."""
+    """While another one is active: by copies of the windows that the kernel passes, or by looking the base up."""
     found = []
     for copied in (0, 2**60):
         monkeypatch.setattr("shira.switching.preparing.COPIED", copied)
