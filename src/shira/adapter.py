@@ -54,6 +54,20 @@ class Adapter:
                     f"{f'tensor {shown(name)}' if isinstance(name, str) else 'name of a tensor'}"
                 )
 
+    def check(self) -> tuple[Any, ...]:
+        """Check again the tensors that others have changed in memory. Those that are still in a file are not read.
+
+        Returns their state in memory, which is another one after each change. Raises AdapterError.
+        """
+        self.__post_init__()
+        state = []
+        for name, tensor in self.tensors.items() if isinstance(self.tensors, dict) else ():
+            try:
+                state.append((name, id(tensor), tensor.check()))
+            except AdapterError as error:
+                raise AdapterError(f"tensor '{name}' {error}") from None
+        return tuple(state)
+
     def __repr__(self) -> str:
         """Two lines: how many entries, of what, and the mask and base that are recorded."""
         name = shown(self.name) if self.name else "without a name"

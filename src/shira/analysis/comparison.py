@@ -21,7 +21,7 @@ from ..errors import AdapterError, BaseMismatch
 from ..files.paths import AnyPath
 from ..sparse.tensor import SparseTensor, all_finite
 from ..texts import described
-from ..weights.belonging import check_described, check_tensor, identifying, values_at
+from ..weights.belonging import check_adapter, check_tensor, identifying, values_at
 from .spectra import as_matrix, gram, spectrum
 
 __all__ = ["BINS", "AdapterPair", "Change", "Comparison", "TensorComparison", "compare", "deltas", "named"]
@@ -188,7 +188,7 @@ def named(adapters: Sequence[Adapter | AnyPath]) -> dict[str, Adapter]:
             )
         adapter = given if isinstance(given, Adapter) else load(given)
         label = adapter.name or (str(number) if isinstance(given, Adapter) else Path(given).stem)
-        check_described(label, adapter)
+        check_adapter(label, adapter)
         label = next(each for each in _numbered(label) if each not in found)
         found[label] = Adapter(adapter.tensors, {**adapter.metadata, "name": label})
     return found

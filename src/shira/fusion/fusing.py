@@ -15,7 +15,7 @@ from ..adapter import Adapter, as_stored, opened
 from ..errors import AdapterError, BaseMismatch
 from ..sparse.tensor import Kind, SparseTensor, fingerprint
 from ..texts import described
-from ..weights.belonging import Identifies, check_described, check_fingerprint, identifying, weight_of
+from ..weights.belonging import Identifies, check_adapter, check_fingerprint, identifying, weight_of
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import named_tensors
 from ..weights.owners import claim
@@ -68,7 +68,7 @@ def fuse(
             for label, (content, _) in given.items()
         }
         for label, part in parts.items():
-            check_described(label, part)
+            check_adapter(label, part)
         if weights is None:
             _check_recorded_bases(parts)
         identifies = {label: identifying(part) for label, part in parts.items()}

@@ -290,6 +290,7 @@ class PipelineAdapters:
         for component, given in adapters.items():
             check_component(component, present)
             adapter = given if isinstance(given, Adapter) else load(given)
+            adapter.check()
             weights = named_tensors(present[component])
             for name, tensor in adapter.tensors.items():
                 weight_of(f"the adapter for {component}", name, tensor, weights)

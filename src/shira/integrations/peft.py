@@ -98,6 +98,7 @@ def save(adapter: Adapter, folder: AnyPath, base: Base | None = None) -> int:
         raise AdapterError(
             f"expected an adapter, as in save(shira.load('mine.safetensors'), 'folder'); found {described(adapter)}"
         )
+    adapter.check()
     out = new_folder(path_of(folder, "save(adapter, 'mine-peft')", AdapterError))
     label = adapter.name or "the adapter"
     whole = {name: each for name, each in adapter.tensors.items() if each.kind == "overwrite" and each.nnz == each.numel}

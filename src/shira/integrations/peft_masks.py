@@ -46,6 +46,7 @@ def mask_fn(model: nn.Module, mask: str | Mask | Adapter, *, seed: int = 0) -> C
                 f"a layer that is not in the model was given to the mask: {shown(str(base_layer))}; pass that model"
             )
         if isinstance(mask, Adapter):
+            mask.check()
             empty = torch.empty(0, dtype=torch.int64, device="cpu")
             found = mask.tensors[name].indices.long() if name in mask.tensors else empty
         else:

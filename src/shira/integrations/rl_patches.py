@@ -102,6 +102,7 @@ def save(
         raise AdapterError(
             f"expected an adapter, as in save(shira.load('a.safetensors'), 'patch', 'trl'); {described(adapter)}"
         )
+    adapter.check()
     if layout not in LAYOUTS or positions not in (None, "gap", "raw"):
         what = did_you_mean(str(layout), LAYOUTS) if layout not in LAYOUTS else "positions are 'gap' or 'raw'"
         raise AdapterError(f"unknown layout {layout!r} or positions {positions!r}: {what}")

@@ -95,7 +95,7 @@ class Write(NamedTuple):
         weight, indices, values = self
         plain = weight.is_contiguous() and indices.is_contiguous() and values.is_contiguous()
         fits = values.dtype == weight.dtype and indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape
-        if not (plain and fits and can_reach and has_memory(weight) and weight.itemsize in (1, 2, 4, 8)):
+        if not (plain and fits and can_reach and all(map(has_memory, self)) and weight.itemsize in (1, 2, 4, 8)):
             raise IndexError(
                 f"cannot write {values.dtype} {list(values.shape)} on {values.device} into {weight.dtype} {list(weight.shape)} "
                 f"on {weight.device}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, load
 from ..errors import TuningError
 from ..texts import is_several
-from ..weights.belonging import weight_of
+from ..weights.belonging import check_adapter, weight_of
 from ..weights.model_tensors import named_tensors
 
 __all__ = ["Avoid", "positions_to_avoid"]
@@ -43,6 +43,7 @@ def positions_to_avoid(
     for number, given in enumerate(adapters, start=1):
         adapter = given if isinstance(given, Adapter) else load(given)
         label = adapter.name or (f"number {number}" if isinstance(given, Adapter) else Path(given).name)
+        check_adapter(f"adapter {label!r} to avoid", adapter)
         labels.append(label)
         for name, sparse in adapter.tensors.items():
             weight = weight_of(f"adapter {label!r} to avoid", name, sparse, tensors)

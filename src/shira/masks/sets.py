@@ -61,6 +61,7 @@ def from_adapter(weight: Tensor, k: int, name: str, adapter: Adapter | None = No
             "from_adapter needs an adapter: functools.partial(masks.from_adapter, adapter=shira.load(…)), found "
             f"{type(adapter).__name__}"
         )
+    adapter.check()
     if name not in adapter.tensors:
         raise MaskError(f"the adapter {adapter.name!r} holds nothing of it; leave it out of the targets")
     tensor = adapter.tensors[name]

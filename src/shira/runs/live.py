@@ -13,7 +13,7 @@ from ..fusion.strengths import Strength, check_strengths, strengths_of
 from ..integrations import transformers as hf
 from ..sparse.tensor import dtype_name
 from ..switching.switcher import Switcher
-from ..weights.belonging import check_described, weight_of
+from ..weights.belonging import check_adapter, weight_of
 from ..weights.model_tensors import named_tensors
 
 __all__ = ["InSoftware", "check_files", "check_fit", "load_live", "warn_if_mixed_is_slow", "warn_if_slow"]
@@ -56,7 +56,7 @@ def check_files(files: Files, strengths: Mapping[str, Strength]) -> None:
     fixed = check_strengths(strengths)
     for name, file in files.items():
         with opened(file) as adapter:
-            check_described(str(file), adapter)
+            check_adapter(str(file), adapter)
             if name in fixed:
                 strengths_of(str(file), fixed[name], adapter.tensors)
 

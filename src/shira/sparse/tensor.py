@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,7 @@ __all__ = [
     "fingerprint",
     "has_memory",
     "is_dense",
+    "memory_state",
     "numel_of",
 ]
 
@@ -53,9 +55,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the storage of a contiguous tensor holds all its entries. Others may have freed or shortened it (`resize_`)."""
-    end = (int(tensor.storage_offset()) + tensor.numel()) * tensor.itemsize
-    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()
+    """Whether the storage of a strided tensor holds all its entries. Others may have freed or shortened it (`resize_`)."""
+    entries = tensor.numel()
+    if entries and not tensor.is_contiguous():
+        entries = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return entries == 0 or (tensor.storage_offset() + entries) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def memory_state(tensor: Tensor) -> tuple[int, int, int]:
+    """What changes if others write into a tensor, free its memory, or give it another; unless they write past torch."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -110,6 +119,22 @@ class SparseTensor:
         self._check_values()
         object.__setattr__(self, "indices", self.indices.to(index_dtype(self.numel)).contiguous())
         object.__setattr__(self, "values", self.values.detach().contiguous())
+        _checked[self] = self._state()
+
+    def _state(self) -> tuple[Any, ...]:
+        return memory_state(self.indices), memory_state(self.values)
+
+    def check(self) -> tuple[Any, ...]:
+        """Check again, if others have written into the tensors since, or have freed them. Raises AdapterError.
+
+        Returns their state in memory, which is another one after each such change.
+        """
+        if _checked.get(self) != self._state():
+            try:
+                self.__post_init__()
+            except AdapterError as error:
+                raise AdapterError(f"was changed in memory after it was made: {error}; make the adapter again") from None
+        return _checked[self]
 
     def __repr__(self) -> str:
         """One line without numbers from the tensors: an adapter has hundreds of these."""
@@ -140,6 +165,7 @@ class SparseTensor:
         for name, value in {"shape": shape, "indices": indices, "values": values, "kind": kind}.items():
             object.__setattr__(made, name, value)
         made._check_values()
+        _checked[made] = made._state()
         return made
 
     def _check_values(self) -> None:
@@ -177,12 +203,17 @@ class SparseTensor:
         return self.indices.nbytes + self.values.nbytes
 
 
+_checked: "weakref.WeakKeyDictionary[SparseTensor, tuple[Any, ...]]" = weakref.WeakKeyDictionary()  # the state when checked
+
+
 def _check_plain(what: str, tensor: Any) -> None:
     """Raise AdapterError unless this is a dense tensor with data, neither sparse nor quantized."""
     if not isinstance(tensor, Tensor):
         raise AdapterError(f"{what} must be a tensor, as in torch.tensor([1, 5]); found {described(tensor)}")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise AdapterError(f"{what} must be a plain tensor with data, found {tensor.layout} on {tensor.device}")
+    if not has_memory(tensor):
+        raise AdapterError(f"the memory of {what} was freed")
 
 
 def fingerprint(values: Tensor, like: str = XXH3) -> str:

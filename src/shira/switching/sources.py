@@ -17,7 +17,6 @@ from ..errors import AdapterError
 from ..files.hub import repository
 from ..files.paths import State, path_of
 from ..files.suggestions import adapter_in
-from ..sparse.tensor import SparseTensor
 from ..weights.quantized import shape_of
 
 __all__ = ["AdapterSource"]
@@ -55,10 +54,9 @@ class AdapterSource:
         changed just before may change again with the same time stamp, so it is checked the next time as well.
         """
         if isinstance(self._content, Adapter):
-            self._found = _state_of(self._content)
+            self._found = self._content.check()
             is_new = self._found != self._checked
-            adapter = self._content if self._checked is None or not is_new else _built_again(self._content)
-            return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
+            return prefixed(self._content, self._prefix) if self._prefix else self._content, is_new
         now = time.time_ns()
         adapter, found = read(self._content, model=lambda: self._shapes(weights))
         self.accept(found)
@@ -87,20 +85,3 @@ class AdapterSource:
     def forget_check(self) -> None:
         """Let the content be checked again, because the model has changed."""
         self._checked = None
-
-
-def _state_of(adapter: Adapter) -> tuple[Any, ...]:
-    """What changes if a user changes the tensors of an adapter in memory. One that is read from its file is not looked into."""
-    if not isinstance(adapter.tensors, dict):
-        return ()
-    return tuple((name, id(each), _version(each.indices), _version(each.values)) for name, each in adapter.tensors.items())
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _built_again(adapter: Adapter) -> Adapter:
-    """The adapter after a change of its tensors, checked as a new one. Raises AdapterError."""
-    tensors = {name: SparseTensor(each.shape, each.indices, each.values, each.kind) for name, each in adapter.tensors.items()}
-    return Adapter(tensors, adapter.metadata)

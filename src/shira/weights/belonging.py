@@ -17,8 +17,8 @@ from .quantized import is_quantized, is_wrapper, shape_of
 
 __all__ = [
     "Identifies",
+    "check_adapter",
     "check_base",
-    "check_described",
     "check_fingerprint",
     "check_tensor",
     "identifying",
@@ -44,15 +44,16 @@ def check_base(
     label: the adapter's name in messages. base_at(weight, indices): the base values at indices.
     Raises AdapterError if the metadata are not well formed.
     """
-    check_described(label, adapter)
+    check_adapter(label, adapter)
     identifies = identifying(adapter)
     for name in adapter.tensors:
         check_tensor(label, name, adapter, tensors, base_at, identifies)
 
 
-def check_described(label: str, adapter: Adapter) -> None:
-    """Check an adapter's metadata. Raises AdapterError, whose message starts with the label."""
+def check_adapter(label: str, adapter: Adapter) -> None:
+    """Check an adapter's metadata, and its tensors if they are in memory. Raises AdapterError, which starts with the label."""
     try:
+        adapter.check()
         check_metadata(adapter.metadata)
     except AdapterError as error:
         raise AdapterError(f"{label}: {error}") from None

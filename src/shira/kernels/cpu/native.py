@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...sparse.tensor import has_memory
 from .. import torch_ops
 from ..plan import Combined, Contribution, UnitedPositions, WeightChanged, Write, WritePlan
 from ..rows import Group, RowPositions
@@ -126,6 +127,8 @@ def unite(runs: Sequence[Tensor]) -> UnitedPositions:
     """
     dtype = torch.int32 if all(run.dtype == torch.int32 for run in runs) else torch.int64
     runs = [run.to(dtype).contiguous() for run in runs]
+    if not all(map(has_memory, runs)):
+        raise IndexError("positions whose memory was freed")
     if any(run.numel() and not 0 <= int(run[0]) <= int(run[-1]) < 2**62 for run in runs):
         raise IndexError("positions below 0, or from 2^62 on")
     places = [torch.empty(run.numel(), dtype=torch.int32, device=CPU) for run in runs]
@@ -210,6 +213,8 @@ def _check_addresses(
         if weight is None or hidden[1].dtype != dtype or not all(each.is_contiguous() for each in hidden):
             raise IndexError(f"what the weight hides must be of its dtype, {dtype}, and contiguous; found {hidden[1].dtype}")
         positions, values = [*positions, hidden[0]], [*values, hidden[1]]
+    if not all(map(has_memory, [*positions, *values, *([] if weight is None else [weight])])):
+        raise IndexError("a tensor whose memory was freed")
     for own, new in zip(positions, values, strict=True):
         if own.dtype in GAPS:
             continue
