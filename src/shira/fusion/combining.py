@@ -8,11 +8,11 @@ from torch import Tensor
 from .. import kernels
 from ..errors import AdapterError
 from ..files.reading import Gaps
-from ..kernels import Combined, Contribution, UnitedPositions
+from ..kernels import Combination, Contribution, UnitedPositions
 from ..sparse.tensor import SparseTensor
 from .methods import AdapterChange, Method
 
-__all__ = ["combine", "combine_deltas", "in_one_pass", "overflow"]
+__all__ = ["combination", "combine", "combine_deltas", "overflow"]
 
 
 def combine(
@@ -69,26 +69,21 @@ def combine(
     return union.indices, torch.where(union.counts == 1, alone, result), base
 
 
-def in_one_pass(
+def combination(
     terms: Sequence[tuple[SparseTensor, float]],
     weight: Tensor | None,
     dtype: torch.dtype,
     method: Method,
-    *,
     hidden: tuple[Tensor, Tensor] | None = None,
-    with_base: bool = True,
-) -> Combined | None:
-    """The result of `combine` over the base in `weight`, or over zeros, if one kernel can compute all of it; otherwise None.
-
-    hidden, with_base: as `kernels.combine` has them.
-    """
-    gaps = kernels.takes_gaps(weight, sum(tensor.nnz for tensor, _ in terms))
+) -> Combination:
+    """What `combine` computes over the base in `weight`, or over zeros, for `kernels.combine_all`."""
+    in_files = any(isinstance(tensor, Gaps) for tensor, _ in terms)
+    gaps = in_files and kernels.takes_gaps(weight, sum(tensor.nnz for tensor, _ in terms))
     changes = []
     for tensor, strength in terms:
         positions = tensor.units if gaps and isinstance(tensor, Gaps) else tensor.indices
         changes.append(_contribution(positions, tensor, strength, dtype, over_zeros=weight is None))
-    numel = terms[0][0].numel
-    return kernels.combine(weight, changes, dtype, method.name, numel, hidden=hidden, with_base=with_base)
+    return Combination(weight, changes, dtype, method.name, terms[0][0].numel, hidden)
 
 
 def _contribution(

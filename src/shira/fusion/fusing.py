@@ -19,7 +19,7 @@ from ..weights.belonging import Identifies, check_adapter, check_fingerprint, id
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import named_tensors
 from ..weights.owners import claim
-from .combining import combine, combine_deltas, in_one_pass
+from .combining import combination, combine, combine_deltas
 from .methods import Method, resolve
 from .strengths import CheckedStrength, File, Strength, as_given, check_strengths, given_strengths, strengths_of
 
@@ -128,7 +128,8 @@ def _fused_over(
             check_fingerprint(label, name, adapters[label], under, weight.dtype)
 
     terms = [(tensor, strengths[label]) for label, tensor in held.items()]
-    fused = in_one_pass(terms, weight, weight.dtype, method) if weight.is_contiguous() else None
+    in_place = [combination(terms, weight, weight.dtype, method)] if weight.is_contiguous() else []
+    (fused,) = kernels.combine_all(in_place) or [None]
     if fused is not None:
         for number, under in enumerate(fused.under):
             check(number, under)
@@ -151,7 +152,7 @@ def _fused_deltas(name: str, held: Mapping[str, SparseTensor], strengths: Mappin
     dtype = terms[0][0].values.dtype
     for tensor, _ in terms:
         dtype = torch.promote_types(dtype, tensor.values.dtype)
-    fused = in_one_pass(terms, None, dtype, method)
+    (fused,) = kernels.combine_all([combination(terms, None, dtype, method)])
     if fused is not None:
         return _sparse(name, terms[0][0].shape, fused.indices, fused.values, "delta", SparseTensor.of_kernel)
     indices, values = combine_deltas(name, terms, dtype, method)

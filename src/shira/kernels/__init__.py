@@ -17,13 +17,25 @@ from .compressed_rows import times
 from .cpu import images, native
 from .gpu import ops as gpu
 from .gpu.host_memory import Waiting, arrived
-from .plan import Combined, Contribution, Sum, UnitedPositions, WeightChanged, WeightMemory, Write, WritePlan, same_bits
+from .plan import (
+    Combination,
+    Combined,
+    Contribution,
+    Sum,
+    UnitedPositions,
+    WeightChanged,
+    WeightMemory,
+    Write,
+    WritePlan,
+    same_bits,
+)
 from .rows import Group, RowChange, RowPositions, check_groups, row_change, row_positions
 from .sliding import Sliding
 from .whole_lines import WholeLines, find_whole_lines
 
 __all__ = [
     "BACKENDS",
+    "Combination",
     "Combined",
     "Contribution",
     "Group",
@@ -43,6 +55,7 @@ __all__ = [
     "backend",
     "change_",
     "combine",
+    "combine_all",
     "find_whole_lines",
     "gather",
     "gradient_of_rows",
@@ -166,27 +179,28 @@ def unite(runs: Sequence[Tensor]) -> UnitedPositions:
 
 
 def combine(
-    weight: Tensor | None,
-    changes: Sequence[Contribution],
-    dtype: torch.dtype,
-    method: str,
-    numel: int,
-    *,
-    hidden: tuple[Tensor, Tensor] | None = None,
-    with_base: bool = True,
+    weight: Tensor | None, changes: Sequence[Contribution], dtype: torch.dtype, method: str, numel: int
 ) -> Combined | None:
-    """Several adapters' changes to one tensor, combined by a method in float32, in their order, and rounded once to `dtype`.
+    """`combine_all` for one tensor."""
+    return combine_all([Combination(weight, changes, dtype, method, numel)])[0]
 
-    weight: the base, `numel` entries of `dtype`. None: the base is zeros.
-    hidden: positions [h], sorted, at which the weight does not hold the base, and the base's values there, [h] of `dtype`.
-    with_base: whether the result needs `base` and `under`. They are empty without it, or without a weight.
-    Returns None if no kernel supports the case, or if gaps are invalid. The caller then computes the result as
+
+def combine_all(combinations: Sequence[Combination], *, with_base: bool = True) -> list[Combined | None]:
+    """Several adapters' changes to tensors, combined: see `Combination`.
+
+    with_base: whether the results need `base` and `under`. They are empty without it, or without a weight.
+    None stands for a case that no kernel supports, and for gaps that are invalid. The caller then computes the result as
     `fusion.combining.combine` defines it.
     """
-    tensors = [tensor for change in changes for tensor in change[:2]] + ([] if weight is None else [weight])
-    if backend_for(*tensors, *(hidden or ())) is not native:
-        return None
-    return native.combine(weight, changes, dtype, method, numel, hidden=hidden, with_base=with_base)
+    tensors = (
+        tensor
+        for each in combinations
+        for tensor in (*(part for change in each.changes for part in change[:2]), *(each.hidden or ()), each.weight)
+        if tensor is not None
+    )
+    if not combinations or backend_for(*tensors) is not native:
+        return [None] * len(combinations)
+    return native.combine_all(combinations, with_base=with_base)
 
 
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:

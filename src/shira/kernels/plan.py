@@ -15,6 +15,7 @@ from ..sparse.memory_order import memory_order
 from ..sparse.tensor import bytes_of, has_memory
 
 __all__ = [
+    "Combination",
     "Combined",
     "Contribution",
     "Sum",
@@ -71,6 +72,17 @@ class Contribution(NamedTuple):
     is_exact: bool  # entries that no other adapter changes get the value bit for bit
 
 
+class Combination(NamedTuple):
+    """Several adapters' changes to one tensor, to be combined by a method in float32, in their order, and rounded once."""
+
+    weight: Tensor | None  # the base, `numel` entries of `dtype`; None: the base is zeros
+    changes: Sequence[Contribution]
+    dtype: torch.dtype  # of the result
+    method: str
+    numel: int
+    hidden: tuple[Tensor, Tensor] | None = None  # positions [h], sorted, where the weight is not the base, and the base there
+
+
 class Combined(NamedTuple):
     """The result of several changes to a tensor."""
 
@@ -78,6 +90,7 @@ class Combined(NamedTuple):
     values: Tensor  # [n], the new values, in the base's dtype
     base: Tensor  # [n], the base's values at these positions; empty if they were not wanted
     under: list[Tensor]  # for each overwrite [k]: the base's values at its positions; for a delta: not to be used; like `base`
+    is_finite: bool  # whether no new value is NaN or infinite
 
 
 class Write(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..fusion.combining import combine, combine_deltas, in_one_pass, overflow
+from ..fusion.combining import combination, combine, combine_deltas, overflow
 from ..fusion.methods import Method
 from ..fusion.strengths import strengths_of
 from ..kernels import Combined, Sum, Write, WritePlan
@@ -20,6 +20,8 @@ from .sources import AdapterSource
 
 __all__ = ["changes", "checked", "prepare"]
 
+Term = tuple[SparseTensor, float]  # what an adapter has for a tensor, and its strength
+
 COPIED = 256  # bytes of a weight for each new entry: with more, copying its windows takes longer than looking up the base
 
 
@@ -31,11 +33,13 @@ def prepare(
     active: the plans that are written over the base at the moment. Raises what `Switcher.use` raises for files and values.
     """
     made, products, weights = [], [], []
-    for name, terms in _terms(key, sources, model, active):
+    named = _terms(key, sources, model, active)
+    combined = _in_one_pass(named, key.method, model, active)
+    for name, terms in named:
         if is_quantized(model.weights[name]):
             products.append(quantized_layers.product(name, model.weights[name], terms, key.method))
         else:
-            made.append(_write(name, terms, key.method, ready, model, active))
+            made.append(_write(name, terms, key.method, ready, model, active, combined.get(name)))
             weight = model.weights[name]
             weights.append(weight if id(weight) in model.orders else made[-1][0].weight)
     plan = WritePlan.of([write for write, _ in made], [total for _, total in made], weights)
@@ -69,9 +73,9 @@ def changes(
 
 def _terms(
     key: CheckedSelection, sources: Mapping[str, AdapterSource], model: ModelState, active: Sequence[WritePlan]
-) -> list[tuple[str, list[tuple[SparseTensor, float]]]]:
+) -> list[tuple[str, list[Term]]]:
     """For each tensor that a selection changes its name, and what each adapter has for it, with its strength."""
-    by_weight: dict[int, tuple[str, list[tuple[SparseTensor, float]]]] = {}
+    by_weight: dict[int, tuple[str, list[Term]]] = {}
     for adapter_name, given in key.strengths:
         tensors = checked(adapter_name, sources[adapter_name], model, active)
         for tensor_name, strength in strengths_of(repr(adapter_name), given, tensors).items():
@@ -91,26 +95,28 @@ def checked(name: str, source: AdapterSource, model: ModelState, active: Sequenc
 
 def _write(
     name: str,
-    terms: list[tuple[SparseTensor, float]],
+    terms: list[Term],
     method: Method,
     ready: Ready,
     model: ModelState,
     active: Sequence[WritePlan],
+    combined: Combined | None,
 ) -> tuple[Write, Sum | None]:
-    """The write to one tensor; and the sum that gives its values, if the kernel computes the sum while it writes."""
+    """The write to one tensor; and the sum that gives its values, if the kernel computes the sum while it writes.
+
+    combined: the new values, if `_in_one_pass` has computed them.
+    """
     weight = model.weights[name]
-    tensor, strength = terms[0]
-    if len(terms) == 1 and strength == 1 and tensor.kind == "overwrite" and not method.thins:
-        return _local_write(weight, tensor.indices, tensor.values.clone(), ready, model), None
-    in_place = id(weight) not in model.pieces and id(weight) not in model.orders
-    found = _in_one_pass(terms, weight, method, active) if in_place else None
-    if found is not None:
-        if not all_finite(found.values):
+    if combined is not None:
+        if not combined.is_finite:
             raise overflow(name, weight.dtype)
-        return Write(weight, ready.own_positions(weight, found.indices, fresh=True), found.values), None
+        return Write(weight, ready.own_positions(weight, combined.indices, fresh=True), combined.values), None
+    if _is_exact(terms, method):
+        tensor = terms[0][0]
+        return _local_write(weight, tensor.indices, tensor.values.clone(), ready, model), None
     union = kernels.unite([term.indices for term, _ in terms])
     as_written = method.name == "sum" and all(term.kind == "overwrite" for term, _ in terms)
-    if as_written and in_place and kernels.writes_sums(weight):
+    if as_written and _is_in_place(weight, model) and kernels.writes_sums(weight):
         room = torch.empty_like(union.indices, dtype=weight.dtype)
         total = Sum.of(union, [(term.values, strength) for term, strength in terms])
         return _local_write(weight, union.indices, room, ready, model), total
@@ -121,14 +127,35 @@ def _write(
 
 
 def _in_one_pass(
-    terms: list[tuple[SparseTensor, float]], weight: Tensor, method: Method, active: Sequence[WritePlan]
-) -> Combined | None:
-    """The combined values of a weight and their positions, if one kernel can compute them from what it holds now."""
-    numbers = [(plan, number) for plan in active if (number := plan.numbers.get(id(weight))) is not None]
-    hidden = [(plan.writes[number].indices, plan.stash[number]) for plan, number in numbers]
-    if len(hidden) > 1 or (hidden and weight.nbytes > COPIED * sum(term.nnz for term, _ in terms)):
-        return None
-    return in_one_pass(terms, weight.detach(), weight.dtype, method, hidden=hidden[0] if hidden else None, with_base=False)
+    named: Sequence[tuple[str, list[Term]]],
+    method: Method,
+    model: ModelState,
+    active: Sequence[WritePlan],
+) -> dict[str, Combined]:
+    """The combined values, and their positions, of all tensors for which one kernel can compute them from what the model's
+    weights hold now: all in one call."""
+    wanted = {}
+    for name, terms in named:
+        weight = model.weights[name]
+        if is_quantized(weight) or _is_exact(terms, method) or not _is_in_place(weight, model):
+            continue
+        numbers = [(plan, number) for plan in active if (number := plan.numbers.get(id(weight))) is not None]
+        hidden = [(plan.writes[number].indices, plan.stash[number]) for plan, number in numbers]
+        if len(hidden) > 1 or (hidden and weight.nbytes > COPIED * sum(term.nnz for term, _ in terms)):
+            continue
+        wanted[name] = combination(terms, weight.detach(), weight.dtype, method, hidden[0] if hidden else None)
+    found = kernels.combine_all(list(wanted.values()), with_base=False)
+    return {name: each for name, each in zip(wanted, found, strict=True) if each is not None}
+
+
+def _is_exact(terms: Sequence[Term], method: Method) -> bool:
+    """Whether the adapters' values are the new values as they are: there is one adapter, at strength 1."""
+    return len(terms) == 1 and terms[0][1] == 1 and terms[0][0].kind == "overwrite" and not method.thins
+
+
+def _is_in_place(weight: Tensor, model: ModelState) -> bool:
+    """Whether the weight lies whole and contiguous in this process's memory."""
+    return id(weight) not in model.pieces and id(weight) not in model.orders
 
 
 def _local_write(weight: Tensor, indices: Tensor, values: Tensor, ready: Ready, model: ModelState) -> Write:

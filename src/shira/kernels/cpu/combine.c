@@ -1,5 +1,5 @@
-/* Several adapters' changes to one tensor, combined in one pass over the base. native.py calls it; fusion/methods.py and
- * fusion/combining.py define the result.
+/* Several adapters' changes to a tensor, combined in one pass over the base; several tensors at once, each by one thread.
+ * native.py calls it; fusion/methods.py and fusion/combining.py define the result.
  *
  * It works on one window of positions at a time: each adapter's changes are added to the window, then the touched entries are
  * written out. Most positions have one change, and their new value is final at once. Only where several changes meet, the value
@@ -21,7 +21,7 @@
 
 /* One adapter's changes to a tensor; native.py fills an array of these. */
 typedef struct {
-    const void *positions; /* [count], int32, strictly increasing, at least 0; or gaps [units] as in a file (docs/format.md) */
+    const void *positions; /* [count], int32, strictly increasing; or gaps [units] as in a file (docs/format.md) */
     const void *values;    /* [count] */
     void *under;           /* [count], of an overwrite: receives the base's values at its positions; or NULL */
     int64_t count, done;   /* number of entries; number of entries before the window */
@@ -36,7 +36,7 @@ typedef struct {
 /* The base: a weight, or zeros if that is NULL. At some positions it is not what the weight holds now. */
 typedef struct {
     const void *weight;
-    const int32_t *positions; /* [count], strictly increasing, at least 0 */
+    const int32_t *positions; /* [count], strictly increasing */
     const void *values;       /* [count], the base's values there */
     int64_t count, done;      /* number of these entries; number of them before the window */
 } Base;
@@ -47,6 +47,18 @@ typedef struct {
     void *values, *base; /* base: NULL if it is not wanted */
 } Result;
 
+/* One tensor's changes, and their result; native.py fills an array of these. */
+typedef struct {
+    Change *changes; /* [count], at most 255 */
+    Base base;
+    Result to;
+    int64_t count, end;              /* end: of the tensor: all positions are below it */
+    int64_t found;                   /* receives the number of entries of the result, or WRONG_POSITIONS, or WRONG_GAPS */
+    int32_t value_bytes, base_bytes; /* of an entry of the changes' values, and of the base */
+    int64_t is_finite;               /* receives whether no new value is NaN or infinite */
+} Combination;
+
+enum { WRONG_GAPS = -1, WRONG_POSITIONS = -2 }; /* they do not lead to `count` rising positions below the end */
 enum { SUM, MEAN, LARGEST };
 enum { NOTHING, ENTRIES, LINES };             /* what of the base to prefetch: for each entry its line, or every line in order */
 enum { WINDOW = 1 << 12, BLOCK = 64 };        /* positions in a window; positions written out at once */
@@ -107,12 +119,15 @@ DECODE(decode_shorts, uint16_t, UINT16_MAX)
         const VALUE *values = (const VALUE *)change->values + change->done;                                           \
         BASE *under = is_delta || !change->under ? NULL : (BASE *)change->under + change->done;                       \
         BASE *fresh = (BASE *)&window->fresh;                                                                         \
-        const int64_t start = window->start, stop = window->stop;                                                     \
+        const int64_t start = window->start;                                                                          \
+        const int64_t width = window->stop - start;                                                                   \
         const float strength = change->strength;                                                                      \
         const int64_t fetched = weight && window->fetches == ENTRIES ? count - ENTRIES_AHEAD : 0;                     \
-        int64_t i = 0, met_at = window->met_at;                                                                       \
-        for (; i < count && positions[i] < stop; i++) {                                                               \
-            const int64_t where = positions[i], at = where - start;                                                   \
+        int64_t i = 0, at = -1, met_at = window->met_at;                                                              \
+        for (; i < count; i++) {                                                                                      \
+            const int64_t last = at;                                                                                  \
+            at = positions[i] - start;                                                                                \
+            if (at <= last || at >= width) break; /* later; or it does not rise, and is left over */                  \
             if (weight && i < fetched) FETCH(&weight[positions[i + ENTRIES_AHEAD] - start]);                          \
             const BASE bits = weight ? weight[at] : 0;                                                                \
             const float old = WIDE_BASE(bits), value = WIDE_VALUE(values[i]), before = window->total[at];             \
@@ -268,17 +283,18 @@ AVX512 static int64_t write_halves_avx512(Window *window, const void *base, Resu
 #define write_halves_avx512 write_halves
 #endif
 
-static int64_t entries_of(const Change *changes, Py_ssize_t count) {
+static int64_t entries_of(const Change *changes, int64_t count) {
     int64_t entries = 0;
-    for (Py_ssize_t c = 0; c < count; c++) entries += changes[c].count;
+    for (int64_t c = 0; c < count; c++) entries += changes[c].count;
     return entries;
 }
 
 /* The start of the window that holds the smallest possible next position, or `end` if there is none. It is called after an
- * empty window, so that a long distance without positions is skipped. */
-static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t end) {
+ * empty window, so that a long distance without positions is skipped. start: of that window; the next one is later, even if
+ * positions do not rise. */
+static int64_t next_window(const Change *changes, int64_t count, int64_t start, int64_t end) {
     int64_t next = end;
-    for (Py_ssize_t c = 0; c < count; c++) {
+    for (int64_t c = 0; c < count; c++) {
         const Change *change = &changes[c];
         if (change->done == change->count || (change->unit_bytes && change->read == change->units)) continue;
         const int64_t at = change->unit_bytes == 1   ? change->least + ((const uint8_t *)change->positions)[change->read]
@@ -286,10 +302,22 @@ static int64_t next_window(const Change *changes, Py_ssize_t count, int64_t end)
                                                      : ((const int32_t *)change->positions)[change->done];
         if (at < next) next = at;
     }
+    if (next < start + WINDOW) next = start + WINDOW;
     return next < end ? next & ~(int64_t)(WINDOW - 1) : end;
 }
 
-/* Whether the gaps gave exactly `count` positions, all below the end. Positions that are not gaps were checked by native.py. */
+/* Whether no value is NaN or infinite: the exponents of those are all ones. */
+#define FINITE(NAME, BITS, EXPONENT)                                                             \
+    FAST_VERSIONS                                                                                \
+    static int NAME(const void *values, int64_t count) {                                         \
+        int wrong = 0;                                                                           \
+        for (int64_t i = 0; i < count; i++) wrong |= (((const BITS *)values)[i] & EXPONENT) == EXPONENT; \
+        return !wrong;                                                                           \
+    }
+FINITE(finite_floats, uint32_t, 0x7f800000u)
+FINITE(finite_halves, uint16_t, 0x7f80u)
+
+/* Whether the gaps, or the positions, gave exactly `count` positions, all below the end. */
 static int is_whole(const Change *change) { return change->done == change->count && change->read == change->units; }
 
 /* The base from the window's start on: the weight itself, or a copy with the values that the weight does not hold. */
@@ -299,54 +327,79 @@ static const void *base_of(Base *base, Window *window, int bytes) {
     if (!base->count) return weight;
     memcpy(&window->base, weight, (size_t)((window->stop - window->start) * bytes));
     while (base->done < base->count && base->positions[base->done] < window->start) base->done++;
-    for (; base->done < base->count && base->positions[base->done] < window->stop; base->done++) {
+    for (; base->done < base->count; base->done++) {
         const int64_t at = base->positions[base->done] - window->start;
+        if ((uint64_t)at >= (uint64_t)(window->stop - window->start)) break;
         if (bytes == 4) window->base.floats[at] = ((const float *)base->values)[base->done];
         else window->base.halves[at] = ((const uint16_t *)base->values)[base->done];
     }
     return &window->base;
 }
 
-static int64_t fuse(Change *changes, Py_ssize_t count, int value_bytes, int base_bytes, int64_t end, Base base, Result to,
-                    int mode, int plain) {
+static int64_t fuse(Combination *tensor, int mode, int plain) {
+    const int bytes = tensor->base_bytes;
+    Change *const changes = tensor->changes;
+    const int64_t count = tensor->count, end = tensor->end;
     void (*const add)(Change *, Py_ssize_t, const void *, int, Window *) =
-        base_bytes == 4 ? add_floats : value_bytes == 2 ? add_halves : add_mixed;
+        bytes == 4 ? add_floats : tensor->value_bytes == 2 ? add_halves : add_mixed;
     int64_t (*const write)(Window *, const void *, Result, int64_t) =
-        plain || !has_avx512() ? (base_bytes == 4 ? write_floats : write_halves)
-                               : (base_bytes == 4 ? write_floats_avx512 : write_halves_avx512);
+        plain || !has_avx512() ? (bytes == 4 ? write_floats : write_halves)
+                               : (bytes == 4 ? write_floats_avx512 : write_halves_avx512);
+    Base *const base = &tensor->base;
     Window window;
     int64_t found = 0;
+    if (base->count && (base->positions[0] < 0 || base->positions[base->count - 1] >= end)) return WRONG_POSITIONS;
     memset(&window, 0, sizeof window);
-    if (base.weight && !base.count) window.fetches = entries_of(changes, count) > end * base_bytes / LINE ? LINES : ENTRIES;
+    if (base->weight && !base->count) window.fetches = entries_of(changes, count) > end * bytes / LINE ? LINES : ENTRIES;
     for (int64_t before; window.start < end;
-         window.start = found > before ? window.start + WINDOW : next_window(changes, count, end)) {
+         window.start = found > before ? window.start + WINDOW : next_window(changes, count, window.start, end)) {
         before = found;
         window.stop = window.start + WINDOW < end ? window.start + WINDOW : end;
-        const void *here = base_of(&base, &window, base_bytes);
+        const void *here = base_of(base, &window, bytes);
         add(changes, count, here, mode, &window);
-        found = write(&window, here, to, found);
+        found = write(&window, here, tensor->to, found);
     }
-    for (Py_ssize_t c = 0; c < count; c++)
-        if (!is_whole(&changes[c])) return -1;
+    for (int64_t c = 0; c < count; c++)
+        if (!is_whole(&changes[c])) return changes[c].unit_bytes ? WRONG_GAPS : WRONG_POSITIONS;
+    tensor->is_finite = (bytes == 4 ? finite_floats : finite_halves)(tensor->to.values, found);
     return found;
 }
 
-/* Combine at most 255 changes, all below `end`. Returns the number of entries; -1 if gaps are invalid. It uses one thread
- * and no shared state, so several threads may call it. */
+typedef struct {
+    Combination *tensors;
+    int64_t count, *next; /* next: the number of the first tensor that no thread has taken yet */
+    int mode, plain;
+} Fusion;
+
+/* The number of the next tensor for this thread. Threads exist only with compilers that have this builtin. */
+static int64_t taken_next(int64_t *next) {
+#if defined(__GNUC__) || defined(__clang__)
+    return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+#else
+    return (*next)++;
+#endif
+}
+
+/* Tensors differ in size, so a thread takes another one whenever it is done, in place of a fixed share. */
+static void *fuse_some(void *argument) {
+    const Fusion *job = (const Fusion *)((const Share *)argument)->job;
+    for (int64_t at = taken_next(job->next); at < job->count; at = taken_next(job->next))
+        job->tensors[at].found = fuse(&job->tensors[at], job->mode, job->plain);
+    return NULL;
+}
+
+/* Combine the changes to several tensors. `found` of each says what came of it. */
 PyObject *combine(PyObject *self, PyObject *args) {
-    unsigned long long address, weight, elsewhere, there, positions, values, under;
+    unsigned long long address;
     Py_ssize_t count;
-    long long others, end, found;
-    int value_bytes, base_bytes, mode, plain;
+    int64_t next = 0;
+    int mode, plain;
+    long threads;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KniKKKLiLKKKii", &address, &count, &value_bytes, &weight, &elsewhere, &there, &others,
-                          &base_bytes, &end, &positions, &values, &under, &mode, &plain))
-        return NULL;
-    const Base base = {(const void *)(uintptr_t)weight, (const int32_t *)(uintptr_t)elsewhere, (const void *)(uintptr_t)there,
-                       others, 0};
-    const Result to = {(int32_t *)(uintptr_t)positions, (void *)(uintptr_t)values, (void *)(uintptr_t)under};
+    if (!PyArg_ParseTuple(args, "Kniil", &address, &count, &mode, &plain, &threads)) return NULL;
+    const Fusion job = {(Combination *)(uintptr_t)address, count, &next, mode, plain};
     Py_BEGIN_ALLOW_THREADS
-    found = fuse((Change *)(uintptr_t)address, count, value_bytes, base_bytes, end, base, to, mode, plain);
+    in_parallel(fuse_some, &job, count, threads, 1);
     Py_END_ALLOW_THREADS
-    return PyLong_FromLongLong(found);
+    Py_RETURN_NONE;
 }

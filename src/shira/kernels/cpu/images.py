@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..sliding import Sliding
-from . import native
+from .extension import CPU, extension
+from .native import scratch
 
 __all__ = ["sampled_images", "sampling_wins", "takes"]
 
@@ -60,11 +61,11 @@ def sampled_images(grad_output: Tensor, input: Tensor, indices: Tensor, sliding:
     length, phases = _length(some_images, some_lines, places, sliding), math.prod(sliding.phases())
     some_channels = max(1, min(ins, COLUMNS // (phases * length)))
     integers = ins * math.prod(sliding.kernel) + 2 * outs
-    starts, packed = native.scratch(integers, length * (outs + some_channels * phases))
-    out = torch.zeros(len(indices), dtype=torch.float32, device=native.CPU)
+    starts, packed = scratch(integers, length * (outs + some_channels * phases))
+    out = torch.zeros(len(indices), dtype=torch.float32, device=CPU)
     two_sides = zip(places, sides, *sliding, sliding.phases(), sliding.reach(), strict=True)
     table = np.array([*two_sides], dtype=np.int64)  # as in sampled.c
-    native._native.sampled_images(
+    extension.sampled_images(
         grad_output.data_ptr(),
         input.data_ptr(),
         input.itemsize,

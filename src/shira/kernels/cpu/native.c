@@ -241,7 +241,7 @@ static PyMethodDef methods[] = {
     {"sampled", sampled, METH_VARARGS, "sampled(grad_output, input, entry bytes, tokens, rows, width, positions, index bytes, count, out, starts, packed, block, threads)"},
     {"sampled_images", sampled_images, METH_VARARGS, "sampled_images(grad_output, input, entry bytes, images, out, in, address of two sides, positions, index bytes, count, out, starts, packed, some images, some lines, threads)"},
     {"unite", unite, METH_VARARGS, "unite(address of an array of runs, how many, past the last position, merged, counts, index bytes)"},
-    {"combine", combine, METH_VARARGS, "combine(address of an array of changes, how many, value bytes, weight, positions where it is not the base, the base there, how many, entry bytes, past the last position, positions, values, base, mode, whether plain)"},
+    {"combine", combine, METH_VARARGS, "combine(address of an array of combinations, how many, mode, whether plain, threads)"},
     {"add_products", add_products, METH_VARARGS, "add_products(address of an array of groups, how many, input, its entry bytes, output, its entry bytes, in, out, scratch, threads)"},
     {NULL, NULL, 0, NULL},
 };

@@ -5,11 +5,9 @@ interrupted, so one pass may both fill the stash and write. If the extension was
 operators run.
 """
 
-import importlib
 import threading
 from array import array
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,16 +16,21 @@ from torch import Tensor
 
 from ...sparse.tensor import has_memory
 from .. import torch_ops
-from ..plan import Combined, Contribution, UnitedPositions, WeightChanged, Write, WritePlan
+from ..plan import UnitedPositions, WeightChanged, Write, WritePlan
 from ..rows import Group, RowPositions
+from .combination import combine, combine_all, takes_gaps
+from .extension import CPU, plain_c
+from .extension import extension as _native
 
 __all__ = [
     "add_products_",
     "available",
     "built",
     "combine",
+    "combine_all",
     "gather",
     "overwrite_",
+    "plain_c",
     "restore_",
     "row_products",
     "sampled_gradient",
@@ -37,11 +40,6 @@ __all__ = [
     "write_",
 ]
 
-try:
-    _native: Any = importlib.import_module("._native", __package__)
-except ImportError:
-    _native = None
-
 PART = np.dtype(  # as in native.c
     [
         *[("weight", "u8"), ("indices", "u8"), ("values", "u8"), ("stash", "u8"), ("written", "u8")],
@@ -49,22 +47,8 @@ PART = np.dtype(  # as in native.c
     ]
 )
 RUN = np.dtype([("positions", "u8"), ("places", "u8"), ("count", "i8"), ("done", "i8")])  # as in unite.c
-CHANGE = np.dtype(  # as in combine.c
-    [
-        *[("positions", "u8"), ("values", "u8"), ("under", "u8"), ("count", "i8"), ("done", "i8")],
-        *[("units", "i8"), ("read", "i8"), ("least", "i8")],
-        *[("strength", "f4"), ("is_delta", "i4"), ("is_exact", "i4"), ("unit_bytes", "i4")],
-    ]
-)
-MODES = {"sum": 0, "mean": 1, "max": 2}
-GAPS = (torch.uint8, torch.uint16)  # dtypes of gaps, which stand for positions in a file
-LINE = 64  # bytes of a cache line
-MOST_CHANGES = 255  # to one tensor: C counts them in a byte
-SLACK = 16  # entries that C may write beyond the last one
 KEEP_AND_WRITE, WRITE, RESTORE = range(3)  # as in native.c
 
-CPU = torch.device("cpu")  # named in every allocation, because torch.set_default_device may name another
-plain_c: ContextVar[bool] = ContextVar("shira_plain_c", default=False)  # True: no instructions that some processors lack
 
 BLOCK = 256  # tokens at a time, so that data that is read many times stays in the second-level cache
 DENSE_NS = {torch.float32: 0.010, torch.bfloat16: 0.003}  # nanoseconds a token, see `sampling_wins`
@@ -142,103 +126,6 @@ def unite(runs: Sequence[Tensor]) -> UnitedPositions:
     found = _native.unite(table.ctypes.data, len(runs), end, indices.data_ptr(), counts.data_ptr(), indices.itemsize)
     own = indices[:found].clone()  # callers keep the positions; a view would keep the spare memory, too
     return UnitedPositions(own, places, counts[:found])
-
-
-def takes_gaps(weight: Tensor | None, entries: int) -> bool:
-    """Whether `combine` is as fast without positions to prefetch by.
-
-    It is if there is no base, or if the changes have so many entries that every cache line of the base is fetched in order.
-    """
-    return weight is None or LINE * entries > weight.nbytes
-
-
-def combine(
-    weight: Tensor | None,
-    changes: Sequence[Contribution],
-    dtype: torch.dtype,
-    method: str,
-    numel: int,
-    *,
-    hidden: tuple[Tensor, Tensor] | None = None,
-    with_base: bool = True,
-) -> Combined | None:
-    """See `kernels.combine`: one window of positions at a time, without computing the union first.
-
-    For "sum", "mean" and "max", at most 255 changes, and a float32 or bfloat16 base below 2³¹ entries. Values of deltas may
-    have any dtype. Raises IndexError for positions outside of the tensor, or tensors that do not fit each other.
-    """
-    positions = [change.indices.contiguous() for change in changes]  # or gaps
-    known = method in MODES and dtype in (torch.float32, torch.bfloat16) and len(changes) <= MOST_CHANGES
-    if not known or numel >= 2**31 or any(own.dtype not in (torch.int32, *GAPS) for own in positions):
-        return None
-    if hidden is not None and hidden[0].dtype != torch.int32:
-        return None
-    common = torch.bfloat16 if all(change.values.dtype == dtype == torch.bfloat16 for change in changes) else torch.float32
-    values = [change.values.to(common).contiguous() for change in changes]
-    _check_addresses(weight, positions, values, dtype, numel, hidden)
-    sizes = [own.numel() for own in values]
-    most = sum(sizes) + SLACK
-    indices, fresh = _empty(most, torch.int32, dtype)
-    base, *under = [fresh[:0]] * (1 + len(sizes))
-    with_base = with_base and weight is not None
-    if with_base:
-        base, *under = _empty(most + sum(sizes), dtype)[0].split([most, *sizes])
-    table = np.zeros(len(changes), dtype=CHANGE)
-    for field, tensors in (("positions", positions), ("values", values), ("under", under if with_base else [])):
-        table[field] = [tensor.data_ptr() for tensor in tensors] or 0
-    table["count"] = sizes
-    table["unit_bytes"] = [own.itemsize if own.dtype in GAPS else 0 for own in positions]
-    table["units"] = [own.numel() if own.dtype in GAPS else 0 for own in positions]
-    for field in ("strength", "is_delta", "is_exact"):
-        table[field] = [getattr(change, field) for change in changes]
-    elsewhere = (0, 0, 0) if hidden is None else (hidden[0].data_ptr(), hidden[1].data_ptr(), hidden[0].numel())
-    whole = (0 if weight is None else weight.data_ptr(), *elsewhere, dtype.itemsize, numel)
-    outputs = (indices.data_ptr(), fresh.data_ptr(), base.data_ptr() if with_base else 0)
-    found = _native.combine(table.ctypes.data, len(changes), common.itemsize, *whole, *outputs, MODES[method], plain_c.get())
-    if found < 0:
-        return None
-    return Combined(_kept(indices, found), _kept(fresh, found), base[:found], under)
-
-
-def _check_addresses(
-    weight: Tensor | None,
-    positions: Sequence[Tensor],
-    values: Sequence[Tensor],
-    dtype: torch.dtype,
-    numel: int,
-    hidden: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Raise IndexError for arguments that C does not check, and that would corrupt memory."""
-    if hidden is not None:
-        if weight is None or hidden[1].dtype != dtype or not all(each.is_contiguous() for each in hidden):
-            raise IndexError(f"what the weight hides must be of its dtype, {dtype}, and contiguous; found {hidden[1].dtype}")
-        positions, values = [*positions, hidden[0]], [*values, hidden[1]]
-    if not all(map(has_memory, [*positions, *values, *([] if weight is None else [weight])])):
-        raise IndexError("a tensor whose memory was freed")
-    for own, new in zip(positions, values, strict=True):
-        if own.dtype in GAPS:
-            continue
-        if own.numel() and (int(own[0]) < 0 or int(own[-1]) >= numel):  # sorted, so the first and the last decide
-            raise IndexError(f"positions below 0, or up to {int(own[-1])} in a tensor of {numel} entries")
-        if own.shape != new.shape:
-            raise IndexError("there must be as many values as positions")
-    if weight is not None and not (weight.is_contiguous() and weight.dtype == dtype and weight.numel() == numel):
-        raise IndexError(f"the base must be contiguous, {dtype}, of {numel} entries, found {weight.dtype}, {weight.numel()}")
-
-
-def _empty(count: int, *dtypes: torch.dtype) -> list[Tensor]:
-    """Uninitialized memory for `count` entries of each dtype, in one piece. The widest dtype must come first.
-
-    The memory is from numpy, which requests large pages for large arrays: many small pages take longer to map than to fill.
-    """
-    content = torch.from_numpy(np.empty(count * sum(dtype.itemsize for dtype in dtypes), dtype=np.uint8))
-    pieces = content.split([count * dtype.itemsize for dtype in dtypes])
-    return [piece.view(dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]
-
-
-def _kept(tensor: Tensor, count: int) -> Tensor:
-    """The first `count` entries: a copy if at least an eighth of the memory would be unused, else a view."""
-    return tensor[:count] if 8 * count > 7 * tensor.numel() else tensor[:count].clone()
 
 
 def sampled_gradient(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
