@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ GAPS = (torch.uint8, torch.uint16)  # dtypes of gaps, which stand for positions 
 LINE = 64  # bytes of a cache line
 MOST_CHANGES = 255  # to one tensor: C counts them in a byte
 SLACK = 16  # entries that C may write beyond the last one
+PIECE = 2**22  # bytes from which on a tensor has a piece of memory of its own
 
 
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:
@@ -90,7 +90,7 @@ def _is_known(each: Combination) -> bool:
 
 
 def _combine_alike(tensors: Sequence[Combination], dtype: torch.dtype, mode: int, with_base: bool) -> list[Combined | None]:
-    """Combinations of one dtype and method, in one call of C, in this order. The results lie in one piece of memory."""
+    """Combinations of one dtype and method, in one call of C, in this order."""
     changes = [change for each in tensors for change in each.changes]
     first = [0, *accumulate(len(each.changes) for each in tensors)]  # number of each tensor's first change
     spans = [slice(begin, end) for begin, end in pairwise(first)]
@@ -102,16 +102,15 @@ def _combine_alike(tensors: Sequence[Combination], dtype: torch.dtype, mode: int
         _check_addresses(each, positions[span], values[span])
     sizes = [own.numel() for own in values]
     rooms = [sum(sizes[span]) + SLACK for span in spans]
-    indices, fresh = _empty(sum(rooms), torch.int32, dtype)
+    indices, fresh = _memory(rooms, torch.int32), _memory(rooms, dtype)
     has_base = [with_base and each.weight is not None for each in tensors]
     has_under = [wanted for wanted, each in zip(has_base, tensors, strict=True) for _ in each.changes]
-    under_sizes = [size * wanted for size, wanted in zip(sizes, has_under, strict=True)]
-    base_rooms = [room * wanted for room, wanted in zip(rooms, has_base, strict=True)]
-    base, under = _empty(sum(base_rooms) + sum(under_sizes), dtype)[0].split([sum(base_rooms), sum(under_sizes)])
+    base = _memory([room * wanted for room, wanted in zip(rooms, has_base, strict=True)], dtype)
+    under = _memory([size * wanted for size, wanted in zip(sizes, has_under, strict=True)], dtype)
 
     table = np.zeros(len(changes), dtype=CHANGE)
     table["positions"], table["values"], table["count"] = _addresses(positions), _addresses(values), sizes
-    table["under"] = _pieces(under, under_sizes) * has_under
+    table["under"] = np.array(_addresses(under), dtype=np.uint64) * has_under
     table["unit_bytes"] = [own.itemsize if own.dtype in GAPS else 0 for own in positions]
     table["units"] = [own.numel() if own.dtype in GAPS else 0 for own in positions]
     for field in ("strength", "is_delta", "is_exact"):
@@ -119,11 +118,11 @@ def _combine_alike(tensors: Sequence[Combination], dtype: torch.dtype, mode: int
     whole = np.zeros(len(tensors), dtype=TENSOR)
     whole["changes"] = table.ctypes.data + CHANGE.itemsize * np.array(first[:-1], dtype=np.uint64)
     whole["weight"] = [0 if each.weight is None else each.weight.data_ptr() for each in tensors]
-    hidden = [each.hidden or (indices[:0], fresh[:0]) for each in tensors]
+    hidden = [each.hidden or (indices[0][:0], fresh[0][:0]) for each in tensors]
     whole["elsewhere"], whole["there"] = (_addresses(part) for part in zip(*hidden, strict=True))
     whole["others"] = [where.numel() for where, _ in hidden]
-    whole["positions"], whole["values"] = _pieces(indices, rooms), _pieces(fresh, rooms)
-    whole["base"] = _pieces(base, base_rooms) * has_base
+    whole["positions"], whole["values"] = _addresses(indices), _addresses(fresh)
+    whole["base"] = np.array(_addresses(base), dtype=np.uint64) * has_base
     whole["count"], whole["end"] = np.diff(first), [each.numel for each in tensors]
     whole["value_bytes"], whole["base_bytes"] = [kind.itemsize for kind in kinds], dtype.itemsize
     extension.combine(whole.ctypes.data, len(tensors), mode, plain_c.get(), torch.get_num_threads())
@@ -132,24 +131,16 @@ def _combine_alike(tensors: Sequence[Combination], dtype: torch.dtype, mode: int
     if WRONG_POSITIONS in found:
         raise IndexError(f"positions that do not rise from 0 to {tensors[found.index(WRONG_POSITIONS)].numel - 1}")
     is_full = 8 * sum(found) > 7 * sum(rooms)  # if less is used, what is kept is copied
-    unders = under.split(under_sizes)
     results: list[Combined | None] = []
-    for count, span, is_finite, *pieces in zip(
-        found, spans, whole["is_finite"].tolist(), indices.split(rooms), fresh.split(rooms), base.split(base_rooms), strict=True
-    ):
+    for count, span, is_finite, *pieces in zip(found, spans, whole["is_finite"].tolist(), indices, fresh, base, strict=True):
         own, new, old = (piece[:count] for piece in pieces)
         kept = (own, new) if is_full else (own.clone(), new.clone())
-        results.append(None if count < 0 else Combined(*kept, old, list(unders[span]), bool(is_finite)))
+        results.append(None if count < 0 else Combined(*kept, old, under[span], bool(is_finite)))
     return results
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
-
-
-def _pieces(tensor: Tensor, sizes: Sequence[int]) -> "np.ndarray[Any, np.dtype[np.uint64]]":
-    """The addresses of successive pieces of a tensor."""
-    return np.array([0, *accumulate(sizes)], dtype=np.uint64)[:-1] * np.uint64(tensor.itemsize) + np.uint64(tensor.data_ptr())
 
 
 def _common(each: Combination) -> torch.dtype:
@@ -180,11 +171,20 @@ def _check_addresses(each: Combination, positions: Sequence[Tensor], values: Seq
         )
 
 
-def _empty(count: int, *dtypes: torch.dtype) -> list[Tensor]:
-    """Uninitialized memory for `count` entries of each dtype, in one piece. The widest dtype must come first.
+def _memory(counts: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Uninitialized tensors of these lengths. Small ones share a piece of memory, so that hundreds of them take little time.
 
-    The memory is from numpy, which requests large pages for large arrays: many small pages take longer to map than to fill.
+    The memory is from numpy, which requests large pages for large arrays: many small pages take longer to map than to fill. A
+    piece is not larger than needed, because the C library keeps only smaller ones for the next call.
     """
-    content = torch.from_numpy(np.empty(max(1, count) * sum(dtype.itemsize for dtype in dtypes), dtype=np.uint8))
-    pieces = content.split([max(1, count) * dtype.itemsize for dtype in dtypes])
-    return [piece.view(dtype)[:count] for piece, dtype in zip(pieces, dtypes, strict=True)]
+    found: list[Tensor] = []
+    group: list[int] = []
+    size = 0
+    for number, count in enumerate(counts, start=1):
+        group.append(count)
+        size += count
+        if size * dtype.itemsize >= PIECE or number == len(counts):
+            piece = torch.from_numpy(np.empty(max(1, size) * dtype.itemsize, dtype=np.uint8)).view(dtype)
+            found += piece[:size].split(group)
+            group, size = [], 0
+    return found
