@@ -53,8 +53,8 @@ def module_of(path):
 FILES = {module_of(path): path for path in SOURCE.rglob("*.py")}
 
 
-def imports_of(module):
-    """(imported module, line) of every import of ours in a file, wherever it stands."""
+def imported_names(module):
+    """(imported module, name or "", line) of every import of ours in a file, wherever it stands."""
     path = FILES[module]
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -67,7 +67,19 @@ def imports_of(module):
             base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
             for alias in node.names:
                 inner = ".".join([*base, alias.name])
-                yield inner if inner in FILES else ".".join(base), node.lineno
+                yield (inner, "", node.lineno) if inner in FILES else (".".join(base), alias.name, node.lineno)
+
+
+def imports_of(module):
+    return ((imported, line) for imported, _, line in imported_names(module))
+
+
+def exported(module):
+    """The names in a file's `__all__`, None without one, or if it is computed."""
+    for node in ast.parse(FILES[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" and isinstance(node.value, ast.List):
+            return {ast.literal_eval(name) for name in node.value.elts}
+    return None
 
 
 def place_of(module):
@@ -88,6 +100,18 @@ def test_imports_only_go_up_the_layers():
                 assert layer_of(there) < layer_of(here), f"{module}:{line} imports {imported}"
                 checked += 1
     assert checked > 300
+
+
+def test_what_files_import_from_each_other_is_exported():
+    public = {module: exported(module) for module in FILES}
+    hidden = [
+        f"{module}:{line} imports {name} from {imported}"
+        for module in FILES
+        for imported, name, line in imported_names(module)
+        if name and public.get(imported) is not None and name not in public[imported]
+    ]
+    assert not hidden, "\n".join(hidden)
+    assert sum(names is not None for names in public.values()) > 200
 
 
 def test_no_circle_between_files():

@@ -22,7 +22,18 @@ from .files.writing import saving
 from .sparse.tensor import SparseTensor
 from .texts import described, shown
 
-__all__ = ["Adapter", "Shapes", "as_stored", "check_unchanged", "load", "opened", "prefixed", "read"]
+__all__ = [
+    "Adapter",
+    "Shapes",
+    "as_stored",
+    "check_unchanged",
+    "lenders_of",
+    "load",
+    "open_lenders",
+    "opened",
+    "prefixed",
+    "read",
+]
 
 
 @dataclass(frozen=True, eq=False)

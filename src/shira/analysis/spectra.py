@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Gram", "Spectrum", "as_matrix", "gram", "spectrum"]
+__all__ = ["Spectrum", "as_matrix", "gram", "spectrum"]
 
 BLOCK = 2**22  # entries or terms of a product held at a time, about 150 MB
 DENSE_FROM = 1 / 16  # share of a dense product's terms; with more terms the product is computed densely

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .comparison import AdapterPair, Change, Comparison
 
-__all__ = ["SCALES", "Scale", "about_adapter", "about_pair", "chance_awor", "chance_shared", "in_words"]
+__all__ = ["SCALES", "about_pair", "chance_awor", "chance_shared", "in_words"]
 
 
 class Scale(NamedTuple):

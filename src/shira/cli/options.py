@@ -26,6 +26,7 @@ __all__ = [
     "Seed",
     "System",
     "Temperature",
+    "avoid_cudnn_attention",
     "check_new",
     "check_shares",
     "given",

@@ -28,7 +28,7 @@ from ..errors import did_you_mean
 from ..files.paths import nearby
 from ..texts import visible
 
-__all__ = ["bytes_text", "cell", "console", "errors", "fail", "print_json", "progress", "waiting", "write"]
+__all__ = ["IS_FIRST", "bytes_text", "cell", "console", "errors", "fail", "print_json", "progress", "waiting", "write"]
 
 LONGEST_CELL, LONGEST_ERROR = 1000, 4000  # characters
 LOG_EVERY = 30  # seconds between the lines of a stage in a log

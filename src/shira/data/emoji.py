@@ -17,7 +17,7 @@ from ..errors import DataError, did_you_mean
 from .packages import Package, fetch
 from .pictures import Picture, check_pillow, image_of
 
-__all__ = ["FEW", "STYLES", "Emoji", "Style", "emoji", "named", "picture"]
+__all__ = ["FEW", "STYLES", "Emoji", "emoji", "named", "picture"]
 
 Style = Literal["google", "twitter", "fluent"]
 LEFT_OUT = {"People & Body", "Flags", "Symbols", "Component"}

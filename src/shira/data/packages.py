@@ -18,7 +18,7 @@ from typing import Literal
 from ..errors import DataError
 from ..files.paths import temporary_folder
 
-__all__ = ["Package", "cache_folder", "fetch"]
+__all__ = ["Package", "cache_folder", "fetch", "rename_whole"]
 
 
 @dataclass(frozen=True)

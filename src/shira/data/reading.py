@@ -14,7 +14,7 @@ from .rows import COLUMNS, EXPECTED, example_of
 from .tasks import TASKS, Example
 from .textfiles import FileRow, csv_rows, json_rows
 
-__all__ = ["examples_of", "read_examples"]
+__all__ = ["FILES", "examples_of", "read_examples"]
 
 BUILT_IN = {**TASKS, **COMMONSENSE}
 FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")

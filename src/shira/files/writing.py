@@ -17,7 +17,7 @@ from .paths import AnyPath, path_of
 from .reading import neighbour
 from .tensorfiles import spooled
 
-__all__ = ["FORMAT_VERSION", "saving"]
+__all__ = ["saving"]
 
 FORMAT_VERSION = 3
 

@@ -29,7 +29,7 @@ from ..weights.model_tensors import unwrapped
 from .diffusers_components import present_in
 from .diffusers_copies import check_own_weights
 
-__all__ = ["DENOISER_CLASSES", "TrainedComponents"]
+__all__ = ["TrainedComponents"]
 
 DENOISER_CLASSES = {
     "UNet2DConditionModel": "unet",

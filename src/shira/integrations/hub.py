@@ -14,7 +14,7 @@ from ..files.suggestions import ADAPTER, adapter_in
 from ..texts import shown
 from .card import base_of, card, with_file
 
-__all__ = ["CARD", "RECIPE", "Parcel", "parcel", "push"]
+__all__ = ["CARD", "RECIPE", "parcel", "push"]
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")

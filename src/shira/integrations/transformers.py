@@ -22,6 +22,7 @@ from ..weights.random_numbers import seeded
 
 __all__ = [
     "batches",
+    "causal_skeleton",
     "check_packing",
     "check_there",
     "checkpointing_of",
@@ -33,6 +34,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "mean_loss",
+    "one_example_a_row",
     "skeleton",
     "untrained",
     "version",

@@ -17,7 +17,7 @@ from ..weights.undo import Undo
 from .budgets import scores_without
 from .calibration import LossFn, Progress, calibrate
 
-__all__ = ["Indices", "Selected", "Selector"]
+__all__ = ["LEAST_MEMORY", "Indices", "Selected", "Selector"]
 
 TRAINING_BYTES = 16  # for each entry in training: a float32 master, its gradient and AdamW's two moments
 POOL_BYTES = 16  # for each entry that tensors compete for: `masks.Pool` holds up to two positions and scores for it

@@ -13,7 +13,7 @@ from ..integrations.generation import Prompt, answer, is_chat
 from ..switching.switcher import Switcher
 from ..texts import shown
 
-__all__ = ["HELP", "Chat", "converse"]
+__all__ = ["Chat", "converse"]
 
 HELP = """\
 /use poet=1 coder=0.5   switch to these adapters; without = the strength is 1

@@ -16,7 +16,7 @@ from ..data.tokens import Rows, encode
 from .evaluation import predicted
 from .significance import interval, mcnemar, paired_change
 
-__all__ = ["Measured", "Outcome", "finite", "measure", "prediction_lines", "read", "summary"]
+__all__ = ["Measured", "finite", "measure", "prediction_lines", "read", "summary"]
 
 Outcome = dict[str, Any]  # of one example: "predicted" and "correct"; or "loss" (nan without tokens) and "tokens"
 Score = Callable[..., Sequence[bool]]  # (model, tokenizer, examples, batch_size=, on_progress=) -> which are answered correctly

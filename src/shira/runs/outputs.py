@@ -21,7 +21,7 @@ from ..integrations.card import Base, card
 from ..integrations.hub import CARD, RECIPE
 from .shared_options import Run
 
-__all__ = ["CARD", "RECIPE", "SAMPLES", "Output", "named", "output_for", "save_run"]
+__all__ = ["CARD", "RECIPE", "Output", "named", "output_for", "save_run"]
 
 SAMPLES = "samples.png"
 SUFFIX = ".safetensors"

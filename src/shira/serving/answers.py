@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from .sampling import TokenLogprob
 from .transformers_engine import Job
 
-__all__ = ["AnswerPiece", "Choice", "Text", "joined", "pieces"]
+__all__ = ["INCOMPLETE", "AnswerPiece", "Choice", "Text", "joined", "pieces"]
 
 CONTEXT = 6  # last tokens of a prompt that decide how the first token of an answer is written
 INCOMPLETE = "\ufffd"  # what a decoder writes for a character of which not all bytes are there

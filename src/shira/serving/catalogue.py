@@ -22,7 +22,7 @@ from ..files.paths import State
 from ..texts import shown, visible
 from .selections import AdapterReplaced, SelectionError, ServedSelection, UnknownAdapter, is_possible, parse, parse_name
 
-__all__ = ["Catalogue", "Found", "path_in", "shapes_of", "version_of"]
+__all__ = ["SETTLED", "Catalogue", "Found", "path_in", "shapes_of", "version_of"]
 
 ENDING = ".safetensors"
 SETTLED = 0.05  # seconds after the last change of a file; before, its writer may still be at work

@@ -26,7 +26,7 @@ from .mixing import MIXED, Mixing
 from .sampling import RowSampler, Ticket
 from .turns import Turns
 
-__all__ = ["Manager", "TurnScheduler", "cache_token_bytes"]
+__all__ = ["PAGE", "Manager", "Router", "TurnScheduler", "cache_token_bytes"]
 
 PAGE = 16  # tokens of a block of the KV cache
 

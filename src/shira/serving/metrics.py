@@ -11,7 +11,7 @@ import prometheus_client as prometheus
 
 from .selections import ServedSelection, of_key
 
-__all__ = ["Metrics", "label_of"]
+__all__ = ["Metrics"]
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 

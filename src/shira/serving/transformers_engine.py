@@ -28,7 +28,7 @@ from .resident import Resident
 from .sampling import Sampling, Ticket, TokenLogprob
 from .turns import Turns
 
-__all__ = ["EngineError", "EngineStopped", "Job", "RequestTooLong", "TransformersEngine", "Update"]
+__all__ = ["EngineError", "EngineStopped", "Job", "RequestTooLong", "TransformersEngine"]
 
 TESTED = "5.23"  # of Transformers: the classes that continuous_batching.py extends may change
 log = logging.getLogger(__name__)

@@ -26,7 +26,6 @@ __all__ = [
     "fingerprint",
     "has_memory",
     "is_dense",
-    "memory_state",
     "numel_of",
 ]
 

@@ -19,7 +19,7 @@ from ..weights.undo import Undo
 from .masters import Masters
 from .steps import ignoring
 
-__all__ = ["check_cap", "move", "select"]
+__all__ = ["move", "select"]
 
 
 def check_cap(cap: float) -> None:

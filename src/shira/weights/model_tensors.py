@@ -18,6 +18,7 @@ from .distributed import is_sharded
 from .quantized import is_quantized
 
 __all__ = [
+    "COMPILED",
     "OWN",
     "ModelTensors",
     "ModuleTree",

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-__all__ = ["Listener", "subscribe", "unsubscribe", "watch"]
+__all__ = ["subscribe", "unsubscribe", "watch"]
 
 
 class Listener(Protocol):

@@ -16,7 +16,7 @@ from ..errors import ShiraError
 from .distributed import is_sharded, local_of
 from .model_tensors import named_tensors
 
-__all__ = ["Claim", "Extent", "check_free", "claim", "claimed_with", "leave"]
+__all__ = ["Claim", "check_free", "claim", "claimed_with", "leave"]
 
 
 class Extent:

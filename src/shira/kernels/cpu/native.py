@@ -34,6 +34,7 @@ __all__ = [
     "restore_",
     "row_products",
     "sampled_gradient",
+    "scratch",
     "swap_",
     "takes_gaps",
     "unite",

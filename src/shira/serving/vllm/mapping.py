@@ -19,7 +19,7 @@ from ...files.tensorfiles import Form
 from ...sparse.tensor import SparseTensor, dtype_name
 from ..cpu_linear import linear
 
-__all__ = ["Block", "Landing", "Mapped", "Surface", "check", "cut", "landings", "local_positions", "verified"]
+__all__ = ["Block", "Mapped", "Surface", "check", "cut", "landings", "local_positions", "verified"]
 
 MOST_FAILURES = 16  # tensors whose loading may raise, before the whole model is refused
 ROWS = 8  # of each tensor that are compared with the checkpoint

@@ -26,7 +26,7 @@ from .environment import FIELD, settings
 from .mapping import Mapped, Surface, landings, verified
 from .ranks import Alone, Group, Ranks, Together
 
-__all__ = ["SwitchingWorker", "mapped_surface", "without_requests"]
+__all__ = ["SwitchingWorker", "mapped_surface"]
 
 MOST_REASONS = 1024  # selections whose last failure is remembered
 LATELY = 60.0  # seconds
