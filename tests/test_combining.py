@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 import shira
 from conftest import all_bits, bits, mlp, plain_c, random_adapter, same_bits
 from shira import kernels
+from shira.files import encoding
 from shira.kernels import Combination, Contribution
+from shira.switching import sources
 
 pytestmark = [
     pytest.mark.usefixtures("two_threads"),
@@ -96,3 +98,25 @@ def test_a_selection_of_a_whole_model_is_what_other_backends_make_of_it(dtype):
             assert same_bits(all_bits(model), before)
     for found in live.values():
         assert all(same_bits(found[0], other) for other in found[1:])
+
+
+def test_a_selection_from_files_has_the_bits_of_one_from_memory(tmp_path, monkeypatch):
+    """A file that was checked before is read again for each new selection. Its gaps then reach the kernel as they are."""
+    monkeypatch.setattr(sources, "SETTLED", -(10**12))  # the files need not be old
+    model = mlp()
+    adapters = {name: random_adapter(model, seed) for name, seed in (("a", 1), ("b", 2))}
+    files = {name: tmp_path / f"{name}.safetensors" for name in adapters}
+    decoded, decode = [], encoding.decode
+    monkeypatch.setattr(encoding, "decode", lambda *stored: decoded.append(stored) or decode(*stored))
+    live = []
+    for held in (adapters, files):
+        switcher = shira.Switcher(model)
+        for name, source in held.items():
+            if held is files:
+                adapters[name].save(source)
+            switcher.add(name, source)
+        decoded.clear()
+        switcher.use({"a": 0.5, "b": -0.3})
+        live.append(all_bits(model))
+        switcher.use(None)
+    assert same_bits(*live) and not decoded

@@ -164,16 +164,20 @@ def load(path: AnyPath, *, revision: str | None = None) -> Adapter:
     return read(path, revision)[0]
 
 
-def read(path: AnyPath, revision: str | None = None, model: Shapes | None = None) -> tuple[Adapter, tuple[State, ...]]:
+def read(
+    path: AnyPath, revision: str | None = None, model: Shapes | None = None, *, decoded: bool = True
+) -> tuple[Adapter, tuple[State, ...]]:
     """`load`, and the states of the files that were read, the adapter's own first. model: see `opened`.
 
+    decoded: without it, positions that the file stores as gaps are `Gaps`, and are checked when they are first used.
     The states are those of the opened files, even if other files have their names now. A file that changes while it is read is
     read again, up to ATTEMPTS times in all. Raises what `load` raises.
     """
     for _ in range(ATTEMPTS):
         try:
             with opened(path, revision, model) as adapter:
-                return Adapter(dict(adapter.tensors), adapter.metadata), check_unchanged(adapter)
+                held = dict(adapter.tensors) if decoded else {name: as_stored(adapter, name) for name in adapter.tensors}
+                return Adapter(held, adapter.metadata), check_unchanged(adapter)
         except FileChanged as error:
             changed = error
     raise changed

@@ -58,10 +58,13 @@ class AdapterSource:
             is_new = self._found != self._checked
             return prefixed(self._content, self._prefix) if self._prefix else self._content, is_new
         now = time.time_ns()
-        adapter, found = read(self._content, model=lambda: self._shapes(weights))
+        adapter, found = read(self._content, model=lambda: self._shapes(weights), decoded=False)
         self.accept(found)
         is_settled = all(state.changed < now - SETTLED for state in found)
         is_new = found != self._checked
+        if is_new:
+            for tensor in adapter.tensors.values():
+                _ = tensor.indices  # decoded and checked now; later the kernels take gaps
         self._found = found if is_settled else None
         return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
 
