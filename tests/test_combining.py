@@ -10,7 +10,7 @@ from conftest import all_bits, bits, mlp, plain_c, random_adapter, same_bits
 from shira import kernels
 from shira.files import encoding
 from shira.kernels import Combination, Contribution
-from shira.switching import sources
+from shira.switching import preparing, sources
 
 pytestmark = [
     pytest.mark.usefixtures("two_threads"),
@@ -79,9 +79,11 @@ def test_it_says_whether_all_values_are_finite(dtype, value):
         assert kernels.native.combine(None, [twice[0]._replace(values=torch.ones(5000))] * 2, dtype, "sum", 5000).is_finite
 
 
+@pytest.mark.parametrize("at_once", [1, 2**26])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_selection_of_a_whole_model_is_what_other_backends_make_of_it(dtype):
-    """At first from the base, then while another one is active; an overflow in one tensor changes nothing."""
+def test_a_selection_of_a_whole_model_is_what_other_backends_make_of_it(monkeypatch, dtype, at_once):
+    """In one call or in several; from the base, and while another is active. An overflow in one tensor changes nothing."""
+    monkeypatch.setattr(preparing, "AT_ONCE", at_once)
     live = {}
     for backend in kernels.BACKENDS:
         model = mlp(dtype)

@@ -192,15 +192,13 @@ def combine_all(combinations: Sequence[Combination], *, with_base: bool = True) 
     None stands for a case that no kernel supports, and for gaps that are invalid. The caller then computes the result as
     `fusion.combining.combine` defines it.
     """
-    tensors = (
-        tensor
-        for each in combinations
-        for tensor in (*(part for change in each.changes for part in change[:2]), *(each.hidden or ()), each.weight)
-        if tensor is not None
-    )
-    if not combinations or backend_for(*tensors) is not native:
-        return [None] * len(combinations)
-    return native.combine_all(combinations, with_base=with_base)
+    numbers = [number for number, each in enumerate(combinations) if backend_for(*each.tensors()) is native]
+    found: list[Combined | None] = [None] * len(combinations)
+    if numbers:
+        results = native.combine_all([combinations[number] for number in numbers], with_base=with_base)
+        for number, result in zip(numbers, results, strict=True):
+            found[number] = result
+    return found
 
 
 def takes_gaps(weight: Tensor | None, entries: int) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -81,6 +81,11 @@ class Combination(NamedTuple):
     method: str
     numel: int
     hidden: tuple[Tensor, Tensor] | None = None  # positions [h], sorted, where the weight is not the base, and the base there
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of it."""
+        yield from (tensor for change in self.changes for tensor in change[:2])
+        yield from (tensor for tensor in (self.weight, *(self.hidden or ())) if tensor is not None)
 
 
 class Combined(NamedTuple):

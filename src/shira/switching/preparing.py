@@ -9,7 +9,7 @@ from .. import kernels
 from ..fusion.combining import combination, combine, combine_deltas, overflow
 from ..fusion.methods import Method
 from ..fusion.strengths import strengths_of
-from ..kernels import Combined, Sum, Write, WritePlan
+from ..kernels import Combination, Sum, Write, WritePlan
 from ..sparse.tensor import SparseTensor, all_finite
 from ..weights.model_tensors import is_buffer
 from ..weights.quantized import is_quantized
@@ -22,6 +22,7 @@ __all__ = ["changes", "checked", "prepare"]
 
 Term = tuple[SparseTensor, float]  # what an adapter has for a tensor, and its strength
 
+AT_ONCE = 2**26  # entries of changes from which on another call begins
 COPIED = 256  # bytes of a weight for each new entry: with more, copying its windows takes longer than looking up the base
 
 
@@ -34,12 +35,12 @@ def prepare(
     """
     made, products, weights = [], [], []
     named = _terms(key, sources, model, active)
-    combined = _in_one_pass(named, key.method, model, active)
+    at_once = _in_one_pass(named, key.method, ready, model, active)
     for name, terms in named:
         if is_quantized(model.weights[name]):
             products.append(quantized_layers.product(name, model.weights[name], terms, key.method))
         else:
-            made.append(_write(name, terms, key.method, ready, model, active, combined.get(name)))
+            made.append((at_once[name], None) if name in at_once else _write(name, terms, key.method, ready, model, active))
             weight = model.weights[name]
             weights.append(weight if id(weight) in model.orders else made[-1][0].weight)
     plan = WritePlan.of([write for write, _ in made], [total for _, total in made], weights)
@@ -100,17 +101,9 @@ def _write(
     ready: Ready,
     model: ModelState,
     active: Sequence[WritePlan],
-    combined: Combined | None,
 ) -> tuple[Write, Sum | None]:
-    """The write to one tensor; and the sum that gives its values, if the kernel computes the sum while it writes.
-
-    combined: the new values, if `_in_one_pass` has computed them.
-    """
+    """The write to one tensor; and the sum that gives its values, if the kernel computes the sum while it writes."""
     weight = model.weights[name]
-    if combined is not None:
-        if not combined.is_finite:
-            raise overflow(name, weight.dtype)
-        return Write(weight, ready.own_positions(weight, combined.indices, fresh=True), combined.values), None
     if _is_exact(terms, method):
         tensor = terms[0][0]
         return _local_write(weight, tensor.indices, tensor.values.clone(), ready, model), None
@@ -129,23 +122,40 @@ def _write(
 def _in_one_pass(
     named: Sequence[tuple[str, list[Term]]],
     method: Method,
+    ready: Ready,
     model: ModelState,
     active: Sequence[WritePlan],
-) -> dict[str, Combined]:
-    """The combined values, and their positions, of all tensors for which one kernel can compute them from what the model's
-    weights hold now: all in one call."""
-    wanted = {}
+) -> dict[str, Write]:
+    """The writes to all tensors for which one kernel can compute the values from what the weights hold now.
+
+    Many tensors are computed in one call. There are several calls for a large model: if a ready selection has the same
+    positions, those of one call are freed before the next.
+    """
+    calls: list[dict[str, Combination]] = []
+    entries = AT_ONCE
     for name, terms in named:
         weight = model.weights[name]
         if is_quantized(weight) or _is_exact(terms, method) or not _is_in_place(weight, model):
             continue
         numbers = [(plan, number) for plan in active if (number := plan.numbers.get(id(weight))) is not None]
         hidden = [(plan.writes[number].indices, plan.stash[number]) for plan, number in numbers]
-        if len(hidden) > 1 or (hidden and weight.nbytes > COPIED * sum(term.nnz for term, _ in terms)):
+        count = sum(term.nnz for term, _ in terms)
+        if len(hidden) > 1 or (hidden and weight.nbytes > COPIED * count):
             continue
-        wanted[name] = combination(terms, weight.detach(), weight.dtype, method, hidden[0] if hidden else None)
-    found = kernels.combine_all(list(wanted.values()), with_base=False)
-    return {name: each for name, each in zip(wanted, found, strict=True) if each is not None}
+        if entries >= AT_ONCE:
+            calls.append({})
+            entries = 0
+        entries += count
+        calls[-1][name] = combination(terms, weight.detach(), weight.dtype, method, hidden[0] if hidden else None)
+    writes = {}
+    for call in calls:
+        for name, each in zip(call, kernels.combine_all(list(call.values()), with_base=False), strict=True):
+            weight = model.weights[name]
+            if each is not None and not each.is_finite:
+                raise overflow(name, weight.dtype)
+            if each is not None:
+                writes[name] = Write(weight, ready.own_positions(weight, each.indices, fresh=True), each.values)
+    return writes
 
 
 def _is_exact(terms: Sequence[Term], method: Method) -> bool:
