@@ -58,13 +58,14 @@ class AdapterSource:
             is_new = self._found != self._checked
             return prefixed(self._content, self._prefix) if self._prefix else self._content, is_new
         now = time.time_ns()
-        adapter, found = read(self._content, model=lambda: self._shapes(weights), decoded=False)
+        is_first = self._checked is None
+        adapter, found = read(self._content, model=lambda: self._shapes(weights), decoded=is_first)  # kernels also take gaps
         self.accept(found)
         is_settled = all(state.changed < now - SETTLED for state in found)
         is_new = found != self._checked
-        if is_new:
+        if is_new and not is_first:
             for tensor in adapter.tensors.values():
-                _ = tensor.indices  # decoded and checked now; later the kernels take gaps
+                _ = tensor.indices  # decoded and checked now
         self._found = found if is_settled else None
         return prefixed(adapter, self._prefix) if self._prefix else adapter, is_new
 
