@@ -94,6 +94,19 @@ def test_the_runs_follow_from_the_results(place):
     assert 'src="a.png"' in page and "a &lt; b" in page and "<td>apart</td>" in page
 
 
+def test_seeds_of_training(place):
+    """Rates are searched on the first seed. Both styles and their sum are made again on each."""
+    recipe = RECIPE | {"train_seeds": [3, 5], "sizes": ["many"], "fused": [], "swept": [], "more_styles": []}
+    store = stores.Store(place / "styles.jsonl")
+    finished(store, recipe)
+    trained = [line["key"] for line in store.lines() if line["key"]["kind"] == "train" and "mask" in line["key"]["method"]]
+    assert {(key["style"], key["rate"]) for key in trained if key["seed"] == 5} == {("bluefire", 5e-4), ("paintings", 5e-4)}
+    assert sorted(key["rate"] for key in trained if key["seed"] == 3) == [5e-4, 5e-4, 1e-3, 2e-3]
+    text = style_report.in_markdown(style_report.tables(recipe, store))
+    assert "| WM | many | 60 (60, 60) | 60 (60, 60) | 30 (30, 30) | 30 (30, 30) | 30 (30, 30) | 30 (30, 30) |" in text
+    assert "each seed of training" not in style_report.in_markdown(style_report.tables(RECIPE, store))
+
+
 def test_results_name_runs_that_can_be_made_again(place):
     recipe = place / "styles.yaml"
     recipe.write_text(str(RECIPE | {"experiment": "image.style_experiment"}), encoding="utf-8")

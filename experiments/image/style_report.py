@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from jinja2 import Environment
@@ -11,7 +12,7 @@ from experiments.language.tables import markdown
 from experiments.store import Key, Store
 from shira.data.grids import grid
 
-from .style_runs import Lab, Recipe, added, best_rate, chosen, fusions_of, judges_key, losses, pair, score_key
+from .style_runs import Lab, Recipe, added, best_rate, chosen, fusions_of, judges_key, losses, pair, score_key, train_seeds
 from .styles import SEEN, UNSEEN, VALIDATED
 
 CONCEPTS = (*SEEN[1::3], *UNSEEN[2:16:4])  # rows of the grids
@@ -32,8 +33,8 @@ class Table(NamedTuple):
 def tables(recipe: Recipe, store: Store) -> list[Table]:
     """All tables, as far as their runs are there."""
     styles = (*recipe["styles"], *recipe["more_styles"])
-    found = [*(alone(recipe, store, style) for style in styles), sums(recipe, store), ways(recipe, store)]
-    last = (strengths(recipe, store), searched(recipe, store), judged(recipe, store))
+    found = [*(alone(recipe, store, style) for style in styles), sums(recipe, store), over_seeds(recipe, store)]
+    last = (ways(recipe, store), strengths(recipe, store), searched(recipe, store), judged(recipe, store))
     return [table for table in (*found, *last) if table.rows]
 
 
@@ -80,20 +81,55 @@ def sums(recipe: Recipe, store: Store) -> Table:
     return Table(f"{one} + {other}, both at strength 1", head, rows)
 
 
-def _sum_row(recipe: Recipe, store: Store, keys: Sequence[Key], fusion: Recipe) -> list[str] | None:
-    """Looks of all concepts; how many are named; and how much less that is than the mean of the two alone, in points."""
+def over_seeds(recipe: Recipe, store: Store) -> Table:
+    """The sums again for each seed of training, as far as they are there: a mean, and the single ones."""
+    one, other = recipe["styles"]
+    rows = []
+    seeds = train_seeds(recipe)
+    for size in recipe["sizes"] if len(seeds) > 1 else ():
+        for name in recipe["methods"]:
+            pairs = [pair({**recipe, "seed": seed}, store, size, name, {}) for seed in seeds]
+            found = [left for keys in pairs if keys and (left := _left(recipe, store, keys, {}))]
+            if len(found) > 1:
+                single = [[*each.alone, *(named for named, _ in each.named), *each.lost] for each in found]
+                rows.append([name, size, *(_mean_of(values) for values in zip(*single, strict=True))])
+    head = ["method", "pictures", f"named alone: {one}", other, "named together, seen", "unseen"]
+    return Table(f"{one} + {other}, each seed of training", [*head, "lost by adding, seen", "unseen"], rows)
+
+
+def _mean_of(shares: Sequence[float]) -> str:
+    return f"{100 * fmean(shares):.0f} ({', '.join(f'{100 * each:.0f}' for each in shares)})"
+
+
+class Left(NamedTuple):
+    """What two styles leave of each other. The shares are of the looks, of all concepts; the pairs are (seen, unseen)."""
+
+    looks: list[float]
+    named: list[Sequence[float]]  # each a share and its interval
+    alone: list[float]  # share of the unseen concepts named with each style alone
+    lost: list[float]  # how much less is named than by the mean of the two alone
+
+
+def _left(recipe: Recipe, store: Store, keys: Sequence[Key], fusion: Recipe) -> Left | None:
     both = store.get(added(recipe, keys, fusion))
-    single = [store.get(score_key(recipe, [(key, 1.0)], key["style"])) for key in keys]
-    if both is None or None in single:
+    single = [found for key in keys if (found := store.get(score_key(recipe, [(key, 1.0)], key["style"])))]
+    if both is None or len(single) < len(keys):
         return None
-    groups = ("seen", "unseen")
     weights = {"seen": len(SEEN), "unseen": len(UNSEEN)}
     looks = [
-        f"{100 * sum(both[g][look][0] * weights[g] for g in groups) / sum(weights.values()):.0f}"
-        for look in (*recipe["styles"], "base")
+        sum(both[g][look][0] * weights[g] for g in weights) / sum(weights.values()) for look in (*recipe["styles"], "base")
     ]
-    lost = [sum(s[g]["recognised"][0] for s in single if s) / len(single) - both[g]["recognised"][0] for g in groups]
-    return [*looks, *(share(both[g]["recognised"]) for g in groups), *(f"{100 * each:.0f}" for each in lost)]
+    lost = [fmean(s[g]["recognised"][0] for s in single) - both[g]["recognised"][0] for g in weights]
+    return Left(looks, [both[g]["recognised"] for g in weights], [s["unseen"]["recognised"][0] for s in single], lost)
+
+
+def _sum_row(recipe: Recipe, store: Store, keys: Sequence[Key], fusion: Recipe) -> list[str] | None:
+    """Looks of all concepts; how many are named; and how much less that is than the mean of the two alone, in points."""
+    left = _left(recipe, store, keys, fusion)
+    if left is None:
+        return None
+    looks, lost = ([f"{100 * each:.0f}" for each in shares] for shares in (left.looks, left.lost))
+    return [*looks, *map(share, left.named), *lost]
 
 
 def ways(recipe: Recipe, store: Store) -> Table:

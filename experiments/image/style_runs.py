@@ -28,8 +28,18 @@ def train_key(recipe: Recipe, style: str, size: str, name: str, rate: float, **m
     method = {key: value for key, value in recipe["methods"][name].items() if key != "rates"}
     if "lora" not in method:
         method["rank"] = recipe["rank"]
-    same = {key: recipe[key] for key in ("concepts", "side", "steps", "batch")}
-    return {"kind": "train", "style": style, "size": size, "method": method, "rate": rate, "seed": 0} | same | more
+    own = {"style": style, "size": size, "method": method, "rate": rate, "seed": seed_of(recipe)}
+    return {"kind": "train"} | own | {key: recipe[key] for key in ("concepts", "side", "steps", "batch")} | more
+
+
+def seed_of(recipe: Recipe) -> int:
+    """What decides the mask, LoRA's start, and the order of the pictures."""
+    return recipe.get("seed", train_seeds(recipe)[0])  # type: ignore[no-any-return]
+
+
+def train_seeds(recipe: Recipe) -> Sequence[int]:
+    """The seeds that all methods are trained with. On the first one, the learning rates are searched."""
+    return recipe.get("train_seeds", [0])  # type: ignore[no-any-return]
 
 
 def score_key(recipe: Recipe, adapters: Sequence[tuple[Key, float]], style: str | None, fusion: Recipe | None = None) -> Key:
@@ -46,6 +56,7 @@ def judges_key(recipe: Recipe) -> Key:
 
 def losses(recipe: Recipe, store: Store, size: str, name: str) -> dict[float, float]:
     """Learning rate -> loss on the pictures of concepts that were not trained, for the rates tried so far."""
+    recipe = {**recipe, "seed": train_seeds(recipe)[0]}
     found: dict[float, float] = {}
     while True:
         tried = rates_to_try(recipe["methods"][name]["rates"], found, recipe["most_rates"])
@@ -120,15 +131,17 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
 
 
 def _compared(recipe: Recipe, store: Store, size: str) -> Iterator[Key]:
-    """For each method its learning rates; then both styles alone, and their sum."""
+    """For each method its learning rates; then, for each seed, both styles alone, and their sum."""
     for name in recipe["methods"]:
         for rate in rates_to_try(recipe["methods"][name]["rates"], losses(recipe, store, size, name), recipe["most_rates"]):
             yield train_key(recipe, recipe["rates_style"], size, name, rate)
-        keys = pair(recipe, store, size, name, {})
-        if keys:
-            yield from keys
-            yield from (score_key(recipe, [(key, 1.0)], key["style"]) for key in keys)
-            yield added(recipe, keys, {})
+    for seed in train_seeds(recipe):
+        for name in recipe["methods"]:
+            keys = pair({**recipe, "seed": seed}, store, size, name, {})
+            if keys:
+                yield from keys
+                yield from (score_key(recipe, [(key, 1.0)], key["style"]) for key in keys)
+                yield added(recipe, keys, {})
 
 
 class Lab:
