@@ -32,19 +32,19 @@ def predicted(dtype=torch.float32, shape=None, **options):
     return estimate(lambda: untrained(shape, dtype), **({"targets": TARGETS, "batch_size": 2, "length": 48} | options))
 
 
-def real(dtype, method, options):
+def real(dtype, method, options, shape=None, targets=TARGETS):
     """A real model, prepared; (model, what trains, bytes of what the tuner holds)."""
-    model = untrained(config(), dtype).train()
+    model = untrained(shape or config(), dtype).train()
     if method == "full":
         return model, list(model.parameters()), {}
     if method == "lora":
         peft = pytest.importorskip("peft")
         tuned = peft.get_peft_model(
-            model, peft.LoraConfig(r=4, lora_dropout=options.get("dropout", 0.0), target_modules=TARGETS)
+            model, peft.LoraConfig(r=4, lora_dropout=options.get("dropout", 0.0), target_modules=targets)
         )
         trained = [p for p in tuned.parameters() if p.requires_grad]
         return model, trained, {"adapter": sum(p.numel() * p.itemsize for p in trained)}
-    tuner = shira.attach(model, targets=TARGETS, **options)
+    tuner = shira.attach(model, targets=targets, **options)
     masters = tuner._tuned
     lines = [each.whole_lines for each in masters if each.whole_lines is not None]
     held = [tensor for p in lines for tensor in (p.lines, p.rest_rows, p.rest_columns, p.order)]
@@ -71,8 +71,33 @@ def real(dtype, method, options):
 def test_the_step_without_data_is_the_step_with_data(dtype, method, options, checkpointing, monkeypatch):
     """Every storage of a real step, counted in the same way: shows what stands in for tuner and PEFT."""
     monkeypatch.setattr(kernels.native, "_kept_scratch", threading.local())  # that of other tests may be large enough
-    found = predicted(dtype, method=method, checkpointing=checkpointing, **options)
-    model, trained, held = real(dtype, method, options)
+    compared(dtype, method, options, checkpointing)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("shira", {"mask": "wm", "density": 0.02}),
+        ("shira", {"mask": "struct", "density": 0.1}),
+        ("shira", {"mask": "struct:direction=rows,diagonal=false", "density": 0.1}),
+        ("lora", {"rank": 4}),
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT sets it
+def test_gpt2(method, options, checkpointing, monkeypatch):
+    """Its weights are [in, out]."""
+    from transformers import GPT2Config
+
+    monkeypatch.setattr(kernels.native, "_kept_scratch", threading.local())
+    shape = GPT2Config(vocab_size=199, n_embd=64, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)
+    compared(torch.float32, method, options, checkpointing, shape, ["c_attn", "c_fc"])
+
+
+def compared(dtype, method, options, checkpointing, shape=None, targets=TARGETS):
+    found = predicted(dtype, shape, targets=targets, method=method, checkpointing=checkpointing, **options)
+    model, trained, held = real(dtype, method, options, shape, targets)
     assert found.parameters == sum(p.numel() for p in trained)
     assert {name: found.parts[name] for name in held} == held
     unique = {p.data_ptr(): p.numel() * p.itemsize for p in model.parameters() if method == "full" or not p.requires_grad}

@@ -25,7 +25,7 @@ from ..integrations.transformers import checkpointing_of, one_example_a_row
 from ..kernels import WholeLines, find_whole_lines, torch_ops
 from ..kernels.cpu import native
 from ..sparse.positions import index_dtype
-from ..training.layers import SparseLinear
+from ..training.layers import SparseConv1D, SparseLinear
 from ..weights import targets as target_names
 
 __all__ = ["WAYS", "Estimate", "estimate"]
@@ -91,9 +91,9 @@ def estimate(
         model.requires_grad_(False)
         chosen = target_names.resolve(model, targets)
         for target in chosen:
-            if other := next((module for module in target.modules if type(module) is not nn.Linear), None):
+            if other := next((module for module in target.modules if not _is_linear(module)), None):
                 raise TuningError(
-                    f"only the training of nn.Linear can be estimated, and '{target.name}' belongs to a layer "
+                    f"only the training of nn.Linear and Conv1D can be estimated, and '{target.name}' belongs to a layer "
                     f"{type(other).__name__}; choose other targets, or leave it out"
                 )
         if method == "lora":
@@ -120,6 +120,10 @@ def estimate(
             what = str(error).strip().partition("\n")[0]
             raise DataError(f"a step of {type(model).__name__} cannot be run without data in this dtype: {what}") from error
         return Estimate(parts | log.peak(trained, vocabulary), sum(p.numel() for p in trained))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or target_names.is_conv1d(module)
 
 
 def _step(model: Any, batch_size: int, length: int, frozen: bool, checkpointing: bool) -> None:
@@ -216,8 +220,9 @@ class _StandIn:
             module.forward = functools.partial(self.forward, module)
 
     def forward(self, module: Any, input: Tensor) -> Tensor:
+        kind: Any = SparseConv1D if target_names.is_conv1d(module) else SparseLinear
         with _counted(self.log):
-            output: Tensor = SparseLinear.apply(input, module.weight, module.bias, self.values, self)  # type: ignore[no-untyped-call]
+            output: Tensor = kind.apply(input, module.weight, module.bias, self.values, self)
         return output
 
     def keep(self, input: Tensor) -> Tensor:
@@ -258,15 +263,15 @@ def _lora(chosen: Iterable[target_names.Target], rank: int, dropout: float) -> l
     """Add low-rank branches to linear layers, in PEFT's order of operations and dtypes. Returns their parameters."""
     trained = []
     for target in chosen:
-        out, into = target.weight.shape
+        out, into = target.weight.T.shape if target_names.is_conv1d(target.modules[0]) else target.weight.shape
         down, up = nn.Parameter(torch.empty(rank, into)), nn.Parameter(torch.empty(out, rank))
         trained += [down, up]
         for module in target.modules:
-            module.forward = functools.partial(_lora_forward, module, down, up, dropout)
+            module.forward = functools.partial(_lora_forward, module.forward, down, up, dropout)
     return trained
 
 
-def _lora_forward(module: Any, down: Tensor, up: Tensor, dropout: float, input: Tensor) -> Tensor:
-    base = nn.functional.linear(input, module.weight, module.bias)
+def _lora_forward(plain: Callable[[Tensor], Tensor], down: Tensor, up: Tensor, dropout: float, input: Tensor) -> Tensor:
+    base = plain(input)
     dropped = nn.functional.dropout(input.to(down.dtype), dropout) if dropout else input.to(down.dtype)
     return (base + nn.functional.linear(nn.functional.linear(dropped, down), up) * 2.0).to(base.dtype)

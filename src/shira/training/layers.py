@@ -26,7 +26,7 @@ from .following import value_name
 from .masters import Masters
 from .processes import is_of_peft
 
-__all__ = ["SparseLinear", "forget_copies", "install", "is_installed"]
+__all__ = ["SparseConv1D", "SparseLinear", "forget_copies", "install", "is_installed"]
 
 KNOWN = (*(f"torch.nn.modules.{name}" for name in ("linear", "conv", "sparse")), "transformers.pytorch_utils")
 
@@ -268,7 +268,7 @@ def _unviewed(output: Tensor) -> Tensor:
 def _conv1d(module: Any, masters: Masters, x: Tensor) -> Tensor:
     if not _ready(masters, module):
         return _product(x, module.weight, module.bias)
-    output: Tensor = _Conv1D.apply(x, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
+    output: Tensor = SparseConv1D.apply(x, module.weight, module.bias, masters.current(), masters)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -277,7 +277,7 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], weight.shape[1])
 
 
-class _Conv1D(torch.autograd.Function):
+class SparseConv1D(torch.autograd.Function):
     """A linear layer with a weight [in, out], as in GPT-2. The weight's gradient is inputᵀ · grad_output."""
 
     @staticmethod
