@@ -13,10 +13,14 @@ from torch import Tensor
 from ..errors import DataError, MissingExtra
 from ..texts import shown
 
-__all__ = ["Picture", "check_pillow", "image_of", "pictures_in", "square"]
+__all__ = ["Picture", "check_caption", "check_pillow", "image_of", "pictures_in", "square"]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
+TURNED = {  # orientation in EXIF data -> what makes the picture upright
+    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"},
+    **{5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ def pictures_in(folder: str | Path, prompt: str | None = None) -> list[Picture]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of pictures")
+    check_caption("the prompt", prompt or "")
     if prompt is None and (folder / METADATA).is_file():
         return list(_listed(folder))
     there = (path for path in folder.iterdir() if not path.name.startswith("."))
@@ -74,12 +79,21 @@ def _listed(folder: Path) -> Iterator[Picture]:
             name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
             if not isinstance(name, str) or not isinstance(text, str):
                 raise DataError(f"{place}, line {number}: expected 'file_name' and 'text', two strings; found {shown(row)}")
+            check_caption(f"{place}, line {number}: 'text'", text)
             if not (folder / name).is_file():
                 raise DataError(f"{place}, line {number}: there is no file {shown(name)} in {folder}")
             yield Picture(folder / name, text)
             found = True
     if not found:
         raise DataError(f"{place} lists no picture")
+
+
+def check_caption(what: str, caption: str) -> None:
+    """Raise DataError for a half of a surrogate pair, which no tokenizer takes. what: the caption's name in messages."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} must be valid Unicode, found {shown(caption)} ({error.reason}); write it again") from None
 
 
 def square(
@@ -109,15 +123,26 @@ def square(
 
 def image_of(picture: Picture) -> Any:
     """The picture as a PIL image in RGB, whole and upright. Raises DataError, which names the file, if it cannot be read."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
     try:
         if isinstance(picture.image, Image.Image):
-            return _opaque(ImageOps.exif_transpose(picture.image))
+            return _opaque(_upright(picture.image))
         with Image.open(picture.image) as image:
-            return _opaque(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return _opaque(_upright(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow fails in many ways on what is broken
         raise DataError(f"{picture.image} is not a picture that can be read: {error}") from error
+
+
+def _upright(image: Any) -> Any:
+    """The image as its EXIF data say that it is to be shown. Pillow's `exif_transpose` fails if others of these are broken."""
+    from PIL import ExifTags, Image
+
+    image.load()
+    turned = TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image.transpose(Image.Transpose[turned]) if turned else image
 
 
 def _opaque(image: Any) -> Any:
