@@ -17,6 +17,7 @@ __all__ = ["Picture", "check_caption", "check_pillow", "image_of", "pictures_in"
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
+MOST_PIXELS = 2**28  # of a scaled picture, which takes 3 bytes for each
 TURNED = {  # orientation in EXIF data -> what makes the picture upright
     **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"},
     **{5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
@@ -102,7 +103,7 @@ def square(
     """The picture as float32 [3, resolution, resolution] from -1 to 1; and (height, width, top, left), its size and its crop.
 
     The shorter side is scaled to the resolution, the longer one is cropped: in the middle, or at a random place.
-    Raises DataError, which names the file, if the picture cannot be read.
+    Raises DataError, which names the file, if the picture cannot be read, or is so narrow that scaling would fill the memory.
     """
     from PIL import Image
 
@@ -110,6 +111,11 @@ def square(
     width, height = image.size
     scale = resolution / min(width, height)
     wide, high = (max(resolution, math.floor(side * scale + 0.5)) for side in (width, height))
+    if wide * high > MOST_PIXELS:
+        raise DataError(
+            f"{picture.image} is {width} x {height}, so at resolution {resolution} it would be {wide} x {high} before it is "
+            "cropped; crop it, or leave it out"
+        )
     image = image.resize((wide, high), Image.Resampling.LANCZOS)
     free = [high - resolution, wide - resolution]
     if crop == "center":
