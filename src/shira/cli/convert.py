@@ -144,7 +144,7 @@ def _to_dtype(source: Path, output: Path, base: str | None, dtype: str, name: st
         raise AdapterError("give the model that the adapter was trained on, in the dtype that it had there: --base")
     check_new(output, force=force, read=[source])
     adapter = load(source)
-    recorded = (adapter.metadata.get("base") or {}).get("dtype")
+    recorded: Any = (adapter.metadata.get("base") or {}).get("dtype")
     with waiting("casting"):
         part = pipeline_part(base, recorded if recorded in DTYPES else "auto", adapter.tensors)
         adapter = cast(adapter, model_path(base) if part is None else part, getattr(torch, dtype))
