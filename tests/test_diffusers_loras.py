@@ -125,6 +125,9 @@ def test_what_cannot_be_converted_changes_nothing(tmp_path):
     }
     save_file(text, tmp_path / "elsewhere.safetensors")  # an IndexError in Diffusers
     (tmp_path / "text.safetensors").write_text(json.dumps({"no": "LoRA"}))
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in broken.items()}, tmp_path / "float8.safetensors")
+    with pytest.raises(DataError, match="dtype 'F8_E4M3' is unknown here; save it in bfloat16 or float32"):
+        convert(tmp_path / "float8.safetensors", pipe, keep=0.5)
     for given, error in {
         tmp_path / "none.safetensors": DataError,
         tmp_path / "wide.safetensors": DataError,

@@ -19,10 +19,11 @@ from PIL import Image
 import shira
 from conftest import stops
 from pipelines import pipe_adapter, stable_diffusion, vae
-from shira import DataError
+from shira import BaseMismatch, DataError
 from shira.cli import train_image as command
 from shira.cli.options import fields_of
 from shira.data.grids import grid
+from shira.integrations.diffusers import PipelineAdapters
 from shira.integrations.diffusers_sampling import load_pipeline, modules_of
 from shira.runs.bases import is_pipeline
 from shira.runs.image_recipes import ImageRecipe, check_image_run, load_image_recipe
@@ -258,6 +259,29 @@ def test_adapters_of_a_pipeline_are_fused_and_compared_on_its_name(run, folder):
         shira.Adapter(plain).save(f"{name}.safetensors")
     assert run("fuse a.safetensors b.safetensors=0.5 --base pipeline -o plain.safetensors")[0] == 0  # of the denoiser
     assert shira.load("plain.safetensors").tensors.keys() == plain.keys()
+
+
+def test_an_adapter_is_cast_with_its_pipeline(run, folder):
+    pipe = stable_diffusion()
+    pipe.save_pretrained("pipeline")
+    made = pipe_adapter(pipe, 1)
+    made.metadata["base"] = {"id": "pipeline", "dtype": "float32"}
+    made.save("whole.safetensors")
+    plain = {name.removeprefix("unet."): name for name in made.tensors if name.startswith("unet.")}  # as of attach(pipe.unet)
+    prints = {name: made.fingerprints[old] for name, old in plain.items()}
+    denoiser = shira.Adapter({name: made.tensors[old] for name, old in plain.items()}, made.metadata | {"fingerprints": prints})
+    denoiser.save("denoiser.safetensors")
+    adapters = PipelineAdapters(pipe.to(torch.float16))
+    for name in ("whole", "denoiser"):
+        with pytest.raises(BaseMismatch, match="shira convert ADAPTER --base BASE --dtype float16"):
+            adapters.load(f"{name}.safetensors")
+        code, out, err = run(f"convert {name}.safetensors --base pipeline --dtype float16 -o {name}-half.safetensors")
+        assert code == 0 and "for its base as float16" in out, err
+        adapters.load(f"{name}-half.safetensors", name)
+        adapters.set(name)
+    code, _, err = run("merge pipeline denoiser.safetensors -o merged")
+    said = "pipeline is no checkpoint but a Diffusers pipeline; name the folder of one of its components, such as pipeline/unet"
+    assert code == 1 and said in " ".join(err.split()), err
 
 
 @pytest.mark.parametrize(("file", "found"), [("config.json", False), ("model_index.json", True)])

@@ -12,7 +12,8 @@ import shira
 from conftest import all_bits, same_bits
 from pipelines import pipe_adapter, sd3, sdxl, stable_diffusion
 from shira import DataError, SwitchError
-from shira.data.pictures import pictures_in
+from shira.data.pictures import Picture, image_of, pictures_in
+from shira.integrations import diffusers_training
 from shira.integrations.diffusers_sampling import modules_of
 from shira.runs.image_recipes import ImageRecipe, train_image
 
@@ -125,3 +126,51 @@ def test_checkpoints_of_a_run_that_was_stopped_are_told(run, folder):
     (folder / "style.checkpoints").mkdir()
     code, out, err = run(f"{LINE} -o style.safetensors")
     assert code == 0 and "style.checkpoints is of a run that was stopped; --save-every goes on" in " ".join(out.split()), err
+
+
+def test_pictures_with_broken_exif_are_read_upright(folder):
+    data = Image.Exif()
+    data[0x0112], data[0x010F] = 6, "maker"
+    image = Image.new("RGB", (4, 2), "red")
+    image.paste("blue", (0, 0, 2, 2))
+    image.save("turned.jpg", exif=data, quality=100)
+    whole = (folder / "turned.jpg").read_bytes()
+    (folder / "broken.jpg").write_bytes(whole.replace(b"\x01\x0f\x00\x02", b"\x01\x1a\x00\x02"))  # a text as resolution
+    (upright, broken) = (image_of(Picture(name, "")) for name in ("turned.jpg", "broken.jpg"))
+    assert upright.size == (2, 4) and upright.getpixel((0, 0))[2] > 200
+    assert broken.size == (2, 4) and broken.tobytes() == upright.tobytes()
+
+
+def test_half_of_a_character_in_a_caption(run, folder):
+    (folder / "dog/metadata.jsonl").write_text('{"file_name": "red.png", "text": "a \\ud83e"}')
+    with pytest.raises(DataError, match=r"metadata\.jsonl, line 1: 'text' must be valid Unicode, found 'a .*ud83e'"):
+        pictures_in("dog")
+    with pytest.raises(DataError, match="the prompt must be valid Unicode"):
+        pictures_in("dog", "a \udcff")
+    code, _, err = run("sample --pipe pipeline -p \udcff")
+    assert code == 1 and "--prompt must be valid Unicode" in err
+
+
+def test_a_folder_for_pictures_of_the_class(run, folder, monkeypatch):
+    code, _, err = run(f"{LINE} --class-prompt dog --class-data dog/red.png")
+    assert code == 1 and "--class-data must be a folder of pictures, found the file dog/red.png" in " ".join(err.split())
+    (folder / "made").mkdir()
+    (folder / "made/.DS_Store").touch()  # as macOS writes it into empty folders
+
+    def drawn(pipe, prompt, seed, **options):
+        return Image.new("RGB", (8, 8), "white" if seed % 3 == 0 else "black")
+
+    monkeypatch.setattr(diffusers_training, "sample", drawn)
+    found = diffusers_training.class_pictures(None, "dog", "made", 3)  # black ones are what a safety checker leaves
+    assert [picture.image.name for picture in found] == ["class-00000.png", "class-00003.png", "class-00006.png"]
+    monkeypatch.setattr(diffusers_training, "sample", lambda *_, **__: Image.new("RGB", (8, 8)))
+    with pytest.raises(DataError, match="6 pictures of 'cat' are black, by the pipeline's safety checker"):
+        diffusers_training.class_pictures(None, "cat", None, 3)
+
+
+def test_a_grid_that_could_not_be_written_is_found_before_it_is_drawn(run, folder):
+    (folder / "grid.png").mkdir()
+    code, _, err = run("sample --pipe pipeline -p x")
+    assert code == 1 and "grid.png is a folder; give the name of a file, grid.png/grid.png" in " ".join(err.split())
+    code, _, err = run("sample --pipe pipeline -p x -o other.png --guidance inf")
+    assert code == 1 and "--guidance must be a finite number, found inf" in err

@@ -275,6 +275,10 @@ def test_pictures_are_made_square():
     assert lefts == set(range(11))
     pixels, size = square(Picture(image, ""), 40, "center", torch.Generator())
     assert pixels.shape == (3, 40, 40) and size == (20, 30, 0, 10)
+    with pytest.raises(
+        DataError, match="is 1 x 3000, so at resolution 512 it would be 512 x 1536000 before it is cropped; crop it"
+    ):
+        square(Picture(Image.new("L", (1, 3000)), ""), 512, "center", torch.Generator())
 
 
 def test_random_crops_flips_and_dropped_captions(folder):

@@ -136,14 +136,18 @@ def _to_dtype(source: Path, output: Path, base: str | None, dtype: str, name: st
 
     from ..adapter import load
     from ..checkpoints.casting import cast
+    from ..runs.bases import pipeline_part
 
     if dtype not in DTYPES[1:]:
         raise AdapterError(f"unknown --dtype {dtype!r}; {did_you_mean(dtype, DTYPES[1:])}")
     if base is None:
         raise AdapterError("give the model that the adapter was trained on, in the dtype that it had there: --base")
     check_new(output, force=force, read=[source])
+    adapter = load(source)
+    recorded: Any = (adapter.metadata.get("base") or {}).get("dtype")
     with waiting("casting"):
-        adapter = cast(load(source), model_path(base), getattr(torch, dtype))
+        part = pipeline_part(base, recorded if recorded in DTYPES else "auto", adapter.tensors)
+        adapter = cast(adapter, model_path(base) if part is None else part, getattr(torch, dtype))
     if name:
         adapter.metadata["name"] = name
     adapter.save(output)

@@ -51,9 +51,14 @@ def sample(
     """
     from ..adapter import load
     from ..data.grids import check_ending, grid
-    from ..data.pictures import check_pillow
+    from ..data.pictures import check_caption, check_pillow
+    from ..fusion.strengths import finite_number
     from ..integrations.diffusers import PipelineAdapters
 
+    if guidance is not None:
+        finite_number("--guidance", guidance)
+    for text in prompt:
+        check_caption("--prompt", text)
     options = method_options(method, density=density, drop=drop, seed=seed)
     strengths = given_adapters(adapter or [])
     factors = _factors(sweep)

@@ -71,9 +71,11 @@ def _font(size: int, text: str) -> Any:
 
 
 def check_ending(path: Path) -> None:
-    """Raise DataError unless Pillow can write a grid to a file with this ending. Nothing is written."""
+    """Raise DataError for a folder, and unless Pillow can write a grid to a file with this ending. Nothing is written."""
     from PIL import Image
 
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give the name of a file, {path / 'grid.png'}")
     try:
         Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions().get(path.suffix.lower()))
     except (KeyError, OSError, ValueError) as error:

@@ -13,10 +13,15 @@ from torch import Tensor
 from ..errors import DataError, MissingExtra
 from ..texts import shown
 
-__all__ = ["Picture", "check_pillow", "image_of", "pictures_in", "square"]
+__all__ = ["Picture", "check_caption", "check_pillow", "image_of", "pictures_in", "square"]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
+MOST_PIXELS = 2**28  # of a scaled picture, which takes 3 bytes for each
+TURNED = {  # orientation in EXIF data -> what makes the picture upright
+    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"},
+    **{5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ def pictures_in(folder: str | Path, prompt: str | None = None) -> list[Picture]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of pictures")
+    check_caption("the prompt", prompt or "")
     if prompt is None and (folder / METADATA).is_file():
         return list(_listed(folder))
     there = (path for path in folder.iterdir() if not path.name.startswith("."))
@@ -74,6 +80,7 @@ def _listed(folder: Path) -> Iterator[Picture]:
             name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
             if not isinstance(name, str) or not isinstance(text, str):
                 raise DataError(f"{place}, line {number}: expected 'file_name' and 'text', two strings; found {shown(row)}")
+            check_caption(f"{place}, line {number}: 'text'", text)
             if not (folder / name).is_file():
                 raise DataError(f"{place}, line {number}: there is no file {shown(name)} in {folder}")
             yield Picture(folder / name, text)
@@ -82,13 +89,21 @@ def _listed(folder: Path) -> Iterator[Picture]:
         raise DataError(f"{place} lists no picture")
 
 
+def check_caption(what: str, caption: str) -> None:
+    """Raise DataError for a half of a surrogate pair, which no tokenizer takes. what: the caption's name in messages."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} must be valid Unicode, found {shown(caption)} ({error.reason}); write it again") from None
+
+
 def square(
     picture: Picture, resolution: int, crop: Literal["center", "random"], generator: torch.Generator
 ) -> tuple[Tensor, Any]:
     """The picture as float32 [3, resolution, resolution] from -1 to 1; and (height, width, top, left), its size and its crop.
 
     The shorter side is scaled to the resolution, the longer one is cropped: in the middle, or at a random place.
-    Raises DataError, which names the file, if the picture cannot be read.
+    Raises DataError, which names the file, if the picture cannot be read, or is so narrow that scaling would fill the memory.
     """
     from PIL import Image
 
@@ -96,6 +111,11 @@ def square(
     width, height = image.size
     scale = resolution / min(width, height)
     wide, high = (max(resolution, math.floor(side * scale + 0.5)) for side in (width, height))
+    if wide * high > MOST_PIXELS:
+        raise DataError(
+            f"{picture.image} is {width} x {height}, so at resolution {resolution} it would be {wide} x {high} before it is "
+            "cropped; crop it, or leave it out"
+        )
     image = image.resize((wide, high), Image.Resampling.LANCZOS)
     free = [high - resolution, wide - resolution]
     if crop == "center":
@@ -109,15 +129,26 @@ def square(
 
 def image_of(picture: Picture) -> Any:
     """The picture as a PIL image in RGB, whole and upright. Raises DataError, which names the file, if it cannot be read."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
     try:
         if isinstance(picture.image, Image.Image):
-            return _opaque(ImageOps.exif_transpose(picture.image))
+            return _opaque(_upright(picture.image))
         with Image.open(picture.image) as image:
-            return _opaque(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return _opaque(_upright(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow fails in many ways on what is broken
         raise DataError(f"{picture.image} is not a picture that can be read: {error}") from error
+
+
+def _upright(image: Any) -> Any:
+    """The image as its EXIF data say that it is to be shown. Pillow's `exif_transpose` fails if others of these are broken."""
+    from PIL import ExifTags, Image
+
+    image.load()
+    turned = TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image.transpose(Image.Transpose[turned]) if turned else image
 
 
 def _opaque(image: Any) -> Any:

@@ -163,6 +163,11 @@ def _weight_files(path: Path) -> list[Path]:
         raise CheckpointError(
             f"{path} holds {len(files)} safetensors files and no index ({files[0].name}, …); name the one that is meant"
         )
+    if (path / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{path} is no checkpoint but a Diffusers pipeline; name the folder of one of its components, such as "
+            f"{path / 'unet'}"
+        )
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     hint = (
         f"{pickled[0]} is a pickle, which may run code: load that model and save it as safetensors" if pickled else "found none"

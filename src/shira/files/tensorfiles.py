@@ -203,7 +203,8 @@ def _entry(name: str, described: dict[str, Any], start: int, any_dtype: bool) ->
         raise ValueError(f"tensor {shown(name)}: it lies at {shown(begin)} to {shown(end)}")
     dtype = DTYPES.get(described["dtype"])
     if dtype is None and not any_dtype:
-        raise ValueError(f"tensor {shown(name)}: dtype {shown(described['dtype'])} is unknown here")
+        found = shown(described["dtype"])
+        raise ValueError(f"tensor {shown(name)}: dtype {found} is unknown here; save it in bfloat16 or float32")
     if dtype is None:
         return HeaderEntry(Form((end - begin,), torch.uint8), start + begin, start + end)
     if numel * dtype.itemsize != end - begin:

@@ -127,8 +127,8 @@ def _fuse(path: Path, pipe: Any, layers: Mapping[str, LoraLayer], model: nn.Modu
         raise
     except Exception as error:  # files are of many makers, and Diffusers fails in many ways
         raise DataError(
-            f"Diffusers cannot put {path} into {type(pipe).__name__}: {' '.join(str(error).split())[:300]}; give the pipeline "
-            "that it was trained on"
+            f"Diffusers cannot put {path} into {type(pipe).__name__}: "
+            f"{' '.join(str(error).split())[:300] or type(error).__name__}; give the pipeline that it was trained on"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.pictures import check_caption
 from ..data.quiet import quiet
 from ..errors import DataError, MissingExtra
 from ..weights.modes import evaluating
@@ -65,6 +66,7 @@ def sample(
     taken = inspect.signature(pipe.__call__).parameters
     if "prompt" not in taken and not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
         raise DataError(f"{type(pipe).__name__} makes no pictures of a prompt; take a text-to-image pipeline")
+    check_caption("the prompt", prompt)
     options: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     options |= {} if resolution is None else {"height": resolution, "width": resolution}
     if on_step is not None:

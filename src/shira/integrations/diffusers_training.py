@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.pictures import Picture, image_of, pictures_in, square
 from ..errors import DataError, MissingExtra, TuningError, did_you_mean
 from ..masks.calibration import nan_advice
+from ..texts import shown
 from ..training.tuner import Tuner
 from ..weights.modes import modes_kept
 from ..weights.random_numbers import seeded
@@ -25,6 +26,7 @@ from .transformers import checkpointing_of
 __all__ = ["Examples", "accelerator_for", "check_resolution", "check_schedule", "class_pictures", "train", "training_mode"]
 
 CLIP = 1.0  # the largest norm of a step's gradient
+MOST_BLACK = 5  # pictures of a class, beside as many as are found
 Progress = Callable[[int, int], None]
 
 
@@ -69,21 +71,30 @@ def class_pictures(
 ) -> list[Picture]:
     """Pictures of a class for prior preservation: those in the folder, and what the pipeline makes to have `count` of them.
 
-    A folder is filled with what was made, so that the next run finds it. options: for `sample`.
-    Raises DataError, before any is made, if one in the folder cannot be read.
+    A folder is filled with what was made, so that the next run finds it. Black ones, of safety checkers, are left out.
+    options: for `sample`.
+    Raises DataError, before any is made, if one in the folder cannot be read; and if most are black.
     """
     place = Path(folder) if folder is not None else None
-    there = place is not None and place.is_dir() and any(place.iterdir())
+    there = place is not None and place.is_dir() and any(not path.name.startswith(".") for path in place.iterdir())
     found = pictures_in(place, prompt) if place is not None and there else []
     for picture in found if len(found) < count else ():
         image_of(picture)
-    seeds = itertools.count()
+    seeds, black = itertools.count(), 0
     while len(found) < count:
         seed = next(seeds)
         file = place / f"class-{seed:05d}.png" if place is not None else None
         if file is not None and file.exists():
             continue
         image = sample(pipe, prompt, seed, **options)
+        if image.getbbox() is None:
+            black += 1
+            if black > MOST_BLACK + len(found):
+                raise DataError(
+                    f"{black} pictures of {shown(prompt)} are black, by the pipeline's safety checker, or by an overflow in "
+                    "float16; give pictures of the class in class_data"
+                )
+            continue
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file)

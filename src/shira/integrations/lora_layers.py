@@ -52,7 +52,7 @@ def layers_of(path: Path) -> dict[str, LoraLayer]:
     Raises DataError if it is no whole safetensors file, or no LoRA of finite numbers, or if it has layers of another kind.
     """
     with open_regular(path, DataError) as file, whole_file(path, DataError):
-        entries, metadata = read_header(file)
+        entries, metadata = read_header(file, any_dtype=False)
         tensors = {name: read_tensor(file, entry) for name, entry in entries.items()}
     for kind, pattern in OTHER_KINDS.items():
         if (found := next(filter(pattern.search, tensors), None)) is not None:

@@ -9,7 +9,7 @@ from ..errors import DataError
 from ..files import hub
 from ..integrations.transformers import load_model
 
-__all__ = ["is_pipeline", "load_base"]
+__all__ = ["is_pipeline", "load_base", "pipeline_part"]
 
 INDEX = "model_index.json"  # of a pipeline's folder
 
@@ -23,16 +23,25 @@ def is_pipeline(name: str) -> bool:
 
 
 def load_base(name: str, dtype: str, tensors: Collection[str]) -> nn.Module:
-    """The base of adapters that change these tensors. Of a pipeline it is the part that their names are of.
+    """The base of adapters that change these tensors: `pipeline_part`, or a language model.
+
+    dtype: as for `load_model`, and for `load_pipeline`. Raises DataError if there is no such model or pipeline.
+    """
+    part = pipeline_part(name, dtype, tensors)
+    return load_model(name, dtype) if part is None else part
+
+
+def pipeline_part(name: str, dtype: str, tensors: Collection[str]) -> nn.Module | None:
+    """The part of a pipeline that the names of these tensors are of; None if no pipeline has this name.
 
     Names that begin with a component ("unet.…") are of the pipeline as a whole, others of its denoiser.
-    dtype: as for `load_model`, and for `load_pipeline`. Raises DataError if there is no such model or pipeline.
+    dtype: as for `load_pipeline`. Raises DataError if the pipeline cannot be loaded, or has no denoiser.
     """
     from ..integrations.diffusers_components import COMPONENTS, DENOISERS
 
     starts = {tensor.partition(".")[0] for tensor in tensors}
     if not (Path(name) / INDEX).is_file() and (starts.isdisjoint(COMPONENTS) or not is_pipeline(name)):
-        return load_model(name, dtype)
+        return None
     from ..integrations.diffusers_sampling import load_pipeline, modules_of
 
     parts = modules_of(load_pipeline(name, dtype))

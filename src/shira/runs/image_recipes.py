@@ -118,7 +118,9 @@ def check_image_run(recipe: ImageRecipe) -> None:
 
 
 def _check_class(recipe: ImageRecipe) -> None:
-    """Raise DataError if pictures of the class would be made among those that train."""
+    """Raise DataError if pictures of the class would be made among those that train, or where a file is."""
+    if recipe.class_data is not None and Path(recipe.class_data).exists() and not Path(recipe.class_data).is_dir():
+        raise DataError(f"class_data must be a folder of pictures, found the file {recipe.class_data}")
     if recipe.class_data is not None and Path(recipe.class_data).resolve() == Path(recipe.data).resolve():
         raise DataError(
             f"class_data must be another folder than data, found {recipe.class_data} for both: pictures of the class would be "
