@@ -67,6 +67,50 @@ def test_a_pickled_model_in_training_computes_the_same_and_is_nobodys(options):
     assert same_bits(all_bits(model), all_bits(mlp()))
 
 
+PARTS_OPTIONS = [{}, {"method": "hook"}, {"decompose": 2}, {"low_rank": 2}, {"mask": "struct"}]
+
+
+@pytest.mark.parametrize("options", PARTS_OPTIONS, ids=str)
+def test_weights_that_are_parts_of_one_tensor_train_as_others_do(options):
+    def model(parted):
+        torch.manual_seed(0)
+        made = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)), nn.LayerNorm(6))
+        states = made.state_dict()
+        flat = torch.cat([tensor.flatten() for tensor in states.values()])
+        parts = flat.split([tensor.numel() for tensor in states.values()])
+        state = {name: part.view_as(states[name]) for name, part in zip(states, parts, strict=True)}
+        made.load_state_dict(state if parted else {name: part.clone() for name, part in state.items()}, assign=True)
+        return made
+
+    results, inputs = [], torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    for parted in (False, True):
+        trained = model(parted)
+        with shira.attach(trained, density=0.4, **options) as tuner:
+            optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+
+            def step(model=trained, optimizer=optimizer):
+                optimizer.zero_grad()
+                model(inputs.to(model[0].weight.dtype)).square().sum().backward()
+
+            for _ in range(3):
+                step()
+                optimizer.step()
+            if not options:
+                tuner.refresh(optimizer)
+            if "method" not in options:  # masters are changed without an optimizer: they are written in the forward pass
+                with torch.no_grad():
+                    for parameter in tuner.parameters():
+                        parameter *= 1.5
+                step()
+                trained.double()
+                step()
+            results.append(tuner.adapter())
+        expected = model(parted)
+        assert same_bits(all_bits(trained), all_bits(expected.double() if "method" not in options else expected))
+    for name, tensor in results[0].tensors.items():
+        assert torch.equal(tensor.values, results[1].tensors[name].values)
+
+
 def test_another_librarys_hooks_put_on_and_taken_off():
     hooks = pytest.importorskip("accelerate.hooks")
     model = mlp()

@@ -170,8 +170,9 @@ def _ready(masters: Masters, module: nn.Module) -> bool:
         return False
     if not torch.compiler.is_compiling():  # compiled code only reads the weight; optimizer steps write to it
         masters.calls += 1
-        if masters.piece is None:
-            masters.write()
+        for each in (masters, *masters.sharing):  # a later write would count as one to this weight, too
+            if each.piece is None:
+                each.write()
     if not torch.is_grad_enabled():
         return False
     if module.training and not any(parameter.requires_grad for parameter in masters.parameters.values()):
