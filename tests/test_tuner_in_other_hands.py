@@ -1,6 +1,8 @@
 """A model in training in the hands of other code: pickled, compiled, hooked, saved, in inference mode."""
 
+import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -65,6 +67,25 @@ def test_a_pickled_model_in_training_computes_the_same_and_is_nobodys(options):
         told = loaded.shira_tuner.adapter("x")
         assert told.tensors.keys() == tuner.adapter("x").tensors.keys()
     assert same_bits(all_bits(model), all_bits(mlp()))
+
+
+@pytest.mark.parametrize("taken", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"])
+@pytest.mark.parametrize("options", [{}, {"decompose": 2}, {"low_rank": 2}], ids=str)
+def test_a_copy_knows_a_step_that_was_made_by_hand_just_before(options, taken):
+    model, batch = mlp(), mlp_batches(1)[0]
+    with shira.attach(model, density=0.3, **options) as tuner:
+        train(model, tuner)
+        with torch.no_grad():
+            for parameter in tuner.parameters():
+                parameter -= 0.1 * torch.ones_like(parameter)
+        copied = taken(model)
+        assert torch.equal(copied(batch[0]), model(batch[0]))
+        mlp_loss(copied, batch).backward()
+        assert copied.shira_tuner.adapter().tensors.keys() == tuner.adapter().tensors.keys()
+        with torch.no_grad():
+            copied[0].weight.normal_()
+        with pytest.raises(TuningError, match="'0.weight' was written to"):
+            copied(batch[0])
 
 
 PARTS_OPTIONS = [{}, {"method": "hook"}, {"decompose": 2}, {"low_rank": 2}, {"mask": "struct"}]

@@ -323,8 +323,14 @@ class Followed:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or unpickled object has not seen its weight yet, and its weight has a version counter of its own."""
-        return self.__dict__ | {"_seen": None, "sharing": ()}
+        """A copy or unpickled object knows its weight if this one does. Its weight has a version counter of its own."""
+        return self.__dict__ | {"_seen": self._seen and self._is_as_seen(), "sharing": (), "written": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        known, self._seen = self._seen, None
+        if known:
+            self._note()
 
 
 def know_shared_counters(followed: Collection[Followed]) -> None:
