@@ -64,6 +64,9 @@ def test_a_pickled_model_in_training_computes_the_same_and_is_nobodys(options):
         mlp_loss(loaded, batch).backward()
         with pytest.raises(TuningError, match="a copy of one in training"):
             shira.attach(loaded)
+        for leave in (loaded.shira_tuner.detach, loaded.shira_tuner.release):
+            with pytest.raises(TuningError, match=r"this tuner is of a copy.*adapter\(\) on a base"):
+                leave()
         told = loaded.shira_tuner.adapter("x")
         assert told.tensors.keys() == tuner.adapter("x").tensors.keys()
     assert same_bits(all_bits(model), all_bits(mlp()))
