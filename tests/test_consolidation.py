@@ -103,9 +103,13 @@ def test_what_cannot_be_asked():
     for options, message in (
         ({"reach": 0}, "reach must be a number above 0"),
         ({"passes": 0}, "passes must be a whole number"),
+        ({"loss_fn": 5}, "loss_fn must be a function"),
     ):
         with attach(model) as tuner, pytest.raises(TuningError, match=message):
             tuner.stay_near(GENERAL, **options)
+    for batches in (None, 5, "text", {"input_ids": 1}, model):
+        with attach(model) as tuner, pytest.raises(TuningError, match="batches"):
+            tuner.stay_near(batches)
     with attach(model) as tuner, pytest.raises(MaskError, match="holds no batch"):
         tuner.stay_near([])
     with attach(model) as tuner:

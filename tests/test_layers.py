@@ -348,3 +348,29 @@ def test_weights_in_lists_train_as_they_would_by_a_hook():
     for name, tensor in one.items():
         torch.testing.assert_close(tensor.values, other[name].values)
         assert not torch.equal(tensor.values, base[name].view(torch.float32)[tensor.indices])
+
+
+LAYERS = {
+    "linear": lambda: (nn.Linear(4, 4), (2, 4)),
+    "convolution": lambda: (nn.Conv2d(2, 3, 3), (1, 2, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_second_derivatives_and_torch_func_are_refused(make):
+    layer, shape = make()
+    model = nn.Sequential(layer)
+    inputs = torch.ones(shape, requires_grad=True)
+    with shira.attach(model, targets=["0"], density=0.5) as tuner:
+        with pytest.raises(TuningError, match="create_graph=True asks for second derivatives, and through '0.weight'"):
+            torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        with pytest.raises(TuningError, match="torch.func"):
+            torch.func.grad(lambda given: model(given).sum())(inputs.detach())
+        with torch.no_grad():
+            torch.func.vmap(model)(inputs.detach()[None])
+        (gradient,) = torch.autograd.grad(model(inputs).sum(), inputs)
+        assert bool(gradient.any()) and tuner.attached
+    with shira.attach(model, targets=["0"], density=0.5, method="hook"):
+        (gradient,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        gradient.square().sum().backward()
+        assert bool(layer.weight.grad.any())

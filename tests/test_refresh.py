@@ -300,6 +300,13 @@ def test_a_refresh_that_cannot_be_changes_nothing(case, error, words):
 
 def test_only_an_attached_tuner_of_values_is_refreshed():
     model = mlp()
+    with attach(model) as tuner:
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+        for wrong in (None, [optimizer], "adam", torch.optim.SGD):
+            with pytest.raises(TuningError, match=r"tuner.refresh\(optimizer\), found"):
+                tuner.refresh(wrong)
+        with pytest.raises(TuningError, match="calibration must be batches"):
+            tuner.refresh(optimizer, calibration=5)
     with attach(model, method="hook") as tuner:
         optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
         with pytest.raises(TuningError, match="method='values'"):

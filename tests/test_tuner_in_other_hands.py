@@ -1,6 +1,8 @@
 """A model in training in the hands of other code: pickled, compiled, hooked, saved, in inference mode."""
 
+import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -62,9 +64,75 @@ def test_a_pickled_model_in_training_computes_the_same_and_is_nobodys(options):
         mlp_loss(loaded, batch).backward()
         with pytest.raises(TuningError, match="a copy of one in training"):
             shira.attach(loaded)
+        for leave in (loaded.shira_tuner.detach, loaded.shira_tuner.release):
+            with pytest.raises(TuningError, match=r"this tuner is of a copy.*adapter\(\) on a base"):
+                leave()
         told = loaded.shira_tuner.adapter("x")
         assert told.tensors.keys() == tuner.adapter("x").tensors.keys()
     assert same_bits(all_bits(model), all_bits(mlp()))
+
+
+@pytest.mark.parametrize("taken", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"])
+@pytest.mark.parametrize("options", [{}, {"decompose": 2}, {"low_rank": 2}], ids=str)
+def test_a_copy_knows_a_step_that_was_made_by_hand_just_before(options, taken):
+    model, batch = mlp(), mlp_batches(1)[0]
+    with shira.attach(model, density=0.3, **options) as tuner:
+        train(model, tuner)
+        with torch.no_grad():
+            for parameter in tuner.parameters():
+                parameter -= 0.1 * torch.ones_like(parameter)
+        copied = taken(model)
+        assert torch.equal(copied(batch[0]), model(batch[0]))
+        mlp_loss(copied, batch).backward()
+        assert copied.shira_tuner.adapter().tensors.keys() == tuner.adapter().tensors.keys()
+        with torch.no_grad():
+            copied[0].weight.normal_()
+        with pytest.raises(TuningError, match="'0.weight' was written to"):
+            copied(batch[0])
+
+
+PARTS_OPTIONS = [{}, {"method": "hook"}, {"decompose": 2}, {"low_rank": 2}, {"mask": "struct"}]
+
+
+@pytest.mark.parametrize("options", PARTS_OPTIONS, ids=str)
+def test_weights_that_are_parts_of_one_tensor_train_as_others_do(options):
+    def model(parted):
+        torch.manual_seed(0)
+        made = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)), nn.LayerNorm(6))
+        states = made.state_dict()
+        flat = torch.cat([tensor.flatten() for tensor in states.values()])
+        parts = flat.split([tensor.numel() for tensor in states.values()])
+        state = {name: part.view_as(states[name]) for name, part in zip(states, parts, strict=True)}
+        made.load_state_dict(state if parted else {name: part.clone() for name, part in state.items()}, assign=True)
+        return made
+
+    results, inputs = [], torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    for parted in (False, True):
+        trained = model(parted)
+        with shira.attach(trained, density=0.4, **options) as tuner:
+            optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+
+            def step(model=trained, optimizer=optimizer):
+                optimizer.zero_grad()
+                model(inputs.to(model[0].weight.dtype)).square().sum().backward()
+
+            for _ in range(3):
+                step()
+                optimizer.step()
+            if not options:
+                tuner.refresh(optimizer)
+            if "method" not in options:  # masters are changed without an optimizer: they are written in the forward pass
+                with torch.no_grad():
+                    for parameter in tuner.parameters():
+                        parameter *= 1.5
+                step()
+                trained.double()
+                step()
+            results.append(tuner.adapter())
+        expected = model(parted)
+        assert same_bits(all_bits(trained), all_bits(expected.double() if "method" not in options else expected))
+    for name, tensor in results[0].tensors.items():
+        assert torch.equal(tensor.values, results[1].tensors[name].values)
 
 
 def test_another_librarys_hooks_put_on_and_taken_off():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, MaskError
+from ..errors import DataError, MaskError, TuningError
 from ..weights.buffers import Buffers, same_form
 from ..weights.distributed import full, is_sharded
 from ..weights.quantized import shape_of
@@ -25,11 +25,21 @@ from ..weights.random_numbers import same_random_numbers
 from ..weights.targets import is_conv1d
 from ..weights.undo import Undo, hooks_of, set_hook
 
-__all__ = ["LossFn", "Progress", "calibrate", "nan_advice"]
+__all__ = ["LossFn", "Progress", "calibrate", "check_arguments", "nan_advice"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
 Receive = Callable[[str, dict[str, Tensor]], None]
+
+
+def check_arguments(batches: Any, loss_fn: Any = None, progress: Any = None, *, option: str = "calibration") -> None:
+    """Raise TuningError, with an example of what is expected, for arguments of a wrong type. option: the name of `batches`."""
+    single = isinstance(batches, nn.Module | Mapping | str | bytes | Tensor)
+    if batches is not None and (single or not isinstance(batches, Iterable)):
+        raise TuningError(f"{option} must be batches, {option}=[batch, batch], found {type(batches).__name__}")
+    for name, function in (("loss_fn", loss_fn), ("progress", progress)):
+        if function is not None and (not callable(function) or isinstance(function, nn.Module)):
+            raise TuningError(f"{name} must be a function, found {type(function).__name__}")
 
 
 def nan_advice(device: torch.device) -> str:

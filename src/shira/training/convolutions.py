@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from .derivatives import first_only
 from .masters import Masters
 
 __all__ = ["SparseConv2d", "is_plain"]
@@ -34,7 +34,7 @@ class SparseConv2d(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (input, weight), module = ctx.saved_tensors, ctx.module
         needs_input, _, needs_bias, needs_values = ctx.needs_input_grad[:4]

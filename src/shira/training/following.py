@@ -5,7 +5,7 @@ change the base itself. `Followed.look` compares a weight with its last known st
 """
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,7 +20,7 @@ from ..weights.model_tensors import OWN
 from ..weights.targets import Use
 from ..weights.undo import Undo
 
-__all__ = ["BASE", "Entries", "Followed", "Touched", "Trained", "value_name"]
+__all__ = ["BASE", "Entries", "Followed", "Touched", "Trained", "know_shared_counters", "value_name"]
 
 BASE = OWN + "base"  # prefix of the names of buffers that hold the base's values at the entries
 VALUES = OWN + "values"  # prefix of the names of parameters that hold masters
@@ -83,16 +83,26 @@ class Followed:
     written: int  # the `version` whose values the weight holds; -1 if that is unknown
     in_place = True  # whether the trained values are written to the weight
     detached = False  # whether the tuner has left the model
+    sharing: "Sequence[Followed]" = ()  # others whose weights have the same version counter
     _seen: Seen | None
 
     def current(self) -> Tensor:
         """The entries [k], float32, computed from the parameters that train; differentiable."""
         raise NotImplementedError
 
+    def write(self) -> None:
+        """Write the trained values to the weight, if it may not hold them."""
+        raise NotImplementedError
+
     @property
     def version(self) -> int:
         """A number that changes when an operator of torch changes the parameters that train, or `data` is replaced."""
         return sum(parameter._version + parameter.data_ptr() for parameter in self.parameters.values())
+
+    @property
+    def counter(self) -> int:
+        """A number that changes when an operator of torch changes the weight, or one that shares its version counter."""
+        return sum(weight._version for _, _, weight in self.uses)
 
     @property
     def indices(self) -> Tensor:
@@ -180,9 +190,13 @@ class Followed:
         """Record the present state of the weight as the known one."""
         weight = self.weight
         if self.piece is None and self.uses:
-            version = sum(weight._version for _, _, weight in self.uses)
             storage = weakref.ref(weight.untyped_storage())
-            self._seen = Seen(storage, weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), version)
+            self._seen = Seen(storage, weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), self.counter)
+
+    def note_write_of(self, writes: int) -> None:
+        """Record so many writes of the tuner to a weight that shares this one's version counter."""
+        if self._seen is not None:
+            self._seen = self._seen._replace(version=self._seen.version + writes)
 
     def _follow(self, to_leave: bool) -> None:
         """The slow part of `look`: the weight is not as it was last seen."""
@@ -309,8 +323,33 @@ class Followed:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or unpickled object has not seen its weight yet."""
-        return self.__dict__ | {"_seen": None}
+        """A copy or unpickled object knows its weight if this one does. Its weight has a version counter of its own."""
+        return self.__dict__ | {"_seen": self._seen and self._is_as_seen(), "sharing": (), "written": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        known, self._seen = self._seen, None
+        if known:
+            self._note()
+
+
+def know_shared_counters(followed: Collection[Followed]) -> None:
+    """Tell weights that share one version counter of each other: Parameters made of parts of one tensor do, as of a `chunk`.
+
+    Otherwise what the tuner writes to one of them would look as if others had written to the rest.
+    """
+    there = [each for each in followed if each._seen is not None]
+    before = [each.counter for each in there]
+    torch.autograd.graph.increment_version([each.weight for each in there])
+    if any(each.counter != old + len(each.uses) for each, old in zip(there, before, strict=True)):
+        for each in there:
+            before = [other.counter for other in there]
+            torch.autograd.graph.increment_version(each.weight)
+            each.sharing = [
+                other for other, old in zip(there, before, strict=True) if other.counter != old and other is not each
+            ]
+    for each in there:
+        each._note()
 
 
 def value_name(attribute: str) -> str:

@@ -22,6 +22,7 @@ from ..weights.owners import claimed_with
 from ..weights.targets import Use
 from ..weights.undo import Undo
 from .convolutions import SparseConv2d, is_plain
+from .derivatives import check_no_transform, first_only
 from .following import value_name
 from .masters import Masters
 from .processes import is_of_peft
@@ -164,14 +165,15 @@ def _kind(module: nn.Module) -> str:
 def _ready(masters: Masters, module: nn.Module) -> bool:
     """Write the masters to the weight; return whether its entries need a gradient from this forward pass.
 
-    Raises TuningError if the base is no longer known (`Masters.look`), or if the masters were frozen.
+    Raises TuningError if the base is no longer known (`Masters.look`), if the masters were frozen, or inside torch.func.
     """
     if masters.ignored or masters.detached:
         return False
     if not torch.compiler.is_compiling():  # compiled code only reads the weight; optimizer steps write to it
         masters.calls += 1
-        if masters.piece is None:
-            masters.write()
+        for each in (masters, *masters.sharing):  # a later write would count as one to this weight, too
+            if each.piece is None:
+                each.write()
     if not torch.is_grad_enabled():
         return False
     if module.training and not any(parameter.requires_grad for parameter in masters.parameters.values()):
@@ -181,6 +183,7 @@ def _ready(masters: Masters, module: nn.Module) -> bool:
             + ("" if torch.compiler.is_compiling() else _if_by_peft(module))
         )
     if not torch.compiler.is_compiling():
+        check_no_transform()
         masters.calls_with_gradients += 1
     return True
 
@@ -243,7 +246,7 @@ class SparseLinear(torch.autograd.Function):
         return _unviewed(nn.functional.linear(input, weight, bias))
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
         grad_input = grad_bias = grad_values = None
@@ -287,7 +290,7 @@ class SparseConv1D(torch.autograd.Function):
         return _unviewed(_product(input, weight, bias))
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         grad_input = grad_bias = grad_values = None

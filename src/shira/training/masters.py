@@ -173,7 +173,12 @@ class Masters(Followed):
         if self.piece is not None:
             span = self.piece.span(indices)
             weight, indices, values = self.piece.local, indices[span] - self.piece.start, values[span]
-        kernels.overwrite_(*in_memory(weight, indices, values))
+        before = [other.counter for other in self.sharing]
+        try:
+            kernels.overwrite_(*in_memory(weight, indices, values))
+        finally:
+            for other, old in zip(self.sharing, before, strict=True):
+                other.note_write_of(other.counter - old)
 
 
 class Plain(Masters):
@@ -230,7 +235,7 @@ class Plain(Masters):
         bits = torch.cat([below, gone.base[stays], gone.values[stays]])
         name = old[:-1] if old.endswith("_") else old + "_"  # a second buffer, so that one of the two is complete at any moment
         holder.register_buffer(name, bits, persistent=False)
-        kernels.overwrite_(*in_memory(self.weight, gone.indices[~stays], gone.base[~stays]))
+        self._put(gone.indices[~stays], gone.base[~stays], self.weight)
         self._note()
         self.entries = Entries(indices, gone.indices[stays], bits, kernels.find_whole_lines(indices, *self.matrix_shape), name)
         holder._buffers.pop(old, None)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TuningError
+from ..weights.model_tensors import is_own
 from ..weights.undo import Undo, hooks_of, set_hook
 
-__all__ = ["average_after_backward", "check_same_positions", "check_unwrapped", "is_of_peft"]
+__all__ = ["average_after_backward", "check_no_copy", "check_same_positions", "check_unwrapped", "is_of_peft"]
 
 
 def average_after_backward(parameters: Sequence[nn.Parameter], groups: Sequence[Any], undo: Undo) -> None:
@@ -106,6 +108,16 @@ def check_unwrapped(model: nn.Module) -> None:
         )
     if is_of_peft(model):
         raise TuningError(f"this is a {kind} of PEFT, whose names no plain model has; attach to model.get_base_model()")
+
+
+def check_no_copy(model: nn.Module) -> None:
+    """Raise TuningError if a model that nobody owns is a copy of one in training."""
+    names = (name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()))
+    copied = next((name for name in names if is_own(name.rpartition(".")[2])), None)
+    if copied is not None:
+        raise TuningError(
+            f"this model is a copy of one in training, it holds '{copied}'; copy a model before attach() or after detach()"
+        )
 
 
 def is_of_peft(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import TuningError
 from ..masks import BudgetPlan
+from ..masks.calibration import check_arguments
 from ..masks.selector import Selector
 from ..sparse.positions import overlap
 from ..weights.undo import Undo
@@ -22,10 +23,13 @@ from .steps import ignoring
 __all__ = ["move", "select"]
 
 
-def check_cap(cap: float) -> None:
-    """Raise TuningError unless cap is a finite number, at least 1."""
+def check_kinds(optimizer: object, calibration: object, cap: object) -> None:
+    """Raise TuningError unless cap is a finite number, at least 1, and the other arguments are what they are called."""
     if isinstance(cap, bool) or not isinstance(cap, int | float) or not 1 <= cap < math.inf:
         raise TuningError(f"cap must be a number from 1 on, in budgets: 1 holds the budget, 2 twice that; found {cap!r}")
+    if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
+        raise TuningError(f"expected the optimizer that trains, tuner.refresh(optimizer), found {optimizer!r:.60}")
+    check_arguments(calibration)
 
 
 def select(
@@ -49,7 +53,7 @@ def select(
         raise TuningError("a mask cannot move on weights that are sharded; train without refresh, or with DDP")
     if fixed is not None:
         raise TuningError("a tuner with decompose, low_rank or a quantized base cannot be refreshed")
-    check_cap(cap)
+    check_kinds(optimizer, calibration, cap)
     states = _movable(optimizer, masked)
     weights = {name: each.weight for name, each in masked.items()}
     counts = {name: each.indices.numel() for name, each in masked.items()}

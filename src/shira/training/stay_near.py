@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TuningError
-from ..masks.calibration import LossFn, Progress, calibrate
+from ..masks.calibration import LossFn, Progress, calibrate, check_arguments
 from ..masks.selector import LEAST_MEMORY
 from ..texts import plain_number
 from ..weights.undo import Undo, hooks_of, set_hook
@@ -47,6 +47,9 @@ def hold(
         raise TuningError(f"reach must be a number above 0, in units of the weights; found {reach!r}")
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise TuningError(f"passes must be a whole number from 1 on, found {passes!r}")
+    if batches is None:
+        raise TuningError("expected batches of general text, tuner.stay_near(batches), found None")
+    check_arguments(batches, loss_fn, progress, option="batches")
     if not all(each.can_stay_near for each in masters.values()):
         raise TuningError("stay_near needs plain entries of whole weights: no decompose, low_rank, quantized or sharded base")
     pulls: dict[str, Tensor] = {}

@@ -17,7 +17,7 @@ from ..weights.random_numbers import same_random_numbers
 from ..weights.targets import Target
 from ..weights.undo import Undo, hooks_of, set_hook
 from .checkpoint_watch import CheckpointWatch
-from .following import value_name
+from .following import know_shared_counters, value_name
 from .layers import install
 from .loaded_states import before_load
 from .masters import Masters
@@ -66,6 +66,7 @@ class Training:
         check: Callable[[], None],
     ) -> None:
         self._masters, self._check, self._model = masters, check, model
+        know_shared_counters(masters.values())
         install(((use, masters[target.name]) for target in chosen for use in target.uses), undo)
         forwards = {id(use.module): use.module.__dict__["forward"] for target in chosen for use in target.uses}
         ours = {id(parameter) for each in masters.values() for parameter in each.parameters.values()}

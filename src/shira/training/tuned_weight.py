@@ -105,9 +105,9 @@ def _clear_off_mask(hooked: Hooked, parameter: Tensor) -> None:
 def _keep_off_mask(hooked: Hooked, *_: Any) -> None:
     """Restore the entries off the mask: weight decay shrinks entries without a gradient, too."""
     hooked.look()
-    weight = hooked.weight
-    if weight._version != hooked.seen:
+    weight = hooked.weight.data  # a step has increased the version counter; other weights may share it
+    if hooked.weight._version != hooked.seen:
         kept = kernels.gather(weight, hooked.indices)
-        weight.detach().copy_(hooked.base)
+        weight.copy_(hooked.base)
         kernels.overwrite_(*in_memory(weight, hooked.indices, kept))
-        hooked.seen = weight._version
+        hooked.seen = hooked.weight._version

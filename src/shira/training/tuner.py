@@ -6,7 +6,6 @@ undo steps leaves a state from which the next call continues. The model holds it
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import threading
@@ -26,7 +25,7 @@ from ..masks.selector import Indices, Selector
 from ..sparse.tensor import SparseTensor, fingerprint
 from ..texts import shown
 from ..weights.buffers import Buffers
-from ..weights.model_tensors import OWN, is_own
+from ..weights.model_tensors import OWN
 from ..weights.owners import Claim, claim
 from ..weights.quantized import dtype_label, keep_differentiable, shape_of
 from ..weights.targets import Target
@@ -46,6 +45,7 @@ __all__ = ["Tuner"]
 
 TUNER = OWN + "tuner"  # the attribute of a model that holds its tuner
 MAKING, ATTACHED, LEAVING, GONE = "being attached", "attached", "being detached", "detached"
+COPY = "of a copy"
 
 
 class Tuner:
@@ -56,7 +56,7 @@ class Tuner:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Claim the model. Raises TuningError if a tuner or switcher holds it, or if it is a copy of a model in training."""
+        """Claim the model. Raises TuningError if a tuner or switcher holds it."""
         self.model = model
         self.at_detach = Undo()
         self.lr_scale = 1.0
@@ -71,13 +71,6 @@ class Tuner:
         self._grad_flags: list[tuple[dict[str, Any], str, bool]] = []
         self._buffers = Buffers(nn.Module())
         self._claim: Claim | None = claim(model, functools.partial(_owner, weakref.ref(self)), TuningError)
-        names = (name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()))
-        copied = next((name for name in names if is_own(name.rpartition(".")[2])), None)
-        if copied is not None:
-            self._stage = GONE
-            raise TuningError(
-                f"this model is a copy of one in training, it holds '{copied}'; copy a model before attach() or after detach()"
-            )
         self._grad_flags = [
             (module._parameters, key, parameter.requires_grad)
             for module in model.modules()
@@ -350,6 +343,11 @@ class Tuner:
             self._stage = LEAVING
         if self._stage == GONE:
             return
+        if self._stage == COPY:
+            raise TuningError(
+                "this tuner is of a copy of a model in training, and only that of the model itself knows how to leave it; "
+                "put the copy's adapter() on a base (docs/guarantees.md)"
+            )
         messages = [] if self._training is None or quiet else self._training.watch.at_the_end()
         self.undo()
         say(messages)
@@ -381,7 +379,7 @@ class Tuner:
 
     def __getstate__(self) -> dict[str, Any]:
         """A tuner that is copied together with its model holds no model. It only knows what was trained."""
-        gone = {"at_detach": Undo(), "_grad_flags": [], "_stage": GONE}
+        gone = {"at_detach": Undo(), "_grad_flags": [], "_stage": GONE if self._stage == GONE else COPY}
         return self.__dict__ | dict.fromkeys(("_claim", "_training", "_selector")) | gone
 
 

@@ -23,7 +23,7 @@ from .. import masks
 from ..errors import TuningError
 from ..masks import Mask
 from ..masks.avoiding import Avoid, positions_to_avoid
-from ..masks.calibration import LossFn, Progress
+from ..masks.calibration import LossFn, Progress, check_arguments
 from ..masks.selector import Selected, Selector
 from ..sparse.positions import index_dtype
 from ..texts import is_several, plain_number
@@ -36,7 +36,7 @@ from ..weights.undo import Undo
 from . import starting
 from .foreign_names import knows_foreign_names
 from .lr_scale import allowed, scale_for
-from .processes import check_unwrapped
+from .processes import check_no_copy, check_unwrapped
 from .starting import Start, StartFrom
 from .trainable import check_trainable
 from .tuner import Tuner
@@ -120,6 +120,7 @@ def attach(
     if lazy is not None:
         raise TuningError(f"'{lazy}' is of a lazy module that has not been called yet; run one forward pass, then attach")
     claim(model, "", TuningError)  # this also undoes an attach() or detach() that was interrupted
+    check_no_copy(model)
     _check_kinds(mask, seed, overrides, calibration, loss_fn, progress)
     if method not in ("values", "hook"):
         raise TuningError(f"method must be 'values' or 'hook', found {method!r}")
@@ -266,9 +267,4 @@ def _check_kinds(mask: Any, seed: Any, overrides: Any, calibration: Any, loss_fn
     for pattern in overrides or ():
         if not isinstance(pattern, str) or not pattern:
             raise TuningError(f'overrides must have names as keys, overrides={{"down_proj": 0.02}}, found {pattern!r:.60}')
-    single = isinstance(calibration, nn.Module | Mapping | str | bytes | torch.Tensor)
-    if calibration is not None and (single or not isinstance(calibration, Iterable)):
-        raise TuningError(f"calibration must be batches, calibration=[batch, batch], found {type(calibration).__name__}")
-    for option, function in (("loss_fn", loss_fn), ("progress", progress)):
-        if function is not None and (not callable(function) or isinstance(function, nn.Module)):
-            raise TuningError(f"{option} must be a function, found {type(function).__name__}")
+    check_arguments(calibration, loss_fn, progress)
