@@ -291,6 +291,12 @@ def test_the_report_is_one_page_that_needs_nothing_else(run, tmp_path):
     assert f"Base: base · {today} · shira {shira.__version__}" in page
     for sentence in ("random1 and random2: nearly orthogonal", "positions would leave", "up to 0.1 “nearly orthogonal”"):
         assert sentence in page
+    assert run("compare 1.safetensors --base base --no-spectra --out a/report")[0] == 0  # replaces the first
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    code, _, err = run("compare 1.safetensors --base base --out site")
+    assert code == 1 and "site/index.html is there already and is of no report" in " ".join(err.split())
+    assert (tmp_path / "site" / "index.html").read_text() == "mine"
 
 
 def test_the_words_follow_from_the_numbers():
@@ -349,6 +355,8 @@ def test_a_report_of_deltas_and_odd_shapes(tmp_path):
         ("compare 1.safetensors --out r", 1, "pass --base"),
         ("compare none.safetensors --out r", 1, "FileNotFoundError"),
         ("compare 1.safetensors --base nowhere --out r", 1, "DataError: cannot load 'nowhere'"),
+        ("compare 1.safetensors --base nowhere --out 2.safetensors", 1, "DataError: --out: 2.safetensors is no folder"),
+        ("compare 1.safetensors --base nowhere --out 2.safetensors/r", 1, "DataError: --out: .*2.safetensors is no folder"),
         ("compare", 2, "Missing argument"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import shira
-from conftest import all_bits, letter_tokenizer
+from conftest import all_bits, letter_tokenizer, mlp, random_adapter
 
 
 @pytest.fixture
@@ -311,6 +312,17 @@ def test_help_shows_an_example(run, command):
     assert code == 0
     assert f"shira {command} " in out.replace("\n", " ") if command else "demo" in out
     assert not command or "Example:" in out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_write_is_escaped(tmp_path, encoding):
+    random_adapter(mlp(), 1).save(tmp_path / "poet 名.safetensors")
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "COLUMNS": "0"}
+    for line, words in (("inspect", "poet \\u540d.safetensors"), ("extract --help", "\\u2016\\u0394W\\u2016")):
+        command = [sys.executable, "-m", "shira.cli", *line.split(), "poet 名.safetensors"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr.decode(encoding)
+        assert words in done.stdout.decode(encoding)
 
 
 def test_only_a_checkout_has_the_benchmarks_and_the_experiments(run, tmp_path):

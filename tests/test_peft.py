@@ -146,6 +146,7 @@ METHODS = {
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=TARGETS),
     "shira": peft.ShiraConfig(r=2, target_modules=TARGETS),
     "whole": peft.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["norm"], bias="all"),
+    "tokens": peft.LoraConfig(r=2, target_modules=TARGETS, trainable_token_indices=[1, 5]),
 }
 
 
@@ -159,6 +160,40 @@ def test_all_of_what_peft_merges_has_its_logits(tiny_llama, tmp_path, method):
     assert summary(adapter)["kept"] == 1
     torch.testing.assert_close(of_ours(tiny_llama, adapter), logits(tuned), rtol=1e-4, atol=1e-5)
     assert ("model.norm.weight" in adapter.tensors) == (method == "whole")
+
+
+def test_layers_that_peft_has_added_are_refused(tiny_llama, tmp_path):
+    tune(tiny_llama, peft.LoraConfig(r=2, target_modules=TARGETS, layer_replication=[[0, 2], [1, 2]]), tmp_path / "x")
+    config = str(tiny_llama.config)
+    with pytest.raises(DataError, match=r"layer_replication=\[\[0, 2\], \[1, 2\]\]: its model has more layers than the base"):
+        convert(tmp_path / "x", tiny_llama, density=1.0)
+    assert str(tiny_llama.config) == config
+
+
+@pytest.mark.parametrize("trained", ["lm_head", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore:.*tie")
+def test_one_of_two_tied_weights_is_refused_until_they_are_apart(tiny_llama, tmp_path, trained):
+    """PEFT gives a module that it saves whole a weight of its own, so the other one keeps the base's."""
+    model = tiny_llama
+    model.lm_head.weight = model.model.embed_tokens.weight
+    for folder, kind in (("shira", peft.ShiraConfig), ("lora", peft.LoraConfig)):
+        tune(model, kind(r=1, target_modules=["q_proj"], modules_to_save=[trained]), tmp_path / folder)
+    calls = [
+        lambda: load(tmp_path / "shira", model),
+        lambda: Switcher(model).add("x", tmp_path / "shira"),
+        lambda: convert(tmp_path / "lora", model, density=1.0),
+    ]
+    before = all_bits(model)
+    for call in calls:
+        with pytest.raises(
+            BaseMismatch, match=rf"PEFT trained '.*{trained}.weight' alone, .* is one tied tensor with"
+        ) as error:
+            call()
+        assert same_bits(before, all_bits(model))
+    exec(str(error.value).rpartition("as PEFT did: ")[2], {"model": model, "torch": torch})
+    for folder, read in (("shira", load), ("lora", lambda *where: convert(*where, density=1.0))):
+        adapter = read(tmp_path / folder, model)
+        torch.testing.assert_close(of_ours(model, adapter), of_peft(model, tmp_path / folder), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -239,6 +239,8 @@ def test_data_that_is_not_there(tmp_path, monkeypatch):
     Path("torn.parquet").write_bytes(Path("other.parquet").read_bytes()[:-9])
     Path("filled.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")  # for which pyarrow raises an OSError
     Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/rows.jsonl").write_text('{"text": "a"')
     for data, words in {
         "nowhere.parquet": "neither a file nor a built-in task",
         "nowhere:train": "neither a file nor a built-in task.*a data set is named 'org/name:train'",
@@ -249,6 +251,7 @@ def test_data_that_is_not_there(tmp_path, monkeypatch):
         "filled.parquet": "filled.parquet is not a whole Parquet file",
         "saved:test": "cannot load the data set 'saved:test': ValueError: it is one split",
         "empty": "cannot load the data set 'empty'",
+        "broken": "cannot load the data set 'broken': ArrowInvalid: JSON parse error: Missing a comma",
     }.items():
         with pytest.raises(DataError, match=words):
             list(read_examples(data))

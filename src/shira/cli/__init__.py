@@ -1,5 +1,6 @@
 """The `shira` command. Each subcommand is a few lines over the library. A failure prints one line and gives exit code 1."""
 
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -96,6 +97,9 @@ def options(
 def main() -> None:
     """Run the command line. The exit code is 0 for success, 1 if the command failed, and 2 if its arguments are wrong."""
     warnings.filterwarnings("default", ".* gone in shira ", DeprecationWarning)  # Python shows them to programmers alone
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale may lack letters of a name, or of our tables
     try:
         app(prog_name="shira")
     except (ShiraError, OSError) as error:

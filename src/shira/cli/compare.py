@@ -8,12 +8,15 @@ import typer
 from rich.table import Table
 
 from ..data.models import built_in, model_path
+from ..errors import DataError
 from .output import bytes_text, cell, console, print_json, progress, waiting
 
 if TYPE_CHECKING:
     from ..checkpoints.sources import CheckpointSource
 
 __all__ = ["compare"]
+
+PAGE, FACTS = "index.html", "compare.json"
 
 
 def compare(
@@ -40,6 +43,7 @@ def compare(
     if tensor is not None:
         report.check_held(loaded, tensor)
     if out is not None:
+        _check_out(out)
         report.pyplot_and_template()
     tensors = _tensors(base, {name for adapter in loaded.values() for name in adapter.tensors}) if base is not None else None
     base = base and (built_in(base) or base)
@@ -52,8 +56,8 @@ def compare(
         with waiting("drawing"):
             page = report.page(found, loaded, tensors, tensor, base)
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "compare.json", json.dumps(facts).encode())
-        write_whole(out / "index.html", page.encode())
+        write_whole(out / FACTS, json.dumps(facts).encode())
+        write_whole(out / PAGE, page.encode())
     if as_json:
         print_json(facts)
         return
@@ -67,7 +71,16 @@ def compare(
     for sentence in words.in_words(found):
         console.print(cell(sentence), highlight=False)
     if out is not None:
-        console.print(f"{cell(out / 'index.html')}: {bytes_text(len(page.encode()))}")
+        console.print(f"{cell(out / PAGE)}: {bytes_text(len(page.encode()))}")
+
+
+def _check_out(out: Path) -> None:
+    """Raise DataError before slow work unless the report can be written there. An earlier report is replaced."""
+    there = next(each for each in (out, *out.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise DataError(f"--out: {there} is no folder; name one for {PAGE} and {FACTS}")
+    if (out / PAGE).exists() and not (out / FACTS).exists():
+        raise DataError(f"--out: {out / PAGE} is there already and is of no report, and would be lost; name another folder")
 
 
 def _tensors(base: str, names: set[str]) -> "CheckpointSource":

@@ -33,6 +33,8 @@ __all__ = ["IS_FIRST", "bytes_text", "cell", "console", "errors", "fail", "print
 LONGEST_CELL, LONGEST_ERROR = 1000, 4000  # characters
 LOG_EVERY = 30  # seconds between the lines of a stage in a log
 
+if os.environ.get("COLUMNS") == "0":  # where there is no terminal; rich would print nothing
+    del os.environ["COLUMNS"]
 IS_FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, only the first prints and saves
 
 

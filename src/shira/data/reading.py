@@ -96,8 +96,10 @@ def _data_set(data: str) -> Iterator[FileRow]:
                 revision, split = parts["revision"], parts["split"] or "train"
                 loaded = datasets.load_dataset(name, parts["config"], split=split, revision=revision)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        what = " ".join(str(error).split())
-        raise DataError(f"cannot load the data set {data!r}: {type(error).__name__}: {what}") from error
+        hides = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None
+        cause = error.__cause__ if hides else error  # "An error occurred while generating the dataset" says nothing
+        what = " ".join(str(cause).split())[:500]
+        raise DataError(f"cannot load the data set {data!r}: {type(cause).__name__}: {what}") from error
     for number, row in enumerate(loaded.select_columns(_columns(data, loaded.column_names)), start=1):
         yield f"{data}, row {number}", row
 

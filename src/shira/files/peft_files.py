@@ -7,7 +7,7 @@ those of the largest |W|. Nothing in a file is used before it is checked.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +25,7 @@ from .reading import unchanged
 from .suggestions import PEFT_PREFIX
 from .tensorfiles import malformed, read_header, read_tensor, whole_file
 
-__all__ = ["CONFIG", "WEIGHTS", "StoredPeft", "is_sparse", "named_in", "read_config", "stored_peft"]
+__all__ = ["CONFIG", "WEIGHTS", "StoredPeft", "check_tied", "is_sparse", "named_in", "read_config", "stored_peft"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LAYER = {"SHIRA": ("shira_weight", "shira_indices"), "SUPERTUNING": ("supertuning_values", "supertuning_indices")}
@@ -59,6 +59,7 @@ class StoredPeft(dict[str, SparseTensor]):
             found = "a weight that is in it in part and whole" if layers else "none"
             raise FormatError(f"{weights}: expected a {values_name} for each layer, found {found}")
         name_of = _names_in_base(folder, names, whole, base)
+        check_tied(folder, set(name_of.values()), base)
         prints, dtypes = {}, set()
         for layer in layers:
             name = name_of[f"{layer}.weight"]
@@ -149,6 +150,27 @@ def named_in(config: Mapping[str, Any]) -> str | None:
     """The base that a configuration of PEFT names; None if it names none."""
     name = config.get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
+
+
+def check_tied(folder: Path, names: Collection[str], base: Tensors) -> None:
+    """Raise BaseMismatch if one of these weights is tied in the base to another one, from which PEFT has untied it.
+
+    base: of a model. A checkpoint on disk holds one of several tied tensors.
+    """
+    if not isinstance(base, dict):
+        return
+
+    def place(name: str) -> tuple[int, int]:
+        return base[name].untyped_storage()._cdata, base[name].storage_offset()
+
+    first = {place(name): name for name in names}
+    for other in base.keys() - names:
+        if name := first.get(place(other)):
+            raise BaseMismatch(
+                f"{folder}: PEFT trained '{name}' alone, and in this base it is one tied tensor with '{other}', which would "
+                "change as well; give each its own first, as PEFT did: "
+                f"model.{name} = torch.nn.Parameter(model.{name}.detach().clone())"
+            )
 
 
 def _stored(path: Path, file: BinaryIO) -> dict[str, Tensor]:

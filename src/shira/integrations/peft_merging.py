@@ -20,7 +20,7 @@ from ..checkpoints.sources import LazyTensors, identity
 from ..errors import CheckpointError, DataError, FormatError, MissingExtra
 from ..files.metadata import base_facts
 from ..files.paths import AnyPath, path_of
-from ..files.peft_files import read_config
+from ..files.peft_files import check_tied, read_config
 from ..files.tensorfiles import Form
 from ..sparse.tensor import SparseTensor, dtype_name, fingerprint
 from ..texts import described, shown
@@ -35,6 +35,7 @@ __all__ = ["convert"]
 
 NAME = "default"  # PEFT's name for the adapter
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of `init_lora_weights`: PEFT rewrites the base's weights
+TOKENS = ".token_adapter"  # where PEFT puts the layer of `trainable_token_indices` into an embedding
 MISMATCH = re.compile(  # in torch's error for a state dict
     r"size mismatch for (\S+): copying a param with shape torch.Size\((\[.*?\])\) from checkpoint, "
     r"the shape in current model is torch.Size\((\[.*?\])\)"
@@ -75,10 +76,17 @@ def convert(
             f"{where} was trained with init_lora_weights={shown(initial)}, with which PEFT changes the base when it loads: "
             "save it as a plain LoRA first (PEFT's `path_initial_model_for_weight_conversion`)"
         )
+    if config.get("layer_replication"):
+        raise DataError(
+            f"{where} was trained with layer_replication={shown(config['layer_replication'])}: its model has more layers than "
+            "the base, and an adapter changes only weights that are there; merge it with PEFT, by merge_and_unload"
+        )
     library = _library()
     model, loaded = _model(where, config, base)
+    own = dict(model.named_parameters(remove_duplicate=False))
     with _beside(library, model, where) as vectors:
         before, after, whole = _weights(library, model, vectors)
+        check_tied(where, {*before, *whole}, own)
         if not before:
             raise CheckpointError(f"{where}: PEFT's {config['peft_type']} changes no matrix of a layer; nothing to take")
         options: dict[str, Any] = {"density": density, "keep": keep, "scope": scope, "name": name, "license": license}
@@ -230,7 +238,7 @@ def _weights(library: Any, model: nn.Module, vectors: Vectors) -> tuple[_Weights
         elif isinstance(module, library.tuners.tuners_utils.BaseTunerLayer):
             if ".base_layer" in path:
                 raise DataError(f"'{path}' has two adapters of PEFT, one in the other; merge this one with PEFT, then extract")
-            held = _parameters(module)
+            path, held = path.removesuffix(TOKENS), _parameters(module)
             places |= {f"{path}.{key}": (module, key) for key, each in held.items() if each.ndim >= 2}
             if any(each.ndim < 2 for each in held.values()):
                 now |= {f"{path}.{key}": each.clone() for key, each in _merge(module, path).items() if each.ndim < 2}

@@ -74,13 +74,12 @@ class AdapterSource:
 
     def _shapes(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a file for this model may name, without data: the weights may hold another adapter's values now."""
-        return {
-            name.removeprefix(self._prefix): torch.empty(
-                shape_of(weight), dtype=weight.dtype if weight.is_floating_point() else torch.float32, device="meta"
-            )
-            for name, weight in weights.items()
-            if name.startswith(self._prefix)
-        }
+        found: dict[int, Tensor] = {}  # one for all names of a tied weight
+        for weight in weights.values():
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            found[id(weight)] = torch.empty(shape_of(weight), dtype=dtype, device="meta")
+        mine = ((name, weight) for name, weight in weights.items() if name.startswith(self._prefix))
+        return {name.removeprefix(self._prefix): found[id(weight)] for name, weight in mine}
 
     def note_checked(self) -> None:
         """Record that the content that was read last belongs to the model."""
