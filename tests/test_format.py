@@ -169,24 +169,6 @@ def test_a_tensor_that_was_made_invalid_in_memory_is_not_saved(tmp_path, part, v
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("metadata", "words"),
-    [
-        ({"base": "SmolLM2-135M"}, "'base' must be an object, found 'SmolLM2-135M'"),
-        ({"name": 5}, "'name' must be a text, found 5"),
-        ({"training": ("spam",)}, "'training' must be an object"),
-        ({"fingerprints": {"w": "md5:0"}}, "unknown hash"),
-    ],
-)
-def test_metadata_that_no_reader_takes_are_not_saved(tmp_path, metadata, words):
-    path = tmp_path / "a.safetensors"
-    random_adapter(mlp(), seed=1).save(path)
-    before = path.read_bytes()
-    with pytest.raises(shira.AdapterError, match=rf"cannot save to .*a\.safetensors: .*{words}"):
-        shira.Adapter(random_adapter(mlp(), seed=1).tensors, metadata).save(path)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
-
-
 def test_metadata_that_are_filled_while_tensors_are_written_are_checked_at_the_end(tmp_path):
     metadata = {}
     with pytest.raises(shira.AdapterError, match="cannot be written as JSON"), saving(tmp_path / "a", metadata) as add:

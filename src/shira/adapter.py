@@ -133,9 +133,9 @@ class Adapter:
         like: another file in the same folder, with an adapter of the same mask. Equal positions are not written again. A reader
             takes them from that file, so it must stay in the folder.
 
-        Raises AdapterError if the path is a folder, if the metadata cannot be written as JSON or read again, or for a tensor
-        that was made invalid in memory; OSError (a full disk, a missing folder, a FIFO or device of that name). A file that
-        already has the name is then unchanged.
+        Raises AdapterError if the path is a folder, if the metadata cannot be written as JSON, or for a tensor that was made
+        invalid in memory; OSError (a full disk, a missing folder, a FIFO or device of that name). A file that already has the
+        name is then unchanged.
         """
         with saving(path, self.metadata, like=like) as add:
             for name, tensor in self.tensors.items():
