@@ -133,12 +133,14 @@ def test_results_say_which_base_they_are_of_and_are_not_mixed(place, monkeypatch
         other.run(key)
 
 
-def test_what_decides_a_run_is_in_its_number():
-    recipe = settings.named("image")
+@pytest.mark.parametrize("name", ["image", "image-rates", "image-seeds"])
+def test_what_decides_a_run_is_in_its_number(name):
+    recipe = settings.named(name)
     cases = [("bluefire", "many", name, rate) for name, method in recipe["methods"].items() for rate in method["rates"]]
     keys = [style_runs.train_key(recipe, *case) for case in cases]
     keys += [style_runs.train_key(recipe, *cases[-1], **more) for more in ({"near": 0.1}, {"near": 0.2}, {"avoid": ["a"]})]
-    keys += [style_runs.train_key(recipe | {name: 99}, *cases[-1]) for name in ("concepts", "side", "steps", "batch", "rank")]
+    decide = ("concepts", "side", "steps", "batch", "rank", "seed")
+    keys += [style_runs.train_key(recipe | {setting: 99}, *cases[-1]) for setting in decide]
     keys += [
         style_runs.train_key(recipe, "paintings", *cases[-1][1:]),
         style_runs.train_key(recipe, "bluefire", "few", *cases[-1][2:]),
