@@ -337,6 +337,40 @@ def test_a_weight_that_is_taken_away_is_an_error_each_time(act):
     switcher.release()
 
 
+def _add_head(model):
+    model.add_module("head", model[2])
+    del model[2]
+
+
+REARRANGED = {
+    "taken out": lambda model: model.__delitem__(2),
+    "all taken out": lambda model: [model.__delitem__(at) for at in (2, 0)],
+    "swapped": lambda model: [model.append(model.pop(0)) for _ in range(2)],
+    "inserted before": lambda model: model.insert(0, nn.Linear(13, 13, bias=False).requires_grad_(False)),
+    "renamed": _add_head,
+    "tied to another": lambda model: setattr(model[3], "weight", model[0].weight),
+}
+
+
+@pytest.mark.parametrize("act", REARRANGED)
+def test_layers_that_are_rearranged_are_given_their_base_wherever_they_are(act):
+    def made():
+        return mlp().append(copy.deepcopy(mlp()[0]))
+
+    model = made()
+    with torch.no_grad():
+        model[3].weight.add_(1)
+    base = {id(weight): weight.detach().clone() for weight in model.parameters()}
+    held = list(model.parameters())
+    switcher = Switcher(model)
+    switcher.add("a", random_adapter(model, 1))
+    switcher.use("a")
+    REARRANGED[act](model)
+    switcher.use(None)
+    assert all(torch.equal(weight, base[id(weight)]) for weight in held)
+    assert switcher.active == {}
+
+
 @pytest.mark.parametrize("act", ["freed", "expanded"])
 def test_a_weight_without_memory_of_its_own_is_not_written_to(act):
     """Its storage was freed, as FSDP does, or all rows are one: an error each time, and the base once its values are back."""

@@ -171,7 +171,8 @@ class ModelState:
     def recover_base(self, state: InWeights) -> None:
         """Restore the base in the model as it is now, although it was changed under what is active. Raises SwitchError."""
         self.tensors.replace_new_buffers(self._model, self._buffers)
-        recover_base(state.plans, self.names(), ModelTensors(self._model), state.label())
+        now = ModelTensors(self._model)
+        recover_base(state.plans, self.names(), now, state.label(), only_lost=self.tensors.only_lost(now))
 
     def names(self) -> dict[int, list[str]]:
         """id of a weight, or of its local piece -> the weight's names."""

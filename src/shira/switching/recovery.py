@@ -41,11 +41,14 @@ class _ChangedPlaces(NamedTuple):
 Bases = dict[torch.dtype | None, Tensor]  # the dtype in between, None for a single cast -> the base's entries [k]
 
 
-def recover_base(plans: Sequence[WritePlan], names: Mapping[int, list[str]], tensors: ModelTensors, active: str) -> None:
+def recover_base(
+    plans: Sequence[WritePlan], names: Mapping[int, list[str]], tensors: ModelTensors, active: str, *, only_lost: bool = False
+) -> None:
     """Write the base under these plans into the weights as they are now.
 
     names: id of a plan's weight -> its names. tensors: the model's tensors as they are now. active: the active adapters, for
-    messages. Raises SwitchError, before anything is written, if the base values under the adapter are not known any more.
+    messages. only_lost: nothing new is in the model. So a weight that is not there was taken out, and nothing was made of it.
+    Raises SwitchError, before anything is written, if the base values under the adapter are not known any more.
     """
     found: list[tuple[_ChangedPlaces, Bases]] = []
     present = tensors.first_of.keys()
@@ -59,15 +62,16 @@ def recover_base(plans: Sequence[WritePlan], names: Mapping[int, list[str]], ten
                 now = {id(weight): (name, _piece(weight)) for name, weight in there}
             for name, weight in there:  # several weights, if they were tied before
                 now.setdefault(id(weight), (name, weight))
-            if not present & now.keys():
+            if not (present & now.keys() or only_lost):
                 raise _unknown(names[id(own)][0], None, active)
+            has_moved = id(own) in present and all(tensors.first_of[id(own)] is not weight for _, weight in there)
             for key, (name, weight) in now.items():
                 entries = _entries(name, weight, shape, positions, write.values, stash)
                 bases = {} if entries is None else _bases(entries)
                 if entries is not None and bases:
                     found.append((entries, bases))
-                elif key in present or len(now) == 1:
-                    raise _unknown(name, weight, active)
+                elif len(now) == 1 or (key in present and (key == id(own) or not (has_moved or only_lost))):
+                    raise _unknown(name, weight, active)  # unless another weight has this one's name now
     ways: dict[tuple[torch.dtype, torch.dtype], set[torch.dtype | None]] = {}
     for entries, bases in found:
         ways[entries.kind] = ways.get(entries.kind, set(bases)) & set(bases)

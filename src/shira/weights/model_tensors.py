@@ -94,6 +94,11 @@ class ModuleTree:
         """Whether the same objects are still in the same places. Their contents are not compared."""
         return all(map(is_, map(dict.get, self._where, self._keys), self._held))
 
+    def has_all_of(self, other: "ModuleTree") -> bool:
+        """Whether each module and watched tensor of another tree, of the model later on, is in this one."""
+        known = set(map(id, self._held))
+        return all(id(each) in known for each in other._held if not isinstance(each, dict))
+
 
 class ModelTensors:
     """A model's tensors when this was made.
@@ -113,6 +118,10 @@ class ModelTensors:
     def same(self) -> bool:
         """Whether the model still has the same module and tensor objects. Their contents are not compared."""
         return self._tree.same()
+
+    def only_lost(self, later: "ModelTensors") -> bool:
+        """Whether the model, as it is later, has no module and no tensor that it did not have."""
+        return self._tree.has_all_of(later._tree)
 
     def replace_new_buffers(self, model: nn.Module, names: Collection[str]) -> None:
         """Put a copy in the place of each of these buffers that came into the model since. It may be a user's batch.
