@@ -3,7 +3,7 @@
 For each search in the results: the scale that attach chooses for this mask, budget and data, and the learning rate that it
 gives at LoRA's best one on the same data, beside the best one of the search.
 
-    python -m experiments.language.rule table2-gpu table2-short density-arc table4-short table4-gpu fusions
+    python -m experiments.language.rule table2-gpu table2-short density-arc table4-short table4-gpu fusions-even fusions-gemma
 """
 
 import json
