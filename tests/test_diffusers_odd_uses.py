@@ -13,7 +13,7 @@ import torch
 import shira
 from conftest import same_bits
 from pipelines import flux, pipe_adapter, pipe_bits, stable_diffusion
-from shira import AdapterError, SwitchError
+from shira import AdapterError, BaseMismatch, SwitchError, TargetError
 from shira.integrations.diffusers import PipelineAdapters
 
 
@@ -136,3 +136,30 @@ def test_an_adapter_of_a_text_encoder_needs_its_component(tmp_path):
     assert adapters.load(tmp_path / "text.safetensors", component="text_encoder") == "text"
     with pytest.raises(shira.BaseMismatch, match="has no tensor 'unet.x.weight'(?!.*component)"):
         adapters.load(shira.Adapter({"x.weight": next(iter(plain.values()))}), "other")
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, flux])
+def test_projections_that_attention_does_not_read_are_refused(make):
+    """After `fuse_qkv_projections` it reads copies: nothing that is trained or written would have an effect."""
+    pipe = make()
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    with shira.attach(model, targets=["to_q"]) as tuner:
+        adapter = tuner.adapter("a")
+    base = pipe_bits(pipe)
+    model.fuse_qkv_projections()
+    for targets in (["to_q"], ["to_k"], "all-linear"):
+        with pytest.raises(TargetError, match=r"to_[qk].weight' belongs to a projection .* unfuse_qkv_projections\(\) first"):
+            shira.attach(model, targets=targets)
+    with pytest.raises(TargetError, match="projection of which attention reads a copy"):
+        shira.attach(model, start=adapter)
+    with pytest.raises(BaseMismatch, match="projection of which attention reads a copy"):
+        shira.Switcher(model).add("a", adapter)
+    assert same_bits(base, {name: each for name, each in pipe_bits(pipe).items() if name in base})
+    with shira.attach(model, targets=["to_out.0"]):
+        pass
+    model.unfuse_qkv_projections()
+    switcher = shira.Switcher(model)
+    switcher.add("a", adapter)
+    switcher.use("a")
+    switcher.use(None)
+    assert same_bits(base, {name: each for name, each in pipe_bits(pipe).items() if name in base})
