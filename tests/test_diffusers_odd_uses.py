@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import shira
-from conftest import same_bits
+from conftest import all_bits, same_bits
 from pipelines import flux, pipe_adapter, pipe_bits, stable_diffusion
 from shira import AdapterError, BaseMismatch, SwitchError, TargetError
 from shira.integrations.diffusers import PipelineAdapters
@@ -163,3 +163,36 @@ def test_projections_that_attention_does_not_read_are_refused(make):
     switcher.use("a")
     switcher.use(None)
     assert same_bits(base, {name: each for name, each in pipe_bits(pipe).items() if name in base})
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_does_not_fit_a_new_component_is_taken_out_without_an_error(tmp_path, gone):
+    pipe = stable_diffusion()
+    base, half = pipe_bits(pipe), stable_diffusion().unet.half()
+    adapters = PipelineAdapters(pipe)
+    pipe_adapter(pipe, 1).save(tmp_path / "a.safetensors")
+    adapters.load(tmp_path / "a.safetensors", "a")
+    adapters.set("a")
+    old, pipe.unet = pipe.unet, stable_diffusion().unet if gone else stable_diffusion().unet.half()
+    if gone:
+        (tmp_path / "a.safetensors").unlink()
+    adapters.disable()
+    assert adapters.active == {} and same_bits(all_bits(pipe.unet), all_bits(stable_diffusion().unet if gone else half))
+    with pytest.raises(FileNotFoundError if gone else BaseMismatch):
+        adapters.enable()
+    pipe.unet = old
+    assert same_bits(pipe_bits(pipe), base)
+
+
+def test_release_after_a_component_was_replaced_keeps_the_adapter_in_the_new_one():
+    pipe, base = stable_diffusion(), pipe_bits(stable_diffusion())
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.set("a")
+    wanted = pipe_bits(pipe)
+    old, pipe.unet = pipe.unet, stable_diffusion().unet
+    adapters.release()
+    assert same_bits(pipe_bits(pipe), wanted)
+    assert same_bits(
+        {f"unet.{name}": each for name, each in all_bits(old).items()}, {n: b for n, b in base.items() if n[:4] == "unet"}
+    )

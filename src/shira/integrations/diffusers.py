@@ -5,6 +5,7 @@ A `Switcher` sees the pipeline's denoiser and text encoders as one model, whose 
 The VAE is never written to.
 """
 
+import contextlib
 import functools
 import os
 import threading
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from torch import nn
 
 from ..adapter import Adapter, load, opened, prefixed
-from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
+from ..errors import AdapterError, BaseMismatch, ShiraError, SwitchError, did_you_mean
 from ..files.paths import path_of
 from ..fusion.strengths import Strength
 from ..sparse.tensor import SparseTensor
@@ -268,7 +269,12 @@ class PipelineAdapters:
 
     @_in_turn
     def release(self) -> None:
-        """Keep what is in the weights for good: from now on it is the base. Nothing is written."""
+        """Keep what is in the weights for good: from now on it is the base. Nothing is written.
+
+        If a component was replaced since the last call, what is active becomes active in the new one before, if it fits.
+        """
+        with contextlib.suppress(ShiraError):
+            self._follow()
         self._hold(present_in(self._pipe))
         self._switcher.release()
         self._set = self._tried = _Set({}, {})
@@ -368,3 +374,5 @@ class PipelineAdapters:
                 self._hold(before)
                 self._switcher.use(None)
                 self._hold(present)
+            except (ShiraError, OSError):  # what is active does not fit any more, or its file is gone: the base is in the weights
+                pass
