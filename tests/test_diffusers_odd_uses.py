@@ -15,6 +15,7 @@ from conftest import all_bits, same_bits
 from pipelines import flux, pipe_adapter, pipe_bits, stable_diffusion
 from shira import AdapterError, BaseMismatch, SwitchError, TargetError
 from shira.integrations.diffusers import PipelineAdapters
+from shira.training.foreign_names import PIPELINE_CALLS
 
 
 def plain_bits(pipe):
@@ -112,6 +113,8 @@ def test_what_to_call_is_said_in_the_words_of_a_pipeline():
         ("load", {"adapter": "a", "weight_name": "z"}, "'weight_name'; here it is adapter=, the path of the file"),
         ("set", {"names": "a", "adapter_weights": 0.5}, r"set\(\) .* 'adapter_weights'; here it is strengths= "),
         ("set", {"adapter_names": "a"}, "'adapter_names'; here it is names= "),
+        ("load", {"adapter": "a", "hotswap": True}, "'hotswap'; there is no such setting here, leave it out"),
+        ("fuse", {"lora_scale": 0.7}, r"'lora_scale'; give the strength to set\(names, strengths\) before"),
     ],
 )
 def test_names_of_diffusers_are_answered_with_ours(adapters, call, given, words):
@@ -121,6 +124,17 @@ def test_names_of_diffusers_are_answered_with_ours(adapters, call, given, words)
     with pytest.raises(AdapterError, match="fusion method 'sum' has no option 'strenght'"):
         adapters.set("a", strenght=0.5)
     assert adapters.active == now
+
+
+def test_calls_of_diffusers_are_answered_with_ours(adapters):
+    for theirs, ours in PIPELINE_CALLS.items():
+        assert not hasattr(adapters, theirs) and hasattr(adapters, ours.partition("(")[0]) == (
+            " " not in ours.partition("(")[0]
+        )
+    with pytest.raises(AttributeError, match=r"'set_adapters'; here it is set\(names, strengths\) \(docs/diffusers.md\)"):
+        adapters.set_adapters(["a", "b"], adapter_weights=[0.7, 0.8])
+    with pytest.raises(AttributeError, match="a PipelineAdapters has no 'sett'$"):
+        adapters.sett("a")
 
 
 def test_an_adapter_of_a_text_encoder_needs_its_component(tmp_path):
