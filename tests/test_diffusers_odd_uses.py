@@ -210,3 +210,15 @@ def test_release_after_a_component_was_replaced_keeps_the_adapter_in_the_new_one
     assert same_bits(
         {f"unet.{name}": each for name, each in all_bits(old).items()}, {n: b for n, b in base.items() if n[:4] == "unet"}
     )
+
+
+def test_layers_that_are_cast_in_each_forward_pass_do_not_train():
+    """Not even in plain torch: their weights have another dtype in the backward pass."""
+    model = stable_diffusion().unet
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    before = all_bits(model)
+    with pytest.raises(
+        TargetError, match=r"to_q.weight' belongs to a layer whose weights are cast .*\(enable_layerwise_casting\)"
+    ):
+        shira.attach(model, targets=["to_q"])
+    assert same_bits(all_bits(model), before)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..errors import SwitchError
-from ..weights.fused_projections import is_fused
+from ..weights.diffusers_modules import is_fused
 
 __all__ = ["check_own_weights"]
 

@@ -15,8 +15,8 @@ from ..sparse.positions import overlap
 from ..sparse.tensor import SparseTensor, dtype_name
 from ..texts import described, shown
 from ..weights.belonging import check_base
+from ..weights.diffusers_modules import UNREAD, unread_projections
 from ..weights.distributed import gather_pieces, is_sharded, local_of, piece_of, reshard
-from ..weights.fused_projections import UNREAD, unread_projections
 from ..weights.model_tensors import ModelTensors, has_own_memory, is_buffer
 from ..weights.optimizers import watch
 from ..weights.owners import claim
