@@ -154,3 +154,25 @@ def test_what_cannot_be_converted_changes_nothing(tmp_path):
         convert(tmp_path, pipe, keep=0.5)
     pipe.unload_lora_weights()
     assert same_bits(before, all_bits(modules_of(pipe)))
+
+
+def test_a_compiled_or_an_offloaded_pipeline_is_refused_as_it_is(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    lora(tmp_path, text=False)
+    pipe = stable_diffusion()
+    plain, before = pipe.unet, all_bits(modules_of(pipe))
+    block = plain.mid_block
+    pipe.unet = torch.compile(plain, backend="eager")
+    with pytest.raises(DataError, match="pipe.unet is compiled"):
+        convert(tmp_path, pipe, keep=0.5)
+    pipe.unet = plain
+    plain.mid_block = torch.compile(block, backend="eager")
+    with pytest.raises(DataError, match="pipe.unet.mid_block is compiled"):
+        convert(tmp_path, pipe, keep=0.5)
+    plain.mid_block = block
+    accelerate.cpu_offload(plain, "cpu")  # enable_sequential_cpu_offload, without an accelerator
+    with pytest.raises(DataError, match=r"'unet.conv_in.weight' has no data here.*remove_all_hooks\(\)"):
+        convert(tmp_path, pipe, keep=0.5)
+    accelerate.hooks.remove_hook_from_module(plain, recurse=True)
+    assert same_bits(before, all_bits(modules_of(pipe))) and not any(pipe.get_list_adapters().values())
+    assert convert(tmp_path, pipe, keep=0.5).nnz

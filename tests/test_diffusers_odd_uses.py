@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 import shira
-from conftest import same_bits
+from conftest import all_bits, same_bits
 from pipelines import flux, pipe_adapter, pipe_bits, stable_diffusion
-from shira import AdapterError, SwitchError
+from shira import AdapterError, BaseMismatch, SwitchError, TargetError
 from shira.integrations.diffusers import PipelineAdapters
+from shira.training.foreign_names import PIPELINE_CALLS
 
 
 def plain_bits(pipe):
@@ -112,6 +113,8 @@ def test_what_to_call_is_said_in_the_words_of_a_pipeline():
         ("load", {"adapter": "a", "weight_name": "z"}, "'weight_name'; here it is adapter=, the path of the file"),
         ("set", {"names": "a", "adapter_weights": 0.5}, r"set\(\) .* 'adapter_weights'; here it is strengths= "),
         ("set", {"adapter_names": "a"}, "'adapter_names'; here it is names= "),
+        ("load", {"adapter": "a", "hotswap": True}, "'hotswap'; there is no such setting here, leave it out"),
+        ("fuse", {"lora_scale": 0.7}, r"'lora_scale'; give the strength to set\(names, strengths\) before"),
     ],
 )
 def test_names_of_diffusers_are_answered_with_ours(adapters, call, given, words):
@@ -121,6 +124,17 @@ def test_names_of_diffusers_are_answered_with_ours(adapters, call, given, words)
     with pytest.raises(AdapterError, match="fusion method 'sum' has no option 'strenght'"):
         adapters.set("a", strenght=0.5)
     assert adapters.active == now
+
+
+def test_calls_of_diffusers_are_answered_with_ours(adapters):
+    for theirs, ours in PIPELINE_CALLS.items():
+        assert not hasattr(adapters, theirs) and hasattr(adapters, ours.partition("(")[0]) == (
+            " " not in ours.partition("(")[0]
+        )
+    with pytest.raises(AttributeError, match=r"'set_adapters'; here it is set\(names, strengths\) \(docs/diffusers.md\)"):
+        adapters.set_adapters(["a", "b"], adapter_weights=[0.7, 0.8])
+    with pytest.raises(AttributeError, match="a PipelineAdapters has no 'sett'$"):
+        adapters.sett("a")
 
 
 def test_an_adapter_of_a_text_encoder_needs_its_component(tmp_path):
@@ -136,3 +150,75 @@ def test_an_adapter_of_a_text_encoder_needs_its_component(tmp_path):
     assert adapters.load(tmp_path / "text.safetensors", component="text_encoder") == "text"
     with pytest.raises(shira.BaseMismatch, match="has no tensor 'unet.x.weight'(?!.*component)"):
         adapters.load(shira.Adapter({"x.weight": next(iter(plain.values()))}), "other")
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, flux])
+def test_projections_that_attention_does_not_read_are_refused(make):
+    """After `fuse_qkv_projections` it reads copies: nothing that is trained or written would have an effect."""
+    pipe = make()
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    with shira.attach(model, targets=["to_q"]) as tuner:
+        adapter = tuner.adapter("a")
+    base = pipe_bits(pipe)
+    model.fuse_qkv_projections()
+    for targets in (["to_q"], ["to_k"], "all-linear"):
+        with pytest.raises(TargetError, match=r"to_[qk].weight' belongs to a projection .* unfuse_qkv_projections\(\) first"):
+            shira.attach(model, targets=targets)
+    with pytest.raises(TargetError, match="projection of which attention reads a copy"):
+        shira.attach(model, start=adapter)
+    with pytest.raises(BaseMismatch, match="projection of which attention reads a copy"):
+        shira.Switcher(model).add("a", adapter)
+    assert same_bits(base, {name: each for name, each in pipe_bits(pipe).items() if name in base})
+    with shira.attach(model, targets=["to_out.0"]):
+        pass
+    model.unfuse_qkv_projections()
+    switcher = shira.Switcher(model)
+    switcher.add("a", adapter)
+    switcher.use("a")
+    switcher.use(None)
+    assert same_bits(base, {name: each for name, each in pipe_bits(pipe).items() if name in base})
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_does_not_fit_a_new_component_is_taken_out_without_an_error(tmp_path, gone):
+    pipe = stable_diffusion()
+    base, half = pipe_bits(pipe), stable_diffusion().unet.half()
+    adapters = PipelineAdapters(pipe)
+    pipe_adapter(pipe, 1).save(tmp_path / "a.safetensors")
+    adapters.load(tmp_path / "a.safetensors", "a")
+    adapters.set("a")
+    old, pipe.unet = pipe.unet, stable_diffusion().unet if gone else stable_diffusion().unet.half()
+    if gone:
+        (tmp_path / "a.safetensors").unlink()
+    adapters.disable()
+    assert adapters.active == {} and same_bits(all_bits(pipe.unet), all_bits(stable_diffusion().unet if gone else half))
+    with pytest.raises(FileNotFoundError if gone else BaseMismatch):
+        adapters.enable()
+    pipe.unet = old
+    assert same_bits(pipe_bits(pipe), base)
+
+
+def test_release_after_a_component_was_replaced_keeps_the_adapter_in_the_new_one():
+    pipe, base = stable_diffusion(), pipe_bits(stable_diffusion())
+    adapters = PipelineAdapters(pipe)
+    adapters.load(pipe_adapter(pipe, 1), "a")
+    adapters.set("a")
+    wanted = pipe_bits(pipe)
+    old, pipe.unet = pipe.unet, stable_diffusion().unet
+    adapters.release()
+    assert same_bits(pipe_bits(pipe), wanted)
+    assert same_bits(
+        {f"unet.{name}": each for name, each in all_bits(old).items()}, {n: b for n, b in base.items() if n[:4] == "unet"}
+    )
+
+
+def test_layers_that_are_cast_in_each_forward_pass_do_not_train():
+    """Not even in plain torch: their weights have another dtype in the backward pass."""
+    model = stable_diffusion().unet
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    before = all_bits(model)
+    with pytest.raises(
+        TargetError, match=r"to_q.weight' belongs to a layer whose weights are cast .*\(enable_layerwise_casting\)"
+    ):
+        shira.attach(model, targets=["to_q"])
+    assert same_bits(all_bits(model), before)

@@ -174,3 +174,12 @@ def test_a_grid_that_could_not_be_written_is_found_before_it_is_drawn(run, folde
     assert code == 1 and "grid.png is a folder; give the name of a file, grid.png/grid.png" in " ".join(err.split())
     code, _, err = run("sample --pipe pipeline -p x -o other.png --guidance inf")
     assert code == 1 and "--guidance must be a finite number, found inf" in err
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_training_where_gradients_are_turned_off_is_training(folder, without_gradients):
+    wanted, pipe = train_image(recipe(), stable_diffusion()), stable_diffusion()
+    with without_gradients():
+        adapter = train_image(recipe(), pipe)
+    assert all(torch.equal(each.values, wanted.tensors[name].values) for name, each in adapter.tensors.items())
+    assert same_bits(all_bits(modules_of(pipe)), all_bits(modules_of(stable_diffusion())))

@@ -5,17 +5,18 @@ A `Switcher` sees the pipeline's denoiser and text encoders as one model, whose 
 The VAE is never written to.
 """
 
+import contextlib
 import functools
 import os
 import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from torch import nn
 
 from ..adapter import Adapter, load, opened, prefixed
-from ..errors import AdapterError, BaseMismatch, SwitchError, did_you_mean
+from ..errors import AdapterError, BaseMismatch, ShiraError, SwitchError, did_you_mean
 from ..files.paths import path_of
 from ..fusion.strengths import Strength
 from ..sparse.tensor import SparseTensor
@@ -23,7 +24,7 @@ from ..switching.left_behind import no_copy
 from ..switching.sources import AdapterSource
 from ..switching.switcher import Switcher
 from ..texts import described, shown
-from ..training.foreign_names import knows_foreign_names
+from ..training.foreign_names import PIPELINE_CALLS, knows_foreign_names
 from ..weights.belonging import weight_of
 from ..weights.model_tensors import named_tensors
 from .block_strengths import by_block, copied, paired
@@ -109,6 +110,13 @@ class PipelineAdapters:
     def __reduce__(self) -> NoReturn:
         """It is neither copied nor pickled, since it keeps the base of its own pipeline. Raises SwitchError."""
         raise no_copy("a PipelineAdapters", "PipelineAdapters(copy)")
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Raise AttributeError. For the name of a call of Diffusers it says what is written here in its place."""
+            said = f"; here it is {PIPELINE_CALLS[name]} (docs/diffusers.md)" if name in PIPELINE_CALLS else ""
+            raise AttributeError(f"a PipelineAdapters has no {name!r}{said}", name=name, obj=self)
 
     @property
     def names(self) -> list[str]:
@@ -250,6 +258,7 @@ class PipelineAdapters:
             self._sources.pop(name, None)
 
     @_in_turn
+    @knows_foreign_names("docs/diffusers.md")
     def fuse(self) -> None:
         """Let what is active stay in the weights, under whatever is set later, until `unfuse`. Nothing is written.
 
@@ -268,7 +277,12 @@ class PipelineAdapters:
 
     @_in_turn
     def release(self) -> None:
-        """Keep what is in the weights for good: from now on it is the base. Nothing is written."""
+        """Keep what is in the weights for good: from now on it is the base. Nothing is written.
+
+        If a component was replaced since the last call, what is active becomes active in the new one before, if it fits.
+        """
+        with contextlib.suppress(ShiraError):
+            self._follow()
         self._hold(present_in(self._pipe))
         self._switcher.release()
         self._set = self._tried = _Set({}, {})
@@ -368,3 +382,5 @@ class PipelineAdapters:
                 self._hold(before)
                 self._switcher.use(None)
                 self._hold(present)
+            except (ShiraError, OSError):  # it does not fit any more, or its file is gone: the base is in the weights
+                pass

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..errors import SwitchError
+from ..weights.diffusers_modules import is_fused
 
 __all__ = ["check_own_weights"]
 
@@ -26,7 +27,7 @@ def check_own_weights(parts: Mapping[str, nn.Module]) -> None:
                     f"accelerate keeps weights of pipe.{part} outside of it (enable_sequential_cpu_offload, cpu_offload); call "
                     "pipe.remove_all_hooks() first, or use enable_model_cpu_offload, which moves it as a whole"
                 )
-            if known.get("fused_projections") and _has_fused_projections(module):
+            if is_fused(module):
                 raise SwitchError(
                     f"pipe.{part} computes with copies of its projections (fuse_qkv_projections); call "
                     f"pipe.{part}.unfuse_qkv_projections() first"
@@ -36,11 +37,6 @@ def check_own_weights(parts: Mapping[str, nn.Module]) -> None:
                     f"Diffusers reads weights of pipe.{part} from disk at each call (offload_to_disk_path); offload to memory "
                     "instead: leave offload_to_disk_path out"
                 )
-
-
-def _has_fused_projections(attention: nn.Module) -> bool:
-    """Diffusers' older attention keeps its mark for good: there the processor says whether the copies are used."""
-    return hasattr(attention, "unfuse_projections") or type(getattr(attention, "processor", None)).__name__.startswith("Fused")
 
 
 def _is_on_disk(module: nn.Module) -> bool:

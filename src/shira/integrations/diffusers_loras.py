@@ -20,6 +20,7 @@ from ..files.metadata import base_facts
 from ..files.paths import path_of
 from ..sparse.tensor import dtype_name
 from ..texts import shown
+from ..weights.model_tensors import unwrapped
 from ..weights.owners import claim
 from .diffusers_components import COMPONENTS
 from .diffusers_sampling import modules_of
@@ -54,7 +55,7 @@ def convert(
 
     Each name of a tensor begins with its component, as `PipelineAdapters.load` takes it.
     Raises MaskError without density or keep; DataError for what Diffusers cannot load, for DoRA of kohya, LoHa, LoKr and others
-    that are no plain LoRA, if layers of the file are not in the pipeline, or if a LoRA is in the pipeline already.
+    that are no plain LoRA, if layers of the file are not in the pipeline, if it is compiled, or if it holds a LoRA already.
 
         shira.integrations.diffusers_loras.convert("bluefire-lora.safetensors", pipe, keep=0.9).save("bluefire.safetensors")
     """
@@ -65,6 +66,7 @@ def convert(
     if any(pipe.get_list_adapters().values()):
         raise DataError("the pipeline holds a LoRA already; call pipe.unload_lora_weights() first")
     model = _components(pipe)
+    _check_plain(model)
     file_in = _file_in(path)
     layers = layers_of(file_in)
     check_encoders(file_in, layers, dict(model.named_children()))
@@ -106,6 +108,20 @@ def _file_in(path: Path) -> Path:
     others = [shown(file.name) for file in sorted(path.glob("*.safetensors"))][:5]
     found = f"give one of its files: {', '.join(others)}" if others else "and no other .safetensors file"
     raise DataError(f"there is no {FILE} in the folder {path}; {found}")
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raise DataError for parts where Diffusers does not find the layers of a LoRA, or weights to add it to."""
+    compiled = next((name for name, part in model.named_modules() if part is not unwrapped(part)), None)
+    if compiled is not None:
+        raise DataError(
+            f"pipe.{compiled} is compiled, where Diffusers finds no layer of a LoRA; give the pipeline without that"
+        )
+    absent = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if absent is not None:
+        raise DataError(
+            f"'{absent}' has no data here, as after enable_sequential_cpu_offload; call pipe.remove_all_hooks() first"
+        )
 
 
 def _fuse(path: Path, pipe: Any, layers: Mapping[str, LoraLayer], model: nn.Module) -> None:

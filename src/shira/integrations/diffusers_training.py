@@ -224,6 +224,8 @@ def _order(count: int, seed: int, process: int, processes: int) -> Iterator[int]
             place += 1
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # the caller may have turned gradients off, to make pictures
 def train(
     tuner: Tuner,
     parts: TrainedComponents,

@@ -15,6 +15,7 @@ from ..sparse.positions import overlap
 from ..sparse.tensor import SparseTensor, dtype_name
 from ..texts import described, shown
 from ..weights.belonging import check_base
+from ..weights.diffusers_modules import UNREAD, unread_projections
 from ..weights.distributed import gather_pieces, is_sharded, local_of, piece_of, reshard
 from ..weights.model_tensors import ModelTensors, has_own_memory, is_buffer
 from ..weights.optimizers import watch
@@ -113,7 +114,7 @@ class ModelState:
         return tensors
 
     def _check_kept(self, label: str, adapter: Adapter) -> None:
-        """Raise BaseMismatch for a weight that its module changes in each forward pass: nobody could restore its base."""
+        """Raise BaseMismatch for a weight that its module changes in each forward pass, or that no module reads any more."""
         changing = {
             id(module.weight)
             for module in self._model.modules()
@@ -125,6 +126,10 @@ class ModelState:
                 f"{label}: '{wrong}' belongs to an embedding with max_norm, which changes its weights in each forward pass, so "
                 "that its base could not be restored; set max_norm=None"
             )
+        unread = {id(weight) for module in unread_projections(self._model) for weight in module.parameters()}
+        wrong = next((name for name in adapter.tensors if id(self.weights.get(name)) in unread), None)
+        if wrong is not None:
+            raise BaseMismatch(f"{label}: '{wrong}' belongs to a {UNREAD}")
 
     def _watch(self, adapter: Adapter) -> None:
         """Watch from now on whether others write to these weights.

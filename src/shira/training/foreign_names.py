@@ -1,11 +1,11 @@
-"""The names that PEFT, Transformers, TRL, Diffusers and vLLM have for our settings, for whoever types a name from there."""
+"""The names that PEFT, Transformers, TRL, Diffusers and vLLM have for our settings and calls, for whoever types one of them."""
 
 import functools
 import inspect
 from collections.abc import Callable, Container
 from typing import ParamSpec, TypeVar
 
-__all__ = ["here", "knows_foreign_names"]
+__all__ = ["PIPELINE_CALLS", "here", "knows_foreign_names"]
 
 THEIRS = {
     "lr": ("learning_rate",),
@@ -46,7 +46,27 @@ MORE = {
     "adapter": ", the path of the file",
 }
 NOWHERE = {"lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "fan_in_fan_out", "task_type", "peft_type", "bias"}
-NOWHERE |= {"enable_lora", "max_lora_rank"}
+NOWHERE |= {"enable_lora", "max_lora_rank", "hotswap", "safe_fusing"}
+ELSEWHERE = {"lora_scale": "give the strength to set(names, strengths) before"}
+PIPELINE_CALLS = {  # Diffusers' name of a call on a pipeline -> what is written here in its place
+    "load_lora_weights": "load(file, name)",
+    "load_lora_adapter": "load(file, name)",
+    "set_adapters": "set(names, strengths)",
+    "set_lora_device": "the pipeline's to(device), which moves what is active with it",
+    "get_active_adapters": "active",
+    "active_adapters": "active",
+    "get_list_adapters": "names",
+    "disable_lora": "disable()",
+    "disable_adapters": "disable()",
+    "enable_lora": "enable()",
+    "enable_adapters": "enable()",
+    "enable_lora_hotswap": "nothing: a compiled denoiser is not compiled again",
+    "fuse_lora": "fuse()",
+    "unfuse_lora": "unfuse()",
+    "delete_adapters": "delete(names)",
+    "unload_lora_weights": "disable()",
+    "save_lora_weights": "save(file, unet=adapter)",
+}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,7 +80,7 @@ def here(name: str, known: Container[str], quoted: Callable[[str], str] = repr) 
     for ours, theirs in THEIRS.items():
         if name in theirs and ours in known:
             return f"here it is {quoted(ours)}{MORE.get(ours, '')}"
-    return "there is no such setting here, leave it out" if name in NOWHERE else ""
+    return "there is no such setting here, leave it out" if name in NOWHERE else ELSEWHERE.get(name, "")
 
 
 def knows_foreign_names(page: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TargetError, did_you_mean
 from ..texts import shown
+from .diffusers_modules import untrainable
 from .model_tensors import COMPILED, ModelTensors, is_buffer, is_own
 from .quantized import shape_of
 
@@ -163,6 +164,7 @@ def _targets(model: nn.Module, weights: "_Weights", chosen: Iterable[str]) -> li
     first = now.first_of
     tensor_names = {id(tensor): name for name, tensor in reversed(now.by_name.items())}  # the first of its names
     users: dict[int, list[Use]] = {}
+    unfit = untrainable(model)
     for module in model.modules():
         for attribute, parameter in _own(module):
             use = Use(weights.callers.get(id(module), module), module, attribute)
@@ -178,7 +180,7 @@ def _targets(model: nn.Module, weights: "_Weights", chosen: Iterable[str]) -> li
                 f"'{name}' shares a part of its memory with '{other or tensor_name}', so no entry of it can be trained by "
                 "itself; give each a tensor of its own, or leave it out of the targets"
             )
-        why = next(filter(None, (_why_not(use.module, use.attribute) for use in uses)), None)
+        why = next(filter(None, (unfit.get(id(use.module)) or _why_not(use.module, use.attribute) for use in uses)), None)
         if why:
             raise TargetError(f"'{name}' belongs to a {why}; leave it out of the targets")
         stacked = _is_stack_of_experts(module, weight)
