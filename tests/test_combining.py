@@ -102,6 +102,25 @@ def test_a_selection_of_a_whole_model_is_what_other_backends_make_of_it(monkeypa
         assert all(same_bits(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize("kind", ["delta", "overwrite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_that_is_not_finite_is_named_in_place_of_the_strengths(kind, dtype):
+    for backend in kernels.BACKENDS:
+        model = mlp(dtype)
+        with torch.no_grad():
+            model[0].weight[3, 4:6] = float("nan")
+        before = all_bits(model)
+        place = torch.tensor([3 * 13 + 4, 3 * 13 + 5, 3 * 13 + 6])
+        sparse = shira.SparseTensor((11, 13), place, torch.ones(3, dtype=dtype), kind)
+        switcher = shira.Switcher(model)
+        switcher.add("a", shira.Adapter({"0.weight": sparse}))
+        with kernels.backend(backend):
+            for call in (switcher.use, switcher.changes):
+                with pytest.raises(shira.AdapterError, match="2 of the entries of '0.weight' .* NaN in the base; mend it"):
+                    call({"a": 0.5})
+        assert same_bits(all_bits(model), before)
+
+
 def test_a_selection_from_files_has_the_bits_of_one_from_memory(tmp_path, monkeypatch):
     """A file that was checked before is read again for each new selection. Its gaps then reach the kernel as they are."""
     monkeypatch.setattr(sources, "SETTLED", -(10**12))  # the files need not be old

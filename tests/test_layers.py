@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import shira
 from conftest import all_bits, bits, same_bits
@@ -356,8 +357,9 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, as it enters dual_level
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_second_derivatives_and_torch_func_are_refused(make):
+def test_second_and_forward_derivatives_and_torch_func_are_refused(make):
     layer, shape = make()
     model = nn.Sequential(layer)
     inputs = torch.ones(shape, requires_grad=True)
@@ -368,6 +370,8 @@ def test_second_derivatives_and_torch_func_are_refused(make):
             torch.func.grad(lambda given: model(given).sum())(inputs.detach())
         with torch.no_grad():
             torch.func.vmap(model)(inputs.detach()[None])
+        with forward_ad.dual_level(), pytest.raises(TuningError, match="forward-mode differentiation"):
+            model(forward_ad.make_dual(inputs.detach(), inputs.detach()))
         (gradient,) = torch.autograd.grad(model(inputs).sum(), inputs)
         assert bool(gradient.any()) and tuner.attached
     with shira.attach(model, targets=["0"], density=0.5, method="hook"):

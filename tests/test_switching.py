@@ -267,6 +267,15 @@ def test_an_adapter_of_another_model_is_refused(adapter, words):
     assert switcher.names == []
 
 
+def test_a_wrapped_model_is_answered_with_the_one_inside():
+    adapter = random_adapter(mlp(), 1)
+    for wrapped in (nn.DataParallel(mlp()), torch.optim.swa_utils.AveragedModel(mlp())):
+        with pytest.raises(BaseMismatch, match=r"'0.weight'; it is in a wrapper, .* give the model inside, model.module"):
+            Switcher(wrapped).add("a", adapter)
+        with pytest.raises(BaseMismatch, match="model.module"):
+            shira.fuse({"a": (adapter, 0.5)}, base=wrapped)
+
+
 def test_values_that_the_models_dtype_does_not_hold_are_refused():
     model = mlp(torch.float16)
     big = adapter_with(**{"0_weight": SparseTensor((11, 13), torch.tensor([0]), torch.tensor([1e6]))})

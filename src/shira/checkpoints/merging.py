@@ -140,7 +140,7 @@ def _merged(name: str, checkpoint: Checkpoint, parts: Sequence[Weighted], stayed
             union = kernels.unite([tensor.indices for tensor, _ in inside])
             indices, values, base = combine(name, inside, union, kernels.gather(piece, union.indices), Method("sum"))
             if not all_finite(values):
-                raise overflow(name, piece.dtype)
+                raise overflow(name, piece.dtype, base)
             kernels.overwrite_(piece, indices, values)
             stayed.append(int((values == base).sum()))
         yield piece

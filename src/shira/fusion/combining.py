@@ -105,6 +105,12 @@ def combine_deltas(
     return indices, values
 
 
-def overflow(name: str, dtype: torch.dtype) -> AdapterError:
-    """The error for a tensor whose combined values are not finite."""
+def overflow(name: str, dtype: torch.dtype, base: Tensor | None = None) -> AdapterError:
+    """The error for a tensor whose combined values are not finite. base: the base's values there, if there is one."""
+    broken = 0 if base is None else int((~base.isfinite()).sum())
+    if broken:
+        return AdapterError(
+            f"{broken} of the entries of '{name}' that the adapters change are infinite or NaN in the base; mend it, or "
+            "give the tensor the strength 0"
+        )
     return AdapterError(f"'{name}' would overflow {dtype} at these strengths; use smaller ones")

@@ -67,7 +67,7 @@ def changes(
             wide = torch.promote_types(base.dtype, torch.float32)
             values = new.to(wide) - base.to(wide)
         if not all_finite(values):
-            raise overflow(name, weight.dtype)
+            raise overflow(name, weight.dtype, None if is_quantized(weight) else base)
         found[name] = SparseTensor(terms[0][0].shape, indices, values, "delta")
     return found
 
@@ -113,9 +113,9 @@ def _write(
         room = torch.empty_like(union.indices, dtype=weight.dtype)
         total = Sum.of(union, [(term.values, strength) for term, strength in terms])
         return _local_write(weight, union.indices, room, ready, model), total
-    indices, values, _ = combine(name, terms, union, model.base_at(weight, union.indices, active), method)
+    indices, values, base = combine(name, terms, union, model.base_at(weight, union.indices, active), method)
     if not all_finite(values):
-        raise overflow(name, weight.dtype)
+        raise overflow(name, weight.dtype, base)
     return _local_write(weight, indices, values, ready, model), None
 
 
@@ -152,7 +152,7 @@ def _in_one_pass(
         for name, each in zip(call, kernels.combine_all(list(call.values()), with_base=False), strict=True):
             weight = model.weights[name]
             if each is not None and not each.is_finite:
-                raise overflow(name, weight.dtype)
+                raise overflow(name, weight.dtype, model.base_at(weight, each.indices, active))
             if each is not None:
                 writes[name] = Write(weight, ready.own_positions(weight, each.indices, fresh=True), each.values)
     return writes

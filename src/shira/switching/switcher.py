@@ -374,12 +374,13 @@ class Switcher:
 
     def _undo_overflow(self, wanted: CheckedSelection, plan: WritePlan, before: CheckedSelection) -> None:
         """Return to what was active before, and raise AdapterError: sums that were computed while writing are not finite."""
-        weight = next(write.weight for write in plan.writes if not all_finite(write.values))
+        weight, indices, _ = next(write for write in plan.writes if not all_finite(write.values))
         name = next(name for name, other in self._model_state.weights.items() if other is weight)
         self._ready.forget(wanted)
         self._undo_interrupted()
+        base = kernels.gather(weight.detach(), indices)
         self._switch(before)
-        raise overflow(name, weight.dtype)
+        raise overflow(name, weight.dtype, base)
 
     def _check_name(self, name: str) -> None:
         """Raise SwitchError if no adapter has this name."""

@@ -1,10 +1,11 @@
-"""What layers that train do not compute: second derivatives, and those of torch.func. Each is one error in place of zeros."""
+"""What layers that train do not compute: second and forward derivatives, torch.func. Each is one error in place of zeros."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import TuningError
 
@@ -32,9 +33,11 @@ def first_only(backward: Backward) -> Backward:
 
 
 def check_no_transform() -> None:
-    """Raise TuningError inside a transform of torch.func, such as grad or vmap."""
-    if torch._C._are_functorch_transforms_active():
+    """Raise TuningError inside a transform of torch.func, such as grad or vmap, and of forward-mode differentiation."""
+    forward_mode = forward_ad._current_level >= 0
+    if forward_mode or torch._C._are_functorch_transforms_active():
+        found = "forward-mode differentiation (forward_ad)" if forward_mode else "torch.func (grad, vmap, jvp …)"
         raise TuningError(
-            "torch.func (grad, vmap, jvp …) cannot be applied to a model while a tuner is attached; call backward() or "
-            "torch.autograd.grad, or detach() first"
+            f"{found} cannot be applied to a model while a tuner is attached; call backward() or torch.autograd.grad, or "
+            "detach() first"
         )

@@ -144,6 +144,8 @@ def _instead(name: str, tensors: Mapping[str, Tensor]) -> str:
     layer, _, own = name.rpartition(".")
     if f"{layer}.base_layer.{own}" in tensors:
         return "PEFT has wrapped this layer; unload its adapters first (unload(), or a pipeline's unload_lora_weights())"
+    if f"module.{name}" in tensors:
+        return "it is in a wrapper, as those of DistributedDataParallel and AveragedModel; give the model inside, model.module"
     return did_you_mean(name, tensors)
 
 
