@@ -277,9 +277,10 @@ class PipelineAdapters:
 
     @_in_turn
     def release(self) -> None:
-        """Keep what is in the weights for good: from now on it is the base. Nothing is written.
+        """Keep what is in the weights for good: from now on it is the base.
 
-        If a component was replaced since the last call, what is active becomes active in the new one before, if it fits.
+        Nothing is written, unless a component was replaced since the last call: then what is active becomes active in the new
+        one before, if it fits.
         """
         with contextlib.suppress(ShiraError):
             self._follow()
