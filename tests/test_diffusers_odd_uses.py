@@ -222,3 +222,17 @@ def test_layers_that_are_cast_in_each_forward_pass_do_not_train():
     ):
         shira.attach(model, targets=["to_q"])
     assert same_bits(all_bits(model), before)
+
+
+def test_weights_that_accelerate_keeps_elsewhere_are_refused_with_what_to_do():
+    accelerate = pytest.importorskip("accelerate")
+    model = stable_diffusion().unet
+    with shira.attach(model, targets=["to_q"]) as tuner:
+        adapter = tuner.adapter("a")
+    accelerate.cpu_offload(model, "cpu")
+    with pytest.raises(TargetError, match=r"to_q.weight' .* on meta, without data; if accelerate .*pipe.remove_all_hooks\(\)"):
+        shira.attach(model, targets=["to_q"])
+    with pytest.raises(BaseMismatch, match=r"to_q.weight' .* on the meta device; .*pipe.remove_all_hooks\(\)"):
+        shira.Switcher(model).add("a", adapter)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    shira.Switcher(model).add("a", adapter)

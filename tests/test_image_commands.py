@@ -202,6 +202,15 @@ def test_what_is_no_pipeline(run, folder):
         assert code == 1 and f"DataError: cannot load '{name}': {words}" in err
     code, _, err = run(f"{LINE.replace('pipeline', 'language')} --data dog")
     assert code == 1 and "'language': it is a model of Transformers, no pipeline: `shira train` trains it" in err
+    stable_diffusion().save_pretrained("pipeline")
+    pipe_adapter(stable_diffusion(), 1).save("mine.safetensors")
+    for name, words in {
+        "pipeline/text_encoder": "it is a part of a Diffusers pipeline; give the whole, 'pipeline'",
+        "mine.safetensors": "it holds an adapter, no model; .*: `shira sample --pipe BASE -a mine.safetensors`",
+    }.items():
+        for line in (f"sample --pipe {name} -p x", f"train-image {name} --data dog"):
+            code, _, err = run(line)
+            assert code == 1 and re.search(words, " ".join(err.split())), err
 
 
 def test_the_options_are_defined_once(run, monkeypatch):

@@ -17,7 +17,7 @@ from ..errors import DataError, HubError, MissingExtra
 from ..files import hub
 from ..files.bases import skeleton_of
 from ..files.suggestions import instead, instead_of_a_model
-from ..texts import strict_json
+from ..texts import shown, strict_json
 from ..weights.random_numbers import seeded
 
 __all__ = [
@@ -181,7 +181,7 @@ def check_there(model: str, file: str, built_in: Collection[str] = ()) -> None:
     file: one that all such models have on the hub. Nothing else is downloaded. built_in: models that it could have been.
     """
     if os.path.exists(model):
-        command = "shira generate" if file == "config.json" else "shira sample"
+        command = "shira generate" if file == "config.json" else "shira sample --pipe"
         if not (Path(model) / file).exists() and (said := instead_of_a_model(Path(model), command)):
             raise DataError(f"cannot load {model!r}: {said}")
         if said := _of_the_other_kind(Path(model), file):
@@ -206,6 +206,8 @@ def _of_the_other_kind(folder: Path, file: str) -> str:
     """What to do with a pipeline where a language model is wanted, and the other way round; "" for any other folder."""
     if file == "config.json" and (folder / "model_index.json").is_file() and not (folder / file).exists():
         return "it is a Diffusers pipeline: `shira train-image` trains it, and `shira sample` makes pictures with it"
+    if file == "model_index.json" and (folder.parent / file).is_file() and not (folder / file).exists():
+        return f"it is a part of a Diffusers pipeline; give the whole, {shown(str(folder.parent))}"
     with contextlib.suppress(OSError, ValueError, TypeError):
         if (
             file != "config.json"

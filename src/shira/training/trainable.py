@@ -8,6 +8,7 @@ from ..errors import TargetError
 from ..sparse.memory_order import is_in_order
 from ..sparse.tensor import FLOAT_DTYPES, dtype_name, has_memory, is_dense
 from ..weights.distributed import check_pieces, is_sharded
+from ..weights.model_tensors import OFFLOADED
 from ..weights.quantized import dtype_label, is_quantized, is_wrapper
 from ..weights.targets import Target
 
@@ -45,10 +46,11 @@ def check_trainable(targets: Iterable[Target]) -> None:
                 "replace it by a dense one, or leave it out of the targets"
             )
         if weight.dtype not in FLOAT_DTYPES or weight.is_meta or not is_in_order(weight):
-            strides = "" if is_in_order(weight) else f", not contiguous: strides {list(weight.stride())}; use its contiguous()"
+            more = "" if is_in_order(weight) else f", not contiguous: strides {list(weight.stride())}; use its contiguous()"
+            more = f", without data; {OFFLOADED}" if weight.is_meta else more
             raise TargetError(
                 f"'{target.name}' must be contiguous, or contiguous but for the order of its dimensions, with data, and one of "
-                f"{', '.join(map(dtype_name, FLOAT_DTYPES))}; found {weight.dtype} on {weight.device}{strides}"
+                f"{', '.join(map(dtype_name, FLOAT_DTYPES))}; found {weight.dtype} on {weight.device}{more}"
             )
         if not is_sharded(weight) and not has_memory(weight):
             raise TargetError(f"the memory of '{target.name}' was freed; load the model again")

@@ -13,6 +13,7 @@ from ..files.metadata import check_metadata
 from ..sparse.memory_order import is_in_order
 from ..sparse.tensor import FLOAT_DTYPES, SparseTensor, dtype_name, fingerprint, has_memory, is_dense
 from ..texts import described
+from .model_tensors import OFFLOADED
 from .quantized import is_quantized, is_wrapper, shape_of
 
 __all__ = [
@@ -125,11 +126,10 @@ def weight_of(
             f"{list(sparse.shape)}"
         )
     if to_overwrite and (weight.dtype not in FLOAT_DTYPES or weight.is_meta):
-        found = "one without data, on the meta device" if weight.is_meta else dtype_name(weight.dtype)
-        raise BaseMismatch(
-            f"{label}: '{name}' must be a floating-point tensor with data, found {found}; load the base "
-            f"as one of {', '.join(map(dtype_name, FLOAT_DTYPES))}"
-        )
+        found, do = dtype_name(weight.dtype), f"load the base as one of {', '.join(map(dtype_name, FLOAT_DTYPES))}"
+        if weight.is_meta:
+            found, do = "one without data, on the meta device", f"{do}; {OFFLOADED}"
+        raise BaseMismatch(f"{label}: '{name}' must be a floating-point tensor with data, found {found}; {do}")
     if to_overwrite and not is_in_order(weight):
         raise BaseMismatch(
             f"{label}: '{name}' must be contiguous, or a contiguous tensor whose dimensions were permuted; found strides "

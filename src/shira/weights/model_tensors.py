@@ -19,6 +19,7 @@ from .quantized import is_quantized
 
 __all__ = [
     "COMPILED",
+    "OFFLOADED",
     "OWN",
     "ModelTensors",
     "ModuleTree",
@@ -33,6 +34,10 @@ __all__ = [
 
 OWN = "shira_"  # prefix of every name under which a tuner keeps something in a module
 KEPT = tuple(OWN + name for name in ("base", "before_", "values", "whole"))  # of parameters and buffers
+OFFLOADED = (  # what a user can do about a weight on the meta device
+    "if accelerate keeps it elsewhere (enable_sequential_cpu_offload, cpu_offload, device_map), remove its hooks first: "
+    "pipe.remove_all_hooks() or accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+)
 COMPILED = "_orig_mod"  # the name of the original module inside the wrapper of torch.compile
 
 
