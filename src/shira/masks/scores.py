@@ -56,8 +56,6 @@ def is_ours(function: Callable[..., Any]) -> bool:
 def inputs_of(function: Callable[..., Any], names: Iterable[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of these names for a mask or a score. One of a user gets copies of tensors: it may compute in place."""
     found = {name: inputs[name] for name in names}
-    return (
-        found
-        if is_ours(function)
-        else {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
-    )
+    if is_ours(function):
+        return found
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
