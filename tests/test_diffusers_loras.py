@@ -176,3 +176,19 @@ def test_a_compiled_or_an_offloaded_pipeline_is_refused_as_it_is(tmp_path):
     accelerate.hooks.remove_hook_from_module(plain, recurse=True)
     assert same_bits(before, all_bits(modules_of(pipe))) and not any(pipe.get_list_adapters().values())
     assert convert(tmp_path, pipe, keep=0.5).nnz
+
+
+def test_a_file_of_two_kinds_of_names_is_answered_with_how_to_rename_it(tmp_path):
+    """So Diffusers' own scripts save a LoRA of attention and convolutions, of which Diffusers then reads a part."""
+    lora(tmp_path, text=False)
+    tensors, pipe = load_file(tmp_path / FILE), stable_diffusion()
+    older = {"lora_A": "lora.down", "lora_B": "lora.up"}
+    for name in [name for name in tensors if ".attn1." in name or ".attn2." in name]:
+        kind = name.split(".")[-2]
+        tensors[name.replace(kind, older[kind])] = tensors.pop(name)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    with pytest.raises(DataError, match=r"here are two: rename .lora.down. to .lora_A., and .lora.up. to .lora_B."):
+        convert(tmp_path / "mixed.safetensors", pipe, density=1.0)
+    names = {name: name.replace("lora.down", "lora_A").replace("lora.up", "lora_B") for name in tensors}
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, tmp_path / "renamed.safetensors")
+    assert len(convert(tmp_path / "renamed.safetensors", pipe, density=1.0).tensors) == len(tensors) / 2

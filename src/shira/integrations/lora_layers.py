@@ -35,6 +35,7 @@ OTHER_KINDS = {  # what a tensor's name says of the kind of a layer, which is no
 }
 METADATA = "lora_adapter_metadata"  # in which Diffusers keeps ranks and scales
 TEXT_ENCODERS = re.compile(r"(lora_te(\d?)_|text_encoder(_\d)?[.])")
+TWO_KINDS = (".lora.down.", ".lora_A.")  # Diffusers' older names and PEFT's, which its own scripts mix
 ERROR = 5e-4  # of ‖ΔW‖², by rounding to the dtype of a pipeline
 
 
@@ -121,9 +122,14 @@ def as_in_the_file(path: Path, layers: Mapping[str, LoraLayer], model: nn.Module
     wanted, there = (sum(_square(each, by_metadata) for each in some) for some in (left.values(), others))
     if not math.isclose(wanted, there, rel_tol=ERROR):
         few = ", ".join(shown(each) for each in list(left)[:3]) + ", …" * (len(left) > 3)
+        with open_regular(path, DataError) as file:
+            names = list(read_header(file)[0])
+        advice = "give the pipeline that it was trained on"
+        if all(any(kind in each for each in names) for kind in TWO_KINDS):
+            advice = "it reads names of one kind, and here are two: rename .lora.down. to .lora_A., and .lora.up. to .lora_B."
         raise DataError(
             f"{len(layers) - len(left)} of {len(layers)} layers of {path} belong to this pipeline as they are; Diffusers drops "
-            f"or changes the others: {few}; give the pipeline that it was trained on"
+            f"or changes the others: {few}; {advice}"
         )
 
 
