@@ -135,9 +135,17 @@ def taken_away(model):
     model[0].weight = None
 
 
+def emptied(model):
+    model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        assert "shira" in name
+        buffer.fill_(7)  # what is in new memory is random
+
+
 @pytest.mark.parametrize(
     ("act", "words"),
     [
+        (emptied, "has lost the base's values .*to_empty"),
         (other_weights, "written to or replaced by others"),
         (other_parameter, "written to or replaced by others"),
         (other_shape, r"of shape \[20, 13\]"),
@@ -163,8 +171,20 @@ def test_what_cannot_be_followed_is_refused_each_time_until_released(act, words)
     tuner.release()
     assert not tuner.attached and not own_names(model)
     assert [p.requires_grad for p in model.parameters()][-3:] == flags[-3:]
-    if act not in (no_data, taken_away, other_shape, cast_alone, other_layout):
+    if act not in (emptied, no_data, taken_away, other_shape, cast_alone, other_layout):
         shira.attach(model).detach()
+
+
+def test_an_emptied_copy_of_the_base_is_not_written_back():
+    model = mlp()
+    tuner = shira.attach(model, density=0.3, method="hook")
+    emptied(model)
+    for call in (lambda: model(torch.ones(1, 13)), tuner.adapter, tuner.detach):
+        with pytest.raises(TuningError, match=r"'0.weight' has lost its base, .*to_empty.*release\(\)"):
+            call()
+    tuner.release()
+    model.load_state_dict(mlp().state_dict())
+    assert same_bits(all_bits(model), all_bits(mlp()))
 
 
 def test_other_masters_are_refused_and_the_base_comes_back():

@@ -20,10 +20,11 @@ from ..weights.model_tensors import OWN
 from ..weights.targets import Use
 from ..weights.undo import Undo
 
-__all__ = ["BASE", "Entries", "Followed", "Touched", "Trained", "know_shared_counters", "value_name"]
+__all__ = ["BASE", "NEAR", "Entries", "Followed", "Touched", "Trained", "is_cast_of", "know_shared_counters", "value_name"]
 
 BASE = OWN + "base"  # prefix of the names of buffers that hold the base's values at the entries
 VALUES = OWN + "values"  # prefix of the names of parameters that hold masters
+NEAR = {"rtol": 2**-6, "atol": 2**-14}  # what casts to bfloat16, or to float16, which has no small numbers, may change
 
 
 class Touched(NamedTuple):
@@ -213,6 +214,13 @@ class Followed:
             self._refuse(f"was cast from {before} to {dtype_name(weight.dtype)} by itself", "cast its module")
         if bits.device != weight.device or any(each.device != weight.device for each in self.parameters.values()):
             self._refuse(f"was moved to {weight.device} by itself", f"move its module, module.to('{weight.device}')")
+        with_base = bits is not self.entries.bits  # the module's buffers were cast or moved, and the weight with them
+        if with_base and not is_cast_of(self.entries.bits, bits):
+            self._refuse(
+                f"has lost the base's values that '{self.entries.name}' beside it keeps: others have emptied or replaced that "
+                "buffer, as to_empty() does",
+                "put the buffer back",
+            )
         entries = self.entries._replace(bits=bits)
         if entries.indices.device != weight.device:
             whole_lines = entries.whole_lines and entries.whole_lines.to(weight.device)
@@ -221,7 +229,6 @@ class Followed:
             )
         version = sum(found._version for _, _, found in now if found is not None)
         unwritten = same and self._seen is not None and version == self._seen.version
-        with_base = bits is not self.entries.bits  # the module's buffers were cast or moved, and the weight with them
         if not (unwritten and (with_base or self._is_where_it_was(weight))):
             self._check_entries(weight, entries)
         self.uses = [(holder, attribute, found) for holder, attribute, found in now if found is not None]
@@ -350,6 +357,17 @@ def know_shared_counters(followed: Collection[Followed]) -> None:
             ]
     for each in there:
         each._note()
+
+
+def is_cast_of(before: Tensor, now: Tensor) -> bool:
+    """Whether casts and moves can have made one tensor of another."""
+    if before.shape != now.shape:
+        return False
+    largest = torch.finfo(torch.float16).max  # what is larger may have become infinite
+    before, now = before.to(now.device), now.float().clamp(-largest, largest)
+    coarse = (torch.float8_e4m3fn, torch.float8_e5m2)
+    between = (before.to(dtype).float() for dtype in (before.dtype, *coarse))
+    return any(torch.allclose(each.clamp(-largest, largest), now, equal_nan=True, **NEAR) for each in between)
 
 
 def value_name(attribute: str) -> str:

@@ -16,11 +16,10 @@ from ..errors import TuningError
 from ..sparse.tensor import is_dense
 from ..weights.distributed import is_sharded
 from ..weights.model_tensors import is_own
+from .following import NEAR
 from .masters import Masters
 
 __all__ = ["UncheckedState", "before_load"]
-
-NEAR = {"rtol": 2**-6, "atol": 2**-14}  # both may have been rounded: to bfloat16, or to float16, which has no small numbers
 
 
 class UncheckedState(UserWarning):

@@ -13,7 +13,7 @@ from ..sparse.tensor import Kind
 from ..weights.model_tensors import OWN
 from ..weights.targets import Target, Use
 from ..weights.undo import Undo, hooks_of, set_hook
-from .following import Touched
+from .following import Touched, is_cast_of
 
 __all__ = ["Hooked", "TunedWeight"]
 
@@ -75,13 +75,18 @@ class Hooked:
 
     def look(self, *, to_leave: bool = False) -> None:
         found = self.holder._buffers.get(self.key)
-        self.base = self.base if found is None else found
-        weight, base = self.holder._parameters.get(self.attribute), self.base
+        weight, base = self.holder._parameters.get(self.attribute), self.base if found is None else found
         if weight is not self.weight or (weight.dtype, weight.shape, weight.device) != (base.dtype, base.shape, base.device):
             raise TuningError(
                 f"'{self.name}' was replaced, cast or moved by itself while a tuner is attached; put it back, or call "
                 "tuner.release(), which detaches and leaves the weights as they are"
             )
+        if base is not self.base and not is_cast_of(self.base, base):
+            raise TuningError(
+                f"'{self.name}' has lost its base, which '{self.key}' beside it keeps: others have emptied or replaced that "
+                "buffer while a tuner is attached, as to_empty() does; put it back, or call tuner.release()"
+            )
+        self.base = base
         self.indices = self.indices.to(weight.device)
 
     def touched(self) -> Touched:
