@@ -1,6 +1,7 @@
 """What other code does to a model in training: layers replaced, weights loaded, masters written, optimizers, interrupts."""
 
 import copy
+import itertools
 import os
 
 import pytest
@@ -237,8 +238,11 @@ def test_lazy_modules_and_sparse_gradients():
     model(torch.randn(2, 3))
     shira.attach(model, density=0.5).detach()
     ids = torch.tensor([[1, 2, 3]])
-    for options in ({"mask": "snip", "calibration": [ids]}, {"method": "hook"}):
-        model = nn.Sequential(nn.Embedding(20, 4, sparse=True), nn.Linear(4, 2))
+    embeddings = (nn.Embedding, nn.EmbeddingBag)
+    ways = ({"mask": "snip", "calibration": [ids]}, {"method": "hook"})
+    for embedding, options in itertools.product(embeddings, ways):
+        own = {"mode": "sum"} if embedding is nn.EmbeddingBag else {}
+        model = nn.Sequential(embedding(20, 4, sparse=True, **own), nn.Linear(4, 2))
         base = all_bits(model)
         loss = lambda model, batch: model(batch).square().sum()  # noqa: E731
         with shira.attach(model, targets=["0"], density=0.1, loss_fn=loss, **options) as tuner:

@@ -138,7 +138,8 @@ class Masters(Followed):
     def sample(self, gradient: Tensor) -> Tensor:
         """The masters' gradient [k], sampled from the weight's."""
         self._note_backward()
-        return kernels.gather(gradient.contiguous(), self.indices).float()
+        dense = gradient.to_dense() if gradient.is_sparse else gradient.contiguous()
+        return kernels.gather(dense, self.indices).float()
 
     def keep(self, input: Tensor) -> Tensor:
         """The part of an input [..., columns] that `gradient` needs."""
