@@ -260,7 +260,7 @@ def test_the_inputs_that_training_keeps_are_counted_once():
     ("loss_fn", "words"),
     [
         (lambda model, batch: mlp_loss(model, batch) * float("nan"), r"batch 1.*finite number, found nan"),
-        (lambda model, batch: model(batch[0]), r"one finite number"),
+        (lambda model, batch: model(batch[0]), r"one finite number, found a tensor of shape \[7, 5\]"),
         (lambda model, batch: None, r"batch 1 must be one finite number, found None, which is no tensor"),
         (lambda model, batch: mlp_loss(model, batch).item(), r"one finite number, found \d+\.\d+, which is no tensor"),
         (lambda model, batch: model[0](batch[0]).sum(), r"no gradient.*'2.weight'"),

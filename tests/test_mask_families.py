@@ -289,6 +289,29 @@ def test_what_needs_a_matrix_says_so():
         assert run(mask, inputs_of((12,), 0), 5).numel() in (4, 5)
 
 
+def wrong_masks():
+    """What a mask must not return, and what the error says, also where the mask is one of a set."""
+
+    def named(answer):
+        def wrong(weight, k):
+            return answer(k)
+
+        return wrong
+
+    yield named(lambda k: list(range(k))), "found list"
+    yield named(lambda k: None), "found NoneType"
+    yield named(lambda k: torch.arange(k) / 2), "found torch.float32"
+    yield named(lambda k: torch.ones(2, dtype=torch.bool)), r"boolean mask of shape \[3, 4\], found \[2\]"
+    yield named(lambda k: torch.zeros(k + 1, dtype=torch.int64)), "the budget is . positions"
+    yield named(lambda k: torch.zeros(k, dtype=torch.int64)), "a position twice"
+    yield named(lambda k: torch.arange(k) - 1), "positions must be from 0 to 11, found -1"
+
+
+WRONG = list(wrong_masks())
+SETS = (masks.union, masks.intersection, masks.difference)
+WHOLE = ("block:size", "nm:n", "nm:m", "struct:frequency", "struct:offset", "lift:rank")
+
+
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
@@ -303,6 +326,10 @@ def test_what_needs_a_matrix_says_so():
         ("union:of=wm+snap", "did you mean 'snip'"),
         ("lift:rank=99", "rank must be from 1 to 3"),
         ("struct:frequency=0", "frequency must be at least 1"),
+        *[(f"{option}={value}", "must be a whole number, found") for option in WHOLE for value in ("x", "1.5", "true", "")],
+        (functools.partial(masks.block, size=2.0), "size must be a whole number, found 2.0"),
+        ("block:by=3", "unknown score 3; known: 'wm'"),
+        *[(functools.partial(mask, of=("wm", wrong)), f"its mask 'wrong'.*{words}") for mask in SETS for wrong, words in WRONG],
         (functools.partial(masks.block, by=lambda weight: weight[:1]), r"'w'.*a score must be floating point"),
         (functools.partial(masks.block, by=lambda mood: mood), "asks for 'mood'"),
     ],

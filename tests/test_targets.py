@@ -44,6 +44,7 @@ def test_a_string_is_a_regular_expression_on_the_whole_name(tiny_llama):
         (["q_prj"], r"'q_prj' matches no layer; did you mean 'q_proj'"),
         (["q_proj", "zzz"], r"'zzz' matches no layer; known: 'embed_tokens', 'q_proj'"),
         (["proj"], r"'proj' matches no layer"),  # a suffix starts after a dot
+        (["act_fn"], r"'act_fn' is a SiLU(Activation)? without weights of its own; leave it out"),
         (["self_attn"], r"'self_attn' is a LlamaAttention without weights of its own; name what is in it: q_proj, k_proj"),
         ("q_proj", r"targets 'q_proj' is a text; names of layers stand in a list: \['q_proj'\]"),
         ("q_proj, v_proj", r"a text; names of layers stand in a list: \['q_proj', 'v_proj'\]"),

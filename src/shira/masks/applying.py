@@ -16,6 +16,7 @@ from ..sparse.topk import top_k
 from .budgets import scores_without
 from .catalogue import CATALOGUE, Mask, call, needs, resolve
 from .scores import CALIBRATED, SCORES, Score
+from .sets import positions_in
 
 __all__ = ["options_of", "ranked", "score", "score_of", "select"]
 
@@ -130,25 +131,10 @@ def _top_k_without(mask: str | Mask, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _positions(answer: Any, weight: Tensor, k: int, avoid: Tensor) -> Tensor:
-    """The positions in a mask's answer, int64 and sorted. Raises MaskError if the answer is not valid."""
-    if not isinstance(answer, Tensor) or answer.dtype not in (torch.bool, torch.int32, torch.int64):
-        found = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
-        raise MaskError(f"expected a tensor of integer positions or a boolean mask, found {found}")
-    if answer.is_meta:
-        raise MaskError("it returned positions without data, on the meta device")
-    if answer.dtype == torch.bool:
-        if answer.shape != weight.shape:
-            raise MaskError(f"expected a boolean mask of shape {list(weight.shape)}, found {list(answer.shape)}")
-        answer = answer.reshape(-1).nonzero()
-    indices: Tensor = answer.to(weight.device, torch.int64).reshape(-1).sort().values
-    if indices.numel() > k:
-        raise MaskError(f"the budget is {k} positions, it returned {indices.numel()}")
+    """`sets.positions_in`, at least one, and none to avoid. Raises MaskError otherwise."""
+    indices = positions_in(answer, weight, k)
     if indices.numel() == 0:
         raise MaskError("it returned no position; raise the density")
-    if bool((indices[1:] == indices[:-1]).any()):
-        raise MaskError("it returned a position twice")
-    if int(indices[0]) < 0 or int(indices[-1]) >= weight.numel():
-        raise MaskError(f"positions must be from 0 to {weight.numel() - 1}, found {int(indices[0])} to {int(indices[-1])}")
     if avoid.numel() and bool((met := torch.isin(indices, avoid, assume_unique=True)).any()):
         raise MaskError(f"it returned {int(met.sum())} positions to avoid, the first is {int(indices[met][0])}")
     return indices

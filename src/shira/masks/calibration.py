@@ -178,7 +178,9 @@ def _gradients(
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
                 if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
-                    found = loss.tolist() if isinstance(loss, Tensor) else f"{loss!r:.60}, which is no tensor"
+                    found = f"{loss!r:.60}, which is no tensor"
+                    if isinstance(loss, Tensor):
+                        found = str(loss.item()) if loss.numel() == 1 else f"a tensor of shape {list(loss.shape)}"
                     raise MaskError(f"the loss of calibration batch {number} must be one finite number, found {found}")
                 if loss.requires_grad:  # otherwise the batch reaches none of these weights
                     loss.backward()

@@ -6,18 +6,18 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import MaskError, did_you_mean
+from ..texts import plain_number
 from . import sets
 from .activation import wanda
 from .gradient import fisher, grad, snip
 from .lowrank import lift
 from .magnitude import wm
 from .patterns import block, nm
-from .scores import INPUTS, Score, find_score, inputs_of
-from .sets import Chooser, from_adapter
+from .scores import INPUTS, Score, find_score, inputs_of, is_ours
+from .sets import Chooser, from_adapter, positions_in
 from .structured import struct
 from .uniform import rand
 
@@ -47,7 +47,7 @@ def resolve(mask: str | Mask) -> tuple[str, Mask]:
 def needs(function: Mask | Score) -> tuple[str, ...]:
     """The inputs that a mask or a score asks for, including those of its `by` and `of`.
 
-    Raises MaskError if it requires any other argument.
+    Raises MaskError if it requires any other argument, or has an option that must be a whole number and is not.
     """
     wanted: list[str] = []
     for parameter in inspect.signature(function).parameters.values():
@@ -57,11 +57,18 @@ def needs(function: Mask | Score) -> tuple[str, ...]:
             continue
         elif parameter.default is parameter.empty:
             raise MaskError(f"a mask may ask for {', '.join(INPUTS)}; {function!r} asks for {parameter.name!r}")
+        elif is_ours(function) and parameter.annotation in (int, int | None) and not _is_whole(parameter.default):
+            raise MaskError(f"{parameter.name} must be a whole number, found {parameter.default!r}")
         elif parameter.name == "by":
             wanted += needs(find_score(parameter.default))
         elif parameter.name == "of":
             wanted += [name for mask in parameter.default for name in needs(resolve(mask)[1])]
     return tuple(dict.fromkeys(wanted))
+
+
+def _is_whole(value: Any) -> bool:
+    value = plain_number(value)
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def call(function: Mask | Score, inputs: Mapping[str, Any]) -> Any:
@@ -105,14 +112,16 @@ def _each(of: Sequence[str | Mask], weight: Tensor, inputs: dict[str, Any]) -> l
     if isinstance(of, str) or len(of) < 2:
         raise MaskError(f"a set of masks needs two or more of them, found {of!r}")
 
-    def chooser(mask: Mask) -> Chooser:
+    def chooser(label: str, mask: Mask) -> Chooser:
         def choose(count: int) -> Tensor:
-            answer: Tensor = call(mask, inputs | {"weight": weight, "k": count})
-            return answer.reshape(-1).nonzero().view(-1) if answer.dtype == torch.bool else answer.long().sort().values
+            try:
+                return positions_in(call(mask, inputs | {"weight": weight, "k": count}), weight, count)
+            except MaskError as error:
+                raise MaskError(f"its mask {label!r}: {error}") from error
 
         return choose
 
-    return [chooser(resolve(mask)[1]) for mask in of]
+    return [chooser(*resolve(mask)) for mask in of]
 
 
 def _with_options(mask: Mask, name: str, text: str) -> Mask:

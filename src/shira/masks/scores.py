@@ -14,7 +14,7 @@ from .gradient import fisher_scores, grad_scores, snip_scores
 from .lowrank import lift_scores
 from .magnitude import wm_scores
 
-__all__ = ["CALIBRATED", "INPUTS", "SCORES", "Score", "call_score", "find_score", "inputs_of"]
+__all__ = ["CALIBRATED", "INPUTS", "SCORES", "Score", "call_score", "find_score", "inputs_of", "is_ours"]
 
 Score = Callable[..., Tensor]  # takes a mask's inputs except k, returns float32 [the weight's shape]
 
@@ -35,10 +35,10 @@ SCORES: Mapping[str, Score] = MappingProxyType(
 
 def find_score(by: str | Score) -> Score:
     """The score of the mask with this name; a function is returned as it is. Raises MaskError for an unknown name."""
-    if not isinstance(by, str):
+    if callable(by):
         return by
-    if by not in SCORES:
-        raise MaskError(f"unknown score {by!r}; {did_you_mean(by, SCORES)}")
+    if not isinstance(by, str) or by not in SCORES:
+        raise MaskError(f"unknown score {by!r}; {did_you_mean(str(by), SCORES)}")
     return SCORES[by]
 
 
@@ -47,9 +47,15 @@ def call_score(score: Score, inputs: Mapping[str, Any]) -> Any:
     return score(**inputs_of(score, (name for name in inspect.signature(score).parameters if name in INPUTS), inputs))
 
 
+def is_ours(function: Callable[..., Any]) -> bool:
+    """Whether a mask or a score is of this package."""
+    inner = function.func if isinstance(function, partial) else function
+    return (getattr(inner, "__module__", None) or "").partition(".")[0] == __name__.partition(".")[0]
+
+
 def inputs_of(function: Callable[..., Any], names: Iterable[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of these names for a mask or a score. One of a user gets copies of tensors: it may compute in place."""
-    inner = function.func if isinstance(function, partial) else function
-    ours = (getattr(inner, "__module__", None) or "").partition(".")[0] == __name__.partition(".")[0]
     found = {name: inputs[name] for name in names}
-    return found if ours else {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+    if is_ours(function):
+        return found
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}

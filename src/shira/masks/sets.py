@@ -5,6 +5,7 @@ budget. This takes five to twenty times as long as the masks alone.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,30 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import MaskError
 
-__all__ = ["Chooser", "common", "from_adapter", "joined", "remaining"]
+__all__ = ["Chooser", "common", "from_adapter", "joined", "positions_in", "remaining"]
 
 Chooser = Callable[[int], Tensor]  # from a count to a mask's positions, int64 and sorted
+
+
+def positions_in(answer: Any, weight: Tensor, k: int) -> Tensor:
+    """The positions in a mask's answer, int64 [at most k], sorted. Raises MaskError if the answer is not valid."""
+    if not isinstance(answer, Tensor) or answer.dtype not in (torch.bool, torch.int32, torch.int64):
+        found = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
+        raise MaskError(f"expected a tensor of integer positions or a boolean mask, found {found}")
+    if answer.is_meta:
+        raise MaskError("it returned positions without data, on the meta device")
+    if answer.dtype == torch.bool:
+        if answer.shape != weight.shape:
+            raise MaskError(f"expected a boolean mask of shape {list(weight.shape)}, found {list(answer.shape)}")
+        answer = answer.reshape(-1).nonzero()
+    indices: Tensor = answer.to(weight.device, torch.int64).reshape(-1).sort().values
+    if indices.numel() > k:
+        raise MaskError(f"the budget is {k} positions, it returned {indices.numel()}")
+    if bool((indices[1:] == indices[:-1]).any()):
+        raise MaskError("it returned a position twice")
+    if indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= weight.numel()):
+        raise MaskError(f"positions must be from 0 to {weight.numel() - 1}, found {int(indices[0])} to {int(indices[-1])}")
+    return indices
 
 
 def joined(chosen: Sequence[Chooser], k: int) -> Tensor:

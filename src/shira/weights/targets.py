@@ -343,7 +343,8 @@ def _by_names(weights: _Weights, wanted: list[str]) -> list[str]:
             if module is not None:
                 below = ", ".join(_suffixes(n.removeprefix(f"{path}.") for n in weights.modules if n.startswith(path)))
                 kind = type(module).__name__
-                raise TargetError(f"target {entry!r} is a {kind} without weights of its own; name what is in it: {below}")
+                remedy = f"name what is in it: {below}" if below else "leave it out"
+                raise TargetError(f"target {entry!r} is a {kind} without weights of its own; {remedy}")
             raise TargetError(f"target {entry!r} matches no layer; {did_you_mean(entry, _suffixes(weights.modules))}")
         chosen |= meant
     return [name for name in weights.owners if name in chosen]
