@@ -102,7 +102,7 @@ NOT_RUN = {  # page -> how a snippet begins -> why it does not run
         "VLLM": "needs vLLM; `make test-vllm` runs it",
         "SHIRA_ADAPTERS": "needs vLLM; `make test-vllm` runs it",
     },
-    "docs/styles.md": {"python -m": "hours: the figures of the page"},
+    "docs/styles.md": dict.fromkeys(["python -m", "shira experiment"], "hours: the figures of the page"),
 }
 
 

@@ -338,6 +338,13 @@ def test_a_model_must_be_one(given):
         shira.attach(given)
 
 
+def test_a_tuner_is_no_model_and_says_where_it_is():
+    with shira.attach(mlp()) as tuner:
+        for name in ("to", "train", "forward", "named_parameters"):
+            with pytest.raises(AttributeError, match=f"a Tuner has no '{name}', .*pass tuner.model"):
+                getattr(tuner, name)
+
+
 def test_the_second_tuner_is_told_of_the_first_and_a_dropped_one_is_found_in_the_model():
     model = mlp()
     shira.attach(model, density=0.3)

@@ -64,11 +64,17 @@ def saving(
 
 def _json_of(path: Path, metadata: Mapping[str, Any]) -> str:
     """The metadata as JSON. Raises AdapterError for what is no JSON that a reader takes."""
+    parts = [{field: value} for field, value in metadata.items()]  # one by one, so that an error can name the field
     try:
-        text = json.dumps(metadata, allow_nan=False)
-        strict_json(text)
+        for part in (*parts, metadata):
+            text = json.dumps(part, allow_nan=False)
+            strict_json(text)
     except (TypeError, ValueError, RecursionError) as error:
-        raise AdapterError(f"cannot save to {path}: the adapter's metadata cannot be written as JSON: {error}") from error
+        where = "" if part is metadata else f"{shown(next(iter(part)))}: "
+        raise AdapterError(
+            f"cannot save to {path}: the adapter's metadata cannot be written as JSON: {where}{error}; give texts, finite "
+            "numbers, true, false, lists and mappings"
+        ) from error
     return text
 
 

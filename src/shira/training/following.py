@@ -364,8 +364,10 @@ def is_cast_of(before: Tensor, now: Tensor) -> bool:
     if before.shape != now.shape:
         return False
     largest = torch.finfo(torch.float16).max  # what is larger may have become infinite
-    before, now = (each.to(now.device, torch.float32).clamp(-largest, largest) for each in (before, now))
-    return torch.allclose(before, now, equal_nan=True, **NEAR)
+    before, now = before.to(now.device), now.float().clamp(-largest, largest)
+    coarse = (torch.float8_e4m3fn, torch.float8_e5m2)
+    between = (before.to(dtype).float() for dtype in (before.dtype, *coarse))
+    return any(torch.allclose(each.clamp(-largest, largest), now, equal_nan=True, **NEAR) for each in between)
 
 
 def value_name(attribute: str) -> str:

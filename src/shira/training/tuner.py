@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,11 @@ class Tuner:
         mask = shown(self._mask.get("name", "not chosen yet"))
         base = f", base {shown(self._base.get('id'))}" if self._tuned else ""
         return f"<shira.Tuner {self._stage}: {what}\n  mask {mask}, model {type(self.model).__name__}{base}>"
+
+    if not TYPE_CHECKING:  # type checkers would take any name
+
+        def __getattr__(self, name: str):
+            raise AttributeError(f"a Tuner has no {name!r}, it is no model; its model stays what it was: pass tuner.model")
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters for an optimizer: one float32 tensor [k] for each target, its entries divided by `lr_scale`.
@@ -274,10 +279,9 @@ class Tuner:
                 say(self._training.watch.at_the_end())
         tensors, prints = {}, {}
         for tensor, (shape, touched, kind) in (self._trained or self._so_far()).items():
+            values = touched.values.detach().cpu().clone()
             try:
-                tensors[tensor] = SparseTensor(
-                    shape, touched.indices.cpu().clone(), touched.values.detach().cpu().clone(), kind
-                )
+                tensors[tensor] = SparseTensor(shape, touched.indices.cpu().clone(), values, kind)
             except AdapterError as error:
                 raise TuningError(f"training of '{tensor}' went wrong: {error}; try a lower learning rate") from error
             if tensor not in self._whole:  # a module that trains whole has new values at each load: no base to compare with
@@ -293,9 +297,8 @@ class Tuner:
         found = {}
         for tuned in self._tuned:
             touched = tuned.touched()
-            found[tuned.name] = Trained(
-                shape_of(tuned.weight), touched._replace(values=touched.values.detach().clone()), tuned.kind
-            )
+            copied = touched._replace(values=touched.values.detach().clone())
+            found[tuned.name] = Trained(shape_of(tuned.weight), copied, tuned.kind)
         for name, (before, now) in self._buffers.changed().items():
             indices = torch.arange(now.numel(), device=now.device)
             found[name] = Trained(tuple(now.shape), Touched(indices, before.reshape(-1), now.reshape(-1).clone()), "overwrite")
@@ -339,8 +342,7 @@ class Tuner:
                 tuned.look(to_leave=True)
             with contextlib.nullcontext() if restore else contextlib.suppress(TuningError, RuntimeError, IndexError):
                 self._trained = self._so_far()
-            self._restore, self._thread = restore, threading.get_ident()
-            self._stage = LEAVING
+            self._restore, self._thread, self._stage = restore, threading.get_ident(), LEAVING
         if self._stage == GONE:
             return
         if self._stage == COPY:
