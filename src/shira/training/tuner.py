@@ -130,7 +130,7 @@ class Tuner:
     if not TYPE_CHECKING:  # type checkers would take any name
 
         def __getattr__(self, name: str):
-            raise AttributeError(f"a Tuner has no {name!r}, it is no model; its model stays what it was: pass tuner.model")
+            raise AttributeError(f"a Tuner has no {name!r}, it is no model; pass tuner.model", name=name, obj=self)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters for an optimizer: one float32 tensor [k] for each target, its entries divided by `lr_scale`.
