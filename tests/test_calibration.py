@@ -274,6 +274,21 @@ def test_calibration_that_cannot_work(loss_fn, words, count):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_a_loss_that_has_run_its_own_backward_pass():
+    def loss(model, batch):
+        loss = mlp_loss(model, batch)
+        loss.backward(retain_graph=True)
+        return loss
+
+    with pytest.raises(MaskError, match="'2.weight' got two gradients from one batch: .* return the loss alone"):
+        shira.attach(mlp(), mask="snip", calibration=mlp_batches(1), loss_fn=loss)
+
+
+def test_a_batch_of_a_tokenizer_that_made_no_tensors(tiny_llama):
+    with pytest.raises(DataError, match="'input_ids' of a batch must be a tensor, found list: .*return_tensors='pt'"):
+        shira.attach(tiny_llama, mask="snip", calibration=[{"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]}])
+
+
 def test_advice_about_cudnn_is_for_gpus_that_use_it():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:

@@ -91,6 +91,19 @@ def test_a_copy_knows_a_step_that_was_made_by_hand_just_before(options, taken):
             copied(batch[0])
 
 
+@pytest.mark.parametrize("taken", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"])
+@pytest.mark.parametrize("options", [{}, {"decompose": 2}, {"low_rank": 2}, {"lr_scale": 8}], ids=str)
+def test_a_copy_knows_a_cast_that_was_made_just_before(options, taken):
+    model, inputs = mlp(torch.bfloat16), torch.ones(3, 13, dtype=torch.float16)
+    with shira.attach(model, density=0.3, **options) as tuner:
+        train(model, tuner)
+        copied = taken(model.half())
+        assert torch.equal(copied(inputs), model(inputs))
+        copied(inputs).sum().backward()
+        assert copied.shira_tuner.adapter().tensors.keys() == tuner.adapter().tensors.keys()
+    assert same_bits(all_bits(model), all_bits(mlp(torch.bfloat16).half()))
+
+
 PARTS_OPTIONS = [{}, {"method": "hook"}, {"decompose": 2}, {"low_rank": 2}, {"mask": "struct"}]
 
 

@@ -150,6 +150,11 @@ def _gradients(
     waiting = set(weights)
 
     def hand_out(name: str) -> None:
+        if name not in waiting:
+            raise MaskError(
+                f"tensor '{name}' got two gradients from one batch: loss_fn called backward(), or layers that share the tensor "
+                "are checkpointed with use_reentrant=True; return the loss alone, or use_reentrant=False"
+            )
         waiting.remove(name)
         found = sums.pop(name)
         if any(bool(total.max().isnan()) for total in found.values()):
@@ -327,6 +332,12 @@ def _output(model: nn.Module, batch: Any) -> Any:
     """What the model returns for a batch, a mapping of its arguments, whose tensors are moved to its device."""
     if not isinstance(batch, Mapping):
         raise DataError(f"a batch must be a mapping of the model's arguments, found {type(batch).__name__}; or pass loss_fn=")
+    ids = batch.get("input_ids")
+    if not (ids is None or isinstance(ids, Tensor)):
+        raise DataError(
+            f"'input_ids' of a batch must be a tensor, found {type(ids).__name__}: tokenizer(texts, return_tensors='pt', "
+            "padding=True)"
+        )
     device = next(model.parameters()).device
     return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
 

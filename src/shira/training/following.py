@@ -4,6 +4,7 @@ The base's values are a buffer of the module that holds the weight. So casts and
 change the base itself. `Followed.look` compares a weight with its last known state before the tuner uses it.
 """
 
+import contextlib
 import weakref
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -331,6 +332,8 @@ class Followed:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or unpickled object knows its weight if this one does. Its weight has a version counter of its own."""
+        with contextlib.suppress(TuningError):  # then the copy will raise it
+            self.look()
         return self.__dict__ | {"_seen": self._seen and self._is_as_seen(), "sharing": (), "written": -1}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
