@@ -371,6 +371,36 @@ def test_layers_that_are_rearranged_are_given_their_base_wherever_they_are(act):
     assert switcher.active == {}
 
 
+@pytest.mark.parametrize("act", ["swapped", "inserted", "taken out", "swapped and cast"])
+def test_statistics_of_rearranged_layers_are_those_of_their_own_layer(act):
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.ReLU(), nn.BatchNorm1d(5), nn.BatchNorm1d(5))
+    for number in (0, 2, 3):
+        model[number].running_mean.fill_(number)
+    layers = [model[0], model[2], model[3]]
+    base = [all_bits(layer) for layer in layers]
+    switcher = Switcher(model)
+    every = torch.arange(5)
+    held = [f"{number}.{part}" for number in (0, 2, 3) for part in ("weight", "running_mean", "running_var")]
+    switcher.add("a", shira.Adapter({name: SparseTensor((5,), every, torch.rand(5)) for name in held}))
+    switcher.use("a")
+    new = nn.BatchNorm1d(5)
+    match act:
+        case "inserted":
+            model.insert(0, new)
+        case "taken out":
+            del model[0]
+        case _:
+            model[0], model[2] = model[2], model[0]
+    if act == "swapped and cast":  # buffers are others after a cast: nothing says whose they are
+        model.half()
+        with pytest.raises(SwitchError, match="running_mean' was changed by somebody else"):
+            switcher.use(None)
+        return
+    switcher.use(None)
+    assert all(same_bits(all_bits(layer), bits) for layer, bits in zip(layers, base, strict=True))
+    assert same_bits(all_bits(new), all_bits(nn.BatchNorm1d(5)))
+
+
 @pytest.mark.parametrize("act", ["freed", "expanded"])
 def test_a_weight_without_memory_of_its_own_is_not_written_to(act):
     """Its storage was freed, as FSDP does, or all rows are one: an error each time, and the base once its values are back."""

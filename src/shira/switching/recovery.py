@@ -52,6 +52,11 @@ def recover_base(
     """
     found: list[tuple[_ChangedPlaces, Bases]] = []
     present = tensors.first_of.keys()
+    moved = {
+        key
+        for key, its in names.items()
+        if key in present and all(tensors.by_name.get(name) is not tensors.first_of[key] for name in its)
+    }
     for plan in plans:
         for number in range(int(plan.begun[0])):
             write, stash, shape, own = plan.writes[number], plan.stash[number], plan.shapes[number], plan.weights[number]
@@ -60,18 +65,21 @@ def recover_base(
             there = [(name, tensors.by_name.get(name, own)) for name in names[id(own)]]
             if any(is_sharded(weight) for _, weight in there):  # then the plan is for the local pieces
                 now = {id(weight): (name, _piece(weight)) for name, weight in there}
+            has_moved = id(own) in moved
             for name, weight in there:  # several weights, if they were tied before
-                now.setdefault(id(weight), (name, weight))
-            if not (present & now.keys() or only_lost):
+                is_known = id(weight) in names or (has_moved and is_buffer(weight))
+                if not (is_known and (has_moved or only_lost)):  # otherwise it is another one, which has this one's name now
+                    now.setdefault(id(weight), (name, weight))
+            is_gone = not present & now.keys() or (moved and is_buffer(own) and id(own) not in present)
+            if is_gone and not only_lost:  # a buffer's entries do not show whether what has its name now is a cast of it
                 raise _unknown(names[id(own)][0], None, active)
-            has_moved = id(own) in present and all(tensors.first_of[id(own)] is not weight for _, weight in there)
             for key, (name, weight) in now.items():
                 entries = _entries(name, weight, shape, positions, write.values, stash)
                 bases = {} if entries is None else _bases(entries)
                 if entries is not None and bases:
                     found.append((entries, bases))
-                elif len(now) == 1 or (key in present and (key == id(own) or not (has_moved or only_lost))):
-                    raise _unknown(name, weight, active)  # unless another weight has this one's name now
+                elif len(now) == 1 or (key in present and (key == id(own) or not has_moved)):
+                    raise _unknown(name, weight, active)
     ways: dict[tuple[torch.dtype, torch.dtype], set[torch.dtype | None]] = {}
     for entries, bases in found:
         ways[entries.kind] = ways.get(entries.kind, set(bases)) & set(bases)
