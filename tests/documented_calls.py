@@ -116,6 +116,7 @@ def pipelines(pipe: Any) -> None:
     adapters.fuse()
     adapters.unfuse()
     adapters.by_step(lambda step, steps: {"bluefire": step / steps})
+    adapters.in_turn(["bluefire", "paintings"])
     adapters.disable()
 
 

@@ -14,7 +14,7 @@ import torch
 
 import shira
 from conftest import same_bits
-from pipelines import picture, pipe_adapter, pipe_bits, sd3
+from pipelines import picture, pipe_adapter, pipe_bits, sd3, stable_diffusion
 from shira import AdapterError, SwitchError
 from shira.integrations.diffusers import PipelineAdapters
 
@@ -150,6 +150,90 @@ def test_a_block_around_a_call_by_step_sets_what_was_set_before(pipe, adapters):
     assert adapters.active == {} and same_bits(pipe_bits(pipe), base)
     with pytest.warns(UserWarning, match="has not called back"), adapters.by_step(lambda step, steps: {"a": 1.0}):
         picture(pipe, 1)
+
+
+def drawn_by(pipe, steps, choose):
+    """A picture whose denoiser's n-th call is replaced by the mean of its calls with what choose(n) sets, one after another."""
+    forward, calls = pipe.unet.forward, []
+
+    def instead(*args, **options):
+        found = []
+        for activate in choose(len(calls)):
+            activate()
+            found.append(forward(*args, **options)[0])
+        calls.append(len(found))
+        return (torch.stack(found).mean(0),)
+
+    pipe.unet.forward = instead
+    try:
+        return picture(pipe, steps), calls
+    finally:
+        del pipe.unet.forward
+
+
+@pytest.mark.parametrize("steps, averaged", [(5, 0), (5, 1), (4, 2), (3, 9), (1, 1)])
+def test_adapters_take_turns(steps, averaged):
+    pipe = stable_diffusion()
+    adapters = PipelineAdapters(pipe)
+    for seed, name in enumerate("abc"):
+        adapters.load(pipe_adapter(pipe, seed, ("unet",)), name)
+    given, base = {"a": 1.0, "b": {"unet": {"mid": 0.5}}, "c": 0.5}, pipe_bits(pipe)
+    each = [lambda name=name, strength=strength: adapters.set({name: strength}) for name, strength in given.items()]
+    wanted, calls = drawn_by(pipe, steps, lambda n: [each[n % 3]] if n < steps - averaged else each)
+    assert sum(calls) == steps + 2 * min(averaged, steps)
+    adapters.set("b")
+    before = pipe_bits(pipe)
+    with adapters.in_turn(given, averaged=averaged) as at_step_end:
+        for _ in range(2):  # the second picture begins with the first adapter, too
+            assert adapters.active == {"a": 1.0}
+            assert torch.equal(picture(pipe, steps, callback_on_step_end=at_step_end), wanted)
+    assert adapters.active == {"b": 1.0} and same_bits(pipe_bits(pipe), before)
+    adapters.disable()
+    assert same_bits(pipe_bits(pipe), base) and not pipe.unet._forward_hooks
+
+
+def test_turns_end_with_their_block(pipe, adapters):
+    base = pipe_bits(pipe)
+    with pytest.raises(KeyboardInterrupt), adapters.in_turn(["a", "b"]) as at_step_end:
+        at_step_end(SimpleNamespace(num_timesteps=5), 0, None, {})
+        assert adapters.active == {"b": 1.0}
+        raise KeyboardInterrupt
+    assert adapters.active == {} and same_bits(pipe_bits(pipe), base) and not pipe.unet._forward_hooks
+    with pytest.raises(SwitchError, match="in_turn works in its block"):
+        picture(pipe, 2, callback_on_step_end=adapters.in_turn(["a", "b"]))
+    with pytest.warns(UserWarning, match="has not called back"), adapters.in_turn(["a", "b"]):
+        picture(pipe, 2)
+    assert adapters.active == {} and same_bits(pipe_bits(pipe), base)
+
+
+def test_turns_of_a_compiled_denoiser_and_of_a_transformer():
+    pipe = sd3()
+    adapters = PipelineAdapters(pipe)
+    for seed, name in enumerate("ab"):
+        adapters.load(pipe_adapter(pipe, seed, ("transformer",)), name)
+    pictures = []
+    for compiled in (False, True):
+        if compiled:
+            pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+        with adapters.in_turn(["a", "b"]) as at_step_end:
+            pictures.append(picture(pipe, 3, callback_on_step_end=at_step_end))
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda a: a.in_turn("a"), "expected two adapters or more"),
+        (lambda a: a.in_turn(["a", "x"]), "no adapter 'x'"),
+        (lambda a: a.in_turn({"a": 1.0, "b": {"vae": 1.0}}), "no component 'vae'"),
+        (lambda a: a.in_turn(["a", "b"], averaged=-1), "averaged must be a number of steps"),
+        (lambda a: a.in_turn(["a", "b"], averaged=True), "averaged must be a number of steps"),
+    ],
+)
+def test_turns_that_are_refused(pipe, adapters, wrong, message):
+    with pytest.raises((AdapterError, SwitchError), match=message):
+        wrong(adapters)
+    assert adapters.active == {}
 
 
 def test_strengths_are_the_users_and_those_of_zero_are_not_fused(pipe, adapters):

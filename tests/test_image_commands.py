@@ -73,12 +73,18 @@ def test_the_commands(run, folder):
     both = """-a plain.safetensors='{"unet": {"down": 0.5, "up": {"block_0": 0.0}}}' -a other.safetensors"""
     code, _, err = run(f"{common} {both} --method ties --density 0.5 --sweep 0,1 -o p.png")
     assert code == 0, err
+    code, _, err = run(f"{common} {both} --in-turn --sweep 0,1 --seeds 2 -o turns.png")
+    assert code == 0, err
     assert run(f"{common} --seeds 1 -o base.png")[0] == 0
     with Image.open("sweep.png") as swept, Image.open("base.png") as base:
         places = [(swept.width - (3 - n) * (128 + 4), swept.height - 128 - 4) for n in range(3)]
         tiles = [swept.crop((x, y, x + 128, y + 128)).tobytes() for x, y in places]
         alone = base.crop((base.width - 132, base.height - 132, base.width - 4, base.height - 4)).tobytes()
     assert tiles[0] == alone and len(set(tiles)) == 3
+    with Image.open("turns.png") as turns:
+        places = [(turns.width - (4 - n) * (128 + 4), turns.height - 128 - 4) for n in range(4)]
+        tiles = [turns.crop((x, y, x + 128, y + 128)).tobytes() for x, y in places]
+    assert tiles[0] == alone and len(set(tiles)) == 4
 
 
 @pytest.mark.parametrize(
@@ -160,6 +166,7 @@ def test_wrong_options_are_refused_before_a_pipeline_is_loaded(run, folder, monk
     pipe_adapter(stable_diffusion(), 1).save("one.safetensors")
     for options, words in {
         "--sweep 1": "--sweep needs an adapter",
+        "-a one.safetensors --in-turn": "--in-turn is for two adapters or more, -a FILE -a FILE, and for no --method; found 1 of",
         "-o x.txt": "x.txt: expected the ending of a picture that can be written, such as .png or .jpg; found the ending",
         "-o grid": "grid: expected the ending of a picture that can be written, such as .png or .jpg; found no ending",
         "-o grid.psd": "found the ending '.psd'",

@@ -1,5 +1,6 @@
 """shira sample: make pictures with a Diffusers pipeline and adapters."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,9 @@ def sample(
     resolution: Annotated[
         int | None, typer.Option(help="The side in pixels.", show_default="the pipeline's own", min=8)
     ] = None,
+    in_turn: Annotated[
+        bool, typer.Option("--in-turn", help="Each step has another of the adapters, the last one the mean of all.")
+    ] = False,
     method: MethodName = "sum",
     density: Density = None,
     drop: Drop = None,
@@ -61,6 +65,9 @@ def sample(
         check_caption("--prompt", text)
     options = method_options(method, density=density, drop=drop, seed=seed)
     strengths = given_adapters(adapter or [])
+    if in_turn and (len(strengths) < 2 or method != "sum"):
+        found = f"--method {method}" if method != "sum" else f"{len(strengths)} of them"
+        raise DataError(f"--in-turn is for two adapters or more, -a FILE -a FILE, and for no --method; found {found}")
     factors = _factors(sweep)
     selections = [
         {path: _times(f"the strength of {shown(path)}", strength, factor) for path, strength in strengths.items()}
@@ -87,19 +94,22 @@ def sample(
     adapters = PipelineAdapters(loaded)
     for path in strengths:
         adapters.load(path, path)
+    asked: dict[str, Any] = {"steps": steps, "guidance": guidance, "resolution": resolution}
     columns: dict[str, list[Any]] = {}
     done = 0
     with progress("making pictures", len(factors) * len(numbers) * len(prompt)) as update:
         for factor, selection in zip(factors, selections, strict=True):
-            adapters.set(selection, method=method, **options)
-            for number in numbers:
-                images = []
-                for text in prompt:
-                    images.append(sampling.sample(loaded, text, number, steps=steps, guidance=guidance, resolution=resolution))
-                    done += 1
-                    update(done)
-                label = [f"x {factor:g}"] * (sweep is not None) + [f"seed {number}"] * (sweep is None or len(numbers) > 1)
-                columns[", ".join(label)] = images
+            if not in_turn:
+                adapters.set(selection, method=method, **options)
+            with adapters.in_turn(selection) if in_turn else contextlib.nullcontext() as at_step_end:
+                for number in numbers:
+                    images = []
+                    for text in prompt:
+                        images.append(sampling.sample(loaded, text, number, at_step_end=at_step_end, **asked))
+                        done += 1
+                        update(done)
+                    label = [f"x {factor:g}"] * (sweep is not None) + [f"seed {number}"] * (sweep is None or len(numbers) > 1)
+                    columns[", ".join(label)] = images
     adapters.disable()
     grid(list(zip(*columns.values(), strict=True)), prompt, list(columns)).save(output)
     console.print(f"{cell(output)}: {len(prompt)} x {len(columns)} pictures", highlight=False)

@@ -1,8 +1,7 @@
 """Diffusers: adapters of a whole pipeline, by the calls that users of its LoRAs know.
 
 A `Switcher` sees the pipeline's denoiser and text encoders as one model, whose names begin with the component:
-"unet.conv_in.weight". Nothing is added to the pipeline, so its own calls, hooks and compiled parts stay what they are.
-The VAE is never written to.
+"unet.conv_in.weight". Nothing is added to the pipeline, so its calls, hooks and compiled parts stay. The VAE is not written to.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ from ..weights.model_tensors import named_tensors
 from .block_strengths import by_block, copied, paired
 from .diffusers_components import COMPONENTS, check_component, check_parts, fitting, prefix_of, present_in, tensors_of
 from .diffusers_copies import check_own_weights
-from .diffusers_steps import ByStep
+from .diffusers_steps import ByStep, InTurn
 
 __all__ = ["PipelineAdapters"]
 
@@ -56,7 +55,7 @@ class _Set(NamedTuple):
         return meant, self.method if self.enabled else self.fused_by
 
 
-def _in_turn(call: Call) -> Call:
+def _one_at_a_time(call: Call) -> Call:
     """Calls from several threads take turns. What a `Switcher` advises is said in the words of a `PipelineAdapters`."""
 
     @functools.wraps(call)
@@ -133,12 +132,12 @@ class PipelineAdapters:
         """Name -> strength of each adapter that stays in the weights until `unfuse`."""
         return self._in_the_weights("fused")
 
-    @_in_turn
+    @_one_at_a_time
     def _in_the_weights(self, which: str) -> dict[str, Any]:
         known, now = getattr(self._current(), which), self._switcher.active
         return {name: copied(given) for name, (given, _) in known.items() if name in now}
 
-    @_in_turn
+    @_one_at_a_time
     def _current(self) -> _Set:
         """What is set. It is what an interrupted call wanted, if the interrupt came after the weights were written."""
         if self._tried is not self._set:
@@ -149,7 +148,7 @@ class PipelineAdapters:
             self._tried = self._set
         return self._set
 
-    @_in_turn
+    @_one_at_a_time
     @knows_foreign_names("docs/diffusers.md")
     def load(self, adapter: File, name: str | None = None, *, component: str | None = None) -> str:
         """Load an adapter, or a file of one, after checking that it belongs to this pipeline. Nothing is activated.
@@ -188,7 +187,7 @@ class PipelineAdapters:
         self._sources[name] = source
         return name
 
-    @_in_turn
+    @_one_at_a_time
     def adapter(self, name: str) -> Adapter:
         """An adapter as it was loaded, from its file if it was one; each name of a tensor has its component in front.
 
@@ -198,7 +197,7 @@ class PipelineAdapters:
             raise SwitchError(f"no adapter {shown(name)}; {did_you_mean(str(name), self.names)}")
         return self._sources[name].read(named_tensors(self._model))[0]
 
-    @_in_turn
+    @_one_at_a_time
     @knows_foreign_names("docs/diffusers.md")
     def set(
         self,
@@ -230,17 +229,17 @@ class PipelineAdapters:
         how = now.fused_by if method is None and not options else ("sum" if method is None else method, options)
         self._apply(_Set(chosen, now.fused, method=how, fused_by=now.fused_by))
 
-    @_in_turn
+    @_one_at_a_time
     def disable(self) -> None:
         """Take out what is active. `enable` brings it back. What is fused stays."""
         self._apply(self._current()._replace(enabled=False))
 
-    @_in_turn
+    @_one_at_a_time
     def enable(self) -> None:
         """Activate again what was set when `disable` was called."""
         self._apply(self._current()._replace(enabled=True))
 
-    @_in_turn
+    @_one_at_a_time
     def delete(self, names: str | list[str]) -> None:
         """Take adapters out of the weights, and forget them. Raises SwitchError if one is unknown or fused; then all stay."""
         several = [names] if isinstance(names, str) else names
@@ -257,7 +256,7 @@ class PipelineAdapters:
             self._tensors.pop(name, None)
             self._sources.pop(name, None)
 
-    @_in_turn
+    @_one_at_a_time
     @knows_foreign_names("docs/diffusers.md")
     def fuse(self) -> None:
         """Let what is active stay in the weights, under whatever is set later, until `unfuse`. Nothing is written.
@@ -270,12 +269,12 @@ class PipelineAdapters:
         fused = now.fused | {name: now.chosen[name] for name in active}
         self._apply(now._replace(chosen={}, fused=fused, fused_by=now.method))
 
-    @_in_turn
+    @_one_at_a_time
     def unfuse(self) -> None:
         """Take out all that was fused. What was set since stays active; without that, the base is back, bit for bit."""
         self._apply(self._current()._replace(fused={}, fused_by=SUM))
 
-    @_in_turn
+    @_one_at_a_time
     def release(self) -> None:
         """Keep what is in the weights for good: from now on it is the base.
 
@@ -324,11 +323,9 @@ class PipelineAdapters:
         strengths(step, steps): what `set` takes, name -> strength, for step 1, 2, … steps − 1. The first step, and the text
             encoders before it, run with what is set when the pipeline is called. After the last step that is set again.
         method, options: as in `set`, for these steps.
-
         As a `with` block it sets again what was set in any case: after an exception, an interrupt, and in pipelines that run
         fewer steps than they say (SDXL's ControlNets with `denoising_end`). It warns if the pipeline has never called back.
 
-            pipe(prompt, callback_on_step_end=adapters.by_step(lambda step, steps: {"bluefire": step / steps}))
             with adapters.by_step(lambda step, steps: {"bluefire": step / steps}) as at_step_end:
                 pipe(prompt, callback_on_step_end=at_step_end)
         """
@@ -339,7 +336,23 @@ class PipelineAdapters:
             lambda step, steps: self.set(strengths(step, steps), method=method, **options), self._current, self._again
         )
 
-    @_in_turn
+    def in_turn(self, names: list[str] | Mapping[str, Any], strengths: Any = None, *, averaged: int = 1) -> InTurn[_Set]:
+        """A `with` block for several styles in one picture, whose shapes stay: each step has another of these adapters.
+
+        names, strengths: as in `set`. averaged: in so many last steps the denoiser runs once with each of them, and the mean
+        of what it predicts counts. The text encoders run with the first. Source: LoRA Switch and Composite, arXiv 2402.16843.
+
+            with adapters.in_turn(["bluefire", "paintings"]) as at_step_end:
+                pipe(prompt, callback_on_step_end=at_step_end)
+        """
+        given = copied(paired(names, strengths))
+        for name, strength in given.items():
+            self._check(name)
+            by_block(name, strength, present_in(self._pipe), self._tensors[name])
+        each = [functools.partial(self.set, {name: strength}) for name, strength in given.items()]
+        return InTurn(self._pipe, each, averaged, self._current, self._again)
+
+    @_one_at_a_time
     def _again(self, before: _Set) -> None:
         """Set what was set before, without adapters that were deleted since."""
         chosen, fused = ({name: each[name] for name in each if name in self._tensors} for each in (before.chosen, before.fused))
@@ -351,7 +364,7 @@ class PipelineAdapters:
         if name in self._current().fused:
             raise SwitchError(f"adapter {name!r} is fused; call unfuse() first, or release() to keep it for good")
 
-    @_in_turn
+    @_one_at_a_time
     def _apply(self, wanted: _Set) -> None:
         self._follow()
         meant, (method, options) = wanted.in_use()

@@ -57,10 +57,12 @@ def sample(
     guidance: float | None = None,
     resolution: int | None = None,
     on_step: Callable[[int], None] | None = None,
+    at_step_end: Callable[..., Any] | None = None,
 ) -> Any:
     """One PIL image of a prompt. guidance, resolution (the side in pixels): by default the pipeline's own.
 
-    on_step(number of the step, from 1) is called after each step; what it raises ends the work.
+    on_step(number of the step, from 1) is called after each step; what it raises ends the work. at_step_end: in its place a
+        `callback_on_step_end`, as `PipelineAdapters.in_turn` gives it.
     Raises DataError if the pipeline takes no prompt, or refuses these options.
     """
     taken = inspect.signature(pipe.__call__).parameters
@@ -69,7 +71,11 @@ def sample(
     check_caption("the prompt", prompt)
     options: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     options |= {} if resolution is None else {"height": resolution, "width": resolution}
-    if on_step is not None:
+    if at_step_end is not None:
+        if "callback_on_step_end" not in taken:
+            raise DataError(f"{type(pipe).__name__} calls nothing back after a step, so adapters cannot take turns")
+        options["callback_on_step_end"] = at_step_end
+    elif on_step is not None:
         options["callback_on_step_end"] = lambda _pipe, step, _time, tensors: (on_step(step + 1), tensors)[1]
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)

@@ -1,11 +1,19 @@
-"""Strengths that change from step to step of a pipeline's call."""
+"""Strengths that change from step to step of a pipeline's call, and adapters that take turns."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-__all__ = ["ByStep"]
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import AdapterError, SwitchError
+from ..texts import described
+from .diffusers_components import DENOISERS
+
+__all__ = ["ByStep", "InTurn"]
 
 Set = TypeVar("Set")
 
@@ -24,8 +32,7 @@ class ByStep(Generic[Set]):
         self._called = True
         if step == 0:
             self._before = self._now()
-        known = getattr(pipe, "num_timesteps", None)
-        steps = len(pipe.scheduler.timesteps) if known is None else known
+        steps = steps_of(pipe)
         if step + 1 < steps:
             self._set_step(step + 1, steps)
         else:
@@ -40,3 +47,73 @@ class ByStep(Generic[Set]):
         self._again(self._before)
         if kind is None and not self._called:
             warnings.warn("the pipeline has not called back, so no strength has changed from step to step", stacklevel=2)
+
+
+class InTurn(ByStep[Set]):
+    """What `PipelineAdapters.in_turn` returns. each: activates one of the adapters. averaged: how many last steps have all."""
+
+    def __init__(
+        self, pipe: Any, each: Sequence[Callable[[], None]], averaged: int, now: Callable[[], Set], again: Callable[[Set], None]
+    ) -> None:
+        if len(each) < 2:
+            raise AdapterError(f"expected two adapters or more, in_turn(['bluefire', 'paintings']); found {len(each)}")
+        if type(averaged) is not int or averaged < 0:
+            raise AdapterError(f"averaged must be a number of steps, a whole number from 0 on, found {described(averaged)}")
+        denoiser = next((part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)), None)
+        if denoiser is None:
+            raise SwitchError(f"the pipeline has no {' or '.join(DENOISERS)}, whose steps adapters could share")
+        super().__init__(lambda step, steps: self._activate(step % len(each)), now, again)
+        self._pipe, self._denoiser, self._each, self._averaged = pipe, denoiser, each, averaged
+        self._step = self._active = 0
+        self._hook: RemovableHandle | None = None
+        self._averaging = False
+
+    def _activate(self, number: int) -> None:
+        self._each[number]()
+        self._active = number
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if self._hook is None:
+            raise SwitchError("in_turn works in its block: with adapters.in_turn(names) as at_step_end: pipe(…)")
+        self._called = True
+        steps = steps_of(pipe)
+        self._step = (step + 1) % steps  # 0: the next picture begins
+        self._set_step(self._step, steps)
+        return tensors
+
+    def __enter__(self) -> "InTurn[Set]":
+        super().__enter__()
+        self._step = 0
+        try:
+            self._activate(0)
+            self._hook = self._denoiser.register_forward_hook(self._average, with_kwargs=True)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+        super().__exit__(kind, error, where)
+
+    def _average(self, denoiser: nn.Module, args: Any, options: Mapping[str, Any], predicted: Any) -> Any:
+        """In the last steps, the mean of what the denoiser predicts with each adapter, as its output."""
+        if self._averaging or self._step < steps_of(self._pipe) - self._averaged:
+            return predicted
+        found, self._averaging = {self._active: predicted[0]}, True
+        try:
+            for number in set(range(len(self._each))) - found.keys():
+                self._activate(number)
+                found[number] = denoiser(*args, **options)[0]
+        finally:
+            self._averaging = False
+        mean = torch.stack([found[number] for number in sorted(found)]).mean(0)
+        return (mean, *predicted[1:]) if isinstance(predicted, tuple) else type(predicted)(mean)
+
+
+def steps_of(pipe: Any) -> int:
+    """How many steps the scheduler of a pipeline has in the call that runs."""
+    known = getattr(pipe, "num_timesteps", None)
+    return len(pipe.scheduler.timesteps) if known is None else int(known)
