@@ -166,7 +166,7 @@ def test_wrong_options_are_refused_before_a_pipeline_is_loaded(run, folder, monk
     pipe_adapter(stable_diffusion(), 1).save("one.safetensors")
     for options, words in {
         "--sweep 1": "--sweep needs an adapter",
-        "-a one.safetensors --in-turn": "--in-turn is for two adapters or more, -a FILE -a FILE, and for no --method; found 1 of",
+        "-a one.safetensors --in-turn": "--in-turn is for two adapters or more, -a FILE -a FILE, and for no --method; found 1",
         "-o x.txt": "x.txt: expected the ending of a picture that can be written, such as .png or .jpg; found the ending",
         "-o grid": "grid: expected the ending of a picture that can be written, such as .png or .jpg; found no ending",
         "-o grid.psd": "found the ending '.psd'",

@@ -133,7 +133,7 @@ def test_results_say_which_base_they_are_of_and_are_not_mixed(place, monkeypatch
         other.run(key)
 
 
-@pytest.mark.parametrize("name", ["image", "image-rates", "image-seeds"])
+@pytest.mark.parametrize("name", ["image", "image-rates", "image-seeds", "image-turns"])
 def test_what_decides_a_run_is_in_its_number(name):
     recipe = settings.named(name)
     cases = [("bluefire", "many", name, rate) for name, method in recipe["methods"].items() for rate in method["rates"]]
@@ -147,6 +147,8 @@ def test_what_decides_a_run_is_in_its_number(name):
     ]
     keys += [style_runs.score_key(recipe, [(keys[0], strength)], "bluefire") for strength in (0.5, 1.0)]
     keys += [style_runs.score_key(recipe, [(keys[0], 1.0)], "bluefire", {"method": name}) for name in ("mean", "ties")]
+    both = [(key, 1.0) for key in keys[:2]]
+    keys += [style_runs.score_key(recipe, both, None), *(style_runs.added(recipe, keys[:2], {"averaged": n}) for n in (1, 2))]
     assert len({stores.number(key) for key in keys}) == len(keys)
 
 
@@ -177,7 +179,10 @@ def test_a_style_is_trained_and_the_base_is_back(tmp_path, method):
         first = style_adapters.loss_of(parts, examples)
     with style_adapters.adapted(pipe, folders, [1.0, 0.5]):
         both = style_runs.drawn(pipe, **draw)["dog"][0]
+    with style_adapters.adapted(pipe, folders, [1.0, 0.5], averaged=1) as at_step_end:
+        turns = style_runs.drawn(pipe, **draw, at_step_end=at_step_end)["dog"][0]
     assert not np.array_equal(alone, plain) and not np.array_equal(both, alone)
+    assert not any(np.array_equal(turns, other) for other in (plain, alone, both))
     assert first == pytest.approx(summaries[0]["validation_loss"], rel=1e-3)  # at the strength at which it was trained
     assert same_bits(all_bits(modules_of(pipe)), before)
     assert np.array_equal(style_runs.drawn(pipe, **draw)["dog"][0], plain)

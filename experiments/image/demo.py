@@ -1,7 +1,7 @@
 """The demo to look at: two styles on a small emoji model, in place on one pipeline. `make demo-image` runs it.
 
 It trains the model of 24 emoji, if the cache has none, and one adapter for each of two styles. It draws one grid: the base,
-each style, both, some strengths, and the base again, whose bits are compared with those before.
+each style, some strengths, both added and in turn, and the base again, whose bits are compared with those before.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -94,14 +95,23 @@ def demo(place: Path, steps: int) -> None:
     one, other = files
     states: list[tuple[str, dict[str, float]]] = [("base", {})]
     states += [(f"{one} {strength:g}", {one: strength}) for strength in (0.25, 0.5, 0.75)]
-    states += [(one, {one: 1.0}), (other, {other: 1.0}), (f"both at {BOTH:g}", {one: BOTH, other: BOTH}), ("base again", {})]
+    states += [(one, {one: 1.0}), (other, {other: 1.0}), (f"both at {BOTH:g}", {one: BOTH, other: BOTH})]
+    states += [("both in turn", {one: 1.0, other: 1.0}), ("base again", {})]
     columns, rows = [], []
+
+    def draw(**more: Any) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16()):
+            columns.append(emoji.generate(pipe, SHOWN, GUIDANCE, SAMPLING, **more))
+
     for title, wanted in states:
+        if title == "both in turn":
+            with adapters.in_turn(wanted) as at_step_end:
+                draw(at_step_end=at_step_end)
+            continue
         row = [title, f"{switch_milliseconds(adapters.set, wanted, {} if wanted else adapters.active):.2f}"]
         changed = sum(int((now != base[name]).sum()) for name, now in weights.state_dict().items())
         rows.append([*row, f"{changed:,}", bytes_text(files[title].stat().st_size) if title in files else ""])
-        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16()):
-            columns.append(emoji.generate(pipe, SHOWN, GUIDANCE, SAMPLING))
+        draw()
     same = digest(weights) == before
     cells = [[Image.fromarray(column[row]) for column in columns] for row in range(len(SHOWN))]
     grid(cells, SHOWN, [title for title, _ in states], smallest=96).save(place / "grid.png", optimize=True)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,13 @@ def folder(count: int) -> Path:
 
 
 def generate(
-    pipe: StableDiffusionPipeline, names: Sequence[str], guidance: float, steps: int = 30, seed: int = 0, share: float = GUIDED
+    pipe: StableDiffusionPipeline,
+    names: Sequence[str],
+    guidance: float,
+    steps: int = 30,
+    seed: int = 0,
+    share: float = GUIDED,
+    at_step_end: Callable[..., Any] | None = None,
 ) -> list[Picture]:
     """One picture for each name. The noise of a picture depends on the seed and its place in the list."""
     noise = torch.Generator().manual_seed(seed)
@@ -79,7 +85,7 @@ def generate(
             guidance_scale=guidance,
             generator=noise,
             output_type="np",
-            **guided_at_first(share),
+            **guided_at_first(share, at_step_end),
         ).images
         made += list((images * 255).round().astype(np.uint8))
     return made

@@ -1,6 +1,7 @@
 """The parts of the emoji model, as Diffusers has them, and the pipeline that they make."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,8 +125,10 @@ def pipeline(model: UNet2DConditionModel, tokenizer: Any, text_encoder: Any) -> 
     return made
 
 
-def guided_at_first(share: float = GUIDED) -> dict[str, Any]:
+def guided_at_first(share: float = GUIDED, and_then: Callable[..., Any] | None = None) -> dict[str, Any]:
     """Options of a pipeline's call that guide only the first share of its steps, where the noise is strong (arXiv 2404.07724).
+
+    and_then: another function for `callback_on_step_end`.
 
     Guided predictions get the spread of those with the text (arXiv 2305.08891, section 3.4). Guidance at the end repeats
     itself: a picture that is too strong already differs from what the network draws without a text, and is made stronger
@@ -136,7 +139,7 @@ def guided_at_first(share: float = GUIDED) -> dict[str, Any]:
         if pipe.do_classifier_free_guidance and step + 1 >= share * pipe.num_timesteps:
             pipe._guidance_scale = 1.0  # as in Diffusers' guide to callbacks
             tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
-        return tensors
+        return and_then(pipe, step, timestep, tensors) if and_then else tensors
 
     return {
         "guidance_rescale": 1.0,

@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 import shira
 from shira.data.pictures import Picture
 from shira.integrations.diffusers import PipelineAdapters
+from shira.integrations.diffusers_steps import InTurn
 from shira.integrations.diffusers_training import Examples, accelerator_for, train, training_mode
 from shira.integrations.diffusion_losses import TrainedComponents
 
@@ -121,24 +123,41 @@ def loss_of(parts: TrainedComponents, examples: Examples) -> float:
 
 @contextlib.contextmanager
 def adapted(
-    pipe: Any, folders: Sequence[Path], strengths: Sequence[float], fusion: str = "sum", **options: Any
-) -> Iterator[None]:
-    """Inside, the pipeline draws with these adapters. fusion, options: as `PipelineAdapters.set` has them; LoRAs are summed."""
+    pipe: Any,
+    folders: Sequence[Path],
+    strengths: Sequence[float],
+    fusion: str = "sum",
+    averaged: int | None = None,
+    **options: Any,
+) -> Iterator[Callable[..., Any] | None]:
+    """Inside, the pipeline draws with these adapters. fusion, options: as `PipelineAdapters.set` has them; LoRAs are summed.
+
+    averaged: they take turns in place of it, as in `PipelineAdapters.in_turn`. What is yielded is for `callback_on_step_end`.
+    """
     names = [f"style{number}" for number in range(len(folders))]
     if all((folder / FILE).exists() for folder in folders):
         adapters = PipelineAdapters(pipe)
         for name, folder in zip(names, folders, strict=True):
             adapters.load(folder / FILE, name)
+        if averaged is not None:
+            with adapters.in_turn(names, list(strengths), averaged=averaged) as at_step_end:
+                yield at_step_end
+            return
         adapters.set(names, list(strengths), method=fusion, **options)
         try:
-            yield
+            yield None
         finally:
             adapters.set([])
-    else:
-        try:
-            for name, folder in zip(names, folders, strict=True):
-                pipe.load_lora_weights(folder, adapter_name=name)
+        return
+    try:
+        for name, folder in zip(names, folders, strict=True):
+            pipe.load_lora_weights(folder, adapter_name=name)
+        if averaged is not None:
+            each = [partial(pipe.set_adapters, name, strength) for name, strength in zip(names, strengths, strict=True)]
+            with InTurn(pipe, each, averaged, lambda: None, lambda _: None) as at_step_end:
+                yield at_step_end
+        else:
             pipe.set_adapters(names, list(strengths))
-            yield
-        finally:
-            pipe.unload_lora_weights()
+            yield None
+    finally:
+        pipe.unload_lora_weights()

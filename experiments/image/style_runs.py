@@ -1,6 +1,6 @@
 """The runs of the style experiment: what a recipe wants, in which order, and how each is made."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,15 @@ def pair(recipe: Recipe, store: Store, size: str, name: str, fusion: Recipe) -> 
 
 def added(recipe: Recipe, keys: Sequence[Key], fusion: Recipe) -> Key:
     """The pictures of two styles at once."""
-    how = {key: value for key, value in fusion.items() if key in ("method", "options")}
+    how = {key: value for key, value in fusion.items() if key in ("method", "options", "averaged")}
     return score_key(recipe, [(key, fusion.get("strength", 1.0)) for key in keys], None, how)
 
 
 def fusions_of(recipe: Recipe, name: str) -> dict[str, Recipe]:
-    """What LoRA has of the ways to add two adapters: Diffusers sums them."""
+    """What LoRA has of the ways to add two adapters: Diffusers sums them, or they take turns."""
     every: dict[str, Recipe] = recipe["fusions"]
-    return {how: each for how, each in every.items() if "lora" not in recipe["methods"][name] or each.keys() <= {"strength"}}
+    ours = "lora" not in recipe["methods"][name]
+    return {how: each for how, each in every.items() if ours or each.keys() <= {"strength", "averaged"}}
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
@@ -227,16 +228,25 @@ class Lab:
         folders = [self.adapter(each["run"]) for each in key["adapters"]]
         how, pipe = key["fusion"], self.pipe(key["concepts"])
         strengths = [each["strength"] for each in key["adapters"]]
-        with style_adapters.adapted(pipe, folders, strengths, how.get("method", "sum"), **how.get("options", {})):
-            return drawn(pipe, names, seeds, **key["sampling"])
+        given = {"fusion": how.get("method", "sum"), "averaged": how.get("averaged"), **how.get("options", {})}
+        with style_adapters.adapted(pipe, folders, strengths, **given) as at_step_end:
+            return drawn(pipe, names, seeds, at_step_end=at_step_end, **key["sampling"])
 
 
-def drawn(pipe: Any, names: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float) -> dict[str, list[Pixels]]:
+def drawn(
+    pipe: Any,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    at_step_end: Callable[..., Any] | None = None,
+) -> dict[str, list[Pixels]]:
     """Pictures in the arithmetic that the adapters were trained in: name -> one for each seed."""
     found: dict[str, list[Pixels]] = {name: [] for name in names}
     for seed in seeds:
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16()):
-            made = generate(pipe, names, guidance, steps, seed)
+            made = generate(pipe, names, guidance, steps, seed, at_step_end=at_step_end)
         for name, picture in zip(names, made, strict=True):
             found[name].append(picture)
     return found
