@@ -14,7 +14,7 @@ from pipelines import pipe_adapter, sd3, sdxl, stable_diffusion
 from shira import DataError, SwitchError
 from shira.data.pictures import Picture, image_of, pictures_in
 from shira.integrations import diffusers_training
-from shira.integrations.diffusers_sampling import modules_of
+from shira.integrations.diffusers_sampling import modules_of, sample
 from shira.runs.image_recipes import ImageRecipe, train_image
 
 LINE = "train-image pipeline --data dog --steps 1 --batch-size 1 --sample-steps 1"
@@ -183,3 +183,10 @@ def test_training_where_gradients_are_turned_off_is_training(folder, without_gra
         adapter = train_image(recipe(), pipe)
     assert all(torch.equal(each.values, wanted.tensors[name].values) for name, each in adapter.tensors.items())
     assert same_bits(all_bits(modules_of(pipe)), all_bits(modules_of(stable_diffusion())))
+
+
+def test_a_pipeline_of_several_dtypes_draws_nothing():
+    pipe = stable_diffusion()
+    pipe.vae.to(torch.bfloat16)
+    with pytest.raises(DataError, match=r"several dtypes: vae bfloat16, text_encoder float32, unet float32 .*pipe.to"):
+        sample(pipe, "dog", 0, steps=1)

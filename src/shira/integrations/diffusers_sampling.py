@@ -85,6 +85,12 @@ def sample(
             return pipe(prompt=prompt, num_inference_steps=steps, generator=start, **options).images[0]
     except ValueError as error:  # a pipeline checks its inputs before the first step
         raise DataError(f"{type(pipe).__name__} makes no such picture: {error}") from error
+    except RuntimeError as error:
+        kinds = {name: next((p.dtype for p in part.parameters()), None) for name, part in modules_of(pipe).named_children()}
+        if len(set(kinds.values()) - {None}) < 2:
+            raise
+        found = ", ".join(f"{name} {str(kind).removeprefix('torch.')}" for name, kind in kinds.items() if kind is not None)
+        raise DataError(f"its parts have several dtypes: {found} ({error}); give them one: pipe.to(torch.float32)") from error
     finally:
         pipe.set_progress_bar_config(**(before or {}))
 
