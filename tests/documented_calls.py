@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import shira
 from shira.integrations.diffusers import PipelineAdapters
 from shira.integrations.trainer import ReferenceModel, ShiraCallback
+from shira.switching.on_inputs import fuse_on_inputs
 
 
 def adapters(adapter: shira.Adapter, path: Path) -> dict[str, shira.SparseTensor]:
@@ -63,6 +64,9 @@ def trainers(model: nn.Module, batches: list[Any]) -> tuple[ShiraCallback, Refer
 
 def switching(model: nn.Module, adapter: shira.Adapter, path: Path) -> Iterator[dict[str, Any]]:
     switcher = shira.Switcher(model, ready=4, host=2)
+    inputs: dict[str, list[dict[str, Tensor]]] = {"poet": [{"input_ids": torch.zeros(1, 2)}], "coder": []}
+    both: shira.Adapter = fuse_on_inputs(switcher, inputs, memory=2)
+    both.save(path)
     switcher.add("poet", "poet.safetensors")
     switcher.add("coder", path)
     switcher.add("mine", adapter)

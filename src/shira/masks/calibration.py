@@ -25,7 +25,7 @@ from ..weights.random_numbers import same_random_numbers
 from ..weights.targets import is_conv1d
 from ..weights.undo import Undo, hooks_of, set_hook
 
-__all__ = ["LossFn", "Progress", "calibrate", "check_arguments", "nan_advice"]
+__all__ = ["LossFn", "Progress", "calibrate", "check_arguments", "linear_layers", "nan_advice"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
@@ -79,9 +79,10 @@ def calibrate(
         "squared_gradient": the square of each batch's gradient, mean over the batches, float32, the weight's shape;
         "activations": for each input feature of the linear layers that compute with the weight, the 2-norm over all tokens,
             float32 [in], or [in, 1] where the weight is [in, out] (Transformers' Conv1D). Tokens that a batch's
-            "attention_mask" hides do not count.
+            "attention_mask" hides do not count;
+        "products": of the same tokens x the mean of x xᵀ, float32 [in, in]. It takes the place of "activations".
     batches: read once into a list, and run once for each group of weights.
-    loss_fn(model, batch): by default `model(**batch).loss`. Activations alone need no loss.
+    loss_fn(model, batch): by default `model(**batch).loss`. Activations and products need no loss.
     memory: bytes that training takes for parameters and optimizer. The sums of a group may take these bytes, and the bytes of
         the inputs that training keeps of the first batch for other weights. A group holds at least one weight. None: all
         weights are one group.
@@ -96,7 +97,8 @@ def calibrate(
     batches = list(batches)
     if not batches:
         raise MaskError("calibration holds no batch")
-    of_gradients = [name for name in statistics if name != "activations"]
+    of_gradients = [name for name in statistics if name not in ("activations", "products")]
+    of_inputs = next((name for name in statistics if name not in of_gradients), None)
     done = 0
 
     def batch_done() -> None:
@@ -112,22 +114,22 @@ def calibrate(
         groups = [list(sums)] if of_gradients else []
         if of_gradients and len(batches) > 1 and memory is not None and sum(sums.values()) > memory:
             groups = _groups(sums, memory, _inputs_kept(model, weights, batches[0], loss_fn or _model_loss, steps))
-        passes = len(groups) + ("activations" in statistics)
-        norms = _activations(model, weights, batches, loss_fn, batch_done, steps) if "activations" in statistics else {}
+        passes = len(groups) + (of_inputs is not None)
+        seen = _inputs(model, weights, batches, loss_fn, batch_done, steps, of_inputs == "products") if of_inputs else {}
         for group in groups:
             _gradients(
                 model,
                 {name: weights[name] for name in group},
                 batches,
-                lambda name, found: receive(name, found | ({"activations": norms[name]} if norms else {})),
+                lambda name, found: receive(name, found | ({of_inputs: seen[name]} if of_inputs else {})),
                 of_gradients,
                 loss_fn or _model_loss,
                 batch_done,
                 steps,
             )
-    if not of_gradients:
+    if not of_gradients and of_inputs:
         for name in weights:
-            receive(name, {"activations": norms[name]})
+            receive(name, {of_inputs: seen.pop(name)})
     return {"statistics": list(statistics), "batches": len(batches)} | _size(batches)
 
 
@@ -210,28 +212,35 @@ def _add(sums: dict[str, Tensor], gradient: Tensor, statistics: Sequence[str]) -
 
 
 @torch.no_grad()
-def _activations(
+def _inputs(
     model: nn.Module,
     weights: Mapping[str, nn.Parameter],
     batches: Sequence[Any],
     loss_fn: LossFn | None,
     batch_done: Callable[[], None],
     steps: Undo,
+    products: bool,
 ) -> dict[str, Tensor]:
-    """The 2-norm of each input feature of the layers that compute with these weights. Squares are summed in float64."""
-    squares: dict[str, Tensor] = {}
+    """The 2-norm of each input feature of the layers that compute with these weights, squares in float64; or the products."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     shown: Tensor | None = None  # which tokens of the batch count, bool [batch, tokens]
 
     def look(_module: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
         tokens = inputs[0].detach()
         hidden = shown is not None and shown.shape == tokens.shape[:-1]
         tokens = tokens[shown] if hidden else tokens.reshape(-1, tokens.shape[-1])
-        norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
-        squares[name] = squares.get(name, 0) + norms.double().square()
+        counts[name] = counts.get(name, 0) + len(tokens)
+        if products:
+            wide = tokens.float()
+            sums[name] = sums[name].addmm_(wide.T, wide) if name in sums else wide.T @ wide
+        else:
+            norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
+            sums[name] = sums.get(name, 0) + norms.double().square()
 
     transposed: set[str] = set()
     with steps.inner() as undo, same_random_numbers(weights.values()):
-        for name, module in _linear_layers(model, weights):
+        for name, module in linear_layers(model, weights):
             transposed |= {name} if is_conv1d(module) else set()
             hook = partial(look, name=name)
             set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, hook)
@@ -240,13 +249,15 @@ def _activations(
             shown = mask.to(next(model.parameters()).device).bool() if isinstance(mask, Tensor) else None
             loss_fn(model, batch) if loss_fn is not None else _output(model, batch)
             batch_done()
-    missing = sorted(weights.keys() - squares.keys())
+    missing = sorted(weights.keys() - sums.keys())
     if missing:
         raise MaskError(
             f"{len(missing)} tensors saw no input of a linear layer in the calibration batches, the first is '{missing[0]}'; "
             "leave them out, or take a mask without activations"
         )
-    norms = {name: total.sqrt().float() for name, total in squares.items()}
+    if products:
+        return {name: total.div_(max(1, counts[name])) for name, total in sums.items()}
+    norms = {name: total.sqrt().float() for name, total in sums.items()}
     return {name: norm[:, None] if name in transposed else norm for name, norm in norms.items()}
 
 
@@ -280,7 +291,7 @@ def _inputs_kept(
         running.clear()
 
     with (steps or Undo()).inner() as undo, torch.enable_grad(), same_random_numbers(weights.values()):
-        for name, module in _linear_layers(model, weights):
+        for name, module in linear_layers(model, weights):
             hook = partial(begin, name=name)
             set_hook(undo, hooks_of(module, "_forward_pre_hooks"), module.register_forward_pre_hook, hook)
             set_hook(undo, hooks_of(module, "_forward_hooks"), module.register_forward_hook, end)
@@ -292,7 +303,7 @@ def _inputs_kept(
     return {name: {at: size for at, size in found.items() if at not in elsewhere} for name, found in kept.items()}
 
 
-def _linear_layers(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Module]]:
+def linear_layers(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Module]]:
     """The linear layers that compute with these weights, each with its weight's name."""
     names = {id(weight): name for name, weight in weights.items()}
     for module in model.modules():
