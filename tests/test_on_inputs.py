@@ -110,7 +110,9 @@ def test_neither_memory_nor_what_is_active_changes_the_result(tiny_llama, wide, 
     model = tiny_llama.to(torch.bfloat16) if wide else tiny_llama
     switcher = switcher_of(model)
     inputs = {name: llama_batches(2, seed) for seed, name in enumerate("ab")}
-    one = fuse_on_inputs(switcher, inputs)
+    told = []
+    one = fuse_on_inputs(switcher, inputs, progress=lambda *done: told.append(done))
+    assert told == [(n, 4 + len(one.tensors)) for n in range(1, 5 + len(one.tensors))]
     assert one.metadata["fused"] == {"method": "regmean", "adapters": ["a", "b"]} and one.name == "random0+random1"
     switcher.use("a")
     active = all_bits(model)
@@ -184,3 +186,19 @@ def test_a_copy_of_the_model_gives_the_same(tiny_llama):
     inputs = {name: llama_batches(1, seed) for seed, name in enumerate("ab")}
     one, other = (fuse_on_inputs(switcher_of(model), inputs) for model in (tiny_llama, twin))
     assert all(torch.equal(one.tensors[name].values, other.tensors[name].values) for name in one.tensors)
+
+
+def test_wrong_options_of_the_command_are_refused_before_the_model_is_loaded(run, tmp_path, monkeypatch, tiny_llama):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        random_adapter(tiny_llama, seed).save(f"{name}.safetensors")
+    for options, words in {
+        "--on spam --on film": "--on runs the model: give it, --base MODEL",
+        "--base none --on spam": "--on must be given once for each adapter, 2 times, in their order; found 1",
+        "--base none --on spam --on film --method ties": "--on takes the place of strengths and methods",
+        "--base none --on spam --on film --method sum --on film": "found 3",
+    }.items():
+        code, _, err = run(f"fuse a.safetensors b.safetensors {options}")
+        assert code == 1 and words in " ".join(err.split()), err
+    code, _, err = run("fuse a.safetensors b.safetensors=0.5 --base none --on spam --on film")
+    assert code == 1 and "--on takes the place of strengths and methods" in " ".join(err.split()), err

@@ -115,14 +115,16 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
         over_seeds = f"; seeds {', '.join(f'{100 * each:.1f}' for each in apiece)}" if len(apiece) > 1 else ""
         rows.append([*row, share(*lost) + over_seeds, f"{100 * lost[0] / average(alone)[0]:.1f}"])
         for how in ways(recipe, method, recipe["other_seeds"][0]):
-            found = of_seeds(recipe, store, [together[recipe["seeds"].index(seed)] for seed in recipe["other_seeds"]], **how)
+            asked = [together[recipe["seeds"].index(seed)] for seed in recipe["other_seeds"]]
+            there = [runs for runs in asked if of_seeds(recipe, store, [runs], **how)]
+            found = of_seeds(recipe, store, there, **how)
             if found is None:
                 continue
             if how["fusion"] == "sum":
                 strengths.setdefault(name, {})[how.get("strength", 1.0)] = found
             if "strength" not in how:
                 text = how["fusion"] + "".join(f", {key} {value}" for key, value in how.get("options", {}).items())
-                other.append([name, text, *cells(found), share(*average(found))])
+                other.append([name, text, str(len(there)), *cells(found), share(*average(found))])
     text = [markdown(head, rows)]
     if recipe["compare_with"] in drops:
         for name in (name for name in drops if name != recipe["compare_with"]):
@@ -130,10 +132,10 @@ def report(recipe: Recipe, store: Store, plots: Path | None) -> str:
             text.append(
                 f"{recipe['compare_with']} loses {share(mean, error)} points more than {name} ({probability(mean, error)})."
             )
-    text.append(markdown(["method", f"fusion (seeds: {len(recipe['other_seeds'])})", *tasks, "average"], other))
+    text.append(markdown(["method", "fusion", "seeds", *tasks, "average"], other))
     at = sorted({1.0, *recipe["strengths"]})
     if len(at) > 1:
-        head = [f"method, added (seeds: {len(recipe['other_seeds'])})", *(f"α = {strength:g}" for strength in at)]
+        head = ["method, added", *(f"α = {strength:g}" for strength in at)]
         text.append(markdown(head, [[name, *averages(found, at)] for name, found in strengths.items()]))
     text.append(markdown(["method (first seed)", *apart_head(tasks)], apart_rows(recipe, store)))
     if plots is not None and any(len(found) > 1 for found in strengths.values()):

@@ -14,10 +14,11 @@ import shira
 from shira import masks
 from shira.data.tokens import Row
 from shira.integrations.transformers_training import train as hf_train
+from shira.switching.on_inputs import fuse_on_inputs
 
-from . import near
+from . import near, regmean
 
-__all__ = ["OURS", "adapted", "checksum", "distances", "train"]
+__all__ = ["OURS", "adapted", "checksum", "distances", "fused_on_inputs", "train"]
 
 OURS = "adapter.safetensors"
 
@@ -112,6 +113,18 @@ def adapted(
                 tuned.add_weighted_adapter(names, [strength] * len(names), "fused", **given)
                 tuned.set_adapter("fused")
             yield tuned.get_base_model().eval()
+
+
+def fused_on_inputs(model: nn.Module, folders: Sequence[Path], inputs: Sequence[Sequence[Any]]) -> shira.Adapter:
+    """One adapter with the effect of several, each on the batches of its inputs: `fuse_on_inputs`, or LoRA's by `regmean`."""
+    names = [str(number) for number in range(len(folders))]
+    if (folders[0] / OURS).exists():
+        switcher = shira.Switcher(model)
+        for name, folder in zip(names, folders, strict=True):
+            switcher.add(name, folder / OURS)
+        return fuse_on_inputs(switcher, dict(zip(names, inputs, strict=True)))
+    with _with_peft(model, folders) as (tuned, _):
+        return regmean.of_loras(tuned, names, inputs)
 
 
 def distances(model: nn.Module, folders: Sequence[Path]) -> dict[str, list[float]]:

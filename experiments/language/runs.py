@@ -162,13 +162,28 @@ class Lab:
             lm_eval.task_of(part.name, examples(part, "test", key["test"], 0), kind=kind) for part in parts(key["on"], kind)
         ]
         how = {name: key[name] for name in ("strength", "fusion", "options") if name in key}
-        with methods.adapted(model, [self.folder(run) for run in key["adapters"]], **how) as ready:
+        folders = [self.folder(run) for run in key["adapters"]]
+        if key.get("fusion") == "on-inputs":
+            folders, how = [self.fused_on_inputs(key["adapters"], **key["options"])], {}
+        with methods.adapted(model, folders, **how) as ready:
             lm_eval.hide_output()
             scores = lm_eval.evaluate(ready, tokenizer, tasks, batch_size=BATCH)
             text = encode(tokenizer, sentences(key["text"]))
             loss = hf.mean_loss(ready, text, BATCH, tokenizer.pad_token_id or 0)
         right = {score.task: "".join(str(int(answer)) for answer in score.right) for score in scores}
         return {"right": right, "text_loss": loss}
+
+    def fused_on_inputs(self, adapters: Sequence[str], examples: int) -> Path:
+        """The folder of one adapter with the effect of these runs' adapters, fused on their first training examples."""
+        key: Key = {"kind": "on-inputs", "adapters": list(adapters), "examples": examples}
+        if not (artefacts() / number(key)).is_dir():
+            trained = [line["key"] for run in adapters if (line := self.store.line(run)) is not None]
+            inputs = [self.calibration(run | {"calibration": examples}, self.rows(run)) for run in trained]
+            model = self.model(trained[0]["model"], trained[0]["dtype"])[0]
+            fused = methods.fused_on_inputs(model, [self.folder(run) for run in adapters], inputs)
+            with new_folder(key) as folder:
+                fused.save(folder / methods.OURS)
+        return artefacts() / number(key)
 
     def compare(self, key: Key) -> dict[str, Any]:
         """The distances between adapters; see `methods.distances`."""

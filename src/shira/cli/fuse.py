@@ -108,5 +108,5 @@ def _on_inputs(
     with waiting("loading the model"):
         model, switcher = load_live(base, files, dtype)
     inputs = {file: batches(each[:], model, BATCH, tokenizer.pad_token_id or 0) for file, each in zip(files, rows, strict=True)}
-    with progress("fusing", None) as update:
-        return fuse_on_inputs(switcher, inputs, progress=lambda done, _: update(done, "batches"))
+    with progress("reading the adapters", None) as update:
+        return fuse_on_inputs(switcher, inputs, progress=lambda done, total: update(done, "", "batches, tensors", total))

@@ -41,7 +41,7 @@ def fuse_on_inputs(
 
     inputs: name of an adapter -> batches of its task, as for calibration; 64 examples are enough, and no labels are needed.
     loss_fn(model, batch): runs the model, if `model(**batch)` does not. memory: bytes that the sums over inputs may take; with
-        less, the batches run more often.
+        less, the batches run more often. progress(done, total): called after each batch and each tensor.
 
     Each tensor's result is scaled so that, over all tasks, what an adapter changes in its own outputs keeps its size. Changes
     of weights that no linear layer multiplies are added. Method: RegMean, arXiv 2212.09849, over the entries that change.
@@ -68,7 +68,16 @@ def fuse_on_inputs(
         layers[name] = changed[name]
         transposed |= {name} if is_conv1d(layer) else set()
     fused = {name: tensor.values for name, tensor in added.items() if name not in layers}
-    for group in _groups(layers, transposed, memory // len(held)):
+    groups = _groups(layers, transposed, memory // len(held))
+    done = 0
+
+    def step(*_: int) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(groups) * sum(map(len, held.values())) + len(layers))
+
+    for group in groups:
         products: dict[str, list[Tensor]] = {name: [] for name in group}
 
         def receive(name: str, found: Mapping[str, Tensor], into: Any = products) -> None:
@@ -77,10 +86,11 @@ def fuse_on_inputs(
         for name, batches in held.items():
             with switcher.using({name: 1.0}):
                 weights = {tensor: layers[tensor] for tensor in group}
-                calibrate(model, weights, batches, receive, statistics=["products"], loss_fn=loss_fn, progress=progress)
+                calibrate(model, weights, batches, receive, statistics=["products"], loss_fn=loss_fn, progress=step)
         for name in group:
             parts = [each.get(name) for each in changes]
             fused[name] = solved(added[name], parts, products.pop(name), transposed=name in transposed)
+            step()
     return _adapter(switcher, list(held), added, fused)
 
 
