@@ -152,6 +152,26 @@ def test_a_block_around_a_call_by_step_sets_what_was_set_before(pipe, adapters):
         picture(pipe, 1)
 
 
+def ends_after(call, last):
+    """A `callback_on_step_end` that calls this one, and ends the picture after a step, as Diffusers' guides tell users to."""
+
+    def at_step_end(pipe, step, timestep, tensors):
+        tensors = call(pipe, step, timestep, tensors)
+        pipe._interrupt = step == last
+        return tensors
+
+    return at_step_end
+
+
+def test_a_block_by_step_sets_what_was_set_before_it_after_a_picture_that_was_ended_early(pipe, adapters):
+    adapters.set("b", 0.7)
+    before = pipe_bits(pipe)
+    with adapters.by_step(lambda step, steps: {"a": step / steps}) as at_step_end:
+        picture(pipe, 4, callback_on_step_end=ends_after(at_step_end, 1))
+        picture(pipe, 4, callback_on_step_end=at_step_end)
+    assert adapters.active == {"b": 0.7} and same_bits(pipe_bits(pipe), before)
+
+
 def drawn_by(pipe, steps, choose):
     """A picture whose denoiser's n-th call is replaced by the mean of its calls with what choose(n) sets, one after another."""
     forward, calls = pipe.unet.forward, []

@@ -26,7 +26,8 @@ class ByStep(Generic[Set]):
 
     def __init__(self, set_step: Callable[[int, int], None], now: Callable[[], Set], again: Callable[[Set], None]) -> None:
         self._set_step, self._now, self._again = set_step, now, again
-        self._before, self._called = now(), False
+        self._before = self._outside = now()
+        self._called = False
 
     def __call__(self, pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self._called = True
@@ -40,11 +41,12 @@ class ByStep(Generic[Set]):
         return tensors
 
     def __enter__(self) -> "ByStep[Set]":
-        self._before, self._called = self._now(), False
+        self._before = self._outside = self._now()
+        self._called = False
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
-        self._again(self._before)
+        self._again(self._outside)
         if kind is None and not self._called:
             warnings.warn("the pipeline has not called back, so no strength has changed from step to step", stacklevel=2)
 
