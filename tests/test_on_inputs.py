@@ -124,6 +124,24 @@ def test_neither_memory_nor_what_is_active_changes_the_result(tiny_llama, wide, 
         torch.testing.assert_close(tensor.values, other.tensors[name].values, rtol=1e-2, atol=1e-3)
 
 
+def test_features_that_no_input_has_and_inputs_that_are_not_finite():
+    model = mlp(torch.float64)
+    switcher, before = switcher_of(model, density=1.0), all_bits(model)
+    inputs = {name: [(batch.double(), labels) for batch, labels in task_batches(seed)] for seed, name in enumerate("ab")}
+    for batches in inputs.values():
+        for batch, _ in batches:
+            batch[:, 3:] = 0
+    both = fuse_on_inputs(switcher, inputs, loss_fn=mlp_loss)
+    fused = both.tensors["0.weight"]
+    assert fused.values.dtype == torch.float64 and bool(fused.values.isfinite().all())
+    unseen = fused.indices % 13 >= 3
+    assert torch.equal(fused.values[unseen], model[0].weight.detach().view(-1)[fused.indices[unseen]])
+    inputs["a"][0][0][0, 0] = torch.nan
+    with pytest.raises(SwitchError, match="'0.weight': an input of its layer is NaN"):
+        fuse_on_inputs(switcher, inputs, loss_fn=lambda model, batch: model(batch[0]))
+    assert same_bits(all_bits(model), before) and switcher.active == {}
+
+
 def test_weights_that_no_linear_layer_multiplies_are_added():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(13, 6), nn.Linear(6, 5))

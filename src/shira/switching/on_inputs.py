@@ -24,7 +24,7 @@ from .switcher import Switcher
 __all__ = ["fuse_on_inputs", "solved"]
 
 CROSS = 0.9  # factor of Pₜ's entries off the diagonal, RegMean's: a system of few inputs has one solution
-RIDGE = 1e-4  # of the mean of a system's diagonal, added to it
+RIDGE, LEAST = 1e-4, 1e-3  # of the mean of a system's diagonal, added to it; of at least this mean: inputs may all be 0
 SYSTEMS = 2**18  # numbers in the systems that are solved at once: 1 MB, which caches hold; 2**24 took 7 times as long
 
 
@@ -45,7 +45,8 @@ def fuse_on_inputs(
 
     Each tensor's result is scaled so that, over all tasks, what an adapter changes in its own outputs keeps its size. Changes
     of weights that no linear layer multiplies are added. Method: RegMean, arXiv 2212.09849, over the entries that change.
-    Raises SwitchError for fewer than two adapters or an unknown one; what `calibrate` and `use` raise. The model is as before.
+    Raises SwitchError for fewer than two adapters, an unknown one, or inputs that are not finite; what `calibrate` and `use`
+    raise. The model is as before.
 
         both = fuse_on_inputs(switcher, {"poet": poems, "coder": programs})
     """
@@ -81,6 +82,8 @@ def fuse_on_inputs(
         products: dict[str, list[Tensor]] = {name: [] for name in group}
 
         def receive(name: str, found: Mapping[str, Tensor], into: Any = products) -> None:
+            if not found["products"].isfinite().all():
+                raise SwitchError(f"'{name}': an input of its layer is NaN or infinite; check the model and the batches")
             into[name].append(found["products"])
 
         for name, batches in held.items():
@@ -102,16 +105,17 @@ def solved(
     added: a tensor with the union of the parts' positions. parts: each adapter's change of it, deltas; None: it has none.
     products: Pₜ, [in, in], of each adapter. transposed: the tensor is [in, out], not [out, in].
     """
-    rows, columns = added.indices // added.shape[1], added.indices % added.shape[1]
+    indices = added.indices.cpu()
+    rows, columns = indices // added.shape[1], indices % added.shape[1]
     if transposed:
         rows, columns = columns, rows
     order = torch.argsort(rows, stable=True)
     device = products[0].device
-    held = added.indices.numel()
+    held = indices.numel()
     each = torch.zeros(len(parts), held, device=device)
     for number, part in enumerate(parts):
         if part is not None:
-            each[number, torch.searchsorted(added.indices, part.indices)] = part.values.float().to(device)
+            each[number, torch.searchsorted(indices, part.indices.cpu())] = part.values.float().to(device)
     systems = [_crossed(product) for product in products]
     _, counts = torch.unique_consecutive(rows[order], return_counts=True)
     starts = counts.cumsum(0) - counts
@@ -136,7 +140,7 @@ def solved(
             system += block
             right += out
         size = torch.diagonal(system, dim1=1, dim2=2)
-        size += RIDGE * size.mean(1, keepdim=True)
+        size += RIDGE * size.mean(1, keepdim=True).clamp_(min=LEAST)
         found = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(system))[:, :, 0]
         kept += float((found * right).sum())
         fused[places[valid]] = found[valid]
@@ -175,8 +179,9 @@ def _adapter(
     prints: dict[str, str] = {}
     for name, union in added.items():
         base = switcher.base_values(name, union.indices)
-        values = (base.float() + fused[name].to(base.device)).to(weights[name].dtype)
-        tensors[name] = SparseTensor(union.shape, union.indices, values.cpu(), "overwrite")
+        wide = torch.promote_types(base.dtype, torch.float32)
+        values = (base.to(wide) + fused[name].to(base.device, wide)).to(weights[name].dtype)
+        tensors[name] = SparseTensor(union.shape, union.indices.cpu(), values.cpu(), "overwrite")
         prints[name] = fingerprint(base)
     read = [switcher._sources[name].read(weights)[0] for name in names]
     said = {key: read[0].metadata.get(key) for key in ("base", "license")} | {"fused": {"method": "regmean", "adapters": names}}
