@@ -105,7 +105,16 @@ def fusions_of(recipe: Recipe, name: str) -> dict[str, Recipe]:
 
 
 def wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
-    """The judges and the base; all that is trained on many concepts; then the same trainings on few."""
+    """The judges and the base; all that is trained on many concepts; then the same trainings on few.
+
+    Pictures are not wanted before their adapters are trained, by this process or another.
+    """
+    for key in _all_wanted(recipe, store):
+        if all(store.line(each["run"]) for each in key.get("adapters", ())):
+            yield key
+
+
+def _all_wanted(recipe: Recipe, store: Store) -> Iterator[Key]:
     yield judges_key(recipe)
     yield score_key(recipe, [], None)
     *fewer, size = recipe["sizes"]
