@@ -226,6 +226,52 @@ def test_turns_end_with_their_block(pipe, adapters):
     assert adapters.active == {} and same_bits(pipe_bits(pipe), base)
 
 
+def in_turn(pipe, adapters, steps=3):
+    """A picture of three steps in turn by a and b."""
+    with adapters.in_turn(["a", "b"]) as at_step_end:
+        return picture(pipe, steps, callback_on_step_end=at_step_end)
+
+
+def test_turns_after_a_picture_that_was_ended_early_begin_again(pipe, adapters):
+    wanted = in_turn(pipe, adapters)
+    with adapters.in_turn(["a", "b"]) as at_step_end:
+        picture(pipe, 3, callback_on_step_end=ends_after(at_step_end, 0))
+        with pytest.raises(SwitchError, match="ended after 1 steps.* call the pipeline again"):
+            picture(pipe, 3, callback_on_step_end=at_step_end)
+        assert torch.equal(picture(pipe, 3, callback_on_step_end=at_step_end), wanted)
+    assert adapters.active == {}
+
+
+@pytest.mark.parametrize("when", ["before the block", "in the block", "in another pipeline"])
+def test_turns_follow_the_denoiser_of_the_pipeline_that_draws(when):
+    pipe = stable_diffusion()
+    adapters = PipelineAdapters(pipe)
+    for seed, name in enumerate("ab"):
+        adapters.load(pipe_adapter(pipe, seed, ("unet",)), name)
+    wanted, drawn = in_turn(pipe, adapters), pipe
+    picture(pipe, 7)
+    block, old, new = adapters.in_turn(["a", "b"]), pipe.unet, copy.deepcopy(pipe.unet)
+    if when == "before the block":
+        pipe.unet = new
+    elif when == "in another pipeline":
+        drawn = type(pipe)(**pipe.components, requires_safety_checker=False)
+    with block as at_step_end:
+        if when == "in the block":
+            pipe.unet = new
+            adapters.set("a")
+        assert torch.equal(picture(drawn, 3, callback_on_step_end=at_step_end), wanted)
+    assert not old._forward_hooks and not new._forward_hooks
+
+
+def test_a_block_of_turns_in_itself_is_refused(pipe, adapters):
+    wanted = in_turn(pipe, adapters)
+    with adapters.in_turn(["a", "b"]) as at_step_end:
+        with pytest.raises(SwitchError, match="has begun already"), at_step_end:
+            pass
+        assert torch.equal(picture(pipe, 3, callback_on_step_end=at_step_end), wanted)
+    assert adapters.active == {} and not pipe.unet._forward_hooks
+
+
 def test_turns_of_a_compiled_denoiser_and_of_a_transformer():
     pipe = sd3()
     adapters = PipelineAdapters(pipe)

@@ -61,11 +61,11 @@ class InTurn(ByStep[Set]):
             raise AdapterError(f"expected two adapters or more, in_turn(['bluefire', 'paintings']); found {len(each)}")
         if type(averaged) is not int or averaged < 0:
             raise AdapterError(f"averaged must be a number of steps, a whole number from 0 on, found {described(averaged)}")
-        denoiser = next((part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)), None)
-        if denoiser is None:
+        if denoiser_of(pipe) is None:
             raise SwitchError(f"the pipeline has no {' or '.join(DENOISERS)}, whose steps adapters could share")
         super().__init__(lambda step, steps: self._activate(step % len(each)), now, again)
-        self._pipe, self._denoiser, self._each, self._averaged = pipe, denoiser, each, averaged
+        self._pipe, self._each, self._averaged = pipe, each, averaged
+        self._denoiser: nn.Module | None = None
         self._step = self._active = 0
         self._hook: RemovableHandle | None = None
         self._averaging = False
@@ -77,18 +77,28 @@ class InTurn(ByStep[Set]):
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if self._hook is None:
             raise SwitchError("in_turn works in its block: with adapters.in_turn(names) as at_step_end: pipe(…)")
-        self._called = True
+        self._called, self._pipe = True, pipe
+        if step == 0 and self._step != 0:
+            ended, self._step = self._step, 0
+            self._activate(0)
+            raise SwitchError(
+                f"the picture before ended after {ended} steps, so this one began with another adapter than the first, which is "
+                "set now: call the pipeline again, and begin a new in_turn block after a picture that ends early"
+            )
+        self._follow()
         steps = steps_of(pipe)
         self._step = (step + 1) % steps  # 0: the next picture begins
         self._set_step(self._step, steps)
         return tensors
 
     def __enter__(self) -> "InTurn[Set]":
+        if self._hook is not None:
+            raise SwitchError("this in_turn block has begun already; for a block in it call in_turn(names) again")
         super().__enter__()
         self._step = 0
         try:
             self._activate(0)
-            self._hook = self._denoiser.register_forward_hook(self._average, with_kwargs=True)
+            self._follow()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -97,12 +107,21 @@ class InTurn(ByStep[Set]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._hook = None
+        self._hook = self._denoiser = None
         super().__exit__(kind, error, where)
+
+    def _follow(self) -> None:
+        """Listen to the denoiser that the pipeline has now."""
+        denoiser = denoiser_of(self._pipe)
+        if denoiser is None or denoiser is self._denoiser:
+            return
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._denoiser = denoiser.register_forward_hook(self._average, with_kwargs=True), denoiser
 
     def _average(self, denoiser: nn.Module, args: Any, options: Mapping[str, Any], predicted: Any) -> Any:
         """In the last steps, the mean of what the denoiser predicts with each adapter, as its output."""
-        if self._averaging or self._step < steps_of(self._pipe) - self._averaged:
+        if self._averaging or denoiser is not self._denoiser or self._step < steps_of(self._pipe) - self._averaged:
             return predicted
         found, self._averaging = {self._active: predicted[0]}, True
         try:
@@ -113,6 +132,11 @@ class InTurn(ByStep[Set]):
             self._averaging = False
         mean = torch.stack([found[number] for number in sorted(found)]).mean(0)
         return (mean, *predicted[1:]) if isinstance(predicted, tuple) else type(predicted)(mean)
+
+
+def denoiser_of(pipe: Any) -> nn.Module | None:
+    """The part of a pipeline that is called in each step, None if it has none."""
+    return next((part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)), None)
 
 
 def steps_of(pipe: Any) -> int:
