@@ -82,8 +82,8 @@ class InTurn(ByStep[Set]):
             ended, self._step = self._step, 0
             self._activate(0)
             raise SwitchError(
-                f"the picture before ended after {ended} steps, so this one began with another adapter than the first, which is "
-                "set now: call the pipeline again, and begin a new in_turn block after a picture that ends early"
+                f"the picture before ended after {ended} steps, so this one began with another adapter than the first, which "
+                "is set now: call the pipeline again, and begin a new in_turn block after a picture that ends early"
             )
         self._follow()
         steps = steps_of(pipe)
