@@ -59,6 +59,7 @@ HERE = {  # page -> what is replaced in its snippets
     "docs/masks/sets.md": {},
     "docs/masks/structured.md": {"-o spam.safetensors": "--density 0.1 -o new.safetensors"},
     "docs/masks/uniform.md": {},
+    "docs/on-inputs.md": {MODEL: "SmolLM2"},
     "docs/scale.md": {},
     "docs/serving.md": {},
     "docs/targets.md": {"--layers 0-14": "--layers 0"},

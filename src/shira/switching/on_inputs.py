@@ -39,7 +39,7 @@ def fuse_on_inputs(
 ) -> Adapter:
     """One adapter with the effect of several, each on inputs of its own task. The switcher's model runs on these inputs.
 
-    inputs: name of an adapter -> batches of its task, as for calibration; 64 examples are enough, and no labels are needed.
+    inputs: name of an adapter -> batches of its task, as for calibration; 64 examples were enough. No loss is computed.
     loss_fn(model, batch): runs the model, if `model(**batch)` does not. memory: bytes that the sums over inputs may take; with
         less, the batches run more often. progress(done, total): called after each batch and each tensor.
 
